@@ -1,0 +1,165 @@
+"""Products with a frozen quantized matrix, tile by tile, and the LoRA branch beside them.
+
+The packed matrix W [out, in] is never dequantized whole. Forward:
+`y[:, t] = x W[t]^T` for one tile t of output rows after the other; backward:
+`dx = sum_t dy[:, t] W[t]`, each tile dequantized again. Cost beside input and
+output: one dequantized tile. It is exact: the same products as on a dequantized
+layer, in the same dtype.
+
+On Metal and CUDA MLX's fused `quantized_matmul` does this inside one kernel and
+is the default there. On a CPU that kernel is more than 20 times slower than
+dequantizing and multiplying with a good BLAS, and in bfloat16 it accumulates in
+bfloat16 (6 % relative error), so tiles are the default there.
+
+Not optimal yet: the pieces of `y` are concatenated, which holds `y` twice for a moment.
+"""
+
+from functools import lru_cache
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.tuner.lora import LoRALinear as MlxLoRALinear
+from mlx_lm.tuner.lora import LoRASwitchLinear as MlxLoRASwitchLinear
+
+# One dequantized tile. MLX allocates some tiles ahead of their use, so the cost is a few of
+# them; at 8192 x 3072 tiles of 2 to 20 MiB took the same time, and 17 to 92 MiB in all.
+TILE_BYTES = 2 * 2**20
+
+
+def frozen_matmul(
+    x: mx.array,
+    weight: mx.array,
+    scales: mx.array,
+    biases: mx.array | None = None,
+    *,
+    group_size: int,
+    bits: int,
+    mode: str = "affine",
+    tile_bytes: int = TILE_BYTES,
+) -> mx.array:
+    """Multiply by a packed matrix that gets no gradient: `x @ dequantize(weight).T`.
+
+    Args:
+        x: [..., in], floating.
+        weight, scales, biases: as `mx.quantize` returns them for [out, in].
+        group_size, bits, mode: how they were packed.
+        tile_bytes: bound on one dequantized tile, at least one row of it.
+
+    Returns:
+        [..., out] in the dtype of `x`, differentiable in `x` only.
+    """
+    in_dims = x.shape[-1]
+    rows = max(1, tile_bytes // (in_dims * x.dtype.size))
+    packed = (weight, scales) if biases is None else (weight, scales, biases)
+    return _product(group_size, bits, mode, rows)(x, *packed)
+
+
+@lru_cache(maxsize=256)
+def _product(group_size: int, bits: int, mode: str, rows: int) -> mx.custom_function:
+    def tiles(packed: tuple[mx.array, ...]) -> list[tuple[int, int]]:
+        count = packed[0].shape[0]
+        return [(start, min(start + rows, count)) for start in range(0, count, rows)]
+
+    def dequantized(packed: tuple, start: int, stop: int, after: mx.array | None) -> mx.array:
+        tile = [array[start:stop] for array in packed]
+        if after is not None:
+            # Only then is one tile alive at a time; and a compiled graph must not
+            # merge the backward's tile with the forward's and keep it in between.
+            tile = mx.depends(tile, [after])
+        biases = tile[2] if len(tile) == 3 else None
+        return mx.dequantize(
+            tile[0], tile[1], biases, group_size=group_size, bits=bits, mode=mode
+        )
+
+    @mx.custom_function
+    def product(x: mx.array, *packed: mx.array) -> mx.array:
+        pieces: list[mx.array] = []
+        for start, stop in tiles(packed):
+            tile = dequantized(packed, start, stop, pieces[-1] if pieces else None)
+            pieces.append(x @ tile.astype(x.dtype).T)
+        return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=-1)
+
+    @product.vjp
+    def backward(
+        primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array
+    ) -> tuple[mx.array, ...]:
+        _, *packed = primals
+        dx = None
+        for start, stop in tiles(packed):
+            tile = dequantized(packed, start, stop, cotangent if dx is None else dx)
+            tile = tile.astype(cotangent.dtype)
+            piece = cotangent[..., start:stop]
+            if dx is None:
+                dx = piece @ tile
+            else:
+                flat = mx.addmm(
+                    dx.reshape(-1, dx.shape[-1]), piece.reshape(-1, piece.shape[-1]), tile
+                )
+                dx = flat.reshape(dx.shape)
+        return dx, *(mx.zeros_like(array) for array in packed)
+
+    return product
+
+
+class DequantizedLinear(nn.QuantizedLinear):
+    """A quantized linear layer that multiplies by `frozen_matmul` instead of the fused kernel."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Map [..., in] to [..., out]."""
+        y = _frozen_product(self, x)
+        return y + self["bias"] if "bias" in self else y
+
+
+class DequantizedEmbedding(nn.QuantizedEmbedding):
+    """A quantized embedding whose use as a head multiplies by `frozen_matmul`."""
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """Map [..., dims] to [..., num_embeddings]."""
+        return _frozen_product(self, x)
+
+
+def _frozen_product(layer: nn.Module, x: mx.array) -> mx.array:
+    return frozen_matmul(
+        x,
+        layer["weight"],
+        layer["scales"],
+        layer.get("biases"),
+        group_size=layer.group_size,
+        bits=layer.bits,
+        mode=layer.mode,
+    )
+
+
+class LoRALinear(MlxLoRALinear):
+    """mlx-lm's LoRA layer with the low-rank branch in the dtype of the activations.
+
+    mlx-lm multiplies bfloat16 activations by float32 adapters, which makes float32
+    copies of every adapted layer's input and output: about half of a block's
+    backward memory. Adapters and their gradients stay float32 here too. In float32
+    the two layers compute the same.
+    """
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Map [..., in] to [..., out], in the dtype of `x`."""
+        y = self.linear(x)
+        z = self.dropout(x) @ self.lora_a.astype(x.dtype)
+        return y + ((self.scale * z) @ self.lora_b.astype(x.dtype)).astype(y.dtype)
+
+
+class LoRASwitchLinear(MlxLoRASwitchLinear):
+    """mlx-lm's LoRA layer over experts with the low-rank branch in the activations' dtype."""
+
+    def __call__(
+        self, x: mx.array, indices: mx.array, sorted_indices: bool = False
+    ) -> mx.array:
+        """Map [..., 1, in] through the experts named by `indices` to [..., 1, out]."""
+        y = self.linear(x, indices, sorted_indices=sorted_indices)
+        z = self.dropout(x)
+        for factor in (self.lora_a, self.scale * self.lora_b):
+            z = mx.gather_mm(
+                z,
+                factor.astype(x.dtype).swapaxes(-1, -2),
+                rhs_indices=indices,
+                sorted_indices=sorted_indices,
+            )
+        return y + z.astype(y.dtype)

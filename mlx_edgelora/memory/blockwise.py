@@ -1,0 +1,360 @@
+"""Backpropagation block by block: `value_and_grad` whose memory does not grow with depth.
+
+The model is walked in explicit segments, outside of any trace. Forward: its own
+`__call__` runs with every block intercepted; each is computed and evaluated, its input
+goes to an activation store. Loss: differentiated with respect to the last hidden state.
+Backward: from the last block to the lowest trained one, the input comes back, the block
+is computed again inside one `mx.vjp`, its gradients are evaluated, and all of it is
+dropped. One block's graph is alive at a time.
+
+Why not inside one `mx.value_and_grad`: an array evaluated while a gradient is traced
+keeps its whole graph, so nothing would be freed. The method is gradient checkpointing
+(arXiv 1604.06174) with the checkpoints off the heap, as in arXiv 2606.19528.
+
+Cost: one more forward of the trained blocks. Not optimal yet: the recomputation of a
+block knows nothing about its inside (attention scores are built whole on a CPU).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map_with_path
+
+from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.memory.dropout import KeyTape, keyed_dropout
+from mlx_edgelora.memory.stores import ActivationStore, RamStore
+from mlx_edgelora.model.blocks import (
+    BlockList,
+    Handler,
+    Slot,
+    array_slots,
+    bound,
+    check_walk,
+    signature,
+)
+from mlx_edgelora.model.sources import ResidentWeights, WeightSource
+
+Arrays = dict[str, mx.array]
+
+
+class _Reached(Exception):  # noqa: N818 - a signal, not an error
+    """Carries a hidden state out of the model's own loop."""
+
+    def __init__(self, hidden: mx.array) -> None:
+        self.hidden = hidden
+
+
+@dataclass
+class _Call:
+    """What a block was called with, beside its input, and the keys its dropout drew."""
+
+    args: tuple
+    kwargs: dict
+    keys: list[mx.array]
+
+
+@dataclass
+class Pass:
+    """One forward pass waiting for its backward.
+
+    Attributes:
+        run: what calls the model.
+        tape: the keys of its dropout calls.
+        first: the lowest block the backward reaches.
+        entry: whether the backward goes on to what lies before the blocks.
+        hidden: the last block's output, [batch, tokens, hidden]; whoever is done with it
+            sets it to None, so that its memory is free during the backward.
+        cotangent: the loss's gradient with respect to `hidden`, set before `backward`.
+    """
+
+    run: Callable[[], Any]
+    tape: KeyTape
+    first: int
+    entry: bool
+    hidden: mx.array | None = None
+    cotangent: mx.array | None = None
+    calls: dict[int, _Call] = field(default_factory=dict)
+    entry_keys: list[mx.array] = field(default_factory=list)
+
+
+class BlockWalk:
+    """Walks one model forward and backward, a block at a time.
+
+    Args:
+        model: any mlx-lm model that `check_walk` accepts.
+        store: where inputs of blocks wait for the backward; RAM by default.
+        weights: where frozen weights come from; by default they are in the model.
+        compiled: compile one backward per block signature (weights are its arguments)
+            instead of building each block's graph anew. MLX fuses more then; on a CPU
+            it calls a C++ compiler for every fused kernel, which takes seconds.
+
+    Raises:
+        EdgeLoraError: the architecture cannot be walked.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        store: ActivationStore | None = None,
+        weights: WeightSource | None = None,
+        compiled: bool = False,
+    ) -> None:
+        self.model = model
+        self.blocks = BlockList(model)
+        self.store = RamStore() if store is None else store
+        self.weights = ResidentWeights() if weights is None else weights
+        self._functions: dict[tuple[str, bool], Callable] | None = {} if compiled else None
+        self._entry_trained: dict[tuple[str, ...], bool] = {}
+        check_walk(self.blocks)
+
+    @contextmanager
+    def forward(self, run: Callable[[], Any], keep: bool = True) -> Iterator[Pass]:
+        """Run the blocks; inside the context the pass can be finished by `backward`.
+
+        Args:
+            run: calls the model, directly or inside a loss; stopped after its last block.
+            keep: keep the blocks' inputs for a backward pass.
+        """
+        with keyed_dropout(self.model) as tape:
+            first, entry = self._reach(run) if keep else (len(self.blocks), False)
+            state = Pass(run, tape, first, entry)
+            with tape.recording() as state.entry_keys:
+                state.hidden = self._stopped(run, lambda *call: self._run_block(state, *call))
+            yield state
+
+    @contextmanager
+    def tail(self, hidden: mx.array, outside: Arrays | None = None) -> Iterator[None]:
+        """Make calls of the model start from the last block's output.
+
+        Args:
+            hidden: what the last block returns, or any [1, n, hidden] rows of it: what
+                follows the blocks works token by token.
+            outside: values for trained parameters outside the blocks.
+        """
+        with self.blocks.returning(hidden), self._outside_bound(outside or {}):
+            yield
+
+    def backward(self, state: Pass) -> Arrays:
+        """Carry `state.cotangent` down to the lowest trained block.
+
+        Returns:
+            Evaluated gradients by parameter name, of the blocks and of what lies before
+            them. The pass cannot be used again.
+        """
+        gradients: Arrays = {}
+        for index in range(len(self.blocks) - 1, state.first - 1, -1):
+            if index > state.first:
+                self.weights.prefetch(index - 1)
+                self.store.prefetch(index - 1)
+            gradients |= self._block_backward(state, index)
+        if state.entry:
+            gradients |= self._entry_backward(state)
+        return gradients
+
+    def outside(self) -> Arrays:
+        """Trained parameters that belong to no block, by name."""
+        trained = tree_flatten(self.model.trainable_parameters())
+        return {name: value for name, value in trained if self.blocks.local(name) is None}
+
+    def _run_block(
+        self, state: Pass, index: int, x: mx.array, args: tuple, kwargs: dict
+    ) -> mx.array:
+        block = self.blocks.blocks[index]
+        if index == state.first:
+            mx.eval(x)
+            self.store.reserve(len(self.blocks) - state.first, x.nbytes)
+        if index >= state.first:
+            self.store.put(index - state.first, x)
+        if index + 1 < len(self.blocks):
+            self.weights.prefetch(index + 1)
+        weights = self.weights.block(index)
+        with state.tape.recording() as keys, bound(array_slots(block), weights):
+            del weights
+            out = block(x, *args, **kwargs)
+            mx.eval(out)
+        if index >= state.first:
+            state.calls[index] = _Call(args, kwargs, keys)
+        if index + 1 == len(self.blocks):
+            raise _Reached(out)
+        return out
+
+    def _block_backward(self, state: Pass, index: int) -> Arrays:
+        call = state.calls.pop(index)
+        trained = dict(tree_flatten(self.blocks.blocks[index].trainable_parameters()))
+        onward = index > state.first or state.entry
+        operands = [
+            list(trained.values()),
+            self.weights.block(index),
+            self.store.take(index - state.first),
+            state.cotangent,
+        ]
+        state.cotangent = None
+        gradients = self._vjp(state, index, list(trained), onward)(operands, call)
+        del operands
+        mx.eval(gradients)
+        if onward:
+            state.cotangent = gradients.pop()
+        name = f"{self.blocks.prefix}{index}."
+        return {name + local: value for local, value in zip(trained, gradients, strict=True)}
+
+    def _vjp(self, state: Pass, index: int, names: list[str], onward: bool) -> Callable:
+        """The backward of one block: (operands, call) -> gradients of `names`, then of x."""
+        block = self.blocks.blocks[index]
+        slots = array_slots(block)
+        if self._functions is None:
+            vjp = _block_vjp(block, slots, state.tape, names, onward)
+            return lambda operands, call: vjp(*operands, call.args, call.kwargs, call.keys)
+        key = (signature(block) + repr(names), onward)
+        if key not in self._functions:
+            vjp = _block_vjp(block, slots, state.tape, names, onward)
+            self._functions[key] = mx.compile(vjp)
+
+        def run(operands: list, call: _Call) -> list[mx.array]:
+            # Whatever the compiled function does not get as an argument it keeps for good.
+            held = {n: box[k] for n, (box, k) in slots.items() if n not in names}
+            operands[1] = held | operands[1]
+            return self._functions[key](*operands, call.args, call.kwargs, call.keys)
+
+        return run
+
+    def _entry_backward(self, state: Pass) -> Arrays:
+        outside = self.outside()
+        cotangent, state.cotangent = state.cotangent, None
+        with state.tape.playing(state.entry_keys):
+            _, gradients = mx.vjp(
+                lambda *values: self._entry(state.run, dict(zip(outside, values, strict=True))),
+                list(outside.values()),
+                [cotangent],
+            )
+        del cotangent
+        mx.eval(gradients)
+        return dict(zip(outside, gradients, strict=True))
+
+    def _reach(self, run: Callable[[], Any]) -> tuple[int, bool]:
+        """How far down the backward must go: the lowest block, and whether beyond it."""
+        outside = self.outside()
+        if outside and self._trains_entry(run, outside):
+            return 0, True
+        trained = tree_flatten(self.model.trainable_parameters())
+        places = [self.blocks.local(name) for name, _ in trained]
+        return min((place[0] for place in places if place), default=len(self.blocks)), False
+
+    def _trains_entry(self, run: Callable[[], Any], outside: Arrays) -> bool:
+        """Whether a parameter outside the blocks has a part in the first block's input."""
+        names = tuple(outside)
+        if names not in self._entry_trained:
+            generator = mx.random.state[0]  # dropout in the embedding must not move it
+            keys = mx.random.split(mx.random.key(0), len(outside))
+            tangents = [
+                mx.random.normal(value.shape, value.dtype, key=key)
+                for value, key in zip(outside.values(), keys, strict=True)
+            ]
+            _, (tangent,) = mx.jvp(
+                lambda *values: self._entry(run, dict(zip(names, values, strict=True))),
+                list(outside.values()),
+                tangents,
+            )
+            self._entry_trained[names] = bool(mx.any(tangent != 0).item())
+            mx.random.state[0] = generator
+        return self._entry_trained[names]
+
+    def _entry(self, run: Callable[[], Any], outside: Arrays) -> mx.array:
+        def stop(index: int, x: mx.array, args: tuple, kwargs: dict) -> mx.array:
+            raise _Reached(x)
+
+        with self._outside_bound(outside):
+            return self._stopped(run, stop)
+
+    def _outside_bound(self, outside: Arrays) -> AbstractContextManager:
+        return bound(array_slots(self.model) if outside else {}, outside)
+
+    def _stopped(self, run: Callable[[], Any], handler: Handler) -> mx.array:
+        with self.blocks.intercepted(handler):
+            try:
+                run()
+            except _Reached as reached:
+                return reached.hidden
+        raise EdgeLoraError(
+            "value_and_grad: the loss returned without calling the model, expected one call; "
+            "call the model given to value_and_grad inside the loss"
+        )
+
+
+def _block_vjp(
+    block: nn.Module, slots: dict[str, Slot], tape: KeyTape, names: list[str], onward: bool
+) -> Callable:
+    def vjp(
+        trained: list[mx.array],
+        frozen: Arrays,
+        x: mx.array,
+        cotangent: mx.array,
+        args: tuple,
+        kwargs: dict,
+        keys: Sequence[mx.array],
+    ) -> list[mx.array]:
+        def forward(*primals: mx.array) -> mx.array:
+            values = frozen | dict(zip(names, primals[:-1], strict=True))
+            with bound(slots, values), tape.playing(keys):
+                return block(primals[-1], *args, **kwargs)
+
+        _, gradients = mx.vjp(forward, [*trained, x], [cotangent])
+        return gradients if onward else gradients[:-1]
+
+    return vjp
+
+
+def value_and_grad(
+    model: nn.Module,
+    loss: Callable[..., Any],
+    *,
+    store: ActivationStore | None = None,
+    weights: WeightSource | None = None,
+    compiled: bool = False,
+) -> Callable[..., tuple[Any, dict]]:
+    """A drop-in for `nn.value_and_grad(model, loss)` whose memory does not grow with depth.
+
+    Args:
+        model: any mlx-lm model whose blocks can be walked; it is left as it was found.
+        loss: calls `model` once and returns a scalar, or a tuple that begins with one.
+        store, weights, compiled: see `BlockWalk`.
+
+    Returns:
+        A function of the loss's arguments that gives `(value, gradients)`, the gradients
+        evaluated and arranged as `model.trainable_parameters()`.
+
+    Raises:
+        EdgeLoraError: the architecture cannot be walked.
+    """
+    walk = BlockWalk(model, store, weights, compiled)
+
+    def run(*args: Any, **kwargs: Any) -> tuple[Any, dict]:
+        with walk.forward(lambda: loss(*args, **kwargs)) as state:
+
+            def tail(hidden: mx.array, outside: Arrays) -> Any:
+                with walk.tail(hidden, outside):
+                    return loss(*args, **kwargs)
+
+            value, (state.cotangent, gradients) = mx.value_and_grad(tail, argnums=(0, 1))(
+                state.hidden, walk.outside()
+            )
+            state.hidden = None
+            mx.eval(value, state.cotangent, gradients)
+            add_into(gradients, walk.backward(state))
+        return value, gradient_tree(model, gradients)
+
+    return run
+
+
+def add_into(gradients: Arrays, more: Arrays) -> None:
+    """Add gradients by name in place; a tied head and embedding contribute to one name."""
+    for name, value in more.items():
+        gradients[name] = gradients[name] + value if name in gradients else value
+
+
+def gradient_tree(model: nn.Module, gradients: Mapping[str, mx.array]) -> dict:
+    """Arrange gradients by name as `nn.value_and_grad` returns them."""
+    return tree_map_with_path(lambda name, _: gradients[name], model.trainable_parameters())

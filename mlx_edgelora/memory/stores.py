@@ -1,0 +1,302 @@
+"""Where the inputs of blocks wait between the forward and the backward: RAM or a mapped file.
+
+The mapped file holds the user's text in another form, so it is created readable by
+its owner alone and unlinked at once: no name leads to it, and a crash leaves nothing
+behind. Bytes go out of MLX and back through NumPy views of its own buffers, in a
+worker thread, while the computation goes on; pages are given back to the system after
+writing and after reading, so that spilling lowers the process's footprint and not only
+MLX's count. Where MLX can wrap mapped memory (Metal, MLX 0.32.4), reading copies nothing.
+"""
+
+import errno
+import mmap
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.memory.meter import DiskMeter
+from mlx_edgelora.model.safetensors import to_numpy
+
+# 16 KiB on Apple silicon, 4 KiB elsewhere; Metal wraps only whole pages.
+PAGE = mmap.PAGESIZE
+# Enough to see through a disk's own cache, little enough to take well under a second.
+PROBE_BYTES = 8 * 2**20
+
+
+class ActivationStore(Protocol):
+    """Keeps one array per slot from `put` to `take`."""
+
+    def reserve(self, slots: int, nbytes: int) -> None:
+        """Make room for `slots` arrays of `nbytes` bytes; forgets what is there."""
+
+    def put(self, slot: int, array: mx.array) -> None:
+        """Keep an evaluated array."""
+
+    def prefetch(self, slot: int) -> None:
+        """Begin to bring an array back."""
+
+    def take(self, slot: int) -> mx.array:
+        """Give an array back and forget it."""
+
+    def close(self) -> None:
+        """Give everything back to the system."""
+
+
+class RamStore:
+    """Keeps the arrays where they are. Memory: all of them."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[int, mx.array] = {}
+
+    def reserve(self, slots: int, nbytes: int) -> None:
+        """Forget what is there."""
+        self._arrays.clear()
+
+    def put(self, slot: int, array: mx.array) -> None:
+        """Keep a reference to the array."""
+        self._arrays[slot] = array
+
+    def prefetch(self, slot: int) -> None:
+        """Nothing to do: the array is here."""
+
+    def take(self, slot: int) -> mx.array:
+        """Give the array back."""
+        return self._arrays.pop(slot)
+
+    def close(self) -> None:
+        """Forget what is there."""
+        self._arrays.clear()
+
+
+@dataclass(frozen=True)
+class _Kept:
+    shape: tuple[int, ...]
+    dtype: mx.Dtype
+    nbytes: int
+
+
+class MappedStore:
+    """Keeps the arrays in one unlinked file. Memory: one array on its way out, one on its way in.
+
+    Args:
+        folder: where the file lives; must be on a disk, or nothing is saved.
+        meter: counts the bytes written and read.
+
+    Raises:
+        EdgeLoraError: the folder cannot be written, or its volume is full.
+    """
+
+    def __init__(self, folder: str | os.PathLike, meter: DiskMeter) -> None:
+        self._folder, self._meter = Path(folder), meter
+        self._file = _unlinked_file(self._folder)
+        self._pages: np.memmap | None = None
+        self._slot_bytes = 0
+        self._kept: dict[int, _Kept] = {}
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="mlx_edgelora-spill")
+        self._writing: Future | None = None
+        self._reading: dict[int, tuple[mx.array, Future]] = {}
+        self._wraps: bool | None = None
+
+    def reserve(self, slots: int, nbytes: int) -> None:
+        """Grow the file to `slots` slots of `nbytes` bytes; forgets what is there."""
+        self._settle()
+        self._kept.clear()
+        self._slot_bytes = max(PAGE, -(-nbytes // PAGE) * PAGE)
+        size = slots * self._slot_bytes
+        if self._pages is not None and size <= self._pages.size:
+            return
+        try:
+            _preallocate(self._file.fileno(), size)
+        except OSError as error:
+            raise _disk_error(self._folder, size, error) from error
+        self._pages = np.memmap(self._file, np.uint8, mode="r+", shape=(size,))
+        if self._wraps is None:
+            self._wraps = _can_wrap(self._pages)
+
+    def put(self, slot: int, array: mx.array) -> None:
+        """Write an evaluated array to its slot; returns while the bytes are on their way."""
+        if array.nbytes > self._slot_bytes:
+            raise ValueError(
+                f"slot {slot}: {array.nbytes} bytes, reserved {self._slot_bytes}; reserve more"
+            )
+        self._wait_for_write()
+        self._kept[slot] = _Kept(array.shape, array.dtype, array.nbytes)
+        source = to_numpy(array).reshape(-1).view(np.uint8)
+        self._writing = self._worker.submit(self._write, slot, source)
+
+    def prefetch(self, slot: int) -> None:
+        """Begin to read a slot back in the worker thread."""
+        if slot in self._reading or self._wraps or slot not in self._kept:
+            return
+        kept = self._kept[slot]
+        array = mx.zeros(kept.shape, kept.dtype)
+        mx.eval(array)
+        target = to_numpy(array).reshape(-1).view(np.uint8)
+        self._reading[slot] = (array, self._worker.submit(self._read, slot, target))
+
+    def take(self, slot: int) -> mx.array:
+        """Give the array of a slot back, waiting for it if need be."""
+        if self._wraps:
+            self._wait_for_write()
+            kept = self._kept.pop(slot)
+            self._meter.add_read(kept.nbytes)
+            return _wrap(self._region(slot, kept.nbytes), kept)
+        self.prefetch(slot)
+        array, reading = self._reading.pop(slot)
+        reading.result()
+        del self._kept[slot]
+        return array
+
+    def close(self) -> None:
+        """Stop the worker and free the file's space."""
+        self._settle()
+        self._worker.shutdown()
+        self._pages = None
+        self._file.close()
+
+    def _region(self, slot: int, nbytes: int) -> np.ndarray:
+        return self._pages[slot * self._slot_bytes : slot * self._slot_bytes + nbytes]
+
+    def _write(self, slot: int, source: np.ndarray) -> None:
+        self._region(slot, source.size)[:] = source
+        self._meter.add_written(source.size)
+        self._drop_pages(slot)
+
+    def _read(self, slot: int, target: np.ndarray) -> None:
+        target[:] = self._region(slot, target.size)
+        self._meter.add_read(target.size)
+        self._drop_pages(slot)
+
+    def _drop_pages(self, slot: int) -> None:
+        # The mapping is shared: dropped pages stay in the file, and leave the process.
+        if hasattr(mmap, "MADV_DONTNEED"):
+            start = slot * self._slot_bytes
+            self._pages._mmap.madvise(mmap.MADV_DONTNEED, start, self._slot_bytes)
+
+    def _wait_for_write(self) -> None:
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _settle(self) -> None:
+        self._wait_for_write()
+        for _, reading in self._reading.values():
+            reading.result()
+        self._reading.clear()
+
+
+def spill_folder(candidates: Sequence[str | os.PathLike]) -> tuple[Path, str]:
+    """Choose the fastest local volume among folders that exist or can be made.
+
+    Folders that live in memory (tmpfs) are passed over: spilling there frees nothing.
+    With more than one volume left, each is timed on writing and syncing 8 MiB.
+
+    Returns:
+        The folder, and the reason for it.
+
+    Raises:
+        EdgeLoraError: no candidate is a writable folder on a disk.
+    """
+    volumes: dict[int, Path] = {}
+    for candidate in map(Path, candidates):
+        if _is_writable(candidate) and not _in_memory(candidate):
+            volumes.setdefault(candidate.stat().st_dev, candidate)
+    if not volumes:
+        raise EdgeLoraError(
+            f"spill_dir: none of {', '.join(map(str, candidates))} is a writable folder on a disk; "
+            "name one with --spill-dir, or keep activations in memory with --activations ram"
+        )
+    if len(volumes) == 1:
+        return next(iter(volumes.values())), "the only local volume at hand"
+    times = {folder: _write_seconds(folder) for folder in volumes.values()}
+    best = min(times, key=times.__getitem__)
+    return best, f"the fastest of {len(times)} volumes: 8 MiB written in {times[best]:.3f} s"
+
+
+def _is_writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
+def _in_memory(folder: Path) -> bool:
+    """Whether Linux's table of mounts says that the folder lives in memory; elsewhere no."""
+    try:
+        mounts = Path("/proc/mounts").read_text().splitlines()
+    except OSError:
+        return False
+    kinds = {fields[1]: fields[2] for fields in map(str.split, mounts)}
+    where = folder.resolve()
+    mount = next((p for p in [where, *where.parents] if str(p) in kinds), None)
+    return mount is not None and kinds[str(mount)] in ("tmpfs", "ramfs")
+
+
+def _write_seconds(folder: Path) -> float:
+    with _unlinked_file(folder) as file:
+        start = time.perf_counter()
+        file.write(bytes(PROBE_BYTES))
+        os.fsync(file.fileno())
+        return time.perf_counter() - start
+
+
+def _unlinked_file(folder: Path):  # noqa: ANN202 - BufferedRandom has no public name
+    try:
+        descriptor, name = tempfile.mkstemp(prefix="mlx_edgelora-", dir=folder)  # mode 0600
+        os.unlink(name)
+    except OSError as error:
+        raise EdgeLoraError(
+            f"{folder}: no spill file can be made there ({error.strerror}); choose a writable "
+            "folder with --spill-dir, or keep activations in memory with --activations ram"
+        ) from error
+    return os.fdopen(descriptor, "w+b", buffering=0)
+
+
+def _preallocate(descriptor: int, size: int) -> None:
+    """Take the disk space now: a hole found full later would kill the process (SIGBUS)."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+        return
+    zeros = bytes(PROBE_BYTES)
+    for offset in range(os.fstat(descriptor).st_size, size, len(zeros)):
+        os.pwrite(descriptor, zeros[: size - offset], offset)
+
+
+def _disk_error(folder: Path, size: int, error: OSError) -> EdgeLoraError:
+    what = error.strerror
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        what = f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB are free"
+    return EdgeLoraError(
+        f"{folder}: spilling activations needs {size / 2**20:,.0f} MiB there ({what}); free some "
+        "space, choose another folder with --spill-dir, or use --activations ram"
+    )
+
+
+def _can_wrap(pages: np.ndarray) -> bool:
+    """Whether MLX can use mapped memory in place: Metal can, from 0.32.4 on."""
+    try:
+        mx.eval(mx.asarray(pages[:PAGE], copy=False))
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        return False
+    # Before 0.32.4 an operation could be given the mapping as its output buffer.
+    return _version(mx.__version__) >= (0, 32, 4)
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:3] if part.isdigit())
+
+
+def _wrap(region: np.ndarray, kept: _Kept) -> mx.array:
+    flat = mx.asarray(region, copy=False).view(kept.dtype)
+    return flat.reshape(kept.shape)

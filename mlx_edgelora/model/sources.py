@@ -1,0 +1,116 @@
+"""Where a block's frozen weights come from: memory, or the checkpoint's own shards.
+
+`StreamedWeights` reads a block's tensors again for every visit and forgets them after
+it; `mx.load` parses the header and reads only what is evaluated, so a visit costs the
+block's bytes and no more. While one block computes, the next one is read.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import mlx.core as mx
+
+from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.memory.meter import DiskMeter
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """Where a parameter lies on disk: a shard, and the tensor's name in it."""
+
+    shard: Path
+    name: str
+
+
+class WeightSource(Protocol):
+    """Gives a block its frozen weights for one visit."""
+
+    def block(self, index: int) -> dict[str, mx.array]:
+        """Arrays by their name inside the block; empty where the block already has them."""
+
+    def prefetch(self, index: int) -> None:
+        """Begin to read a block that is needed next."""
+
+
+class ResidentWeights:
+    """The weights are in the model and stay there. Memory: all of them."""
+
+    def block(self, index: int) -> dict[str, mx.array]:
+        """Nothing to bind."""
+        return {}
+
+    def prefetch(self, index: int) -> None:
+        """Nothing to read."""
+
+
+class StreamedWeights:
+    """Reads each block from its shards for each visit. Memory: two blocks, packed.
+
+    Args:
+        blocks: for every block, the place of each tensor by its name inside the block.
+        dtype: floating tensors are cast to it on the way in; None leaves them.
+        meter: counts the bytes read.
+    """
+
+    def __init__(
+        self,
+        blocks: list[Mapping[str, TensorPlace]],
+        dtype: mx.Dtype | None,
+        meter: DiskMeter,
+    ) -> None:
+        self._blocks, self._dtype, self._meter = blocks, dtype, meter
+        self._ahead: dict[int, dict[str, mx.array]] = {}
+        shards = {place.shard for block in blocks for place in block.values()}
+        self._stamps = {shard: _stamp(shard) for shard in shards}
+
+    def block(self, index: int) -> dict[str, mx.array]:
+        """Read a block's tensors, or hand over those already on their way.
+
+        Raises:
+            EdgeLoraError: a shard was removed or changed since training began.
+        """
+        arrays = self._ahead.pop(index, None)
+        self._ahead.clear()  # a change of direction leaves a block nobody will ask for
+        return self._read(index) if arrays is None else arrays
+
+    def prefetch(self, index: int) -> None:
+        """Read a block's tensors while the current one computes."""
+        if index not in self._ahead:
+            self._ahead[index] = self._read(index)
+
+    def _read(self, index: int) -> dict[str, mx.array]:
+        places = self._blocks[index]
+        shards = {shard: self._load(shard) for shard in {p.shard for p in places.values()}}
+        arrays = {local: shards[place.shard][place.name] for local, place in places.items()}
+        self._meter.add_read(sum(array.nbytes for array in arrays.values()))
+        if self._dtype is not None:
+            arrays = {name: cast(array, self._dtype) for name, array in arrays.items()}
+        mx.async_eval(arrays)
+        return arrays
+
+    def _load(self, shard: Path) -> dict[str, mx.array]:
+        # A tensor read lazily from a file that was overwritten in place is silently wrong.
+        if _stamp(shard) != self._stamps[shard]:
+            raise EdgeLoraError(
+                f"{shard}: the file changed while it was being trained on, expected it as it was "
+                "at the start; leave the model's files alone and start again"
+            )
+        return mx.load(str(shard))
+
+
+def cast(array: mx.array, dtype: mx.Dtype) -> mx.array:
+    """Cast floating arrays to `dtype`; packed weights and indices stay as they are."""
+    return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
+
+
+def _stamp(shard: Path) -> tuple[int, int, int]:
+    try:
+        status = os.stat(shard)
+    except OSError as error:
+        raise EdgeLoraError(
+            f"{shard}: cannot be read ({error.strerror}); put the shard back and start again"
+        ) from error
+    return status.st_size, status.st_mtime_ns, status.st_ino
