@@ -1,0 +1,1 @@
+"""Layers with their own exact gradients; each is usable alone."""

@@ -67,9 +67,7 @@ def _product(group_size: int, bits: int, mode: str, rows: int) -> mx.custom_func
             # merge the backward's tile with the forward's and keep it in between.
             tile = mx.depends(tile, [after])
         biases = tile[2] if len(tile) == 3 else None
-        return mx.dequantize(
-            tile[0], tile[1], biases, group_size=group_size, bits=bits, mode=mode
-        )
+        return mx.dequantize(tile[0], tile[1], biases, group_size=group_size, bits=bits, mode=mode)
 
     @mx.custom_function
     def product(x: mx.array, *packed: mx.array) -> mx.array:
@@ -149,9 +147,7 @@ class LoRALinear(MlxLoRALinear):
 class LoRASwitchLinear(MlxLoRASwitchLinear):
     """mlx-lm's LoRA layer over experts with the low-rank branch in the activations' dtype."""
 
-    def __call__(
-        self, x: mx.array, indices: mx.array, sorted_indices: bool = False
-    ) -> mx.array:
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """Map [..., 1, in] through the experts named by `indices` to [..., 1, out]."""
         y = self.linear(x, indices, sorted_indices=sorted_indices)
         z = self.dropout(x)

@@ -1,0 +1,1 @@
+"""Activation stores, block checkpointing, and what a run costs."""

@@ -41,7 +41,7 @@ from mlx_edgelora.model.sources import ResidentWeights, WeightSource
 Arrays = dict[str, mx.array]
 
 
-class _Reached(Exception):  # noqa: N818 - a signal, not an error
+class _Reached(Exception):
     """Carries a hidden state out of the model's own loop."""
 
     def __init__(self, hidden: mx.array) -> None:

@@ -1,0 +1,1 @@
+"""Loading, LoRA injection, weight sources, and what a block is."""

@@ -1,0 +1,251 @@
+"""A model folder: found, checked, and rewritten once where its tensors cannot be streamed."""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from mlx.utils import tree_flatten
+from mlx_lm.utils import _get_classes, load_model, quantize_model, save_config
+
+from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.model.safetensors import TensorInfo, read_header, write_tensors
+from mlx_edgelora.model.sources import TensorPlace
+
+# What a model needs from the Hub; Python files are never fetched.
+HUB_PATTERNS = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
+# Part of a converted copy's name: raise it when what is written changes.
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checked model folder.
+
+    Attributes:
+        path: the folder.
+        config: its config.json.
+        tensors: for every tensor its shard and place in it, from checked headers.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, tuple[Path, TensorInfo]]
+
+
+@dataclass
+class LazyModel:
+    """A model none of whose weights is in memory yet.
+
+    Attributes:
+        model: an mlx-lm model whose parameters are unevaluated.
+        config: its configuration, quantization included.
+        checkpoint: where it came from.
+        raw: the shards' own arrays by the identity of the Python object, with their
+            place on disk; a parameter found here can be read again from its shard.
+    """
+
+    model: nn.Module
+    config: dict[str, Any]
+    checkpoint: Checkpoint
+    raw: dict[int, tuple[mx.array, TensorPlace]]
+
+    def place(self, array: mx.array) -> TensorPlace | None:
+        """Where a parameter lies on disk; None where it is computed from what lies there."""
+        found = self.raw.get(id(array))
+        return found[1] if found else None
+
+
+def resolve(name: str) -> Path:
+    """Find a model: a folder, or the name of one on the Hugging Face Hub.
+
+    Raises:
+        EdgeLoraError: neither a folder nor a repository that can be reached.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise EdgeLoraError(
+            f"model: {name!r} is not a folder, expected a model folder or a Hub name such as "
+            "mlx-community/Llama-3.2-3B-Instruct-4bit; check the path"
+        )
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise EdgeLoraError(
+            f"model: {name!r} is not a folder here and cannot be fetched from the Hub "
+            f"({_first_line(error)}); check the name, the network and the access rights"
+        ) from error
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Check a model folder before anything trusts it: config, index, every shard's header.
+
+    Raises:
+        EdgeLoraError: a file is missing, truncated or does not say what it must.
+    """
+    config = _read_json(path / "config.json")
+    if not isinstance(config.get("model_type"), str):
+        raise EdgeLoraError(
+            f"{path / 'config.json'}: no model_type, expected an architecture of mlx-lm such as "
+            "'llama'; use a model that mlx-lm can load"
+        )
+    if "model_file" in config:
+        raise EdgeLoraError(
+            f"{path / 'config.json'}: asks to run its own code ({config['model_file']!r}), which "
+            "is never done here; use a model of an architecture that mlx-lm has"
+        )
+    shards = sorted(path.glob("model*.safetensors"))
+    index = path / "model.safetensors.index.json"
+    expected = _read_json(index).get("weight_map", {}) if index.exists() else {}
+    missing = sorted(set(expected.values()) - {shard.name for shard in shards})
+    if missing or not shards:
+        raise EdgeLoraError(
+            f"{path}: {missing[0] if missing else 'model*.safetensors'} is missing, expected every "
+            "shard of the model; download it again"
+        )
+    tensors: dict[str, tuple[Path, TensorInfo]] = {}
+    for shard in shards:
+        for name, info in read_header(shard).items():
+            if name in tensors:
+                raise EdgeLoraError(
+                    f"{shard}: tensor {name!r} is also in {tensors[name][0].name}, expected it "
+                    "once; remove the shards of another model"
+                )
+            tensors[name] = shard, info
+    lacking = sorted(set(expected) - set(tensors))
+    if lacking:
+        raise EdgeLoraError(
+            f"{path}: the index names tensor {lacking[0]!r}, which no shard has; download it again"
+        )
+    return Checkpoint(path, config, tensors)
+
+
+def load_lazily(checkpoint: Checkpoint) -> LazyModel:
+    """Build the model with unevaluated parameters and remember where each one lies.
+
+    Raises:
+        EdgeLoraError: mlx-lm does not know the architecture or the tensors do not fit it.
+    """
+    raw: dict[int, tuple[mx.array, TensorPlace]] = {}
+    try:
+        model, config = load_model(
+            checkpoint.path,
+            lazy=True,
+            get_model_classes=lambda config: _watched(config, checkpoint, raw),
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise EdgeLoraError(
+            f"{checkpoint.path}: mlx-lm cannot build this model "
+            f"({type(error).__name__}: {_first_line(error)}); use a model that it can load"
+        ) from error
+    return LazyModel(model, config, checkpoint, raw)
+
+
+def _watched(config: dict, checkpoint: Checkpoint, raw: dict) -> tuple[Callable, Any]:
+    """mlx-lm's classes for a config, with a look at the weights before `sanitize` has them."""
+    model_class, args_class = _get_classes(config)
+
+    def build(args: Any) -> nn.Module:
+        model = model_class(args)
+        sanitize = getattr(model, "sanitize", lambda weights: weights)
+
+        def watched(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+            for name, array in weights.items():
+                raw[id(array)] = array, TensorPlace(checkpoint.tensors[name][0], name)
+            object.__delattr__(model, "sanitize")
+            return sanitize(weights)
+
+        object.__setattr__(model, "sanitize", watched)
+        return model
+
+    return build, args_class
+
+
+def converted(lazy: LazyModel, cache: Path, quantize: int | None = None) -> Path:
+    """Write the model once as plain MLX shards, quantized or as it is; reuse it ever after.
+
+    Args:
+        lazy: the model; it is used up.
+        cache: the folder of such copies.
+        quantize: bits of affine quantization in groups of 64, or None.
+
+    Returns:
+        The copy's folder. Memory: a few tensors at a time.
+
+    Raises:
+        EdgeLoraError: the cache cannot be written.
+    """
+    checkpoint = lazy.checkpoint
+    folder = cache / f"{checkpoint.path.resolve().name}-{_fingerprint(checkpoint, quantize)}"
+    if (folder / "config.json").exists():
+        return folder
+    model, config = lazy.model, lazy.config
+    if quantize is not None:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints where a library should not
+            model, config = quantize_model(model, config, 64, quantize)
+    parameters = tree_flatten(model.parameters())
+    lazy.raw.clear()
+    lazy.model = model = None
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="building-", dir=cache) as building:
+            _write_model(Path(building), parameters, config)
+            os.replace(building, folder)
+            os.mkdir(building)  # TemporaryDirectory removes what it made
+    except OSError as error:
+        free = shutil.disk_usage(cache).free / 2**30 if cache.exists() else 0
+        raise EdgeLoraError(
+            f"{folder}: the converted model cannot be written ({error.strerror}, {free:.1f} GiB "
+            "free); free some space or choose another folder with --cache-dir"
+        ) from error
+    return folder
+
+
+def _write_model(folder: Path, parameters: list[tuple[str, mx.array]], config: dict) -> None:
+    specs = {name: (array.dtype, array.shape) for name, array in parameters}
+    with open(folder / "model.safetensors", "wb") as file:
+        write_tensors(file, specs, _drain(parameters))
+        file.flush()
+        os.fsync(file.fileno())
+    save_config(config, folder / "config.json")
+
+
+def _drain(parameters: list[tuple[str, mx.array]]) -> Iterator[mx.array]:
+    parameters.reverse()
+    while parameters:
+        yield parameters.pop()[1]
+
+
+def _fingerprint(checkpoint: Checkpoint, quantize: int | None) -> str:
+    shards = sorted({shard for shard, _ in checkpoint.tensors.values()})
+    stamps = [(s.name, s.stat().st_size, s.stat().st_mtime_ns) for s in shards]
+    text = repr((FORMAT, str(checkpoint.path.resolve()), stamps, quantize))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise EdgeLoraError(
+            f"{path}: cannot be read as JSON ({_first_line(error)}); download the model again"
+        ) from error
+    if not isinstance(content, dict):
+        raise EdgeLoraError(f"{path}: not a JSON object; download the model again")
+    return content
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,166 @@
+"""From a model's name to a model ready to be walked: lazy, adapted, its weights attached."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.layers.linear import DequantizedEmbedding
+from mlx_edgelora.memory.meter import DiskMeter
+from mlx_edgelora.model.blocks import BlockList, array_slots
+from mlx_edgelora.model.checkpoint import (
+    LazyModel,
+    converted,
+    load_lazily,
+    read_checkpoint,
+    resolve,
+)
+from mlx_edgelora.model.head import (
+    ROW_NAMES,
+    Head,
+    ResidentRows,
+    StreamedRows,
+    find_head,
+    stream_embedding,
+)
+from mlx_edgelora.model.safetensors import RowReader
+from mlx_edgelora.model.sources import (
+    ResidentWeights,
+    StreamedWeights,
+    TensorPlace,
+    WeightSource,
+    cast,
+)
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+
+
+def open_model(name: str, *, streamed: bool, quantize: int | None, cache: Path) -> LazyModel:
+    """Open a model without reading its weights.
+
+    Args:
+        name: a folder or a Hub name.
+        streamed: whether weights will be read block by block. A checkpoint whose tensors
+            mlx-lm has to compute from what lies on disk is then rewritten once.
+        quantize: quantize an unquantized checkpoint to so many bits, once.
+        cache: where rewritten checkpoints are kept.
+
+    Raises:
+        EdgeLoraError: the model cannot be found, read, built or rewritten.
+    """
+    lazy = load_lazily(read_checkpoint(resolve(name)))
+    if quantize is not None and "quantization" in lazy.config:
+        raise EdgeLoraError(
+            f"quantize: {quantize} bits asked, but {name} is quantized already; leave --quantize "
+            "out, or name an unquantized model"
+        )
+    if quantize is None and (not streamed or _can_stream(lazy)):
+        return lazy
+    return load_lazily(read_checkpoint(converted(lazy, cache, quantize)))
+
+
+def _can_stream(lazy: LazyModel) -> bool:
+    return all(lazy.place(array) for _, array in tree_flatten(lazy.model.parameters()))
+
+
+@dataclass
+class Attached:
+    """Where a model's frozen weights come from, once `attach` has settled it.
+
+    Attributes:
+        weights: of the blocks.
+        head: the vocabulary head by tiles; None where only whole logits can be had.
+        logits: how logits are made, and why.
+    """
+
+    weights: WeightSource
+    head: Head | None
+    logits: str
+
+
+def attach(lazy: LazyModel, *, streamed: bool, dtype: str | None, meter: DiskMeter) -> Attached:
+    """Settle where every frozen weight comes from; call it after `add_lora`.
+
+    Resident: everything is read and cast now. Streamed: blocks, token embedding and head
+    stay on disk, the rest (norms) is read now. Where an adapter lies outside the blocks,
+    everything outside them is read, and the loss works on whole rows of logits.
+
+    Raises:
+        EdgeLoraError: the architecture cannot be walked, or a file cannot be read.
+    """
+    kind = DTYPES[dtype] if dtype else None
+    blocks = BlockList(lazy.model)
+    trained = [name for name, _ in tree_flatten(lazy.model.trainable_parameters())]
+    on_disk: dict[int, StreamedRows] = {}
+    head = find_head(blocks) if all(map(blocks.local, trained)) else None
+    if streamed and head is not None:
+        on_disk = _leave_on_disk(lazy, blocks, head, kind, meter)
+    names = [
+        name
+        for name, _ in tree_flatten(lazy.model.parameters())
+        if name not in trained and not (streamed and blocks.local(name))
+    ]
+    _read(lazy.model, names, on_disk, kind)
+    mx.eval(lazy.model.trainable_parameters())
+    source: WeightSource = ResidentWeights()
+    if streamed:
+        source = StreamedWeights(_block_places(lazy, blocks), kind, meter)
+    if head is None:
+        return Attached(source, None, "whole rows of logits: the head cannot be cut into tiles")
+    result = Head(blocks, head, on_disk.get(id(head)) or ResidentRows(head))
+    if not result.is_separable():
+        return Attached(source, None, "whole rows of logits: a logit depends on others")
+    where = "disk" if id(head) in on_disk else "memory"
+    return Attached(source, result, f"vocabulary tiles of the head, from {where}")
+
+
+def _leave_on_disk(
+    lazy: LazyModel,
+    blocks: BlockList,
+    head: nn.Module,
+    dtype: mx.Dtype | None,
+    meter: DiskMeter,
+) -> dict[int, StreamedRows]:
+    """Turn embeddings and head into readers of rows; gives them by the module's identity."""
+    inside = {id(module) for block in blocks.blocks for module in block.modules()}
+    result = {}
+    for module in lazy.model.modules():
+        embeds = type(module) in (nn.Embedding, nn.QuantizedEmbedding, DequantizedEmbedding)
+        if id(module) in inside or not (embeds or module is head):
+            continue
+        places = {n: lazy.place(module[n]) for n in ROW_NAMES if module.get(n) is not None}
+        readers = {
+            name: RowReader(place.shard, lazy.checkpoint.tensors[place.name][1])
+            for name, place in places.items()
+        }
+        result[id(module)] = StreamedRows(readers, dtype, meter)
+        if embeds:
+            stream_embedding(module, result[id(module)])
+    return result
+
+
+def _read(
+    model: nn.Module, names: list[str], on_disk: dict[int, StreamedRows], dtype: mx.Dtype | None
+) -> None:
+    """Evaluate parameters one by one, so that a cast costs one tensor and not the model."""
+    slots = array_slots(model)
+    for name in names:
+        box, key = slots[name]
+        if id(box) not in on_disk:
+            if dtype is not None:
+                box[key] = cast(box[key], dtype)
+            mx.eval(box[key])
+
+
+def _block_places(lazy: LazyModel, blocks: BlockList) -> list[dict[str, TensorPlace]]:
+    return [
+        {
+            name: place
+            for name, (box, key) in array_slots(block).items()
+            if (place := lazy.place(box[key]))
+        }
+        for block in blocks.blocks
+    ]

@@ -1,0 +1,110 @@
+"""LoRA layers in an mlx-lm model: its own injection, then this package's forward.
+
+mlx-lm chooses the layers and draws the initial matrices, so that names, shapes and
+random numbers are its own; then classes are exchanged for subclasses that multiply
+differently. No attribute changes, so mlx-lm loads, fuses and generates with the result.
+"""
+
+import difflib
+from collections.abc import Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.lora import LoRALinear as MlxLoRALinear
+from mlx_lm.tuner.lora import LoRASwitchLinear as MlxLoRASwitchLinear
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.layers.linear import (
+    DequantizedEmbedding,
+    DequantizedLinear,
+    LoRALinear,
+    LoRASwitchLinear,
+)
+
+LORA_CLASSES = {MlxLoRALinear: LoRALinear, MlxLoRASwitchLinear: LoRASwitchLinear}
+DEQUANTIZED_CLASSES = {
+    nn.QuantizedLinear: DequantizedLinear,
+    nn.QuantizedEmbedding: DequantizedEmbedding,
+}
+
+
+def add_lora(
+    model: nn.Module,
+    num_layers: int,
+    rank: int = 8,
+    scale: float = 20.0,
+    dropout: float = 0.0,
+    keys: Sequence[str] | None = None,
+) -> None:
+    """Freeze the model and give its last blocks LoRA layers, as `mlx_lm.lora` does.
+
+    Args:
+        model: an mlx-lm model; changed in place.
+        num_layers: how many blocks from the last one; -1 for all.
+        rank, scale, dropout: of every adapter; `lora_a` [in, rank] is uniform, `lora_b`
+            [rank, out] zero, both float32.
+        keys: names of layers inside a block, or full names outside them; None for every
+            linear layer of a block.
+
+    Raises:
+        EdgeLoraError: too many blocks, or a key that names no layer.
+    """
+    count = len(model.layers) if num_layers == -1 else num_layers
+    if count > len(model.layers):
+        raise EdgeLoraError(
+            f"num_layers: {num_layers} asked, but the model has {len(model.layers)} blocks; "
+            "lower it, or use -1 for all"
+        )
+    settings = {"rank": rank, "scale": scale, "dropout": dropout}
+    if keys is not None:
+        _check_keys(model, keys)
+        settings["keys"] = list(keys)
+    model.freeze()
+    linear_to_lora_layers(model, count, settings)
+    if not tree_flatten(model.trainable_parameters()):
+        raise EdgeLoraError(
+            "lora_parameters.keys: no layer was adapted, expected at least one; name layers that "
+            "the last num_layers blocks have"
+        )
+    _exchange(model, LORA_CLASSES)
+
+
+def set_kernel(model: nn.Module, kernel: str) -> str:
+    """Choose how frozen quantized matrices are multiplied.
+
+    Args:
+        model: changed in place.
+        kernel: "fused" (MLX's `quantized_matmul`), "dequantize" (tile by tile), or "auto".
+
+    Returns:
+        The kernel chosen and the reason.
+    """
+    reason = "as asked"
+    if kernel == "auto":
+        on_gpu = mx.default_device() == mx.gpu
+        kernel = "fused" if on_gpu else "dequantize"
+        reason = "the fastest on a GPU" if on_gpu else "much the fastest on a CPU"
+    if kernel == "dequantize":
+        _exchange(model, DEQUANTIZED_CLASSES)
+    return f"{kernel} ({reason})"
+
+
+def _exchange(model: nn.Module, classes: dict[type, type]) -> None:
+    for module in model.modules():
+        if type(module) in classes:
+            object.__setattr__(module, "__class__", classes[type(module)])
+
+
+def _check_keys(model: nn.Module, keys: Sequence[str]) -> None:
+    names = {name for block in model.layers for name, _ in block.named_modules()}
+    names |= {name for name, _ in model.named_modules()}
+    for key in keys:
+        if key not in names:
+            close = difflib.get_close_matches(key, sorted(names), n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise EdgeLoraError(
+                f"lora_parameters.keys: {key!r} names no layer of this model{hint or ';'} "
+                "use names such as 'self_attn.q_proj'"
+            )

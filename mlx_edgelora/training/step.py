@@ -1,0 +1,112 @@
+"""One training step's loss and gradients: the walk over blocks and the masked, tiled loss."""
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.losses.cross_entropy import chunked_cross_entropy, streamed_cross_entropy
+from mlx_edgelora.memory.blockwise import Arrays, BlockWalk, Pass, add_into, gradient_tree
+from mlx_edgelora.memory.meter import DiskMeter
+from mlx_edgelora.model.head import Head
+
+# One float32 tile of logits, and one of dequantized head rows.
+LOGITS_BYTES = 4 * 2**20
+# Below this many rows a tile is too thin for a fast product.
+MIN_ROWS = 128
+
+
+class Engine:
+    """Computes losses and gradients of batches, at a bounded peak.
+
+    Rows of the last hidden state that carry no label never reach the final norm and the
+    head, so a masked prompt costs no logits.
+
+    Args:
+        model: the adapted model.
+        walk: the walk over its blocks.
+        head: its head by tiles; None computes whole rows of logits.
+        disk: counts what the weights and the store read and write.
+    """
+
+    def __init__(
+        self, model: nn.Module, walk: BlockWalk, head: Head | None, disk: DiskMeter
+    ) -> None:
+        self.model, self.disk = model, disk
+        self._walk, self._head = walk, head
+
+    def value_and_grad(self, batch: Any) -> tuple[tuple[mx.array, int], dict]:
+        """Mean loss over the labelled tokens, their count, and all gradients, evaluated.
+
+        Args:
+            batch: `tokens` int [B, T + 1] and `mask()` bool [B, T], both NumPy.
+        """
+        tokens, rows, labels = _labelled(batch)
+        with self._walk.forward(lambda: self.model(tokens)) as state:
+            hidden = _take(state, rows)
+            shape, dtype = state.hidden.shape, state.hidden.dtype
+            state.hidden = None
+            loss, piece, gradients = self._loss(hidden, labels, gradient=True)
+            del hidden
+            cotangent = mx.zeros((shape[0] * shape[1], shape[2]), dtype)
+            cotangent[rows] = piece
+            del piece
+            state.cotangent = cotangent.reshape(shape)
+            del cotangent
+            mx.eval(state.cotangent)
+            add_into(gradients, self._walk.backward(state))
+        return (loss, labels.size), gradient_tree(self.model, gradients)
+
+    def loss(self, batch: Any) -> tuple[mx.array, int]:
+        """Mean loss over the labelled tokens, and their count; nothing is kept or spilled."""
+        tokens, rows, labels = _labelled(batch)
+        with self._walk.forward(lambda: self.model(tokens), keep=False) as state:
+            hidden = _take(state, rows)
+            state.hidden = None
+            loss, _, _ = self._loss(hidden, labels, gradient=False)
+        return loss, labels.size
+
+    def close(self) -> None:
+        """Give the store's disk space back."""
+        self._walk.store.close()
+
+    def _loss(
+        self, hidden: mx.array, labels: mx.array, gradient: bool
+    ) -> tuple[mx.array, mx.array | None, Arrays]:
+        if self._head is None:
+            trained = self._walk.outside()
+            vocabulary = self._whole_logits(hidden[:1], trained).shape[-1]
+            rows = max(1, 4 * LOGITS_BYTES // (4 * vocabulary))
+            return chunked_cross_entropy(
+                hidden, labels, self._whole_logits, trained, rows, gradient
+            )
+        rows = max(MIN_ROWS, LOGITS_BYTES // (4 * max(labels.size, self._head.dims)))
+        loss, piece = streamed_cross_entropy(
+            hidden, labels, lambda: self._head.tiles(rows), gradient
+        )
+        return loss, piece, {}
+
+    def _whole_logits(self, hidden: mx.array, trained: Arrays) -> mx.array:
+        with self._walk.tail(hidden[None], trained):
+            return self.model(mx.zeros((1, hidden.shape[0]), mx.int32))[0]
+
+
+def _labelled(batch: Any) -> tuple[mx.array, mx.array, mx.array]:
+    """Inputs [B, T], indices of labelled positions in [B * T], and their labels."""
+    mask = batch.mask()
+    rows = np.flatnonzero(mask)
+    if not rows.size:
+        raise EdgeLoraError(
+            f"batch of rows {list(batch.indices)}: no token carries a label, expected at least "
+            "one; raise max_seq_length or leave mask_prompt out"
+        )
+    labels = batch.tokens[:, 1:].reshape(-1)[rows]
+    return mx.array(batch.tokens[:, :-1]), mx.array(rows), mx.array(labels)
+
+
+def _take(state: Pass, rows: mx.array) -> mx.array:
+    hidden = state.hidden.reshape(-1, state.hidden.shape[-1])[rows]
+    mx.eval(hidden)
+    return hidden
