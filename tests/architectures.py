@@ -116,7 +116,8 @@ def build(name: str, seed: int = 0, **changes) -> nn.Module:
 
 def _random(name: str, value: mx.array) -> mx.array:
     if value.ndim > 1:
-        return mx.random.normal(value.shape) * (0.7 / value.shape[-1] ** 0.5)
+        inputs = value.shape[-1] if value.shape[-1] > 1 else value.shape[-2]  # a convolution's
+        return mx.random.normal(value.shape) * (0.5 / inputs**0.5)
     return value + 0.1 * mx.random.normal(value.shape)
 
 

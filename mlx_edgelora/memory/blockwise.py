@@ -15,6 +15,7 @@ Cost: one more forward of the trained blocks. Not optimal yet: the recomputation
 block knows nothing about its inside (attention scores are built whole on a CPU).
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -39,6 +40,8 @@ from mlx_edgelora.model.blocks import (
 from mlx_edgelora.model.sources import ResidentWeights, WeightSource
 
 Arrays = dict[str, mx.array]
+# For dropout in a pass that only looks at the graph: it must not move MLX's generator.
+_SAME_KEY = itertools.repeat(mx.random.key(0))
 
 
 class _Reached(Exception):
@@ -109,7 +112,8 @@ class BlockWalk:
         self.weights = ResidentWeights() if weights is None else weights
         self._functions: dict[tuple[str, bool], Callable] | None = {} if compiled else None
         self._entry_trained: dict[tuple[str, ...], bool] = {}
-        check_walk(self.blocks)
+        with keyed_dropout(model) as tape, tape.playing(_SAME_KEY):
+            check_walk(self.blocks)
 
     @contextmanager
     def forward(self, run: Callable[[], Any], keep: bool = True) -> Iterator[Pass]:
@@ -120,22 +124,28 @@ class BlockWalk:
             keep: keep the blocks' inputs for a backward pass.
         """
         with keyed_dropout(self.model) as tape:
-            first, entry = self._reach(run) if keep else (len(self.blocks), False)
+            first, entry = self._reach(run, tape) if keep else (len(self.blocks), False)
             state = Pass(run, tape, first, entry)
             with tape.recording() as state.entry_keys:
                 state.hidden = self._stopped(run, lambda *call: self._run_block(state, *call))
             yield state
 
     @contextmanager
-    def tail(self, hidden: mx.array, outside: Arrays | None = None) -> Iterator[None]:
-        """Make calls of the model start from the last block's output.
+    def tail(self, state: Pass, hidden: mx.array, outside: Arrays | None = None) -> Iterator[None]:
+        """Make a call of the model start from the last block's output.
 
         Args:
+            state: the pass that is being finished.
             hidden: what the last block returns, or any [1, n, hidden] rows of it: what
                 follows the blocks works token by token.
             outside: values for trained parameters outside the blocks.
         """
-        with self.blocks.returning(hidden), self._outside_bound(outside or {}):
+        # The model's entry is called again, for nothing; its dropout must not draw again.
+        with (
+            state.tape.playing(state.entry_keys),
+            self.blocks.returning(hidden),
+            self._outside_bound(outside or {}),
+        ):
             yield
 
     def backward(self, state: Pass) -> Arrays:
@@ -234,10 +244,12 @@ class BlockWalk:
         mx.eval(gradients)
         return dict(zip(outside, gradients, strict=True))
 
-    def _reach(self, run: Callable[[], Any]) -> tuple[int, bool]:
+    def _reach(self, run: Callable[[], Any], tape: KeyTape) -> tuple[int, bool]:
         """How far down the backward must go: the lowest block, and whether beyond it."""
         outside = self.outside()
-        if outside and self._trains_entry(run, outside):
+        with tape.playing(_SAME_KEY):
+            entry = bool(outside) and self._trains_entry(run, outside)
+        if entry:
             return 0, True
         trained = tree_flatten(self.model.trainable_parameters())
         places = [self.blocks.local(name) for name, _ in trained]
@@ -247,7 +259,6 @@ class BlockWalk:
         """Whether a parameter outside the blocks has a part in the first block's input."""
         names = tuple(outside)
         if names not in self._entry_trained:
-            generator = mx.random.state[0]  # dropout in the embedding must not move it
             keys = mx.random.split(mx.random.key(0), len(outside))
             tangents = [
                 mx.random.normal(value.shape, value.dtype, key=key)
@@ -259,7 +270,6 @@ class BlockWalk:
                 tangents,
             )
             self._entry_trained[names] = bool(mx.any(tangent != 0).item())
-            mx.random.state[0] = generator
         return self._entry_trained[names]
 
     def _entry(self, run: Callable[[], Any], outside: Arrays) -> mx.array:
@@ -335,7 +345,7 @@ def value_and_grad(
         with walk.forward(lambda: loss(*args, **kwargs)) as state:
 
             def tail(hidden: mx.array, outside: Arrays) -> Any:
-                with walk.tail(hidden, outside):
+                with walk.tail(state, hidden, outside):
                     return loss(*args, **kwargs)
 
             value, (state.cotangent, gradients) = mx.value_and_grad(tail, argnums=(0, 1))(

@@ -6,7 +6,7 @@ has this flaw). Here each call draws its key from the same generator in the same
 so that masks equal those of plain MLX, and the key is kept for the second time.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import mlx.core as mx
@@ -22,9 +22,10 @@ class KeyTape:
 
     def next(self) -> mx.array:
         """Give the key of the next call, uint32 [2]."""
-        if self._playback is not None:
-            return next(self._playback)
-        mx.random.state[0], key = mx.random.split(mx.random.state[0])
+        if self._playback is not None and (key := next(self._playback, None)) is not None:
+            return key
+        key = mx.random.split(mx.random.state[0])[1]
+        mx.random.uniform()  # unused and never computed: it moves the generator as a mask would
         if self._keys is not None:
             self._keys.append(key)
         return key
@@ -39,8 +40,8 @@ class KeyTape:
             self._keys = before
 
     @contextmanager
-    def playing(self, keys: Sequence[mx.array]) -> Iterator[None]:
-        """Give these keys, in order, instead of drawing."""
+    def playing(self, keys: Iterable[mx.array]) -> Iterator[None]:
+        """Give these keys, in order, and draw again when they have run out."""
         before, self._playback = self._playback, iter(keys)
         try:
             yield

@@ -51,7 +51,9 @@ class LazyModel:
     Attributes:
         model: an mlx-lm model whose parameters are unevaluated.
         config: its configuration, quantization included.
-        checkpoint: where it came from.
+        checkpoint: where its weights are.
+        source: the folder that was named, with the tokenizer; another one than the
+            checkpoint's where the weights were rewritten.
         raw: the shards' own arrays by the identity of the Python object, with their
             place on disk; a parameter found here can be read again from its shard.
     """
@@ -60,6 +62,7 @@ class LazyModel:
     config: dict[str, Any]
     checkpoint: Checkpoint
     raw: dict[int, tuple[mx.array, TensorPlace]]
+    source: Path
 
     def place(self, array: mx.array) -> TensorPlace | None:
         """Where a parameter lies on disk; None where it is computed from what lies there."""
@@ -150,7 +153,7 @@ def load_lazily(checkpoint: Checkpoint) -> LazyModel:
             f"{checkpoint.path}: mlx-lm cannot build this model "
             f"({type(error).__name__}: {_first_line(error)}); use a model that it can load"
         ) from error
-    return LazyModel(model, config, checkpoint, raw)
+    return LazyModel(model, config, checkpoint, raw, checkpoint.path)
 
 
 def _watched(config: dict, checkpoint: Checkpoint, raw: dict) -> tuple[Callable, Any]:

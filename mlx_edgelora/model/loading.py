@@ -1,5 +1,6 @@
 """From a model's name to a model ready to be walked: lazy, adapted, its weights attached."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +60,8 @@ def open_model(name: str, *, streamed: bool, quantize: int | None, cache: Path) 
         )
     if quantize is None and (not streamed or _can_stream(lazy)):
         return lazy
-    return load_lazily(read_checkpoint(converted(lazy, cache, quantize)))
+    rewritten = load_lazily(read_checkpoint(converted(lazy, cache, quantize)))
+    return dataclasses.replace(rewritten, source=lazy.source)
 
 
 def _can_stream(lazy: LazyModel) -> bool:

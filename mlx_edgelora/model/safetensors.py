@@ -160,35 +160,41 @@ class RowReader:
         self.row_bytes = (info.stop - info.start) // max(info.shape[0], 1)
         self._path = path
         self._start = info.start
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
 
     def take(self, indices: np.ndarray) -> mx.array:
         """Gather rows: `indices` int [n] -> [n, ...] in the file's dtype."""
         out, view = self._allocate(len(indices))
-        for row, index in enumerate(indices.tolist()):
-            self._read(index, view[row * self.row_bytes : (row + 1) * self.row_bytes])
+        with self._open() as file:
+            for row, index in enumerate(indices.tolist()):
+                self._read(file, index, view[row * self.row_bytes : (row + 1) * self.row_bytes])
         return out
 
     def slice(self, start: int, stop: int) -> mx.array:
         """Read rows `start` to `stop` -> [stop - start, ...] in the file's dtype."""
         out, view = self._allocate(stop - start)
-        self._read(start, view)
+        with self._open() as file:
+            self._read(file, start, view)
         return out
 
-    def close(self) -> None:
-        """Close the file; reading afterwards is an error."""
-        self._file.close()
+    def _open(self) -> BinaryIO:
+        try:
+            return open(self._path, "rb", buffering=0)
+        except OSError as error:
+            raise EdgeLoraError(
+                f"{self._path}: cannot be read any more ({error.strerror}); put the file back "
+                "and start again"
+            ) from error
 
     def _allocate(self, rows: int) -> tuple[mx.array, memoryview]:
         out = mx.zeros((rows, *self.shape[1:]), self.dtype)
         mx.eval(out)
         return out, memoryview(to_numpy(out)).cast("B")
 
-    def _read(self, row: int, view: memoryview) -> None:
-        self._file.seek(self._start + row * self.row_bytes)
+    def _read(self, file: BinaryIO, row: int, view: memoryview) -> None:
+        file.seek(self._start + row * self.row_bytes)
         done = 0
         while done < len(view):
-            count = self._file.readinto(view[done:])
+            count = file.readinto(view[done:])
             if not count:
                 raise EdgeLoraError(
                     f"{self._path}: ends before row {row}, expected {self.shape[0]} rows; "

@@ -48,7 +48,7 @@ class Engine:
             hidden = _take(state, rows)
             shape, dtype = state.hidden.shape, state.hidden.dtype
             state.hidden = None
-            loss, piece, gradients = self._loss(hidden, labels, gradient=True)
+            loss, piece, gradients = self._loss(state, hidden, labels, gradient=True)
             del hidden
             cotangent = mx.zeros((shape[0] * shape[1], shape[2]), dtype)
             cotangent[rows] = piece
@@ -65,7 +65,7 @@ class Engine:
         with self._walk.forward(lambda: self.model(tokens), keep=False) as state:
             hidden = _take(state, rows)
             state.hidden = None
-            loss, _, _ = self._loss(hidden, labels, gradient=False)
+            loss, _, _ = self._loss(state, hidden, labels, gradient=False)
         return loss, labels.size
 
     def close(self) -> None:
@@ -73,24 +73,22 @@ class Engine:
         self._walk.store.close()
 
     def _loss(
-        self, hidden: mx.array, labels: mx.array, gradient: bool
+        self, state: Pass, hidden: mx.array, labels: mx.array, gradient: bool
     ) -> tuple[mx.array, mx.array | None, Arrays]:
         if self._head is None:
+
+            def logits(hidden: mx.array, trained: Arrays) -> mx.array:
+                with self._walk.tail(state, hidden[None], trained):
+                    return self.model(mx.zeros((1, hidden.shape[0]), mx.int32))[0]
+
             trained = self._walk.outside()
-            vocabulary = self._whole_logits(hidden[:1], trained).shape[-1]
-            rows = max(1, 4 * LOGITS_BYTES // (4 * vocabulary))
-            return chunked_cross_entropy(
-                hidden, labels, self._whole_logits, trained, rows, gradient
-            )
+            rows = max(1, LOGITS_BYTES // logits(hidden[:1], trained).nbytes)
+            return chunked_cross_entropy(hidden, labels, logits, trained, rows, gradient)
         rows = max(MIN_ROWS, LOGITS_BYTES // (4 * max(labels.size, self._head.dims)))
         loss, piece = streamed_cross_entropy(
             hidden, labels, lambda: self._head.tiles(rows), gradient
         )
         return loss, piece, {}
-
-    def _whole_logits(self, hidden: mx.array, trained: Arrays) -> mx.array:
-        with self._walk.tail(hidden[None], trained):
-            return self.model(mx.zeros((1, hidden.shape[0]), mx.int32))[0]
 
 
 def _labelled(batch: Any) -> tuple[mx.array, mx.array, mx.array]:

@@ -1,0 +1,208 @@
+"""What an option accepts: each kind turns what a user wrote into a value, or says what it expects.
+
+An option is a dataclass field with metadata from `about`. Its kind is the only place that knows
+its type, its range and how its text on a command line is read.
+"""
+
+import dataclasses
+import difflib
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+from mlx_edgelora.errors import EdgeLoraError
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The values that an option accepts.
+
+    Attributes:
+        expected: completes the sentence "expected ...".
+        read: value as YAML or Python gives it -> value of the option; raises ValueError.
+        parse: text of a command line -> what `read` takes; raises ValueError. `bool` makes
+            a pair of flags, None an option that only a file can hold.
+        choices: all values, if they are few; for help texts.
+    """
+
+    expected: str
+    read: Callable[[Any], Any]
+    parse: Callable[[str], Any] | None = str
+    choices: tuple[Any, ...] = ()
+
+
+def about(text: str, kind: Kind) -> dict[str, Any]:
+    """The metadata of a dataclass field that is an option."""
+    return {"help": text, "kind": kind}
+
+
+def option(default: Any, text: str, kind: Kind) -> Any:
+    """A dataclass field that is an option with an immutable default."""
+    return dataclasses.field(default=default, metadata=about(text, kind))
+
+
+def whole(minimum: int, maximum: int | None = None, also: int | None = None) -> Kind:
+    """A whole number from `minimum` up to `maximum`, or the value `also`."""
+
+    def read(value: Any) -> int:
+        _require(isinstance(value, int) and not isinstance(value, bool))
+        _require(value == also or minimum <= value <= (value if maximum is None else maximum))
+        return value
+
+    expected = f"a whole number of at least {minimum}"
+    if maximum is not None:
+        expected = f"a whole number from {minimum} to {maximum}"
+    if also is not None:
+        expected = f"{also} or {expected}"
+    return Kind(expected, read, int)
+
+
+def number(expected: str, test: Callable[[float], bool] = lambda value: True) -> Kind:
+    """A finite number that passes the test; whole numbers count."""
+
+    def read(value: Any) -> float:
+        _require(isinstance(value, int | float) and not isinstance(value, bool))
+        _require(math.isfinite(value) and test(value))
+        return float(value)
+
+    return Kind(expected, read, float)
+
+
+def text(expected: str = "text", test: Callable[[str], bool] = lambda value: True) -> Kind:
+    """A string, or a path, that passes the test."""
+
+    def read(value: Any) -> str:
+        _require(isinstance(value, str | os.PathLike))
+        _require(test(os.fspath(value)))
+        return os.fspath(value)
+
+    return Kind(expected, read)
+
+
+def one_of(*choices: Any) -> Kind:
+    """One of some strings, in any case, or one of some whole numbers."""
+
+    def read(value: Any) -> Any:
+        value = value.lower() if isinstance(value, str) else value
+        _require(not isinstance(value, bool) and value in choices)
+        return value
+
+    expected = f"one of {', '.join(map(str, choices))}"
+    return Kind(expected, read, type(choices[0]), choices)
+
+
+def _read_flag(value: Any) -> bool:
+    _require(isinstance(value, bool))
+    return value
+
+
+def _read_texts(value: Any) -> tuple[str, ...]:
+    _require(isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0)
+    _require(all(isinstance(item, str) for item in value))
+    return tuple(value)
+
+
+def _read_numbers(value: Any) -> list[float]:
+    _require(isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0)
+    _require(all(isinstance(n, int | float) and not isinstance(n, bool) for n in value))
+    _require(all(map(math.isfinite, value)))
+    return list(value)
+
+
+def _read_mapping(value: Any) -> dict[str, Any]:
+    _require(isinstance(value, Mapping) and all(isinstance(key, str) for key in value))
+    return dict(value)
+
+
+_UNITS = {"": 1, "M": 10**6, "MB": 10**6, "G": 10**9, "GB": 10**9}
+
+
+def _read_size(value: Any) -> int:
+    """Bytes of `4GB`, `1.5 G`, `500M`; decimal units, as in mlx-lm."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([A-Za-z]*)\s*", value)
+        _require(match is not None and match[2].upper() in _UNITS)
+        return int(Decimal(match[1]) * _UNITS[match[2].upper()])
+    _require(isinstance(value, int) and not isinstance(value, bool) and value >= 0)
+    return value
+
+
+FLAG = Kind("true or false", _read_flag, bool)
+TEXTS = Kind("a list of at least one text", _read_texts, None)
+NUMBERS = Kind("a list of at least one number", _read_numbers, None)
+MAPPING = Kind("a mapping of names to values", _read_mapping, None)
+SIZE = Kind("bytes, as a whole number of at least 0 or a text such as 500MB or 4GB", _read_size)
+
+
+def _require(condition: bool) -> None:
+    if not condition:
+        raise ValueError
+
+
+def read_value(name: str, value: Any, kind: Kind) -> Any:
+    """The option's value.
+
+    Raises:
+        EdgeLoraError: naming the option, the value and what was expected.
+    """
+    try:
+        return kind.read(value)
+    except ValueError:
+        pass
+    raise EdgeLoraError(f"{name}: got {value!r}, expected {kind.expected}")
+
+
+def unknown_key(name: str, key: Any, known: Sequence[str]) -> EdgeLoraError:
+    """The error for a key that is none of `known`; `name` is how to call it in the text."""
+    nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
+    return EdgeLoraError(
+        f"{name}: unknown key, the nearest known one is {nearest}; correct its spelling "
+        "or take it out"
+    )
+
+
+def read_options(cls: type, mapping: Any, prefix: str = "") -> dict[str, Any]:
+    """The values of the options of a dataclass that a mapping gives.
+
+    A null value leaves the option at its default, as in mlx-lm.
+
+    Args:
+        cls: a dataclass of options. Its class attribute `HINTS`, if any, maps keys that users
+            of other tools write to what to write instead.
+        mapping: as YAML gives it.
+        prefix: put before the names in error texts.
+
+    Raises:
+        EdgeLoraError: an unknown or missing key, or a value that its option does not accept.
+    """
+    if not isinstance(mapping, Mapping):
+        place = prefix.rstrip(".") or "the configuration"
+        raise EdgeLoraError(f"{place}: got {mapping!r}, expected {MAPPING.expected}")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key in mapping:
+        if key in getattr(cls, "HINTS", {}):
+            raise EdgeLoraError(f"{prefix}{key}: unknown key; {cls.HINTS[key]}")
+        if key not in fields:
+            raise unknown_key(f"{prefix}{key}", key, list(fields))
+    values = {key: value for key, value in mapping.items() if value is not None}
+    for name, field in fields.items():
+        if name not in values and field.default is field.default_factory is dataclasses.MISSING:
+            raise EdgeLoraError(f"{prefix}{name}: missing, expected {field.metadata['help']}")
+    return {
+        key: read_value(f"{prefix}{key}", value, fields[key].metadata["kind"])
+        for key, value in values.items()
+    }
+
+
+def check_options(options: Any, prefix: str = "") -> None:
+    """Put each field of a frozen dataclass of options through its kind, in place."""
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if value is None and field.default is None:
+            continue
+        value = read_value(f"{prefix}{field.name}", value, field.metadata["kind"])
+        object.__setattr__(options, field.name, value)

@@ -1,0 +1,150 @@
+"""The options that are mappings: LoRA parameters, schedule, optimizer arguments, Hub data sets."""
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import mlx.optimizers as optimizers
+
+from mlx_edgelora.config.kinds import (
+    MAPPING,
+    NUMBERS,
+    TEXTS,
+    Kind,
+    about,
+    check_options,
+    number,
+    one_of,
+    option,
+    read_options,
+    text,
+    unknown_key,
+    whole,
+)
+from mlx_edgelora.errors import EdgeLoraError
+
+OPTIMIZERS = {
+    "adam": optimizers.Adam,
+    "adamw": optimizers.AdamW,
+    "muon": optimizers.Muon,
+    "sgd": optimizers.SGD,
+    "adafactor": optimizers.Adafactor,
+}
+
+_SCHEDULES = [
+    name
+    for name, value in vars(optimizers.schedulers).items()
+    if inspect.isfunction(value)
+    and value.__module__ == optimizers.schedulers.__name__
+    and not name.startswith("_")
+]
+
+
+@dataclass(frozen=True)
+class LoraParameters:
+    """Which linear layers get adapters, and of what size."""
+
+    HINTS: ClassVar[dict[str, str]] = {
+        "alpha": "mlx-lm's LoRA has scale, which multiplies directly (alpha / rank elsewhere)"
+    }
+
+    rank: int = option(8, "Rank of the adapters.", whole(1))
+    dropout: float = option(
+        0.0,
+        "Probability of dropping an input of an adapter.",
+        number("a number from 0 to less than 1", lambda value: 0 <= value < 1),
+    )
+    scale: float = option(
+        20.0,
+        "Factor of the adapters' output.",
+        number("a number other than 0", lambda value: value != 0),
+    )
+    keys: tuple[str, ...] | None = option(
+        None, "Names, inside a block, of the layers to adapt; all linear ones if absent.", TEXTS
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self, "lora_parameters.")
+
+
+@dataclass(frozen=True)
+class _LrSchedule:
+    """The keys of `lr_schedule`."""
+
+    name: str = field(
+        metadata=about("a function of mlx.optimizers.schedulers", one_of(*_SCHEDULES))
+    )
+    arguments: list = field(metadata=about("a list of numbers for that function", NUMBERS))
+    warmup: int = option(0, "Updates of linear warm-up before it.", whole(0))
+    warmup_init: float = option(
+        0.0,
+        "Learning rate at the start of the warm-up.",
+        number("a number of at least 0", lambda value: value >= 0),
+    )
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """One entry of `hf_dataset`; the `*_feature`s default to the options of the same name."""
+
+    path: str = field(metadata=about("the name of a data set on the Hugging Face Hub", text()))
+    config: dict[str, Any] = field(
+        default_factory=dict, metadata=about("Arguments for `datasets.load_dataset`.", MAPPING)
+    )
+    train_split: str = option("train[:80%]", "Rows to train on.", text())
+    valid_split: str = option("train[-10%:]", "Rows to validate on.", text())
+    test_split: str | None = option(None, "Rows to test on.", text())
+    prompt_feature: str | None = option(None, "Key of the prompt.", text())
+    completion_feature: str | None = option(None, "Key of the completion.", text())
+    text_feature: str | None = option(None, "Key of the text.", text())
+    chat_feature: str | None = option(None, "Key of the messages.", text())
+
+    def __post_init__(self) -> None:
+        check_options(self, "hf_dataset.")
+
+
+def _read_lora(value: Any) -> LoraParameters:
+    if isinstance(value, LoraParameters):
+        return value
+    return LoraParameters(**read_options(LoraParameters, value, "lora_parameters."))
+
+
+def _read_schedule(value: Any) -> dict[str, Any]:
+    return dataclasses.asdict(_LrSchedule(**read_options(_LrSchedule, value, "lr_schedule.")))
+
+
+def _read_hub(value: Any) -> tuple[HubDataset, ...]:
+    entries = value if isinstance(value, list | tuple) else [value]
+    if not entries:
+        raise ValueError
+    return tuple(
+        entry
+        if isinstance(entry, HubDataset)
+        else HubDataset(**read_options(HubDataset, entry, "hf_dataset."))
+        for entry in entries
+    )
+
+
+def _read_optimizer_config(value: Any) -> dict[str, dict[str, Any]]:
+    if not isinstance(value, Mapping):
+        raise ValueError
+    for name, arguments in value.items():
+        place = f"optimizer_config.{name}"
+        if name not in OPTIMIZERS:
+            raise unknown_key(place, name, list(OPTIMIZERS))
+        if not isinstance(arguments, Mapping | None):
+            raise EdgeLoraError(f"{place}: got {arguments!r}, expected {MAPPING.expected}")
+        known = [key for key in inspect.signature(OPTIMIZERS[name]).parameters]
+        known.remove("learning_rate")
+        for key in arguments or {}:
+            if key not in known:
+                raise unknown_key(f"{place}.{key}", key, known)
+    return {name: dict(value.get(name) or {}) for name in OPTIMIZERS}
+
+
+LORA = Kind("a mapping with rank, dropout, scale and keys", _read_lora, None)
+SCHEDULE = Kind("a mapping with name, arguments, warmup and warmup_init", _read_schedule, None)
+HUB = Kind("a mapping with path, or a list of them", _read_hub, None)
+OPTIMIZER_CONFIG = Kind("a mapping of optimizers to arguments", _read_optimizer_config, None)

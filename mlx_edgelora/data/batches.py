@@ -1,0 +1,120 @@
+"""Padded batches in mlx-lm's order and shape, with labels on real tokens only."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlx_edgelora.data.dataset import Dataset, count_targets
+from mlx_edgelora.errors import EdgeLoraError
+
+PAD_TO = 32  # inputs are padded to multiples of it, so that few shapes are compiled
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Rows of about one length, padded on the right with token 0.
+
+    Attributes:
+        tokens: int32 [B, T + 1].
+        lengths: int32 [B, 2], per row the position of its first token to train on and the
+            number of its tokens.
+        indices: the rows in the data set, for messages.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    indices: tuple[int, ...]
+
+    def inputs(self) -> np.ndarray:
+        """What the model sees: int32 [B, T]."""
+        return self.tokens[:, :-1]
+
+    def labels(self) -> np.ndarray:
+        """The token that follows each input: int32 [B, T]."""
+        return self.tokens[:, 1:]
+
+    def mask(self) -> np.ndarray:
+        """Which labels train: bool [B, T], the real tokens after the prompt, no padding."""
+        steps = np.arange(1, self.tokens.shape[1])
+        return (steps >= self.lengths[:, :1]) & (steps < self.lengths[:, 1:])
+
+
+def iterate_batches(
+    dataset: Sequence[tuple[Sequence[int], int]],
+    batch_size: int,
+    max_seq_length: int,
+    loop: bool = False,
+    seed: int | None = None,
+) -> Iterator[Batch]:
+    """Batches of rows of about one length, in a random order.
+
+    Rows are sorted by length and grouped; an incomplete last group is left out, and the groups
+    are permuted anew in every epoch. The permutations are those of mlx-lm after
+    `np.random.seed(seed)`, without a change to numpy's global state.
+
+    Args:
+        dataset: a `Dataset`, or any sequence of (tokens, offset). Rows are cut to the limit.
+        batch_size: rows per batch.
+        max_seq_length: limit of tokens per row; T + 1 is no larger.
+        loop: go on forever instead of ending after one epoch.
+        seed: of the order; None draws one.
+
+    Raises:
+        EdgeLoraError: fewer rows than `batch_size`, or a row without a token to train on; at
+            the call, before the first batch.
+    """
+    lengths = np.empty(len(dataset), np.int32)
+    for index in range(len(dataset)):
+        tokens, offset = dataset[index]
+        lengths[index] = min(len(tokens), max_seq_length)
+        if count_targets(lengths[index], offset) == 0:
+            raise EdgeLoraError(
+                f"{_place(dataset, index)}: has no token to train on within max_seq_length "
+                f"{max_seq_length}; leave it out or raise the limit"
+            )
+    check_batch_size(dataset, batch_size)
+    order = np.argsort(lengths, kind="stable")
+    groups = order[: len(order) // batch_size * batch_size].reshape(-1, batch_size)
+    return _generate(dataset, groups, max_seq_length, loop, np.random.RandomState(seed))
+
+
+def check_batch_size(dataset: Sequence, batch_size: int) -> None:
+    """Raise `EdgeLoraError` if a data set has too few rows for one batch."""
+    if len(dataset) < batch_size:
+        name = dataset.report.name if isinstance(dataset, Dataset) else "data set"
+        raise EdgeLoraError(
+            f"{name}: got {len(dataset)} usable rows, expected at least batch_size {batch_size}; "
+            "lower it or add rows"
+        )
+
+
+def _generate(
+    dataset: Sequence[tuple[Sequence[int], int]],
+    groups: np.ndarray,
+    max_seq_length: int,
+    loop: bool,
+    random: np.random.RandomState,
+) -> Iterator[Batch]:
+    while True:
+        for group in random.permutation(len(groups)):
+            yield _make_batch(dataset, groups[group].tolist(), max_seq_length)
+        if not loop:
+            return
+
+
+def _make_batch(
+    dataset: Sequence[tuple[Sequence[int], int]], indices: list[int], max_seq_length: int
+) -> Batch:
+    rows = [dataset[index] for index in indices]
+    lengths = [min(len(tokens), max_seq_length) for tokens, _ in rows]
+    width = min(1 + -(-max(lengths) // PAD_TO) * PAD_TO, max_seq_length)
+    tokens = np.zeros((len(rows), width), np.int32)
+    for i, ((row, _), length) in enumerate(zip(rows, lengths, strict=True)):
+        tokens[i, :length] = row[:length]
+    offsets = [offset for _, offset in rows]
+    return Batch(tokens, np.array([offsets, lengths], np.int32).T.copy(), tuple(indices))
+
+
+def _place(dataset: Sequence, index: int) -> str:
+    return dataset.place(index) if isinstance(dataset, Dataset) else f"row {index}"

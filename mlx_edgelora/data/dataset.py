@@ -1,0 +1,127 @@
+"""Tokenized rows in little memory: 4 bytes a token, the text itself is not kept."""
+
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from mlx_edgelora.errors import EdgeLoraError
+
+
+class Row(NamedTuple):
+    """One tokenized row and where it came from.
+
+    Attributes:
+        source: file or data set and the word for its rows, as in `train.jsonl: line`.
+        number: of the row in its source, from 1.
+        tokens: token ids of prompt and completion.
+        offset: position of the first token to train on; 0 for all.
+    """
+
+    source: str
+    number: int
+    tokens: Sequence[int]
+    offset: int
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What became of the rows of a data set.
+
+    Attributes:
+        name: of the data set.
+        rows: number of rows read.
+        truncated: rows kept, but cut to `max_seq_length` tokens.
+        longest: tokens of the longest row read.
+        dropped: rows left out because nothing in them can be trained.
+        max_seq_length: the limit, in tokens.
+    """
+
+    name: str
+    rows: int
+    truncated: int
+    longest: int
+    dropped: int
+    max_seq_length: int
+
+    def warning(self) -> str | None:
+        """One sentence about truncated and dropped rows, or None without any."""
+        parts = []
+        if self.truncated:
+            parts.append(
+                f"{self.truncated} longer than max_seq_length {self.max_seq_length} (up to "
+                f"{self.longest} tokens) and truncated"
+            )
+        if self.dropped:
+            parts.append(f"{self.dropped} without a token to train on and left out")
+        return f"{self.name}: of {self.rows} rows, {' and '.join(parts)}" if parts else None
+
+
+def count_targets(length: int, offset: int) -> int:
+    """Targets of a row that train: its tokens from `offset` on, never the first one."""
+    return max(0, length - max(offset, 1))
+
+
+class Dataset(Sequence[tuple[np.ndarray, int]]):
+    """Rows of (tokens, offset), each truncated and with at least one token to train on.
+
+    Costs 4 bytes a token and about 20 a row. Rows that have nothing to train on (a prompt as
+    long as the limit, a single token) are left out: alone in a batch they would make its mean
+    loss 0 / 0.
+
+    Attributes:
+        report: counts of truncated and dropped rows.
+    """
+
+    def __init__(self, rows: Iterable[Row], max_seq_length: int, name: str) -> None:
+        self._tokens = array("i")
+        self._starts = array("q", [0])
+        self._offsets = array("i")
+        self._numbers = array("q")
+        self._sources: list[tuple[int, str]] = []
+        read = truncated = longest = 0
+        for row in rows:
+            read += 1
+            longest = max(longest, len(row.tokens))
+            tokens = row.tokens[:max_seq_length]
+            if count_targets(len(tokens), row.offset) == 0:
+                continue
+            truncated += len(tokens) < len(row.tokens)
+            self._append(row, tokens)
+        self.report = DataReport(name, read, truncated, longest, read - len(self), max_seq_length)
+        if len(self) == 0:
+            raise _nothing_to_train(self.report)
+
+    def _append(self, row: Row, tokens: Sequence[int]) -> None:
+        if not self._sources or self._sources[-1][1] != row.source:
+            self._sources.append((len(self), row.source))
+        self._tokens.extend(tokens)
+        self._starts.append(len(self._tokens))
+        self._numbers.append(row.number)
+        self._offsets.append(row.offset)
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        tokens = np.frombuffer(self._tokens, np.int32)
+        return tokens[self._starts[index] : self._starts[index + 1]], self._offsets[index]
+
+    def place(self, index: int) -> str:
+        """Where a row was read, for messages: `data/train.jsonl: line 7`."""
+        source = bisect_right(self._sources, index, key=lambda start_and_name: start_and_name[0])
+        return f"{self._sources[source - 1][1]} {self._numbers[index]}"
+
+
+def _nothing_to_train(report: DataReport) -> EdgeLoraError:
+    if report.rows == 0:
+        return EdgeLoraError(f"{report.name}: has no rows, expected at least one")
+    return EdgeLoraError(
+        f"{report.name}: none of its {report.rows} rows has a token to train on within "
+        f"max_seq_length {report.max_seq_length}; raise it, or turn mask_prompt off"
+    )

@@ -1,0 +1,107 @@
+"""What a run costs: allocator peak, process footprint, bytes read and written.
+
+MLX's peak counts what its allocator handed out; the footprint is what the operating
+system charges the process with, the interpreter and the mapped pages included. Both
+are needed: a saving that only moves memory out of the allocator is none.
+"""
+
+import ctypes
+import os
+import resource
+import sys
+import threading
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+# struct rusage_info_v0 of macOS's <sys/resource.h>: 16 bytes of uuid, then 64-bit
+# counters of which ri_phys_footprint is the eighth.
+_RUSAGE_INFO_V0 = 0
+_RUSAGE_INFO_V0_WORDS = 12
+_PHYS_FOOTPRINT_WORD = 9
+
+
+def footprint() -> int:
+    """Memory of this process in bytes, as its operating system counts it.
+
+    macOS: the physical footprint (what Activity Monitor shows, Metal buffers
+    included). Linux: the resident set. Elsewhere: the largest resident set so far.
+    """
+    for measure in (_phys_footprint, _resident_set):
+        size = measure()
+        if size is not None:
+            return size
+    # POSIX leaves the unit open: macOS counts bytes, everyone else KiB.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _phys_footprint() -> int | None:
+    try:
+        proc_pid_rusage = ctypes.CDLL(None).proc_pid_rusage
+    except (AttributeError, OSError):
+        return None
+    words = (ctypes.c_uint64 * _RUSAGE_INFO_V0_WORDS)()
+    failed = proc_pid_rusage(os.getpid(), _RUSAGE_INFO_V0, ctypes.byref(words))
+    return None if failed else words[_PHYS_FOOTPRINT_WORD]
+
+
+def _resident_set() -> int | None:
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            pages = int(file.read().split()[1])
+    except (OSError, IndexError, ValueError):
+        return None
+    return pages * resource.getpagesize()
+
+
+def peak_memory() -> int:
+    """Largest number of bytes that MLX's allocator held since `reset_peak`."""
+    return mx.get_peak_memory()
+
+
+def reset_peak() -> None:
+    """Start a new measurement of `peak_memory`."""
+    mx.reset_peak_memory()
+
+
+@dataclass(frozen=True)
+class DiskCounts:
+    """Bytes read from and written to disk since the meter was made."""
+
+    read_bytes: int
+    written_bytes: int
+
+
+class DiskMeter:
+    """Counts bytes read and written; worker threads may add to it at any time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._read = 0
+        self._written = 0
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes read so far."""
+        return self.snapshot().read_bytes
+
+    @property
+    def written_bytes(self) -> int:
+        """Bytes written so far."""
+        return self.snapshot().written_bytes
+
+    def add_read(self, count: int) -> None:
+        """Count `count` bytes as read."""
+        with self._lock:
+            self._read += count
+
+    def add_written(self, count: int) -> None:
+        """Count `count` bytes as written."""
+        with self._lock:
+            self._written += count
+
+    def snapshot(self) -> DiskCounts:
+        """Both counters at one moment."""
+        with self._lock:
+            return DiskCounts(self._read, self._written)

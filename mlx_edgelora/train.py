@@ -1,0 +1,32 @@
+"""`python -m mlx_edgelora.train`: fine-tune a model from the command line."""
+
+import sys
+from collections.abc import Sequence
+
+from mlx_edgelora.config import config_from_cli
+from mlx_edgelora.config.yaml_file import read_yaml
+from mlx_edgelora.embedded import DEFAULT_CONFIG, demonstrate
+from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.training.finetune import finetune
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0, 2 for what the user can mend, 130 for ^C."""
+    try:
+        config = config_from_cli(
+            sys.argv[1:] if argv is None else argv, preset=read_yaml(DEFAULT_CONFIG)
+        )
+        result = finetune(config)
+        if result is not None and config.model is None and config.data is None:
+            print("\nWhat the adapter changed, asked through mlx-lm:")
+            print(demonstrate(result.adapter_path))
+    except EdgeLoraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

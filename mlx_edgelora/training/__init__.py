@@ -1,0 +1,1 @@
+"""The loop around the engine: optimizer, reports, files on disk."""

@@ -1,0 +1,79 @@
+"""Exact evaluation of a model, and what training and evaluation ask of an engine."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_edgelora.config import TrainConfig
+from mlx_edgelora.data.batches import Batch, iterate_batches
+from mlx_edgelora.memory.meter import DiskMeter
+
+
+class Engine(Protocol):
+    """What computes losses and gradients of a model."""
+
+    model: nn.Module
+    disk: DiskMeter
+
+    def value_and_grad(self, batch: Batch) -> tuple[tuple[mx.array, int], dict]:
+        """((mean loss over the labelled tokens, their number), gradient tree)."""
+        ...
+
+    def loss(self, batch: Batch) -> tuple[mx.array, int]:
+        """(mean loss over the labelled tokens, their number), without gradients."""
+        ...
+
+
+def evaluate(
+    engine: Engine,
+    dataset: Sequence,
+    config: TrainConfig,
+    num_batches: int,
+    advance: Callable[[], None] = lambda: None,
+) -> tuple[float, int]:
+    """Mean loss over the labelled tokens of some batches, the same ones at every call.
+
+    Args:
+        engine: its model computes in evaluation mode (no dropout) and is put back.
+        dataset: a data set for `iterate_batches`.
+        config: gives batch_size, max_seq_length, seed and clear_cache_threshold.
+        num_batches: -1 for all.
+        advance: called after every batch.
+
+    Returns:
+        The mean loss, which may be NaN, and the number of tokens.
+    """
+    batches = iterate_batches(
+        dataset, config.batch_size, config.max_seq_length, loop=False, seed=config.seed
+    )
+    losses, counts = [], []
+    with _evaluation_mode(engine.model):
+        for done, batch in enumerate(batches, start=1):
+            loss, tokens = engine.loss(batch)
+            losses.append(loss.item() * tokens)
+            counts.append(tokens)
+            limit_cache(config.clear_cache_threshold)
+            advance()
+            if done == num_batches:
+                break
+    return math.fsum(losses) / sum(counts), sum(counts)
+
+
+@contextlib.contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def limit_cache(threshold: int) -> None:
+    """Give the allocator's cache back to the system if it holds more than `threshold` bytes."""
+    if mx.get_cache_memory() > threshold:
+        mx.clear_cache()

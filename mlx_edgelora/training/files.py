@@ -1,0 +1,109 @@
+"""Replacing files so that a crash, a full disk or a power cut never damages a good one.
+
+Every file is written whole under a temporary name in its own folder and synced to
+the medium before any of them takes its final name, so a set of files either keeps its
+old state or takes its new one, up to the instant between two renames.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+from mlx_edgelora.errors import EdgeLoraError
+
+Writer = Callable[[BinaryIO], None]
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOTTY)
+
+
+def write_atomically(writers: Mapping[Path, Writer]) -> None:
+    """Replace the contents of files, all of them or none.
+
+    Args:
+        writers: for every path the function that writes its bytes. Renames happen in
+            this order once everything is written, so name last the file that makes
+            the others count.
+
+    Raises:
+        EdgeLoraError: the disk is full, or a file cannot be written; the old files
+            are as they were. Whatever else a writer raises comes through unchanged.
+    """
+    # The process id keeps two runs that share a folder out of each other's files.
+    temporaries = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in writers}
+    path = Path()
+    try:
+        for path, writer in writers.items():
+            with open(temporaries[path], "wb") as file:
+                writer(file)
+                file.flush()
+                _sync(file.fileno())
+        for path in writers:
+            os.replace(temporaries[path], path)
+        for folder in {path.parent for path in writers}:
+            _sync_folder(folder)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    finally:
+        for temporary in temporaries.values():
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Create `folder` and its parents, and make sure that files can be created in it.
+
+    Raises:
+        EdgeLoraError: it cannot be created or written to; better before the first
+            step than after the hundredth.
+    """
+    probe = folder / f".probe.{os.getpid()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+
+
+def cannot_write(path: Path, error: OSError) -> EdgeLoraError:
+    """The sentence for a write to `path` that failed with `error`."""
+    if error.errno in _NO_SPACE:
+        advice = "free some space or choose a folder on another volume"
+    elif error.errno in _NO_PERMISSION:
+        advice = "change its permissions or choose another folder"
+    else:
+        advice = "check the path or choose another folder"
+    reason = error.strerror or type(error).__name__
+    return EdgeLoraError(f"{path}: cannot be written ({reason}); {advice}")
+
+
+def _sync(descriptor: int) -> None:
+    # On macOS fsync stops at the drive's cache; only F_FULLFSYNC reaches the medium,
+    # and network volumes refuse it.
+    full_sync = getattr(fcntl, "F_FULLFSYNC", None)
+    if full_sync is not None:
+        try:
+            fcntl.fcntl(descriptor, full_sync)
+            return
+        except OSError as error:
+            if error.errno not in _NOT_SUPPORTED:
+                raise
+    os.fsync(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network volumes cannot sync a folder; the renames themselves stand.
+        if error.errno not in _NOT_SUPPORTED:
+            raise
+    finally:
+        os.close(descriptor)

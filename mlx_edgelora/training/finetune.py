@@ -1,0 +1,184 @@
+"""A whole run: model, adapters, data, engine, loop. What the command line and users call."""
+
+import dataclasses
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.utils import load_tokenizer
+
+from mlx_edgelora.config import TrainConfig
+from mlx_edgelora.data import Dataset, load_datasets
+from mlx_edgelora.embedded import DATA_PATH, MODEL_PATH
+from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.memory.blockwise import BlockWalk
+from mlx_edgelora.memory.meter import DiskMeter, reset_peak
+from mlx_edgelora.memory.stores import ActivationStore, MappedStore, RamStore, spill_folder
+from mlx_edgelora.model.checkpoint import LazyModel
+from mlx_edgelora.model.loading import attach, open_model
+from mlx_edgelora.model.lora import add_lora, set_kernel
+from mlx_edgelora.training.adapters import CONFIG_FILE, WEIGHTS_FILE, load_adapter_weights
+from mlx_edgelora.training.callbacks import TrainingCallback, reporting_callbacks
+from mlx_edgelora.training.evaluate import evaluate
+from mlx_edgelora.training.loop import TrainResult, train
+from mlx_edgelora.training.optimizer import build_optimizer
+from mlx_edgelora.training.step import Engine
+
+# What MLX may keep of freed buffers: enough for one block's to be used again, where its
+# own default on Metal keeps nearly everything it ever had.
+CACHE_BYTES = 64 * 2**20
+
+
+def finetune(
+    config: TrainConfig,
+    callbacks: Sequence[TrainingCallback] = (),
+    notify: Callable[[str], None] = print,
+) -> TrainResult | None:
+    """Fine-tune a model, test it, or both, as `config` says.
+
+    Args:
+        config: every option of the run.
+        callbacks: told of every report, as in `mlx_lm.tuner`.
+        notify: gets a line for every choice made, warning, and test result.
+
+    Returns:
+        How training ended; None where only a test was asked for.
+
+    Raises:
+        EdgeLoraError: something the user can mend, in one sentence; no file is damaged.
+    """
+    config = _with_embedded(config)
+    if not config.train:
+        config = _as_trained(config)
+    build_optimizer(config)  # refuses what it cannot use before anything slow
+    callbacks = [*callbacks, *reporting_callbacks(config)]
+    with _cache_limit(), open_engine(config, notify) as (engine, tokenizer):
+        train_set, valid_set, test_set = _data(config, tokenizer, notify)
+        result = None
+        reset_peak()
+        if config.train:
+            optimizer = build_optimizer(config)
+            result = train(engine, optimizer, config, train_set, valid_set, callbacks)
+        if config.test:
+            loss, tokens = evaluate(engine, test_set, config, config.test_batches)
+            notify(f"test loss {loss:.3f}, perplexity {math.exp(loss):.3f} on {tokens} tokens")
+    return result
+
+
+@contextmanager
+def open_engine(
+    config: TrainConfig, notify: Callable[[str], None] = print
+) -> Iterator[tuple[Engine, object]]:
+    """Load and adapt the model and settle where everything lives; gives engine and tokenizer."""
+    lazy = open_model(
+        config.model or str(MODEL_PATH),
+        streamed=config.weights == "streamed",
+        quantize=config.quantize,
+        cache=Path(config.cache_dir) if config.cache_dir else _user_cache(),
+    )
+    tokenizer = _tokenizer(lazy)
+    mx.random.seed(config.seed)
+    lora = config.lora_parameters
+    add_lora(lazy.model, config.num_layers, lora.rank, lora.scale, lora.dropout, lora.keys)
+    _resume(lazy.model, config)
+    kernel = set_kernel(lazy.model, config.kernel)
+    meter = DiskMeter()
+    attached = attach(lazy, streamed=config.weights == "streamed", dtype=config.dtype, meter=meter)
+    store, where = _store(config, meter)
+    try:
+        walk = BlockWalk(lazy.model, store, attached.weights, mx.default_device() == mx.gpu)
+        lazy.model.train()
+        trained = sum(value.size for _, value in tree_flatten(lazy.model.trainable_parameters()))
+        notify(f"model {lazy.checkpoint.path}, {trained:,} trained parameters")
+        notify(f"weights {config.weights}; quantized products: {kernel}")
+        notify(f"loss over {attached.logits}; activations {where}")
+        yield Engine(lazy.model, walk, attached.head, meter), tokenizer
+    finally:
+        store.close()
+
+
+def _with_embedded(config: TrainConfig) -> TrainConfig:
+    data = config.data or (None if config.hf_dataset else str(DATA_PATH))
+    return dataclasses.replace(config, model=config.model or str(MODEL_PATH), data=data)
+
+
+def _as_trained(config: TrainConfig) -> TrainConfig:
+    """For a test alone: the adapter in `adapter_path` says what its layers look like."""
+    if not config.adapter_path:  # the base model, as in mlx-lm
+        return config
+    path = Path(config.adapter_path) / CONFIG_FILE
+    try:
+        saved = json.loads(path.read_text())
+        layers = {key: saved[key] for key in ("num_layers", "lora_parameters")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EdgeLoraError(
+            f"{path}: not the configuration of an adapter ({error}); test one that was trained, "
+            "or the base model with --adapter-path ''"
+        ) from error
+    like = TrainConfig.from_dict(layers, str(path))
+    return dataclasses.replace(
+        config,
+        num_layers=like.num_layers,
+        lora_parameters=like.lora_parameters,
+        resume_adapter_file=str(Path(config.adapter_path) / WEIGHTS_FILE),
+    )
+
+
+def _tokenizer(lazy: LazyModel) -> object:
+    path = lazy.source
+    try:
+        return load_tokenizer(path, eos_token_ids=lazy.config.get("eos_token_id"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise EdgeLoraError(
+            f"{path}: the tokenizer cannot be loaded ({reason}); download the model again"
+        ) from error
+
+
+def _resume(model: nn.Module, config: TrainConfig) -> None:
+    if config.resume_adapter_file is None:
+        return
+    shapes = {name: value.shape for name, value in tree_flatten(model.trainable_parameters())}
+    weights = load_adapter_weights(config.resume_adapter_file, shapes)
+    model.load_weights(list(weights.items()), strict=False)
+
+
+def _data(
+    config: TrainConfig, tokenizer: object, notify: Callable[[str], None]
+) -> tuple[Dataset | None, Dataset | None, Dataset | None]:
+    sets = load_datasets(config, tokenizer)
+    for dataset in sets:
+        if dataset is not None and (warning := dataset.report.warning()):
+            notify(f"warning: {warning}")
+    return sets
+
+
+def _store(config: TrainConfig, meter: DiskMeter) -> tuple[ActivationStore, str]:
+    if config.activations == "ram":
+        return RamStore(), "in memory (as asked)"
+    if config.spill_dir:
+        return MappedStore(config.spill_dir, meter), f"in {config.spill_dir} (as asked)"
+    folder, reason = spill_folder([tempfile.gettempdir(), _user_cache()])
+    return MappedStore(folder, meter), f"in {folder} ({reason})"
+
+
+def _user_cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "mlx_edgelora"
+
+
+@contextmanager
+def _cache_limit() -> Iterator[None]:
+    before = mx.set_cache_limit(CACHE_BYTES)
+    mx.set_cache_limit(min(before, CACHE_BYTES))
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(before)

@@ -1,0 +1,254 @@
+"""The training loop: mlx_lm's schedule of steps, validations, reports and saves.
+
+Where it differs from `mlx_lm.tuner.trainer.train`, on purpose:
+- the training loss of a report is the mean over the window's tokens, not the mean of
+  its batches' means, and the speed of a short last window is divided by its own length;
+- the last `iters % grad_accumulation_steps` batches are applied, as their own mean;
+- every validation sees the same batches, in evaluation mode and with exact sums;
+- a loss or gradient that is not finite ends the run before it reaches a parameter;
+- the random key (dropout, LoRA initialisation) is left to the caller: seed it before
+  the adapters are made. `config.seed` orders the batches here.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.optimizers as optimizers
+from mlx.utils import tree_flatten
+
+from mlx_edgelora.config import TrainConfig
+from mlx_edgelora.data.batches import Batch, iterate_batches
+from mlx_edgelora.data.dataset import Dataset
+from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.memory.meter import peak_memory
+from mlx_edgelora.training.adapters import WEIGHTS_FILE, save_adapters
+from mlx_edgelora.training.callbacks import TrainingCallback
+from mlx_edgelora.training.evaluate import Engine, evaluate, limit_cache
+from mlx_edgelora.training.files import make_folder
+from mlx_edgelora.training.finite import first_non_finite
+from mlx_edgelora.training.log import RunLog
+from mlx_edgelora.training.optimizer import accumulate, divide, update
+from mlx_edgelora.training.progress import Progress
+from mlx_edgelora.training.report import Report, UsageMeter, Window
+from mlx_edgelora.training.text import some
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        iterations: steps done.
+        train_loss: of the last report.
+        val_loss: of the last validation, which precedes the last step; None without one.
+        trained_tokens: labelled tokens over all steps.
+        peak_memory_bytes: largest size of MLX's allocator.
+        adapter_path: folder that holds the adapter.
+    """
+
+    iterations: int
+    train_loss: float
+    val_loss: float | None
+    trained_tokens: int
+    peak_memory_bytes: int
+    adapter_path: Path
+
+
+def train(
+    engine: Engine,
+    optimizer: optimizers.Optimizer,
+    config: TrainConfig,
+    train_set: Sequence,
+    valid_set: Sequence | None = None,
+    callbacks: Sequence[TrainingCallback] = (),
+    progress: Progress | None = None,
+) -> TrainResult:
+    """Train the model's trainable parameters for `config.iters` steps.
+
+    Args:
+        engine: computes losses and gradients; its model is left in training mode.
+        optimizer: as made by `build_optimizer`.
+        config: the options of the run.
+        train_set, valid_set: data sets for `iterate_batches`.
+        callbacks: told of every report. If one raises, the steps since the last save
+            are saved and the exception goes on.
+        progress: replaces the display on standard output and error.
+
+    Raises:
+        EdgeLoraError: a loss or gradient is NaN or infinite, or a file cannot be
+            written; the last saved adapter stands.
+        KeyboardInterrupt: after telling which adapter stands.
+    """
+    make_folder(Path(config.adapter_path))
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(RunLog(config.log)) if config.log else None
+        progress = stack.enter_context(progress or Progress(config.iters))
+        run = _Run(engine, optimizer, config, train_set, callbacks, progress, log)
+        validates = valid_set and config.val_batches != 0
+        engine.model.train()
+        batches = iterate_batches(
+            train_set, config.batch_size, config.max_seq_length, loop=True, seed=config.seed
+        )
+        try:
+            for iteration, batch in zip(range(1, config.iters + 1), batches, strict=False):
+                if validates and run.is_due(config.steps_per_eval, iteration, first=True):
+                    run.validate(iteration, valid_set)
+                run.step(iteration, batch)
+                if run.is_due(config.steps_per_report, iteration):
+                    run.report(iteration)
+                if run.is_due(config.save_every, iteration):
+                    run.save(iteration, numbered=iteration % config.save_every == 0)
+        except KeyboardInterrupt:
+            progress.note(f"interrupted; {run.standing()}")
+            raise
+    return run.result()
+
+
+class _Run:
+    """The state of one call of `train`."""
+
+    def __init__(self, engine, optimizer, config, train_set, callbacks, progress, log) -> None:
+        self._engine = engine
+        self._optimizer = optimizer
+        self._config = config
+        self._train_set = train_set
+        self._callbacks = callbacks
+        self._progress = progress
+        self._log = log
+        self._meter = UsageMeter(engine.disk)
+        self._window = Window(self._meter)
+        self._gradients: dict | None = None
+        self._accumulated = 0
+        self._trained_tokens = 0
+        self._iteration = 0
+        self._updated = 0  # last step that changed the parameters
+        self._saved = 0  # last step whose parameters are on disk
+        self._last: dict[str, float] = {}
+
+    def is_due(self, every: int, iteration: int, first: bool = False) -> bool:
+        """Every so many steps and at the last one, for validations at the first as well."""
+        return (
+            iteration % every == 0 or iteration == self._config.iters or (first and iteration == 1)
+        )
+
+    def step(self, iteration: int, batch: Batch) -> None:
+        """One batch: loss, gradients and, when enough are summed, an optimizer update."""
+        start = time.perf_counter()
+        (loss, tokens), gradients = self._engine.value_and_grad(batch)
+        loss = loss.item()
+        self._check_finite(iteration, batch, loss, gradients)
+        self._gradients = accumulate(self._gradients, gradients)
+        self._accumulated += 1
+        del gradients
+        if self.is_due(self._config.grad_accumulation_steps, iteration):
+            self._update()
+            self._updated = iteration
+        self._iteration = iteration
+        limit_cache(self._config.clear_cache_threshold)
+        self._trained_tokens += tokens
+        self._window.add(loss, tokens, time.perf_counter() - start)
+        self._progress.step(self._make_report("train_loss", self._window, iteration))
+
+    def _update(self) -> None:
+        gradients, self._gradients = self._gradients, None
+        if self._accumulated > 1:
+            gradients = divide(gradients, self._accumulated)
+        self._accumulated = 0
+        update(self._engine.model, self._optimizer, gradients)
+
+    def report(self, iteration: int) -> None:
+        """Report the training loss since the last report."""
+        report = self._make_report("train_loss", self._window, iteration)
+        self._publish(report)
+        self._window = Window(self._meter)
+
+    def validate(self, iteration: int, valid_set: Sequence) -> None:
+        """Report the validation loss before the step `iteration`."""
+        config, window = self._config, Window(self._meter)
+        total = len(valid_set) // config.batch_size
+        if config.val_batches != -1:
+            total = min(total, config.val_batches)
+        start = time.perf_counter()
+        with self._progress.validation(total) as advance:
+            loss, tokens = evaluate(self._engine, valid_set, config, config.val_batches, advance)
+        if not math.isfinite(loss):
+            raise EdgeLoraError(
+                f"step {iteration}: validation loss is {loss}, expected a finite number; "
+                f"lower the learning rate; {self.standing()}"
+            )
+        window.add(loss, tokens, time.perf_counter() - start)
+        self._publish(self._make_report("val_loss", window, iteration - 1))
+
+    def save(self, iteration: int, numbered: bool) -> None:
+        """Put the adapter of this step on disk, under its number as well if asked."""
+        weights = dict(tree_flatten(self._engine.model.trainable_parameters()))
+        folder = Path(self._config.adapter_path)
+        save_adapters(folder, weights, self._config.to_dict(), iteration if numbered else None)
+        self._saved = iteration
+        self._progress.saved(iteration, folder)
+
+    def standing(self) -> str:
+        """Which adapter is on disk, for messages."""
+        file = Path(self._config.adapter_path) / WEIGHTS_FILE
+        if self._saved:
+            return f"the last good adapter, of step {self._saved}, is in {file}"
+        return f"no adapter was saved yet in this run, {file} is as it was before"
+
+    def result(self) -> TrainResult:
+        """How the run ended."""
+        return TrainResult(
+            iterations=self._iteration,
+            train_loss=self._last["train_loss"],
+            val_loss=self._last.get("val_loss"),
+            trained_tokens=self._trained_tokens,
+            peak_memory_bytes=peak_memory(),
+            adapter_path=Path(self._config.adapter_path),
+        )
+
+    def _make_report(self, kind: str, window: Window, iteration: int) -> Report:
+        rate = self._optimizer.learning_rate.item()
+        return window.report(kind, iteration, rate, self._trained_tokens)
+
+    def _publish(self, report: Report) -> None:
+        self._last[report.kind] = report.loss
+        self._progress.report(report)
+        with self._saved_on_failure():
+            if self._log is not None:
+                self._log.write(report.record())
+            for callback in self._callbacks:
+                if report.kind == "val_loss":
+                    callback.on_val_loss_report(report.callback_info())
+                else:
+                    callback.on_train_loss_report(report.callback_info())
+
+    @contextlib.contextmanager
+    def _saved_on_failure(self) -> Iterator[None]:
+        """Let an exception through, but not before the steps since the last save are on disk."""
+        finished = False
+        try:
+            yield
+            finished = True
+        finally:
+            if not finished and self._updated > self._saved:
+                self.save(self._updated, numbered=False)
+
+    def _check_finite(self, iteration: int, batch: Batch, loss: float, gradients: dict) -> None:
+        what = None
+        if not math.isfinite(loss):
+            what = f"loss is {loss}"
+        elif (name := first_non_finite(dict(tree_flatten(gradients)))) is not None:
+            what = f"the gradient of {name} holds NaN or infinity"
+        if what is not None:
+            rows = some([self._place(index) for index in batch.indices])
+            raise EdgeLoraError(
+                f"step {iteration}: {what}, expected finite numbers; lower the learning rate or "
+                f"check {rows}; {self.standing()}"
+            )
+
+    def _place(self, index: int) -> str:
+        known = isinstance(self._train_set, Dataset)
+        return self._train_set.place(index) if known else f"row {index}"

@@ -1,0 +1,130 @@
+"""The figures of a training run: measured once, then shown, logged and passed to callbacks."""
+
+import time
+from dataclasses import asdict, dataclass
+
+from mlx_edgelora.memory.meter import DiskMeter, footprint, peak_memory
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What the process has used since the run began; sizes in bytes, time in seconds."""
+
+    peak_memory_bytes: int
+    footprint_bytes: int
+    disk_read_bytes: int
+    disk_write_bytes: int
+    time: float
+
+
+class UsageMeter:
+    """Takes `Usage` readings; the clock and the disk counts start at zero."""
+
+    def __init__(self, disk: DiskMeter) -> None:
+        self._disk = disk
+        self._start = time.perf_counter()
+        self._disk_start = disk.snapshot()
+
+    def read(self) -> Usage:
+        """The usage up to now."""
+        disk = self._disk.snapshot()
+        return Usage(
+            peak_memory_bytes=peak_memory(),
+            footprint_bytes=footprint(),
+            disk_read_bytes=disk.read_bytes - self._disk_start.read_bytes,
+            disk_write_bytes=disk.written_bytes - self._disk_start.written_bytes,
+            time=time.perf_counter() - self._start,
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """One report of a training or validation loss.
+
+    Attributes:
+        kind: `train_loss` or `val_loss`, the key of `loss` in records.
+        iteration: steps finished, as mlx-lm counts them in its callbacks: a validation
+            before step n reports n - 1.
+        loss: mean over the tokens of the window or of the validation batches.
+        learning_rate: of the last optimizer update.
+        trained_tokens: labelled tokens since the run began.
+        tokens, seconds, batches: of the window or validation itself.
+        read_bytes, written_bytes: disk traffic of the window or validation itself.
+        usage: totals of the process.
+    """
+
+    kind: str
+    iteration: int
+    loss: float
+    learning_rate: float
+    trained_tokens: int
+    tokens: int
+    seconds: float
+    batches: int
+    read_bytes: int
+    written_bytes: int
+    usage: Usage
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Labelled tokens a second."""
+        return self.tokens / max(self.seconds, 1e-9)
+
+    def record(self) -> dict[str, int | float]:
+        """The record of the run's log."""
+        return {
+            "iteration": self.iteration,
+            self.kind: self.loss,
+            "learning_rate": self.learning_rate,
+            "tokens_per_second": self.tokens_per_second,
+            "trained_tokens": self.trained_tokens,
+            **asdict(self.usage),
+        }
+
+    def callback_info(self) -> dict[str, int | float]:
+        """The record with the further keys that mlx-lm gives its callbacks."""
+        if self.kind == "val_loss":
+            return {**self.record(), "val_time": self.seconds}
+        return {
+            **self.record(),
+            "iterations_per_second": self.batches / max(self.seconds, 1e-9),
+            "peak_memory": self.usage.peak_memory_bytes / 1e9,
+        }
+
+
+class Window:
+    """Sums losses over consecutive batches, weighting each batch by its tokens."""
+
+    def __init__(self, meter: UsageMeter) -> None:
+        self._meter = meter
+        self._start = meter.read()
+        self._loss = 0.0
+        self._tokens = 0
+        self._seconds = 0.0
+        self._batches = 0
+
+    def add(self, loss: float, tokens: int, seconds: float) -> None:
+        """Count one batch: its mean loss, its labelled tokens and the time it took."""
+        self._loss += loss * tokens
+        self._tokens += tokens
+        self._seconds += seconds
+        self._batches += 1
+
+    def report(
+        self, kind: str, iteration: int, learning_rate: float, trained_tokens: int
+    ) -> Report:
+        """The report of all batches counted so far; at least one."""
+        usage = self._meter.read()
+        return Report(
+            kind=kind,
+            iteration=iteration,
+            loss=self._loss / self._tokens,
+            learning_rate=learning_rate,
+            trained_tokens=trained_tokens,
+            tokens=self._tokens,
+            seconds=self._seconds,
+            batches=self._batches,
+            read_bytes=usage.disk_read_bytes - self._start.disk_read_bytes,
+            written_bytes=usage.disk_write_bytes - self._start.disk_write_bytes,
+            usage=usage,
+        )

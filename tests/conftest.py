@@ -1,0 +1,28 @@
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+# Helpers that are not tests lie beside them.
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture
+def memory():
+    """A measured peak must not profit from buffers of the test before."""
+    cache = mx.set_cache_limit(0)
+    mx.clear_cache()
+    yield
+    mx.set_cache_limit(cache)
+
+
+@pytest.fixture
+def spill(tmp_path):
+    """A mapped store, closed afterwards."""
+    from mlx_edgelora.memory.meter import DiskMeter
+    from mlx_edgelora.memory.stores import MappedStore
+
+    store = MappedStore(tmp_path, DiskMeter())
+    yield store
+    store.close()

@@ -1,0 +1,115 @@
+"""Puts the pieces together as `finetune` does, on tiny models, with everything to choose."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from architectures import build, config, quantizable
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
+from mlx_lm.utils import load_model, save_config, save_model
+
+from mlx_edgelora.memory.blockwise import BlockWalk
+from mlx_edgelora.memory.meter import DiskMeter
+from mlx_edgelora.memory.stores import MappedStore, RamStore
+from mlx_edgelora.model.loading import attach, open_model
+from mlx_edgelora.model.lora import add_lora, set_kernel
+from mlx_edgelora.training.step import Engine
+
+
+class Batch:
+    """What an engine needs of a batch."""
+
+    def __init__(self, tokens, labelled):
+        self.tokens, self._labelled, self.indices = tokens, labelled, range(len(tokens))
+
+    def mask(self):
+        return self._labelled
+
+
+def random_batch(rows=2, tokens=17, vocabulary=101, share=0.4, seed=0) -> Batch:
+    rng = np.random.RandomState(seed)
+    labelled = rng.rand(rows, tokens) < share
+    labelled[0, -1] = True
+    return Batch(rng.randint(0, vocabulary, (rows, tokens + 1)).astype(np.int32), labelled)
+
+
+def save(folder: Path, name: str, quantized: bool, **changes) -> Path:
+    """Write a tiny random checkpoint in mlx-lm's format."""
+    model = build(name, **changes)
+    settings = config(name) | changes
+    if quantized:
+        nn.quantize(model, **quantizable())
+        settings["quantization"] = {"bits": 4, "group_size": 32}
+    save_model(folder, model)
+    save_config(settings, folder / "config.json")
+    return folder
+
+
+def engine(
+    folder: Path,
+    *,
+    streamed: bool = True,
+    spilled: bool = True,
+    kernel: str = "auto",
+    dtype: str | None = None,
+    compiled: bool = False,
+    num_layers: int = -1,
+    **lora,
+) -> Engine:
+    lazy = open_model(str(folder), streamed=streamed, quantize=None, cache=folder / "cache")
+    add_lora(lazy.model, num_layers, **({"rank": 4, "scale": 3.0} | lora))
+    randomize(lazy.model)
+    set_kernel(lazy.model, kernel)
+    meter = DiskMeter()
+    attached = attach(lazy, streamed=streamed, dtype=dtype, meter=meter)
+    lazy.model.train()
+    store = MappedStore(folder, meter) if spilled else RamStore()
+    walk = BlockWalk(lazy.model, store, attached.weights, compiled)
+    return Engine(lazy.model, walk, attached.head, meter)
+
+
+def randomize(model: nn.Module) -> None:
+    """Random adapters, B included: with B = 0 every gradient of A is zero."""
+    mx.random.seed(11)
+    trained = tree_flatten(model.trainable_parameters())
+    model.load_weights(
+        [(name, 0.1 * mx.random.normal(value.shape)) for name, value in trained], strict=False
+    )
+
+
+def plain(folder: Path, num_layers: int = -1, **lora) -> nn.Module:
+    """The same adapted model as mlx-lm builds it, all in memory."""
+    model, _ = load_model(folder)
+    model.freeze()
+    count = len(model.layers) if num_layers == -1 else num_layers
+    settings = {"rank": 4, "scale": 3.0, "dropout": 0.0} | lora
+    linear_to_lora_layers(model, count, settings)
+    randomize(model)
+    return model.train()
+
+
+def plain_value_and_grad(model: nn.Module, batch: Batch):
+    """MLX's own autodiff of the masked mean cross-entropy."""
+    inputs, targets = mx.array(batch.tokens[:, :-1]), mx.array(batch.tokens[:, 1:])
+    labelled = mx.array(batch.mask())
+
+    def loss(model):
+        logits = model(inputs).astype(mx.float32)
+        return (nn.losses.cross_entropy(logits, targets) * labelled).sum() / labelled.sum()
+
+    value, gradients = nn.value_and_grad(model, loss)(model)
+    mx.eval(value, gradients)
+    return value.item(), gradients
+
+
+def assert_same_gradients(got, expected, tolerance=1e-5, scale=None) -> None:
+    """Every array within `tolerance` of its own norm, none missing, none dropped to zero."""
+    got, expected = dict(tree_flatten(got)), dict(tree_flatten(expected))
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert mx.abs(value).max().item() > 0, f"{name}: the reference gradient is zero"
+        difference = mx.linalg.norm((got[name] - value).reshape(-1)).item()
+        norm = mx.linalg.norm(value.reshape(-1)).item()
+        assert difference <= tolerance * norm, f"{name}: {difference / norm:.2e} of its norm"

@@ -1,0 +1,235 @@
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import pytest
+from architectures import CONFIGS, add_lora, build, quantizable
+from harness import assert_same_gradients
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.tuner.trainer import default_loss
+
+from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.memory.blockwise import value_and_grad
+from mlx_edgelora.memory.stores import RamStore
+from mlx_edgelora.training.optimizer import update
+
+LENGTHS = mx.array([[3, 17], [0, 12]])
+
+
+def tokens(seed=0):
+    return mx.random.randint(0, 101, (2, 18), key=mx.random.key(seed))
+
+
+def plain(model, loss=default_loss, *args):
+    args = args or (tokens(), LENGTHS)
+    value, gradients = nn.value_and_grad(model, loss)(model, *args)
+    mx.eval(value, gradients)
+    return value, gradients
+
+
+def small(**changes):
+    return build("llama", vocab_size=101, **changes)
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["float", "4bit"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_gradients_equal_plain_autodiff(name, quantized, spill):
+    model = build(name)
+    if quantized:
+        nn.quantize(model, **quantizable())
+    add_lora(model)
+    (loss, count), expected = plain(model)
+    (got_loss, got_count), got = value_and_grad(model, default_loss, store=spill)(
+        model, tokens(), LENGTHS
+    )
+    assert (got_loss.item(), got_count.item()) == (loss.item(), count.item())
+    assert_same_gradients(got, expected)
+
+
+def test_a_dropped_gradient_is_seen():
+    model = small()
+    add_lora(model)
+    _, expected = plain(model)
+    broken = tree_map(lambda g: g, expected)
+    layer = broken["model"]["layers"][1]["mlp"]["up_proj"]
+    layer["lora_a"] = mx.zeros_like(layer["lora_a"])
+    with pytest.raises(AssertionError, match="up_proj"):
+        assert_same_gradients(broken, expected)
+
+
+def test_compiled_backward_serves_all_blocks():
+    model = small(num_hidden_layers=4)
+    add_lora(model)
+    _, expected = plain(model)
+    _, got = value_and_grad(model, default_loss, compiled=True)(model, tokens(), LENGTHS)
+    assert_same_gradients(got, expected)
+
+
+def test_blocks_of_different_kind_do_not_share_a_compiled_backward():
+    model = build("smollm3")  # its second block has no rotary embedding
+    add_lora(model)
+    _, expected = plain(model)
+    _, got = value_and_grad(model, default_loss, compiled=True)(model, tokens(), LENGTHS)
+    assert_same_gradients(got, expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_dropout_has_one_mask_per_step(name):
+    model = build(name)
+    add_lora(model, dropout=0.4)
+    mx.random.seed(5)
+    (loss, _), expected = plain(model)
+    mx.random.seed(5)
+    (got_loss, _), got = value_and_grad(model, default_loss)(model, tokens(), LENGTHS)
+    assert got_loss.item() == loss.item()
+    assert_same_gradients(got, expected)
+    following = mx.random.uniform()
+    mx.random.seed(5)
+    plain(model)
+    assert following.item() == mx.random.uniform().item()  # the generator moved as far
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("qwen2", ["model.embed_tokens", "self_attn.q_proj"]),
+        ("llama", ["model.embed_tokens", "mlp.down_proj"]),
+        ("llama", ["lm_head", "self_attn.k_proj"]),
+    ],
+)
+def test_adapters_outside_the_blocks(name, keys):
+    model = build(name)
+    add_lora(model, keys=keys, dropout=0.2)
+    mx.random.seed(5)
+    _, expected = plain(model)
+    mx.random.seed(5)
+    _, got = value_and_grad(model, default_loss)(model, tokens(), LENGTHS)
+    assert_same_gradients(got, expected)
+
+
+def test_a_trained_head_alone_reaches_no_block():
+    model = small()
+    add_lora(model, num_layers=1, keys=["lm_head", "self_attn.k_proj"])
+    store = CountingStore()
+    _, expected = plain(model)
+    _, got = value_and_grad(model, default_loss, store=store)(model, tokens(), LENGTHS)
+    assert_same_gradients(got, expected)
+    assert store.slots == [0]
+
+
+class CountingStore(RamStore):
+    def __init__(self):
+        super().__init__()
+        self.slots = []
+
+    def put(self, slot, array):
+        self.slots.append(slot)
+        super().put(slot, array)
+
+
+def test_blocks_below_the_lowest_adapted_one_run_once(monkeypatch):
+    model = small(num_hidden_layers=5)
+    add_lora(model, num_layers=2)
+    _, expected = plain(model)
+    gradient = value_and_grad(model, default_loss, store=(store := CountingStore()))
+    calls, blocks = [], list(model.layers)
+    call = type(blocks[0]).__call__
+
+    def counted(block, *args, **kwargs):
+        calls.append(next(i for i, other in enumerate(blocks) if other is block))
+        return call(block, *args, **kwargs)
+
+    monkeypatch.setattr(type(blocks[0]), "__call__", counted)
+    _, got = gradient(model, tokens(), LENGTHS)
+    assert calls == [0, 1, 2, 3, 4, 4, 3]
+    assert store.slots == [0, 1]
+    assert_same_gradients(got, expected)
+
+
+def test_loss_may_be_a_scalar_and_take_keywords():
+    model = small()
+    add_lora(model)
+
+    def loss(model, inputs, *, weight):
+        return weight * mx.logsumexp(model(inputs), axis=-1).mean()
+
+    value, expected = nn.value_and_grad(model, loss)(model, tokens(), weight=3.0)
+    got_value, got = value_and_grad(model, loss)(model, tokens(), weight=3.0)
+    assert got_value.item() == value.item()
+    assert_same_gradients(got, expected)
+
+
+def test_loss_that_never_calls_the_model_is_an_error():
+    model = small()
+    add_lora(model)
+    with pytest.raises(EdgeLoraError, match="without calling the model"):
+        value_and_grad(model, lambda model: mx.array(1.0))(model)
+
+
+def state_of(model):
+    arrays = [(name, id(value)) for name, value in tree_flatten(model.parameters())]
+    return arrays, [(name, type(m), sorted(vars(m))) for name, m in model.named_modules()]
+
+
+def test_model_is_left_as_found(monkeypatch):
+    model = small()
+    add_lora(model, dropout=0.1)
+    before = state_of(model)
+    gradient = value_and_grad(model, default_loss)
+    gradient(model, tokens(), LENGTHS)
+    assert state_of(model) == before
+    calls = []
+
+    def failing(self, x):
+        calls.append(1)
+        if len(calls) > 4:  # in the second block of the backward pass
+            raise RuntimeError("stop here")
+        return x
+
+    monkeypatch.setattr(type(model.layers[0].mlp), "__call__", failing)
+    with pytest.raises(RuntimeError, match="stop here"):
+        gradient(model, tokens(), LENGTHS)
+    assert state_of(model) == before
+
+
+def step_peak(depth, make_gradient):
+    """Peak bytes of a whole step (median of three) above the frozen weights, and the adapters'."""
+    model = build(
+        "llama",
+        num_hidden_layers=depth,
+        hidden_size=128,
+        intermediate_size=512,
+        num_attention_heads=8,
+        tie_word_embeddings=True,
+        vocab_size=256,
+    )
+    nn.quantize(model, **quantizable())
+    add_lora(model)
+    optimizer = optim.AdamW(1e-4)
+    batch = mx.random.randint(0, 256, (1, 257), key=mx.random.key(0))
+    gradient = make_gradient(model, default_loss)
+    peaks = []
+    for _ in range(4):
+        mx.reset_peak_memory()
+        value, gradients = gradient(model, batch, mx.array([[0, 256]]))
+        mx.eval(value, gradients)
+        update(model, optimizer, gradients)
+        peaks.append(mx.get_peak_memory())
+    every = sum(value.nbytes for _, value in tree_flatten(model.parameters()))
+    adapters = sum(value.nbytes for _, value in tree_flatten(model.trainable_parameters()))
+    return sorted(peaks[1:])[1] - (every - adapters), adapters
+
+
+def growth_beyond_adapters(make_gradient):
+    """Peak of 16 blocks over that of 4, less parameters, gradients and moments of 12 blocks."""
+    low, low_adapters = step_peak(4, make_gradient)
+    high, high_adapters = step_peak(16, make_gradient)
+    return (high - low) - 4 * (high_adapters - low_adapters)
+
+
+def test_peak_does_not_grow_with_depth(memory, spill):
+    growth = growth_beyond_adapters(lambda model, loss: value_and_grad(model, loss, store=spill))
+    assert growth <= 0
+
+
+def test_peak_of_plain_backpropagation_does(memory):
+    assert growth_beyond_adapters(nn.value_and_grad) > 10 * 2**20

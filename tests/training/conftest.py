@@ -1,0 +1,38 @@
+import io
+
+import pytest
+
+from mlx_edgelora.config import LoraParameters, TrainConfig
+from mlx_edgelora.training import files
+from mlx_edgelora.training.progress import Progress
+
+
+@pytest.fixture
+def make_config(tmp_path):
+    def make(**changes):
+        small = {
+            "adapter_path": str(tmp_path / "adapters"),
+            "batch_size": 2,
+            "iters": 4,
+            "learning_rate": 1e-3,
+            "lora_parameters": LoraParameters(rank=4, scale=8.0),
+            "max_seq_length": 16,
+            "num_layers": -1,
+            "optimizer": "adamw",
+            "steps_per_report": 1,
+            "val_batches": -1,
+        }
+        return TrainConfig(**small | changes)
+
+    return make
+
+
+@pytest.fixture
+def quiet():
+    return Progress(0, lines=io.StringIO(), live=io.StringIO())
+
+
+@pytest.fixture
+def plain_fsync(monkeypatch):
+    """Sync through os.fsync on macOS too, where a test can see it."""
+    monkeypatch.delattr(files.fcntl, "F_FULLFSYNC", raising=False)

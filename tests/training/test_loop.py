@@ -1,0 +1,383 @@
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.tuner import trainer
+from training_helpers import PlainEngine, Recorder, make_model, make_rows
+
+from mlx_edgelora.data.batches import iterate_batches
+from mlx_edgelora.data.dataset import Dataset, Row
+from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.training.adapters import load_adapter_weights
+from mlx_edgelora.training.evaluate import evaluate
+from mlx_edgelora.training.loop import TrainResult, train
+from mlx_edgelora.training.optimizer import build_optimizer
+
+WEIGHTS = "adapters.safetensors"
+
+
+def run(config, progress, rows=None, valid=None, model=None, engine=None, callbacks=()):
+    engine = engine or PlainEngine(model or make_model())
+    rows = rows or make_rows(8, 16)
+    optimizer = build_optimizer(config)
+    return engine, train(engine, optimizer, config, rows, valid, callbacks, progress)
+
+
+def parameters(model):
+    return dict(tree_flatten(model.trainable_parameters()))
+
+
+def on_disk(config, model, name=WEIGHTS):
+    shapes = {key: array.shape for key, array in parameters(model).items()}
+    return load_adapter_weights(Path(config.adapter_path) / name, shapes)
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(mx.array_equal(left[k], right[k]) for k in left)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_losses_of_mlx_lm_over_20_steps(make_config, quiet, tmp_path, accumulation):
+    config = make_config(
+        iters=20, batch_size=2, seed=3, grad_accumulation_steps=accumulation, learning_rate=1e-2
+    )
+    rows = make_rows(16, config.max_seq_length)
+    theirs, ours = Recorder(), Recorder()
+    model = make_model()
+    np.random.seed(config.seed)
+    trainer.train(
+        model,
+        build_optimizer(config),
+        rows,
+        args=trainer.TrainingArgs(
+            batch_size=2,
+            iters=20,
+            steps_per_report=1,
+            max_seq_length=config.max_seq_length,
+            grad_accumulation_steps=accumulation,
+            adapter_file=str(tmp_path / WEIGHTS),
+        ),
+        training_callback=theirs,
+    )
+    engine, _ = run(config, quiet, rows, callbacks=[ours])
+    expected = [info["train_loss"] for info in theirs.train]
+    losses = [info["train_loss"] for info in ours.train]
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert losses[-1] < losses[0] - 0.05  # and it did train
+    for key in theirs.train[-1].keys() - {"peak_memory"}:
+        if "second" not in key:
+            assert ours.train[-1][key] == pytest.approx(theirs.train[-1][key], rel=1e-5), key
+    assert theirs.train[0].keys() <= ours.train[0].keys()
+    for name, array in parameters(model).items():
+        assert mx.allclose(parameters(engine.model)[name], array, rtol=1e-3, atol=1e-5), name
+
+
+def test_reports_and_validations_come_when_mlx_lm_has_them(make_config, quiet, tmp_path):
+    config = make_config(iters=7, steps_per_report=3, steps_per_eval=2)
+    rows, valid = make_rows(8, 16), make_rows(4, 16, seed=1)
+    theirs, ours = Recorder(), Recorder()
+    trainer.train(
+        make_model(),
+        build_optimizer(config),
+        rows,
+        valid,
+        args=trainer.TrainingArgs(
+            batch_size=2,
+            iters=7,
+            steps_per_report=3,
+            steps_per_eval=2,
+            max_seq_length=16,
+            adapter_file=str(tmp_path / WEIGHTS),
+        ),
+        training_callback=theirs,
+    )
+    run(config, quiet, rows, valid, callbacks=[ours])
+    for kind in ("train", "val"):
+        expected = [info["iteration"] for info in getattr(theirs, kind)]
+        assert [info["iteration"] for info in getattr(ours, kind)] == expected
+    assert ours.val[0]["val_loss"] == pytest.approx(theirs.val[0]["val_loss"], rel=1e-5)
+    assert theirs.val[0].keys() <= ours.val[0].keys()
+
+
+@pytest.mark.parametrize(("valid", "batches"), [(None, -1), ([], -1), (make_rows(4, 16), 0)])
+def test_no_validation_without_rows_or_batches(make_config, quiet, valid, batches):
+    _, result = run(make_config(iters=1, val_batches=batches), quiet, valid=valid)
+    assert result.val_loss is None
+
+
+def test_train_loss_is_the_mean_over_tokens(make_config, quiet):
+    # One long and one short batch per epoch, no learning: the report is the exact mean.
+    config = make_config(iters=2, steps_per_report=2, learning_rate=1e-30, batch_size=1)
+    rows, recorder = make_rows(2, [16, 3]), Recorder()
+    engine, result = run(config, quiet, rows, callbacks=[recorder])
+    expected, tokens = evaluate(engine, rows, config, -1)
+    assert tokens == 17
+    assert result.train_loss == pytest.approx(expected, rel=1e-6)
+    assert result.trained_tokens == recorder.train[-1]["trained_tokens"] == 17
+
+
+def test_evaluate_is_exact_repeatable_and_limited(make_config):
+    config = make_config(batch_size=2)
+    rows, engine = make_rows(6, [4, 4, 9, 9, 16, 16]), PlainEngine(make_model())
+    batches = list(iterate_batches(rows, 2, 16, loop=False, seed=0))
+    losses = [(engine.loss(batch)[0].item(), int(batch.mask().sum())) for batch in batches]
+    for count in (-1, 1, 2, 99):
+        part = losses if count == -1 else losses[:count]
+        tokens = sum(number for _, number in part)
+        expected = sum(loss * number for loss, number in part) / tokens
+        calls = []
+        got = evaluate(engine, rows, config, count, advance=lambda calls=calls: calls.append(1))
+        assert got == (pytest.approx(expected, rel=1e-9), tokens)
+        assert len(calls) == len(part)
+
+
+def test_validation_has_no_dropout_and_training_keeps_it(make_config, quiet):
+    model = make_model(dropout=0.5)
+    model.update(tree_map(lambda p: p + 0.3, model.trainable_parameters()))
+    engine, seen = PlainEngine(model), []
+    plain = engine.value_and_grad
+    engine.value_and_grad = lambda batch: (seen.append(model.training), plain(batch))[1]
+    recorder = Recorder()
+    config = make_config(iters=3, steps_per_eval=1, learning_rate=1e-30)
+    model.eval()
+    run(config, quiet, valid=make_rows(4, 16), engine=engine, callbacks=[recorder])
+    assert len({info["val_loss"] for info in recorder.val}) == 1
+    assert seen == [True] * 3
+
+
+@pytest.mark.parametrize(("iters", "last"), [(4, 1), (5, 2), (6, 3)])
+def test_the_remainder_of_accumulation_is_applied_as_its_own_mean(make_config, quiet, iters, last):
+    steps = 3
+    config = make_config(iters=iters, grad_accumulation_steps=steps, optimizer="sgd", batch_size=1)
+    rows = make_rows(8, 16)
+    reference = PlainEngine(make_model())
+    optimizer = build_optimizer(config)
+    batches = list(iterate_batches(rows, 1, 16, loop=False, seed=0))[:iters]
+    while batches:
+        group, batches = batches[:steps], batches[steps:]
+        trees = [reference.value_and_grad(batch)[1] for batch in group]
+        mean = tree_map(lambda *leaves: sum(leaves) / len(leaves), *trees)
+        optimizer.update(reference.model, mean)
+        mx.eval(reference.model.parameters())
+    assert len(group) == last
+    engine, _ = run(config, quiet, rows)
+    for name, array in parameters(reference.model).items():
+        assert mx.allclose(parameters(engine.model)[name], array, rtol=1e-5, atol=1e-8), name
+
+
+def test_saves_every_so_many_steps_and_at_the_end(make_config, quiet):
+    config = make_config(iters=5, save_every=2)
+    engine, result = run(config, quiet)
+    folder = Path(config.adapter_path)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "0000002_adapters.safetensors",
+        "0000004_adapters.safetensors",
+        "adapter_config.json",
+        WEIGHTS,
+    ]
+    assert same(on_disk(config, engine.model), parameters(engine.model))
+    assert not same(
+        on_disk(config, engine.model, "0000004_adapters.safetensors"), parameters(engine.model)
+    )
+    assert json.loads((folder / "adapter_config.json").read_text()) == config.to_dict()
+    assert isinstance(result, TrainResult)
+    assert (result.iterations, result.adapter_path, result.val_loss) == (5, folder, None)
+    assert result.peak_memory_bytes > 0
+
+
+def test_log_records(make_config, quiet, tmp_path):
+    config = make_config(iters=4, steps_per_report=2, log=str(tmp_path / "run.jsonl"))
+    _, result = run(config, quiet, valid=make_rows(4, 16))
+    records = [json.loads(line) for line in Path(config.log).read_text().splitlines()]
+    common = [
+        "learning_rate",
+        "tokens_per_second",
+        "trained_tokens",
+        "peak_memory_bytes",
+        "footprint_bytes",
+        "disk_read_bytes",
+        "disk_write_bytes",
+        "time",
+    ]
+    assert [list(record) for record in records] == [
+        ["iteration", kind, *common]
+        for kind in ("val_loss", "train_loss", "val_loss", "train_loss")
+    ]
+    assert [record["iteration"] for record in records] == [0, 2, 3, 4]
+    assert [record["disk_read_bytes"] for record in records] == [0, 2000, 3000, 4000]
+    assert records[-1]["disk_write_bytes"] == 2000
+    assert records[-1]["trained_tokens"] == 4 * 2 * 15
+    assert records[-1]["train_loss"] == result.train_loss
+    assert records[2]["val_loss"] == result.val_loss
+    times = [record["time"] for record in records]
+    assert times == sorted(times)
+
+
+class Spoiled(PlainEngine):
+    """Breaks the loss or a gradient at one step."""
+
+    def __init__(self, model, step, loss=None, gradient=None):
+        super().__init__(model)
+        self._step, self._loss, self._gradient = step, loss, gradient
+
+    def value_and_grad(self, batch):
+        self._step -= 1
+        (loss, tokens), gradients = super().value_and_grad(batch)
+        if self._step == 0 and self._loss is not None:
+            loss = mx.array(self._loss)
+        if self._step == 0 and self._gradient is not None:
+            block = gradients["model"]["layers"][1]["self_attn"]["q_proj"]
+            block["lora_b"] = mx.full(block["lora_b"].shape, self._gradient)
+        return (loss, tokens), gradients
+
+
+def test_a_bad_row_is_named_by_file_and_line(make_config, quiet):
+    rows = [Row("train.jsonl: line", 7 + i, *row) for i, row in enumerate(make_rows(2, 16))]
+    engine = Spoiled(make_model(), step=1, loss=float("nan"))
+    config = make_config(batch_size=1, seed=0)
+    first = next(iterate_batches([row[2:] for row in rows], 1, 16, seed=0)).indices[0]
+    with pytest.raises(EdgeLoraError, match=rf"check train\.jsonl: line {7 + first};"):
+        run(config, quiet, Dataset(rows, 16, "train.jsonl"), engine=engine)
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_ends_the_run_before_the_update(make_config, quiet, loss):
+    config = make_config(iters=9, save_every=2)
+    engine, intact = Spoiled(make_model(), step=4, loss=loss), {}
+    recorder = Recorder()
+    recorder.on_train_loss_report = lambda _info: intact.update(parameters(engine.model))
+    with pytest.raises(
+        EdgeLoraError,
+        match=rf"step 4: loss is {loss}, .*check row \d, row \d; .* of step 2, is in .*adapters",
+    ):
+        run(config, quiet, engine=engine, callbacks=[recorder])
+    assert same(parameters(engine.model), intact)
+    assert same(
+        on_disk(config, engine.model),
+        on_disk(config, engine.model, "0000002_adapters.safetensors"),
+    )
+
+
+def test_a_gradient_that_is_not_finite_is_named(make_config, quiet):
+    engine = Spoiled(make_model(), step=1, gradient=float("inf"))
+    start = dict(parameters(engine.model))
+    with pytest.raises(
+        EdgeLoraError,
+        match=r"step 1: the gradient of model\.layers\.1\.self_attn\.q_proj\.lora_b holds NaN.*"
+        "no adapter was saved yet in this run",
+    ):
+        run(make_config(), quiet, engine=engine)
+    assert same(parameters(engine.model), start)
+
+
+def test_a_validation_loss_that_is_not_finite_ends_the_run(make_config, quiet):
+    engine = PlainEngine(make_model())
+    engine.loss = lambda _batch: (mx.array(float("nan")), 3)
+    with pytest.raises(EdgeLoraError, match="step 1: validation loss is nan"):
+        run(make_config(), quiet, engine=engine, valid=make_rows(4, 16))
+
+
+class Stop(Exception):
+    pass
+
+
+class Stopper(Recorder):
+    def __init__(self, iteration, exception=Stop):
+        super().__init__()
+        self._iteration, self._exception = iteration, exception
+
+    def on_train_loss_report(self, info):
+        if info["iteration"] == self._iteration:
+            raise self._exception
+
+    on_val_loss_report = on_train_loss_report
+
+
+@pytest.mark.parametrize("exception", [Stop, KeyboardInterrupt])
+def test_a_callbacks_exception_comes_through_and_the_steps_are_kept(make_config, quiet, exception):
+    config, engine = make_config(iters=9, save_every=2), PlainEngine(make_model())
+    with pytest.raises(exception):
+        run(config, quiet, engine=engine, callbacks=[Stopper(3, exception)])
+    assert same(on_disk(config, engine.model), parameters(engine.model))
+    assert not same(
+        on_disk(config, engine.model),
+        on_disk(config, engine.model, "0000002_adapters.safetensors"),
+    )
+
+
+def test_a_callback_that_fails_before_the_first_step_leaves_the_folder_alone(make_config, quiet):
+    config = make_config()
+    with pytest.raises(Stop):
+        run(config, quiet, valid=make_rows(4, 16), callbacks=[Stopper(0)])
+    assert list(Path(config.adapter_path).iterdir()) == []
+
+
+def test_every_callback_is_told(make_config, quiet):
+    first, second = Recorder(), Recorder()
+    run(make_config(iters=2), quiet, valid=make_rows(4, 16), callbacks=[first, second])
+    assert first.train == second.train
+    assert [info["iteration"] for info in first.train] == [1, 2]
+    assert [info["iteration"] for info in first.val] == [0, 1]
+
+
+def test_an_interrupt_keeps_the_last_save_and_says_so(make_config, quiet):
+    config, engine = make_config(iters=9, save_every=2), PlainEngine(make_model())
+    plain, steps = engine.value_and_grad, []
+
+    def interrupted(batch):
+        steps.append(batch)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return plain(batch)
+
+    engine.value_and_grad = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        run(config, quiet, engine=engine)
+    saved = on_disk(config, engine.model)
+    assert same(saved, on_disk(config, engine.model, "0000002_adapters.safetensors"))
+    assert "interrupted; the last good adapter, of step 2, is in" in quiet._lines.getvalue()
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_first_step(
+    make_config, quiet, tmp_path
+):
+    (tmp_path / "file").write_text("")
+    engine = PlainEngine(make_model())
+    engine.value_and_grad = None
+    with pytest.raises(EdgeLoraError, match="cannot be written"):
+        run(make_config(adapter_path=str(tmp_path / "file" / "a")), quiet, engine=engine)
+
+
+@pytest.mark.parametrize(("threshold", "cleared"), [(0, True), (1 << 40, False)])
+def test_the_cache_is_cleared_over_its_threshold(make_config, quiet, threshold, cleared):
+    caches = []
+
+    class Watch(Recorder):
+        def on_train_loss_report(self, info):
+            caches.append(mx.get_cache_memory())
+
+    mx.clear_cache()
+    run(make_config(iters=3, clear_cache_threshold=threshold), quiet, callbacks=[Watch()])
+    # Reading the learning rate leaves a few bytes in the cache after it was cleared.
+    assert (max(caches) < 1 << 14) is cleared
+
+
+def test_the_scheduled_learning_rate_is_reported(make_config, quiet):
+    schedule = {"name": "linear_schedule", "arguments": [1e-3, 0.0, 4]}
+    recorder = Recorder()
+    run(make_config(iters=4, lr_schedule=schedule), quiet, callbacks=[recorder])
+    rates = [info["learning_rate"] for info in recorder.train]
+    assert rates == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+
+
+def test_data_order_follows_the_seed(make_config, quiet):
+    losses = []
+    for seed in (0, 0, 1):
+        recorder = Recorder()
+        run(make_config(seed=seed), quiet, callbacks=[recorder])
+        losses.append([info["train_loss"] for info in recorder.train])
+    assert losses[0] == losses[1]
+    assert losses[0] != losses[2]

@@ -1,0 +1,116 @@
+import io
+import re
+import time
+from dataclasses import replace
+
+import pytest
+
+from mlx_edgelora.memory.meter import DiskMeter
+from mlx_edgelora.training.progress import Progress
+from mlx_edgelora.training.report import Report, Usage, UsageMeter, Window
+
+REPORT = Report(
+    kind="train_loss",
+    iteration=20,
+    loss=2.5,
+    learning_rate=1e-4,
+    trained_tokens=5000,
+    tokens=1000,
+    seconds=4.0,
+    batches=10,
+    read_bytes=50_000_000,
+    written_bytes=20_000_000,
+    usage=Usage(
+        peak_memory_bytes=1_200_000_000,
+        footprint_bytes=1_500_000_000,
+        disk_read_bytes=100_000_000,
+        disk_write_bytes=40_000_000,
+        time=8.0,
+    ),
+)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_plain_lines_when_not_a_terminal():
+    lines, live = io.StringIO(), io.StringIO()
+    with Progress(100, lines, live) as progress:
+        progress.step(REPORT)
+        with progress.validation(2) as advance:
+            advance()
+        progress.report(replace(REPORT, kind="val_loss", iteration=0))
+        progress.report(REPORT)
+    assert live.getvalue() == ""
+    assert lines.getvalue().splitlines() == [
+        "step 0/100: validation loss 2.500, took 4.0 s",
+        "step 20/100: loss 2.500, learning rate 1.000e-04, 250 tokens/s, peak 1.20GB, "
+        "footprint 1.50GB, read 5.00MB and written 2.00MB a step, 00:32 left",
+    ]
+
+
+def test_a_live_line_on_a_terminal():
+    lines, live = io.StringIO(), Terminal()
+    with Progress(2, lines, live) as progress:
+        progress.step(REPORT)
+        time.sleep(0.11)  # tqdm draws at most ten times a second
+        progress.step(replace(REPORT, loss=1.25))
+        progress.report(REPORT)
+        assert "step 20/2: loss 2.500" in lines.getvalue()
+    shown = live.getvalue()
+    assert "loss 1.250, 250 tok/s, peak 1.20GB, process 1.50GB, r 5.00MB w 2.00MB" in shown
+    assert re.search(r"step 2/2 00:00<00:00, loss", shown)
+
+
+def test_validation_has_its_own_progress_on_a_terminal():
+    live = Terminal()
+    with Progress(2, io.StringIO(), live) as progress, progress.validation(3) as advance:
+        for _ in range(3):
+            advance()
+    assert "validation" in live.getvalue()
+
+
+def test_records_of_a_report():
+    record = REPORT.record()
+    assert list(record) == [
+        "iteration",
+        "train_loss",
+        "learning_rate",
+        "tokens_per_second",
+        "trained_tokens",
+        "peak_memory_bytes",
+        "footprint_bytes",
+        "disk_read_bytes",
+        "disk_write_bytes",
+        "time",
+    ]
+    assert record["tokens_per_second"] == 250.0
+    assert REPORT.callback_info() == {
+        **record,
+        "iterations_per_second": 2.5,
+        "peak_memory": 1.2,
+    }
+    validation = replace(REPORT, kind="val_loss")
+    assert validation.callback_info() == {**validation.record(), "val_time": 4.0}
+    assert "val_loss" in validation.record()
+    assert "train_loss" not in validation.record()
+
+
+def test_window_weighs_by_tokens_and_counts_only_its_own_traffic():
+    disk = DiskMeter()
+    disk.add_read(7)
+    meter = UsageMeter(disk)
+    disk.add_read(100)
+    window = Window(meter)
+    disk.add_read(30)
+    disk.add_written(5)
+    window.add(1.0, 10, 0.5)
+    window.add(4.0, 30, 1.5)
+    report = window.report("train_loss", iteration=2, learning_rate=0.1, trained_tokens=40)
+    assert report.loss == pytest.approx(130 / 40)
+    assert report.tokens_per_second == pytest.approx(20.0)
+    assert (report.read_bytes, report.written_bytes) == (30, 5)
+    assert report.usage.disk_read_bytes == 130
+    assert report.usage.footprint_bytes > 1 << 20

@@ -1,0 +1,74 @@
+"""A tiny model under plain `nn.value_and_grad`: the loop must not care what computes gradients."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models import llama
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from mlx_edgelora.memory.meter import DiskMeter
+
+VOCABULARY = 50
+
+
+def make_model(seed=0, blocks=2, dropout=0.0):
+    mx.random.seed(seed)
+    model = llama.Model(
+        llama.ModelArgs(
+            model_type="llama",
+            hidden_size=16,
+            num_hidden_layers=blocks,
+            intermediate_size=32,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            rms_norm_eps=1e-5,
+            vocab_size=VOCABULARY,
+        )
+    )
+    model.freeze()
+    linear_to_lora_layers(model, -1, {"rank": 4, "scale": 8.0, "dropout": dropout})
+    mx.eval(model.parameters())
+    return model
+
+
+class PlainEngine:
+    def __init__(self, model):
+        self.model = model
+        self.disk = DiskMeter()
+        self._value_and_grad = nn.value_and_grad(model, self._mean_loss)
+
+    def _mean_loss(self, tokens, mask):
+        logits = self.model(tokens[:, :-1])
+        losses = nn.losses.cross_entropy(logits, tokens[:, 1:]) * mask
+        return losses.sum() / mask.sum()
+
+    def value_and_grad(self, batch):
+        mask = batch.mask()
+        loss, gradients = self._value_and_grad(mx.array(batch.tokens), mx.array(mask))
+        mx.eval(loss, gradients)
+        self.disk.add_read(1000)
+        self.disk.add_written(500)
+        return (loss, int(mask.sum())), gradients
+
+    def loss(self, batch):
+        mask = batch.mask()
+        return self._mean_loss(mx.array(batch.tokens), mx.array(mask)), int(mask.sum())
+
+
+class Recorder:
+    """A callback that keeps what it was told."""
+
+    def __init__(self):
+        self.train, self.val = [], []
+
+    def on_train_loss_report(self, info):
+        self.train.append(info)
+
+    def on_val_loss_report(self, info):
+        self.val.append(info)
+
+
+def make_rows(count, lengths, seed=0):
+    generator = np.random.default_rng(seed)
+    lengths = [lengths] * count if isinstance(lengths, int) else lengths
+    return [(generator.integers(1, VOCABULARY, length).tolist(), 0) for length in lengths]
