@@ -22,7 +22,7 @@ DATA_PATH = ASSETS_PATH / "data"
 DEFAULT_CONFIG = ASSETS_PATH / "default.yaml"
 
 MAX_TOKENS = 32
-"""Tokens an answer may have; the longest record of the data set has 16."""
+"""Tokens an answer may have; the records of the data set have 16."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,15 @@ class Demonstration:
 
 
 def held_out_rows(count: int) -> list[dict[str, str]]:
-    """Return the first `count` held-out rows, each with "prompt" and "completion"."""
+    """Return the first `count` held-out rows, each with "prompt" and "completion".
+
+    Raises:
+        EdgeLoraError: `count` is below 1.
+    """
+    if count < 1:
+        raise EdgeLoraError(
+            f"count is {count} where held-out rows are asked for; give a number of at least 1."
+        )
     with (DATA_PATH / "test.jsonl").open(encoding="utf-8") as lines:
         return [json.loads(line) for line in islice(lines, count)]
 
@@ -96,7 +104,7 @@ def demonstrate(adapter_path: Path | str, count: int = 40) -> Demonstration:
     can use the adapter.
 
     Raises:
-        EdgeLoraError: `adapter_path` lacks a file of an adapter.
+        EdgeLoraError: `adapter_path` lacks a file of an adapter, or `count` is below 1.
     """
     for name in ("adapter_config.json", "adapters.safetensors"):
         if not (Path(adapter_path) / name).is_file():

@@ -1,0 +1,1 @@
+"""The embedded model, its data and its default options."""

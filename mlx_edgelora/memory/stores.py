@@ -90,14 +90,14 @@ class MappedStore:
 
     Args:
         folder: where the file lives; must be on a disk, or nothing is saved.
-        meter: counts the bytes written and read.
+        meter: counts the bytes written and read, for whoever wants to know.
 
     Raises:
         EdgeLoraError: the folder cannot be written, or its volume is full.
     """
 
-    def __init__(self, folder: str | os.PathLike, meter: DiskMeter) -> None:
-        self._folder, self._meter = Path(folder), meter
+    def __init__(self, folder: str | os.PathLike, meter: DiskMeter | None = None) -> None:
+        self._folder, self._meter = Path(folder), meter or DiskMeter()
         self._file = _unlinked_file(self._folder)
         self._pages: np.memmap | None = None
         self._slot_bytes = 0

@@ -1,0 +1,176 @@
+"""The engine: streamed weights, spilled activations, labelled rows, tiles of the head."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from architectures import CONFIGS, build, config
+from harness import (
+    Batch,
+    assert_same_gradients,
+    engine,
+    plain,
+    plain_value_and_grad,
+    random_batch,
+    save,
+)
+from mlx.utils import tree_flatten
+from mlx_lm.utils import save_config
+
+import mlx_edgelora.training.step as step
+from mlx_edgelora.errors import EdgeLoraError
+
+
+def check(folder, batch, tolerance=1e-5, **options):
+    lora = {key: options[key] for key in ("keys", "num_layers") if key in options}
+    expected_loss, expected = plain_value_and_grad(plain(folder, **lora), batch)
+    ours = engine(folder, **options)
+    try:
+        (loss, count), got = ours.value_and_grad(batch)
+        again, _ = ours.loss(batch)
+    finally:
+        ours.close()
+    assert count == batch.mask().sum()
+    assert loss.item() == pytest.approx(expected_loss, rel=1e-5)
+    assert again.item() == pytest.approx(expected_loss, rel=1e-5)
+    assert_same_gradients(got, expected, tolerance)
+    return ours
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["float", "4bit"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_streamed_spilled_gradients_equal_mlx_lm(name, quantized, tmp_path, monkeypatch):
+    monkeypatch.setattr(step, "LOGITS_BYTES", 4096)  # several tiles of these small vocabularies
+    monkeypatch.setattr(step, "MIN_ROWS", 16)
+    check(save(tmp_path, name, quantized), random_batch())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"streamed": False, "spilled": False},
+        {"streamed": False, "kernel": "fused"},
+        {"streamed": True, "kernel": "fused", "num_layers": 1},
+        {"streamed": True, "keys": ["lm_head", "self_attn.q_proj"]},
+        {"streamed": True, "keys": ["model.embed_tokens", "self_attn.q_proj"]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_every_way_of_running_gives_the_same_gradients(name, options, tmp_path):
+    if name == "gemma2" and "lm_head" in options.get("keys", ()):
+        pytest.skip("gemma2's head is its embedding")
+    check(save(tmp_path, name, True), random_batch(tokens=13), **options)
+
+
+def test_streamed_weights_are_never_resident(tmp_path, memory):
+    """Streaming saves all of the file but the two or three blocks in flight."""
+    big = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 16}
+    folder = save(tmp_path, "llama", True, **big, vocab_size=8192)
+    whole = (folder / "model.safetensors").stat().st_size
+    embeddings = 2 * 8192 * 256 * 5 / 8  # untied; 4 bits and, per 32, two float32
+    block = (whole - embeddings) / 16
+    batch, peaks = random_batch(1, 16, vocabulary=8192), {}
+    for streamed in (False, True):
+        ours = engine(folder, streamed=streamed, spilled=streamed)
+        ours.value_and_grad(batch)
+        mx.reset_peak_memory()
+        ours.value_and_grad(batch)
+        peaks[streamed] = mx.get_peak_memory()
+        ours.close()
+        read = ours.disk.read_bytes
+        del ours
+    assert peaks[True] < peaks[False] - (whole - 3 * block)
+    assert read > 2 * 2 * (whole - embeddings)  # two steps, each block twice: nothing is kept
+
+
+def test_logits_are_made_for_labelled_rows_only(tmp_path, monkeypatch):
+    folder = save(tmp_path, "llama", False)
+    batch = random_batch(2, 17)
+    batch.mask()[:] = False
+    batch.mask()[1, 4:7] = True
+    rows, loss = [], step.streamed_cross_entropy
+
+    def counted(hidden, *args):
+        rows.append(hidden.shape[0])
+        return loss(hidden, *args)
+
+    monkeypatch.setattr(step, "streamed_cross_entropy", counted)
+    check(folder, batch)
+    assert rows == [3, 3]
+
+
+def test_batch_without_labels_names_its_rows(tmp_path):
+    ours = engine(save(tmp_path, "llama", False))
+    with pytest.raises(EdgeLoraError, match=r"batch of rows \[0, 1\]: no token carries a label"):
+        ours.value_and_grad(Batch(np.zeros((2, 9), np.int32), np.zeros((2, 8), bool)))
+    ours.close()
+
+
+def test_tensors_that_mlx_lm_computes_are_rewritten_once(tmp_path):
+    """A raw mixture of experts: one file entry per expert, which sanitize stacks."""
+    model = build("qwen3_moe")
+    weights = {}
+    for name, value in tree_flatten(model.parameters()):
+        if "switch_mlp" not in name:
+            weights[name] = value
+            continue
+        for expert in range(value.shape[0]):
+            weights[name.replace("switch_mlp", f"experts.{expert}")] = value[expert]
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), weights)
+    save_config(config("qwen3_moe"), tmp_path / "config.json")
+    ours = check(tmp_path, random_batch())
+    (copy,) = (tmp_path / "cache").iterdir()
+    written = (copy / "model.safetensors").stat().st_mtime_ns
+    check(tmp_path, random_batch())
+    assert (copy / "model.safetensors").stat().st_mtime_ns == written
+    assert ours.disk.read_bytes > 0
+
+
+def test_dtype_casts_weights_and_activations(tmp_path):
+    folder = save(tmp_path, "llama", True)
+    batch = random_batch()
+    reference = plain(folder)
+    expected, _ = plain_value_and_grad(reference, batch)
+    for streamed in (True, False):
+        ours = engine(folder, dtype="bfloat16", streamed=streamed)
+        (loss, _), gradients = ours.value_and_grad(batch)
+        ours.close()
+        assert loss.item() == pytest.approx(expected, rel=0.02)
+        kinds = {value.dtype for _, value in tree_flatten(gradients)}
+        assert kinds == {mx.float32}
+
+
+def test_changed_shard_is_an_error_not_a_wrong_gradient(tmp_path):
+    folder = save(tmp_path, "llama", True)
+    ours = engine(folder)
+    batch = random_batch()
+    ours.value_and_grad(batch)
+    shard = folder / "model.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-100] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(EdgeLoraError, match=r"model.safetensors: the file changed while"):
+        ours.value_and_grad(batch)
+    ours.close()
+
+
+def test_adapters_load_in_mlx_lm_with_the_same_logits(tmp_path):
+    from mlx_lm.tuner.utils import load_adapters
+    from mlx_lm.utils import load_model
+
+    from mlx_edgelora.training.adapters import save_adapters
+
+    folder = save(tmp_path, "llama", True)
+    ours = engine(folder, streamed=False, kernel="fused")
+    weights = dict(tree_flatten(ours.model.trainable_parameters()))
+    settings = {
+        "fine_tune_type": "lora",
+        "num_layers": len(ours.model.layers),
+        "lora_parameters": {"rank": 4, "scale": 3.0, "dropout": 0.0},
+    }
+    save_adapters(tmp_path / "adapter", weights, settings)
+    theirs, _ = load_model(folder)
+    theirs = load_adapters(theirs, str(tmp_path / "adapter"))
+    tokens = mx.array([[5, 7, 11, 13, 17]])
+    assert mx.abs(theirs(tokens) - ours.model(tokens)).max().item() < 1e-5
+    ours.close()
