@@ -280,7 +280,6 @@ def test_what_is_wrong_is_refused_in_one_sentence(mapping, sentence):
 @pytest.mark.parametrize(
     ("mapping", "sentence"),
     [
-        ({"grad_accumulation_steps": 5, "iters": 4}, r"got 5, expected at most iters, 4"),
         ({"activations": "ram", "spill_dir": "x"}, r"spill_dir: got 'x' with activations ram"),
         ({"train": False}, r"train: got false without test"),
         ({"adapter_path": ""}, r"adapter_path: got no name"),

@@ -219,11 +219,6 @@ def _check_together(config: TrainConfig) -> None:
         raise EdgeLoraError("train: got false without test, expected one of the two to be true")
     if config.train and not config.adapter_path:
         raise EdgeLoraError("adapter_path: got no name, expected a folder to write the adapter to")
-    if config.grad_accumulation_steps > config.iters:
-        raise EdgeLoraError(
-            f"grad_accumulation_steps: got {config.grad_accumulation_steps}, expected at most "
-            f"iters, {config.iters}; otherwise no update is ever complete"
-        )
     if config.spill_dir is not None and config.activations != "spill":
         raise EdgeLoraError(
             f"spill_dir: got {config.spill_dir!r} with activations {config.activations}, which "

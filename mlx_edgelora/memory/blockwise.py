@@ -66,7 +66,6 @@ class Pass:
 
     Attributes:
         run: what calls the model.
-        tape: the keys of its dropout calls.
         first: the lowest block the backward reaches.
         entry: whether the backward goes on to what lies before the blocks.
         hidden: the last block's output, [batch, tokens, hidden]; whoever is done with it
@@ -75,7 +74,6 @@ class Pass:
     """
 
     run: Callable[[], Any]
-    tape: KeyTape
     first: int
     entry: bool
     hidden: mx.array | None = None
@@ -112,7 +110,9 @@ class BlockWalk:
         self.weights = ResidentWeights() if weights is None else weights
         self._functions: dict[tuple[str, bool], Callable] | None = {} if compiled else None
         self._entry_trained: dict[tuple[str, ...], bool] = {}
-        with keyed_dropout(model) as tape, tape.playing(_SAME_KEY):
+        # One for good: a compiled backward and the dropout layers must mean the same tape.
+        self._tape = KeyTape()
+        with keyed_dropout(model, self._tape), self._tape.playing(_SAME_KEY):
             check_walk(self.blocks)
 
     @contextmanager
@@ -123,10 +123,10 @@ class BlockWalk:
             run: calls the model, directly or inside a loss; stopped after its last block.
             keep: keep the blocks' inputs for a backward pass.
         """
-        with keyed_dropout(self.model) as tape:
-            first, entry = self._reach(run, tape) if keep else (len(self.blocks), False)
-            state = Pass(run, tape, first, entry)
-            with tape.recording() as state.entry_keys:
+        with keyed_dropout(self.model, self._tape):
+            first, entry = self._reach(run) if keep else (len(self.blocks), False)
+            state = Pass(run, first, entry)
+            with self._tape.recording() as state.entry_keys:
                 state.hidden = self._stopped(run, lambda *call: self._run_block(state, *call))
             yield state
 
@@ -142,7 +142,7 @@ class BlockWalk:
         """
         # The model's entry is called again, for nothing; its dropout must not draw again.
         with (
-            state.tape.playing(state.entry_keys),
+            self._tape.playing(state.entry_keys),
             self.blocks.returning(hidden),
             self._outside_bound(outside or {}),
         ):
@@ -182,7 +182,7 @@ class BlockWalk:
         if index + 1 < len(self.blocks):
             self.weights.prefetch(index + 1)
         weights = self.weights.block(index)
-        with state.tape.recording() as keys, bound(array_slots(block), weights):
+        with self._tape.recording() as keys, bound(array_slots(block), weights):
             del weights
             out = block(x, *args, **kwargs)
             mx.eval(out)
@@ -203,7 +203,7 @@ class BlockWalk:
             state.cotangent,
         ]
         state.cotangent = None
-        gradients = self._vjp(state, index, list(trained), onward)(operands, call)
+        gradients = self._vjp(index, list(trained), onward)(operands, call)
         del operands
         mx.eval(gradients)
         if onward:
@@ -211,16 +211,16 @@ class BlockWalk:
         name = f"{self.blocks.prefix}{index}."
         return {name + local: value for local, value in zip(trained, gradients, strict=True)}
 
-    def _vjp(self, state: Pass, index: int, names: list[str], onward: bool) -> Callable:
+    def _vjp(self, index: int, names: list[str], onward: bool) -> Callable:
         """The backward of one block: (operands, call) -> gradients of `names`, then of x."""
         block = self.blocks.blocks[index]
         slots = array_slots(block)
         if self._functions is None:
-            vjp = _block_vjp(block, slots, state.tape, names, onward)
+            vjp = _block_vjp(block, slots, self._tape, names, onward)
             return lambda operands, call: vjp(*operands, call.args, call.kwargs, call.keys)
         key = (signature(block) + repr(names), onward)
         if key not in self._functions:
-            vjp = _block_vjp(block, slots, state.tape, names, onward)
+            vjp = _block_vjp(block, slots, self._tape, names, onward)
             self._functions[key] = mx.compile(vjp)
 
         def run(operands: list, call: _Call) -> list[mx.array]:
@@ -234,7 +234,7 @@ class BlockWalk:
     def _entry_backward(self, state: Pass) -> Arrays:
         outside = self.outside()
         cotangent, state.cotangent = state.cotangent, None
-        with state.tape.playing(state.entry_keys):
+        with self._tape.playing(state.entry_keys):
             _, gradients = mx.vjp(
                 lambda *values: self._entry(state.run, dict(zip(outside, values, strict=True))),
                 list(outside.values()),
@@ -244,10 +244,10 @@ class BlockWalk:
         mx.eval(gradients)
         return dict(zip(outside, gradients, strict=True))
 
-    def _reach(self, run: Callable[[], Any], tape: KeyTape) -> tuple[int, bool]:
+    def _reach(self, run: Callable[[], Any]) -> tuple[int, bool]:
         """How far down the backward must go: the lowest block, and whether beyond it."""
         outside = self.outside()
-        with tape.playing(_SAME_KEY):
+        with self._tape.playing(_SAME_KEY):
             entry = bool(outside) and self._trains_entry(run, outside)
         if entry:
             return 0, True

@@ -58,15 +58,14 @@ class _KeyedDropout(nn.Dropout):
 
 
 @contextmanager
-def keyed_dropout(model: nn.Module) -> Iterator[KeyTape]:
+def keyed_dropout(model: nn.Module, tape: KeyTape) -> Iterator[None]:
     """Give every `nn.Dropout` of the model its keys from one tape; undone on exit."""
-    tape = KeyTape()
     layers = [module for module in model.modules() if type(module) is nn.Dropout]
     for layer in layers:
         object.__setattr__(layer, "_tape", tape)
         object.__setattr__(layer, "__class__", _KeyedDropout)
     try:
-        yield tape
+        yield
     finally:
         for layer in layers:
             object.__setattr__(layer, "__class__", nn.Dropout)

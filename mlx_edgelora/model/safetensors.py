@@ -102,7 +102,7 @@ def _tensor(path: Path, name: str, entry: object, base: int) -> TensorInfo:
         dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise _damaged(path, f"tensor {name!r} lacks dtype, shape or data_offsets") from error
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise EdgeLoraError(
             f"{path}: tensor {name!r} has dtype {dtype!r}, expected one of {', '.join(DTYPES)}; "
             "convert the file with mlx_lm.convert"
@@ -163,6 +163,7 @@ class RowReader:
 
     def take(self, indices: np.ndarray) -> mx.array:
         """Gather rows: `indices` int [n] -> [n, ...] in the file's dtype."""
+        self._check(indices)
         out, view = self._allocate(len(indices))
         with self._open() as file:
             for row, index in enumerate(indices.tolist()):
@@ -171,10 +172,20 @@ class RowReader:
 
     def slice(self, start: int, stop: int) -> mx.array:
         """Read rows `start` to `stop` -> [stop - start, ...] in the file's dtype."""
+        self._check(np.array([start, stop - 1]) if start < stop else np.array([], int))
         out, view = self._allocate(stop - start)
         with self._open() as file:
             self._read(file, start, view)
         return out
+
+    def _check(self, indices: np.ndarray) -> None:
+        # Bytes beyond the rows are other tensors', and would pass for rows of this one.
+        outside = indices[(indices < 0) | (indices >= self.shape[0])]
+        if outside.size:
+            raise EdgeLoraError(
+                f"{self._path}: row {outside[0]} asked, but the tensor has {self.shape[0]}; train "
+                "with the model's own tokenizer, another one has tokens that the model lacks"
+            )
 
     def _open(self) -> BinaryIO:
         try:
@@ -188,7 +199,7 @@ class RowReader:
     def _allocate(self, rows: int) -> tuple[mx.array, memoryview]:
         out = mx.zeros((rows, *self.shape[1:]), self.dtype)
         mx.eval(out)
-        return out, memoryview(to_numpy(out)).cast("B")
+        return out, memoryview(to_numpy(out)).cast("B") if out.size else memoryview(b"")
 
     def _read(self, file: BinaryIO, row: int, view: memoryview) -> None:
         file.seek(self._start + row * self.row_bytes)

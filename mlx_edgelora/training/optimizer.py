@@ -14,16 +14,8 @@ import mlx.optimizers as optimizers
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.utils import build_schedule
 
-from mlx_edgelora.config import TrainConfig
+from mlx_edgelora.config import OPTIMIZERS, TrainConfig
 from mlx_edgelora.errors import EdgeLoraError
-
-OPTIMIZERS = {
-    "adam": optimizers.Adam,
-    "adamw": optimizers.AdamW,
-    "muon": optimizers.Muon,
-    "sgd": optimizers.SGD,
-    "adafactor": optimizers.Adafactor,
-}
 
 
 def build_optimizer(config: TrainConfig) -> optimizers.Optimizer:
