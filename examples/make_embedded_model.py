@@ -7,7 +7,7 @@ writes the whole record instead ("name: Ada; city: Oslo; item: caps; count: 7") 
 fine-tuning data teaches. Names and cities of the test rows occur in no training row, so a
 right answer is not a remembered one.
 
-About 6 minutes on 2 CPU cores with a fast BLAS (on Linux preload libopenblas.so.0):
+About 8 minutes on 2 CPU cores with a fast BLAS (on Linux preload libopenblas.so.0):
 
     python examples/make_embedded_model.py
 """

@@ -4,6 +4,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 import yaml
 from mlx_lm import load
@@ -48,6 +49,20 @@ def read_rows(split):
 
 def read_config():
     return yaml.safe_load(embedded.DEFAULT_CONFIG.read_text(encoding="utf-8"))
+
+
+def write_adapter(folder, scale):
+    """Write an adapter that was never trained: random in both of its matrices."""
+    mx.random.seed(0)
+    parameters = {"rank": 2, "scale": scale, "dropout": 0.0, "keys": ["mlp.down_proj"]}
+    weights = {}
+    for block in range(4):
+        name = f"model.layers.{block}.mlp.down_proj"
+        weights[f"{name}.lora_a"] = mx.random.normal((256, 2))
+        weights[f"{name}.lora_b"] = mx.random.normal((2, 192))
+    mx.save_safetensors(str(folder / "adapters.safetensors"), weights)
+    config = {"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": parameters}
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def as_messages(row):
@@ -139,6 +154,22 @@ def test_the_default_config_names_no_path():
 def test_demonstrate_wants_an_adapter(tmp_path):
     with pytest.raises(EdgeLoraError, match=r"has no adapter_config\.json"):
         embedded.demonstrate(tmp_path)
+
+
+def test_demonstrate_wants_rows(tmp_path):
+    write_adapter(tmp_path, scale=0.0)
+    with pytest.raises(EdgeLoraError, match="count is 0"):
+        embedded.demonstrate(tmp_path, count=0)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+def test_demonstrate_compares_with_and_without_the_adapter(tmp_path, scale):
+    write_adapter(tmp_path, scale)
+    shown = embedded.demonstrate(tmp_path, count=2)
+    row = embedded.held_out_rows(1)[0]
+    assert (shown.prompt, shown.expected) == (row["prompt"], row["completion"])
+    assert (shown.exact_match_before, shown.count) == (0.0, 2)
+    assert (shown.before == shown.after) == (scale == 0.0)
 
 
 def test_demonstration_prints_both_answers():

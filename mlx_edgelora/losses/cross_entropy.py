@@ -58,16 +58,21 @@ def streamed_cross_entropy(
         peak = higher
         del logits, picked, higher
         mx.eval(peak, total, target)
-    normalizer = peak + mx.log(total)
-    loss = (normalizer - target).mean()
-    mx.eval(loss, normalizer)
+    # Kept apart: added to a large maximum the logarithm would lose its digits.
+    spread = mx.log(total)
+    loss = ((peak - target) + spread).mean()
+    mx.eval(loss, spread)
     if not gradient:
         return loss, None
-    return loss, _gradient(hidden, labels, tiles, normalizer)
+    return loss, _gradient(hidden, labels, tiles, peak, spread)
 
 
 def _gradient(
-    hidden: mx.array, labels: mx.array, tiles: Callable[[], Iterable[Tile]], normalizer: mx.array
+    hidden: mx.array,
+    labels: mx.array,
+    tiles: Callable[[], Iterable[Tile]],
+    peak: mx.array,
+    spread: mx.array,
 ) -> mx.array:
     result = mx.zeros(hidden.shape, mx.float32)
     for tile in tiles():
@@ -78,7 +83,8 @@ def _gradient(
             expected = mx.arange(tile.stop - tile.start) == local[:, None]
             # d loss / d logits, as a constant: the gradient of the sum is then its product
             # with everything between hidden states and logits (norm, scaling, capping).
-            error = (mx.exp(logits - normalizer[:, None]) - expected) / labels.size
+            share = mx.exp((logits - peak[:, None]) - spread[:, None])
+            error = (share - expected) / labels.size
             return (mx.stop_gradient(error) * logits).sum()
 
         result = result + mx.grad(weighted)(hidden).astype(mx.float32)
