@@ -208,11 +208,8 @@ def test_model_is_left_as_found(monkeypatch):
     assert state_of(model) == before
 
 
-def step_peak(depth, make_gradient):
-    """Peak bytes of whole steps above the frozen weights, and the adapters' bytes.
-
-    Over several steps, because MLX allocates a varying number of operations ahead.
-    """
+def step_peaks(depth, steps, make_gradient):
+    """Peak bytes of each whole step above the frozen weights, and the adapters' bytes."""
     model = build(
         "llama",
         num_hidden_layers=depth,
@@ -227,22 +224,28 @@ def step_peak(depth, make_gradient):
     optimizer = optim.AdamW(1e-4)
     batch = mx.random.randint(0, 256, (1, 257), key=mx.random.key(0))
     gradient = make_gradient(model, default_loss)
-    for step in range(6):
-        if step == 2:  # the optimizer's state exists, and caches are warm
-            mx.reset_peak_memory()
+    peaks = []
+    for _ in range(steps + 1):
+        mx.reset_peak_memory()
         value, gradients = gradient(model, batch, mx.array([[0, 256]]))
         mx.eval(value, gradients)
         update(model, optimizer, gradients)
+        peaks.append(mx.get_peak_memory())
     every = sum(value.nbytes for _, value in tree_flatten(model.parameters()))
     adapters = sum(value.nbytes for _, value in tree_flatten(model.trainable_parameters()))
-    return mx.get_peak_memory() - (every - adapters), adapters
+    return [peak - (every - adapters) for peak in peaks[1:]], adapters
 
 
 def growth_beyond_adapters(make_gradient):
-    """Peak of 16 blocks over that of 4, less parameters, gradients and moments of 12 blocks."""
-    low, low_adapters = step_peak(4, make_gradient)
-    high, high_adapters = step_peak(16, make_gradient)
-    return (high - low) - 4 * (high_adapters - low_adapters)
+    """Peak of 16 blocks over that of 4, less parameters, gradients and moments of 12 blocks.
+
+    MLX allocates ahead of the computation by an amount that varies: a step's peak jitters by
+    some four hidden states of 128 KiB. So the highest of 4 blocks stands against the lowest of
+    16, and a third of a hidden state kept per block is still seen.
+    """
+    low, low_adapters = step_peaks(4, 8, make_gradient)
+    high, high_adapters = step_peaks(16, 3, make_gradient)
+    return (min(high) - max(low)) - 4 * (high_adapters - low_adapters)
 
 
 def test_peak_does_not_grow_with_depth(memory, spill):
@@ -250,5 +253,9 @@ def test_peak_does_not_grow_with_depth(memory, spill):
     assert growth <= 0
 
 
-def test_peak_of_plain_backpropagation_does(memory):
+def test_the_same_measurement_sees_inputs_kept_in_memory(memory):
+    assert growth_beyond_adapters(value_and_grad) > 4 * 2**17
+
+
+def test_the_same_measurement_fails_on_plain_backpropagation(memory):
     assert growth_beyond_adapters(nn.value_and_grad) > 10 * 2**20
