@@ -1,5 +1,6 @@
 """`python -m mlx_edgelora.train`: fine-tune a model from the command line."""
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -11,7 +12,10 @@ from mlx_edgelora.training.finetune import finetune
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, 2 for what the user can mend, 130 for ^C."""
+    """Run the command; returns the exit status: 0, 2 for what the user can mend, 130 for ^C.
+
+    141 stands for a reader of the output that is gone, as with `| head`.
+    """
     try:
         config = config_from_cli(
             sys.argv[1:] if argv is None else argv, preset=read_yaml(DEFAULT_CONFIG)
@@ -25,6 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        # Whoever read the output has gone; Python would complain once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     return 0
 
 

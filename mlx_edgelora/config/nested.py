@@ -50,7 +50,7 @@ class LoraParameters:
         "alpha": "mlx-lm's LoRA has scale, which multiplies directly (alpha / rank elsewhere)"
     }
 
-    rank: int = option(8, "Rank of the adapters.", whole(1))
+    rank: int = option(8, "Rank of the adapters.", whole(1, 2**16))
     dropout: float = option(
         0.0,
         "Probability of dropping an input of an adapter.",

@@ -37,6 +37,7 @@ from mlx_edgelora.errors import EdgeLoraError
 
 REPORTERS = ("wandb", "swanlab")
 
+_NAME = text("text that is not empty", bool)
 _REPORT_TO = text(
     f"{' or '.join(REPORTERS)}, or both with a comma",
     lambda value: all(name.strip().lower() in ("", *REPORTERS) for name in value.split(",")),
@@ -72,13 +73,13 @@ class TrainConfig:
         None, "YAML file of options; the command line wins over it.", text()
     )
     model: str | None = option(
-        None, "Folder or Hugging Face name of the model; the embedded one if absent.", text()
+        None, "Folder or Hugging Face name of the model; the embedded one if absent.", _NAME
     )
     data: str | None = option(
         None,
         "Folder with {train,valid,test}.jsonl or name of a Hugging Face data set; the embedded "
         "one if absent.",
-        text(),
+        _NAME,
     )
     hf_dataset: tuple[HubDataset, ...] | None = option(
         None, "Hugging Face data sets with splits and features, in place of data.", HUB
@@ -99,7 +100,7 @@ class TrainConfig:
     lora_parameters: LoraParameters = field(
         default_factory=LoraParameters, metadata=about("Rank, scale, ... of adapters.", LORA)
     )
-    resume_adapter_file: str | None = option(None, "Adapter file to start from.", text())
+    resume_adapter_file: str | None = option(None, "Adapter file to start from.", _NAME)
     adapter_path: str = option("adapters", "Folder of the adapter, to write or to test.", text())
 
     batch_size: int = option(4, "Rows per step.", whole(1))
@@ -126,7 +127,7 @@ class TrainConfig:
     save_every: int = option(100, "Steps between saves of the adapter.", whole(1))
     report_to: str | None = option(None, "Services to report to: wandb, swanlab.", _REPORT_TO)
     project_name: str | None = option(None, "Name of the project at these services.", text())
-    log: str | None = option(None, "JSONL file that gets one record per report.", text())
+    log: str | None = option(None, "JSONL file that gets one record per report.", _NAME)
 
     weights: str = option(
         "streamed",
@@ -148,10 +149,10 @@ class TrainConfig:
         "spill", "Where the inputs of blocks wait: in a file or in memory.", one_of("spill", "ram")
     )
     spill_dir: str | None = option(
-        None, "Folder of that file; the system's temporary one if absent.", text()
+        None, "Folder of that file; the system's temporary one if absent.", _NAME
     )
     cache_dir: str | None = option(
-        None, "Folder of converted models; the user's cache if absent.", text()
+        None, "Folder of converted models; the user's cache if absent.", _NAME
     )
     clear_cache_threshold: int = option(
         0, "Empty MLX's cache after a step if it holds more (500MB, 4GB).", SIZE

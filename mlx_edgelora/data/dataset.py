@@ -112,6 +112,17 @@ class Dataset(Sequence[tuple[np.ndarray, int]]):
         tokens = np.frombuffer(self._tokens, np.int32)
         return tokens[self._starts[index] : self._starts[index + 1]], self._offsets[index]
 
+    def check_vocabulary(self, size: int) -> None:
+        """Raise `EdgeLoraError` for the first token that a vocabulary of `size` lacks."""
+        tokens = np.frombuffer(self._tokens, np.int32)
+        outside = np.flatnonzero((tokens < 0) | (tokens >= size))
+        if outside.size:
+            row = bisect_right(self._starts, outside[0]) - 1
+            raise EdgeLoraError(
+                f"{self.place(row)}: has token {tokens[outside[0]]}, but the model's vocabulary "
+                f"ends at {size - 1}; its tokenizer belongs to another model"
+            )
+
     def place(self, index: int) -> str:
         """Where a row was read, for messages: `data/train.jsonl: line 7`."""
         source = bisect_right(self._sources, index, key=lambda start_and_name: start_and_name[0])

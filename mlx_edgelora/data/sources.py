@@ -45,14 +45,29 @@ def _parse_line(place: str, line: bytes) -> Mapping[str, Any]:
             f"{place}: is not JSON ({error.msg} at column {error.colno}), expected one object "
             "per line"
         ) from error
+    except ValueError as error:  # a number of thousands of digits
+        raise EdgeLoraError(f"{place}: is not JSON ({error}), expected one object") from error
     except RecursionError as error:
         raise EdgeLoraError(f"{place}: is nested too deeply, expected a JSON object") from error
+    if b"\\ud" in line.lower() and not _is_unicode(row):
+        raise EdgeLoraError(
+            f"{place}: holds half of a surrogate pair, such as \\ud800, which is no character; "
+            "take it out"
+        )
     if not isinstance(row, dict):
         raise EdgeLoraError(
             f"{place}: got a JSON {type(row).__name__}, expected an object such as "
             '{"prompt": "...", "completion": "..."}'
         )
     return row
+
+
+def _is_unicode(row: Any) -> bool:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def hub_sources(name: str) -> dict[str, Source]:

@@ -34,10 +34,10 @@ from mlx_edgelora.model.blocks import (
     Slot,
     array_slots,
     bound,
-    check_walk,
     signature,
 )
 from mlx_edgelora.model.sources import ResidentWeights, WeightSource
+from mlx_edgelora.model.walkable import check_walk
 
 Arrays = dict[str, mx.array]
 # For dropout in a pass that only looks at the graph: it must not move MLX's generator.

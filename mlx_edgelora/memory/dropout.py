@@ -60,7 +60,8 @@ class _KeyedDropout(nn.Dropout):
 @contextmanager
 def keyed_dropout(model: nn.Module, tape: KeyTape) -> Iterator[None]:
     """Give every `nn.Dropout` of the model its keys from one tape; undone on exit."""
-    layers = [module for module in model.modules() if type(module) is nn.Dropout]
+    # By identity: a layer that hangs in two places is one layer.
+    layers = {id(m): m for m in model.modules() if type(m) is nn.Dropout}.values()
     for layer in layers:
         object.__setattr__(layer, "_tape", tape)
         object.__setattr__(layer, "__class__", _KeyedDropout)

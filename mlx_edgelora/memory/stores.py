@@ -8,7 +8,9 @@ writing and after reading, so that spilling lowers the process's footprint and n
 MLX's count. Where MLX can wrap mapped memory (Metal, MLX 0.32.4), reading copies nothing.
 """
 
+import copy
 import errno
+import math
 import mmap
 import os
 import shutil
@@ -63,8 +65,8 @@ class RamStore:
         self._arrays.clear()
 
     def put(self, slot: int, array: mx.array) -> None:
-        """Keep a reference to the array."""
-        self._arrays[slot] = array
+        """Keep the array; the copy shares its buffer, and no later `array += 1` reaches it."""
+        self._arrays[slot] = copy.copy(array)
 
     def prefetch(self, slot: int) -> None:
         """Nothing to do: the array is here."""
@@ -131,7 +133,8 @@ class MappedStore:
             )
         self._wait_for_write()
         self._kept[slot] = _Kept(array.shape, array.dtype, array.nbytes)
-        source = to_numpy(array).reshape(-1).view(np.uint8)
+        # The copy shares the buffer, and keeps a later `array += 1` from writing into it.
+        source = to_numpy(copy.copy(array)).reshape(-1).view(np.uint8)
         self._writing = self._worker.submit(self._write, slot, source)
 
     def prefetch(self, slot: int) -> None:
@@ -146,11 +149,12 @@ class MappedStore:
 
     def take(self, slot: int) -> mx.array:
         """Give the array of a slot back, waiting for it if need be."""
+        self._wait_for_write()
         if self._wraps:
-            self._wait_for_write()
             kept = self._kept.pop(slot)
             self._meter.add_read(kept.nbytes)
-            return _wrap(self._region(slot, kept.nbytes), kept)
+            region = mx.asarray(self._region(slot, kept.nbytes), copy=False)
+            return region.view(kept.dtype).reshape(kept.shape)
         self.prefetch(slot)
         array, reading = self._reading.pop(slot)
         reading.result()
@@ -159,10 +163,12 @@ class MappedStore:
 
     def close(self) -> None:
         """Stop the worker and free the file's space."""
-        self._settle()
-        self._worker.shutdown()
-        self._pages = None
-        self._file.close()
+        try:
+            self._settle()
+        finally:
+            self._worker.shutdown()
+            self._pages = None
+            self._file.close()
 
     def _region(self, slot: int, nbytes: int) -> np.ndarray:
         return self._pages[slot * self._slot_bytes : slot * self._slot_bytes + nbytes]
@@ -185,7 +191,7 @@ class MappedStore:
 
     def _wait_for_write(self) -> None:
         writing, self._writing = self._writing, None
-        if writing is not None:
+        if writing:
             writing.result()
 
     def _settle(self) -> None:
@@ -218,9 +224,8 @@ def spill_folder(candidates: Sequence[str | os.PathLike]) -> tuple[Path, str]:
         )
     if len(volumes) == 1:
         return next(iter(volumes.values())), "the only local volume at hand"
-    times = {folder: _write_seconds(folder) for folder in volumes.values()}
-    best = min(times, key=times.__getitem__)
-    return best, f"the fastest of {len(times)} volumes: 8 MiB written in {times[best]:.3f} s"
+    seconds, best = min((_write_seconds(folder), folder) for folder in volumes.values())
+    return best, f"the fastest of {len(volumes)} volumes: 8 MiB written in {seconds:.3f} s"
 
 
 def _is_writable(folder: Path) -> bool:
@@ -246,9 +251,12 @@ def _in_memory(folder: Path) -> bool:
 def _write_seconds(folder: Path) -> float:
     with _unlinked_file(folder) as file:
         start = time.perf_counter()
-        file.write(bytes(PROBE_BYTES))
-        os.fsync(file.fileno())
-        return time.perf_counter() - start
+        try:
+            file.write(bytes(PROBE_BYTES))
+            os.fsync(file.fileno())
+            return time.perf_counter() - start
+        except OSError:  # full: the last choice
+            return math.inf
 
 
 def _unlinked_file(folder: Path):  # noqa: ANN202 - BufferedRandom has no public name
@@ -268,9 +276,9 @@ def _preallocate(descriptor: int, size: int) -> None:
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, size)
         return
-    zeros = bytes(PROBE_BYTES)
-    for offset in range(os.fstat(descriptor).st_size, size, len(zeros)):
-        os.pwrite(descriptor, zeros[: size - offset], offset)
+    zeros, done = bytes(PROBE_BYTES), os.fstat(descriptor).st_size
+    while done < size:
+        done += os.pwrite(descriptor, zeros[: size - done], done)
 
 
 def _disk_error(folder: Path, size: int, error: OSError) -> EdgeLoraError:
@@ -284,19 +292,9 @@ def _disk_error(folder: Path, size: int, error: OSError) -> EdgeLoraError:
 
 
 def _can_wrap(pages: np.ndarray) -> bool:
-    """Whether MLX can use mapped memory in place: Metal can, from 0.32.4 on."""
+    """Whether MLX can use mapped memory in place: Metal can, from 0.32.4 (our least) on."""
     try:
         mx.eval(mx.asarray(pages[:PAGE], copy=False))
+        return True
     except (AttributeError, TypeError, ValueError, RuntimeError):
         return False
-    # Before 0.32.4 an operation could be given the mapping as its output buffer.
-    return _version(mx.__version__) >= (0, 32, 4)
-
-
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(".")[:3] if part.isdigit())
-
-
-def _wrap(region: np.ndarray, kept: _Kept) -> mx.array:
-    flat = mx.asarray(region, copy=False).view(kept.dtype)
-    return flat.reshape(kept.shape)

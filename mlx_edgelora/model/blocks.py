@@ -2,8 +2,7 @@
 
 Nothing here names an architecture. The model's own `__call__` does embedding,
 scaling and masks; each block in its list is replaced, for the length of a call,
-by an interceptor that sees the arguments. `check_walk` proves beforehand that a
-model can be walked this way, and refuses by name one that cannot.
+by an interceptor that sees the arguments.
 """
 
 import hashlib
@@ -13,7 +12,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mlx_edgelora.errors import EdgeLoraError
 
@@ -118,7 +116,8 @@ def bound(slots: Mapping[str, Slot], values: Mapping[str, mx.array]) -> Iterator
     try:
         yield
     finally:
-        for name, value in before.items():
+        # Backwards: one slot may have two names, and what it held first counts.
+        for name, value in reversed(before.items()):
             container, key = slots[name]
             container[key] = value
 
@@ -133,87 +132,25 @@ def signature(block: nn.Module) -> str:
     parts = []
     for path, module in sorted(block.named_modules(), key=lambda item: item[0]):
         attributes = sorted((key, _fingerprint(value)) for key, value in vars(module).items())
-        plain = sorted(
-            (key, type(value).__name__) for key, value in module.items() if value is not None
+        children = sorted(
+            (key, _fingerprint(value, child=True))
+            for key, value in module.items()
+            if value is not None
         )
-        parts.append((path, type(module).__qualname__, id(type(module)), attributes, plain))
+        parts.append((path, type(module).__qualname__, id(type(module)), attributes, children))
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def _fingerprint(value: Any) -> str:
+def _fingerprint(value: Any, child: bool = False) -> str:
+    """Tell values apart; modules and arrays among a module's children have their own paths."""
+    if child and isinstance(value, nn.Module | mx.array):
+        return type(value).__name__
+    if isinstance(value, dict):
+        return repr(sorted((str(key), _fingerprint(item, child)) for key, item in value.items()))
+    if isinstance(value, list | tuple):
+        return repr((type(value).__name__, [_fingerprint(item, child) for item in value]))
     if isinstance(value, set | frozenset):
         return repr(sorted(map(_fingerprint, value)))
-    if isinstance(value, bool | int | float | str | None | tuple):
-        return repr(value)
-    if hasattr(value, "__dataclass_fields__"):
+    if isinstance(value, bool | int | float | str | None) or hasattr(value, "__dataclass_fields__"):
         return repr(value)
     return f"{type(value).__qualname__} at {id(value)}"
-
-
-def check_walk(blocks: BlockList) -> None:
-    """Prove that the model can be walked block by block, or refuse it by name.
-
-    The model's loop is run once on four tokens with blocks that return NaN: each
-    must be called once, in order, on exactly what the one before returned, and no
-    other argument may become NaN (state handed from block to block would carry a
-    gradient that a walk does not see). Then each block's own graph is built: it
-    must return one array of its input's shape and leave its attributes alone.
-    Nothing but such arguments is evaluated, so no weights are read.
-
-    Raises:
-        EdgeLoraError: names the architecture, the block and the reason.
-    """
-    model = blocks.model
-    calls: list[tuple[int, mx.array, tuple, dict]] = []
-    returned: list[mx.array] = []
-
-    def poison(index: int, x: mx.array, args: tuple, kwargs: dict) -> mx.array:
-        calls.append((index, x, args, kwargs))
-        returned.append(mx.full(x.shape, float("nan"), x.dtype))
-        return returned[-1]
-
-    with blocks.intercepted(poison):
-        model(mx.array([[1, 2, 3, 4]]))
-    order = [index for index, *_ in calls]
-    if order != list(range(len(blocks))):
-        raise _refusal(blocks, 0, f"blocks are called in the order {order[:8]}...")
-    for index, x, args, kwargs in calls:
-        if index and x is not returned[index - 1]:
-            raise _refusal(blocks, index, "its input is not what the block before returned")
-        if any(_has_nan(value) for _, value in tree_flatten((args, kwargs))):
-            raise _refusal(blocks, index, "it shares state with earlier blocks")
-        _check_block(blocks, index, mx.zeros(x.shape, x.dtype), args, kwargs)
-
-
-def _check_block(blocks: BlockList, index: int, x: mx.array, args: tuple, kwargs: dict) -> None:
-    block = blocks.blocks[index]
-    before = _identity(block)
-    out = block(x, *args, **kwargs)
-    if not isinstance(out, mx.array):
-        raise _refusal(blocks, index, f"it returns a {type(out).__name__}, not one array")
-    if out.shape != x.shape:
-        raise _refusal(blocks, index, f"it maps {x.shape} to {out.shape}")
-    if _identity(block) != before:
-        raise _refusal(blocks, index, "it changes its own attributes when called")
-
-
-def _identity(block: nn.Module) -> list:
-    arrays = [(name, id(box[key])) for name, (box, key) in array_slots(block).items()]
-    plain = [(path, key, id(v)) for path, m in block.named_modules() for key, v in vars(m).items()]
-    return arrays + plain
-
-
-def _has_nan(value: Any) -> bool:
-    return (
-        isinstance(value, mx.array)
-        and mx.issubdtype(value.dtype, mx.floating)
-        and bool(mx.isnan(value).any().item())
-    )
-
-
-def _refusal(blocks: BlockList, index: int, reason: str) -> EdgeLoraError:
-    architecture = type(blocks.model).__module__.rpartition(".")[2]
-    return EdgeLoraError(
-        f"{architecture}: block {index} ({type(blocks.blocks[index]).__name__}) cannot be trained "
-        f"block by block: {reason}; train this architecture with mlx_lm.lora"
-    )

@@ -23,6 +23,11 @@ from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.model.safetensors import TensorInfo, read_header, write_tensors
 from mlx_edgelora.model.sources import TensorPlace
 
+# Layers all of whose parameters are floating numbers, and those that hold packed ones.
+FLOATING = (nn.Linear, nn.Embedding, nn.RMSNorm, nn.LayerNorm)
+PACKED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
+# What mlx-lm raises for a config.json or tensors that make no model.
+BUILD_ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 # What a model needs from the Hub; Python files are never fetched.
 HUB_PATTERNS = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
 # Part of a converted copy's name: raise it when what is written changes.
@@ -56,6 +61,7 @@ class LazyModel:
             checkpoint's where the weights were rewritten.
         raw: the shards' own arrays by the identity of the Python object, with their
             place on disk; a parameter found here can be read again from its shard.
+        vocabulary: number of logits.
     """
 
     model: nn.Module
@@ -63,6 +69,7 @@ class LazyModel:
     checkpoint: Checkpoint
     raw: dict[int, tuple[mx.array, TensorPlace]]
     source: Path
+    vocabulary: int
 
     def place(self, array: mx.array) -> TensorPlace | None:
         """Where a parameter lies on disk; None where it is computed from what lies there."""
@@ -88,7 +95,7 @@ def resolve(name: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise EdgeLoraError(
             f"model: {name!r} is not a folder here and cannot be fetched from the Hub "
-            f"({_first_line(error)}); check the name, the network and the access rights"
+            f"({reason(error)}); check the name, the network and the access rights"
         ) from error
 
 
@@ -112,6 +119,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
     shards = sorted(path.glob("model*.safetensors"))
     index = path / "model.safetensors.index.json"
     expected = _read_json(index).get("weight_map", {}) if index.exists() else {}
+    if not isinstance(expected, dict) or not all(isinstance(f, str) for f in expected.values()):
+        raise EdgeLoraError(
+            f"{index}: weight_map does not name a file for every tensor; download the model again"
+        )
     missing = sorted(set(expected.values()) - {shard.name for shard in shards})
     if missing or not shards:
         raise EdgeLoraError(
@@ -148,12 +159,33 @@ def load_lazily(checkpoint: Checkpoint) -> LazyModel:
             lazy=True,
             get_model_classes=lambda config: _watched(config, checkpoint, raw),
         )
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        _check_dtypes(checkpoint.path, model)
+        # Builds a graph and reads nothing; some settings only show in a call that they are wrong.
+        vocabulary = model(mx.zeros((1, 4), mx.int32)).shape[-1]
+    except BUILD_ERRORS as error:
         raise EdgeLoraError(
             f"{checkpoint.path}: mlx-lm cannot build this model "
-            f"({type(error).__name__}: {_first_line(error)}); use a model that it can load"
+            f"({type(error).__name__}: {reason(error)}); use a model that it can load"
         ) from error
-    return LazyModel(model, config, checkpoint, raw, checkpoint.path)
+    return LazyModel(model, config, checkpoint, raw, checkpoint.path, vocabulary)
+
+
+def _check_dtypes(path: Path, model: nn.Module) -> None:
+    """Refuse tensors of a kind that their layer cannot have: mlx-lm looks at shapes only."""
+    for place, module in model.named_modules():
+        if type(module) not in (*FLOATING, *PACKED):
+            continue
+        whole = {"weight"} if type(module) in PACKED else set()
+        if whole and module.mode != "affine":
+            whole.add("scales")
+        for name, array in module.items():
+            if not isinstance(array, mx.array):
+                continue
+            if mx.issubdtype(array.dtype, mx.floating) == (name in whole):
+                raise EdgeLoraError(
+                    f"{path}: {place}.{name} has dtype {array.dtype}, which a "
+                    f"{type(module).__name__} cannot have; download the model again"
+                )
 
 
 def _watched(config: dict, checkpoint: Checkpoint, raw: dict) -> tuple[Callable, Any]:
@@ -208,6 +240,8 @@ def converted(lazy: LazyModel, cache: Path, quantize: int | None = None) -> Path
             os.replace(building, folder)
             os.mkdir(building)  # TemporaryDirectory removes what it made
     except OSError as error:
+        if (folder / "config.json").exists():  # another run was faster
+            return folder
         free = shutil.disk_usage(cache).free / 2**30 if cache.exists() else 0
         raise EdgeLoraError(
             f"{folder}: the converted model cannot be written ({error.strerror}, {free:.1f} GiB "
@@ -223,6 +257,8 @@ def _write_model(folder: Path, parameters: list[tuple[str, mx.array]], config: d
         file.flush()
         os.fsync(file.fileno())
     save_config(config, folder / "config.json")
+    with open(folder / "config.json", "rb+") as file:
+        os.fsync(file.fileno())
 
 
 def _drain(parameters: list[tuple[str, mx.array]]) -> Iterator[mx.array]:
@@ -234,21 +270,27 @@ def _drain(parameters: list[tuple[str, mx.array]]) -> Iterator[mx.array]:
 def _fingerprint(checkpoint: Checkpoint, quantize: int | None) -> str:
     shards = sorted({shard for shard, _ in checkpoint.tensors.values()})
     stamps = [(s.name, s.stat().st_size, s.stat().st_mtime_ns) for s in shards]
-    text = repr((FORMAT, str(checkpoint.path.resolve()), stamps, quantize))
+    config = json.dumps(checkpoint.config, sort_keys=True)
+    text = repr((FORMAT, str(checkpoint.path.resolve()), stamps, config, quantize))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise EdgeLoraError(
-            f"{path}: cannot be read as JSON ({_first_line(error)}); download the model again"
+            f"{path}: cannot be read as JSON ({reason(error)}); download the model again"
         ) from error
     if not isinstance(content, dict):
         raise EdgeLoraError(f"{path}: not a JSON object; download the model again")
     return content
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def reason(error: Exception) -> str:
+    """The text of a library's error as a part of one of our sentences."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, KeyError):
+        return f"no key {error}"
+    return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__

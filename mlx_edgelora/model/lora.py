@@ -62,7 +62,12 @@ def add_lora(
         _check_keys(model, keys)
         settings["keys"] = list(keys)
     model.freeze()
-    linear_to_lora_layers(model, count, settings)
+    try:
+        linear_to_lora_layers(model, count, settings)
+    except ValueError as error:
+        raise EdgeLoraError(
+            f"lora_parameters.keys: {error}; name linear layers, each of them once"
+        ) from error
     if not tree_flatten(model.trainable_parameters()):
         raise EdgeLoraError(
             "lora_parameters.keys: no layer was adapted, expected at least one; name layers that "

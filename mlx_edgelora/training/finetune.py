@@ -21,7 +21,7 @@ from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.memory.blockwise import BlockWalk
 from mlx_edgelora.memory.meter import DiskMeter, reset_peak
 from mlx_edgelora.memory.stores import ActivationStore, MappedStore, RamStore, spill_folder
-from mlx_edgelora.model.checkpoint import LazyModel
+from mlx_edgelora.model.checkpoint import LazyModel, reason
 from mlx_edgelora.model.loading import attach, open_model
 from mlx_edgelora.model.lora import add_lora, set_kernel
 from mlx_edgelora.training.adapters import CONFIG_FILE, WEIGHTS_FILE, load_adapter_weights
@@ -34,6 +34,10 @@ from mlx_edgelora.training.step import Engine
 # What MLX may keep of freed buffers: enough for one block's to be used again, where its
 # own default on Metal keeps nearly everything it ever had.
 CACHE_BYTES = 64 * 2**20
+# The largest number that math.exp takes is a little above it.
+MAX_EXPONENT = 700.0
+# One of these holds the words of any tokenizer; without one transformers makes up an empty one.
+TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 
 
 def finetune(
@@ -59,24 +63,27 @@ def finetune(
         config = _as_trained(config)
     build_optimizer(config)  # refuses what it cannot use before anything slow
     callbacks = [*callbacks, *reporting_callbacks(config)]
-    with _cache_limit(), open_engine(config, notify) as (engine, tokenizer):
-        train_set, valid_set, test_set = _data(config, tokenizer, notify)
+    with _cache_limit(), _memory_told(config), open_engine(config, notify) as opened:
+        engine, tokenizer, vocabulary = opened
+        train_set, valid_set, test_set = _data(config, tokenizer, vocabulary, notify)
         result = None
         reset_peak()
         if config.train:
             optimizer = build_optimizer(config)
             result = train(engine, optimizer, config, train_set, valid_set, callbacks)
         if config.test:
-            loss, tokens = evaluate(engine, test_set, config, config.test_batches)
-            notify(f"test loss {loss:.3f}, perplexity {math.exp(loss):.3f} on {tokens} tokens")
+            notify(_tested(*evaluate(engine, test_set, config, config.test_batches)))
     return result
 
 
 @contextmanager
 def open_engine(
     config: TrainConfig, notify: Callable[[str], None] = print
-) -> Iterator[tuple[Engine, object]]:
-    """Load and adapt the model and settle where everything lives; gives engine and tokenizer."""
+) -> Iterator[tuple[Engine, object, int]]:
+    """Load and adapt the model and settle where everything lives.
+
+    Gives the engine, the tokenizer and the size of the model's vocabulary.
+    """
     lazy = open_model(
         config.model or str(MODEL_PATH),
         streamed=config.weights == "streamed",
@@ -85,9 +92,7 @@ def open_engine(
     )
     tokenizer = _tokenizer(lazy)
     mx.random.seed(config.seed)
-    lora = config.lora_parameters
-    add_lora(lazy.model, config.num_layers, lora.rank, lora.scale, lora.dropout, lora.keys)
-    _resume(lazy.model, config)
+    _adapt(lazy.model, config)
     kernel = set_kernel(lazy.model, config.kernel)
     meter = DiskMeter()
     attached = attach(lazy, streamed=config.weights == "streamed", dtype=config.dtype, meter=meter)
@@ -99,7 +104,7 @@ def open_engine(
         notify(f"model {lazy.checkpoint.path}, {trained:,} trained parameters")
         notify(f"weights {config.weights}; quantized products: {kernel}")
         notify(f"loss over {attached.logits}; activations {where}")
-        yield Engine(lazy.model, walk, attached.head, meter), tokenizer
+        yield Engine(lazy.model, walk, attached.head, meter), tokenizer, lazy.vocabulary
     finally:
         store.close()
 
@@ -111,16 +116,21 @@ def _with_embedded(config: TrainConfig) -> TrainConfig:
 
 def _as_trained(config: TrainConfig) -> TrainConfig:
     """For a test alone: the adapter in `adapter_path` says what its layers look like."""
+    if config.resume_adapter_file is not None:
+        raise EdgeLoraError(
+            f"resume_adapter_file: got {config.resume_adapter_file!r} for a test alone, expected "
+            "nothing: what adapter_path holds is tested"
+        )
     if not config.adapter_path:  # the base model, as in mlx-lm
         return config
     path = Path(config.adapter_path) / CONFIG_FILE
     try:
         saved = json.loads(path.read_text())
         layers = {key: saved[key] for key in ("num_layers", "lora_parameters")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise EdgeLoraError(
-            f"{path}: not the configuration of an adapter ({error}); test one that was trained, "
-            "or the base model with --adapter-path ''"
+            f"{path}: not the configuration of an adapter ({reason(error)}); test one that was "
+            "trained, or the base model with --adapter-path ''"
         ) from error
     like = TrainConfig.from_dict(layers, str(path))
     return dataclasses.replace(
@@ -133,16 +143,25 @@ def _as_trained(config: TrainConfig) -> TrainConfig:
 
 def _tokenizer(lazy: LazyModel) -> object:
     path = lazy.source
+    if not any(found for pattern in TOKENIZER_FILES for found in path.glob(pattern)):
+        raise EdgeLoraError(
+            f"{path}: has no tokenizer, expected a file such as tokenizer.json; "
+            "download the model again"
+        )
     try:
         return load_tokenizer(path, eos_token_ids=lazy.config.get("eos_token_id"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # bare ones are what the package tokenizers raises
         raise EdgeLoraError(
-            f"{path}: the tokenizer cannot be loaded ({reason}); download the model again"
+            f"{path}: the tokenizer cannot be loaded ({reason(error)}); download the model again"
         ) from error
 
 
-def _resume(model: nn.Module, config: TrainConfig) -> None:
+def _adapt(model: nn.Module, config: TrainConfig) -> None:
+    lora = config.lora_parameters
+    if not config.train and config.resume_adapter_file is None:
+        model.freeze()
+        return
+    add_lora(model, config.num_layers, lora.rank, lora.scale, lora.dropout, lora.keys)
     if config.resume_adapter_file is None:
         return
     shapes = {name: value.shape for name, value in tree_flatten(model.trainable_parameters())}
@@ -151,13 +170,28 @@ def _resume(model: nn.Module, config: TrainConfig) -> None:
 
 
 def _data(
-    config: TrainConfig, tokenizer: object, notify: Callable[[str], None]
+    config: TrainConfig, tokenizer: object, vocabulary: int, notify: Callable[[str], None]
 ) -> tuple[Dataset | None, Dataset | None, Dataset | None]:
     sets = load_datasets(config, tokenizer)
+    if config.train and config.val_batches and sets[1] is None:
+        notify("no valid set, so no validation")
     for dataset in sets:
-        if dataset is not None and (warning := dataset.report.warning()):
+        if dataset is None:
+            continue
+        dataset.check_vocabulary(vocabulary)
+        if warning := dataset.report.warning():
             notify(f"warning: {warning}")
     return sets
+
+
+def _tested(loss: float, tokens: int) -> str:
+    if not math.isfinite(loss):
+        raise EdgeLoraError(
+            f"test loss is {loss} on {tokens} tokens, expected a finite number; test another "
+            "adapter, or the base model with --adapter-path ''"
+        )
+    perplexity = math.exp(loss) if loss < MAX_EXPONENT else math.inf
+    return f"test loss {loss:.3f}, perplexity {perplexity:.3f} on {tokens} tokens"
 
 
 def _store(config: TrainConfig, meter: DiskMeter) -> tuple[ActivationStore, str]:
@@ -172,6 +206,21 @@ def _store(config: TrainConfig, meter: DiskMeter) -> tuple[ActivationStore, str]
 def _user_cache() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "mlx_edgelora"
+
+
+@contextmanager
+def _memory_told(config: TrainConfig) -> Iterator[None]:
+    """MLX says that memory is used up by a RuntimeError with as little as `[malloc]` in it."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        text = str(error).lower()
+        if isinstance(error, RuntimeError) and "malloc" not in text and "memory" not in text:
+            raise
+        raise EdgeLoraError(
+            f"out of memory ({reason(error)}); lower batch_size or max_seq_length, or close other "
+            f"programs; an adapter saved before stands in {config.adapter_path or 'its folder'}"
+        ) from error
 
 
 @contextmanager

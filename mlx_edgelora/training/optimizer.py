@@ -36,8 +36,11 @@ def build_optimizer(config: TrainConfig) -> optimizers.Optimizer:
         rate = _build_schedule(config.lr_schedule)
     arguments = dict(config.optimizer_config.get(name) or {})
     try:
+        # A step of a trial one: some arguments are only looked at there.
+        trial = OPTIMIZERS[name](learning_rate=rate, **arguments)
+        mx.eval(trial.apply_gradients({"x": mx.ones((2, 2))}, {"x": mx.ones((2, 2))}))
         return OPTIMIZERS[name](learning_rate=rate, **arguments)
-    except (TypeError, ValueError) as error:
+    except (IndexError, TypeError, ValueError) as error:
         raise EdgeLoraError(
             f"optimizer_config.{name}: got {arguments}, which {OPTIMIZERS[name].__name__} refuses "
             f"({error}); see its arguments in mlx.optimizers"

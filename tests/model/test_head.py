@@ -1,0 +1,125 @@
+"""The head is found by what it does, and its tiles give the model's own logits."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from architectures import CONFIGS, build, quantizable
+from mlx_lm.tuner.lora import LoRALinear
+
+from mlx_edgelora.memory.meter import DiskMeter
+from mlx_edgelora.model.blocks import BlockList
+from mlx_edgelora.model.head import Head, ResidentRows, StreamedRows, find_head, stream_embedding
+from mlx_edgelora.model.safetensors import RowReader, read_header
+
+
+def own_head(model):
+    """Where mlx-lm keeps the head of these architectures."""
+    return model.lm_head if "lm_head" in model else model.model.embed_tokens
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["float", "4bit"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_head_is_found_and_tiles_are_the_logits(name, quantized):
+    model = build(name)
+    if quantized:
+        nn.quantize(model, **quantizable())
+    blocks = BlockList(model)
+    module = find_head(blocks)
+    assert module is own_head(model)
+    before = dict(module)
+    head = Head(blocks, module, ResidentRows(module))
+    assert (head.vocabulary, head.dims) == (101, 64)
+    assert head.is_separable()
+    hidden = mx.random.normal((5, 64))
+    with blocks.returning(hidden[None]):
+        expected = model(mx.zeros((1, 5), mx.int32))[0]
+    tiles = list(head.tiles(33))
+    assert [(tile.start, tile.stop) for tile in tiles] == [(0, 33), (33, 66), (66, 99), (99, 101)]
+    logits = mx.concatenate([tile.project(hidden) for tile in tiles], axis=-1)
+    assert mx.allclose(logits, expected, rtol=1e-5, atol=1e-6).item()
+    assert {key: id(value) for key, value in module.items()} == {
+        key: id(value) for key, value in before.items()
+    }
+
+
+class Coupled(nn.Module):
+    """A head with a bias; what follows it may mix the logits."""
+
+    def __init__(self, after, head=None):
+        super().__init__()
+        self.embed = nn.Embedding(40, 8)
+        self.layers = [nn.Linear(8, 8) for _ in range(2)]
+        self.head = nn.Linear(8, 40) if head is None else head
+        self.after = after
+
+    def __call__(self, tokens):
+        h = self.embed(tokens)
+        for layer in self.layers:
+            h = layer(h)
+        return self.after(self.head(h))
+
+
+@pytest.mark.parametrize(
+    ("after", "separable"),
+    [
+        (lambda logits: logits, True),
+        (lambda logits: 30 * mx.tanh(logits * 0.5 / 30), True),
+        (lambda logits: logits - logits.mean(axis=-1, keepdims=True), False),
+        (lambda logits: mx.softmax(logits, axis=-1), False),
+        (lambda logits: logits - logits.max(axis=-1, keepdims=True), False),
+        (lambda logits: mx.cumsum(logits, axis=-1), False),
+    ],
+)
+def test_logits_that_depend_on_others_are_seen(after, separable):
+    model = Coupled(after)
+    blocks = BlockList(model)
+    module = find_head(blocks)
+    assert module is model.head
+    assert Head(blocks, module, ResidentRows(module)).is_separable() is separable
+
+
+def test_a_head_in_two_factors_is_cut_at_the_second():
+    model = Coupled(lambda logits: logits, nn.Sequential(nn.Linear(8, 40), nn.Linear(40, 40)))
+    blocks = BlockList(model)
+    assert find_head(blocks) is model.head.layers[1]
+
+
+def test_no_head_is_found_where_rows_are_not_logits():
+    class Padded(Coupled):
+        def __call__(self, tokens):
+            logits = super().__call__(tokens)
+            return mx.concatenate([logits, mx.zeros((*logits.shape[:-1], 2))], axis=-1)
+
+    assert find_head(BlockList(Padded(lambda logits: logits))) is None
+    adapted = Coupled(lambda logits: logits, LoRALinear.from_base(nn.Linear(8, 40), r=2))
+    assert find_head(BlockList(adapted)) is None  # the adapter's rows would have to be cut too
+
+
+@pytest.mark.parametrize("dtype", [None, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("quantized", [False, True], ids=["float", "4bit"])
+def test_embedding_on_disk_looks_up_and_projects_as_in_memory(tmp_path, quantized, dtype):
+    table = nn.Embedding(101, 64)
+    table = table.to_quantized(32, 4) if quantized else table
+    path = tmp_path / "model.safetensors"
+    mx.save_safetensors(str(path), dict(table.items()))
+    tokens, hidden = mx.array([[100, 3, 3], [0, 57, 3]]), mx.random.normal((2, 64))
+    expected, logits = table(tokens), table.as_linear(hidden)
+    meter = DiskMeter()
+    readers = {name: RowReader(path, info) for name, info in read_header(path).items()}
+    rows = StreamedRows({name: readers[name] for name in table}, dtype, meter)
+    stream_embedding(table, rows)
+    for name in list(table):
+        table[name] = mx.zeros((1,))  # nothing may be read from memory
+    got = table(tokens)
+    read = meter.read_bytes
+    assert read == sum(4 * reader.row_bytes for reader in readers.values())  # four tokens
+    assert got.dtype == (dtype or mx.float32)
+    tolerance = 0.02 if dtype else 1e-6
+    assert mx.allclose(got.astype(mx.float32), expected, rtol=tolerance, atol=tolerance).item()
+    table.update(rows.slice(10, 20))
+    part = table.as_linear(hidden)
+    assert part.shape == (2, 10)
+    assert np.allclose(
+        np.array(part.astype(mx.float32)), np.array(logits[:, 10:20]), rtol=0.05, atol=0.1
+    )

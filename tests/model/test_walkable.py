@@ -1,0 +1,429 @@
+"""Models that would get a wrong gradient are refused by name; the rest gets the right one."""
+
+import importlib
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from architectures import add_lora
+from harness import assert_same_gradients
+from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
+
+from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.memory.blockwise import BlockWalk, value_and_grad
+from mlx_edgelora.memory.stores import RamStore
+from mlx_edgelora.model.blocks import BlockList
+from mlx_edgelora.model.walkable import check_walk
+
+WIDTH = 8
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(WIDTH, WIDTH)
+
+    def __call__(self, x, mask=None, **others):
+        return x + mx.tanh(self.proj(x))
+
+
+class Toy(nn.Module):
+    """Four blocks; subclasses change the loop."""
+
+    def __init__(self, kind=Block):
+        super().__init__()
+        self.embed = nn.Embedding(11, WIDTH)
+        self.layers = [kind() for _ in range(4)]
+        self.head = nn.Linear(WIDTH, 11)
+
+    def __call__(self, tokens):
+        return self.head(self.loop(self.embed(tokens)))
+
+    def loop(self, h):
+        for layer in self.layers:
+            h = layer(h)
+        return h
+
+
+def looped(loop):
+    return type("Toy", (Toy,), {"loop": loop})()
+
+
+def twice(self, h):
+    for layer in self.layers:
+        h = layer(layer(h))
+    return h
+
+
+def backwards(self, h):
+    for layer in reversed(self.layers):
+        h = layer(h)
+    return h
+
+
+def skips_one(self, h):
+    for layer in self.layers[:2] + self.layers[3:]:
+        h = layer(h)
+    return h
+
+
+def stops_early(self, h):
+    for layer in self.layers[:3]:
+        h = layer(h)
+    return h
+
+
+def around_the_list(self, h):
+    for layer in self.layers:
+        h = Block.__call__(layer, h)
+    return h
+
+
+def scales(self, h):
+    for layer in self.layers:
+        h = layer(h) * 2
+    return h
+
+
+def scales_in_place(self, h):
+    for layer in self.layers:
+        h = layer(h)
+        h *= 2
+    return h
+
+
+def overwrites_in_place(self, h):
+    for layer in self.layers:
+        h = layer(h)
+        h[:, 0] = 0.0
+    return h
+
+
+def parallel(self, h):
+    return sum(layer(h) for layer in self.layers)
+
+
+def unpacks(self, h):
+    for layer in self.layers:
+        h, _ = layer(h)
+    return h
+
+
+def hands_on_by_keyword(self, h):
+    state = mx.zeros_like(h)
+    for layer in self.layers:
+        h = layer(h, state=state)
+        state = h[..., :1].mean()
+    return h
+
+
+def hands_on_by_position(self, h):
+    state = None
+    for layer in self.layers:
+        h = layer(h, {"nested": [state]})
+        state = h
+    return h
+
+
+class State:
+    def __init__(self, value):
+        self.value = value
+
+
+def hands_on_an_object(self, h):
+    state = State(None)
+    for layer in self.layers:
+        h = layer(h, state=state)
+        state = State(h)
+    return h
+
+
+def sums_all(self, h):
+    total = 0
+    for layer in self.layers:
+        h = layer(h)
+        total = total + h
+    return total
+
+
+def skips_around(self, h):
+    kept = []
+    for layer in self.layers:
+        h = layer(h)
+        kept.append(h)
+    return h + kept[1]
+
+
+LOOPS = {
+    twice: "block 0 .*called where block 1 is due",
+    backwards: "block 3 .*called where block 0 is due",
+    skips_one: "block 3 .*called where block 2 is due",
+    stops_early: "block 3 .*does not call it from its list",
+    around_the_list: "block 0 .*does not call it from its list",
+    scales: "block 1 .*input is not what the block before returned",
+    scales_in_place: "block 1 .*changes what the block before returned",
+    overwrites_in_place: "block 1 .*changes what the block before returned",
+    parallel: "block 1 .*input is not what the block before returned",
+    unpacks: "block 0 .*cannot go on with one array from it .not enough values",
+    hands_on_by_keyword: "block 1 .*shares state with earlier blocks",
+    hands_on_by_position: "block 1 .*shares state with earlier blocks",
+    hands_on_an_object: "block 1 .*shares state with earlier blocks",
+    sums_all: "block 0 .*used behind the last block too",
+    skips_around: "block 1 .*used behind the last block too",
+}
+
+
+@pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
+def test_loops_that_lead_gradients_elsewhere_are_refused(loop):
+    with pytest.raises(EdgeLoraError, match=r"test_walkable: .*" + LOOPS[loop]):
+        check_walk(BlockList(looped(loop)))
+
+
+class Pair(Block):
+    def __call__(self, x):
+        return x, x
+
+
+class Narrows(Block):
+    def __call__(self, x):
+        return x[..., : WIDTH // 2]
+
+
+class Remembers(Block):
+    def __call__(self, x):
+        self.last = super().__call__(x)
+        return self.last
+
+
+class Counts(Block):
+    calls = 0
+
+    def __call__(self, x):
+        self.calls += 1
+        return super().__call__(x)
+
+
+class Collects(Block):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __call__(self, x):
+        self.seen.append(x)
+        return super().__call__(x)
+
+
+class Draws(Block):
+    def __call__(self, x):
+        return super().__call__(x + mx.random.normal(x.shape))
+
+
+class Fails(Block):
+    def __call__(self, x):
+        raise RuntimeError("no such kernel")
+
+
+BLOCKS = {
+    Pair: "returns a tuple, not one array",
+    Narrows: r"maps \(1, 4, 8\) to \(1, 4, 4\)",
+    Remembers: "changes its own attributes or arguments",
+    Counts: "changes its own attributes or arguments",
+    Collects: "changes its own attributes or arguments",
+    Draws: "draws random numbers",
+    Fails: "cannot be called .no such kernel",
+}
+
+
+@pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.__name__)
+def test_blocks_that_do_more_than_map_are_refused(kind):
+    match = rf"test_walkable: block 0 \({kind.__name__}\) cannot .* {BLOCKS[kind]}.*mlx_lm.lora"
+    with pytest.raises(EdgeLoraError, match=match):
+        check_walk(BlockList(Toy(kind)))
+
+
+def writes_into_its_arguments(container, key):
+    class Writes(Block):
+        def __call__(self, x, shared):
+            if isinstance(shared, State):
+                shared.value = x
+            else:
+                shared[key] = x
+            return super().__call__(x)
+
+    def loop(self, h):
+        shared = container()
+        for layer in self.layers:
+            h = layer(h, shared)
+        return h
+
+    return type("Toy", (Toy,), {"loop": loop})(Writes)
+
+
+@pytest.mark.parametrize(
+    ("container", "key"), [(dict, "x"), (lambda: [None], 0), (lambda: State(None), None)]
+)
+def test_state_in_a_shared_argument_is_refused(container, key):
+    with pytest.raises(EdgeLoraError, match="changes its own attributes or arguments"):
+        check_walk(BlockList(writes_into_its_arguments(container, key)))
+
+
+def adapted(model, *modules):
+    """Only `lora_a` and `lora_b` of the given modules are trained; B is not zero."""
+    model.freeze()
+    for module in modules:
+        module.unfreeze(keys=["lora_a", "lora_b"], recurse=False)
+        module.lora_b = mx.random.normal(module.lora_b.shape)
+    return model
+
+
+def test_a_trained_matrix_in_two_blocks_is_refused():
+    model = Toy()
+    shared = LoRALinear.from_base(model.layers[1].proj, r=2)
+    model.layers[1].proj = model.layers[3].proj = shared
+    check_walk(BlockList(model.freeze()))  # frozen, it may hang where it likes
+    with pytest.raises(EdgeLoraError, match=r"block 3 .*layers.3.proj.* trained in block 1 too"):
+        check_walk(BlockList(adapted(model, shared)))
+
+
+def test_a_block_in_two_places_is_refused():
+    model = Toy()
+    model.layers[2] = model.layers[0]
+    model.layers[0].proj = LoRALinear.from_base(model.layers[0].proj, r=2)
+    with pytest.raises(EdgeLoraError, match=r"block 2 .* trained in block 0 too"):
+        check_walk(BlockList(adapted(model, model.layers[0].proj)))
+
+
+def test_a_trained_matrix_inside_and_outside_the_blocks_is_refused():
+    model = Toy()
+    model.extra = model.layers[2].proj = LoRALinear.from_base(model.layers[2].proj, r=2)
+    with pytest.raises(EdgeLoraError, match=r"block 2 .* trained outside the blocks too"):
+        check_walk(BlockList(adapted(model, model.extra)))
+
+
+def embedding_around_the_blocks(self, h):
+    first = h
+    for layer in self.layers:
+        h = layer(h, first)
+    return h
+
+
+class Gated(Block):
+    def __call__(self, x, first):
+        return x + mx.tanh(self.proj(x * first))
+
+
+def test_a_trained_embedding_must_not_reach_blocks_around_the_first():
+    model = type("Toy", (Toy,), {"loop": embedding_around_the_blocks})(Gated)
+    check_walk(BlockList(model.freeze()))  # a frozen one is a constant
+    model.embed = LoRAEmbedding.from_base(model.embed, r=2)
+    with pytest.raises(EdgeLoraError, match=r"block 0 .*trained parameters outside the blocks"):
+        check_walk(BlockList(adapted(model, model.embed)))
+
+
+def loss(model, tokens):
+    return mx.logsumexp(model(tokens), axis=-1).mean()
+
+
+def assert_right_gradients(model, store):
+    tokens = mx.array([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]])
+    value, expected = nn.value_and_grad(model, loss)(model, tokens)
+    mx.eval(value, expected)
+    got_value, got = value_and_grad(model, loss, store=store)(model, tokens)
+    assert got_value.item() == pytest.approx(value.item(), rel=1e-6)
+    assert_same_gradients(got, expected)
+
+
+class InPlace(Block):
+    def __call__(self, x):
+        x += mx.tanh(self.proj(x))
+        x *= 1.5
+        return x
+
+
+@pytest.mark.parametrize("kind", [Block, InPlace])
+@pytest.mark.parametrize("spilled", [False, True], ids=["ram", "mapped"])
+def test_blocks_may_work_in_place(kind, spilled, spill):
+    model = Toy(kind)
+    add_lora(model)
+    assert_right_gradients(model, spill if spilled else RamStore())
+
+
+def test_frozen_extras_may_go_around_the_blocks(spill):
+    model = type("Toy", (Toy,), {"loop": embedding_around_the_blocks})(Gated)
+    add_lora(model)
+    assert_right_gradients(model, spill)
+
+
+def test_a_frozen_matrix_may_hang_in_two_blocks(spill):
+    model = Toy()
+    model.layers[1].frozen = model.layers[3].frozen = nn.Linear(WIDTH, WIDTH)
+    add_lora(model, keys=["proj"])
+    assert_right_gradients(model, spill)
+
+
+def test_checking_leaves_model_and_generator_alone():
+    model = Toy()
+    add_lora(model, dropout=0.5)
+    layers, state = [id(layer) for layer in model.layers], mx.array(mx.random.state[0])
+    BlockWalk(model)
+    assert [id(layer) for layer in model.layers] == layers
+    assert mx.array_equal(mx.random.state[0], state).item()
+
+
+RWKV7 = {
+    "intermediate_size": 32,
+    "norm_eps": 1e-5,
+    "head_dim": 16,
+    **{f"{kind}_low_rank_dim": 8 for kind in ("a", "v", "gate", "decay")},
+}
+GEMMA4 = {
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "head_dim": 16,
+    "global_head_dim": 16,
+    "vocab_size_per_layer_input": 50,
+    "num_kv_shared_layers": 2,
+    "hidden_size_per_layer_input": 8,
+    "sliding_window": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
+HUNYUAN = {
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "attention_bias": False,
+    "moe_topk": 1,
+    "num_experts": 2,
+    "num_shared_expert": 1,
+    "use_mixed_mlp_moe": True,
+    "use_qk_norm": True,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1000,
+    "use_cla": True,
+    "cla_share_factor": 2,
+    "rope_scaling": {"alpha": 10.0, "factor": 1.0, "type": "dynamic"},
+}
+IQUEST = {
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "rms_norm_eps": 1e-5,
+    "head_dim": 16,
+}
+REFUSED = {
+    "rwkv7": (RWKV7, "one array from it .not enough values to unpack"),
+    "gemma4_text": (GEMMA4, "one array from it .not enough values to unpack"),
+    "hunyuan": (HUNYUAN, "one array from it .not enough values to unpack"),
+    "iquestloopcoder": (IQUEST, "does not call it from its list of blocks"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_architectures_that_share_state_are_refused_by_name(name):
+    settings, reason = REFUSED[name]
+    sizes = {"model_type": name, "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 4}
+    architecture = importlib.import_module(f"mlx_lm.models.{name}")
+    model = architecture.Model(architecture.ModelArgs.from_dict(sizes | settings))
+    model(mx.array([[1, 2, 3, 4]]))  # it works, and yet
+    with pytest.raises(EdgeLoraError, match=rf"^{name}: block 0 .*{reason}.*mlx_lm.lora"):
+        BlockWalk(model)

@@ -1,0 +1,52 @@
+"""A tiny model with its tokenizer, and data for it, on disk: what a whole run needs."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from harness import save
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+VOCABULARY = 128
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}> {{ m.content }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+WORDS = ["[PAD]", "[UNK]", "</s>", "<user>", "<assistant>"]
+LENGTH = 13
+"""Tokens of a row of `make_data`: twelve words and the end."""
+
+
+def make_model(folder: Path, name="qwen3", quantized=True, first_word=0, **changes) -> Path:
+    """A random checkpoint; the ids of the tokenizer's words begin at `first_word`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save(folder, name, quantized, vocab_size=VOCABULARY, **changes)
+    words = WORDS + [f"w{i}" for i in range(100)]
+    ids = {word: first_word + i for i, word in enumerate(words)}
+    inner = Tokenizer(models.WordLevel(ids, "[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    outer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="</s>", pad_token="[PAD]", unk_token="[UNK]"
+    )
+    outer.chat_template = TEMPLATE
+    outer.save_pretrained(folder)
+    return folder
+
+
+def make_data(folder: Path, rows=8, splits=("train", "valid", "test")) -> Path:
+    """Texts of random words, all of `LENGTH` tokens."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for split in splits:
+        texts = [words(rng.integers(0, 100, LENGTH - 1)) for _ in range(rows)]
+        write_rows(folder / f"{split}.jsonl", [{"text": text} for text in texts])
+    return folder
+
+
+def words(numbers) -> str:
+    return " ".join(f"w{number}" for number in numbers)
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
