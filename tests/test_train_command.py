@@ -316,6 +316,11 @@ def test_an_empty_name_is_not_passed_over(refused, name):
     assert text == f"--{name.replace('_', '-')}: got '', expected text that is not empty"
 
 
+def test_a_name_with_a_null_character(refused, tmp_path):
+    (tmp_path / "run.yaml").write_text(r'log: "a\0b"')
+    assert r"log: got 'a\x00b', expected text" in refused(config=tmp_path / "run.yaml")
+
+
 def test_an_option_that_contradicts_the_model(refused, tiny):
     text = refused(quantize=4)
     assert text.startswith(f"quantize: 4 bits asked, but {tiny / 'model'} is quantized already")

@@ -77,6 +77,7 @@ def text(expected: str = "text", test: Callable[[str], bool] = lambda value: Tru
 
     def read(value: Any) -> str:
         _require(isinstance(value, str | os.PathLike))
+        _require("\0" not in os.fspath(value))  # no system call takes it
         _require(test(os.fspath(value)))
         return os.fspath(value)
 

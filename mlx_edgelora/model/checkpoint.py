@@ -242,10 +242,10 @@ def converted(lazy: LazyModel, cache: Path, quantize: int | None = None) -> Path
     except OSError as error:
         if (folder / "config.json").exists():  # another run was faster
             return folder
-        free = shutil.disk_usage(cache).free / 2**30 if cache.exists() else 0
+        free = f", {shutil.disk_usage(cache).free / 2**30:.1f} GiB free" if cache.is_dir() else ""
         raise EdgeLoraError(
-            f"{folder}: the converted model cannot be written ({error.strerror}, {free:.1f} GiB "
-            "free); free some space or choose another folder with --cache-dir"
+            f"{folder}: the converted model cannot be written ({error.strerror}{free}); free some "
+            "space or choose another folder with --cache-dir"
         ) from error
     return folder
 

@@ -18,12 +18,12 @@ def own_head(model):
     return model.lm_head if "lm_head" in model else model.model.embed_tokens
 
 
-@pytest.mark.parametrize("quantized", [False, True], ids=["float", "4bit"])
+@pytest.mark.parametrize("bits", [None, 6])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_head_is_found_and_tiles_are_the_logits(name, quantized):
+def test_head_is_found_and_tiles_are_the_logits(name, bits):
     model = build(name)
-    if quantized:
-        nn.quantize(model, **quantizable())
+    if bits:
+        nn.quantize(model, **quantizable(bits))
     blocks = BlockList(model)
     module = find_head(blocks)
     assert module is own_head(model)

@@ -55,7 +55,7 @@ def make_options(tiny, folder, **changes):
             "lora_parameters": {"rank": 4, "scale": 8.0, "dropout": 0.0},
             "batch_size": 3,
             "iters": 2,
-            "learning_rate": 2e-3,
+            "learning_rate": 1e-3,
             "optimizer": "adamw",
             "max_seq_length": LENGTH,
             "steps_per_report": 1,
@@ -121,7 +121,7 @@ def test_twenty_steps_are_those_of_mlx_lm(options, tmp_path):
     expected = train_with_mlx_lm(theirs)
     assert len(losses) == len(expected) == 20
     assert np.abs(np.subtract(losses, expected)).max() < 1e-4
-    assert expected[-1] < expected[0] - 0.1  # it is a training, not a standstill
+    assert expected[-1] < expected[0] - 0.5  # it is a training, not a standstill
     got, wanted = adapter(tmp_path / "adapters"), adapter(tmp_path / "theirs")
     assert got.keys() == wanted.keys()
     for name, value in wanted.items():
