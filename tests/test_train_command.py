@@ -1,5 +1,6 @@
 """The command: whatever it is given, one sentence and a status, and no good file damaged."""
 
+import contextlib
 import json
 import os
 import re
@@ -352,39 +353,45 @@ def test_a_cache_that_cannot_be_written(refused, tmp_path):
     assert "the converted model cannot be written (Not a directory" in text
 
 
-@pytest.fixture
-def full_disk():
-    """full_disk(n): from now on no file can grow beyond n bytes, as on a disk that is full."""
+@contextlib.contextmanager
+def full_disk(size):
+    """No file can grow beyond so many bytes, as on a disk that is full.
+
+    A context and not a fixture: the limit also holds for the file that pytest may write to.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_disk_full_while_spilling(refused, full_disk, tmp_path):
-    full_disk(4096)
-    text = refused()
+def test_a_disk_full_while_spilling(refused, tmp_path):
+    with full_disk(4096):
+        text = refused()
     assert text.startswith(f"{tmp_path}: spilling activations needs ")
     assert text.endswith("choose another folder with --spill-dir, or use --activations ram")
 
 
-def test_a_disk_full_while_saving(arguments, full_disk, tmp_path, capsys):
+def test_a_disk_full_while_saving(arguments, tmp_path, capsys):
     ram = {"activations": "ram", "spill_dir": None}
     assert main(arguments(**ram)) == 0
     folder = tmp_path / "adapters"
     good = {path.name: path.read_bytes() for path in folder.iterdir()}
-    full_disk(20_000)
     capsys.readouterr()
-    assert main(arguments(**ram, learning_rate=1e-2)) == 2
+    with full_disk(20_000):
+        assert main(arguments(**ram, learning_rate=1e-2)) == 2
     text = sentence(capsys.readouterr().err)
     assert text.startswith(str(folder)) and "cannot be written (File too large)" in text
     assert text.endswith("free some space or choose a folder on another volume")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == good
 
 
-def test_a_disk_full_while_quantizing(refused, full_disk, tmp_path):
+def test_a_disk_full_while_quantizing(refused, tmp_path):
     make_model(tmp_path / "whole", quantized=False)
-    full_disk(20_000)
-    text = refused(model=tmp_path / "whole", quantize=4)
+    with full_disk(20_000):
+        text = refused(model=tmp_path / "whole", quantize=4)
     assert "the converted model cannot be written (File too large" in text
     assert list((tmp_path / "cache").iterdir()) == []  # half a copy is never taken for a whole
 
