@@ -1,0 +1,118 @@
+"""What is trained must be reached one way; what is accepted gets the right gradients."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from architectures import add_lora
+from harness import assert_same_gradients
+from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
+from toy import WIDTH, Block, Toy
+
+from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.memory.blockwise import BlockWalk, value_and_grad
+from mlx_edgelora.memory.stores import RamStore
+from mlx_edgelora.model.blocks import BlockList
+from mlx_edgelora.model.walkable import check_walk
+
+
+def adapted(model, *modules):
+    """Only `lora_a` and `lora_b` of the given modules are trained; B is not zero."""
+    model.freeze()
+    for module in modules:
+        module.unfreeze(keys=["lora_a", "lora_b"], recurse=False)
+        module.lora_b = mx.random.normal(module.lora_b.shape)
+    return model
+
+
+def test_a_trained_matrix_in_two_blocks_is_refused():
+    model = Toy()
+    shared = LoRALinear.from_base(model.layers[1].proj, r=2)
+    model.layers[1].proj = model.layers[3].proj = shared
+    check_walk(BlockList(model.freeze()))  # frozen, it may hang where it likes
+    with pytest.raises(EdgeLoraError, match=r"block 3 .*layers.3.proj.* trained in block 1 too"):
+        check_walk(BlockList(adapted(model, shared)))
+
+
+def test_a_block_in_two_places_is_refused():
+    model = Toy()
+    model.layers[2] = model.layers[0]
+    model.layers[0].proj = LoRALinear.from_base(model.layers[0].proj, r=2)
+    with pytest.raises(EdgeLoraError, match=r"block 2 .* trained in block 0 too"):
+        check_walk(BlockList(adapted(model, model.layers[0].proj)))
+
+
+def test_a_trained_matrix_inside_and_outside_the_blocks_is_refused():
+    model = Toy()
+    model.extra = model.layers[2].proj = LoRALinear.from_base(model.layers[2].proj, r=2)
+    with pytest.raises(EdgeLoraError, match=r"block 2 .* trained outside the blocks too"):
+        check_walk(BlockList(adapted(model, model.extra)))
+
+
+def embedding_around_the_blocks(self, h):
+    first = h
+    for layer in self.layers:
+        h = layer(h, first)
+    return h
+
+
+class Gated(Block):
+    def __call__(self, x, first):
+        return x + mx.tanh(self.proj(x * first))
+
+
+def test_a_trained_embedding_must_not_reach_blocks_around_the_first():
+    model = type("Toy", (Toy,), {"loop": embedding_around_the_blocks})(Gated)
+    check_walk(BlockList(model.freeze()))  # a frozen one is a constant
+    model.embed = LoRAEmbedding.from_base(model.embed, r=2)
+    with pytest.raises(EdgeLoraError, match=r"block 0 .*trained parameters outside the blocks"):
+        check_walk(BlockList(adapted(model, model.embed)))
+
+
+def loss(model, tokens):
+    return mx.logsumexp(model(tokens), axis=-1).mean()
+
+
+def assert_right_gradients(model, store):
+    tokens = mx.array([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]])
+    value, expected = nn.value_and_grad(model, loss)(model, tokens)
+    mx.eval(value, expected)
+    got_value, got = value_and_grad(model, loss, store=store)(model, tokens)
+    assert got_value.item() == pytest.approx(value.item(), rel=1e-6)
+    assert_same_gradients(got, expected)
+
+
+class InPlace(Block):
+    def __call__(self, x):
+        x += mx.tanh(self.proj(x))
+        x *= 1.5
+        return x
+
+
+@pytest.mark.parametrize("kind", [Block, InPlace])
+@pytest.mark.parametrize("spilled", [False, True], ids=["ram", "mapped"])
+def test_blocks_may_work_in_place(kind, spilled, spill):
+    model = Toy(kind)
+    add_lora(model)
+    assert_right_gradients(model, spill if spilled else RamStore())
+
+
+def test_frozen_extras_may_go_around_the_blocks(spill):
+    model = type("Toy", (Toy,), {"loop": embedding_around_the_blocks})(Gated)
+    add_lora(model)
+    assert_right_gradients(model, spill)
+
+
+def test_a_frozen_matrix_may_hang_in_two_blocks(spill):
+    model = Toy()
+    model.layers[1].frozen = model.layers[3].frozen = nn.Linear(WIDTH, WIDTH)
+    add_lora(model, keys=["proj"])
+    assert_right_gradients(model, spill)
+
+
+def test_checking_leaves_model_and_generator_alone():
+    model = Toy()
+    add_lora(model, dropout=0.5)
+    layers, state = [id(layer) for layer in model.layers], mx.array(mx.random.state[0])
+    BlockWalk(model)
+    assert [id(layer) for layer in model.layers] == layers
+    assert mx.array_equal(mx.random.state[0], state).item()
