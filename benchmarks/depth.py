@@ -29,9 +29,9 @@ from mlx_edgelora.data import Batch
 from mlx_edgelora.memory.blockwise import BlockWalk
 from mlx_edgelora.memory.meter import DiskMeter, footprint
 from mlx_edgelora.memory.stores import MappedStore
+from mlx_edgelora.model.checkpoint import write_model
 from mlx_edgelora.model.loading import attach, open_model
 from mlx_edgelora.model.lora import add_lora, set_kernel
-from mlx_edgelora.model.safetensors import write_tensors
 from mlx_edgelora.training.optimizer import update
 from mlx_edgelora.training.step import Engine
 
@@ -62,12 +62,7 @@ def write_checkpoint(folder: Path, shape: str, blocks: int) -> None:
     nn.quantize(model, 64, 4)
     parameters = tree_flatten(model.parameters())
     del model
-    specs = {name: (array.dtype, array.shape) for name, array in parameters}
-    parameters.reverse()
-    with open(folder / "model.safetensors", "wb") as file:
-        write_tensors(file, specs, (parameters.pop()[1] for _ in specs))
-    config["quantization"] = {"group_size": 64, "bits": 4}
-    (folder / "config.json").write_text(json.dumps(config))
+    write_model(folder, parameters, config | {"quantization": {"group_size": 64, "bits": 4}})
 
 
 def measure(mode: str, shape: str, blocks: int, tokens: int, rank: int) -> dict[str, float]:

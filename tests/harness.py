@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model, save_config, save_model
 
+from mlx_edgelora import data
 from mlx_edgelora.memory.blockwise import BlockWalk
 from mlx_edgelora.memory.meter import DiskMeter
 from mlx_edgelora.memory.stores import MappedStore, RamStore
@@ -18,11 +19,12 @@ from mlx_edgelora.model.lora import add_lora, set_kernel
 from mlx_edgelora.training.step import Engine
 
 
-class Batch:
-    """What an engine needs of a batch."""
+class Batch(data.Batch):
+    """A batch with any mask, not only what follows a prompt."""
 
     def __init__(self, tokens, labelled):
-        self.tokens, self._labelled, self.indices = tokens, labelled, range(len(tokens))
+        super().__init__(tokens, lengths=None, indices=tuple(range(len(tokens))))
+        object.__setattr__(self, "_labelled", labelled)
 
     def mask(self):
         return self._labelled
@@ -92,7 +94,7 @@ def plain(folder: Path, num_layers: int = -1, **lora) -> nn.Module:
 
 def plain_value_and_grad(model: nn.Module, batch: Batch):
     """MLX's own autodiff of the masked mean cross-entropy."""
-    inputs, targets = mx.array(batch.tokens[:, :-1]), mx.array(batch.tokens[:, 1:])
+    inputs, targets = mx.array(batch.inputs()), mx.array(batch.labels())
     labelled = mx.array(batch.mask())
 
     def loss(model):
@@ -104,7 +106,7 @@ def plain_value_and_grad(model: nn.Module, batch: Batch):
     return value.item(), gradients
 
 
-def assert_same_gradients(got, expected, tolerance=1e-5, scale=None) -> None:
+def assert_same_gradients(got, expected, tolerance=1e-5) -> None:
     """Every array within `tolerance` of its own norm, none missing, none dropped to zero."""
     got, expected = dict(tree_flatten(got)), dict(tree_flatten(expected))
     assert got.keys() == expected.keys()

@@ -157,9 +157,6 @@ class BlockWalk:
         """
         gradients: Arrays = {}
         for index in range(len(self.blocks) - 1, state.first - 1, -1):
-            if index > state.first:
-                self.weights.prefetch(index - 1)
-                self.store.prefetch(index - 1)
             gradients |= self._block_backward(state, index)
         if state.entry:
             gradients |= self._entry_backward(state)
@@ -179,9 +176,9 @@ class BlockWalk:
             self.store.reserve(len(self.blocks) - state.first, x.nbytes)
         if index >= state.first:
             self.store.put(index - state.first, x)
+        weights = self.weights.block(index)
         if index + 1 < len(self.blocks):
             self.weights.prefetch(index + 1)
-        weights = self.weights.block(index)
         with self._tape.recording() as keys, bound(array_slots(block), weights):
             del weights
             out = block(x, *args, **kwargs)
@@ -203,6 +200,9 @@ class BlockWalk:
             state.cotangent,
         ]
         state.cotangent = None
+        if index > state.first:
+            self.weights.prefetch(index - 1)
+            self.store.prefetch(index - 1 - state.first)
         gradients = self._vjp(index, list(trained), onward)(operands, call)
         del operands
         mx.eval(gradients)

@@ -56,6 +56,11 @@ class BlockList:
         index, _, rest = name[len(self.prefix) :].partition(".")
         return int(index), rest
 
+    def modules_outside(self) -> list[nn.Module]:
+        """The modules that are part of no block."""
+        inside = {id(module) for block in self.blocks for module in block.modules()}
+        return [module for module in self.model.modules() if id(module) not in inside]
+
     @contextmanager
     def intercepted(self, handler: Handler) -> Iterator[None]:
         """Let calls of every block reach `handler` instead; undone on exit, on error too."""

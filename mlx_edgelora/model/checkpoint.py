@@ -236,7 +236,7 @@ def converted(lazy: LazyModel, cache: Path, quantize: int | None = None) -> Path
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="building-", dir=cache) as building:
-            _write_model(Path(building), parameters, config)
+            write_model(Path(building), parameters, config)
             os.replace(building, folder)
             os.mkdir(building)  # TemporaryDirectory removes what it made
     except OSError as error:
@@ -250,7 +250,8 @@ def converted(lazy: LazyModel, cache: Path, quantize: int | None = None) -> Path
     return folder
 
 
-def _write_model(folder: Path, parameters: list[tuple[str, mx.array]], config: dict) -> None:
+def write_model(folder: Path, parameters: list[tuple[str, mx.array]], config: dict) -> None:
+    """Write one shard and config.json, synced; `parameters` is emptied, a tensor at a time."""
     specs = {name: (array.dtype, array.shape) for name, array in parameters}
     with open(folder / "model.safetensors", "wb") as file:
         write_tensors(file, specs, _drain(parameters))

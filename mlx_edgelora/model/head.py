@@ -140,21 +140,20 @@ def find_head(blocks: BlockList) -> nn.Module | None:
 
     Nothing is evaluated: only shapes are looked at.
     """
-    inside = {id(module) for block in blocks.blocks for module in block.modules()}
-    for _, module in blocks.model.named_modules():
-        if id(module) in inside or not isinstance(module, MATRICES):
+    hidden = mx.zeros((1, 2, _width(blocks)))
+    for module in blocks.modules_outside():
+        if not isinstance(module, MATRICES) or module["weight"].shape[0] <= 3:
             continue
-        count = module["weight"].shape[0]
         few = ResidentRows(module).slice(0, 3)
         with bound({name: (module, name) for name in few}, few):
-            if count > 3 and _logit_count(blocks) == 3:
+            if _logit_count(blocks, hidden) == 3:
                 return module
     return None
 
 
-def _logit_count(blocks: BlockList) -> int | None:
+def _logit_count(blocks: BlockList, hidden: mx.array) -> int | None:
     try:
-        with blocks.returning(mx.zeros((1, 2, _width(blocks)))):
+        with blocks.returning(hidden):
             return blocks.model(mx.zeros((1, 2), mx.int32)).shape[-1]
     except ValueError:  # something else has as many rows as the vocabulary: an adapter's
         return None

@@ -97,7 +97,8 @@ def attach(lazy: LazyModel, *, streamed: bool, dtype: str | None, meter: DiskMet
     blocks = BlockList(lazy.model)
     trained = [name for name, _ in tree_flatten(lazy.model.trainable_parameters())]
     on_disk: dict[int, StreamedRows] = {}
-    head = find_head(blocks) if all(map(blocks.local, trained)) else None
+    inside = all(map(blocks.local, trained))
+    head = find_head(blocks) if inside else None
     if streamed and head is not None:
         on_disk = _leave_on_disk(lazy, blocks, head, kind, meter)
     names = [
@@ -111,7 +112,8 @@ def attach(lazy: LazyModel, *, streamed: bool, dtype: str | None, meter: DiskMet
     if streamed:
         source = StreamedWeights(_block_places(lazy, blocks), kind, meter)
     if head is None:
-        return Attached(source, None, "whole rows of logits: the head cannot be cut into tiles")
+        why = "the head cannot be cut into tiles" if inside else "adapters lie outside the blocks"
+        return Attached(source, None, f"whole rows of logits: {why}")
     result = Head(blocks, head, on_disk.get(id(head)) or ResidentRows(head))
     if not result.is_separable():
         return Attached(source, None, "whole rows of logits: a logit depends on others")
@@ -127,11 +129,10 @@ def _leave_on_disk(
     meter: DiskMeter,
 ) -> dict[int, StreamedRows]:
     """Turn embeddings and head into readers of rows; gives them by the module's identity."""
-    inside = {id(module) for block in blocks.blocks for module in block.modules()}
     result = {}
-    for module in lazy.model.modules():
+    for module in blocks.modules_outside():
         embeds = type(module) in (nn.Embedding, nn.QuantizedEmbedding, DequantizedEmbedding)
-        if id(module) in inside or not (embeds or module is head):
+        if not (embeds or module is head):
             continue
         places = {n: lazy.place(module[n]) for n in ROW_NAMES if module.get(n) is not None}
         readers = {

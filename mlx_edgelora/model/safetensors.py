@@ -141,12 +141,6 @@ def to_numpy(array: mx.array) -> np.ndarray:
     return np.array(array, copy=False)
 
 
-def to_mlx(array: np.ndarray, dtype: mx.Dtype) -> mx.array:
-    """Copy a NumPy array into MLX's allocator; uint16 becomes bfloat16 where `dtype` says so."""
-    result = mx.array(array)
-    return result if result.dtype == dtype else result.view(dtype)
-
-
 class RowReader:
     """Rows of one matrix of a safetensors file, read from disk when asked for.
 

@@ -69,6 +69,8 @@ class StreamedWeights:
     def block(self, index: int) -> dict[str, mx.array]:
         """Read a block's tensors, or hand over those already on their way.
 
+        What else is on its way is dropped: ask for a block first, then for the next one.
+
         Raises:
             EdgeLoraError: a shard was removed or changed since training began.
         """

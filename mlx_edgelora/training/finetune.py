@@ -61,7 +61,7 @@ def finetune(
     config = _with_embedded(config)
     if not config.train:
         config = _as_trained(config)
-    build_optimizer(config)  # refuses what it cannot use before anything slow
+    optimizer = build_optimizer(config)  # refuses what it cannot use before anything slow
     callbacks = [*callbacks, *reporting_callbacks(config)]
     with _cache_limit(), _memory_told(config), open_engine(config, notify) as opened:
         engine, tokenizer, vocabulary = opened
@@ -69,7 +69,6 @@ def finetune(
         result = None
         reset_peak()
         if config.train:
-            optimizer = build_optimizer(config)
             result = train(engine, optimizer, config, train_set, valid_set, callbacks)
         if config.test:
             notify(_tested(*evaluate(engine, test_set, config, config.test_batches)))
@@ -80,12 +79,12 @@ def finetune(
 def open_engine(
     config: TrainConfig, notify: Callable[[str], None] = print
 ) -> Iterator[tuple[Engine, object, int]]:
-    """Load and adapt the model and settle where everything lives.
+    """Load and adapt the model that `config` names and settle where everything lives.
 
     Gives the engine, the tokenizer and the size of the model's vocabulary.
     """
     lazy = open_model(
-        config.model or str(MODEL_PATH),
+        config.model,
         streamed=config.weights == "streamed",
         quantize=config.quantize,
         cache=Path(config.cache_dir) if config.cache_dir else _user_cache(),
@@ -199,8 +198,8 @@ def _store(config: TrainConfig, meter: DiskMeter) -> tuple[ActivationStore, str]
         return RamStore(), "in memory (as asked)"
     if config.spill_dir:
         return MappedStore(config.spill_dir, meter), f"in {config.spill_dir} (as asked)"
-    folder, reason = spill_folder([tempfile.gettempdir(), _user_cache()])
-    return MappedStore(folder, meter), f"in {folder} ({reason})"
+    folder, why = spill_folder([tempfile.gettempdir(), _user_cache()])
+    return MappedStore(folder, meter), f"in {folder} ({why})"
 
 
 def _user_cache() -> Path:

@@ -1,11 +1,10 @@
 """One training step's loss and gradients: the walk over blocks and the masked, tiled loss."""
 
-from typing import Any
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_edgelora.data import Batch
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.losses.cross_entropy import chunked_cross_entropy, streamed_cross_entropy
 from mlx_edgelora.memory.blockwise import Arrays, BlockWalk, Pass, add_into, gradient_tree
@@ -37,12 +36,8 @@ class Engine:
         self.model, self.disk = model, disk
         self._walk, self._head = walk, head
 
-    def value_and_grad(self, batch: Any) -> tuple[tuple[mx.array, int], dict]:
-        """Mean loss over the labelled tokens, their count, and all gradients, evaluated.
-
-        Args:
-            batch: `tokens` int [B, T + 1] and `mask()` bool [B, T], both NumPy.
-        """
+    def value_and_grad(self, batch: Batch) -> tuple[tuple[mx.array, int], dict]:
+        """Mean loss over the labelled tokens, their count, and all gradients, evaluated."""
         tokens, rows, labels = _labelled(batch)
         with self._walk.forward(lambda: self.model(tokens)) as state:
             hidden = _take(state, rows)
@@ -59,7 +54,7 @@ class Engine:
             add_into(gradients, self._walk.backward(state))
         return (loss, labels.size), gradient_tree(self.model, gradients)
 
-    def loss(self, batch: Any) -> tuple[mx.array, int]:
+    def loss(self, batch: Batch) -> tuple[mx.array, int]:
         """Mean loss over the labelled tokens, and their count; nothing is kept or spilled."""
         tokens, rows, labels = _labelled(batch)
         with self._walk.forward(lambda: self.model(tokens), keep=False) as state:
@@ -91,7 +86,7 @@ class Engine:
         return loss, piece, {}
 
 
-def _labelled(batch: Any) -> tuple[mx.array, mx.array, mx.array]:
+def _labelled(batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
     """Inputs [B, T], indices of labelled positions in [B * T], and their labels."""
     mask = batch.mask()
     rows = np.flatnonzero(mask)
@@ -100,8 +95,8 @@ def _labelled(batch: Any) -> tuple[mx.array, mx.array, mx.array]:
             f"batch of rows {list(batch.indices)}: no token carries a label, expected at least "
             "one; raise max_seq_length or leave mask_prompt out"
         )
-    labels = batch.tokens[:, 1:].reshape(-1)[rows]
-    return mx.array(batch.tokens[:, :-1]), mx.array(rows), mx.array(labels)
+    labels = batch.labels().reshape(-1)[rows]
+    return mx.array(batch.inputs()), mx.array(rows), mx.array(labels)
 
 
 def _take(state: Pass, rows: mx.array) -> mx.array:

@@ -17,7 +17,6 @@ from mlx_edgelora.model.safetensors import (
     RowReader,
     TensorInfo,
     read_header,
-    to_mlx,
     to_numpy,
     write_tensors,
 )
@@ -162,7 +161,8 @@ def values(name: str, shape: tuple) -> tuple[mx.array, np.ndarray]:
     size = int(np.prod(shape)) * np.dtype(kind).itemsize
     raw = np.frombuffer(rng.bytes(size), kind).reshape(shape)
     raw = raw % 2 if name == "BOOL" else raw
-    return (mx.array(raw).astype(mx.bool_) if name == "BOOL" else to_mlx(raw, dtype)), raw
+    array = mx.array(raw)
+    return (array.astype(dtype) if name == "BOOL" else array.view(dtype)), raw
 
 
 def written(path, arrays: dict[str, mx.array]):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner import trainer
-from training_helpers import PlainEngine, Recorder, make_model, make_rows
+from training_helpers import RECORD_KEYS, PlainEngine, Recorder, make_model, make_rows
 
 from mlx_edgelora.data.batches import iterate_batches
 from mlx_edgelora.data.dataset import Dataset, Row
@@ -192,18 +192,8 @@ def test_log_records(make_config, quiet, tmp_path):
     config = make_config(iters=4, steps_per_report=2, log=str(tmp_path / "run.jsonl"))
     _, result = run(config, quiet, valid=make_rows(4, 16))
     records = [json.loads(line) for line in Path(config.log).read_text().splitlines()]
-    common = [
-        "learning_rate",
-        "tokens_per_second",
-        "trained_tokens",
-        "peak_memory_bytes",
-        "footprint_bytes",
-        "disk_read_bytes",
-        "disk_write_bytes",
-        "time",
-    ]
     assert [list(record) for record in records] == [
-        ["iteration", kind, *common]
+        ["iteration", kind, *RECORD_KEYS]
         for kind in ("val_loss", "train_loss", "val_loss", "train_loss")
     ]
     assert [record["iteration"] for record in records] == [0, 2, 3, 4]

@@ -18,6 +18,8 @@ from mlx_lm.utils import save_config
 
 import mlx_edgelora.training.step as step
 from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.memory.stores import MappedStore
+from mlx_edgelora.model.sources import StreamedWeights
 
 
 def check(folder, batch, tolerance=1e-5, **options):
@@ -69,18 +71,67 @@ def test_streamed_weights_are_never_resident(tmp_path, memory):
     whole = (folder / "model.safetensors").stat().st_size
     embeddings = 2 * 8192 * 256 * 5 / 8  # untied; 4 bits and, per 32, two float32
     block = (whole - embeddings) / 16
-    batch, peaks = random_batch(1, 16, vocabulary=8192), {}
+    batch, peaks, validation = random_batch(1, 16, vocabulary=8192), {}, {}
     for streamed in (False, True):
         ours = engine(folder, streamed=streamed, spilled=streamed)
         ours.value_and_grad(batch)
         mx.reset_peak_memory()
         ours.value_and_grad(batch)
         peaks[streamed] = mx.get_peak_memory()
-        ours.close()
         read = ours.disk.read_bytes
+        mx.reset_peak_memory()
+        ours.loss(batch)
+        validation[streamed] = mx.get_peak_memory()
+        ours.close()
         del ours
     assert peaks[True] < peaks[False] - (whole - 3 * block)
+    assert validation[True] < validation[False] - (whole - 3 * block)
     assert read > 2 * 2 * (whole - embeddings)  # two steps, each block twice: nothing is kept
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "backward"), [(-1, "b2 r2 r1 b1 r0 b0"), (2, "b2 r2 r1 b1"), (1, "b2 r2")]
+)
+def test_a_block_is_read_once_per_visit_and_ahead_of_it(
+    num_layers, backward, tmp_path, monkeypatch
+):
+    """b: the walk asks for a block; r: the block is read."""
+    events = []
+
+    def spied(letter, method):
+        return lambda self, index: events.append(f"{letter}{index}") or method(self, index)
+
+    for letter, name in (("b", "block"), ("r", "_read")):
+        monkeypatch.setattr(StreamedWeights, name, spied(letter, getattr(StreamedWeights, name)))
+    ours = engine(save(tmp_path, "llama", True), num_layers=num_layers)
+    ours.value_and_grad(random_batch())
+    forward = "b0 r0 r1 b1 r2 b2"
+    assert " ".join(events) == f"{forward} {backward}"
+    events.clear()
+    ours.loss(random_batch())
+    assert " ".join(events) == forward
+    ours.close()
+
+
+@pytest.mark.parametrize(("num_layers", "count"), [(-1, 4), (2, 2)])
+def test_an_input_is_on_its_way_while_the_block_above_computes(
+    num_layers, count, tmp_path, monkeypatch
+):
+    events = []
+
+    def spied(name):
+        method = getattr(MappedStore, name)
+        return lambda self, slot: events.append((name, slot)) or method(self, slot)
+
+    for name in ("take", "prefetch"):
+        monkeypatch.setattr(MappedStore, name, spied(name))
+    ours = engine(save(tmp_path, "llama", True, num_hidden_layers=4), num_layers=num_layers)
+    ours.value_and_grad(random_batch())
+    ours.close()
+    expected = []
+    for slot in reversed(range(count)):
+        expected += [("take", slot), ("prefetch", slot), ("prefetch", slot - 1)]
+    assert events == expected[:-1]  # take asks for its own slot; below the lowest is nothing
 
 
 def test_logits_are_made_for_labelled_rows_only(tmp_path, monkeypatch):

@@ -9,6 +9,17 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_edgelora.memory.meter import DiskMeter
 
 VOCABULARY = 50
+# Of a record of the log, behind `iteration` and the loss.
+RECORD_KEYS = [
+    "learning_rate",
+    "tokens_per_second",
+    "trained_tokens",
+    "peak_memory_bytes",
+    "footprint_bytes",
+    "disk_read_bytes",
+    "disk_write_bytes",
+    "time",
+]
 
 
 def make_model(seed=0, blocks=2, dropout=0.0):
