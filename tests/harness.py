@@ -11,6 +11,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model, save_config, save_model
 
 from mlx_edgelora import data
+from mlx_edgelora.losses.exact import CrossEntropy
 from mlx_edgelora.memory.blockwise import BlockWalk
 from mlx_edgelora.memory.meter import DiskMeter
 from mlx_edgelora.memory.stores import MappedStore, RamStore
@@ -58,6 +59,7 @@ def engine(
     dtype: str | None = None,
     compiled: bool = False,
     num_layers: int = -1,
+    exact: CrossEntropy | None = None,
     **lora,
 ) -> Engine:
     lazy = open_model(str(folder), streamed=streamed, quantize=None, cache=folder / "cache")
@@ -69,7 +71,7 @@ def engine(
     lazy.model.train()
     store = MappedStore(folder, meter) if spilled else RamStore()
     walk = BlockWalk(lazy.model, store, attached.weights, compiled)
-    return Engine(lazy.model, walk, attached.head, meter)
+    return Engine(lazy.model, walk, attached.head, meter, exact)
 
 
 def randomize(model: nn.Module) -> None:

@@ -22,6 +22,8 @@ import mlx.nn as nn
 from mlx_lm.tuner.lora import LoRALinear as MlxLoRALinear
 from mlx_lm.tuner.lora import LoRASwitchLinear as MlxLoRASwitchLinear
 
+from mlx_edgelora.layers.dequantize import dequantize
+
 # One dequantized tile. MLX allocates some tiles ahead of their use, so the cost is a few of
 # them; at 8192 x 3072 tiles of 2 to 20 MiB took the same time, and 17 to 92 MiB in all.
 TILE_BYTES = 2 * 2**20
@@ -68,7 +70,7 @@ def _product(group_size: int, bits: int, mode: str, rows: int) -> mx.custom_func
             # merge the backward's tile with the forward's and keep it in between.
             tile = mx.depends(tile, [after])
         biases = tile[2] if len(tile) == 3 else None
-        return mx.dequantize(tile[0], tile[1], biases, group_size=group_size, bits=bits, mode=mode)
+        return dequantize(tile[0], tile[1], biases, group_size=group_size, bits=bits, mode=mode)
 
     @mx.custom_function
     def product(x: mx.array, *packed: mx.array) -> mx.array:

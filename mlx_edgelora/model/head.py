@@ -1,26 +1,33 @@
-"""The vocabulary head of any model, found by what it does, and read by tiles.
+"""The vocabulary head of any model, found by what it does, and read by rows.
 
-The head is the one matrix outside the blocks whose number of rows is the number of
-logits: bind fewer rows to it and the model returns as many logits. What surrounds it
-(final norm, logit scaling, soft-capping) stays the model's own code. The same matrix
-may be the token embedding, of which only the batch's rows are ever needed.
+The head is the one matrix outside the blocks whose output becomes the logits: let it
+answer with fewer columns and the model returns as many. What lies before it (final norm)
+and behind it (logit scaling, soft-capping) stays the model's own code. The same matrix may
+be the token embedding, of which only the batch's rows are ever needed.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx_lm.tuner.lora import LoRAEmbedding
+from mlx_lm.tuner.lora import LoRALinear as MlxLoRALinear
 
+from mlx_edgelora.layers.dequantize import dequantize
 from mlx_edgelora.layers.linear import DequantizedEmbedding
-from mlx_edgelora.losses.cross_entropy import Tile
+from mlx_edgelora.losses.exact import Gradients
+from mlx_edgelora.losses.head import Adapter, Arrays, Tile
 from mlx_edgelora.memory.meter import DiskMeter
 from mlx_edgelora.model.blocks import BlockList, bound
 from mlx_edgelora.model.safetensors import RowReader
 from mlx_edgelora.model.sources import cast
 
 MATRICES = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
+ADAPTED = (MlxLoRALinear, LoRAEmbedding)
+EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding, LoRAEmbedding)
 # Parameters of such a module; the rows of each belong to one token.
 ROW_NAMES = ("weight", "scales", "biases", "bias")
 
@@ -28,8 +35,11 @@ ROW_NAMES = ("weight", "scales", "biases", "bias")
 class Rows(Protocol):
     """Rows of a module's parameters, by parameter name."""
 
-    def slice(self, start: int, stop: int) -> dict[str, mx.array]:
+    def slice(self, start: int, stop: int) -> Arrays:
         """Rows `start` to `stop` of every parameter."""
+
+    def take(self, indices: mx.array) -> Arrays:
+        """The rows named by `indices`, int [m]."""
 
 
 class ResidentRows:
@@ -38,9 +48,13 @@ class ResidentRows:
     def __init__(self, module: nn.Module) -> None:
         self._arrays = {n: module[n] for n in ROW_NAMES if module.get(n) is not None}
 
-    def slice(self, start: int, stop: int) -> dict[str, mx.array]:
+    def slice(self, start: int, stop: int) -> Arrays:
         """Rows `start` to `stop` of every parameter, without a copy."""
         return {name: array[start:stop] for name, array in self._arrays.items()}
+
+    def take(self, indices: mx.array) -> Arrays:
+        """Gather the rows named by `indices`, int [m]."""
+        return {name: array[indices] for name, array in self._arrays.items()}
 
 
 class StreamedRows:
@@ -51,15 +65,19 @@ class StreamedRows:
     ) -> None:
         self._readers, self._dtype, self._meter = readers, dtype, meter
 
-    def slice(self, start: int, stop: int) -> dict[str, mx.array]:
+    def slice(self, start: int, stop: int) -> Arrays:
         """Read rows `start` to `stop` of every parameter."""
         return self._received({n: r.slice(start, stop) for n, r in self._readers.items()})
 
-    def take(self, indices: np.ndarray) -> dict[str, mx.array]:
-        """Read the rows named by `indices`, int [n]."""
-        return self._received({n: r.take(indices) for n, r in self._readers.items()})
+    def take(self, indices: mx.array) -> Arrays:
+        """Read the rows named by `indices`, int [m], each different one once."""
+        rows, places = np.unique(np.array(indices), return_inverse=True)
+        read = self._received({n: r.take(rows) for n, r in self._readers.items()})
+        if len(rows) == len(places) and (places[:-1] < places[1:]).all():
+            return read
+        return {name: array[mx.array(places)] for name, array in read.items()}
 
-    def _received(self, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
+    def _received(self, arrays: Arrays) -> Arrays:
         self._meter.add_read(sum(array.nbytes for array in arrays.values()))
         if self._dtype is None:
             return arrays
@@ -72,7 +90,7 @@ class _StreamedLookup:
     def __call__(self, x: mx.array) -> mx.array:
         """Map int tokens [...] to embeddings [..., dims]."""
         tokens, places = np.unique(np.array(x), return_inverse=True)
-        rows = self._rows.take(tokens)
+        rows = self._rows.take(mx.array(tokens))
         table = rows["weight"]
         if "scales" in rows:
             table = mx.dequantize(
@@ -97,55 +115,146 @@ def stream_embedding(module: nn.Module, rows: StreamedRows) -> None:
     object.__setattr__(module, "__class__", kind)
 
 
-class Head:
-    """The head of a model, as tiles of its vocabulary.
+class ModelHead:
+    """The head of a model, with what lies around it: a `losses.head.Head`.
 
     Args:
         blocks: the blocks of the model.
-        module: the head.
-        rows: its parameters.
+        module: the head, adapted or not.
+        rows: its frozen parameters.
     """
+
+    tail = None
 
     def __init__(self, blocks: BlockList, module: nn.Module, rows: Rows) -> None:
         self._blocks, self._module, self._rows = blocks, module, rows
-        self.vocabulary, packed = module["weight"].shape
-        self.dims = packed * 32 // module.bits if hasattr(module, "bits") else packed
+        self._matrix = frozen_matrix(module)
+        self.vocabulary, packed = self._matrix["weight"].shape
+        self.dims = packed * 32 // self._matrix.bits if "scales" in self._matrix else packed
+        self._width = _width(blocks)
+        marker = mx.zeros((1, 2, 3))
+        self.leave = None if self._answered(marker) is marker else self._leave
 
-    def tiles(self, rows: int) -> Iterator[Tile]:
-        """One pass over the vocabulary in tiles of `rows` rows."""
-        for start in range(0, self.vocabulary, rows):
-            yield self.tile(start, min(start + rows, self.vocabulary))
+    @property
+    def adapter(self) -> Adapter | None:
+        """What is trained of the head, as it is now."""
+        if not isinstance(self._module, ADAPTED):
+            return None
+        a, b, scale = self._module.lora_a, self._module.lora_b, self._module.scale
+        if isinstance(self._module, LoRAEmbedding):
+            return Adapter(b, a, scale)
+        return Adapter(a.T, b.T, scale)
 
-    def tile(self, start: int, stop: int) -> Tile:
-        """Read rows `start` to `stop`; the tile lives as long as what is returned."""
-        arrays = self._rows.slice(start, stop)
-        return Tile(start, stop, lambda hidden: self._logits(hidden, arrays))
+    def named(self, gradients: Gradients) -> Arrays:
+        """Gradients of the adapter by the names of the model's parameters; empty without one."""
+        if gradients.up is None:
+            return {}
+        down, up = gradients.down, gradients.up
+        a, b = (up, down) if isinstance(self._module, LoRAEmbedding) else (down.T, up.T)
+        path = next(n for n, m in self._blocks.model.named_modules() if m is self._module)
+        return {f"{path}.lora_a": a, f"{path}.lora_b": b}
+
+    def slice(self, start: int, stop: int) -> Arrays:
+        """Rows `start` to `stop`, read from disk where they are there."""
+        return self._rows.slice(start, stop)
+
+    def take(self, indices: mx.array) -> Arrays:
+        """The rows named by `indices`, int [m]."""
+        return self._rows.take(indices)
+
+    def unpack(self, rows: Arrays) -> Tile:
+        """Dequantize in float32."""
+        bias = rows["bias"].astype(mx.float32) if "bias" in rows else None
+        if "scales" not in rows:
+            return Tile(rows["weight"].astype(mx.float32), bias)
+        packed = [rows["weight"], cast(rows["scales"], mx.float32)]
+        if "biases" in rows:
+            packed.append(cast(rows["biases"], mx.float32))
+        m = self._matrix
+        weight = dequantize(*packed, group_size=m.group_size, bits=m.bits, mode=m.mode)
+        return Tile(weight.astype(mx.float32), bias)
+
+    def enter(self, hidden: mx.array) -> mx.array:
+        """Carry last hidden states [n, width] to the matrix: [n, dims]."""
+        reached: list[mx.array] = []
+
+        def reach(x: mx.array) -> mx.array:
+            reached.append(x)
+            return x[..., :1]
+
+        with answering(self._module, reach), self._blocks.returning(hidden[None]):
+            self._blocks.model(mx.zeros((1, hidden.shape[0]), mx.int32))
+        return reached[0][0]
 
     def is_separable(self) -> bool:
-        """Whether a logit depends on its own row alone, so that tiles are exact."""
-        hidden = mx.random.normal((2, self.dims), key=mx.random.key(0))
+        """Whether this is how the model makes logits, each of its own row alone."""
+        hidden = mx.random.normal((2, self._width), key=mx.random.key(0))
         half = min(8, self.vocabulary // 2)
-        whole = self.tile(0, 2 * half).project(hidden)
-        parts = [self.tile(start, start + half).project(hidden) for start in (0, half)]
-        return bool(mx.allclose(whole, mx.concatenate(parts, axis=-1), rtol=1e-2).item())
+        x = self.enter(hidden).astype(mx.float32)
+        products = []
+        for start in (0, half):
+            tile = self.unpack(self.slice(start, start + half))
+            up = None if self.adapter is None else self.adapter.up[start : start + half]
+            y = x @ tile.weight.T + (0.0 if tile.bias is None else tile.bias)
+            if up is not None:
+                y = y + self.adapter.scale * (x @ self.adapter.down.T) @ up.T
+            products.append(y)
+        parts = [p if self.leave is None else self.leave(p) for p in products]
+        return bool(
+            mx.allclose(
+                self._own_logits(hidden, 2 * half), mx.concatenate(parts, axis=-1), rtol=1e-2
+            ).item()
+        )
 
-    def _logits(self, hidden: mx.array, arrays: Mapping[str, mx.array]) -> mx.array:
-        slots = {name: (self._module, name) for name in arrays}
-        with bound(slots, arrays), self._blocks.returning(hidden[None]):
+    def _leave(self, products: mx.array) -> mx.array:
+        return self._answered(products[None])[0]
+
+    def _answered(self, products: mx.array) -> mx.array:
+        """What the model returns where its head gives `products` [1, n, m]."""
+        hidden = mx.zeros((*products.shape[:2], self._width))
+        with answering(self._module, lambda x: products), self._blocks.returning(hidden):
+            return self._blocks.model(mx.zeros(products.shape[:2], mx.int32))
+
+    def _own_logits(self, hidden: mx.array, count: int) -> mx.array:
+        """The model's own first `count` logits, with as few rows bound to its head."""
+        values = self.slice(0, count)
+        slots = {name: (self._matrix, name) for name in values}
+        if self.adapter is not None:
+            embeds = isinstance(self._module, LoRAEmbedding)
+            name, up = ("lora_a" if embeds else "lora_b"), self.adapter.up[:count]
+            slots[name], values = (self._module, name), values | {name: up if embeds else up.T}
+        with bound(slots, values), self._blocks.returning(hidden[None]):
             return self._blocks.model(mx.zeros((1, hidden.shape[0]), mx.int32))[0]
 
 
+def frozen_matrix(module: nn.Module) -> nn.Module:
+    """The matrix itself, where `module` is an adapter around one."""
+    return module.get("linear") or module.get("embedding") or module
+
+
+@contextmanager
+def answering(module: nn.Module, answer: Callable[[mx.array], mx.array]) -> Iterator[None]:
+    """Let a linear layer, or an embedding used as one, give `answer(x)`; undone on exit."""
+    kind = type(module)
+    method = "as_linear" if isinstance(module, EMBEDDINGS) else "__call__"
+    stand_in = type(kind.__name__, (kind,), {method: lambda self, x: answer(x)})
+    object.__setattr__(module, "__class__", stand_in)
+    try:
+        yield
+    finally:
+        object.__setattr__(module, "__class__", kind)
+
+
 def find_head(blocks: BlockList) -> nn.Module | None:
-    """Find the module that makes logits of hidden states; None where no tile can be taken.
+    """Find the module that makes logits of hidden states; None where there is none alone.
 
     Nothing is evaluated: only shapes are looked at.
     """
     hidden = mx.zeros((1, 2, _width(blocks)))
     for module in blocks.modules_outside():
-        if not isinstance(module, MATRICES) or module["weight"].shape[0] <= 3:
+        if not isinstance(module, MATRICES + ADAPTED):
             continue
-        few = ResidentRows(module).slice(0, 3)
-        with bound({name: (module, name) for name in few}, few):
+        with answering(module, lambda x: mx.zeros((*x.shape[:-1], 3))):
             if _logit_count(blocks, hidden) == 3:
                 return module
     return None
@@ -155,7 +264,7 @@ def _logit_count(blocks: BlockList, hidden: mx.array) -> int | None:
     try:
         with blocks.returning(hidden):
             return blocks.model(mx.zeros((1, 2), mx.int32)).shape[-1]
-    except ValueError:  # something else has as many rows as the vocabulary: an adapter's
+    except ValueError:  # not the head: what follows it cannot take three columns
         return None
 
 

@@ -20,11 +20,13 @@ from mlx_edgelora.model.checkpoint import (
     resolve,
 )
 from mlx_edgelora.model.head import (
+    EMBEDDINGS,
     ROW_NAMES,
-    Head,
+    ModelHead,
     ResidentRows,
     StreamedRows,
     find_head,
+    frozen_matrix,
     stream_embedding,
 )
 from mlx_edgelora.model.safetensors import RowReader
@@ -74,12 +76,12 @@ class Attached:
 
     Attributes:
         weights: of the blocks.
-        head: the vocabulary head by tiles; None where only whole logits can be had.
+        head: the vocabulary head by rows; None where only whole logits can be had.
         logits: how logits are made, and why.
     """
 
     weights: WeightSource
-    head: Head | None
+    head: ModelHead | None
     logits: str
 
 
@@ -87,8 +89,8 @@ def attach(lazy: LazyModel, *, streamed: bool, dtype: str | None, meter: DiskMet
     """Settle where every frozen weight comes from; call it after `add_lora`.
 
     Resident: everything is read and cast now. Streamed: blocks, token embedding and head
-    stay on disk, the rest (norms) is read now. Where an adapter lies outside the blocks,
-    everything outside them is read, and the loss works on whole rows of logits.
+    stay on disk, the rest (norms) is read now. Where the head cannot be read by rows,
+    everything outside the blocks is read, and the loss works on whole rows of logits.
 
     Raises:
         EdgeLoraError: the architecture cannot be walked, or a file cannot be read.
@@ -97,10 +99,9 @@ def attach(lazy: LazyModel, *, streamed: bool, dtype: str | None, meter: DiskMet
     blocks = BlockList(lazy.model)
     trained = [name for name, _ in tree_flatten(lazy.model.trainable_parameters())]
     on_disk: dict[int, StreamedRows] = {}
-    inside = all(map(blocks.local, trained))
-    head = find_head(blocks) if inside else None
+    head, why = _usable_head(blocks, trained)
     if streamed and head is not None:
-        on_disk = _leave_on_disk(lazy, blocks, head, kind, meter)
+        on_disk = _leave_on_disk(lazy, blocks, frozen_matrix(head), kind, meter)
     names = [
         name
         for name, _ in tree_flatten(lazy.model.parameters())
@@ -112,19 +113,37 @@ def attach(lazy: LazyModel, *, streamed: bool, dtype: str | None, meter: DiskMet
     if streamed:
         source = StreamedWeights(_block_places(lazy, blocks), kind, meter)
     if head is None:
-        why = "the head cannot be cut into tiles" if inside else "adapters lie outside the blocks"
         return Attached(source, None, f"whole rows of logits: {why}")
-    result = Head(blocks, head, on_disk.get(id(head)) or ResidentRows(head))
+    matrix = frozen_matrix(head)
+    result = ModelHead(blocks, head, on_disk.get(id(matrix)) or ResidentRows(matrix))
     if not result.is_separable():
         return Attached(source, None, "whole rows of logits: a logit depends on others")
-    where = "disk" if id(head) in on_disk else "memory"
+    where = "disk" if id(matrix) in on_disk else "memory"
     return Attached(source, result, f"vocabulary tiles of the head, from {where}")
+
+
+def _usable_head(blocks: BlockList, trained: list[str]) -> tuple[nn.Module | None, str]:
+    """The head, if its rows are all that lies between its input and the logits, or why not."""
+    head = find_head(blocks)
+    if head is None:
+        return None, "no module makes the logits alone"
+    if any("dropout" in m and m.dropout._p_1 != 1 for m in blocks.modules_outside()):
+        return None, "an adapter outside the blocks has dropout"
+    # An embedding is adapted before the blocks; whatever else is may lie behind them.
+    harmless = [m for m in blocks.modules_outside() if m is head or isinstance(m, EMBEDDINGS)]
+    owned = {id(value) for m in harmless for _, value in tree_flatten(m.trainable_parameters())}
+    slots = array_slots(blocks.model)
+    for name in trained:
+        container, key = slots[name]
+        if not blocks.local(name) and id(container[key]) not in owned:
+            return None, f"{name} is trained outside the blocks"
+    return head, ""
 
 
 def _leave_on_disk(
     lazy: LazyModel,
     blocks: BlockList,
-    head: nn.Module,
+    matrix: nn.Module,
     dtype: mx.Dtype | None,
     meter: DiskMeter,
 ) -> dict[int, StreamedRows]:
@@ -132,7 +151,7 @@ def _leave_on_disk(
     result = {}
     for module in blocks.modules_outside():
         embeds = type(module) in (nn.Embedding, nn.QuantizedEmbedding, DequantizedEmbedding)
-        if not (embeds or module is head):
+        if not (embeds or module is matrix):
             continue
         places = {n: lazy.place(module[n]) for n in ROW_NAMES if module.get(n) is not None}
         readers = {

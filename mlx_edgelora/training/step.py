@@ -6,15 +6,14 @@ import numpy as np
 
 from mlx_edgelora.data import Batch
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.losses.cross_entropy import chunked_cross_entropy, streamed_cross_entropy
+from mlx_edgelora.losses.chunked import chunked_cross_entropy
+from mlx_edgelora.losses.exact import CrossEntropy
 from mlx_edgelora.memory.blockwise import Arrays, BlockWalk, Pass, add_into, gradient_tree
 from mlx_edgelora.memory.meter import DiskMeter
-from mlx_edgelora.model.head import Head
+from mlx_edgelora.model.head import ModelHead
 
-# One float32 tile of logits, and one of dequantized head rows.
+# Float32 logits of a chunk of tokens, where all logits of a token are made at once.
 LOGITS_BYTES = 4 * 2**20
-# Below this many rows a tile is too thin for a fast product.
-MIN_ROWS = 128
 
 
 class Engine:
@@ -31,10 +30,16 @@ class Engine:
     """
 
     def __init__(
-        self, model: nn.Module, walk: BlockWalk, head: Head | None, disk: DiskMeter
+        self,
+        model: nn.Module,
+        walk: BlockWalk,
+        head: ModelHead | None,
+        disk: DiskMeter,
+        exact: CrossEntropy | None = None,
     ) -> None:
         self.model, self.disk = model, disk
         self._walk, self._head = walk, head
+        self._exact = exact or CrossEntropy()
 
     def value_and_grad(self, batch: Batch) -> tuple[tuple[mx.array, int], dict]:
         """Mean loss over the labelled tokens, their count, and all gradients, evaluated."""
@@ -71,19 +76,22 @@ class Engine:
         self, state: Pass, hidden: mx.array, labels: mx.array, gradient: bool
     ) -> tuple[mx.array, mx.array | None, Arrays]:
         if self._head is None:
+            return self._chunked_loss(state, hidden, labels, gradient)
+        if not gradient:
+            return self._exact.value(hidden, self._head, labels)[0], None, {}
+        (loss, _), gradients = self._exact.value_and_grad(hidden, self._head, labels)
+        return loss, gradients.hidden, self._head.named(gradients)
 
-            def logits(hidden: mx.array, trained: Arrays) -> mx.array:
-                with self._walk.tail(state, hidden[None], trained):
-                    return self.model(mx.zeros((1, hidden.shape[0]), mx.int32))[0]
+    def _chunked_loss(
+        self, state: Pass, hidden: mx.array, labels: mx.array, gradient: bool
+    ) -> tuple[mx.array, mx.array | None, Arrays]:
+        def logits(hidden: mx.array, trained: Arrays) -> mx.array:
+            with self._walk.tail(state, hidden[None], trained):
+                return self.model(mx.zeros((1, hidden.shape[0]), mx.int32))[0]
 
-            trained = self._walk.outside()
-            rows = max(1, LOGITS_BYTES // logits(hidden[:1], trained).nbytes)
-            return chunked_cross_entropy(hidden, labels, logits, trained, rows, gradient)
-        rows = max(MIN_ROWS, LOGITS_BYTES // (4 * max(labels.size, self._head.dims)))
-        loss, piece = streamed_cross_entropy(
-            hidden, labels, lambda: self._head.tiles(rows), gradient
-        )
-        return loss, piece, {}
+        trained = self._walk.outside()
+        rows = max(1, LOGITS_BYTES // logits(hidden[:1], trained).nbytes)
+        return chunked_cross_entropy(hidden, labels, logits, trained, rows, gradient)
 
 
 def _labelled(batch: Batch) -> tuple[mx.array, mx.array, mx.array]:

@@ -1,15 +1,22 @@
-"""The head is found by what it does, and its tiles give the model's own logits."""
+"""The head is found by what it does, and its rows with what lies around give the model's logits."""
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 from architectures import CONFIGS, build, quantizable
-from mlx_lm.tuner.lora import LoRALinear
+from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 
 from mlx_edgelora.memory.meter import DiskMeter
 from mlx_edgelora.model.blocks import BlockList
-from mlx_edgelora.model.head import Head, ResidentRows, StreamedRows, find_head, stream_embedding
+from mlx_edgelora.model.head import (
+    ModelHead,
+    ResidentRows,
+    StreamedRows,
+    find_head,
+    frozen_matrix,
+    stream_embedding,
+)
 from mlx_edgelora.model.safetensors import RowReader, read_header
 
 
@@ -18,29 +25,45 @@ def own_head(model):
     return model.lm_head if "lm_head" in model else model.model.embed_tokens
 
 
-@pytest.mark.parametrize("bits", [None, 6])
+def made_logits(head, hidden, rows):
+    """Logits as a loss makes them."""
+    x = head.enter(hidden).astype(mx.float32)
+    tile = head.unpack(rows)
+    products = x @ tile.weight.T + (0.0 if tile.bias is None else tile.bias)
+    return products if head.leave is None else head.leave(products)
+
+
+CHANGES_LOGITS = {"gemma2", "granite", "cohere2"}
+
+
+@pytest.mark.parametrize("bits", [None, 4, 6])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_head_is_found_and_tiles_are_the_logits(name, bits):
+def test_head_is_found_and_its_rows_make_the_logits(name, bits):
     model = build(name)
     if bits:
         nn.quantize(model, **quantizable(bits))
     blocks = BlockList(model)
     module = find_head(blocks)
     assert module is own_head(model)
-    before = dict(module)
-    head = Head(blocks, module, ResidentRows(module))
+    before, kind = dict(module), type(module)
+    head = ModelHead(blocks, module, ResidentRows(module))
     assert (head.vocabulary, head.dims) == (101, 64)
     assert head.is_separable()
+    assert (head.leave is not None) == (name in CHANGES_LOGITS)
+    assert head.adapter is None
     hidden = mx.random.normal((5, 64))
     with blocks.returning(hidden[None]):
         expected = model(mx.zeros((1, 5), mx.int32))[0]
-    tiles = list(head.tiles(33))
-    assert [(tile.start, tile.stop) for tile in tiles] == [(0, 33), (33, 66), (66, 99), (99, 101)]
-    logits = mx.concatenate([tile.project(hidden) for tile in tiles], axis=-1)
-    assert mx.allclose(logits, expected, rtol=1e-5, atol=1e-6).item()
+    parts = [head.slice(start, min(start + 33, 101)) for start in range(0, 101, 33)]
+    logits = mx.concatenate([made_logits(head, hidden, rows) for rows in parts], axis=-1)
+    assert mx.allclose(logits, expected, rtol=1e-5, atol=1e-5).item()
+    some = mx.array([100, 0, 57, 57])
+    picked = made_logits(head, hidden, head.take(some))
+    assert mx.allclose(picked, expected[:, some], rtol=1e-5, atol=1e-5).item()
     assert {key: id(value) for key, value in module.items()} == {
         key: id(value) for key, value in before.items()
     }
+    assert type(module) is kind
 
 
 class Coupled(nn.Module):
@@ -76,7 +99,7 @@ def test_logits_that_depend_on_others_are_seen(after, separable):
     blocks = BlockList(model)
     module = find_head(blocks)
     assert module is model.head
-    assert Head(blocks, module, ResidentRows(module)).is_separable() is separable
+    assert ModelHead(blocks, module, ResidentRows(module)).is_separable() is separable
 
 
 def test_a_head_in_two_factors_is_cut_at_the_second():
@@ -92,8 +115,36 @@ def test_no_head_is_found_where_rows_are_not_logits():
             return mx.concatenate([logits, mx.zeros((*logits.shape[:-1], 2))], axis=-1)
 
     assert find_head(BlockList(Padded(lambda logits: logits))) is None
-    adapted = Coupled(lambda logits: logits, LoRALinear.from_base(nn.Linear(8, 40), r=2))
-    assert find_head(BlockList(adapted)) is None  # the adapter's rows would have to be cut too
+
+
+class Tied(Coupled):
+    def __call__(self, tokens):
+        h = self.embed(tokens)
+        for layer in self.layers:
+            h = layer(h)
+        return self.after(self.embed.as_linear(h))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapted_head_is_found_with_its_adapter(tied):
+    model = (Tied if tied else Coupled)(lambda logits: 3 * mx.tanh(logits / 3))
+    if tied:
+        model.embed = module = LoRAEmbedding.from_base(model.embed, r=2, scale=3.0)
+    else:
+        model.head = module = LoRALinear.from_base(model.head, r=2, scale=3.0)
+    module.lora_a = mx.random.normal(module.lora_a.shape)
+    module.lora_b = mx.random.normal(module.lora_b.shape)
+    blocks = BlockList(model)
+    assert find_head(blocks) is module
+    head = ModelHead(blocks, module, ResidentRows(frozen_matrix(module)))
+    assert head.is_separable()
+    adapter, tile = head.adapter, head.unpack(head.slice(0, 40))
+    hidden = mx.random.normal((5, 8))
+    with blocks.returning(hidden[None]):
+        expected = model(mx.zeros((1, 5), mx.int32))[0]
+    matrix = tile.weight + adapter.scale * adapter.up @ adapter.down
+    logits = head.leave(hidden @ matrix.T + (0.0 if tied else tile.bias))
+    assert mx.allclose(logits, expected, rtol=1e-5, atol=1e-5).item()
 
 
 @pytest.mark.parametrize("dtype", [None, mx.bfloat16], ids=str)

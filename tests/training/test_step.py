@@ -16,8 +16,8 @@ from harness import (
 from mlx.utils import tree_flatten
 from mlx_lm.utils import save_config
 
-import mlx_edgelora.training.step as step
 from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.losses.exact import CrossEntropy
 from mlx_edgelora.memory.stores import MappedStore
 from mlx_edgelora.model.sources import StreamedWeights
 
@@ -40,28 +40,47 @@ def check(folder, batch, tolerance=1e-5, **options):
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["float", "4bit"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_streamed_spilled_gradients_equal_mlx_lm(name, quantized, tmp_path, monkeypatch):
-    monkeypatch.setattr(step, "LOGITS_BYTES", 4096)  # several tiles of these small vocabularies
-    monkeypatch.setattr(step, "MIN_ROWS", 16)
-    check(save(tmp_path, name, quantized), random_batch())
+def test_streamed_spilled_gradients_equal_mlx_lm(name, quantized, tmp_path):
+    # Several tiles of these small vocabularies.
+    check(save(tmp_path, name, quantized), random_batch(), exact=CrossEntropy(16_384))
 
 
+WAYS = [
+    {"streamed": False, "spilled": False},
+    {"streamed": False, "kernel": "fused"},
+    {"streamed": True, "kernel": "fused", "num_layers": 1},
+    {"streamed": True, "keys": ["model.embed_tokens", "self_attn.q_proj"]},
+]
+UNTIED_WAYS = [
+    {"streamed": True, "keys": ["lm_head", "self_attn.q_proj"]},
+    {"streamed": False, "keys": ["lm_head", "self_attn.q_proj"]},
+    {"streamed": True, "keys": ["lm_head", "model.embed_tokens", "mlp.up_proj"]},
+]
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["float", "4bit"])
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"streamed": False, "spilled": False},
-        {"streamed": False, "kernel": "fused"},
-        {"streamed": True, "kernel": "fused", "num_layers": 1},
-        {"streamed": True, "keys": ["lm_head", "self_attn.q_proj"]},
-        {"streamed": True, "keys": ["model.embed_tokens", "self_attn.q_proj"]},
-    ],
+    ("name", "options"),
+    [("llama", way) for way in UNTIED_WAYS]
+    + [(name, way) for name in ("llama", "gemma2", "qwen2", "cohere2") for way in WAYS],
     ids=str,
 )
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_every_way_of_running_gives_the_same_gradients(name, options, tmp_path):
-    if name == "gemma2" and "lm_head" in options.get("keys", ()):
-        pytest.skip("gemma2's head is its embedding")
-    check(save(tmp_path, name, True), random_batch(tokens=13), **options)
+def test_every_way_of_running_gives_the_same_gradients(name, options, quantized, tmp_path):
+    ours = check(
+        save(tmp_path, name, quantized),
+        random_batch(tokens=13),
+        exact=CrossEntropy(16_384),
+        **options,
+    )
+    assert ours._head is not None  # an adapter on the head does not cost it its tiles
+
+
+def test_whole_logits_where_something_behind_the_blocks_has_dropout(tmp_path):
+    folder = save(tmp_path, "llama", True)
+    ours = engine(folder, keys=["lm_head"], dropout=0.5)
+    assert ours._head is None
+    ours.value_and_grad(random_batch())
+    ours.close()
 
 
 def test_streamed_weights_are_never_resident(tmp_path, memory):
@@ -134,19 +153,23 @@ def test_an_input_is_on_its_way_while_the_block_above_computes(
     assert events == expected[:-1]  # take asks for its own slot; below the lowest is nothing
 
 
-def test_logits_are_made_for_labelled_rows_only(tmp_path, monkeypatch):
+def test_logits_are_made_for_labelled_rows_only(tmp_path):
     folder = save(tmp_path, "llama", False)
     batch = random_batch(2, 17)
     batch.mask()[:] = False
     batch.mask()[1, 4:7] = True
-    rows, loss = [], step.streamed_cross_entropy
+    rows = []
 
-    def counted(hidden, *args):
-        rows.append(hidden.shape[0])
-        return loss(hidden, *args)
+    class Counted(CrossEntropy):
+        def value(self, hidden, head, labels):
+            rows.append(hidden.shape[0])
+            return super().value(hidden, head, labels)
 
-    monkeypatch.setattr(step, "streamed_cross_entropy", counted)
-    check(folder, batch)
+        def value_and_grad(self, hidden, head, labels):
+            rows.append(hidden.shape[0])
+            return super().value_and_grad(hidden, head, labels)
+
+    check(folder, batch, exact=Counted())
     assert rows == [3, 3]
 
 

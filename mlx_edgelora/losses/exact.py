@@ -1,0 +1,376 @@
+"""Exact cross-entropy over a large vocabulary in one pass over the head.
+
+The head is read tile by tile, and each tile meets the hidden states once. For every token
+the pass keeps a running maximum m, a running sum of exp(l_v - m) (online softmax, arXiv
+1805.02867) and, which is all that the gradient needs, a running sum of exp(l_v - m) w_v;
+all are rescaled when m grows. At the end
+
+    loss = m + log(sum) - l_label
+    d loss / d x = (sum of exp(l_v - m) w_v) / sum - w_label
+
+so there is one product with the head for the logits and one for the gradient, as with all
+logits in memory, and no array of tokens x vocabulary in either direction. What is nonlinear
+between matrix and logits (soft-capping) is differentiated inside a tile. An adapter on the
+head widens the product: x becomes [x, scale x down^T] and a row of the head [w_v, up_v]. It
+costs one more pass and product: the gradient of `up` sums over tokens, and must know the
+normalizer of each before.
+
+Memory beside inputs and outputs, for n tokens: at most `tile_bytes`, a float32 array of
+n x dims for the running sum, another one where a norm lies before the head, and one more
+where labels are smoothed and logits capped. All logits would be three of n x vocabulary.
+
+Tiles are ordered, so that one is alive at a time: in a graph that is evaluated later by
+`mx.depends`, in `value_and_grad`, where nothing may be traced, by evaluating each as well.
+MLX's scheduler allocates ahead, so the first takes three times as much as the second.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+
+from mlx_edgelora.losses.head import Adapter, Head, Pointwise, Tile
+
+TILE_BYTES = 40 * 2**20
+"""What tiles take by default: 1,092 rows of 3,072 and 1,124 tokens."""
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients of a mean loss.
+
+    Attributes:
+        hidden: [n, width], in the dtype of the hidden states.
+        down, up: of the head's adapter, in its dtype; None without one.
+    """
+
+    hidden: mx.array
+    down: mx.array | None = None
+    up: mx.array | None = None
+
+    def arrays(self) -> list[mx.array]:
+        """Those that there are."""
+        return [a for a in (self.hidden, self.down, self.up) if a is not None]
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Mean cross-entropy of labels, exact.
+
+    All methods take hidden states [n, width], a head and labels int [n], and raise
+    `ValueError` for labels that are none, no whole numbers or outside the vocabulary, and
+    for hidden states of another width than the head.
+
+    Attributes:
+        tile_bytes: bound on what the tiles take, over tokens as well as vocabulary.
+        label_smoothing: share of the target that is spread over the whole vocabulary, as in
+            `mlx.nn.losses.cross_entropy`.
+    """
+
+    tile_bytes: int = TILE_BYTES
+    label_smoothing: float = 0.0
+
+    def __call__(self, hidden: mx.array, head: Head, labels: mx.array) -> tuple[mx.array, int]:
+        """The loss as a part of a graph, differentiable in `hidden` and the head's adapter.
+
+        A head on disk is read whole while the graph is built; `value_and_grad` does not.
+
+        Returns:
+            The mean, float32 [], and n.
+        """
+        check_labels(hidden, head, labels)
+        trained = [] if head.adapter is None else [head.adapter.down, head.adapter.up]
+
+        @mx.custom_function
+        def loss(hidden: mx.array, *trained: mx.array) -> list[mx.array]:
+            adapter = head.adapter
+            if trained:
+                adapter = replace(adapter, down=trained[0], up=trained[1])
+            scan = _Scan(self, hidden, head, adapter, labels)
+            return [scan.loss(), *scan.gradients().arrays()]
+
+        @loss.vjp
+        def backward(_: object, cotangents: list[mx.array], outputs: list[mx.array]) -> list:
+            return [cotangents[0].astype(gradient.dtype) * gradient for gradient in outputs[1:]]
+
+        return loss(hidden, *trained)[0], labels.size
+
+    def value(self, hidden: mx.array, head: Head, labels: mx.array) -> tuple[mx.array, int]:
+        """The loss alone, evaluated tile by tile; one product with the head. Not for traces."""
+        check_labels(hidden, head, labels)
+        scan = _Scan(self, hidden, head, head.adapter, labels, settle=mx.eval, gradient=False)
+        loss = scan.loss()
+        mx.eval(loss)
+        return loss, labels.size
+
+    def value_and_grad(
+        self, hidden: mx.array, head: Head, labels: mx.array
+    ) -> tuple[tuple[mx.array, int], Gradients]:
+        """The loss and its gradients, evaluated tile by tile. Not for traces."""
+        check_labels(hidden, head, labels)
+        scan = _Scan(self, hidden, head, head.adapter, labels, settle=mx.eval)
+        loss = scan.loss()
+        mx.eval(loss)
+        return (loss, labels.size), scan.gradients()
+
+
+def check_labels(hidden: mx.array, head: Head, labels: mx.array) -> None:
+    """Raise `ValueError` where labels or hidden states do not fit the head."""
+    if labels.size == 0:
+        raise ValueError("labels: got none, expected at least one; leave such a batch out")
+    if not mx.issubdtype(labels.dtype, mx.integer) or labels.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"labels: got {labels.dtype} of shape {labels.shape}, expected whole numbers, one for "
+            f"each of the {hidden.shape[0]} hidden states"
+        )
+    low, high = labels.min().item(), labels.max().item()
+    if low < 0 or high >= head.vocabulary:
+        raise ValueError(
+            f"labels: got {low if low < 0 else high}, expected 0 to {head.vocabulary - 1}, the "
+            "vocabulary of the head; use the tokenizer of its model"
+        )
+    if head.enter is None and hidden.shape[1] != head.dims:
+        raise ValueError(
+            f"hidden states: got a width of {hidden.shape[1]}, but rows of the head have "
+            f"{head.dims}; give the last hidden states of the head's own model"
+        )
+
+
+@dataclass(frozen=True)
+class _Running:
+    """What the pass keeps of some tokens; float32.
+
+    Attributes:
+        peak, total: [n], maximum of the logits so far, and sum of exp(logit - peak).
+        product: [n], of the label's row, before `leave`.
+        slope: [n, width], sum of exp(logit - peak) d logit / d x.
+        summed, spread: [n] and [n or 1, width], the same sums without exponential, for
+            label smoothing.
+    """
+
+    peak: mx.array
+    total: mx.array
+    product: mx.array
+    slope: mx.array | None = None
+    summed: mx.array | None = None
+    spread: mx.array | None = None
+
+    def arrays(self) -> list[mx.array]:
+        """Those that there are."""
+        return [value for value in vars(self).values() if value is not None]
+
+
+class _Scan:
+    """One pass over the head, tiles outside and chunks of tokens inside.
+
+    Args:
+        settings: of the loss.
+        hidden, head, adapter, labels: of this batch.
+        settle: called with what must exist before the next step.
+        gradient: keep what gradients need.
+    """
+
+    def __init__(
+        self,
+        settings: CrossEntropy,
+        hidden: mx.array,
+        head: Head,
+        adapter: Adapter | None,
+        labels: mx.array,
+        settle: Callable[[list[mx.array]], None] = lambda arrays: None,
+        gradient: bool = True,
+    ) -> None:
+        self._head, self._adapter, self._settle = head, adapter, settle
+        self._gradient, self._smoothing = gradient, settings.label_smoothing
+        self._width = head.dims + (0 if adapter is None else adapter.down.shape[0])
+        self._rows, tokens = tile_shape(
+            settings.tile_bytes, self._width, labels.size, head.vocabulary
+        )
+        spans = _spans(labels.size, tokens)
+        self._hidden = [hidden[start:stop] for start, stop in spans]
+        self._labels = [labels[start:stop] for start, stop in spans]
+        self._count = labels.size
+        down = None if adapter is None else adapter.down
+        self._inputs = []
+        for part in self._hidden:
+            self._inputs.append(self._enter(part, down))
+            self._settle(self._inputs[-1:])
+        self._states = [self._fresh(part.shape[0]) for part in self._hidden]
+        self._before: list[mx.array] = []
+        for start, tile in self._tiles():
+            for index in range(len(self._states)):
+                self._states[index] = self._advance(index, tile, start)
+                self._done(self._states[index].arrays())
+
+    def loss(self) -> mx.array:
+        """The mean loss."""
+        total = mx.array(0.0)
+        for state in self._states:
+            target = _through(self._head.leave, state.product[:, None])[:, 0]
+            # Kept apart: added to a large maximum the logarithm would lose its digits.
+            losses = (state.peak - target) + mx.log(state.total)
+            if self._smoothing:
+                mean = state.summed / self._head.vocabulary
+                losses = losses + self._smoothing * (target - mean)
+            total = total + losses.sum()
+        return total / self._count
+
+    def gradients(self) -> Gradients:
+        """Gradients of the mean loss; what the pass kept is used up."""
+        # The tiles of the second pass need every state whole, so it comes first.
+        up = None if self._adapter is None else self._up_gradient()
+        pieces, down = [], None
+        for index in range(len(self._states)):
+            piece, *more = self._chunk_gradients(index)
+            self._settle([piece, *more])
+            pieces.append(piece)
+            if more:
+                down = more[0] if down is None else down + more[0]
+        hidden = pieces[0] if len(pieces) == 1 else mx.concatenate(pieces)
+        del pieces
+        result = Gradients(hidden, down, up)
+        self._settle(result.arrays())
+        return result
+
+    def _enter(self, hidden: mx.array, down: mx.array | None) -> mx.array:
+        x = _through(self._head.enter, hidden).astype(mx.float32)
+        if down is None:
+            return x
+        return mx.concatenate([x, self._adapter.scale * (x @ down.T.astype(x.dtype))], axis=-1)
+
+    def _fresh(self, tokens: int) -> _Running:
+        """Before the first tile. A product of the label is set in the tile that has it."""
+        zeros = mx.zeros((tokens,))
+        summed = zeros if self._smoothing else None
+        slope = spread = None
+        if self._gradient:
+            slope = mx.zeros((tokens, self._width))
+            if self._smoothing:
+                spread = mx.zeros((tokens if self._head.leave else 1, self._width))
+        return _Running(mx.full((tokens,), -mx.inf), zeros, zeros, slope, summed, spread)
+
+    def _tiles(self) -> Iterator[tuple[int, Tile]]:
+        for start, stop in _spans(self._head.vocabulary, self._rows):
+            rows = self._head.slice(start, stop)
+            rows = dict(zip(rows, self._in_turn(list(rows.values())), strict=True))
+            yield start, self._widened(self._head.unpack(rows), slice(start, stop))
+        if self._head.tail is not None:
+            yield self._head.vocabulary, self._head.tail
+
+    def _done(self, arrays: list[mx.array]) -> None:
+        self._settle(arrays)
+        self._before = arrays
+
+    def _in_turn(self, arrays: list[mx.array]) -> list[mx.array]:
+        """Let nothing that is made of these arrays be computed before the last step is done."""
+        return mx.depends(arrays, self._before) if self._before else arrays
+
+    def _widened(self, tile: Tile, rows: slice | mx.array) -> Tile:
+        if self._adapter is None:
+            return tile
+        up = self._adapter.up[rows].astype(mx.float32)
+        return replace(tile, weight=mx.concatenate([tile.weight, up], axis=-1))
+
+    def _products(self, index: int, tile: Tile) -> tuple[mx.array, mx.array]:
+        """What the matrix gives for a chunk, [n, m], and the logits made of it."""
+        products = self._in_turn([self._inputs[index]])[0] @ tile.weight.T
+        if tile.bias is not None:
+            products = products + tile.bias
+        logits = _through(self._head.leave, products)
+        return products, logits + tile.offset if tile.offset else logits
+
+    def _advance(self, index: int, tile: Tile, start: int) -> _Running:
+        state, leave = self._states[index], self._head.leave
+        products, logits = self._products(index, tile)
+        peak = mx.maximum(state.peak, logits.max(axis=-1))
+        shrink = mx.exp(state.peak - peak)
+        masses = _exp(logits - peak[:, None])
+        total = state.total * shrink + masses.sum(axis=-1)
+        local, inside = _local(self._labels[index], start, logits.shape[-1])
+        product = mx.take_along_axis(products, local[:, None], axis=-1)[:, 0]
+        product = mx.where(inside, product, state.product)
+        slope, summed, spread = None, None, None
+        if self._gradient:
+            errors = _back(leave, products, masses)
+            slope = mx.addmm(state.slope * shrink[:, None], errors, tile.weight)
+        if self._smoothing:
+            summed = state.summed + logits.sum(axis=-1)
+            if self._gradient:
+                ones = mx.ones_like(logits if leave else logits[:1])
+                spread = mx.addmm(state.spread, _back(leave, products, ones), tile.weight)
+        return _Running(peak, total, product, slope, summed, spread)
+
+    def _chunk_gradients(self, index: int) -> list[mx.array]:
+        """Of a chunk's hidden states and of `down`; the chunk's state is let go."""
+        state, labels, hidden = self._states[index], self._labels[index], self._hidden[index]
+        self._states[index] = self._inputs[index] = self._hidden[index] = None
+        rows = self._widened(self._head.unpack(self._head.take(labels)), labels).weight
+        product = state.product[:, None]
+        share = _back(self._head.leave, product, mx.full(product.shape, 1 - self._smoothing))
+        slope = state.slope / state.total[:, None] - share * rows
+        if self._smoothing:
+            slope = slope - (self._smoothing / self._head.vocabulary) * state.spread
+        slope = slope / self._count
+        primals = [hidden] if self._adapter is None else [hidden, self._adapter.down]
+        _, gradients = mx.vjp(lambda hidden, down=None: self._enter(hidden, down), primals, [slope])
+        return gradients
+
+    def _up_gradient(self) -> mx.array:
+        """One more pass: d loss / d up_v is the sum over tokens of their error times x down^T."""
+        pieces = []
+        for start, tile in self._tiles():
+            total = mx.zeros((tile.weight.shape[0], self._width - self._head.dims))
+            for index, state in enumerate(self._states):
+                products, logits = self._products(index, tile)
+                chances = _exp(logits - state.peak[:, None]) / state.total[:, None]
+                local, inside = _local(self._labels[index], start, logits.shape[-1])
+                hit = (mx.arange(logits.shape[-1]) == local[:, None]) & inside[:, None]
+                errors = chances - (1 - self._smoothing) * hit
+                if self._smoothing:
+                    errors = errors - self._smoothing / self._head.vocabulary
+                errors = _back(self._head.leave, products, errors)
+                total = total + errors.T @ self._inputs[index][:, self._head.dims :]
+                self._done([total])
+            pieces.append(total / self._count)
+        return mx.concatenate(pieces).astype(self._adapter.up.dtype)
+
+
+def tile_shape(tile_bytes: int, width: int, tokens: int, vocabulary: int) -> tuple[int, int]:
+    """Rows and tokens of a tile that keeps to `tile_bytes`, at least one of each.
+
+    A third at most goes to the rows in float32 (half of them again while they are unpacked),
+    the rest to three arrays of tokens x rows and a new running sum of tokens x width. Rows
+    are no more than would make those three square: products of few tokens are slow.
+    """
+    rows = max(1, min(vocabulary, tile_bytes // (12 * width), math.isqrt(tile_bytes // 12)))
+    chunk = max(1, (tile_bytes - 4 * rows * width) // (12 * rows + 4 * width))
+    return rows, -(-tokens // -(-tokens // chunk))  # equal chunks
+
+
+def _spans(count: int, step: int) -> list[tuple[int, int]]:
+    return [(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+def _local(labels: mx.array, start: int, rows: int) -> tuple[mx.array, mx.array]:
+    """Place of each label in a tile (0 where it has none), and whether it is in it."""
+    local = labels - start
+    inside = (local >= 0) & (local < rows)
+    return mx.where(inside, local, 0), inside
+
+
+def _through(function: Pointwise | None, x: mx.array) -> mx.array:
+    return x if function is None else function(x)
+
+
+def _back(function: Pointwise | None, x: mx.array, cotangent: mx.array) -> mx.array:
+    return cotangent if function is None else mx.vjp(function, [x], [cotangent])[1][0]
+
+
+def _exp(x: mx.array) -> mx.array:
+    """The exponential; a power of e takes a third of the time of `mx.exp` on a CPU.
+
+    The float32 nearest to e differs from it by 3e-8 of itself, so a term that weighs exp(x)
+    is wrong by 3e-8 |x| of its weight: never more than rounding.
+    """
+    return mx.power(math.e, x) if mx.default_device() == mx.cpu else mx.exp(x)
