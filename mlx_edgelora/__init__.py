@@ -8,7 +8,7 @@
 
 from mlx_edgelora.config import LoraParameters, TrainConfig
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.memory.blockwise import value_and_grad
+from mlx_edgelora.memory.gradients import value_and_grad
 from mlx_edgelora.memory.stores import MappedStore, RamStore
 from mlx_edgelora.training.callbacks import TrainingCallback
 from mlx_edgelora.training.finetune import finetune

@@ -11,13 +11,12 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model, save_config, save_model
 
 from mlx_edgelora import data
-from mlx_edgelora.losses.exact import CrossEntropy
 from mlx_edgelora.memory.blockwise import BlockWalk
 from mlx_edgelora.memory.meter import DiskMeter
 from mlx_edgelora.memory.stores import MappedStore, RamStore
 from mlx_edgelora.model.loading import attach, open_model
 from mlx_edgelora.model.lora import add_lora, set_kernel
-from mlx_edgelora.training.step import Engine
+from mlx_edgelora.training.step import Engine, Loss
 
 
 class Batch(data.Batch):
@@ -59,7 +58,7 @@ def engine(
     dtype: str | None = None,
     compiled: bool = False,
     num_layers: int = -1,
-    exact: CrossEntropy | None = None,
+    loss: Loss | None = None,
     **lora,
 ) -> Engine:
     lazy = open_model(str(folder), streamed=streamed, quantize=None, cache=folder / "cache")
@@ -71,7 +70,7 @@ def engine(
     lazy.model.train()
     store = MappedStore(folder, meter) if spilled else RamStore()
     walk = BlockWalk(lazy.model, store, attached.weights, compiled)
-    return Engine(lazy.model, walk, attached.head, meter, exact)
+    return Engine(lazy.model, walk, attached.head, meter, loss)
 
 
 def randomize(model: nn.Module) -> None:

@@ -118,6 +118,26 @@ class TrainConfig:
         default=None, metadata=about("Schedule of the learning rate, in its place.", SCHEDULE)
     )
 
+    loss: str = option(
+        "exact",
+        "Cross-entropy over the whole vocabulary, or over the tokens near the labels.",
+        one_of("exact", "approximate"),
+    )
+    loss_k: int | None = option(
+        None, "Nearest tokens per label, for approximate; 1000 if absent.", whole(1)
+    )
+    loss_max_subset: int | None = option(
+        None, "Most tokens in the loss, for approximate; no limit if absent.", whole(1)
+    )
+    loss_tail_correction: bool | None = option(
+        None, "Add what the tokens left out weigh, for approximate; on if absent.", FLAG
+    )
+    label_smoothing: float = option(
+        0.0,
+        "Share of the target spread over the whole vocabulary, for exact.",
+        number("a number from 0 to below 1", lambda x: 0 <= x < 1),
+    )
+
     val_batches: int = option(
         25, "Batches per validation; -1 for all, 0 for no validation.", whole(0, also=-1)
     )
@@ -220,6 +240,18 @@ def _check_together(config: TrainConfig) -> None:
         raise EdgeLoraError("train: got false without test, expected one of the two to be true")
     if config.train and not config.adapter_path:
         raise EdgeLoraError("adapter_path: got no name, expected a folder to write the adapter to")
+    if config.loss == "exact":
+        for name in ("loss_k", "loss_max_subset", "loss_tail_correction"):
+            if getattr(config, name) is not None:
+                raise EdgeLoraError(
+                    f"{name}: got {getattr(config, name)!r} with the exact loss, which has no use "
+                    "for it; leave it out, or set loss to approximate"
+                )
+    elif config.label_smoothing:
+        raise EdgeLoraError(
+            f"label_smoothing: got {config.label_smoothing} with the approximate loss, expected "
+            "0: a target over the whole vocabulary needs the exact one"
+        )
     if config.spill_dir is not None and config.activations != "spill":
         raise EdgeLoraError(
             f"spill_dir: got {config.spill_dir!r} with activations {config.activations}, which "

@@ -112,6 +112,15 @@ class Dataset(Sequence[tuple[np.ndarray, int]]):
         tokens = np.frombuffer(self._tokens, np.int32)
         return tokens[self._starts[index] : self._starts[index + 1]], self._offsets[index]
 
+    def labels(self) -> np.ndarray:
+        """The distinct tokens that occur as labels, sorted int32."""
+        trained = np.zeros(len(self._tokens), bool)
+        for start, stop, offset in zip(
+            self._starts[:-1], self._starts[1:], self._offsets, strict=True
+        ):
+            trained[start + max(offset, 1) : stop] = True
+        return np.unique(np.frombuffer(self._tokens, np.int32)[trained])
+
     def check_vocabulary(self, size: int) -> None:
         """Raise `EdgeLoraError` for the first token that a vocabulary of `size` lacks."""
         tokens = np.frombuffer(self._tokens, np.int32)

@@ -19,6 +19,7 @@ def chunked_cross_entropy(
     trained: Arrays,
     rows: int,
     gradient: bool = True,
+    label_smoothing: float = 0.0,
 ) -> tuple[mx.array, mx.array | None, Arrays]:
     """Mean cross-entropy over chunks of tokens, with gradients of the head's own parameters.
 
@@ -29,6 +30,7 @@ def chunked_cross_entropy(
         trained: parameters of the projection that get a gradient, by name.
         rows: tokens per chunk.
         gradient: compute gradients too.
+        label_smoothing: as in `CrossEntropy`.
 
     Returns:
         The loss, float32 []; its gradient [n, hidden] or None; those of `trained`.
@@ -38,7 +40,9 @@ def chunked_cross_entropy(
 
     def chunk_loss(hidden: mx.array, trained: Arrays, labels: mx.array) -> mx.array:
         logits = project(hidden, trained).astype(mx.float32)
-        return nn.losses.cross_entropy(logits, labels, reduction="sum")
+        return nn.losses.cross_entropy(
+            logits, labels, label_smoothing=label_smoothing, reduction="sum"
+        )
 
     loss = mx.array(0.0)
     pieces: list[mx.array] = []

@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
-from mlx_edgelora.losses.head import Adapter, Head, Pointwise, Tile
+from mlx_edgelora.losses.head import Adapter, Head, Pointwise, Tile, summed
 
 TILE_BYTES = 40 * 2**20
 """What tiles take by default: 1,092 rows of 3,072 and 1,124 tokens."""
@@ -251,12 +251,17 @@ class _Scan:
         return _Running(mx.full((tokens,), -mx.inf), zeros, zeros, slope, summed, spread)
 
     def _tiles(self) -> Iterator[tuple[int, Tile]]:
+        seen: Tile | None = None
         for start, stop in _spans(self._head.vocabulary, self._rows):
             rows = self._head.slice(start, stop)
             rows = dict(zip(rows, self._in_turn(list(rows.values())), strict=True))
-            yield start, self._widened(self._head.unpack(rows), slice(start, stop))
-        if self._head.tail is not None:
-            yield self._head.vocabulary, self._head.tail
+            tile = self._head.unpack(rows)
+            if self._head.tail is not None:
+                seen = summed(seen, tile)
+                self._settle([a for a in (seen.weight, seen.bias) if a is not None])
+            yield start, self._widened(tile, slice(start, stop))
+        if seen is not None:
+            yield self._head.vocabulary, self._head.tail(seen)
 
     def _done(self, arrays: list[mx.array]) -> None:
         self._settle(arrays)

@@ -51,7 +51,8 @@ class Head(Protocol):
             for nothing.
         leave: products [n, m] -> logits [n, m] (scaling, soft-capping); None for nothing.
         adapter: what is trained of the matrix; None for nothing.
-        tail: one more row, for the tokens that this head leaves out; None for nothing.
+        tail: makes one more row, for tokens that this head leaves out, of the sum of all of
+            its rows; None for nothing.
     """
 
     vocabulary: int
@@ -59,7 +60,7 @@ class Head(Protocol):
     enter: Pointwise | None
     leave: Pointwise | None
     adapter: Adapter | None
-    tail: Tile | None
+    tail: Callable[[Tile], Tile] | None
 
     def slice(self, start: int, stop: int) -> Arrays:
         """Rows `start` to `stop` as they are kept, packed or on disk."""
@@ -107,3 +108,12 @@ class MatrixHead:
         """Cast to float32."""
         bias = rows["bias"].astype(mx.float32) if "bias" in rows else None
         return Tile(rows["weight"].astype(mx.float32), bias)
+
+
+def summed(total: Tile | None, tile: Tile) -> Tile:
+    """Add the sum of a tile's rows to a tile of one row; None counts as zero."""
+    weight = tile.weight.sum(axis=0, keepdims=True)
+    bias = None if tile.bias is None else tile.bias.sum(axis=0, keepdims=True)
+    if total is None:
+        return Tile(weight, bias)
+    return Tile(total.weight + weight, None if bias is None else total.bias + bias)

@@ -1,4 +1,4 @@
-"""Backpropagation block by block: `value_and_grad` whose memory does not grow with depth.
+"""Backpropagation block by block: gradients whose memory does not grow with depth.
 
 The model is walked in explicit segments, outside of any trace. Forward: its own
 `__call__` runs with every block intercepted; each is computed and evaluated, its input
@@ -16,14 +16,14 @@ block knows nothing about its inside (attention scores are built whole on a CPU)
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map_with_path
+from mlx.utils import tree_flatten
 
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.memory.dropout import KeyTape, keyed_dropout
@@ -36,6 +36,7 @@ from mlx_edgelora.model.blocks import (
     bound,
     signature,
 )
+from mlx_edgelora.model.labelled import LastBlock, put_rows, take_rows
 from mlx_edgelora.model.sources import ResidentWeights, WeightSource
 from mlx_edgelora.model.walkable import check_walk
 
@@ -68,14 +69,19 @@ class Pass:
         run: what calls the model.
         first: the lowest block the backward reaches.
         entry: whether the backward goes on to what lies before the blocks.
-        hidden: the last block's output, [batch, tokens, hidden]; whoever is done with it
-            sets it to None, so that its memory is free during the backward.
+        rows: which of the batch * tokens rows of the last block's output are needed.
+        spared: whether the last block is computed for these alone.
+        hidden: the last block's output, [batch, tokens, hidden], or [1, n, hidden] where
+            n rows of it were asked for; whoever is done with it sets it to None, so that
+            its memory is free during the backward.
         cotangent: the loss's gradient with respect to `hidden`, set before `backward`.
     """
 
     run: Callable[[], Any]
     first: int
     entry: bool
+    rows: mx.array | None = None
+    spared: bool = False
     hidden: mx.array | None = None
     cotangent: mx.array | None = None
     calls: dict[int, _Call] = field(default_factory=dict)
@@ -108,6 +114,7 @@ class BlockWalk:
         self.blocks = BlockList(model)
         self.store = RamStore() if store is None else store
         self.weights = ResidentWeights() if weights is None else weights
+        self._last = LastBlock(self.blocks, self.weights)
         self._functions: dict[tuple[str, bool], Callable] | None = {} if compiled else None
         self._entry_trained: dict[tuple[str, ...], bool] = {}
         # One for good: a compiled backward and the dropout layers must mean the same tape.
@@ -115,17 +122,31 @@ class BlockWalk:
         with keyed_dropout(model, self._tape), self._tape.playing(_SAME_KEY):
             check_walk(self.blocks)
 
+    @property
+    def last_block(self) -> str:
+        """For which tokens the last block is computed where rows are asked for, and why."""
+        return str(self._last.choice())
+
     @contextmanager
-    def forward(self, run: Callable[[], Any], keep: bool = True) -> Iterator[Pass]:
+    def forward(
+        self, run: Callable[[], Any], keep: bool = True, rows: mx.array | None = None
+    ) -> Iterator[Pass]:
         """Run the blocks; inside the context the pass can be finished by `backward`.
 
         Args:
             run: calls the model, directly or inside a loss; stopped after its last block.
             keep: keep the blocks' inputs for a backward pass.
+            rows: int [n], ascending: of the batch * tokens rows of the last block's output
+                those that are needed. `hidden` and `cotangent` are then [1, n, hidden],
+                and where it can be the last block is computed for these rows only.
+
+        Raises:
+            ValueError: rows are not what they should be.
         """
         with keyed_dropout(self.model, self._tape):
             first, entry = self._reach(run) if keep else (len(self.blocks), False)
-            state = Pass(run, first, entry)
+            spared = rows is not None and self._last.choice().spared
+            state = Pass(run, first, entry, rows, spared)
             with self._tape.recording() as state.entry_keys:
                 state.hidden = self._stopped(run, lambda *call: self._run_block(state, *call))
             yield state
@@ -176,34 +197,44 @@ class BlockWalk:
             self.store.reserve(len(self.blocks) - state.first, x.nbytes)
         if index >= state.first:
             self.store.put(index - state.first, x)
+        last = index + 1 == len(self.blocks)
+        if last and state.spared:
+            state.spared = state.rows.size < x.shape[0] * x.shape[1]
         weights = self.weights.block(index)
-        if index + 1 < len(self.blocks):
+        if not last:
             self.weights.prefetch(index + 1)
         with self._tape.recording() as keys, bound(array_slots(block), weights):
             del weights
-            out = block(x, *args, **kwargs)
+            out = self._called(state, index)(x, *args, **kwargs)
+            if last and state.rows is not None and not state.spared:
+                out = take_rows(out, state.rows)
             mx.eval(out)
         if index >= state.first:
             state.calls[index] = _Call(args, kwargs, keys)
-        if index + 1 == len(self.blocks):
+        if last:
             raise _Reached(out)
         return out
+
+    def _called(self, state: Pass, index: int) -> Callable[..., mx.array]:
+        """What is called, and differentiated, where a block is due."""
+        if state.spared and index + 1 == len(self.blocks):
+            return self._last.function(state.rows)
+        return self.blocks.blocks[index]
 
     def _block_backward(self, state: Pass, index: int) -> Arrays:
         call = state.calls.pop(index)
         trained = dict(tree_flatten(self.blocks.blocks[index].trainable_parameters()))
         onward = index > state.first or state.entry
-        operands = [
-            list(trained.values()),
-            self.weights.block(index),
-            self.store.take(index - state.first),
-            state.cotangent,
-        ]
+        weights, x = self.weights.block(index), self.store.take(index - state.first)
+        if index + 1 == len(self.blocks) and state.rows is not None and not state.spared:
+            state.cotangent = put_rows(state.cotangent, state.rows, x.shape)
+        operands = [list(trained.values()), weights, x, state.cotangent]
         state.cotangent = None
+        del weights, x
         if index > state.first:
             self.weights.prefetch(index - 1)
             self.store.prefetch(index - 1 - state.first)
-        gradients = self._vjp(index, list(trained), onward)(operands, call)
+        gradients = self._vjp(state, index, list(trained), onward)(operands, call)
         del operands
         mx.eval(gradients)
         if onward:
@@ -211,23 +242,25 @@ class BlockWalk:
         name = f"{self.blocks.prefix}{index}."
         return {name + local: value for local, value in zip(trained, gradients, strict=True)}
 
-    def _vjp(self, index: int, names: list[str], onward: bool) -> Callable:
+    def _vjp(self, state: Pass, index: int, names: list[str], onward: bool) -> Callable:
         """The backward of one block: (operands, call) -> gradients of `names`, then of x."""
-        block = self.blocks.blocks[index]
+        block, called = self.blocks.blocks[index], self._called(state, index)
         slots = array_slots(block)
+        function = _block_vjp(called, slots, self._tape, names, onward)
         if self._functions is None:
-            vjp = _block_vjp(block, slots, self._tape, names, onward)
-            return lambda operands, call: vjp(*operands, call.args, call.kwargs, call.keys)
-        key = (signature(block) + repr(names), onward)
-        if key not in self._functions:
-            vjp = _block_vjp(block, slots, self._tape, names, onward)
-            self._functions[key] = mx.compile(vjp)
+            return lambda operands, call: function(*operands, call.args, call.kwargs, call.keys)
+        function = mx.compile(function)
+        # For some rows it is compiled for this once: their number and places are other ones
+        # in every batch, and MLX keeps each graph as long as the function lives.
+        if called is block:
+            key = (signature(block) + repr(names), onward)
+            function = self._functions.setdefault(key, function)
 
         def run(operands: list, call: _Call) -> list[mx.array]:
             # Whatever the compiled function does not get as an argument it keeps for good.
             held = {n: box[k] for n, (box, k) in slots.items() if n not in names}
             operands[1] = held | operands[1]
-            return self._functions[key](*operands, call.args, call.kwargs, call.keys)
+            return function(*operands, call.args, call.kwargs, call.keys)
 
         return run
 
@@ -295,7 +328,11 @@ class BlockWalk:
 
 
 def _block_vjp(
-    block: nn.Module, slots: dict[str, Slot], tape: KeyTape, names: list[str], onward: bool
+    called: Callable[..., mx.array],
+    slots: dict[str, Slot],
+    tape: KeyTape,
+    names: list[str],
+    onward: bool,
 ) -> Callable:
     def vjp(
         trained: list[mx.array],
@@ -309,62 +346,9 @@ def _block_vjp(
         def forward(*primals: mx.array) -> mx.array:
             values = frozen | dict(zip(names, primals[:-1], strict=True))
             with bound(slots, values), tape.playing(keys):
-                return block(primals[-1], *args, **kwargs)
+                return called(primals[-1], *args, **kwargs)
 
         _, gradients = mx.vjp(forward, [*trained, x], [cotangent])
         return gradients if onward else gradients[:-1]
 
     return vjp
-
-
-def value_and_grad(
-    model: nn.Module,
-    loss: Callable[..., Any],
-    *,
-    store: ActivationStore | None = None,
-    weights: WeightSource | None = None,
-    compiled: bool = False,
-) -> Callable[..., tuple[Any, dict]]:
-    """A drop-in for `nn.value_and_grad(model, loss)` whose memory does not grow with depth.
-
-    Args:
-        model: any mlx-lm model whose blocks can be walked; it is left as it was found.
-        loss: calls `model` once and returns a scalar, or a tuple that begins with one.
-        store, weights, compiled: see `BlockWalk`.
-
-    Returns:
-        A function of the loss's arguments that gives `(value, gradients)`, the gradients
-        evaluated and arranged as `model.trainable_parameters()`.
-
-    Raises:
-        EdgeLoraError: the architecture cannot be walked.
-    """
-    walk = BlockWalk(model, store, weights, compiled)
-
-    def run(*args: Any, **kwargs: Any) -> tuple[Any, dict]:
-        with walk.forward(lambda: loss(*args, **kwargs)) as state:
-
-            def tail(hidden: mx.array, outside: Arrays) -> Any:
-                with walk.tail(state, hidden, outside):
-                    return loss(*args, **kwargs)
-
-            value, (state.cotangent, gradients) = mx.value_and_grad(tail, argnums=(0, 1))(
-                state.hidden, walk.outside()
-            )
-            state.hidden = None
-            mx.eval(value, state.cotangent, gradients)
-            add_into(gradients, walk.backward(state))
-        return value, gradient_tree(model, gradients)
-
-    return run
-
-
-def add_into(gradients: Arrays, more: Arrays) -> None:
-    """Add gradients by name in place; a tied head and embedding contribute to one name."""
-    for name, value in more.items():
-        gradients[name] = gradients[name] + value if name in gradients else value
-
-
-def gradient_tree(model: nn.Module, gradients: Mapping[str, mx.array]) -> dict:
-    """Arrange gradients by name as `nn.value_and_grad` returns them."""
-    return tree_map_with_path(lambda name, _: gradients[name], model.trainable_parameters())

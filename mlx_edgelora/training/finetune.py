@@ -30,6 +30,7 @@ from mlx_edgelora.training.evaluate import evaluate
 from mlx_edgelora.training.loop import TrainResult, train
 from mlx_edgelora.training.optimizer import build_optimizer
 from mlx_edgelora.training.step import Engine
+from mlx_edgelora.training.training_loss import check_loss, training_loss
 
 # What MLX may keep of freed buffers: enough for one block's to be used again, where its
 # own default on Metal keeps nearly everything it ever had.
@@ -65,11 +66,14 @@ def finetune(
     callbacks = [*callbacks, *reporting_callbacks(config)]
     with _cache_limit(), _memory_told(config), open_engine(config, notify) as opened:
         engine, tokenizer, vocabulary = opened
+        check_loss(config, engine.head)
         train_set, valid_set, test_set = _data(config, tokenizer, vocabulary, notify)
         result = None
-        reset_peak()
         if config.train:
-            result = train(engine, optimizer, config, train_set, valid_set, callbacks)
+            with training_loss(config, engine.head, train_set, _cache(config), notify) as loss:
+                engine.training_loss = loss
+                reset_peak()
+                result = train(engine, optimizer, config, train_set, valid_set, callbacks)
         if config.test:
             notify(_tested(*evaluate(engine, test_set, config, config.test_batches)))
     return result
@@ -87,7 +91,7 @@ def open_engine(
         config.model,
         streamed=config.weights == "streamed",
         quantize=config.quantize,
-        cache=Path(config.cache_dir) if config.cache_dir else _user_cache(),
+        cache=_cache(config),
     )
     tokenizer = _tokenizer(lazy)
     mx.random.seed(config.seed)
@@ -103,6 +107,7 @@ def open_engine(
         notify(f"model {lazy.checkpoint.path}, {trained:,} trained parameters")
         notify(f"weights {config.weights}; quantized products: {kernel}")
         notify(f"loss over {attached.logits}; activations {where}")
+        notify(f"last block for {walk.last_block}")
         yield Engine(lazy.model, walk, attached.head, meter), tokenizer, lazy.vocabulary
     finally:
         store.close()
@@ -200,6 +205,10 @@ def _store(config: TrainConfig, meter: DiskMeter) -> tuple[ActivationStore, str]
         return MappedStore(config.spill_dir, meter), f"in {config.spill_dir} (as asked)"
     folder, why = spill_folder([tempfile.gettempdir(), _user_cache()])
     return MappedStore(folder, meter), f"in {folder} ({why})"
+
+
+def _cache(config: TrainConfig) -> Path:
+    return Path(config.cache_dir) if config.cache_dir else _user_cache()
 
 
 def _user_cache() -> Path:

@@ -6,11 +6,15 @@ import numpy as np
 
 from mlx_edgelora.data import Batch
 from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.losses.approximate import ApproximateCrossEntropy
 from mlx_edgelora.losses.chunked import chunked_cross_entropy
 from mlx_edgelora.losses.exact import CrossEntropy
-from mlx_edgelora.memory.blockwise import Arrays, BlockWalk, Pass, add_into, gradient_tree
+from mlx_edgelora.memory.blockwise import Arrays, BlockWalk, Pass
+from mlx_edgelora.memory.gradients import add_into, gradient_tree
 from mlx_edgelora.memory.meter import DiskMeter
 from mlx_edgelora.model.head import ModelHead
+
+Loss = CrossEntropy | ApproximateCrossEntropy
 
 # Float32 logits of a chunk of tokens, where all logits of a token are made at once.
 LOGITS_BYTES = 4 * 2**20
@@ -19,14 +23,16 @@ LOGITS_BYTES = 4 * 2**20
 class Engine:
     """Computes losses and gradients of batches, at a bounded peak.
 
-    Rows of the last hidden state that carry no label never reach the final norm and the
-    head, so a masked prompt costs no logits.
+    Tokens that carry no label never reach the final norm and the head, so a masked prompt
+    costs no logits; where the walk can, not even the last block but its keys and values.
 
     Args:
         model: the adapted model.
         walk: the walk over its blocks.
         head: its head by tiles; None computes whole rows of logits.
         disk: counts what the weights and the store read and write.
+        training_loss: the exact one by default. Evaluation is always exact, and a head that
+            is None takes no other than an exact one.
     """
 
     def __init__(
@@ -35,26 +41,21 @@ class Engine:
         walk: BlockWalk,
         head: ModelHead | None,
         disk: DiskMeter,
-        exact: CrossEntropy | None = None,
+        training_loss: Loss | None = None,
     ) -> None:
         self.model, self.disk = model, disk
-        self._walk, self._head = walk, head
-        self._exact = exact or CrossEntropy()
+        self._walk, self.head = walk, head
+        self._exact = CrossEntropy()
+        self.training_loss = training_loss or self._exact
 
     def value_and_grad(self, batch: Batch) -> tuple[tuple[mx.array, int], dict]:
         """Mean loss over the labelled tokens, their count, and all gradients, evaluated."""
         tokens, rows, labels = _labelled(batch)
-        with self._walk.forward(lambda: self.model(tokens)) as state:
-            hidden = _take(state, rows)
-            shape, dtype = state.hidden.shape, state.hidden.dtype
-            state.hidden = None
+        with self._walk.forward(lambda: self.model(tokens), rows=rows) as state:
+            hidden, state.hidden = state.hidden[0], None
             loss, piece, gradients = self._loss(state, hidden, labels, gradient=True)
-            del hidden
-            cotangent = mx.zeros((shape[0] * shape[1], shape[2]), dtype)
-            cotangent[rows] = piece
-            del piece
-            state.cotangent = cotangent.reshape(shape)
-            del cotangent
+            state.cotangent = piece.astype(hidden.dtype)[None]
+            del hidden, piece
             mx.eval(state.cotangent)
             add_into(gradients, self._walk.backward(state))
         return (loss, labels.size), gradient_tree(self.model, gradients)
@@ -62,9 +63,8 @@ class Engine:
     def loss(self, batch: Batch) -> tuple[mx.array, int]:
         """Mean loss over the labelled tokens, and their count; nothing is kept or spilled."""
         tokens, rows, labels = _labelled(batch)
-        with self._walk.forward(lambda: self.model(tokens), keep=False) as state:
-            hidden = _take(state, rows)
-            state.hidden = None
+        with self._walk.forward(lambda: self.model(tokens), keep=False, rows=rows) as state:
+            hidden, state.hidden = state.hidden[0], None
             loss, _, _ = self._loss(state, hidden, labels, gradient=False)
         return loss, labels.size
 
@@ -75,12 +75,12 @@ class Engine:
     def _loss(
         self, state: Pass, hidden: mx.array, labels: mx.array, gradient: bool
     ) -> tuple[mx.array, mx.array | None, Arrays]:
-        if self._head is None:
+        if self.head is None:
             return self._chunked_loss(state, hidden, labels, gradient)
         if not gradient:
-            return self._exact.value(hidden, self._head, labels)[0], None, {}
-        (loss, _), gradients = self._exact.value_and_grad(hidden, self._head, labels)
-        return loss, gradients.hidden, self._head.named(gradients)
+            return self._exact.value(hidden, self.head, labels)[0], None, {}
+        (loss, _), gradients = self.training_loss.value_and_grad(hidden, self.head, labels)
+        return loss, gradients.hidden, self.head.named(gradients)
 
     def _chunked_loss(
         self, state: Pass, hidden: mx.array, labels: mx.array, gradient: bool
@@ -91,7 +91,8 @@ class Engine:
 
         trained = self._walk.outside()
         rows = max(1, LOGITS_BYTES // logits(hidden[:1], trained).nbytes)
-        return chunked_cross_entropy(hidden, labels, logits, trained, rows, gradient)
+        smoothing = self.training_loss.label_smoothing if gradient else 0.0
+        return chunked_cross_entropy(hidden, labels, logits, trained, rows, gradient, smoothing)
 
 
 def _labelled(batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
@@ -105,9 +106,3 @@ def _labelled(batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
         )
     labels = batch.labels().reshape(-1)[rows]
     return mx.array(batch.inputs()), mx.array(rows), mx.array(labels)
-
-
-def _take(state: Pass, rows: mx.array) -> mx.array:
-    hidden = state.hidden.reshape(-1, state.hidden.shape[-1])[rows]
-    mx.eval(hidden)
-    return hidden

@@ -8,7 +8,8 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.trainer import default_loss
 
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.memory.blockwise import BlockWalk, gradient_tree, value_and_grad
+from mlx_edgelora.memory.blockwise import BlockWalk
+from mlx_edgelora.memory.gradients import gradient_tree, value_and_grad
 from mlx_edgelora.memory.stores import RamStore
 from mlx_edgelora.training.optimizer import update
 

@@ -9,7 +9,8 @@ from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 from toy import WIDTH, Block, Toy
 
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.memory.blockwise import BlockWalk, value_and_grad
+from mlx_edgelora.memory.blockwise import BlockWalk
+from mlx_edgelora.memory.gradients import value_and_grad
 from mlx_edgelora.memory.stores import RamStore
 from mlx_edgelora.model.blocks import BlockList
 from mlx_edgelora.model.walkable import check_walk

@@ -1,0 +1,69 @@
+"""The tokens that mean most nearly the same: cosine similarity of rows of the head.
+
+Rows are compared tile by tile, and of each tile only what is among the k nearest so far is
+kept, so that nothing of tokens x vocabulary exists.
+"""
+
+import mlx.core as mx
+
+from mlx_edgelora.losses.exact import TILE_BYTES
+from mlx_edgelora.losses.head import Head, Tile, summed
+
+# Rows looked up at a time: the head is unpacked once for so many.
+QUERIES = 256
+
+
+def nearest(head: Head, tokens: mx.array, k: int, tile_bytes: int = TILE_BYTES) -> mx.array:
+    """Find the k tokens whose rows of the head point most nearly the same way as each of some.
+
+    Args:
+        head: see `Head`; its adapter and biases are left out of account.
+        tokens: int [n]; a few hundred at a time, for which the head is read once.
+        k: from 1 to the size of the vocabulary.
+        tile_bytes: bound on a tile of rows and on its similarities.
+
+    Returns:
+        int32 [n, k], evaluated, the nearest first: the token itself.
+
+    Memory: about three times `tile_bytes`, and 16 n k bytes.
+    """
+    if not 1 <= k <= head.vocabulary:
+        raise ValueError(f"k: got {k}, expected 1 to {head.vocabulary}, the vocabulary of the head")
+    wanted = _directions(head.unpack(head.take(tokens)))
+    count = tokens.size
+    best = mx.full((count, 0), -mx.inf)
+    names = mx.zeros((count, 0), mx.int32)
+    rows = max(1, min(tile_bytes // (4 * head.dims), tile_bytes // (8 * count)))
+    for start in range(0, head.vocabulary, rows):
+        stop = min(start + rows, head.vocabulary)
+        tile = _directions(head.unpack(head.slice(start, stop)))
+        here = mx.broadcast_to(mx.arange(start, stop, dtype=mx.int32), (count, stop - start))
+        # A token is nearest to itself, whatever twins it has.
+        alike = mx.where(here == tokens[:, None], mx.inf, wanted @ tile.T)
+        best = mx.concatenate([best, alike], axis=1)
+        names = mx.concatenate([names, here], axis=1)
+        del tile, alike, here
+        if best.shape[1] > k:
+            keep = mx.argpartition(-best, k - 1, axis=1)[:, :k]
+            best = mx.take_along_axis(best, keep, axis=1)
+            names = mx.take_along_axis(names, keep, axis=1)
+            del keep
+        mx.eval(best, names)
+    result = mx.take_along_axis(names, mx.argsort(-best, axis=1), axis=1)
+    mx.eval(result)
+    return result
+
+
+def _directions(tile: Tile) -> mx.array:
+    return tile.weight * mx.rsqrt(mx.square(tile.weight).sum(axis=-1, keepdims=True) + 1e-20)
+
+
+def row_sum(head: Head, tile_bytes: int = TILE_BYTES) -> Tile:
+    """Add up all rows of a head: a tile of one row, float32 [1, dims]. Reads the head once."""
+    total, rows = None, max(1, tile_bytes // (8 * head.dims))
+    for start in range(0, head.vocabulary, rows):
+        tile = head.unpack(head.slice(start, min(start + rows, head.vocabulary)))
+        total = summed(total, tile)
+        del tile
+        mx.eval([a for a in (total.weight, total.bias) if a is not None])
+    return total

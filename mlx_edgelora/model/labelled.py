@@ -1,0 +1,345 @@
+"""The last block for labelled tokens only: what it returns for the others nobody reads.
+
+Keys and values are needed of every token, queries, attention output and MLP of the
+labelled ones alone. No architecture is named: mlx-lm's blocks know how to go on from a
+cache of keys and values, and this is all that is used. The block is called twice. First
+with all tokens and a cache that takes their keys and values and ends the call; what else
+was begun is never computed. Then with each labelled token as a batch of one, at its own
+position, and a cache that holds those keys and values; attention is exchanged for one that
+brings each such token together with the keys of its own row of the batch.
+
+Cost of n labelled of B x T tokens: all of a block but the products for keys and values and
+what lies before them shrinks by n / (B T). Where queries, keys and values come of one
+matrix, that product is made for B T + n rows. Largest array: on devices without a fused
+gradient of attention its scores, [H, n, T] in place of [B, H, T, T].
+
+Not optimal yet: labels of one row that are not one run need an array for a mask, with
+which MLX has no fused gradient of attention on Metal.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.models.base import create_causal_mask
+
+from mlx_edgelora.model.attention import Attention, attention_replaced
+from mlx_edgelora.model.blocks import BlockList, array_slots, bound
+from mlx_edgelora.model.sources import WeightSource
+from mlx_edgelora.model.walkable import MODEL_ERRORS
+
+# What the trial is made of. In its first row labels are scattered and begin at 0, in the
+# second they are one run up to the end: attention has a way of its own for each.
+TRIAL_SHAPE = (2, 7)
+TRIAL_ROWS = (0, 3, 5, 11, 12, 13)
+TRIAL_WINDOW = 3
+# Rows may differ by so much of their norm. Rounding stays below it (TF32 makes 1e-3 of
+# float32); a token at a wrong position or under a wrong mask is off by a tenth and more.
+TOLERANCES = {mx.float32: 5e-3, mx.float16: 2e-2, mx.bfloat16: 5e-2}
+
+
+class Choice(NamedTuple):
+    """Whether the last block is computed for labelled tokens only, and why."""
+
+    spared: bool
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{'labelled tokens only' if self.spared else 'every token'} ({self.reason})"
+
+
+class LastBlock:
+    """The last block of a model, whole or for some tokens.
+
+    Args:
+        blocks: the model's blocks; they passed `check_walk`.
+        weights: where the block's frozen weights come from; read once, for the trial.
+    """
+
+    def __init__(self, blocks: BlockList, weights: WeightSource) -> None:
+        self._blocks, self._weights = blocks, weights
+        self._trial: Choice | None = None
+
+    def choice(self) -> Choice:
+        """Whether tokens without a label can be spared now; not inside an intercepted call.
+
+        The first call makes a trial: it reads the block and runs it on 14 tokens.
+        """
+        if self._trial is None:
+            reason = _refusal(self._blocks, self._weights)
+            self._trial = Choice(reason is None, reason or "a trial gave the same")
+        # Asked anew: it goes on and off with the model's training mode.
+        if self._trial.spared and _drops(self._blocks.blocks[-1]):
+            return Choice(False, "dropout would draw other masks for fewer tokens")
+        return self._trial
+
+    def function(self, rows: mx.array) -> Callable[..., mx.array]:
+        """The block as a function of what it is called with; see `labelled_rows`."""
+        return partial(labelled_rows, self._blocks.blocks[-1], rows)
+
+
+def labelled_rows(
+    block: nn.Module, rows: mx.array, x: mx.array, *args: Any, **kwargs: Any
+) -> mx.array:
+    """Call a block that can be spared (see `LastBlock.choice`) for some tokens only.
+
+    Args:
+        block: its weights are bound.
+        rows: int [n], ascending: which of the B * T tokens; evaluated here, because how
+            many fall to each row of the batch shapes the graph.
+        x: [B, T, D].
+        args, kwargs: what else the model calls the block with.
+
+    Returns:
+        [1, n, D]: the rows of `block(x, ...)`, up to rounding; differentiable in `x` and
+        in what is bound.
+
+    Raises:
+        ValueError: rows are not what they should be.
+    """
+    batch, tokens, width = x.shape
+    indices = checked_rows(rows, batch * tokens)
+    call = inspect.signature(block.__call__).bind(x, *args, **kwargs)
+    keys, values = _keys_and_values(block, call)
+    positions = indices % tokens
+    rowwise = _RowwiseAttention(indices // tokens, positions)
+    cache = _FullCache(mx.array(positions.astype(np.int32)), keys, values)
+    for name, value in list(call.arguments.items())[1:]:
+        # Something said about each token, such as a scale of its queries.
+        if name != "mask" and isinstance(value, mx.array):
+            call.arguments[name] = value[mx.array(positions)][:, None, None]
+    call.arguments[next(iter(call.arguments))] = x.reshape(-1, width)[rows][:, None]
+    call.arguments["cache"] = cache
+    with attention_replaced(rowwise):
+        out = block(*call.args, **call.kwargs)
+    if (rowwise.calls, cache.calls) != (1, 1):
+        raise RuntimeError(
+            f"attention was called {rowwise.calls} times and its cache {cache.calls} times, "
+            "expected once each"
+        )
+    return out.reshape(1, indices.size, width)
+
+
+def take_rows(whole: mx.array, rows: mx.array) -> mx.array:
+    """The rows of [B, T, D] as [1, n, D]; no copy where they are all of them.
+
+    Raises:
+        ValueError: rows are not what they should be.
+    """
+    flat = whole.reshape(1, -1, whole.shape[-1])
+    count = flat.shape[1]
+    return flat if checked_rows(rows, count).size == count else flat[:, rows]
+
+
+def put_rows(part: mx.array, rows: mx.array, shape: tuple[int, ...]) -> mx.array:
+    """The gradient of `take_rows`: [1, n, D] put into zeros of shape [B, T, D]."""
+    if part.size == np.prod(shape):
+        return part.reshape(shape)
+    whole = mx.zeros((shape[0] * shape[1], shape[2]), part.dtype)
+    whole[rows] = part[0]
+    return whole.reshape(shape)
+
+
+def checked_rows(rows: mx.array, count: int) -> np.ndarray:
+    """Evaluate row indices and see that they are ascending ones of `count` rows.
+
+    Raises:
+        ValueError: none, too large, negative, or not ascending.
+    """
+    indices = np.asarray(rows)
+    bounds = np.concatenate([[-1], indices.reshape(-1), [count]])
+    if indices.ndim != 1 or not indices.size or (np.diff(bounds) < 1).any():
+        raise ValueError(
+            f"rows: got {indices.tolist()}, expected one or more indices of {count} tokens, "
+            "each once and in ascending order"
+        )
+    return indices
+
+
+class _Captured(Exception):
+    """Carries keys and values out of a block."""
+
+
+class _EmptyCache:
+    """Stands for an empty cache; what it is given ends the call."""
+
+    offset = 0
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> None:
+        raise _Captured(keys, values)
+
+
+class _FullCache:
+    """Stands for a cache that holds all keys and values: what it is given is in there already."""
+
+    def __init__(self, offset: mx.array, keys: mx.array, values: mx.array) -> None:
+        self.offset, self._held, self.calls = offset, (keys, values), 0
+
+    def update_and_fetch(self, *_: mx.array) -> tuple[mx.array, mx.array]:
+        self.calls += 1
+        return self._held
+
+
+def _keys_and_values(block: nn.Module, call: inspect.BoundArguments) -> tuple[mx.array, mx.array]:
+    call.arguments["cache"] = _EmptyCache()
+    try:
+        block(*call.args, **call.kwargs)
+    except _Captured as captured:
+        return captured.args
+    raise RuntimeError("its cache is not asked for keys and values")
+
+
+class _RowwiseAttention:
+    """Attention of n single tokens over the keys and values of the rows they come from.
+
+    Args:
+        batch: int [n], ascending: each token's row of the batch.
+        positions: int [n]: its place there.
+    """
+
+    def __init__(self, batch: np.ndarray, positions: np.ndarray) -> None:
+        self._spans = [
+            (row, *np.searchsorted(batch, [row, row + 1]).tolist())
+            for row in np.unique(batch).tolist()
+        ]
+        self._positions, self.calls = positions, 0
+
+    def __call__(
+        self,
+        original: Attention,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        cache: _FullCache,
+        scale: float,
+        mask: mx.array | str | None,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        """Map queries [n, H, 1, D], keys and values [B, Hkv, T, D] to [n, H, 1, D]."""
+        self.calls += 1
+        if queries.shape[0] != self._positions.size or queries.shape[2] != 1:
+            raise ValueError(f"queries of {self._positions.size} single tokens are {queries.shape}")
+        pieces = []
+        for row, start, stop in self._spans:
+            last, seen = _mask_rows(mask, row, self._positions[start:stop], keys.shape[2])
+            piece = original(
+                queries[start:stop].transpose(2, 1, 0, 3),
+                keys[row : row + 1, :, :last],
+                values[row : row + 1, :, :last],
+                cache=None,  # for whoever else looks at it, this is a call without one
+                scale=scale,
+                mask=seen,
+                sinks=sinks,
+            )
+            pieces.append(piece.transpose(2, 1, 0, 3))
+        return mx.concatenate(pieces)
+
+
+def _mask_rows(
+    mask: mx.array | str | None, row: int, positions: np.ndarray, tokens: int
+) -> tuple[int, mx.array | str | None]:
+    """How many keys the queries at these positions need, and their rows of the mask."""
+    if mask is None:
+        return tokens, None
+    places = mx.array(positions)
+    if isinstance(mask, mx.array):
+        if mask.ndim == 4 and mask.shape[0] > 1:
+            mask = mask[row : row + 1]
+        return tokens, mask[..., places, :]
+    last = int(positions[-1]) + 1
+    # One run needs no array: MLX's "causal" lets the last query see the last key.
+    if last - positions[0] == positions.size:
+        return last, "causal"
+    return last, mx.arange(last) <= places[:, None]
+
+
+def _refusal(blocks: BlockList, weights: WeightSource) -> str | None:
+    """Why the last block cannot be spared: what it takes, and a trial against the plain call."""
+    block = blocks.blocks[-1]
+    names = inspect.signature(block.__call__).parameters
+    if missing := [name for name in ("mask", "cache") if name not in names]:
+        return f"the last block takes no {missing[0]}"
+    with _without_dropout(blocks.model):
+        call = _last_call(blocks)
+        if reason := _unsuited(call):
+            return reason
+        with bound(array_slots(block), weights.block(len(blocks) - 1)):
+            try:
+                difference = max(_difference(block, masked) for masked in _under_masks(call))
+            except MODEL_ERRORS as error:
+                return f"the last block cannot be called for single tokens: {error}"
+    if not difference <= TOLERANCES[call.args[0].dtype]:  # NaN is no agreement
+        return f"the last block's output for single tokens differs by {difference:.1e} of its norm"
+    return None
+
+
+def _last_call(blocks: BlockList) -> inspect.BoundArguments:
+    """What the model calls its last block with; as input small random numbers.
+
+    They are small so that what the block adds outweighs what it passes through.
+    """
+    calls: list[tuple] = []
+
+    def record(index: int, x: mx.array, args: tuple, kwargs: dict) -> mx.array:
+        calls.append((x, args, kwargs))
+        return x
+
+    with blocks.intercepted(record):
+        blocks.model(mx.zeros(TRIAL_SHAPE, mx.int32))
+    x, args, kwargs = calls[-1]
+    x = (0.01 * mx.random.normal(x.shape, key=mx.random.key(0))).astype(x.dtype)
+    return inspect.signature(blocks.blocks[-1].__call__).bind(x, *args, **kwargs)
+
+
+def _unsuited(call: inspect.BoundArguments) -> str | None:
+    """Why arguments beside `x` and the mask cannot be cut to single tokens, if so."""
+    for name, value in list(call.arguments.items())[1:]:
+        if isinstance(value, mx.array) and name != "mask":
+            if value.ndim != 2 or value.shape[0] != TRIAL_SHAPE[1]:
+                return f"{name} of the last block is {value.shape}, not a row for each token"
+        elif name != "mask" and any(isinstance(leaf, mx.array) for _, leaf in tree_flatten(value)):
+            return f"{name} of the last block holds arrays"
+    return None
+
+
+def _under_masks(call: inspect.BoundArguments) -> Iterator[inspect.BoundArguments]:
+    """The call as it was recorded, and under a window: longer texts may have one for a mask."""
+    yield call
+    if isinstance(call.arguments.get("mask"), str):
+        call.arguments["mask"] = create_causal_mask(TRIAL_SHAPE[1], window_size=TRIAL_WINDOW)
+        yield call
+
+
+def _difference(block: nn.Module, call: inspect.BoundArguments) -> float:
+    """The largest difference of a row, over the norm of what the block adds to it."""
+    rows = mx.array(TRIAL_ROWS)
+    before = take_rows(call.args[0], rows).astype(mx.float32)
+    expected = take_rows(block(*call.args, **call.kwargs), rows).astype(mx.float32)
+    got = labelled_rows(block, rows, *call.args, **call.kwargs).astype(mx.float32)
+    norms = mx.linalg.norm(expected - before, axis=-1)
+    return (mx.linalg.norm(got - expected, axis=-1) / norms).max().item()
+
+
+def _drops(model: nn.Module) -> list[nn.Dropout]:
+    """The layers of dropout that are at work."""
+    found = {id(m): m for m in model.modules() if isinstance(m, nn.Dropout)}.values()
+    return [layer for layer in found if layer.training and layer._p_1 < 1]
+
+
+@contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    """For the trial: dropout would move MLX's generator, and is asked about apart."""
+    layers = _drops(model)
+    for layer in layers:
+        layer.eval()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.train()

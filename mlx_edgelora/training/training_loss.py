@@ -1,0 +1,74 @@
+"""The loss that a run trains with, ready before its first step."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+from mlx_edgelora.config import TrainConfig
+from mlx_edgelora.data import Dataset
+from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.losses.approximate import ApproximateCrossEntropy
+from mlx_edgelora.losses.exact import CrossEntropy
+from mlx_edgelora.model.head import ModelHead
+from mlx_edgelora.model.neighbour_cache import NeighbourCache
+from mlx_edgelora.training.step import Loss
+
+DEFAULT_K = 1000
+
+
+def check_loss(config: TrainConfig, head: ModelHead | None) -> None:
+    """Raise `EdgeLoraError` where the loss asked for does not fit the model, before long work."""
+    if config.loss == "exact":
+        return
+    if head is None or head.adapter is not None:
+        why = "its logits are not made of rows alone" if head is None else "its head is adapted"
+        raise EdgeLoraError(
+            f"loss: got approximate, but {why}, expected a frozen head; use the exact loss, or "
+            "name other layers in lora_parameters.keys"
+        )
+    if (config.loss_k or 1) > head.vocabulary:
+        raise EdgeLoraError(
+            f"loss_k: got {config.loss_k}, expected 1 to {head.vocabulary}, the model's vocabulary"
+        )
+
+
+@contextmanager
+def training_loss(
+    config: TrainConfig,
+    head: ModelHead | None,
+    train_set: Dataset,
+    folder: Path,
+    notify: Callable[[str], None],
+) -> Iterator[Loss]:
+    """The loss that `config` names; for the approximate one neighbours are computed here.
+
+    Args:
+        config: passed `check_loss`.
+        head: of the model.
+        train_set: its labels get neighbours.
+        folder: where they are kept from run to run.
+        notify: told what was chosen and why.
+    """
+    if config.loss == "exact":
+        yield CrossEntropy(label_smoothing=config.label_smoothing)
+        return
+    k = min(config.loss_k or DEFAULT_K, head.vocabulary)
+    cache = NeighbourCache(folder, head, k, notify)
+    try:
+        labels = train_set.labels()
+        with tqdm(
+            total=len(labels), desc="nearest tokens", disable=not sys.stderr.isatty(), leave=False
+        ) as bar:
+            cache.build(labels, lambda count: bar.update(count) and None)
+        corrected = config.loss_tail_correction in (None, True)
+        notify(
+            f"approximate loss: {k} nearest tokens of each of {len(labels)} labels, "
+            f"{'with' if corrected else 'without'} tail correction; kept in {cache.path}"
+        )
+        total = cache.row_sum() if corrected else None
+        yield ApproximateCrossEntropy(cache, config.loss_max_subset, total)
+    finally:
+        cache.close()
