@@ -98,6 +98,8 @@ class BlockWalk:
         compiled: compile one backward per block signature (weights are its arguments)
             instead of building each block's graph anew. MLX fuses more then; on a CPU
             it calls a C++ compiler for every fused kernel, which takes seconds.
+        adapters: where trained parameters of the blocks come from; by default they are in
+            the model. What lies outside the blocks always is.
 
     Raises:
         EdgeLoraError: the architecture cannot be walked.
@@ -109,11 +111,13 @@ class BlockWalk:
         store: ActivationStore | None = None,
         weights: WeightSource | None = None,
         compiled: bool = False,
+        adapters: WeightSource | None = None,
     ) -> None:
         self.model = model
         self.blocks = BlockList(model)
         self.store = RamStore() if store is None else store
         self.weights = ResidentWeights() if weights is None else weights
+        self.adapters = ResidentWeights() if adapters is None else adapters
         self._last = LastBlock(self.blocks, self.weights)
         self._functions: dict[tuple[str, bool], Callable] | None = {} if compiled else None
         self._entry_trained: dict[tuple[str, ...], bool] = {}
@@ -169,19 +173,19 @@ class BlockWalk:
         ):
             yield
 
-    def backward(self, state: Pass) -> Arrays:
+    def backward(self, state: Pass) -> Iterator[Arrays]:
         """Carry `state.cotangent` down to the lowest trained block.
 
-        Returns:
-            Evaluated gradients by parameter name, of the blocks and of what lies before
-            them. The pass cannot be used again.
+        Yields:
+            Evaluated gradients by parameter name, of a block at a time from the last one
+            down, then of what lies before the blocks; computed as they are asked for, so
+            whoever puts one block's away has no more than these in memory. The pass cannot
+            be used again.
         """
-        gradients: Arrays = {}
         for index in range(len(self.blocks) - 1, state.first - 1, -1):
-            gradients |= self._block_backward(state, index)
+            yield self._block_backward(state, index)
         if state.entry:
-            gradients |= self._entry_backward(state)
-        return gradients
+            yield self._entry_backward(state)
 
     def outside(self) -> Arrays:
         """Trained parameters that belong to no block, by name."""
@@ -203,6 +207,7 @@ class BlockWalk:
         weights = self.weights.block(index)
         if not last:
             self.weights.prefetch(index + 1)
+        weights |= self.adapters.block(index)
         with self._tape.recording() as keys, bound(array_slots(block), weights):
             del weights
             out = self._called(state, index)(x, *args, **kwargs)
@@ -224,6 +229,7 @@ class BlockWalk:
     def _block_backward(self, state: Pass, index: int) -> Arrays:
         call = state.calls.pop(index)
         trained = dict(tree_flatten(self.blocks.blocks[index].trainable_parameters()))
+        trained |= self.adapters.block(index)
         onward = index > state.first or state.entry
         weights, x = self.weights.block(index), self.store.take(index - state.first)
         if index + 1 == len(self.blocks) and state.rows is not None and not state.spared:

@@ -48,7 +48,8 @@ def value_and_grad(
             )
             state.hidden = None
             mx.eval(value, state.cotangent, gradients)
-            add_into(gradients, walk.backward(state))
+            for more in walk.backward(state):
+                add_into(gradients, more)
         return value, gradient_tree(model, gradients)
 
     return run

@@ -57,7 +57,8 @@ class Engine:
             state.cotangent = piece.astype(hidden.dtype)[None]
             del hidden, piece
             mx.eval(state.cotangent)
-            add_into(gradients, self._walk.backward(state))
+            for more in self._walk.backward(state):
+                add_into(gradients, more)
         return (loss, labels.size), gradient_tree(self.model, gradients)
 
     def loss(self, batch: Batch) -> tuple[mx.array, int]:
