@@ -15,52 +15,36 @@ Labels come from a label vocabulary of at most 1,500 tokens. Neighbours are kept
 `head` measures the exact loss at that shape: peak against its bound, time against the two
 dense products alone, and what leaving tokens out saves. It needs 2 GB of free memory.
 
-Every figure is float32, with MLX's buffer cache off; a time is one run, given as a ratio only.
+Every figure is float32, with MLX's buffer cache off. Times are given as ratios only: those of
+`fidelity` are the lowest of `--rounds` rounds over all rows of a context (one round at 4,096
+tokens), those of `head` a single run each but for the three runs that it prints.
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx_lm
 import numpy as np
+from loss_heads import DIMS, PackedHead, clustered_head, embedded, synthetic
 
-from mlx_edgelora.embedded import DATA_PATH, MODEL_PATH
-from mlx_edgelora.layers.dequantize import dequantize
 from mlx_edgelora.losses.approximate import ApproximateCrossEntropy, choose_subset
 from mlx_edgelora.losses.exact import CrossEntropy
-from mlx_edgelora.losses.head import MatrixHead, Tile
+from mlx_edgelora.losses.head import Tile
 from mlx_edgelora.losses.neighbours import QUERIES, nearest, row_sum
 
+COLUMNS = "tokens | k, or which and its loss | tail | subset | share | peak MiB | time / dense"
+COLUMNS += " | time / exact | bias | gradient cosine | gradient norm"
+
 MIB = 2**20
-VOCABULARY, DIMS = 128256, 3072
-CLUSTERS, DISTINCT = 2000, 1500
-SPREAD = 2.2  # standard deviation of the logits that noise makes
-TARGET = 2.5  # mean exact loss
-NEIGHBOURS = {"embedded": [10, 100, 853], "llama-3.2-3b": [10, 100, 1000, 4000]}
-
-
-class PackedHead(MatrixHead):
-    """A quantized matrix in memory as a head."""
-
-    enter = leave = adapter = None
-
-    def __init__(self, packed: tuple[mx.array, ...], group_size: int, bits: int) -> None:
-        self._arrays = dict(zip(("weight", "scales", "biases"), packed, strict=True))
-        self._packing = {"group_size": group_size, "bits": bits}
-        self.vocabulary, groups = packed[1].shape
-        self.dims = groups * group_size
-
-    def unpack(self, rows: dict[str, mx.array]) -> Tile:
-        """Dequantize to float32."""
-        return Tile(dequantize(**rows, **self._packing).astype(mx.float32))
+NEIGHBOURS = {"embedded": [10, 30, 100, 300, 853], "llama-3.2-3b": [10, 100, 1000, 4000]}
+LONG = 4096  # tokens from which on one round is enough, and `head` measures masking
 
 
 @dataclass(frozen=True)
@@ -103,82 +87,6 @@ def run_dense(hidden: mx.array, head: PackedHead, labels: mx.array) -> Measured:
     return measure(lambda: mx.value_and_grad(loss)(hidden))
 
 
-def clustered_head(random: np.random.RandomState) -> tuple[PackedHead, np.ndarray]:
-    """Rows of norm 1, 0.8 of a cluster's centre and 0.6 of noise; and the cluster of each.
-
-    Cluster sizes follow Zipf-Mandelbrot, 1 / (rank + 20), and clusters are scattered over the
-    vocabulary. Cosine similarity is 0.64 inside a cluster and about 0 between clusters.
-    """
-    share = 1 / (np.arange(CLUSTERS) + 20)
-    cluster = random.choice(CLUSTERS, VOCABULARY, p=share / share.sum())
-    centres, pieces = mx.random.normal((CLUSTERS, DIMS)), []
-    for start in range(0, VOCABULARY, 8192):
-        ids = mx.array(cluster[start : start + 8192])
-        rows = 0.8 * centres[ids] + 0.6 * mx.random.normal((ids.size, DIMS))
-        pieces.append(mx.quantize(rows / DIMS**0.5, 64, 4))
-        mx.eval(pieces)
-    packed = tuple(mx.concatenate(arrays) for arrays in zip(*pieces, strict=True))
-    mx.eval(packed)
-    return PackedHead(packed, 64, 4), cluster
-
-
-def synthetic(tokens: int) -> tuple[PackedHead, mx.array, mx.array, np.ndarray]:
-    """The clustered head, hidden states, labels and the label vocabulary.
-
-    A hidden state is a_1 of the label's row (a_1 normal with standard deviation 3), 0 to 8 of
-    another row of the label's cluster, 0 to 8 of the row of a token drawn as labels are, and
-    noise that gives logits a standard deviation of 2.2. The mean of a_1 is sought so that the
-    exact loss of the first 256 tokens is 2.5. Labels are drawn from a Zipf-Mandelbrot
-    distribution, 1 / (rank + 2), over 1,500 tokens taken at random.
-    """
-    random = np.random.RandomState(0)
-    mx.random.seed(0)
-    head, cluster = clustered_head(random)
-    names = random.choice(VOCABULARY, DISTINCT, replace=False)
-    share = 1 / (np.arange(DISTINCT) + 2)
-    labels, others = random.choice(names, (2, tokens), p=share / share.sum())
-    members = [np.flatnonzero(cluster == c) for c in range(CLUSTERS)]
-    related = np.array([random.choice(members[cluster[label]]) for label in labels])
-    weights = random.uniform(0, 8, (2, tokens, 1)).astype(np.float32)
-    strength = random.normal(0, 3, (tokens, 1)).astype(np.float32)
-    own, near, far = (head.unpack(head.take(mx.array(x))).weight for x in (labels, related, others))
-    hidden = SPREAD * mx.random.normal((tokens, DIMS)) + mx.array(strength) * own
-    hidden = hidden + mx.array(weights[0]) * near + mx.array(weights[1]) * far
-    wanted, low, high = mx.array(labels), 4.0, 28.0
-    mx.eval(hidden, own, wanted)
-    for _ in range(7):
-        middle = (low + high) / 2
-        some = (hidden + middle * own)[:256]
-        above = CrossEntropy().value(some, head, wanted[:256])[0].item() > TARGET
-        low, high = (middle, high) if above else (low, middle)
-    hidden = hidden + (low + high) / 2 * own
-    mx.eval(hidden)
-    return head, hidden, wanted, np.unique(names)
-
-
-def embedded(tokens: int) -> tuple[PackedHead, mx.array, mx.array, np.ndarray]:
-    """The embedded model's head, its last hidden states on its data set, and labels."""
-    model, tokenizer = mlx_lm.load(str(MODEL_PATH))
-    states, labels, count = [], [], 0
-    with (DATA_PATH / "train.jsonl").open(encoding="utf-8") as lines:
-        for line in lines:
-            if count >= tokens:
-                break
-            row = json.loads(line)
-            roles = {"user": row["prompt"], "assistant": row["completion"]}
-            messages = [{"role": role, "content": text} for role, text in roles.items()]
-            ids = mx.array(tokenizer.apply_chat_template(messages))
-            states.append(model.model(ids[None, :-1])[0].astype(mx.float32))
-            labels.append(ids[1:])
-            count += ids.size - 1
-            mx.eval(states[-1])
-    hidden, wanted = mx.concatenate(states)[:tokens], mx.concatenate(labels)[:tokens]
-    packed = model.model.embed_tokens
-    head = PackedHead((packed.weight, packed.scales, packed.biases), packed.group_size, packed.bits)
-    mx.eval(hidden, wanted)
-    return head, hidden, wanted, np.unique(np.array(wanted))
-
-
 def neighbour_table(head: PackedHead, tokens: np.ndarray, k: int, file: Path) -> np.ndarray:
     """The k nearest of each of some sorted tokens [m, k], kept in a file."""
     if file.exists():
@@ -195,29 +103,76 @@ def neighbour_table(head: PackedHead, tokens: np.ndarray, k: int, file: Path) ->
     return table
 
 
-def compare(found: Measured, exact: Measured) -> dict[str, float]:
-    """Loss bias, and cosine and norm of the gradient against the exact one."""
-    (value, gradient), (true_value, truth) = found.result, exact.result
+def compare(found: tuple, exact: tuple) -> dict[str, float]:
+    """The exact loss, and the bias of the found one, cosine and norm of its gradient."""
+    (value, gradient), (true_value, truth) = found, exact
     norm, true_norm = mx.linalg.norm(gradient).item(), mx.linalg.norm(truth).item()
     return {
+        "loss": true_value.item(),
         "bias": value.item() - true_value.item(),
         "cosine": (gradient * truth).sum().item() / (norm * true_norm),
         "norm": norm / true_norm,
     }
 
 
-COLUMNS = "tokens | loss | k | tail | subset | share | peak MiB | time / dense | time / exact"
-COLUMNS += " | bias | gradient cosine | gradient norm"
+def look_up(table: np.ndarray, names: np.ndarray, k: int, tokens: np.ndarray) -> np.ndarray:
+    """The k nearest of some tokens [m, k], out of a table of the sorted `names`."""
+    return table[np.searchsorted(names, tokens), :k]
 
 
-def print_row(cells: list[object], found: Measured, dense: Measured, exact: Measured) -> dict:
-    """Print one row and return its errors."""
-    errors = compare(found, exact)
-    cells = [*cells, f"{found.peak / MIB:.1f}", f"{found.seconds / dense.seconds:.2f}"]
-    cells += [f"{found.seconds / exact.seconds:.2f}", f"{errors['bias']:+.4f}"]
-    cells += [f"{errors['cosine']:.4f}", f"{errors['norm']:.4f}"]
-    print("| " + " | ".join(str(cell) for cell in cells) + " |", flush=True)
-    return errors
+def compare_losses(
+    inputs: tuple, look_up: Callable, total: Tile, args: argparse.Namespace
+) -> list[dict]:
+    """Print the rows of one context; return what is drawn of them."""
+    whole, count = inputs[1].vocabulary, inputs[2].size
+    runs = {("exact", ""): partial(run_loss, CrossEntropy()), ("dense", ""): run_dense}
+    shares = dict.fromkeys(runs, 1.0)
+    for k in NEIGHBOURS[args.head]:
+        near = partial(look_up, k)
+        for tail in ("no", "yes"):
+            loss = ApproximateCrossEntropy(near, total=total if tail == "yes" else None)
+            runs[k, tail] = partial(run_loss, loss)
+            shares[k, tail] = len(choose_subset(np.array(inputs[2]), near)) / whole
+    found = best_runs(runs, inputs, 1 if count >= LONG else args.rounds)
+    points = []
+    for (k, tail), (run, errors) in found.items():
+        share = shares[k, tail]
+        name = f"exact, {errors['loss']:.4f}" if k == "exact" else k
+        times = [run.seconds / found[other, ""][0].seconds for other in ("dense", "exact")]
+        cells = [
+            count,
+            name,
+            tail,
+            round(share * whole),
+            f"{100 * share:.1f} %",
+            f"{run.peak / MIB:.1f}",
+        ]
+        cells += [f"{ratio:.3f}" for ratio in times] + [f"{errors['bias']:+.4f}"]
+        cells += [f"{errors['cosine']:.4f}", f"{errors['norm']:.4f}"]
+        print("| " + " | ".join(str(cell) for cell in cells) + " |", flush=True)
+        if tail:
+            points.append({"tokens": count, "tail": tail == "yes", "share": share} | errors)
+    return points
+
+
+def best_runs(runs: dict, inputs: tuple, rounds: int) -> dict[tuple, tuple[Measured, dict]]:
+    """Each run's lowest time and highest peak over the rounds, and its errors.
+
+    Rounds go over all runs, so that what else the machine does meets them alike. The first
+    run is the truth.
+    """
+    found, truth = {}, None
+    run_loss(CrossEntropy(), inputs[0][:8], inputs[1], inputs[2][:8])
+    for _ in range(rounds):
+        for name, run in runs.items():
+            new = run(*inputs)
+            truth = truth or new.result
+            errors = compare(new.result, truth)
+            old = found[name][0] if name in found else new
+            best = Measured((), max(old.peak, new.peak), min(old.seconds, new.seconds))
+            found[name] = best, errors
+            del new
+    return found
 
 
 def fidelity(args: argparse.Namespace) -> None:
@@ -229,34 +184,16 @@ def fidelity(args: argparse.Namespace) -> None:
     total, whole = row_sum(head), head.vocabulary
     logits = hidden[:256] @ head.unpack(head.slice(0, whole)).weight.T
     print(
-        f"{args.head}: {whole} x {head.dims}, standard deviation of the logits of a token ", end=""
+        f"{args.head}: {whole} x {head.dims}, {len(names)} possible labels; standard deviation "
+        f"of a token's logits {logits.std(axis=-1).mean().item():.2f}\n"
     )
-    print(f"{logits.std(axis=-1).mean().item():.2f}; {len(names)} possible labels\n")
     del logits
-    print(f"| {COLUMNS} |\n|{'---|' * 12}", flush=True)
+    print(f"| {COLUMNS} |\n|{'---|' * 11}", flush=True)
     points = []
     for count in args.contexts:
         inputs = (hidden[:count], head, labels[:count])
         mx.eval(inputs[0], inputs[2])
-        distinct = np.unique(np.array(inputs[2]))
-        run_loss(CrossEntropy(), hidden[:8], head, labels[:8])
-        exact, dense = run_loss(CrossEntropy(), *inputs), run_dense(*inputs)
-        loss = exact.result[0].item()
-        for name, found in (("dense", dense), ("exact", exact)):
-            label = f"{name}, {loss:.3f}"
-            print_row([count, label, "", "", whole, "100.0 %"], found, dense, exact)
-        for k in NEIGHBOURS[args.head]:
-
-            def lookup(tokens: np.ndarray, k: int = k) -> np.ndarray:
-                return table[np.searchsorted(names, tokens), :k]
-
-            share = len(choose_subset(distinct, lookup)) / whole
-            for tail in (False, True):
-                approximate = ApproximateCrossEntropy(lookup, total=total if tail else None)
-                found = run_loss(approximate, *inputs)
-                cells = [count, "approximate", k, "yes" if tail else "no", round(share * whole)]
-                errors = print_row([*cells, f"{share:.1%}"], found, dense, exact)
-                points.append({"tokens": count, "tail": tail, "share": share} | errors)
+        points += compare_losses(inputs, partial(look_up, table, names), total, args)
     if args.plot:
         draw(points, args)
 
@@ -310,25 +247,42 @@ def head_costs(args: argparse.Namespace) -> None:
     loss = CrossEntropy()
     print("\n| tokens | peak above inputs and outputs, MiB | bound, MiB | share of it |")
     print("|---|---|---|---|", flush=True)
+    every = {}
     for count in args.contexts:
         hidden, labels = batch(count, whole)
-        peak = (run_loss(loss, hidden, head, labels).peak - hidden.nbytes) / MIB
-        bound = 24 + 3 * count * DIMS * 4 / MIB
-        print(f"| {count} | {peak:.1f} | {bound:.1f} | {peak / bound:.2f} |", flush=True)
-    masking(head, loss)
+        every[count] = run_loss(loss, hidden, head, labels)
+        peak, bound = every[count].peak - hidden.nbytes, 24 * MIB + 3 * hidden.nbytes
+        cells = f"{count} | {peak / MIB:.1f} | {bound / MIB:.1f} | {peak / bound:.2f}"
+        print(f"| {cells} |", flush=True)
+    del hidden, labels
     against_products(head, loss)
+    masking(head, loss, {n: run for n, run in every.items() if n >= LONG})
 
 
-def masking(head: PackedHead, loss: CrossEntropy, count: int = 4096) -> None:
-    """Print what 30 % of the tokens cost, gathered first, over what all do."""
-    hidden, labels = batch(count, head.vocabulary)
-    every = run_loss(loss, hidden, head, labels)
-    kept = mx.array(np.random.RandomState(0).choice(count, round(0.3 * count), replace=False))
-    part = measure(lambda: run_loss(loss, hidden[kept], head, labels[kept]).result)
-    print(f"\n| labelled of {count} | peak above inputs, MiB | time over that of all |")
-    print(f"|---|---|---|\n| 100 % | {every.peak / MIB:.1f} | 1.00 |")
-    ratio = part.seconds / every.seconds
-    print(f"| 30 % | {part.peak / MIB:.1f} | {ratio:.2f} |", flush=True)
+def masking(head: PackedHead, loss: CrossEntropy, every: dict[int, Measured]) -> None:
+    """Print what 30 % of the tokens cost over what all do.
+
+    The hidden states that go into the loss are counted, for they are fewer too; the time
+    includes picking them.
+    """
+    print(
+        "\n| tokens | labelled | hidden states in, MiB | peak above them, MiB | both, over all "
+        "| time, over all |\n|---|---|---|---|---|---|"
+    )
+    for count, whole in every.items():
+        hidden, labels = batch(count, head.vocabulary)
+        kept = np.random.RandomState(0).choice(count, round(0.3 * count), replace=False)
+        kept = mx.array(np.sort(kept))
+        size = count * DIMS * 4
+        picked = measure(lambda h=hidden, y=labels, i=kept: (h[i], y[i]))
+        del hidden, labels
+        part = run_loss(loss, picked.result[0], head, picked.result[1])
+        ratio = (0.3 * size + part.peak) / (size + whole.peak)
+        seconds = (picked.seconds + part.seconds) / whole.seconds
+        print(f"| {count} | {count} | {size / MIB:.1f} | {whole.peak / MIB:.1f} | 1.00 | 1.00 |")
+        cells = [count, kept.size, f"{0.3 * size / MIB:.1f}", f"{part.peak / MIB:.1f}"]
+        cells += [f"{ratio:.3f}", f"{seconds:.3f}"]
+        print("| " + " | ".join(str(cell) for cell in cells) + " |", flush=True)
 
 
 def against_products(head: PackedHead, loss: CrossEntropy, count: int = 1024) -> None:
@@ -359,6 +313,7 @@ def main() -> None:
     one.add_argument("--head", choices=NEIGHBOURS, default="embedded")
     one.add_argument("--contexts", type=int, nargs="+", default=[256, 1024, 4096])
     one.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir(), "edgelora-loss"))
+    one.add_argument("--rounds", type=int, default=3)
     one.add_argument("--plot", type=Path, help="write a PNG (needs matplotlib)")
     one.set_defaults(run=fidelity)
     two = commands.add_parser("head", help="what the exact loss costs on a large head")
