@@ -1,20 +1,13 @@
 """Where the inputs of blocks wait between the forward and the backward: RAM or a mapped file.
 
-The mapped file holds the user's text in another form, so it is created readable by
-its owner alone and unlinked at once: no name leads to it, and a crash leaves nothing
-behind. Bytes go out of MLX and back through NumPy views of its own buffers, in a
-worker thread, while the computation goes on; pages are given back to the system after
-writing and after reading, so that spilling lowers the process's footprint and not only
-MLX's count. Where MLX can wrap mapped memory (Metal, MLX 0.32.4), reading copies nothing.
+Bytes go out of MLX and into a `PageFile` and back through NumPy views of MLX's own
+buffers, in a worker thread, while the computation goes on. Where MLX can wrap mapped
+memory (Metal, MLX 0.32.4), reading copies nothing.
 """
 
 import copy
-import errno
 import math
-import mmap
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,10 +20,9 @@ import numpy as np
 
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.memory.meter import DiskMeter
+from mlx_edgelora.memory.page_file import PAGE, PageFile, unlinked_file
 from mlx_edgelora.model.safetensors import to_numpy
 
-# 16 KiB on Apple silicon, 4 KiB elsewhere; Metal wraps only whole pages.
-PAGE = mmap.PAGESIZE
 # Enough to see through a disk's own cache, little enough to take well under a second.
 PROBE_BYTES = 8 * 2**20
 
@@ -99,9 +91,8 @@ class MappedStore:
     """
 
     def __init__(self, folder: str | os.PathLike, meter: DiskMeter | None = None) -> None:
-        self._folder, self._meter = Path(folder), meter or DiskMeter()
-        self._file = _unlinked_file(self._folder)
-        self._pages: np.memmap | None = None
+        self._meter = meter or DiskMeter()
+        self._file = PageFile(folder, "activations", "--activations ram")
         self._slot_bytes = 0
         self._kept: dict[int, _Kept] = {}
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="mlx_edgelora-spill")
@@ -114,16 +105,9 @@ class MappedStore:
         self._settle()
         self._kept.clear()
         self._slot_bytes = max(PAGE, -(-nbytes // PAGE) * PAGE)
-        size = slots * self._slot_bytes
-        if self._pages is not None and size <= self._pages.size:
-            return
-        try:
-            _preallocate(self._file.fileno(), size)
-        except OSError as error:
-            raise _disk_error(self._folder, size, error) from error
-        self._pages = np.memmap(self._file, np.uint8, mode="r+", shape=(size,))
+        self._file.reserve(slots * self._slot_bytes)
         if self._wraps is None:
-            self._wraps = _can_wrap(self._pages)
+            self._wraps = _can_wrap(self._file.pages)
 
     def put(self, slot: int, array: mx.array) -> None:
         """Write an evaluated array to its slot; returns while the bytes are on their way."""
@@ -167,11 +151,11 @@ class MappedStore:
             self._settle()
         finally:
             self._worker.shutdown()
-            self._pages = None
             self._file.close()
 
     def _region(self, slot: int, nbytes: int) -> np.ndarray:
-        return self._pages[slot * self._slot_bytes : slot * self._slot_bytes + nbytes]
+        start = slot * self._slot_bytes
+        return self._file.pages[start : start + nbytes]
 
     def _write(self, slot: int, source: np.ndarray) -> None:
         self._region(slot, source.size)[:] = source
@@ -184,10 +168,7 @@ class MappedStore:
         self._drop_pages(slot)
 
     def _drop_pages(self, slot: int) -> None:
-        # The mapping is shared: dropped pages stay in the file, and leave the process.
-        if hasattr(mmap, "MADV_DONTNEED"):
-            start = slot * self._slot_bytes
-            self._pages._mmap.madvise(mmap.MADV_DONTNEED, start, self._slot_bytes)
+        self._file.drop(slot * self._slot_bytes, (slot + 1) * self._slot_bytes)
 
     def _wait_for_write(self) -> None:
         writing, self._writing = self._writing, None
@@ -249,46 +230,14 @@ def _in_memory(folder: Path) -> bool:
 
 
 def _write_seconds(folder: Path) -> float:
-    with _unlinked_file(folder) as file:
-        start = time.perf_counter()
-        try:
+    start = time.perf_counter()
+    try:
+        with unlinked_file(folder) as file:
             file.write(bytes(PROBE_BYTES))
             os.fsync(file.fileno())
             return time.perf_counter() - start
-        except OSError:  # full: the last choice
-            return math.inf
-
-
-def _unlinked_file(folder: Path):  # noqa: ANN202 - BufferedRandom has no public name
-    try:
-        descriptor, name = tempfile.mkstemp(prefix="mlx_edgelora-", dir=folder)  # mode 0600
-        os.unlink(name)
-    except OSError as error:
-        raise EdgeLoraError(
-            f"{folder}: no spill file can be made there ({error.strerror}); choose a writable "
-            "folder with --spill-dir, or keep activations in memory with --activations ram"
-        ) from error
-    return os.fdopen(descriptor, "w+b", buffering=0)
-
-
-def _preallocate(descriptor: int, size: int) -> None:
-    """Take the disk space now: a hole found full later would kill the process (SIGBUS)."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, size)
-        return
-    zeros, done = bytes(PROBE_BYTES), os.fstat(descriptor).st_size
-    while done < size:
-        done += os.pwrite(descriptor, zeros[: size - done], done)
-
-
-def _disk_error(folder: Path, size: int, error: OSError) -> EdgeLoraError:
-    what = error.strerror
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        what = f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB are free"
-    return EdgeLoraError(
-        f"{folder}: spilling activations needs {size / 2**20:,.0f} MiB there ({what}); free some "
-        "space, choose another folder with --spill-dir, or use --activations ram"
-    )
+    except OSError:  # full: the last choice
+        return math.inf
 
 
 def _can_wrap(pages: np.ndarray) -> bool:
