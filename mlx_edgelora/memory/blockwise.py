@@ -37,7 +37,7 @@ from mlx_edgelora.model.blocks import (
     signature,
 )
 from mlx_edgelora.model.labelled import LastBlock, put_rows, take_rows
-from mlx_edgelora.model.sources import ResidentWeights, WeightSource
+from mlx_edgelora.model.sources import ResidentWeights, TogetherWeights, WeightSource
 from mlx_edgelora.model.walkable import check_walk
 
 Arrays = dict[str, mx.array]
@@ -118,7 +118,7 @@ class BlockWalk:
         self.store = RamStore() if store is None else store
         self.weights = ResidentWeights() if weights is None else weights
         self.adapters = ResidentWeights() if adapters is None else adapters
-        self._last = LastBlock(self.blocks, self.weights)
+        self._last = LastBlock(self.blocks, TogetherWeights(self.weights, self.adapters))
         self._functions: dict[tuple[str, bool], Callable] | None = {} if compiled else None
         self._entry_trained: dict[tuple[str, ...], bool] = {}
         # One for good: a compiled backward and the dropout layers must mean the same tape.

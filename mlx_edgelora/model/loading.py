@@ -88,6 +88,8 @@ class Attached:
 def attach(lazy: LazyModel, *, streamed: bool, dtype: str | None, meter: DiskMeter) -> Attached:
     """Settle where every frozen weight comes from; call it after `add_lora`.
 
+    What is trained stays as it is.
+
     Resident: everything is read and cast now. Streamed: blocks, token embedding and head
     stay on disk, the rest (norms) is read now. Where the head cannot be read by rows,
     everything outside the blocks is read, and the loss works on whole rows of logits.
@@ -108,7 +110,6 @@ def attach(lazy: LazyModel, *, streamed: bool, dtype: str | None, meter: DiskMet
         if name not in trained and not (streamed and blocks.local(name))
     ]
     _read(lazy.model, names, on_disk, kind)
-    mx.eval(lazy.model.trainable_parameters())
     source: WeightSource = ResidentWeights()
     if streamed:
         source = StreamedWeights(_block_places(lazy, blocks), kind, meter)

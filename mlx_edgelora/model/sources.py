@@ -46,6 +46,22 @@ class ResidentWeights:
         """Nothing to read."""
 
 
+class TogetherWeights:
+    """What several sources have for a block, in one dictionary; the last one wins."""
+
+    def __init__(self, *sources: WeightSource) -> None:
+        self._sources = sources
+
+    def block(self, index: int) -> dict[str, mx.array]:
+        """The arrays of every source."""
+        return {k: v for source in self._sources for k, v in source.block(index).items()}
+
+    def prefetch(self, index: int) -> None:
+        """Let every source begin to read."""
+        for source in self._sources:
+            source.prefetch(index)
+
+
 class StreamedWeights:
     """Reads each block from its shards for each visit. Memory: two blocks, packed.
 
