@@ -106,6 +106,11 @@ class TrainConfig:
     batch_size: int = option(4, "Rows per step.", whole(1))
     iters: int = option(1000, "Steps to train for.", whole(1))
     grad_accumulation_steps: int = option(1, "Steps per update of the adapters.", whole(1))
+    max_grad_norm: float | None = option(
+        None,
+        "Clip the gradients of an update to this global norm; not if absent.",
+        number("a number above 0", lambda x: x > 0),
+    )
     optimizer: str = option("adam", "The optimizer.", one_of(*OPTIMIZERS))
     optimizer_config: dict[str, dict[str, Any]] = field(
         default_factory=lambda: {name: {} for name in OPTIMIZERS},
@@ -168,8 +173,13 @@ class TrainConfig:
     activations: str = option(
         "spill", "Where the inputs of blocks wait: in a file or in memory.", one_of("spill", "ram")
     )
+    adapters: str = option(
+        "resident",
+        "Where adapters, their gradients and the optimizer's state wait: in memory or in a file.",
+        one_of("resident", "paged"),
+    )
     spill_dir: str | None = option(
-        None, "Folder of that file; the system's temporary one if absent.", _NAME
+        None, "Folder of these files; the system's temporary one if absent.", _NAME
     )
     cache_dir: str | None = option(
         None, "Folder of converted models; the user's cache if absent.", _NAME
@@ -187,6 +197,11 @@ class TrainConfig:
         if self.train is None:
             object.__setattr__(self, "train", not self.test)
         _check_together(self)
+
+    @property
+    def writes_scratch(self) -> bool:
+        """Whether something waits in a file, so that a folder is needed for it."""
+        return self.activations == "spill" or self.adapters == "paged"
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any], place: str | None = None) -> "TrainConfig":
@@ -252,8 +267,8 @@ def _check_together(config: TrainConfig) -> None:
             f"label_smoothing: got {config.label_smoothing} with the approximate loss, expected "
             "0: a target over the whole vocabulary needs the exact one"
         )
-    if config.spill_dir is not None and config.activations != "spill":
+    if config.spill_dir is not None and not config.writes_scratch:
         raise EdgeLoraError(
-            f"spill_dir: got {config.spill_dir!r} with activations {config.activations}, which "
-            "writes no file; leave one of them out"
+            f"spill_dir: got {config.spill_dir!r} with activations {config.activations} and "
+            f"adapters {config.adapters}, which write no file; leave it out"
         )

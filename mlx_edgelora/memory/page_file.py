@@ -143,6 +143,10 @@ class Section:
             at += -(-nbytes // ALIGNMENT) * ALIGNMENT
         self.stop = -(-at // PAGE) * PAGE
 
+    def specs(self) -> dict[Hashable, Spec]:
+        """Dtype and shape by name."""
+        return {name: (place.dtype, place.shape) for name, place in self._places.items()}
+
     def write(self, arrays: Mapping[Hashable, mx.array]) -> None:
         """Put evaluated arrays where those of their names are; the others stay.
 

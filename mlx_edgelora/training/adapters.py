@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -30,7 +30,8 @@ def save_adapters(
 
     Args:
         path: the folder; created where missing.
-        weights: LoRA parameters by their names in the model.
+        weights: LoRA parameters by their names in the model; looked at one by one, so that
+            a mapping that reads them from a file costs one of them.
         config: becomes `adapter_config.json`; JSON values only.
         step: also keep the weights as `<step, 7 digits>_adapters.safetensors`.
 
@@ -39,15 +40,17 @@ def save_adapters(
             cannot be written; what stood in the folder is untouched.
     """
     folder = Path(path)
-    if (name := first_non_finite(weights)) is not None:
-        raise EdgeLoraError(
-            f"{folder}: not saved: {name} holds NaN or infinity, expected finite numbers; "
-            "lower the learning rate and resume from the last good adapter"
-        )
+    specs = {}
+    for name, array in weights.items():
+        specs[name] = (array.dtype, array.shape)
+        if first_non_finite({name: array}) is not None:
+            raise EdgeLoraError(
+                f"{folder}: not saved: {name} holds NaN or infinity, expected finite numbers; "
+                "lower the learning rate and resume from the last good adapter"
+            )
     text = json.dumps(dict(config), indent=4, sort_keys=True) + "\n"
 
     def write_weights(file: BinaryIO) -> None:
-        specs = {name: (array.dtype, array.shape) for name, array in weights.items()}
         write_tensors(file, specs, weights.values())
 
     make_folder(folder)
@@ -63,14 +66,21 @@ def save_adapters(
 def load_adapter_weights(
     file: str | os.PathLike, expected: Mapping[str, Sequence[int]]
 ) -> dict[str, mx.array]:
-    """Read an adapter file that must fit the model exactly.
+    """All that `read_adapter_weights` gives, by name."""
+    return dict(read_adapter_weights(file, expected))
+
+
+def read_adapter_weights(
+    file: str | os.PathLike, expected: Mapping[str, Sequence[int]]
+) -> Iterator[tuple[str, mx.array]]:
+    """Read an adapter file that must fit the model exactly, one array at a time.
 
     Args:
         file: a safetensors file, such as `adapters/adapters.safetensors`.
         expected: shape by name of every LoRA parameter of the model.
 
-    Returns:
-        float32 arrays by name, evaluated, in the order of `expected`.
+    Yields:
+        Name and float32 array, evaluated, in the order of `expected`. Memory: one of them.
 
     Raises:
         EdgeLoraError: the file is missing or damaged, a tensor is missing, unexpected,
@@ -81,14 +91,16 @@ def load_adapter_weights(
     for name, info in header.items():
         _check_tensor(file, name, info, tuple(expected[name]))
     loaded = mx.load(os.fspath(file), format="safetensors")
-    weights = {name: loaded.pop(name).astype(mx.float32) for name in expected}
-    mx.eval(weights)
-    if (name := first_non_finite(weights)) is not None:
-        raise EdgeLoraError(
-            f"{file}: {name} holds NaN or infinity, expected finite numbers; "
-            "resume from an earlier checkpoint"
-        )
-    return weights
+    for name in expected:
+        array = loaded.pop(name).astype(mx.float32)
+        mx.eval(array)
+        if first_non_finite({name: array}) is not None:
+            raise EdgeLoraError(
+                f"{file}: {name} holds NaN or infinity, expected finite numbers; "
+                "resume from an earlier checkpoint"
+            )
+        yield name, array
+        del array
 
 
 def _check_names(

@@ -11,6 +11,7 @@ import mlx.nn as nn
 from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.data.batches import Batch, iterate_batches
 from mlx_edgelora.memory.meter import DiskMeter
+from mlx_edgelora.training.trained import Arrays, Trained
 
 
 class Engine(Protocol):
@@ -18,9 +19,13 @@ class Engine(Protocol):
 
     model: nn.Module
     disk: DiskMeter
+    trained: Trained
 
-    def value_and_grad(self, batch: Batch) -> tuple[tuple[mx.array, int], dict]:
-        """((mean loss over the labelled tokens, their number), gradient tree)."""
+    def backward(self, batch: Batch, sink: Callable[[Arrays], None]) -> tuple[mx.array, int]:
+        """(mean loss over the labelled tokens, their number).
+
+        `sink` is called with evaluated gradients by name, all in all with each name once.
+        """
         ...
 
     def loss(self, batch: Batch) -> tuple[mx.array, int]:

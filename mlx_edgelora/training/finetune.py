@@ -6,7 +6,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import mlx.core as mx
@@ -24,12 +24,13 @@ from mlx_edgelora.memory.stores import ActivationStore, MappedStore, RamStore, s
 from mlx_edgelora.model.checkpoint import LazyModel, reason
 from mlx_edgelora.model.loading import attach, open_model
 from mlx_edgelora.model.lora import add_lora, set_kernel
-from mlx_edgelora.training.adapters import CONFIG_FILE, WEIGHTS_FILE, load_adapter_weights
+from mlx_edgelora.training.adapters import CONFIG_FILE, WEIGHTS_FILE, read_adapter_weights
 from mlx_edgelora.training.callbacks import TrainingCallback, reporting_callbacks
 from mlx_edgelora.training.evaluate import evaluate
 from mlx_edgelora.training.loop import TrainResult, train
 from mlx_edgelora.training.optimizer import build_optimizer
 from mlx_edgelora.training.step import Engine
+from mlx_edgelora.training.trained import PagedTrained, ResidentTrained, Trained
 from mlx_edgelora.training.training_loss import check_loss, training_loss
 
 # What MLX may keep of freed buffers: enough for one block's to be used again, where its
@@ -97,20 +98,25 @@ def open_engine(
     mx.random.seed(config.seed)
     _adapt(lazy.model, config)
     kernel = set_kernel(lazy.model, config.kernel)
-    meter = DiskMeter()
-    attached = attach(lazy, streamed=config.weights == "streamed", dtype=config.dtype, meter=meter)
-    store, where = _store(config, meter)
-    try:
-        walk = BlockWalk(lazy.model, store, attached.weights, mx.default_device() == mx.gpu)
+    meter, place = DiskMeter(), _spill_place(config)
+    with ExitStack() as stack:
+        trained, home = _trained(lazy.model, config, place, meter)
+        stack.enter_context(closing(trained))
+        _resume(trained, lazy.model, config)
+        streamed = config.weights == "streamed"
+        attached = attach(lazy, streamed=streamed, dtype=config.dtype, meter=meter)
+        store, where = _store(config, place, meter)
+        stack.enter_context(closing(store))
+        on_gpu = mx.default_device() == mx.gpu
+        walk = BlockWalk(lazy.model, store, attached.weights, on_gpu, trained)
         lazy.model.train()
-        trained = sum(value.size for _, value in tree_flatten(lazy.model.trainable_parameters()))
-        notify(f"model {lazy.checkpoint.path}, {trained:,} trained parameters")
+        count = sum(value.size for _, value in tree_flatten(lazy.model.trainable_parameters()))
+        notify(f"model {lazy.checkpoint.path}, {count:,} trained parameters {home}")
         notify(f"weights {config.weights}; quantized products: {kernel}")
         notify(f"loss over {attached.logits}; activations {where}")
         notify(f"last block for {walk.last_block}")
-        yield Engine(lazy.model, walk, attached.head, meter), tokenizer, lazy.vocabulary
-    finally:
-        store.close()
+        engine = Engine(lazy.model, walk, attached.head, meter, trained=trained)
+        yield engine, tokenizer, lazy.vocabulary
 
 
 def _with_embedded(config: TrainConfig) -> TrainConfig:
@@ -166,11 +172,21 @@ def _adapt(model: nn.Module, config: TrainConfig) -> None:
         model.freeze()
         return
     add_lora(model, config.num_layers, lora.rank, lora.scale, lora.dropout, lora.keys)
-    if config.resume_adapter_file is None:
-        return
-    shapes = {name: value.shape for name, value in tree_flatten(model.trainable_parameters())}
-    weights = load_adapter_weights(config.resume_adapter_file, shapes)
-    model.load_weights(list(weights.items()), strict=False)
+
+
+def _trained(
+    model: nn.Module, config: TrainConfig, place: tuple[str | Path, str], meter: DiskMeter
+) -> tuple[Trained, str]:
+    if config.adapters == "resident":
+        return ResidentTrained(model), "in memory (as asked)"
+    folder, why = place
+    return PagedTrained(model, folder, meter), f"in {folder} ({why})"
+
+
+def _resume(trained: Trained, model: nn.Module, config: TrainConfig) -> None:
+    if config.resume_adapter_file is not None:
+        shapes = {name: value.shape for name, value in tree_flatten(model.trainable_parameters())}
+        trained.load(read_adapter_weights(config.resume_adapter_file, shapes))
 
 
 def _data(
@@ -198,13 +214,22 @@ def _tested(loss: float, tokens: int) -> str:
     return f"test loss {loss:.3f}, perplexity {perplexity:.3f} on {tokens} tokens"
 
 
-def _store(config: TrainConfig, meter: DiskMeter) -> tuple[ActivationStore, str]:
+def _store(
+    config: TrainConfig, place: tuple[str | Path, str], meter: DiskMeter
+) -> tuple[ActivationStore, str]:
     if config.activations == "ram":
         return RamStore(), "in memory (as asked)"
-    if config.spill_dir:
-        return MappedStore(config.spill_dir, meter), f"in {config.spill_dir} (as asked)"
-    folder, why = spill_folder([tempfile.gettempdir(), _user_cache()])
+    folder, why = place
     return MappedStore(folder, meter), f"in {folder} ({why})"
+
+
+def _spill_place(config: TrainConfig) -> tuple[str | Path, str]:
+    """The folder of scratch files, and why it is this one."""
+    if config.spill_dir:
+        return config.spill_dir, "as asked"
+    if not config.writes_scratch:
+        return "", "no scratch file is written"
+    return spill_folder([tempfile.gettempdir(), _user_cache()])
 
 
 def _cache(config: TrainConfig) -> Path:

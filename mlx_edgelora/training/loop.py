@@ -6,6 +6,7 @@ Where it differs from `mlx_lm.tuner.trainer.train`, on purpose:
 - the last `iters % grad_accumulation_steps` batches are applied, as their own mean;
 - every validation sees the same batches, in evaluation mode and with exact sums;
 - a loss or gradient that is not finite ends the run before it reaches a parameter;
+- with `max_grad_norm` the mean of the accumulated gradients is clipped by its global norm;
 - the random key (dropout, LoRA initialisation) is left to the caller: seed it before
   the adapters are made. `config.seed` orders the batches here.
 """
@@ -17,8 +18,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import mlx.core as mx
 import mlx.optimizers as optimizers
-from mlx.utils import tree_flatten
 
 from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.data.batches import Batch, iterate_batches
@@ -31,10 +32,11 @@ from mlx_edgelora.training.evaluate import Engine, evaluate, limit_cache
 from mlx_edgelora.training.files import make_folder
 from mlx_edgelora.training.finite import first_non_finite
 from mlx_edgelora.training.log import RunLog
-from mlx_edgelora.training.optimizer import accumulate, divide, update
+from mlx_edgelora.training.optimizer import clip_factor
 from mlx_edgelora.training.progress import Progress
 from mlx_edgelora.training.report import Report, UsageMeter, Window
 from mlx_edgelora.training.text import some
+from mlx_edgelora.training.trained import Arrays
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,9 @@ class _Run:
         self._log = log
         self._meter = UsageMeter(engine.disk)
         self._window = Window(self._meter)
-        self._gradients: dict | None = None
+        self._trained = engine.trained
+        self._trained.start(optimizer)
+        self._not_finite: str | None = None  # the first such gradient
         self._accumulated = 0
         self._trained_tokens = 0
         self._iteration = 0
@@ -138,14 +142,12 @@ class _Run:
     def step(self, iteration: int, batch: Batch) -> None:
         """One batch: loss, gradients and, when enough are summed, an optimizer update."""
         start = time.perf_counter()
-        (loss, tokens), gradients = self._engine.value_and_grad(batch)
+        loss, tokens = self._engine.backward(batch, self._take)
         loss = loss.item()
-        self._check_finite(iteration, batch, loss, gradients)
-        self._gradients = accumulate(self._gradients, gradients)
+        self._check_finite(iteration, batch, loss)
         self._accumulated += 1
-        del gradients
         if self.is_due(self._config.grad_accumulation_steps, iteration):
-            self._update()
+            self._update(iteration)
             self._updated = iteration
         self._iteration = iteration
         limit_cache(self._config.clear_cache_threshold)
@@ -153,12 +155,28 @@ class _Run:
         self._window.add(loss, tokens, time.perf_counter() - start)
         self._progress.step(self._make_report("train_loss", self._window, iteration))
 
-    def _update(self) -> None:
-        gradients, self._gradients = self._gradients, None
-        if self._accumulated > 1:
-            gradients = divide(gradients, self._accumulated)
-        self._accumulated = 0
-        update(self._engine.model, self._optimizer, gradients)
+    def _take(self, gradients: Arrays) -> None:
+        """Add gradients to the sum, up to the first ones that are not finite."""
+        if self._not_finite is None:
+            self._not_finite = first_non_finite(gradients)
+        if self._not_finite is None:
+            self._trained.add(gradients)
+
+    def _update(self, iteration: int) -> None:
+        count, self._accumulated = self._accumulated, 0
+        self._trained.update(self._optimizer, count, self._clipping(iteration, count))
+
+    def _clipping(self, iteration: int, count: int) -> mx.array | None:
+        """What the mean of the gradients is multiplied by; None where they are not clipped."""
+        if self._config.max_grad_norm is None:
+            return None
+        norm = self._trained.norm(count)
+        if not math.isfinite(norm.item()):
+            raise EdgeLoraError(
+                f"step {iteration}: the norm of the gradients is {norm.item()}, expected a finite "
+                f"number; lower the learning rate; {self.standing()}"
+            )
+        return clip_factor(norm, self._config.max_grad_norm)
 
     def report(self, iteration: int) -> None:
         """Report the training loss since the last report."""
@@ -185,8 +203,7 @@ class _Run:
 
     def save(self, iteration: int, numbered: bool) -> None:
         """Put the adapter of this step on disk, under its number as well if asked."""
-        weights = dict(tree_flatten(self._engine.model.trainable_parameters()))
-        folder = Path(self._config.adapter_path)
+        folder, weights = Path(self._config.adapter_path), self._trained.weights()
         save_adapters(folder, weights, self._config.to_dict(), iteration if numbered else None)
         self._saved = iteration
         self._progress.saved(iteration, folder)
@@ -236,12 +253,12 @@ class _Run:
             if not finished and self._updated > self._saved:
                 self.save(self._updated, numbered=False)
 
-    def _check_finite(self, iteration: int, batch: Batch, loss: float, gradients: dict) -> None:
+    def _check_finite(self, iteration: int, batch: Batch, loss: float) -> None:
         what = None
         if not math.isfinite(loss):
             what = f"loss is {loss}"
-        elif (name := first_non_finite(dict(tree_flatten(gradients)))) is not None:
-            what = f"the gradient of {name} holds NaN or infinity"
+        elif self._not_finite is not None:
+            what = f"the gradient of {self._not_finite} holds NaN or infinity"
         if what is not None:
             rows = some([self._place(index) for index in batch.indices])
             raise EdgeLoraError(

@@ -6,12 +6,12 @@ reuse as soon as its block is done. The arithmetic, and so every bit of the resu
 that of `optimizer.update(model, gradients)`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optimizers
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import build_schedule
 
 from mlx_edgelora.config import OPTIMIZERS, TrainConfig
@@ -74,22 +74,44 @@ def update(model: nn.Module, optimizer: optimizers.Optimizer, gradients: dict) -
     _evaluate_by_block(model.trainable_parameters(), optimizer.state)
 
 
-def accumulate(total: dict | None, gradients: dict) -> dict:
-    """The evaluated sum of two gradient trees; both are emptied. `None` counts as zero."""
-    if total is None:
-        return gradients
-    result = tree_map(mx.add, gradients, total)
-    total.clear()
-    gradients.clear()
+def scaled(
+    gradients: dict[str, mx.array], count: int, factor: mx.array | None = None
+) -> dict[str, mx.array]:
+    """Gradients by name divided by `count`, times `factor`, not yet evaluated; empties them."""
+    result = {}
+    for name in list(gradients):
+        gradient = gradients.pop(name)
+        if count > 1:
+            gradient = gradient / count
+        if factor is not None:
+            gradient = (gradient * factor).astype(gradient.dtype)
+        result[name] = gradient
+    return result
+
+
+def squares(gradients: Mapping[str, mx.array], count: int) -> dict[str, mx.array]:
+    """Sum of squares of each gradient divided by `count`: float32 scalars, evaluated."""
+    result = {}
+    for name, gradient in gradients.items():
+        mean = gradient / count if count > 1 else gradient
+        result[name] = mean.astype(mx.float32).square().sum()
     _evaluate_by_block(result)
     return result
 
 
-def divide(gradients: dict, count: int) -> dict:
-    """The tree divided by `count`, not yet evaluated, so that `update` does it by blocks."""
-    result = tree_map(lambda gradient: gradient / count, gradients)
-    gradients.clear()
-    return result
+def global_norm(squares: Mapping[str, mx.array], order: Iterable[str]) -> mx.array:
+    """Root of the sum in this order, as in `mlx.optimizers.clip_grad_norm`; evaluated."""
+    total = mx.array(0.0)
+    for name in order:
+        total = total + squares[name]
+    norm = mx.sqrt(total)
+    mx.eval(norm)
+    return norm
+
+
+def clip_factor(norm: mx.array, max_norm: float) -> mx.array:
+    """What gradients of this norm are multiplied by so that it is `max_norm` at most."""
+    return mx.minimum(max_norm / (norm + 1e-6), 1.0)
 
 
 def _evaluate_by_block(*trees: dict) -> None:

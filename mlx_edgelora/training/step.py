@@ -1,5 +1,7 @@
 """One training step's loss and gradients: the walk over blocks and the masked, tiled loss."""
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -13,6 +15,7 @@ from mlx_edgelora.memory.blockwise import Arrays, BlockWalk, Pass
 from mlx_edgelora.memory.gradients import add_into, gradient_tree
 from mlx_edgelora.memory.meter import DiskMeter
 from mlx_edgelora.model.head import ModelHead
+from mlx_edgelora.training.trained import ResidentTrained, Trained
 
 Loss = CrossEntropy | ApproximateCrossEntropy
 
@@ -33,6 +36,8 @@ class Engine:
         disk: counts what the weights and the store read and write.
         training_loss: the exact one by default. Evaluation is always exact, and a head that
             is None takes no other than an exact one.
+        trained: where trained parameters are, the source of the walk's adapters; by default
+            the model.
     """
 
     def __init__(
@@ -42,24 +47,44 @@ class Engine:
         head: ModelHead | None,
         disk: DiskMeter,
         training_loss: Loss | None = None,
+        trained: Trained | None = None,
     ) -> None:
         self.model, self.disk = model, disk
+        self.trained = ResidentTrained(model) if trained is None else trained
         self._walk, self.head = walk, head
         self._exact = CrossEntropy()
         self.training_loss = training_loss or self._exact
 
     def value_and_grad(self, batch: Batch) -> tuple[tuple[mx.array, int], dict]:
         """Mean loss over the labelled tokens, their count, and all gradients, evaluated."""
+        gradients: Arrays = {}
+        result = self.backward(batch, gradients.update)
+        return result, gradient_tree(self.model, gradients)
+
+    def backward(self, batch: Batch, sink: Callable[[Arrays], None]) -> tuple[mx.array, int]:
+        """Mean loss over the labelled tokens, and their count; gradients go to `sink`.
+
+        It is called with evaluated gradients by name, of one block at a time from the last
+        one down, and at the end of what lies outside the blocks; no name comes twice. What
+        it does not keep is gone before the next block is computed.
+        """
         tokens, rows, labels = _labelled(batch)
         with self._walk.forward(lambda: self.model(tokens), rows=rows) as state:
             hidden, state.hidden = state.hidden[0], None
-            loss, piece, gradients = self._loss(state, hidden, labels, gradient=True)
+            loss, piece, outside = self._loss(state, hidden, labels, gradient=True)
             state.cotangent = piece.astype(hidden.dtype)[None]
             del hidden, piece
             mx.eval(state.cotangent)
             for more in self._walk.backward(state):
-                add_into(gradients, more)
-        return (loss, labels.size), gradient_tree(self.model, gradients)
+                if any(map(self._walk.blocks.local, more)):
+                    sink(more)
+                else:
+                    add_into(outside, more)
+                del more
+        if outside:
+            mx.eval(outside)
+            sink(outside)
+        return loss, labels.size
 
     def loss(self, batch: Batch) -> tuple[mx.array, int]:
         """Mean loss over the labelled tokens, and their count; nothing is kept or spilled."""

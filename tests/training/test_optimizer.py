@@ -8,7 +8,7 @@ from mlx.utils import tree_flatten, tree_map
 from training_helpers import make_model
 
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.training.optimizer import accumulate, build_optimizer, divide, update
+from mlx_edgelora.training.optimizer import build_optimizer, update
 
 SETTINGS = {
     "adam": {"bias_correction": True},
@@ -83,29 +83,11 @@ def test_update_peaks_at_a_few_arrays_whatever_the_depth():
     assert peak_of_update(at_once) > 12  # the measure sees what the blocks save
 
 
-def test_update_and_accumulate_empty_what_they_were_given():
+def test_update_empties_what_it_was_given():
     model, optimizer = make_model(), build_optimizer(config())
-    first, second = random_gradients(model, 0), random_gradients(model, 1)
-    total = accumulate(first, second)
-    assert first == {}
-    assert second == {}
-    update(model, optimizer, total)
-    assert total == {}
-
-
-def test_accumulate_and_divide_give_the_mean():
-    model = make_model()
-    gradients = [random_gradients(model, step) for step in range(3)]
-    expected = {
-        name: sum(flat(tree)[name] for tree in gradients) / 3 for name in flat(gradients[0])
-    }
-    total = None
-    for tree in gradients:
-        total = accumulate(total, tree)
-    mean = flat(divide(total, 3))
-    assert mean.keys() == expected.keys()
-    for name, array in expected.items():
-        assert mx.allclose(mean[name], array, rtol=1e-6, atol=1e-7), name
+    gradients = random_gradients(model, 0)
+    update(model, optimizer, gradients)
+    assert gradients == {}
 
 
 @pytest.mark.parametrize(

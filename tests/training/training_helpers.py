@@ -3,10 +3,12 @@
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_edgelora.memory.meter import DiskMeter
+from mlx_edgelora.training.trained import ResidentTrained
 
 VOCABULARY = 50
 # Of a record of the log, behind `iteration` and the loss.
@@ -46,6 +48,7 @@ class PlainEngine:
     def __init__(self, model):
         self.model = model
         self.disk = DiskMeter()
+        self.trained = ResidentTrained(model)
         self._value_and_grad = nn.value_and_grad(model, self._mean_loss)
 
     def _mean_loss(self, tokens, mask):
@@ -60,6 +63,11 @@ class PlainEngine:
         self.disk.add_read(1000)
         self.disk.add_written(500)
         return (loss, int(mask.sum())), gradients
+
+    def backward(self, batch, sink):
+        result, gradients = self.value_and_grad(batch)
+        sink(dict(tree_flatten(gradients)))
+        return result
 
     def loss(self, batch):
         mask = batch.mask()
