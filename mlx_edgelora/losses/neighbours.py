@@ -17,18 +17,27 @@ def nearest(head: Head, tokens: mx.array, k: int, tile_bytes: int = TILE_BYTES) 
     """Find the k tokens whose rows of the head point most nearly the same way as each of some.
 
     Args:
-        head: see `Head`; its adapter and biases are left out of account.
-        tokens: int [n]; a few hundred at a time, for which the head is read once.
+        head: see `Head`; its adapter and biases are left out of account. Rows shorter than
+            1e-10 count as zero: like nothing but themselves.
+        tokens: int [n], at least one; a few hundred at a time: the head is read once for all.
         k: from 1 to the size of the vocabulary.
         tile_bytes: bound on a tile of rows and on its similarities.
 
     Returns:
         int32 [n, k], evaluated, the nearest first: the token itself.
 
-    Memory: about three times `tile_bytes`, and 16 n k bytes.
+    Raises:
+        ValueError: k or a token does not fit the vocabulary.
+
+    Memory: about three times `tile_bytes`, and 32 n k bytes.
     """
     if not 1 <= k <= head.vocabulary:
         raise ValueError(f"k: got {k}, expected 1 to {head.vocabulary}, the vocabulary of the head")
+    if not tokens.size or tokens.min().item() < 0 or tokens.max().item() >= head.vocabulary:
+        raise ValueError(
+            f"tokens: got {tokens.tolist()[:10]}, expected some from 0 to {head.vocabulary - 1}, "
+            "the vocabulary of the head"
+        )
     wanted = _directions(head.unpack(head.take(tokens)))
     count = tokens.size
     best = mx.full((count, 0), -mx.inf)
