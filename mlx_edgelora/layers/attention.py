@@ -92,6 +92,68 @@ def tiled_attention(
     return _attention(setting)(q, k, v, *extra)[0]
 
 
+def attention_forward(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    scale: float,
+    mask: Mask,
+    sinks: mx.array | None,
+    tile_bytes: int = TILE_BYTES,
+) -> tuple[mx.array, mx.array]:
+    """The same outside of traces, with what `attention_backward` needs.
+
+    Returns:
+        The output, and maximum and sum of the softmax, float32 [B, H, Tq, 2].
+    """
+    _check(q, k, v, mask, None, sinks, tile_bytes)
+    return _forward(_grid(q, k, v, scale, mask, sinks, tile_bytes))
+
+
+def attention_backward(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    output: mx.array,
+    statistics: mx.array,
+    cotangent: mx.array,
+    *,
+    scale: float,
+    mask: Mask,
+    tile_bytes: int = TILE_BYTES,
+) -> list[mx.array]:
+    """The gradients of q, k and v through some of the keys a query sees.
+
+    Args:
+        q, k, v, scale, mask, tile_bytes: as of `tiled_attention`; keys and values may be a
+            part of those that made `output`, and the mask is theirs. Over all parts the
+            gradients of q add up.
+        output, statistics: of `attention_forward` over all keys.
+        cotangent: of the output.
+    """
+    _check(q, k, v, mask, None, None, tile_bytes)
+    grid = _grid(q, k, v, scale, mask, None, tile_bytes)
+    return _backward(grid, cotangent, output, statistics)
+
+
+def _grid(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    scale: float,
+    mask: Mask,
+    sinks: mx.array | None,
+    tile_bytes: int,
+) -> "_Grid":
+    extra = [] if sinks is None else [sinks]
+    if mask is not None and not isinstance(mask, str):
+        extra.append(mask.reshape((1,) * (4 - mask.ndim) + mask.shape))
+    causal = isinstance(mask, str)
+    setting = _Setting(float(scale), causal, None, sinks is not None, int(tile_bytes))
+    return _Grid(setting, (q, k, v, *extra))
+
+
 class Backend(NamedTuple):
     """What decides whether MLX has a fused kernel: "cpu", "metal" or "cuda", and versions."""
 

@@ -11,8 +11,9 @@ Why not inside one `mx.value_and_grad`: an array evaluated while a gradient is t
 keeps its whole graph, so nothing would be freed. The method is gradient checkpointing
 (arXiv 1604.06174) with the checkpoints off the heap, as in arXiv 2606.19528.
 
-Cost: one more forward of the trained blocks. Not optimal yet: the recomputation of a
-block knows nothing about its inside (attention scores are built whole on a CPU).
+Cost: one more forward of the trained blocks. With `tile_tokens` also the inside of a block is
+walked, a tile of tokens at a time (`memory/tiles.py`): hidden states then travel from block to
+block as lists of tiles, and what the model's own loop passes on is a placeholder.
 """
 
 import itertools
@@ -28,6 +29,9 @@ from mlx.utils import tree_flatten
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.memory.dropout import KeyTape, keyed_dropout
 from mlx_edgelora.memory.stores import ActivationStore, RamStore
+from mlx_edgelora.memory.tiled_pass import TiledPass
+from mlx_edgelora.memory.tiles import TiledBlock, Used
+from mlx_edgelora.model.attention import attention_replaced, bounded
 from mlx_edgelora.model.blocks import (
     BlockList,
     Handler,
@@ -37,7 +41,9 @@ from mlx_edgelora.model.blocks import (
     signature,
 )
 from mlx_edgelora.model.labelled import LastBlock, put_rows, take_rows
+from mlx_edgelora.model.parts import BlockParts
 from mlx_edgelora.model.sources import ResidentWeights, TogetherWeights, WeightSource
+from mlx_edgelora.model.tiling import Tiling
 from mlx_edgelora.model.walkable import check_walk
 
 Arrays = dict[str, mx.array]
@@ -75,6 +81,8 @@ class Pass:
             n rows of it were asked for; whoever is done with it sets it to None, so that
             its memory is free during the backward.
         cotangent: the loss's gradient with respect to `hidden`, set before `backward`.
+        whole: the blocks that a pass by tiles computes whole; None for another pass.
+        tiles: the tiles of such a pass.
     """
 
     run: Callable[[], Any]
@@ -85,6 +93,8 @@ class Pass:
     hidden: mx.array | None = None
     cotangent: mx.array | None = None
     calls: dict[int, _Call] = field(default_factory=dict)
+    whole: frozenset[int] | None = None
+    tiles: TiledPass | None = None
     entry_keys: list[mx.array] = field(default_factory=list)
 
 
@@ -100,6 +110,9 @@ class BlockWalk:
             it calls a C++ compiler for every fused kernel, which takes seconds.
         adapters: where trained parameters of the blocks come from; by default they are in
             the model. What lies outside the blocks always is.
+        tile_tokens: compute blocks for so many tokens at a time, where they can be; None
+            for all at once.
+        prefetch: read the next block's weights while one is computed.
 
     Raises:
         EdgeLoraError: the architecture cannot be walked.
@@ -112,13 +125,18 @@ class BlockWalk:
         weights: WeightSource | None = None,
         compiled: bool = False,
         adapters: WeightSource | None = None,
+        tile_tokens: int | None = None,
+        prefetch: bool = True,
     ) -> None:
         self.model = model
         self.blocks = BlockList(model)
         self.store = RamStore() if store is None else store
         self.weights = ResidentWeights() if weights is None else weights
         self.adapters = ResidentWeights() if adapters is None else adapters
-        self._last = LastBlock(self.blocks, TogetherWeights(self.weights, self.adapters))
+        self._tile_tokens, self._prefetches = tile_tokens, prefetch
+        together = TogetherWeights(self.weights, self.adapters)
+        self._last, self._tiling = (kind(self.blocks, together) for kind in (LastBlock, Tiling))
+        self._used: dict[int, Used] = {}
         self._functions: dict[tuple[str, bool], Callable] | None = {} if compiled else None
         self._entry_trained: dict[tuple[str, ...], bool] = {}
         # One for good: a compiled backward and the dropout layers must mean the same tape.
@@ -130,6 +148,13 @@ class BlockWalk:
     def last_block(self) -> str:
         """For which tokens the last block is computed where rows are asked for, and why."""
         return str(self._last.choice())
+
+    @property
+    def tiling(self) -> str:
+        """Which blocks are computed by tiles of tokens, and why others are not."""
+        if self._tile_tokens is None:
+            return "none: all tokens at once"
+        return f"{self._tile_tokens} tokens at a time in {self._tiling.summary()}"
 
     @contextmanager
     def forward(
@@ -147,10 +172,13 @@ class BlockWalk:
         Raises:
             ValueError: rows are not what they should be.
         """
-        with keyed_dropout(self.model, self._tape):
+        with keyed_dropout(self.model, self._tape), attention_replaced(bounded):
             first, entry = self._reach(run) if keep else (len(self.blocks), False)
             spared = rows is not None and self._last.choice().spared
             state = Pass(run, first, entry, rows, spared)
+            if self._tile_tokens is not None:
+                indices = range(len(self.blocks))
+                state.whole = frozenset(i for i in indices if not self._tiling.of(i).possible)
             with self._tape.recording() as state.entry_keys:
                 state.hidden = self._stopped(run, lambda *call: self._run_block(state, *call))
             yield state
@@ -182,8 +210,9 @@ class BlockWalk:
             whoever puts one block's away has no more than these in memory. The pass cannot
             be used again.
         """
+        by_block = self._block_backward if state.tiles is None else self._tiled_backward
         for index in range(len(self.blocks) - 1, state.first - 1, -1):
-            yield self._block_backward(state, index)
+            yield by_block(state, index)
         if state.entry:
             yield self._entry_backward(state)
 
@@ -195,6 +224,8 @@ class BlockWalk:
     def _run_block(
         self, state: Pass, index: int, x: mx.array, args: tuple, kwargs: dict
     ) -> mx.array:
+        if state.whole is not None:
+            return self._run_tiled(state, index, x, args, kwargs)
         block = self.blocks.blocks[index]
         if index == state.first:
             mx.eval(x)
@@ -204,10 +235,7 @@ class BlockWalk:
         last = index + 1 == len(self.blocks)
         if last and state.spared:
             state.spared = state.rows.size < x.shape[0] * x.shape[1]
-        weights = self.weights.block(index)
-        if not last:
-            self.weights.prefetch(index + 1)
-        weights |= self.adapters.block(index)
+        weights = self._arrays_of(index, None if last else index + 1)
         with self._tape.recording() as keys, bound(array_slots(block), weights):
             del weights
             out = self._called(state, index)(x, *args, **kwargs)
@@ -220,6 +248,77 @@ class BlockWalk:
             raise _Reached(out)
         return out
 
+    def _arrays_of(self, index: int, following: int | None) -> Arrays:
+        """All that is bound to a block for a visit; the block that follows is read ahead."""
+        weights = self.weights.block(index)
+        if following is not None and self._prefetches:
+            self.weights.prefetch(following)
+        return weights | self.adapters.block(index)
+
+    def _run_tiled(
+        self, state: Pass, index: int, x: mx.array, args: tuple, kwargs: dict
+    ) -> mx.array:
+        last = index + 1 == len(self.blocks)
+        if index == 0:
+            state.tiles = TiledPass(self._tile_tokens, x, self.store, state.first, len(self.blocks))
+        if index >= state.first:
+            state.tiles.keep(index)
+        if last and state.spared:
+            state.spared = state.rows.size < x.shape[0] * x.shape[1]
+        block, weights = (
+            self.blocks.blocks[index],
+            self._arrays_of(index, None if last else index + 1),
+        )
+        with self._tape.recording() as keys, bound(array_slots(block), weights):
+            del weights
+            if index in state.whole:
+                called = self._called(state, index)
+                state.tiles.forward_whole(lambda x: called(x, *args, **kwargs))
+            else:
+                state.tiles.forward(self._tiled(state, index, args, kwargs))
+        if index >= state.first:
+            state.calls[index] = _Call(args, kwargs, keys)
+        if last:
+            raise _Reached(state.tiles.result(state.rows, state.spared))
+        return mx.zeros(x.shape, x.dtype)  # never computed: the model's loop hands it on
+
+    def _tiled(self, state: Pass, index: int, args: tuple, kwargs: dict) -> TiledBlock:
+        block = self.blocks.blocks[index]
+        rows = state.rows if state.spared and index + 1 == len(self.blocks) else None
+        used = self._used.setdefault(index, {})
+        return state.tiles.tiled(BlockParts(block, args, kwargs), array_slots(block), used, rows)
+
+    def _tiled_backward(self, state: Pass, index: int) -> Arrays:
+        last, onward = index + 1 == len(self.blocks), index > state.first or state.entry
+        call = state.calls[index]
+        tiled = None if index in state.whole else self._tiled(state, index, call.args, call.kwargs)
+        if last:
+            cotangent, state.cotangent = state.cotangent, None
+            state.tiles.begin_backward(cotangent, tiled if state.spared else None)
+            del cotangent
+        if tiled is None:
+            state.cotangent = state.tiles.cotangent()
+            gradients = self._block_backward(state, index)
+            if onward:
+                state.tiles.set_cotangent(state.cotangent)
+        else:
+            del state.calls[index]
+            block, weights = self.blocks.blocks[index], self._arrays_of(index, None)
+            trained = {
+                name: weights.get(name, value)
+                for name, value in tree_flatten(block.trainable_parameters())
+            }
+            with bound(array_slots(block), weights):
+                del weights
+                if index > state.first and self._prefetches:
+                    self.weights.prefetch(index - 1)
+                found = state.tiles.backward(index, tiled, trained, onward)
+            name = f"{self.blocks.prefix}{index}."
+            gradients = {name + local: value for local, value in found.items()}
+        if index == state.first and state.entry:
+            state.cotangent = state.tiles.cotangent()
+        return gradients
+
     def _called(self, state: Pass, index: int) -> Callable[..., mx.array]:
         """What is called, and differentiated, where a block is due."""
         if state.spared and index + 1 == len(self.blocks):
@@ -231,14 +330,24 @@ class BlockWalk:
         trained = dict(tree_flatten(self.blocks.blocks[index].trainable_parameters()))
         trained |= self.adapters.block(index)
         onward = index > state.first or state.entry
-        weights, x = self.weights.block(index), self.store.take(index - state.first)
-        if index + 1 == len(self.blocks) and state.rows is not None and not state.spared:
+        weights = self.weights.block(index)
+        if state.tiles is None:
+            x = self.store.take(index - state.first)
+        else:
+            x = state.tiles.input(index)
+        if (
+            state.tiles is None
+            and index + 1 == len(self.blocks)
+            and state.rows is not None
+            and not state.spared
+        ):
             state.cotangent = put_rows(state.cotangent, state.rows, x.shape)
         operands = [list(trained.values()), weights, x, state.cotangent]
         state.cotangent = None
         del weights, x
-        if index > state.first:
+        if index > state.first and self._prefetches:
             self.weights.prefetch(index - 1)
+        if index > state.first and state.tiles is None:
             self.store.prefetch(index - 1 - state.first)
         gradients = self._vjp(state, index, list(trained), onward)(operands, call)
         del operands

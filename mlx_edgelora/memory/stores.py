@@ -39,8 +39,8 @@ class ActivationStore(Protocol):
     def prefetch(self, slot: int) -> None:
         """Begin to bring an array back."""
 
-    def take(self, slot: int) -> mx.array:
-        """Give an array back and forget it."""
+    def take(self, slot: int, keep: bool = False) -> mx.array:
+        """Give an array back, and forget it unless it is to be kept."""
 
     def close(self) -> None:
         """Give everything back to the system."""
@@ -63,9 +63,9 @@ class RamStore:
     def prefetch(self, slot: int) -> None:
         """Nothing to do: the array is here."""
 
-    def take(self, slot: int) -> mx.array:
+    def take(self, slot: int, keep: bool = False) -> mx.array:
         """Give the array back."""
-        return self._arrays.pop(slot)
+        return self._arrays[slot] if keep else self._arrays.pop(slot)
 
     def close(self) -> None:
         """Forget what is there."""
@@ -131,18 +131,21 @@ class MappedStore:
         target = to_numpy(array).reshape(-1).view(np.uint8)
         self._reading[slot] = (array, self._worker.submit(self._read, slot, target))
 
-    def take(self, slot: int) -> mx.array:
+    def take(self, slot: int, keep: bool = False) -> mx.array:
         """Give the array of a slot back, waiting for it if need be."""
         self._wait_for_write()
         if self._wraps:
-            kept = self._kept.pop(slot)
+            kept = self._kept[slot]
             self._meter.add_read(kept.nbytes)
             region = mx.asarray(self._region(slot, kept.nbytes), copy=False)
+            if not keep:
+                del self._kept[slot]
             return region.view(kept.dtype).reshape(kept.shape)
         self.prefetch(slot)
         array, reading = self._reading.pop(slot)
         reading.result()
-        del self._kept[slot]
+        if not keep:
+            del self._kept[slot]
         return array
 
     def close(self) -> None:

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 import mlx.core as mx
 from mlx_lm.models import base
 
+from mlx_edgelora.layers.attention import tiled_attention, use_fused
+
 # (queries [B, H, Tq, D], keys [B, Hkv, Tk, D], values [B, Hkv, Tk, Dv], cache, scale, mask,
 # sinks=None) -> [B, H, Tq, Dv]; the last four by position or by name.
 Attention = Callable[..., mx.array]
@@ -36,8 +38,8 @@ def attention_replaced(function: Callable[..., mx.array]) -> Iterator[None]:
     def replacement(*args: object, **kwargs: object) -> mx.array:
         return function(original, *args, **kwargs)
 
-    _exchange(original, replacement)
     try:
+        _exchange(original, replacement)
         yield
     finally:
         # Looked for again: a module that was imported meanwhile took the replacement.
@@ -47,6 +49,31 @@ def attention_replaced(function: Callable[..., mx.array]) -> Iterator[None]:
 def _exchange(old: Attention, new: Attention) -> None:
     """Put `new` wherever a module of the package holds `old`, under whatever name."""
     for name, module in list(sys.modules.items()):
-        if name.startswith(PACKAGE):
+        # None stands for a module that may not be imported.
+        if name.startswith(PACKAGE) and module is not None:
             for key in [key for key, value in vars(module).items() if value is old]:
                 setattr(module, key, new)
+
+
+def bounded(
+    original: Attention,
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    cache: object,
+    scale: float,
+    mask: mx.array | str | None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """For `attention_replaced`: the same, but tokens x tokens is never held, forward or backward.
+
+    MLX's own where it has a fused gradient, in tiles elsewhere. With a cache, or what tiles
+    do not know, `original` as it is.
+    """
+    known = mask is None or isinstance(mask, mx.array) or mask == "causal"
+    same = {queries.dtype, keys.dtype, values.dtype} == {queries.dtype}
+    if cache is not None or not known or not same:
+        return original(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
+    if use_fused(queries, keys, values, mask=mask, sinks=sinks)[0]:
+        return original(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
+    return tiled_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)

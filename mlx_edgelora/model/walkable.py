@@ -105,7 +105,7 @@ def _check_tail(blocks: BlockList, hidden: mx.array) -> None:
     used: set[int] = set()
 
     def logits(hidden: mx.array) -> mx.array:
-        with blocks.intercepted(lambda index, *_: _watched(lambda: used.add(index))(hidden)):
+        with blocks.intercepted(lambda index, *_: watched(lambda: used.add(index))(hidden)):
             return blocks.model(mx.array([[1, 2, 3, 4]])).sum()
 
     mx.grad(logits)(hidden)
@@ -114,7 +114,7 @@ def _check_tail(blocks: BlockList, hidden: mx.array) -> None:
         raise _refusal(blocks, min(early), "its output is used behind the last block too")
 
 
-def _watched(when_reached: Callable[[], None]) -> Callable[[mx.array], mx.array]:
+def watched(when_reached: Callable[[], None]) -> Callable[[mx.array], mx.array]:
     """An identity that tells when a gradient passes through it."""
 
     @mx.custom_function

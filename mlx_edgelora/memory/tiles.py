@@ -1,0 +1,404 @@
+"""One block forward and backward, a tile of tokens at a time: nothing of tokens x hidden but once.
+
+A tile is a span of tokens of every row of the batch. What the block does before and after
+attention is run for one tile and evaluated; of the whole length there are only keys, values
+and their gradients. Forward: keys and values of all tiles, then for each tile its queries,
+attention over the keys they see, and the rest of the block. Backward, from the last tile:
+
+    q = before(x);  o = attention(q, K, V);  (dx, do) = after'(x, o; dy)
+    (dq, dK[c], dV[c]) = attention'(...) for each tile c of keys;  dx += before'(x; dq)
+
+and when dK and dV are whole, `dx += before'(x; dK, dV)` for each tile. The input of a block
+stays in the activation store, tile by tile, and the gradient of its output is overwritten by
+that of its input; so of the arrays of T x hidden one is in memory, beside 2 T (Dk + Dv) of
+key heads. Each piece is one `mx.vjp` of its own, outside of any trace.
+
+Time beside recomputing the block whole: its first norm twice more, and packed weights
+dequantized for every tile.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_edgelora.layers import attention
+from mlx_edgelora.model.blocks import Slot, bound
+from mlx_edgelora.model.parts import Asked, BlockParts, Picked, Place, Span, mask_at, tokens_at
+from mlx_edgelora.model.walkable import watched
+
+Arrays = dict[str, mx.array]
+Slots = dict[str, Slot]
+# By part of a block: the trained arrays its gradient reaches.
+Used = dict[str, list[str]]
+# Gives a tile of a block's input, [B, t, D], evaluated.
+Tile = Callable[[int], mx.array]
+
+
+def spans_of(tokens: int, size: int) -> list[Span]:
+    """Cut the tokens of a row into tiles of nearly one length, `size` at most."""
+    count = -(-tokens // size)
+    step = -(-tokens // count)
+    return [Span(start, min(start + step, tokens)) for start in range(0, tokens, step)]
+
+
+def places_of(spans: Sequence[Span], rows: np.ndarray | None, tokens: int) -> list[list[Place]]:
+    """Which tokens of each tile a block is computed for: all, or those of some rows.
+
+    Args:
+        spans: the tiles.
+        rows: int [n], ascending, of the batch * tokens rows; None for all.
+        tokens: of a row of the batch.
+    """
+    if rows is None:
+        return [[span] for span in spans]
+    batch, positions = np.divmod(rows.astype(np.int32), tokens)
+    result: list[list[Place]] = []
+    for span in spans:
+        inside = (positions >= span.start) & (positions < span.stop)
+        found = [(row, positions[inside & (batch == row)]) for row in np.unique(batch[inside])]
+        result.append([Picked(int(row), where) for row, where in found])
+    return result
+
+
+@dataclass
+class TiledBlock:
+    """One visit of a block, by tiles.
+
+    Attributes:
+        parts: the block's call; its weights are bound while methods run.
+        slots: where its arrays hang.
+        spans: the tiles.
+        places: by tile, the tokens that it is computed for.
+        used: which trained arrays each part's gradient reaches, found on the first visit;
+            the same dict for every visit of the block.
+    """
+
+    parts: BlockParts
+    slots: Slots
+    spans: list[Span]
+    places: list[list[Place]]
+    used: Used = field(default_factory=dict)
+
+    def forward(self, tile: Tile, put: Callable[[int, list[mx.array]], None]) -> None:
+        """Compute the block.
+
+        Args:
+            tile: gives a tile of the input; asked for twice.
+            put: is given each tile's outputs, one for each of its places: [B, t, D] of a
+                span, [1, m, D] of picked tokens.
+        """
+        keys, values = self._keys_and_values(tile)
+        for index, places in enumerate(self.places):
+            outputs = []
+            for place in places:
+                x = tokens_at(tile(index), self.spans[index].start, place)
+                asked = self._queries(x, place)
+                attended, _ = self._attend(asked, place, keys, values)
+                out = self.parts.after(x, place, attended)
+                del asked, attended, x
+                mx.eval(out)
+                outputs.append(out if isinstance(place, Span) else out.swapaxes(0, 1))
+            put(index, outputs)
+
+    def backward(
+        self, trained: Arrays, tile: Tile, cotangents: list[list[mx.array]], onward: bool
+    ) -> Arrays:
+        """Differentiate the block.
+
+        Args:
+            trained: the block's trained arrays by local name.
+            tile: gives a tile of the input; asked for three times.
+            cotangents: by tile, of the output at each of its places; replaced by
+                the gradient of the input, one array [B, t, D] a tile, if that is asked for.
+            onward: whether it is.
+
+        Returns:
+            The gradients of `trained`, evaluated.
+        """
+        gradients = _Sums(trained)
+        keys, values = self._keys_and_values(tile)
+        sums: list[list[mx.array] | None] = [None] * len(self.spans)
+        for index in reversed(range(len(self.spans))):
+            x = tile(index)
+            dxs = [
+                self._place_backward(
+                    gradients, x, index, place, keys, values, cotangents, sums, onward
+                )
+                for place in self.places[index]
+            ]
+            cotangents[index] = _joined(dxs, self.places[index], x, self.spans[index].start)
+            mx.eval(cotangents[index])
+            del dxs, x
+        dtype = keys.dtype
+        del keys, values
+        for index, span in enumerate(self.spans):
+            pair, sums[index] = sums[index], None
+            if pair is None:
+                continue
+            x = tile(index)
+            cotangent = [total.astype(dtype) for total in pair]
+            del pair
+            (dx,) = self._vjp(
+                gradients, "keys", lambda x, span=span: self._keys(x, span), [x], cotangent, onward
+            )
+            if onward:
+                cotangents[index] = [dx + c for c in cotangents[index]] or [dx]
+                mx.eval(cotangents[index])
+        return gradients.totals()
+
+    def _place_backward(
+        self,
+        gradients: "_Sums",
+        tile: mx.array,
+        index: int,
+        place: Place,
+        keys: mx.array,
+        values: mx.array,
+        cotangents: list[list[mx.array]],
+        sums: list[list[mx.array] | None],
+        onward: bool,
+    ) -> mx.array | None:
+        """From what the block returns at a place to its input there; adds to `sums`."""
+        x = tokens_at(tile, self.spans[index].start, place)
+        asked = self._queries(x, place)
+        attended, statistics = self._attend(asked, place, keys, values)
+        dx, dattended = self._vjp(
+            gradients,
+            "after",
+            lambda x, attended: [self.parts.after(x, place, attended)],
+            [x, attended],
+            [cotangents[index].pop(0)],
+            True,
+        )
+        dq = self._attend_backward(
+            asked, place, keys, values, attended, statistics, dattended, sums
+        )
+        del asked, attended, statistics, dattended
+        (more,) = self._vjp(
+            gradients, "queries", lambda x: [self.parts.before(x, place).q], [x], [dq], onward
+        )
+        if not onward:
+            return None
+        dx = dx + more
+        mx.eval(dx)
+        return dx
+
+    def _keys_and_values(self, tile: Tile) -> tuple[mx.array, mx.array]:
+        """Of all tokens: [B, Hkv, T, D] and [B, Hkv, T, Dv]."""
+        pieces = []
+        for index, span in enumerate(self.spans):
+            pieces.append(self._keys(tile(index), span))
+            mx.eval(pieces[-1])
+        if len(pieces) == 1:
+            return tuple(pieces[0])
+        joined = [mx.concatenate(parts, axis=2) for parts in zip(*pieces, strict=True)]
+        mx.eval(joined)
+        return tuple(joined)
+
+    def _keys(self, x: mx.array, span: Span) -> list[mx.array]:
+        asked = self.parts.before(x, span)
+        return [asked.k, asked.v]
+
+    def _queries(self, x: mx.array, place: Place) -> Asked:
+        asked = self.parts.before(x, place)
+        mx.eval(asked.q)
+        return asked
+
+    def _attend(
+        self, asked: Asked, place: Place, keys: mx.array, values: mx.array
+    ) -> tuple[mx.array, mx.array | None]:
+        """Attention of the queries over all keys they see; statistics if it is in tiles."""
+        keys, values, mask = self._seen(asked, place, keys, values)
+        options = {"scale": asked.scale, "mask": mask, "sinks": asked.sinks}
+        if self._is_fused(asked, keys, values, mask):
+            result = mx.fast.scaled_dot_product_attention(asked.q, keys, values, **options), None
+        else:
+            result = attention.attention_forward(asked.q, keys, values, **options)
+        mx.eval(result)
+        return result
+
+    def _attend_backward(
+        self,
+        asked: Asked,
+        place: Place,
+        keys: mx.array,
+        values: mx.array,
+        attended: mx.array,
+        statistics: mx.array | None,
+        cotangent: mx.array,
+        sums: list[list[mx.array] | None],
+    ) -> mx.array:
+        """The gradient of the queries; those of keys and values are added to `sums`."""
+        row = slice(None) if isinstance(place, Span) else slice(place.row, place.row + 1)
+        if statistics is None:
+            seen = self._seen(asked, place, keys, values)
+            options = {"scale": asked.scale, "mask": seen[2], "sinks": asked.sinks}
+            _, (dq, dk, dv) = mx.vjp(
+                lambda *qkv: mx.fast.scaled_dot_product_attention(*qkv, **options),
+                [asked.q, *seen[:2]],
+                [cotangent],
+            )
+            mx.eval(dq, dk, dv)
+            for index, span in enumerate(self.spans):
+                if span.start < dk.shape[2]:
+                    part = [d[:, :, span.start : span.stop] for d in (dk, dv)]
+                    self._add_to(sums, index, row, part, keys, values)
+            return dq
+        dq = None
+        for index, span in enumerate(self.spans):
+            sees, mask = mask_at(asked.mask, place, span)
+            if not sees:
+                continue
+            part = [x[row, :, span.start : span.stop] for x in (keys, values)]
+            more, *pair = attention.attention_backward(
+                asked.q,
+                *part,
+                attended,
+                statistics,
+                cotangent,
+                scale=asked.scale,
+                mask=mask,
+            )
+            more = more.astype(mx.float32)
+            dq = more if dq is None else dq + more
+            del more
+            mx.eval(dq, pair)
+            self._add_to(sums, index, row, pair, keys, values)
+        return dq.astype(asked.q.dtype)
+
+    def _add_to(
+        self,
+        sums: list[list[mx.array] | None],
+        index: int,
+        row: slice,
+        pair: list[mx.array],
+        keys: mx.array,
+        values: mx.array,
+    ) -> None:
+        """Add gradients of the keys and values of one tile, in float32."""
+        pair = [d.astype(mx.float32) for d in pair]
+        if sums[index] is None and pair[0].shape[0] < keys.shape[0]:
+            span = self.spans[index]
+            shapes = [(*x.shape[:2], span.stop - span.start, x.shape[3]) for x in (keys, values)]
+            sums[index] = [mx.zeros(shape) for shape in shapes]
+        if sums[index] is None:
+            sums[index] = pair
+        else:
+            for place, more in enumerate(pair):
+                if more.shape[0] == keys.shape[0]:
+                    sums[index][place] = sums[index][place] + more
+                else:
+                    sums[index][place][row] = sums[index][place][row] + more
+        mx.eval(sums[index])
+
+    def _seen(
+        self, asked: Asked, place: Place, keys: mx.array, values: mx.array
+    ) -> tuple[mx.array, mx.array, mx.array | str | None]:
+        """The keys and values that tokens at a place may see, and the mask between them."""
+        stop = keys.shape[2]
+        if isinstance(asked.mask, str):
+            stop = place.stop if isinstance(place, Span) else int(place.positions[-1]) + 1
+        row = slice(None) if isinstance(place, Span) else slice(place.row, place.row + 1)
+        _, mask = mask_at(asked.mask, place, Span(0, stop))
+        return keys[row, :, :stop], values[row, :, :stop], mask
+
+    def _is_fused(
+        self, asked: Asked, keys: mx.array, values: mx.array, mask: mx.array | str | None
+    ) -> bool:
+        return attention.use_fused(asked.q, keys, values, mask=mask, sinks=asked.sinks)[0]
+
+    def _vjp(
+        self,
+        gradients: "_Sums",
+        part: str,
+        function: Callable[..., list[mx.array]],
+        inputs: list[mx.array],
+        cotangents: list[mx.array],
+        onward: bool,
+    ) -> list[mx.array]:
+        """Differentiate a part of the block; gradients of its inputs are evaluated if asked for."""
+        names = self._reached(part, function, inputs, cotangents, gradients.values)
+        primals = [gradients.values[name] for name in names] + inputs
+
+        def bound_function(*primals: mx.array) -> list[mx.array]:
+            with bound(self.slots, dict(zip(names, primals[: len(names)], strict=True))):
+                return function(*primals[len(names) :])
+
+        _, found = mx.vjp(bound_function, primals, cotangents)
+        del primals, cotangents
+        results = found[len(names) :]
+        mx.eval(found[: len(names)], results if onward else [])
+        gradients.add(names, found[: len(names)])
+        return results if onward else [None] * len(results)
+
+    def _reached(
+        self,
+        part: str,
+        function: Callable[..., list[mx.array]],
+        inputs: list[mx.array],
+        cotangents: list[mx.array],
+        trained: Arrays,
+    ) -> list[str]:
+        """The trained arrays that have a gradient through a part: the others' would be zeros."""
+        if part not in self.used:
+            reached: set[str] = set()
+
+            def with_watchers(*values: mx.array) -> list[mx.array]:
+                seen = {
+                    name: watched(lambda name=name: reached.add(name))(value)
+                    for name, value in zip(trained, values, strict=True)
+                }
+                with bound(self.slots, seen):
+                    return function(*inputs)
+
+            if trained:
+                mx.vjp(with_watchers, list(trained.values()), cotangents)
+            self.used[part] = [name for name in trained if name in reached]
+        return self.used[part]
+
+
+class _Sums:
+    """Sums of gradients of a block's trained arrays over its tiles."""
+
+    def __init__(self, values: Arrays) -> None:
+        self.values = values
+        self._totals: Arrays = {}
+
+    def add(self, names: list[str], gradients: list[mx.array]) -> None:
+        """Add evaluated gradients."""
+        for name, value in zip(names, gradients, strict=True):
+            self._totals[name] = self._totals[name] + value if name in self._totals else value
+        mx.eval([self._totals[name] for name in names])
+
+    def totals(self) -> Arrays:
+        """All sums; zeros where nothing was added."""
+        zeros = {n: mx.zeros_like(v) for n, v in self.values.items() if n not in self._totals}
+        mx.eval(zeros)
+        return {name: self._totals.get(name, zeros.get(name)) for name in self.values}
+
+
+def _joined(
+    pieces: list[mx.array | None], places: list[Place], tile: mx.array, start: int
+) -> list[mx.array]:
+    """The gradients at a tile's places as one array of the tile; none if there are none."""
+    if not pieces or pieces[0] is None:
+        return []
+    if isinstance(places[0], Span):
+        return pieces
+    whole = mx.zeros(tile.shape, pieces[0].dtype)
+    for piece, place in zip(pieces, places, strict=True):
+        whole[place.row, mx.array(place.positions - start)] = piece[:, 0]
+    return [whole]
+
+
+def flat_places(places: list[list[Place]], pieces: list[list[Any]]) -> list[Any]:
+    """Pieces by tile and place in the order of the batch's rows: row by row, tile by tile."""
+    keyed = [
+        (place.row if isinstance(place, Picked) else 0, index, piece)
+        for index, (some, found) in enumerate(zip(places, pieces, strict=True))
+        for place, piece in zip(some, found, strict=True)
+    ]
+    return [piece for _, _, piece in sorted(keyed, key=lambda item: item[:2])]

@@ -1,0 +1,211 @@
+"""A block's call, a part of its tokens at a time, by its own code.
+
+Around attention a block of a transformer works token by token. So its code is run for a few
+tokens up to the call of attention, which is taken away from it (`before`), and run again
+with the answer put in its place (`after`); what is not needed of either run is never
+computed. A cache that holds nothing but a position tells it where the tokens stand. No
+architecture is named: whether all this is true of a block is tried (`model/tiling.py`).
+"""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_edgelora.model.attention import Attention, attention_replaced
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens `start` to `stop` of every row of the batch."""
+
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, eq=False)
+class Picked:
+    """Some tokens of one row of the batch, each called as a batch of one.
+
+    Attributes:
+        row: of the batch.
+        positions: int [m], ascending.
+    """
+
+    row: int
+    positions: np.ndarray
+
+
+Place = Span | Picked
+
+
+class Asked(NamedTuple):
+    """What a block asks of attention: q [B, H, t, D], k and v [B, Hkv, t, D]."""
+
+    q: mx.array
+    k: mx.array
+    v: mx.array
+    scale: float
+    mask: mx.array | str | None
+    sinks: mx.array | None
+
+
+class _Reached(Exception):
+    """Carries what a block asks of attention out of it."""
+
+    def __init__(self, asked: Asked) -> None:
+        self.asked = asked
+
+
+class _Position:
+    """Stands for a cache: it knows where the tokens are, and keeps nothing."""
+
+    def __init__(self, offset: int | mx.array) -> None:
+        self.offset = offset
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        return keys, values
+
+
+class BlockParts:
+    """One call of a block, to be made for parts of its tokens.
+
+    Args:
+        block: its weights are bound whenever it is called.
+        args, kwargs: what the model calls it with beside its input.
+    """
+
+    def __init__(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.block = block
+        self._signature = inspect.signature(block.__call__)
+        self._args, self._kwargs = args, kwargs
+
+    def before(self, x: mx.array, place: Place) -> Asked:
+        """What the tokens at `place` ask of attention.
+
+        Args:
+            x: [B, t, D] of a span; [m, 1, D] of picked tokens.
+            place: where they are.
+
+        Returns:
+            Of picked tokens the queries are [1, H, m, D], keys and values of no use.
+
+        Raises:
+            RuntimeError: the block does not call mlx-lm's attention.
+        """
+
+        def capture(original: Attention, *args: Any, **kwargs: Any) -> None:
+            asked = _asked(*args, **kwargs)
+            if isinstance(place, Picked):
+                asked = asked._replace(q=asked.q.transpose(2, 1, 0, 3))
+            raise _Reached(asked)
+
+        try:
+            with attention_replaced(capture):
+                self._call(x, place)
+        except _Reached as reached:
+            return reached.asked
+        raise RuntimeError("it does not call mlx-lm's attention")
+
+    def after(self, x: mx.array, place: Place, attended: mx.array) -> mx.array:
+        """What the block returns for the tokens at `place`.
+
+        Args:
+            x, place: as of `before`.
+            attended: what attention gives for their queries, in the queries' shape.
+        """
+        if isinstance(place, Picked):
+            attended = attended.transpose(2, 1, 0, 3)
+        calls = []
+
+        def answer(original: Attention, *args: Any, **kwargs: Any) -> mx.array:
+            calls.append(1)
+            return attended
+
+        with attention_replaced(answer):
+            out = self._call(x, place)
+        if len(calls) != 1:
+            raise RuntimeError(f"it calls attention {len(calls)} times, expected once")
+        return out
+
+    def bind(self, x: mx.array) -> inspect.BoundArguments:
+        """The arguments of the whole call, for input x."""
+        return self._signature.bind(x, *self._args, **self._kwargs)
+
+    def with_mask(self, mask: mx.array | str | None) -> "BlockParts":
+        """The same call under another mask."""
+        arguments = dict(list(self.bind(None).arguments.items())[1:])
+        return BlockParts(self.block, (), arguments | {"mask": mask})
+
+    def whole(self, x: mx.array) -> mx.array:
+        """What the block returns for all tokens."""
+        return self.block(x, *self._args, **self._kwargs)
+
+    def _call(self, x: mx.array, place: Place) -> mx.array:
+        call = self.bind(x)
+        offset = place.start if isinstance(place, Span) else mx.array(place.positions)
+        for name, value in list(call.arguments.items())[1:]:
+            # Something said about each token, such as a scale of its queries.
+            if name != "mask" and isinstance(value, mx.array):
+                call.arguments[name] = (
+                    value[place.start : place.stop]
+                    if isinstance(place, Span)
+                    else value[offset][:, None, None]
+                )
+        call.arguments["cache"] = _Position(offset)
+        return self.block(*call.args, **call.kwargs)
+
+
+def _asked(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    cache: Any,
+    scale: float,
+    mask: mx.array | str | None,
+    sinks: mx.array | None = None,
+) -> Asked:
+    return Asked(queries, keys, values, scale, mask, sinks)
+
+
+def tokens_at(x: mx.array, start: int, place: Place) -> mx.array:
+    """The tokens at a place, of a tile [B, t, D] that begins at token `start`: for `before`."""
+    if isinstance(place, Span):
+        return x[:, place.start - start : place.stop - start]
+    return x[place.row, mx.array(place.positions - start)][:, None]
+
+
+def mask_at(
+    mask: mx.array | str | None, place: Place, keys: Span
+) -> tuple[bool, mx.array | str | None]:
+    """Whether tokens at a place see any of some keys, and the mask between them.
+
+    Args:
+        mask: of the whole call; "causal", an array [..., T, T], or None.
+        place: of the queries.
+        keys: a span of them.
+    """
+    if mask is None:
+        return True, None
+    if isinstance(mask, mx.array):
+        if isinstance(place, Picked) and mask.ndim == 4 and mask.shape[0] > 1:
+            mask = mask[place.row : place.row + 1]
+        rows = (
+            slice(place.start, place.stop) if isinstance(place, Span) else mx.array(place.positions)
+        )
+        return True, mask[..., rows, :][..., keys.start : keys.stop]
+    if isinstance(place, Span):
+        first, last, count = place.start, place.stop - 1, place.stop - place.start
+    else:
+        first, last, count = (int(n) for n in (*place.positions[[0, -1]], place.positions.size))
+    if keys.start > last:
+        return False, None
+    if keys.stop - 1 <= first:
+        return True, None
+    if last + 1 == keys.stop and last + 1 - first == count:
+        return True, "causal"  # a run of queries, the last of which sees the last key
+    queries = mx.arange(first, last + 1) if last + 1 - first == count else mx.array(place.positions)
+    return True, mx.arange(keys.start, keys.stop) <= queries[:, None]

@@ -1,0 +1,142 @@
+"""Which blocks can be computed a part of their tokens at a time: tried, not assumed."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.base import create_causal_mask
+
+from mlx_edgelora.model.blocks import BlockList, array_slots, bound, signature
+from mlx_edgelora.model.labelled import TOLERANCES, TRIAL_SHAPE, TRIAL_WINDOW, _unsuited
+from mlx_edgelora.model.parts import BlockParts, Picked, Place, Span, mask_at, tokens_at
+from mlx_edgelora.model.sources import WeightSource
+from mlx_edgelora.model.walkable import MODEL_ERRORS
+
+# Of a row of the trial: spans, and single tokens.
+TRIAL_PLACES: list[Place] = [
+    Span(0, 3),
+    Span(3, 7),
+    Picked(0, np.array([0, 2, 3], np.int32)),
+    Picked(1, np.array([4, 5, 6], np.int32)),
+]
+TRIAL_SCALES = (0.01, 1.0)
+
+
+class Tileable(NamedTuple):
+    """Whether a block can be computed by tiles of tokens, and why not."""
+
+    possible: bool
+    reason: str = ""
+
+
+class Tiling:
+    """Tells of each block of a model whether it can be computed by tiles of tokens.
+
+    Args:
+        blocks: the model's blocks; they passed `check_walk`.
+        weights: where the blocks' arrays come from; one block of each kind is read.
+    """
+
+    def __init__(self, blocks: BlockList, weights: WeightSource) -> None:
+        self._blocks, self._weights = blocks, weights
+        self._calls: list[tuple] | None = None
+        self._found: dict[str, Tileable] = {}
+
+    def of(self, index: int) -> Tileable:
+        """Whether block `index` can be; not inside an intercepted call.
+
+        The first call for a block of its kind makes a trial: it reads the block and runs it
+        on 14 tokens, whole and by parts.
+        """
+        block = self._blocks.blocks[index]
+        if dropping(block):  # asked anew: it goes on and off with the training mode
+            return Tileable(False, "dropout would draw other masks for parts of the tokens")
+        if self._calls is None:
+            self._calls = _calls(self._blocks)
+        _, args, kwargs = self._calls[index]
+        key = signature(block) + repr([type(value) for value in (*args, *kwargs.values())])
+        if key not in self._found:
+            reason = self._refusal(index)
+            self._found[key] = Tileable(reason is None, reason or "")
+        return self._found[key]
+
+    def summary(self) -> str:
+        """In words, over all blocks."""
+        found = [self.of(index) for index in range(len(self._blocks))]
+        reasons = sorted({choice.reason for choice in found if not choice.possible})
+        count = sum(choice.possible for choice in found)
+        return f"{count} of {len(found)} blocks" + (f" ({'; '.join(reasons)})" if reasons else "")
+
+    def _refusal(self, index: int) -> str | None:
+        block = self._blocks.blocks[index]
+        x, args, kwargs = self._calls[index]
+        with bound(array_slots(block), self._weights.block(index)):
+            try:
+                for call in _trials(block, x, args, kwargs):
+                    if reason := _disagreement(block, *call):
+                        return reason
+            except (*MODEL_ERRORS, AssertionError) as error:
+                return f"a block cannot be called for parts of its tokens: {error}"
+        return None
+
+
+def dropping(module: nn.Module) -> bool:
+    """Whether a layer of dropout is at work in a module."""
+    return any(
+        isinstance(layer, nn.Dropout) and layer.training and layer._p_1 < 1
+        for layer in module.modules()
+    )
+
+
+def _calls(blocks: BlockList) -> list[tuple]:
+    """What the model calls each block with on the tokens of the trial; nothing is computed."""
+    calls: list[tuple] = []
+
+    def record(index: int, x: mx.array, args: tuple, kwargs: dict) -> mx.array:
+        calls.append(
+            (mx.random.normal(x.shape, key=mx.random.key(index)).astype(x.dtype), args, kwargs)
+        )
+        return x
+
+    with blocks.intercepted(record):
+        blocks.model(mx.zeros(TRIAL_SHAPE, mx.int32))
+    return calls
+
+
+def _trials(block: nn.Module, x: mx.array, args: tuple, kwargs: dict) -> Iterator[tuple]:
+    """The call at inputs of several sizes, and under a window: long texts may have one."""
+    parts = BlockParts(block, args, kwargs)
+    call = parts.bind(x)
+    if reason := _unsuited(call):
+        raise ValueError(reason)
+    masks = [call.arguments.get("mask")]
+    if isinstance(masks[0], str):
+        masks.append(create_causal_mask(TRIAL_SHAPE[1], window_size=TRIAL_WINDOW))
+    for mask in masks:
+        for scale in TRIAL_SCALES:
+            yield scale * x, parts.with_mask(mask)
+
+
+def _disagreement(block: nn.Module, x: mx.array, parts: BlockParts) -> str | None:
+    """How the parts differ from the whole, if they do."""
+    whole = parts.whole(x).astype(mx.float32)
+    asked = [parts.before(tokens_at(x, 0, span), span) for span in TRIAL_PLACES[:2]]
+    keys, values = (mx.concatenate([a[i] for a in asked], axis=2) for i in (1, 2))
+    for place in TRIAL_PLACES:
+        mine = tokens_at(x, 0, place)
+        ask = parts.before(mine, place)
+        row = slice(None) if isinstance(place, Span) else slice(place.row, place.row + 1)
+        _, mask = mask_at(ask.mask, place, Span(0, keys.shape[2]))
+        attended = mx.fast.scaled_dot_product_attention(
+            ask.q, keys[row], values[row], scale=ask.scale, mask=mask, sinks=ask.sinks
+        )
+        got = parts.after(mine, place, attended).astype(mx.float32)
+        expected, before = (tokens_at(a, 0, place) for a in (whole, x.astype(mx.float32)))
+        off = mx.linalg.norm(got - expected, axis=-1)
+        added = mx.linalg.norm(expected - before, axis=-1)
+        difference = (off / added).max().item()
+        if not difference <= TOLERANCES[x.dtype]:  # NaN is no agreement
+            return f"computed by parts a block differs by {difference:.1e} of its norm"
+    return None
