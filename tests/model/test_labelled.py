@@ -1,0 +1,176 @@
+"""A block for some tokens only: the same rows and gradients, and less work."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from architectures import build
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx_lm.models.base import create_causal_mask
+from spared import assert_spared_equals_whole
+
+from mlx_edgelora.model.attention import attention_replaced
+from mlx_edgelora.model.labelled import labelled_rows, put_rows, take_rows
+
+
+def llama_block(**changes):
+    return build("llama", hidden_size=32, intermediate_size=24, head_dim=8, **changes).layers[-1]
+
+
+def masks(kind, batch, tokens, window, seed):
+    """A mask of every form that mlx-lm's attention takes; each token sees something."""
+    rng = np.random.RandomState(seed)
+    seen = rng.rand(batch, 1, tokens, tokens) < 0.6
+    seen = (seen & np.tril(np.ones((tokens, tokens), bool))) | np.eye(tokens, dtype=bool)
+    keys = rng.rand(batch, 1, 1, tokens) < 0.7
+    keys[..., 0] = True
+    added = mx.where(mx.array(seen), mx.array(rng.randn(*seen.shape), mx.float32), -1e9)
+    return {
+        "none": None,
+        "causal": "causal",
+        "array": create_causal_mask(tokens, window_size=window),
+        "per row": mx.array(seen),
+        "shared": mx.array(seen[:1]),
+        "added": added,
+        "per head": mx.array(rng.randn(batch, 4, tokens, tokens), mx.float32),
+        "keys": mx.array(keys),  # the same for all queries
+    }[kind]
+
+
+KINDS = ("causal", "none", "array", "per row", "shared", "added", "per head", "keys")
+
+
+@st.composite
+def label_patterns(draw, batch, tokens):
+    """Ascending rows: scattered, one, the first or last of each row, one run, all."""
+    count = batch * tokens
+    kind = draw(st.sampled_from(["scattered", "one", "first", "last", "run", "all"]))
+    if kind == "one":
+        return [draw(st.integers(0, count - 1))]
+    if kind == "run":
+        start = draw(st.integers(0, count - 1))
+        return list(range(start, draw(st.integers(start, count - 1)) + 1))
+    if kind in ("first", "last"):
+        some = draw(st.sets(st.integers(0, batch - 1), min_size=1))
+        return [row * tokens + (tokens - 1 if kind == "last" else 0) for row in sorted(some)]
+    if kind == "all":
+        return list(range(count))
+    return sorted(draw(st.sets(st.integers(0, count - 1), min_size=1)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    data=st.data(),
+    batch=st.integers(1, 3),
+    tokens=st.integers(1, 11),
+    window=st.none() | st.integers(1, 6),
+    kv_heads=st.sampled_from([1, 2, 4]),
+    kind=st.sampled_from(KINDS),
+)
+def test_rows_and_gradients_equal_the_whole_blocks(data, batch, tokens, window, kv_heads, kind):
+    rows = data.draw(label_patterns(batch, tokens))
+    block = llama_block(num_key_value_heads=kv_heads, num_hidden_layers=1)
+    x = mx.random.normal((batch, tokens, 32), key=mx.random.key(tokens))
+    mask = masks(kind, batch, tokens, window, seed=len(rows))
+    assert_spared_equals_whole(block, rows, x, mask, None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_form_of_mask(kind):
+    """Chance may leave one out above; scattered in one row, none in the next, one run."""
+    rows, x = [0, 3, 4, 8, 19, 20, 21, 22], mx.random.normal((3, 9, 32))
+    assert_spared_equals_whole(llama_block(), rows, x, masks(kind, 3, 9, 4, 0), None)
+
+
+def test_arguments_by_name_or_left_out():
+    block, x = llama_block(), mx.random.normal((2, 5, 32))
+    assert_spared_equals_whole(block, [1, 7], x, mask="causal", cache=None)
+    assert_spared_equals_whole(block, [1, 7], x, cache=None, mask=None)
+    assert_spared_equals_whole(block, [1, 7], x, mask="causal")
+    assert_spared_equals_whole(block, [1, 7], x)
+
+
+def test_the_input_of_a_token_without_label_gets_a_gradient_through_its_key():
+    gradients = assert_spared_equals_whole(
+        llama_block(), [6], mx.random.normal((2, 5, 32)), "causal", None
+    )
+    norms = mx.linalg.norm(gradients["x"], axis=-1)
+    assert (norms > 0).tolist() == [[False] * 5, [True, True, False, False, False]]
+
+
+def test_only_keys_and_values_are_computed_for_all_tokens(monkeypatch):
+    """The saving itself: how many tokens reach queries and keys, attention and MLP."""
+    block, seen = llama_block(), []
+    kind = type(block.mlp)
+    call = kind.__call__
+    monkeypatch.setattr(kind, "__call__", lambda s, x: seen.append(x.size // 32) or call(s, x))
+
+    def spy(original, queries, keys, values, cache, scale, mask, sinks=None):
+        seen.append((queries.shape[2], keys.shape[2], mask if isinstance(mask, str) else "array"))
+        return original(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
+
+    x = mx.random.normal((3, 10, 32))
+    with attention_replaced(spy):
+        out = labelled_rows(block, mx.array([3, 4, 5, 20, 24]), x, "causal", None)
+    # One run needs no array for a mask, nor the keys behind it; the second row has no label.
+    assert seen == [(3, 6, "causal"), (2, 5, "array"), 5]
+    assert out.shape == (1, 5, 32)
+
+
+def test_what_is_begun_for_all_tokens_is_never_computed(memory):
+    """Queries of all tokens are in the graph of the first call, whose end nobody asks for."""
+    block = llama_block(num_attention_heads=256, num_key_value_heads=1)
+    x, rows = mx.random.normal((1, 512, 32)), mx.array([200])
+    queries = 512 * 256 * 8 * 4
+
+    def peak(function):
+        mx.eval(x, block.parameters())
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(function())
+        return mx.get_peak_memory() - before
+
+    assert peak(lambda: block.self_attn.q_proj(x)) >= queries
+    assert peak(lambda: labelled_rows(block, rows, x, "causal", None)) < queries / 2
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [[], [3, 2], [1, 1], [-1, 2], [0, 10], [10], [[0, 1]], [0.0, 1.0], [True, False]],
+    ids=str,
+)
+def test_rows_that_are_none(rows):
+    rows = mx.array(rows)
+    x = mx.zeros((2, 5, 32))
+    for function in (
+        lambda: labelled_rows(llama_block(), rows, x, "causal", None),
+        lambda: take_rows(x, rows),
+    ):
+        with pytest.raises(ValueError, match=r"rows: got \[.*\], expected one or more .* of 10"):
+            function()
+
+
+def test_a_mask_of_another_name_is_an_error():
+    x = mx.random.normal((1, 5, 32))
+    with pytest.raises(ValueError, match="the mask 'banded' is none that attention knows"):
+        labelled_rows(llama_block(), mx.array([1]), x, "banded", None)
+
+
+@pytest.mark.parametrize("rows", [[0], [1, 4, 5], list(range(6))], ids=str)
+def test_rows_are_taken_and_put_back_bit_for_bit(rows):
+    whole, part = mx.random.normal((2, 3, 4)), mx.random.normal((1, len(rows), 4))
+    (taken,), (put,) = mx.vjp(lambda x: take_rows(x, mx.array(rows)), [whole], [part])
+    assert np.array_equal(taken[0], np.array(whole).reshape(6, 4)[rows])
+    got = put_rows(part, mx.array(rows), (2, 3, 4))
+    assert np.array_equal(got, put)
+    assert put_rows(part.astype(mx.bfloat16), mx.array(rows), (2, 3, 4)).dtype == mx.bfloat16
+
+
+def test_all_rows_are_no_copy(memory):
+    whole = mx.zeros((2, 512, 256))
+    mx.eval(whole)
+    before = mx.get_active_memory()
+    taken = take_rows(whole, mx.arange(1024))
+    back = put_rows(taken, mx.arange(1024), whole.shape)
+    mx.eval(taken, back)
+    assert mx.get_active_memory() - before < whole.nbytes // 8

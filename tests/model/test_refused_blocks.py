@@ -1,0 +1,272 @@
+"""Blocks that cannot be computed for single tokens: the trial must see it of each."""
+
+import re
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx_lm.models import base
+from mlx_lm.models.base import create_attention_mask
+from spared import assert_spared_equals_whole
+
+from mlx_edgelora.model.blocks import BlockList
+from mlx_edgelora.model.labelled import LastBlock
+from mlx_edgelora.model.sources import ResidentWeights
+
+WIDTH = 16
+
+
+def choice(model):
+    return LastBlock(BlockList(model), ResidentWeights()).choice()
+
+
+class Attending(nn.Module):
+    """Two heads, after a norm, with rotary positions: can be spared. Others change a part."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.RMSNorm(WIDTH)
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.out, self.mlp = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.rope = nn.RoPE(8)
+
+    def __call__(self, x, mask=None, cache=None):
+        x = x + self.attend(self.norm(x), mask, cache)
+        return x + mx.tanh(self.mlp(x))
+
+    def attend(self, x, mask, cache):
+        batch, tokens, _ = x.shape
+        shape = (batch, tokens, 2, 8)
+        q, k, v = (part.reshape(shape).swapaxes(1, 2) for part in mx.split(self.qkv(x), 3, axis=-1))
+        q, k = self.positions(q, cache), self.positions(k, cache)
+        if cache is not None:
+            k, v = cache.update_and_fetch(k, v)
+        out = self.attention(q, k, v, mask, cache)
+        return self.out(out.swapaxes(1, 2).reshape(batch, tokens, -1))
+
+    def positions(self, x, cache):
+        return self.rope(x, offset=0 if cache is None else cache.offset)
+
+    def attention(self, q, k, v, mask, cache):
+        return base.scaled_dot_product_attention(q, k, v, cache=cache, scale=0.35, mask=mask)
+
+
+class Toy(nn.Module):
+    def __init__(self, kind, **given):
+        super().__init__()
+        self.embed = nn.Embedding(11, WIDTH)
+        self.layers = [Attending(), kind()]
+        self.head = nn.Linear(WIDTH, 11)
+        self._given = given
+
+    def __call__(self, tokens):
+        h = self.embed(tokens)
+        mask = create_attention_mask(h)
+        for layer in self.layers:
+            given = {name: value(h) for name, value in self._given.items()}
+            h = layer(h, **{"mask": mask} | given)
+        return self.head(h)
+
+
+def changed(**methods):
+    """A kind of block with some methods of its own."""
+    return type("Changed", (Attending,), methods)
+
+
+def table(tokens):
+    return mx.random.normal((tokens, WIDTH), key=mx.random.key(4))
+
+
+def call_with(before):
+    """A block that does something to its input first, given (block, x, cache)."""
+    return changed(
+        __call__=lambda self, x, mask=None, cache=None: Attending.__call__(
+            self, before(self, x, cache), mask, cache
+        )
+    )
+
+
+def shifted(x):
+    return mx.concatenate([mx.zeros_like(x[:, :1]), x[:, :-1]], axis=1)
+
+
+def no_offset(self, x, cache):
+    return self.rope(x)
+
+
+def offset_of_the_first(self, x, cache):
+    return self.rope(x, offset=0 if cache is None else cache.offset.reshape(-1)[0].item())
+
+
+def one_behind(self, x, cache):
+    return self.rope(x, offset=0 if cache is None else mx.maximum(cache.offset - 1, 0))
+
+
+def own_attention(self, q, k, v, mask, cache):
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=0.35, mask=mask)
+
+
+def without_a_mask(self, q, k, v, mask, cache):
+    return Attending.attention(self, q, k, v, None if cache is not None else mask, cache)
+
+
+def twice(self, q, k, v, mask, cache):
+    return Attending.attention(self, q, k, v, mask, cache) + Attending.attention(
+        self, q, k, v, mask, cache
+    )
+
+
+def last_keys_only(self, q, k, v, mask, cache):
+    """Its own window, on single queries only."""
+    if q.shape[2] == 1 and k.shape[2] > 5:
+        k, v = k[:, :, -5:], v[:, :, -5:]
+    return Attending.attention(self, q, k, v, mask, cache)
+
+
+def ignores_the_cache(self, x, mask, cache):
+    return Attending.attend(self, x, mask, None)
+
+
+def asserts(self, x, mask, cache):
+    assert x.shape[1] > 1, "whole sequences"
+    return Attending.attend(self, x, mask, cache)
+
+
+def indexes_its_cache(self, x, cache):
+    return self.rope(x, offset=0 if cache is None else cache[0].offset)
+
+
+class NoNorm(Attending):
+    """Small inputs give equal scores, whatever the positions."""
+
+    def __call__(self, x, mask=None, cache=None):
+        x = x + self.attend(x, mask, cache)
+        return x + mx.tanh(self.mlp(x))
+
+
+class Still(Attending):
+    """Adds nothing, so nothing can be seen of what it does."""
+
+    def __call__(self, x, mask=None, cache=None):
+        return x + 0 * Attending.__call__(self, x, mask, cache)
+
+
+class PoolsBehind(Attending):
+    def __call__(self, x, mask=None, cache=None):
+        x = super().__call__(x, mask, cache)
+        return x + x.mean(axis=1, keepdims=True)
+
+
+class NoMask(Attending):
+    def __call__(self, x, cache=None, **others):
+        return super().__call__(x, others.get("mask"), cache)
+
+
+class NoCache(Attending):
+    def __call__(self, x, mask=None):
+        return super().__call__(x, mask)
+
+
+DIFFERS = "the last block's output for single tokens differs by"
+CANNOT = "the last block cannot be called for single tokens: "
+REFUSED = {
+    "absolute positions": (call_with(lambda s, x, c: x + table(x.shape[1])), DIFFERS),
+    "pools over tokens": (call_with(lambda s, x, c: x + x.mean(axis=1, keepdims=True)), DIFFERS),
+    "sums over tokens": (call_with(lambda s, x, c: mx.cumsum(x, axis=1)), DIFFERS),
+    "shifts tokens": (call_with(lambda s, x, c: x + shifted(x)), DIFFERS),
+    "normalizes over tokens": (
+        call_with(lambda s, x, c: x / mx.linalg.norm(x, axis=1, keepdims=True)),
+        DIFFERS,
+    ),
+    "another path with a cache": (
+        call_with(lambda s, x, c: x if c is None else 1.1 * x),
+        DIFFERS,
+    ),
+    "pools behind attention": (
+        PoolsBehind,
+        DIFFERS,
+    ),
+    "positions without offset": (changed(positions=no_offset), DIFFERS),
+    "positions one behind": (changed(positions=one_behind), DIFFERS),
+    "one offset for all": (
+        changed(positions=offset_of_the_first),
+        CANNOT + "'int' object has no attribute",
+    ),
+    "no norm, positions without offset": (
+        type("Changed", (NoNorm,), {"positions": no_offset}),
+        DIFFERS,
+    ),
+    "no mask with a cache": (changed(attention=without_a_mask), DIFFERS),
+    "attention of its own": (changed(attention=own_attention), CANNOT),
+    "attention twice": (
+        changed(attention=twice),
+        CANNOT + "attention was called 2 times and its cache 1 times",
+    ),
+    "its own window": (changed(attention=last_keys_only), CANNOT + "keys of 7 tokens are"),
+    "ignores its cache": (
+        changed(attend=ignores_the_cache),
+        CANNOT + "its cache is not asked for keys and values",
+    ),
+    "several caches": (changed(positions=indexes_its_cache), CANNOT),
+    "asserts": (changed(attend=asserts), CANNOT + "whole sequences"),
+    "adds nothing": (Still, DIFFERS + " nan"),
+    "no mask": (NoMask, "the last block takes no mask"),
+    "no cache": (NoCache, "the last block takes no cache"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name):
+    kind, reason = REFUSED[name]
+    made = choice(Toy(kind))
+    assert not made.spared
+    assert made.reason.startswith(reason)
+
+
+@pytest.mark.parametrize("kind", [Attending, NoNorm])
+def test_the_block_that_the_refused_ones_change_is_spared(kind):
+    model = Toy(kind)
+    assert choice(model).spared
+    assert_spared_equals_whole(model.layers[-1], [1, 5, 9], mx.random.normal((2, 6, WIDTH)))
+
+
+def test_positions_without_offset_are_not_seen_in_small_inputs(monkeypatch):
+    """Why the trial takes large ones too."""
+    monkeypatch.setattr("mlx_edgelora.model.labelled.TRIAL_SCALES", (0.01,))
+    assert choice(Toy(REFUSED["no norm, positions without offset"][0])).spared
+
+
+def test_a_difference_under_a_window_alone_is_seen():
+    def array_mask_is_lost(self, q, k, v, mask, cache):
+        lost = cache is not None and isinstance(mask, mx.array)
+        return Attending.attention(self, q, k, v, "causal" if lost else mask, cache)
+
+    made = choice(Toy(changed(attention=array_mask_is_lost)))
+    assert (made.spared, made.reason.startswith(DIFFERS)) == (False, True)
+
+
+def test_not_a_number_under_a_window_alone_is_seen():
+    def broken(self, q, k, v, mask, cache):
+        out = Attending.attention(self, q, k, v, mask, cache)
+        return out * mx.nan if cache is not None and isinstance(mask, mx.array) else out
+
+    assert choice(Toy(changed(attention=broken))).reason.startswith(DIFFERS + " nan")
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (lambda h: mx.ones((h.shape[0], h.shape[1])), r"extra of the last block is \(2, 7\), not"),
+        (lambda h: mx.ones((h.shape[1],)), r"extra of the last block is \(7,\), not a row"),
+        (lambda h: mx.ones((1, h.shape[1], 1)), r"extra of the last block is \(1, 7, 1\), not"),
+        (lambda h: (mx.ones(3), 1), "extra of the last block holds arrays"),
+        (lambda h: {"cos": [mx.ones(3)]}, "extra of the last block holds arrays"),
+    ],
+)
+def test_arguments_that_cannot_be_cut(given, reason):
+    def call(self, x, mask=None, cache=None, extra=None):
+        return Attending.__call__(self, x, mask, cache)
+
+    made = choice(Toy(changed(__call__=call), extra=given))
+    assert not made.spared
+    assert re.match(reason, made.reason)
