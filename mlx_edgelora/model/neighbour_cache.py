@@ -3,7 +3,8 @@
 One file for a head and a k: a header that names both, the sum of the head's rows, and a slot
 for every token of the vocabulary, k int32 and their CRC. The file is sparse: slots never
 written take no space. A slot whose CRC is wrong (never written, torn by a crash, damaged) is
-a slot that is not there, so a build that was interrupted goes on where it stopped.
+a slot that is not there, so a build that was interrupted goes on where it stopped. Processes
+that fill one file at once do the work twice and no harm: they write the same, but for ties.
 """
 
 import hashlib
@@ -25,8 +26,9 @@ from mlx_edgelora.model.safetensors import to_numpy
 MAGIC = b"MELNEAR1"
 # magic, vocabulary, k, width, digest of the head
 HEADER = struct.Struct("<8sQQQ32s")
-# Of the head read at a time for its digest.
-DIGEST_ROWS = 4096
+# Bytes of slots read, and of rows of the head digested, at a time.
+SLOTS_BYTES = 16 * 2**20
+DIGEST_BYTES = 16 * 2**20
 
 
 class NeighbourCache:
@@ -55,7 +57,9 @@ class NeighbourCache:
         header = HEADER.pack(MAGIC, head.vocabulary, k, head.dims, digest)
         self._sum_at = HEADER.size
         self._slots_at = self._sum_at + 4 * (head.dims + 2)
+        self._at_once = max(1, min(QUERIES, SLOTS_BYTES // (4 * (k + 1))))
         size = self._slots_at + 4 * (k + 1) * head.vocabulary
+        shape = (head.vocabulary, k + 1)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if wrong := self._whats_wrong(header, size):
@@ -63,41 +67,51 @@ class NeighbourCache:
                     notify(f"{self.path}: {wrong}; it is built anew")
                 self._create(header, size)
             self._file = open(self.path, "r+b")  # noqa: SIM115 - closed by `close`
+            self._slots = np.memmap(self._file, np.int32, "r", self._slots_at, shape)
         except OSError as error:
             raise _cannot_write(self.path, error) from error
-        self._slots = np.memmap(self._file, np.int32, "r", self._slots_at, (head.vocabulary, k + 1))
+
+    def missing(self, tokens: np.ndarray) -> np.ndarray:
+        """Those of some tokens, int [n], that are still to be computed: sorted, each once."""
+        tokens = np.unique(tokens)
+        parts = [tokens[:0]]
+        for start in range(0, len(tokens), self._at_once):
+            some = tokens[start : start + self._at_once]
+            parts.append(some[~self._looked_up(some)[1]])
+        return np.concatenate(parts)
 
     def build(
         self, tokens: np.ndarray, advance: Callable[[int], None] = lambda count: None
     ) -> None:
-        """Compute what is missing of some tokens; each few hundred are on disk before the next.
+        """Compute what is missing of some tokens; each few hundred are written before the next.
 
         Args:
             tokens: int [n].
-            advance: told how many more are done.
+            advance: told how many more are written.
 
         Raises:
             EdgeLoraError: the disk is full.
         """
-        tokens = np.unique(tokens)
-        there = self._valid(tokens)
-        advance(int(there.sum()))
-        missing = tokens[~there]
-        for start in range(0, len(missing), QUERIES):
-            some = missing[start : start + QUERIES]
+        missing = self.missing(tokens)
+        for start in range(0, len(missing), self._at_once):
+            some = missing[start : start + self._at_once]
             near = to_numpy(nearest(self._head, mx.array(some), self._k))
-            self._write(
-                [(self._slot_at(t), _sealed(row)) for t, row in zip(some, near, strict=True)]
-            )
+            for token, row in zip(some, near, strict=True):
+                self._write(self._slots_at + 4 * (self._k + 1) * int(token), _sealed(row))
             advance(len(some))
 
     def __call__(self, tokens: np.ndarray) -> np.ndarray:
         """The k nearest of each of some tokens, int32 [m, k]; what is missing is computed."""
-        if not self._valid(tokens).all():
-            self.build(tokens)
-        rows = self._slots[tokens, : self._k]
-        self._drop_pages()
-        return rows
+        near, there = self._looked_up(tokens)
+        if not there.all():
+            self.build(tokens[~there])
+            near, there = self._looked_up(tokens)
+        if not there.all():
+            raise EdgeLoraError(
+                f"{self.path}: gives back other bytes than were written; choose a folder on "
+                "another volume with --cache-dir"
+            )
+        return near
 
     def row_sum(self) -> Tile:
         """The sum of the head's rows, computed once."""
@@ -107,7 +121,7 @@ class NeighbourCache:
             total = row_sum(self._head)
             bias = mx.zeros((1,)) if total.bias is None else total.bias
             values = to_numpy(mx.concatenate([total.weight[0], bias]))
-            self._write([(self._sum_at, _sealed(values.view(np.int32)))])
+            self._write(self._sum_at, _sealed(values.view(np.int32)))
         bias = mx.array(values[width - 1 : width])
         return Tile(mx.array(values[None, : width - 1]), bias)
 
@@ -123,7 +137,7 @@ class NeighbourCache:
                 length = os.fstat(file.fileno()).st_size
         except FileNotFoundError:
             return "not there"
-        if found != header:
+        if found != header[: len(found)]:
             return "belongs to another model, or another k"
         return None if length == size else f"{length} bytes long, expected {size}"
 
@@ -137,33 +151,43 @@ class NeighbourCache:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def _slot_at(self, token: int) -> int:
-        return self._slots_at + 4 * (self._k + 1) * int(token)
+    def _looked_up(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What the slots hold, int32 [m, k], and whether it is to be trusted, bool [m]."""
+        outside = tokens[(tokens < 0) | (tokens >= self._head.vocabulary)]
+        if outside.size:
+            raise ValueError(
+                f"token: got {outside[0]}, expected 0 to {self._head.vocabulary - 1}, the "
+                "vocabulary of the head"
+            )
+        # Copied before they are checked: another process may be writing.
+        slots = np.array(self._slots[tokens])
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._slots._mmap.madvise(mmap.MADV_DONTNEED)
+        near = slots[:, : self._k]
+        there = np.array([_is_sealed(slot) for slot in slots], bool)
+        # Sealed, but in the wrong place, is wrong as well.
+        there &= (near[:, 0] == tokens) & (near >= 0).all(axis=1)
+        return near, there & (near < self._head.vocabulary).all(axis=1)
 
     def _read(self, at: int, count: int) -> bytes:
         return os.pread(self._file.fileno(), count, at)
 
-    def _write(self, pieces: list[tuple[int, bytes]]) -> None:
+    def _write(self, at: int, data: bytes) -> None:
         # Written, not stored through the mapping: a full disk is an error then, not SIGBUS.
         try:
-            for at, data in pieces:
-                os.pwrite(self._file.fileno(), data, at)
+            while data:  # the last bytes that a disk has room for are written without an error
+                count = os.pwrite(self._file.fileno(), data, at)
+                at, data = at + count, data[count:]
         except OSError as error:
             raise _cannot_write(self.path, error) from error
-
-    def _valid(self, tokens: np.ndarray) -> np.ndarray:
-        return np.array([_is_sealed(self._slots[token]) for token in tokens], bool)
-
-    def _drop_pages(self) -> None:
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self._slots._mmap.madvise(mmap.MADV_DONTNEED)
 
 
 def head_digest(head: Head) -> bytes:
     """SHA-256 of a head's rows as they are kept; reads them all, tile by tile."""
     digest = hashlib.sha256(f"{head.vocabulary} {head.dims}".encode())
-    for start in range(0, head.vocabulary, DIGEST_ROWS):
-        rows = head.slice(start, min(start + DIGEST_ROWS, head.vocabulary))
+    step = max(1, DIGEST_BYTES // (4 * head.dims))
+    for start in range(0, head.vocabulary, step):
+        rows = head.slice(start, min(start + step, head.vocabulary))
         for name, array in sorted(rows.items()):
             dense = mx.contiguous(array)
             mx.eval(dense)

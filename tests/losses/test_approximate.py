@@ -1,8 +1,6 @@
 """The approximate loss: the exact one where nothing is left out, its definition where much is."""
 
-import tracemalloc
 from collections import Counter
-from unittest import mock
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,9 +10,9 @@ from architectures import relative_error
 from harness import engine, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_cases import cases, listed, subsets
 from loss_references import cross_entropy, terms
 
-from mlx_edgelora.losses import approximate
 from mlx_edgelora.losses.approximate import ApproximateCrossEntropy, choose_subset
 from mlx_edgelora.losses.exact import CrossEntropy
 from mlx_edgelora.losses.head import Adapter, MatrixHead
@@ -26,11 +24,6 @@ MIB = 2**20
 def nearest_in(head, k):
     """Neighbours by cosine similarity, computed when asked for."""
     return lambda tokens: np.array(nearest(head, mx.array(tokens), k))
-
-
-def listed(table):
-    """Neighbours [vocabulary, k] that somebody wrote down."""
-    return lambda tokens: np.asarray(table)[tokens]
 
 
 def value_and_grad(loss, hidden, head, labels):
@@ -48,17 +41,6 @@ def value_and_grad(loss, hidden, head, labels):
 
 
 # --- where nothing is left out ------------------------------------------------------------
-
-
-@st.composite
-def cases(draw, scale=2):
-    """Integers, so that float32 logits are exact: differences are the loss's own."""
-    n, vocabulary, width = (draw(st.integers(1, high)) for high in (9, 60, 5))
-    rng = np.random.RandomState(draw(st.integers(0, 10_000)))
-    hidden = rng.randint(-scale, scale + 1, (n, width))
-    weight = rng.randint(-scale, scale + 1, (vocabulary, width))
-    labels = rng.randint(0, min(vocabulary, draw(st.integers(1, 60))), n)  # some or all repeat
-    return hidden, weight, labels
 
 
 # From one row and one token per tile up to everything in one.
@@ -124,17 +106,6 @@ def check_definition(case, subset, got, gradient, corrected, bias=None):
     missed = np.linalg.norm(np.array(gradient, np.float64) - error @ rows)
     # Of the terms, not of their sum: with equal logits it is zero, and thirds do not add to it.
     assert missed <= 1e-5 * np.linalg.norm(terms(error, places) @ np.abs(rows)) + 1e-12
-
-
-@st.composite
-def subsets(draw):
-    """A case, a table of neighbours and a cap."""
-    case = draw(cases())
-    vocabulary = len(case[1])
-    rng = np.random.RandomState(draw(st.integers(0, 10_000)))
-    k = draw(st.integers(1, vocabulary))
-    table = np.array([rng.permutation(vocabulary)[:k] for _ in range(vocabulary)])
-    return case, table, draw(st.one_of(st.none(), st.integers(1, vocabulary)))
 
 
 @settings(max_examples=80, deadline=None)
@@ -323,66 +294,6 @@ def test_the_tail_takes_most_of_the_bias_away_on_a_clustered_head(k):
 
 def cosine(a, b):
     return ((a * b).sum() / mx.linalg.norm(a) / mx.linalg.norm(b)).item()
-
-
-# --- the subset ---------------------------------------------------------------------------
-
-
-def chosen_slowly(labels, table, cap):
-    """The definition, token by token."""
-    counts = Counter(int(label) for label in labels)
-    frequency, rank = Counter(), {}
-    for label, count in counts.items():
-        for place, token in enumerate(int(t) for t in table[label]):
-            frequency[token] += count
-            rank[token] = min(place, rank.get(token, place))
-    others = sorted(set(frequency) - set(counts), key=lambda t: (-frequency[t], rank[t], t))
-    room = len(others) if cap is None else max(0, cap - len(counts))
-    return sorted(set(counts) | set(others[:room]))
-
-
-@settings(max_examples=100, deadline=None)
-@given(given=subsets(), at_once=st.integers(1, 10))
-def test_subset_is_the_union_or_its_most_frequent_part(given, at_once):
-    (_, _, labels), table, cap = given
-    with mock.patch.object(approximate, "LABELS_AT_ONCE", at_once):
-        subset = choose_subset(labels, listed(table), cap)
-    assert subset.tolist() == chosen_slowly(labels, table, cap)
-    assert np.isin(labels, subset).all()
-    if cap is not None:
-        assert len(subset) <= max(cap, len(set(labels.tolist())))
-    order = np.random.RandomState(1).permutation(len(labels))
-    assert np.array_equal(choose_subset(labels[order], listed(table), cap), subset)
-
-
-def test_who_stays_under_a_cap():
-    table = np.zeros((100, 4), int)
-    table[1] = [1, 50, 60, 70]
-    table[2] = [2, 61, 60, 80]
-    labels = np.array([1, 2, 2])
-    kept = [set(choose_subset(labels, listed(table), cap).tolist()) - {1, 2} for cap in range(1, 8)]
-    # 60 is near all three labels; 61 and 80 near two, 61 nearer; then 50 before 70.
-    order = [60, 61, 80, 50, 70]
-    assert kept == [set(), *(set(order[:count]) for count in range(6))]
-
-
-def test_more_labels_than_the_cap_all_stay():
-    labels = np.arange(300)
-    subset = choose_subset(labels, listed((np.arange(400)[:, None] + [0, 1]) % 400), 7)
-    assert subset.tolist() == labels.tolist()
-
-
-@pytest.mark.parametrize("cap", [None, 5000])
-def test_choosing_needs_no_copy_of_all_neighbours(cap):
-    """2,000 labels with 500 neighbours: 3.8 MiB, of which 128 labels are looked at together."""
-    table = np.random.RandomState(0).randint(0, 20_000, (2000, 500), np.int32)
-    labels = np.arange(2000)
-    choose_subset(labels, listed(table), cap)
-    tracemalloc.start()
-    choose_subset(labels, listed(table), cap)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 2.5 * MIB
 
 
 # --- what does not fit --------------------------------------------------------------------
