@@ -150,6 +150,24 @@ def test_a_flag_for_every_kind_of_value():
     )
 
 
+def test_flags_and_file_of_the_approximate_loss(write):
+    line = "--loss approximate --loss-k 7 --loss-max-subset 90 --no-loss-tail-correction"
+    expected = {
+        "loss": "approximate",
+        "loss_k": 7,
+        "loss_max_subset": 90,
+        "loss_tail_correction": False,
+    }
+    config = config_from_cli(line.split())
+    assert expected.items() <= config.to_dict().items()
+    assert TrainConfig.from_dict(config.to_dict()) == config
+    path = write("loss: approximate\nloss_k: 7\nloss_max_subset: 90\nloss_tail_correction: false")
+    assert expected.items() <= TrainConfig.from_yaml(path).to_dict().items()
+    assert config_from_cli(["--loss-tail-correction", "--loss", "approximate"]) == TrainConfig(
+        loss="approximate", loss_tail_correction=True
+    )
+
+
 def test_help_names_every_option_that_is_one_value(capsys):
     with pytest.raises(SystemExit, match="0"):
         config_from_cli(["--help"])
@@ -262,6 +280,18 @@ def test_train_is_the_default_unless_test_is_given(argv, train, test):
         ({"weights": "disk"}, r"weights: got 'disk', expected one of streamed, resident"),
         ({"kernel": "fast"}, r"kernel: got 'fast', expected one of auto"),
         ({"activations": "disk"}, r"activations: got 'disk', expected one of spill, ram"),
+        ({"adapters": "disk"}, r"adapters: got 'disk', expected one of resident, paged"),
+        ({"max_grad_norm": 0}, r"max_grad_norm: got 0, expected a number above 0"),
+        ({"max_grad_norm": float("inf")}, r"max_grad_norm: got inf, expected a number above 0"),
+        ({"loss": "sampled"}, r"loss: got 'sampled', expected one of exact, approximate"),
+        ({"loss_k": 0}, r"loss_k: got 0, expected a whole number of at least 1"),
+        ({"loss_k": 10.0}, r"loss_k: got 10\.0, expected a whole number"),
+        ({"loss_k": True}, r"loss_k: got True, expected a whole number"),
+        ({"loss_max_subset": 0}, r"loss_max_subset: got 0, expected a whole number of at least 1"),
+        ({"loss_tail_correction": 1}, r"loss_tail_correction: got 1, expected true or false"),
+        ({"label_smoothing": 1.0}, r"label_smoothing: got 1\.0, expected a number from 0 to below"),
+        ({"label_smoothing": -0.1}, r"label_smoothing: got -0\.1, expected a number from 0"),
+        ({"label_smoothing": float("nan")}, r"label_smoothing: got nan, expected a number from 0"),
         ({"clear_cache_threshold": "4TB"}, r"clear_cache_threshold: got '4TB', expected bytes"),
         ({"clear_cache_threshold": -1}, r"clear_cache_threshold: got -1, expected bytes"),
         ({"clear_cache_threshold": "GB"}, r"clear_cache_threshold: got 'GB', expected bytes"),
@@ -282,6 +312,14 @@ def test_what_is_wrong_is_refused_in_one_sentence(mapping, sentence):
     [
         ({"activations": "ram", "spill_dir": "x"}, r"spill_dir: got 'x' with activations ram"),
         ({"train": False}, r"train: got false without test"),
+        ({"loss_k": 9}, r"loss_k: got 9 with the exact loss, which has no use for it; leave it"),
+        ({"loss": "exact", "loss_max_subset": 9}, r"loss_max_subset: got 9 with the exact loss"),
+        ({"loss_tail_correction": True}, r"loss_tail_correction: got True with the exact loss"),
+        ({"loss_tail_correction": False}, r"loss_tail_correction: got False with the exact loss"),
+        (
+            {"loss": "approximate", "label_smoothing": 0.1},
+            r"label_smoothing: got 0\.1 with the approximate loss, expected 0: a target over",
+        ),
         ({"adapter_path": ""}, r"adapter_path: got no name"),
     ],
 )

@@ -327,6 +327,93 @@ def test_an_option_that_contradicts_the_model(refused, tiny):
     assert text.startswith(f"quantize: 4 bits asked, but {tiny / 'model'} is quantized already")
 
 
+# The loss
+
+
+def test_the_approximate_loss_trains_and_tells_what_it_does(arguments, tmp_path, capsys):
+    loss = {"loss": "approximate", "loss_k": 5, "loss_max_subset": 90}
+    assert main(arguments(**loss, no_loss_tail_correction=True, test=True, train=True)) == 0
+    printed = capsys.readouterr()
+    (path,) = (tmp_path / "cache").iterdir()
+    (found,) = re.findall(
+        rf"nearest tokens: (\d+) of \1 labels to compute, kept in {path}", printed.out
+    )
+    assert int(found) > 50
+    assert "over the 5 nearest tokens of each label, without tail correction" in printed.out
+    assert "test loss " in printed.out
+    assert printed.err == ""
+    assert main(arguments(**loss)) == 0
+    printed = capsys.readouterr().out
+    assert f"nearest tokens: all of {found} labels are in {path}" in printed
+    assert ", with tail correction" in printed
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"loss": "approximate", "loss_k": 129}, "loss_k: got 129, expected 1 to 128, the model's"),
+        ({"loss": "approximate", "loss_k": 0}, "--loss-k: got 0, expected a whole number of at"),
+        ({"loss": "approximate", "loss_k": -5}, "--loss-k: got -5, expected a whole number of at"),
+        (
+            {"loss": "approximate", "loss_max_subset": 0},
+            "--loss-max-subset: got 0, expected a whole",
+        ),
+        ({"loss_k": 10}, "loss_k: got 10 with the exact loss, which has no use for it"),
+        ({"no_loss_tail_correction": True}, "loss_tail_correction: got False with the exact loss"),
+        ({"loss": "approximate", "label_smoothing": 0.1}, "label_smoothing: got 0.1 with the appr"),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
+)
+def test_options_of_the_loss_that_do_not_fit(refused, tmp_path, changes, expected):
+    """Refused before data are looked for or a cache is made."""
+    text = refused(**changes, data=tmp_path / "nowhere")
+    assert text.startswith(expected)
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "lora", "expected"),
+    [
+        ("qwen3", {"keys": ["model.embed_tokens"]}, "its head is adapted"),
+        ("llama", {"keys": ["lm_head"]}, "its head is adapted"),
+        ("llama", {"keys": ["lm_head"], "dropout": 0.5}, "its logits are not made of rows alone"),
+    ],
+)
+def test_heads_that_the_approximate_loss_cannot_take(refused, tmp_path, name, lora, expected):
+    make_model(tmp_path / "other", name)
+    (tmp_path / "run.yaml").write_text(json.dumps({"lora_parameters": lora}))
+    text = refused(
+        model=tmp_path / "other",
+        config=tmp_path / "run.yaml",
+        loss="approximate",
+        data=tmp_path / "nowhere",
+    )
+    assert text == (
+        f"loss: got approximate, but {expected}, expected a frozen head; use the exact loss, or "
+        "name other layers in lora_parameters.keys"
+    )
+
+
+def test_a_file_of_neighbours_that_cannot_be_written(refused, tmp_path):
+    (tmp_path / "file").write_bytes(GOOD)
+    text = refused(loss="approximate", cache_dir=tmp_path / "file" / "below")
+    assert text.startswith(f"{tmp_path / 'file' / 'below'}/neighbours-")
+    assert "cannot be written (Not a directory); free some space or choose another folder" in text
+
+
+def test_a_disk_full_while_neighbours_are_computed(refused, arguments, tmp_path):
+    ram = {"loss": "approximate", "loss_k": 100, "activations": "ram", "spill_dir": None}
+    assert main(arguments(**ram, iters=1)) == 0
+    (path,) = (tmp_path / "cache").iterdir()
+    content = bytearray(path.read_bytes())
+    content[-20_000:] = bytes(20_000)
+    path.write_bytes(content)
+    with full_disk(len(content) - 10_000):
+        text = refused(**ram)
+    assert text.startswith(f"{path}: cannot be written (File too large); free some space")
+    assert main(arguments(**ram, iters=1)) == 0
+
+
 @pytest.mark.skipif("wandb" in sys.modules, reason="wandb is installed")
 def test_a_service_that_is_not_installed(refused, monkeypatch):
     monkeypatch.setattr("mlx_lm.tuner.callbacks.wandb", None, raising=False)
