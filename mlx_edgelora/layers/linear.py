@@ -63,21 +63,25 @@ def _product(group_size: int, bits: int, mode: str, rows: int) -> mx.custom_func
         count = packed[0].shape[0]
         return [(start, min(start + rows, count)) for start in range(0, count, rows)]
 
-    def dequantized(packed: tuple, start: int, stop: int, after: mx.array | None) -> mx.array:
+    def dequantized(
+        packed: tuple, start: int, stop: int, after: mx.array | None, dtype: mx.Dtype
+    ) -> mx.array:
         tile = [array[start:stop] for array in packed]
         if after is not None:
             # Only then is one tile alive at a time; and a compiled graph must not
             # merge the backward's tile with the forward's and keep it in between.
             tile = mx.depends(tile, [after])
-        biases = tile[2] if len(tile) == 3 else None
-        return dequantize(tile[0], tile[1], biases, group_size=group_size, bits=bits, mode=mode)
+        # In the activations' dtype, whatever the scales are kept in; uint8 scales are no numbers.
+        floats = [a if a.dtype == mx.uint8 else a.astype(dtype) for a in tile[1:]]
+        dense = dequantize(tile[0], *floats, group_size=group_size, bits=bits, mode=mode)
+        return dense.astype(dtype)
 
     @mx.custom_function
     def product(x: mx.array, *packed: mx.array) -> mx.array:
         pieces: list[mx.array] = []
         for start, stop in tiles(packed):
-            tile = dequantized(packed, start, stop, pieces[-1] if pieces else None)
-            pieces.append(x @ tile.astype(x.dtype).T)
+            tile = dequantized(packed, start, stop, pieces[-1] if pieces else None, x.dtype)
+            pieces.append(x @ tile.T)
         return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=-1)
 
     @product.vjp
@@ -87,8 +91,8 @@ def _product(group_size: int, bits: int, mode: str, rows: int) -> mx.custom_func
         _, *packed = primals
         dx = None
         for start, stop in tiles(packed):
-            tile = dequantized(packed, start, stop, cotangent if dx is None else dx)
-            tile = tile.astype(cotangent.dtype)
+            before = cotangent if dx is None else dx
+            tile = dequantized(packed, start, stop, before, cotangent.dtype)
             piece = cotangent[..., start:stop]
             if dx is None:
                 dx = piece @ tile

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import mlx.core as mx
 from mlx_lm.models import base
 
-from mlx_edgelora.layers.attention import tiled_attention, use_fused
+from mlx_edgelora.layers.attention import TILE_BYTES, tiled_attention, use_fused
 
 # (queries [B, H, Tq, D], keys [B, Hkv, Tk, D], values [B, Hkv, Tk, Dv], cache, scale, mask,
 # sinks=None) -> [B, H, Tq, Dv]; the last four by position or by name.
@@ -67,13 +67,17 @@ def bounded(
 ) -> mx.array:
     """For `attention_replaced`: the same, but tokens x tokens is never held, forward or backward.
 
-    MLX's own where it has a fused gradient, in tiles elsewhere. With a cache, or what tiles
-    do not know, `original` as it is.
+    MLX's own where it has a fused gradient, or where all scores are no more than a tile; in
+    tiles elsewhere. With a cache, or what tiles do not know, `original` as it is.
     """
     known = mask is None or isinstance(mask, mx.array) or mask == "causal"
     same = {queries.dtype, keys.dtype, values.dtype} == {queries.dtype}
-    if cache is not None or not known or not same:
-        return original(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
-    if use_fused(queries, keys, values, mask=mask, sinks=sinks)[0]:
+    small = 4 * queries.size // queries.shape[-1] * keys.shape[2] <= TILE_BYTES
+    if (
+        cache is not None
+        or small
+        or not (known and same)
+        or use_fused(queries, keys, values, mask=mask, sinks=sinks)[0]
+    ):
         return original(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
     return tiled_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)

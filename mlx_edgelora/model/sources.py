@@ -105,7 +105,7 @@ class StreamedWeights:
         arrays = {local: shards[place.shard][place.name] for local, place in places.items()}
         self._meter.add_read(sum(array.nbytes for array in arrays.values()))
         if self._dtype is not None:
-            arrays = {name: cast(array, self._dtype) for name, array in arrays.items()}
+            arrays = cast_all(arrays, self._dtype)
         mx.async_eval(arrays)
         return arrays
 
@@ -117,6 +117,23 @@ class StreamedWeights:
                 "at the start; leave the model's files alone and start again"
             )
         return mx.load(str(shard))
+
+
+def cast_all(arrays: dict[str, mx.array], dtype: mx.Dtype) -> dict[str, mx.array]:
+    """Cast floating arrays to `dtype`, but scales and biases of packed weights to none larger.
+
+    Packed weights are dequantized in the dtype of what they multiply, so wider scales would
+    only take more memory.
+    """
+    packed = {name.removesuffix("scales") for name in arrays if name.endswith("scales")}
+    kept = {
+        name
+        for name, array in arrays.items()
+        if name.removesuffix("scales").removesuffix("biases") in packed
+        and name.endswith(("scales", "biases"))
+        and array.dtype.size < dtype.size
+    }
+    return {n: a if n in kept else cast(a, dtype) for n, a in arrays.items()}
 
 
 def cast(array: mx.array, dtype: mx.Dtype) -> mx.array:
