@@ -29,8 +29,9 @@ from mlx_edgelora.training.callbacks import TrainingCallback, reporting_callback
 from mlx_edgelora.training.evaluate import evaluate
 from mlx_edgelora.training.loop import TrainResult, train
 from mlx_edgelora.training.optimizer import build_optimizer
+from mlx_edgelora.training.paged import PagedTrained
 from mlx_edgelora.training.step import Engine
-from mlx_edgelora.training.trained import PagedTrained, ResidentTrained, Trained
+from mlx_edgelora.training.trained import ResidentTrained, Trained
 from mlx_edgelora.training.training_loss import check_loss, training_loss
 
 # What MLX may keep of freed buffers: enough for one block's to be used again, where its

@@ -1,13 +1,11 @@
-"""Where what is trained lives: the model, as in plain MLX, or a file, a block at a time.
+"""Where what is trained lives: the model, as in plain MLX, or a file (`training/paged.py`).
 
 With LoRA, parameters, gradients and an Adam's two moments are four arrays of the adapters'
-size, most of what a step still holds once blocks are walked. `PagedTrained` keeps all four
-in a scratch file and has one block's in memory at any moment. Every bit of the result is
+size, most of what a step still holds once blocks are walked. Every bit of the result is
 that of `optimizer.update(model, gradients)`, whichever home is chosen.
 """
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -17,9 +15,6 @@ import mlx.optimizers as optimizers
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.memory.meter import DiskMeter
-from mlx_edgelora.memory.page_file import PageFile, Section, Spec
-from mlx_edgelora.model.blocks import BlockList, array_slots
 from mlx_edgelora.model.sources import ResidentWeights, WeightSource
 from mlx_edgelora.training.optimizer import global_norm, scaled, squares, update
 
@@ -60,20 +55,26 @@ class Trained(WeightSource, Protocol):
         """Give disk space back."""
 
 
-class _Update:
-    """Knows whether an update was begun and not finished."""
+class Update:
+    """Knows whether an update was begun and broken off."""
 
     def __init__(self) -> None:
         self._broken = False
 
     @contextmanager
     def running(self) -> Iterator[None]:
+        """Around an update; whatever ends it early leaves it broken off."""
         self.check()
         self._broken = True
         yield
-        self._broken = False  # not reached by an exception: half of the parameters are new
+        self._broken = False
 
     def check(self) -> None:
+        """Refuse to go on with parameters of which some are newer than others.
+
+        Raises:
+            EdgeLoraError: an update was broken off.
+        """
         if self._broken:
             raise EdgeLoraError(
                 "an update of the adapters was broken off half way, expected whole ones; resume "
@@ -89,7 +90,7 @@ class ResidentTrained(ResidentWeights):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model, self._sum, self._update = model, {}, _Update()
+        self._model, self._sum, self._update = model, {}, Update()
         mx.eval(model.trainable_parameters())
 
     def load(self, weights: Iterable[tuple[str, mx.array]]) -> None:
@@ -102,18 +103,18 @@ class ResidentTrained(ResidentWeights):
 
     def add(self, gradients: Arrays) -> None:
         """Add to the sum."""
-        _add(gradients, self._sum)
+        add_to(gradients, self._sum)
 
     def norm(self, count: int) -> mx.array:
         """Norm of the mean."""
-        return global_norm(squares(self._sum, count), _names(self._model))
+        return global_norm(squares(self._sum, count), names_of(self._model))
 
     def update(
         self, optimizer: optimizers.Optimizer, count: int, factor: mx.array | None = None
     ) -> None:
         """Let the optimizer update the model."""
         with self._update.running():
-            gradients = _tree(scaled(self._sum, count, factor))
+            gradients = tree_of(scaled(self._sum, count, factor))
             update(self._model, optimizer, gradients)
 
     def weights(self) -> Mapping[str, mx.array]:
@@ -125,231 +126,17 @@ class ResidentTrained(ResidentWeights):
         """Nothing to do."""
 
 
-class PagedTrained:
-    """The blocks' parameters, gradients and optimizer state in a file.
-
-    In the model stand lazy arrays of NaN that nobody evaluates, of the right shapes. What is
-    trained outside the blocks (adapters of embedding and head) stays in memory.
-
-    Memory: one block's parameters, gradients and state, and the new ones while it is updated.
-    Disk: all blocks'; each step reads parameters three times and writes them once, writes
-    gradients once (and reads them once more for their norm), reads and writes the state.
-
-    Args:
-        model: adapted; its parameters may be lazy, and are evaluated a block at a time.
-        folder: where the file lives.
-        meter: counts what is read and written.
-
-    Raises:
-        EdgeLoraError: no file can be made there, or the volume is full.
-    """
-
-    def __init__(
-        self, model: nn.Module, folder: str | os.PathLike, meter: DiskMeter | None = None
-    ) -> None:
-        self._model, self._meter = model, meter or DiskMeter()
-        self._blocks, self._update = BlockList(model), _Update()
-        self._names = _names(model)
-        self._outside: Arrays = {}  # sums of gradients of what is in memory
-        self._summed: set[int] = set()  # blocks whose sum of gradients has begun
-        self._moved: set[int] = set()  # blocks that were updated
-        self._gradients: dict[int, Section] = {}
-        self._states: dict[int, Section] = {}
-        self._file = PageFile(folder, "adapters", "--adapters resident")
-        try:
-            self._parameters, self._end = self._claim()
-        except BaseException:
-            self.close()
-            raise
-
-    def block(self, index: int) -> Arrays:
-        """Read a block's parameters.
-
-        Raises:
-            EdgeLoraError: an update was broken off.
-        """
-        self._update.check()
-        return self._parameters[index].read() if index in self._parameters else {}
-
-    def prefetch(self, index: int) -> None:
-        """Let the system read ahead."""
-        if index in self._parameters:
-            self._parameters[index].prefetch()
-
-    def load(self, weights: Iterable[tuple[str, mx.array]]) -> None:
-        """Write the values to the file, one at a time."""
-        for name, value in weights:
-            place = self._blocks.local(name)
-            if place is None:
-                self._model.load_weights([(name, value)], strict=False)
-            else:
-                index, local = place
-                mx.eval(value)
-                self._parameters[index].write({local: value})
-
-    def start(self, optimizer: optimizers.Optimizer) -> None:
-        """Take the disk space for gradients and state.
-
-        Raises:
-            EdgeLoraError: the volume is full.
-        """
-        self._outside.clear()
-        self._summed.clear()
-        self._moved.clear()
-        specs = {index: section.specs() for index, section in self._parameters.items()}
-        self._gradients, end = self._sections(self._end, specs)
-        states = {index: _state_specs(optimizer, arrays) for index, arrays in specs.items()}
-        self._states, end = self._sections(end, states)
-        self._file.reserve(end)
-
-    def add(self, gradients: Arrays) -> None:
-        """Add to the sums in the file, block by block."""
-        for index, arrays in self._by_block(gradients).items():
-            if index is None:
-                _add(arrays, self._outside)
-                continue
-            total = self._gradients[index].read() if index in self._summed else {}
-            _add(arrays, total)
-            self._gradients[index].write(total)
-            self._summed.add(index)
-
-    def norm(self, count: int) -> mx.array:
-        """Norm of the mean; reads all gradients once."""
-        every = squares(self._outside, count)
-        for index in sorted(self._summed):
-            prefix = f"{self._blocks.prefix}{index}."
-            of_block = squares(self._gradients[index].read(), count)
-            every |= {prefix + local: value for local, value in of_block.items()}
-        return global_norm(every, self._names)
-
-    def update(
-        self, optimizer: optimizers.Optimizer, count: int, factor: mx.array | None = None
-    ) -> None:
-        """Update a block at a time, after what is in memory."""
-        with self._update.running():
-            # Counts the step and sets what is on a schedule, once for all blocks.
-            optimizer.update(self._model, _tree(scaled(self._outside, count, factor)))
-            mx.eval(optimizer.state, [self._array(name) for name in self._resident()])
-            order = sorted(self._summed)
-            for index, following in zip(order, [*order[1:], None], strict=True):
-                if following is not None:
-                    self._prefetch_update(following)
-                self._update_block(optimizer, index, count, factor)
-            self._summed.clear()
-
-    def weights(self) -> Mapping[str, mx.array]:
-        """A view that reads each array from the file when it is looked at."""
-        self._update.check()
-        return _View(self._names, self._array)
-
-    def close(self) -> None:
-        """Free the file's space."""
-        self._file.close()
-
-    def _claim(self) -> tuple[dict[int, Section], int]:
-        """Move the blocks' parameters into the file; placeholders stay in the model."""
-        slots = array_slots(self._model)
-        specs: dict[int, dict[str, Spec]] = {}
-        for name in self._names:
-            if place := self._blocks.local(name):
-                box, key = slots[name]
-                specs.setdefault(place[0], {})[place[1]] = (box[key].dtype, box[key].shape)
-        sections, end = self._sections(0, specs)
-        self._file.reserve(end)
-        for index, section in sections.items():
-            prefix = f"{self._blocks.prefix}{index}."
-            boxes = {local: slots[prefix + local] for local in specs[index]}
-            arrays = {local: box[key] for local, (box, key) in boxes.items()}
-            mx.eval(arrays)
-            section.write(arrays)
-            for local, (box, key) in boxes.items():
-                dtype, shape = specs[index][local]
-                box[key] = mx.full(shape, float("nan"), dtype)
-        mx.eval([box[key] for box, key in (slots[name] for name in self._resident())])
-        return sections, end
-
-    def _sections(self, start: int, specs: Mapping[int, Mapping]) -> tuple[dict[int, Section], int]:
-        sections = {}
-        for index in sorted(specs):
-            sections[index] = Section(self._file, start, specs[index], self._meter)
-            start = sections[index].stop
-        return sections, start
-
-    def _update_block(
-        self, optimizer: optimizers.Optimizer, index: int, count: int, factor: mx.array | None
-    ) -> None:
-        gradients = self._gradients[index].read()
-        parameters, states = self._parameters[index].read(), {name: {} for name in gradients}
-        if index in self._moved:
-            for (name, key), value in self._states[index].read().items():
-                states[name][key] = value
-        gradients = scaled(gradients, count, factor)
-        for name, state in states.items():
-            gradient = gradients.pop(name)
-            if index not in self._moved:
-                optimizer.init_single(gradient, state)
-            parameters[name] = optimizer.apply_single(gradient, parameters[name], state)
-            del gradient
-        mx.eval(parameters, states)
-        self._parameters[index].write(parameters)
-        self._states[index].write(
-            {(name, key): value for name, state in states.items() for key, value in state.items()}
-        )
-        self._moved.add(index)
-
-    def _prefetch_update(self, index: int) -> None:
-        self._parameters[index].prefetch()
-        self._gradients[index].prefetch()
-        if index in self._moved:
-            self._states[index].prefetch()
-
-    def _by_block(self, gradients: Arrays) -> dict[int | None, Arrays]:
-        """Split gradients by block, with local names; those outside keep theirs, under None."""
-        groups: dict[int | None, Arrays] = {}
-        for name in list(gradients):
-            index, local = self._blocks.local(name) or (None, name)
-            groups.setdefault(index, {})[local] = gradients.pop(name)
-        return groups
-
-    def _resident(self) -> list[str]:
-        return [name for name in self._names if self._blocks.local(name) is None]
-
-    def _array(self, name: str) -> mx.array:
-        place = self._blocks.local(name)
-        if place is not None:
-            return self._parameters[place[0]].read_one(place[1])
-        box, key = array_slots(self._model)[name]
-        return box[key]
-
-
-class _View(Mapping[str, mx.array]):
-    """Arrays by name that are read when they are looked at."""
-
-    def __init__(self, names: list[str], read: Callable[[str], mx.array]) -> None:
-        self._names, self._read = dict.fromkeys(names), read
-
-    def __getitem__(self, name: str) -> mx.array:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._read(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-def _names(model: nn.Module) -> list[str]:
+def names_of(model: nn.Module) -> list[str]:
+    """Names of the trained parameters, in the model's order."""
     return [name for name, _ in tree_flatten(model.trainable_parameters())]
 
 
-def _tree(arrays: Arrays) -> dict:
+def tree_of(arrays: Arrays) -> dict:
     """The tree of arrays by dotted names; `tree_unflatten` makes a list of none."""
     return tree_unflatten(list(arrays.items())) if arrays else {}
 
 
-def _add(gradients: Arrays, total: Arrays) -> None:
+def add_to(gradients: Arrays, total: Arrays) -> None:
     """Add to the evaluated `total` in place; `gradients` is emptied.
 
     Sums are laid out densely, for how an array lies in memory decides in which order its
@@ -361,15 +148,3 @@ def _add(gradients: Arrays, total: Arrays) -> None:
         total[name] = mx.contiguous(more + total.pop(name) if name in total else more)
         del more
     mx.eval([total[name] for name in names])
-
-
-def _state_specs(
-    optimizer: optimizers.Optimizer, parameters: Mapping[str, Spec]
-) -> dict[tuple[str, str], Spec]:
-    """What the optimizer will remember of each parameter; nothing is evaluated."""
-    specs = {}
-    for name, (dtype, shape) in parameters.items():
-        state: Arrays = {}
-        optimizer.init_single(mx.zeros(shape, dtype), state)
-        specs |= {(name, key): (value.dtype, value.shape) for key, value in state.items()}
-    return specs

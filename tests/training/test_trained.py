@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.optimizers as optimizers
 import pytest
 from architectures import add_lora, build
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
@@ -17,7 +17,8 @@ from mlx_edgelora.config import OPTIMIZERS
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.memory.meter import DiskMeter
 from mlx_edgelora.training.optimizer import clip_factor
-from mlx_edgelora.training.trained import PagedTrained, ResidentTrained
+from mlx_edgelora.training.paged import PagedTrained
+from mlx_edgelora.training.trained import ResidentTrained
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 KEYS = ["self_attn.q_proj", "mlp.down_proj", "model.embed_tokens", "lm_head"]
@@ -162,6 +163,7 @@ def test_the_optimizers_of_the_configuration_are_among_them():
     assert set(OPTIMIZERS.values()) <= made
 
 
+@settings(deadline=None, max_examples=40)
 @given(
     max_norm=st.floats(1e-3, 1e3),
     size=st.sampled_from([1e-6, 1.0, 1e6]),
@@ -255,9 +257,7 @@ def test_half_an_update_is_never_given(home):
     with pytest.raises(KeyboardInterrupt):
         trained.update(optimizer, 1)
     for use in (trained.weights, lambda: trained.update(optimizer, 1)):
-        with pytest.raises(
-            EdgeLoraError, match=r"broken off half way.*; resume from"
-        ):
+        with pytest.raises(EdgeLoraError, match=r"broken off half way.*; resume from"):
             use()
 
 
