@@ -276,7 +276,8 @@ def head_costs(args: argparse.Namespace) -> None:
         print(f"| {cells} |", flush=True)
     del hidden, labels
     against_products(head, loss)
-    masking(head, loss, {n: run for n, run in every.items() if n >= LONG})
+    if every := {n: run for n, run in every.items() if n >= LONG}:
+        masking(head, loss, every)
 
 
 def masking(head: PackedHead, loss: CrossEntropy, every: dict[int, Measured]) -> None:
