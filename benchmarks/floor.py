@@ -1,0 +1,275 @@
+"""Peak memory of a whole training step at the floor, on synthetic weights of real shapes.
+
+    python benchmarks/floor.py --shape llama-3.2-3b --contexts 1024 2048
+    python benchmarks/floor.py --shape llama-3.2-3b --contexts 4096 8192 --blocks 2 4
+    python benchmarks/floor.py --shape qwen2.5-3b --contexts 4096 --blocks 2 --dtype bfloat16
+
+Every row is a process of its own. It writes a random 4-bit checkpoint of the shape once (group
+64, scales and norms bfloat16, as published ones have), then makes steps: forward, exact loss on
+30 % of the tokens, backward, AdamW on LoRA matrices of all linear layers, batch 1. `peak` is
+`mx.get_peak_memory` over the last step, MLX's buffer cache off: all that MLX holds, weights,
+adapters, gradients and optimizer state included. `footprint` is the largest resident set of the
+process during that step (Linux), `goal` and `published` (arXiv 2606.19528, all four techniques) are of the whole
+model. Without --blocks the model has its full depth.
+"""
+
+import argparse
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optimizers
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.models import llama, qwen2
+
+from mlx_edgelora.data import Batch
+from mlx_edgelora.losses.exact import CrossEntropy
+from mlx_edgelora.memory.blockwise import BlockWalk
+from mlx_edgelora.memory.meter import DiskMeter, footprint
+from mlx_edgelora.memory.plan import Plan
+from mlx_edgelora.memory.stores import MappedStore, RamStore
+from mlx_edgelora.model.checkpoint import write_model
+from mlx_edgelora.model.loading import attach, open_model
+from mlx_edgelora.model.lora import add_lora, set_kernel
+from mlx_edgelora.model.mlp import slice_mlps
+from mlx_edgelora.training.paged import PagedTrained
+from mlx_edgelora.training.step import Engine
+from mlx_edgelora.training.trained import ResidentTrained
+
+MIB = 2**20
+COMMON = {"rms_norm_eps": 1e-5, "tie_word_embeddings": True, "rope_theta": 500000.0}
+SHAPES = {
+    "small": (llama, 4, 256, 1024, 8, 2, 1024),
+    "llama-3.2-3b": (llama, 28, 3072, 8192, 24, 8, 128256),
+    "qwen2.5-3b": (qwen2, 36, 2048, 11008, 16, 2, 151936),
+    "qwen2.5-0.5b": (qwen2, 24, 896, 4864, 14, 2, 151936),
+    "llama-3.3-70b": (llama, 80, 8192, 28672, 64, 8, 128256),
+}
+CONTEXTS = [1024, 2048, 4096, 8192, 16384]
+GOALS = {
+    "llama-3.2-3b": dict(zip(CONTEXTS, [0.30, 0.36, 0.45, 0.65, 1.0], strict=True)),
+    "qwen2.5-3b": dict(zip(CONTEXTS, [0.27, 0.31, 0.38, 0.55, 0.85], strict=True)),
+}
+PUBLISHED = {
+    "llama-3.2-3b": dict(zip(CONTEXTS, [0.70, 1.02, 1.59, 3.24, 6.95], strict=True)),
+    "qwen2.5-3b": dict(zip(CONTEXTS, [0.66, 1.01, 1.71, 3.90, 8.34], strict=True)),
+}
+# What the floor is compared with in time: nothing streamed, spilled, paged or tiled.
+PLENTY = Plan(weights="resident", activations="ram", mlp_bytes=None)
+
+
+def checkpoint(cache: Path, shape: str, blocks: int) -> Path:
+    """Write random 4-bit weights of a shape, one tensor at a time, unless they are there."""
+    folder = cache / f"{shape}-{blocks}"
+    if (folder / "config.json").exists():
+        return folder
+    module, _, hidden, intermediate, heads, kv_heads, vocabulary = SHAPES[shape]
+    config = COMMON | {
+        "model_type": module.__name__.rpartition(".")[2],
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocabulary,
+        "num_hidden_layers": blocks,
+    }
+    mx.random.seed(0)
+    model = module.Model(module.ModelArgs.from_dict(config))
+    model.set_dtype(mx.bfloat16)
+    nn.quantize(model, 64, 4)
+    folder.mkdir(parents=True, exist_ok=True)
+    parameters = tree_flatten(model.parameters())
+    del model
+    write_model(folder, parameters, config | {"quantization": {"group_size": 64, "bits": 4}})
+    return folder
+
+
+class Run:
+    """One model under one plan, ready to make steps.
+
+    Args:
+        folder: of the checkpoint.
+        plan: what is kept where.
+        args: of the command line.
+    """
+
+    def __init__(self, folder: Path, plan: Plan, args: argparse.Namespace) -> None:
+        self._meter = DiskMeter()
+        streamed = plan.weights == "streamed"
+        lazy = open_model(str(folder), streamed=streamed, quantize=None, cache=folder)
+        model = lazy.model
+        mx.random.seed(1)
+        add_lora(model, -1, rank=args.rank)
+        set_kernel(model, "dequantize")
+        if plan.adapters == "paged":
+            self.trained = PagedTrained(model, args.cache, self._meter)
+        else:
+            self.trained = ResidentTrained(model)
+        attached = attach(lazy, streamed=streamed, dtype=args.dtype, meter=self._meter)
+        model.train()
+        self._store = (
+            RamStore() if plan.activations == "ram" else MappedStore(args.cache, self._meter)
+        )
+        walk = BlockWalk(
+            model,
+            self._store,
+            attached.weights,
+            adapters=self.trained,
+            tile_tokens=plan.tile_tokens,
+            prefetch=plan.prefetch,
+        )
+        if plan.mlp_bytes is not None:
+            slice_mlps(walk.blocks, plan.mlp_bytes)
+        loss = CrossEntropy(plan.loss_bytes)
+        self._engine = Engine(model, walk, attached.head, self._meter, loss, self.trained)
+        self._optimizer = optimizers.AdamW(1e-4)
+        self.trained.start(self._optimizer)
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        """Make one step and measure it."""
+        gc.collect()
+        reset_footprint()
+        mx.reset_peak_memory()
+        before, start = self._meter.snapshot(), time.perf_counter()
+        loss, _ = self._engine.backward(batch, self.trained.add)
+        self.trained.update(self._optimizer, 1)
+        after = self._meter.snapshot()
+        return {
+            "loss": loss.item(),
+            "seconds": time.perf_counter() - start,
+            "peak": mx.get_peak_memory() / MIB,
+            "footprint": peak_footprint() / MIB,
+            "read": (after.read_bytes - before.read_bytes) / MIB,
+            "written": (after.written_bytes - before.written_bytes) / MIB,
+        }
+
+    def close(self) -> None:
+        """Give memory and disk space back."""
+        self._store.close()
+        self.trained.close()
+
+
+def reset_footprint() -> None:
+    """Let Linux forget the largest resident set so far."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def peak_footprint() -> int:
+    """The largest resident set since `reset_footprint`; elsewhere than on Linux today's."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return footprint()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+
+
+def random_batch(vocabulary: int, tokens: int, labelled: float) -> Batch:
+    """One row of random tokens, the last share of them labelled."""
+    row = np.random.RandomState(0).randint(0, vocabulary, (1, tokens + 1)).astype(np.int32)
+    first = tokens + 1 - max(1, round(labelled * tokens))
+    return Batch(row, np.array([[first, tokens + 1]], np.int32), (0,))
+
+
+def measure(args: argparse.Namespace, blocks: int, tokens: int) -> dict[str, float]:
+    """Make steps and give the last one's figures."""
+    mx.set_cache_limit(0)
+    run = Run(checkpoint(args.cache, args.shape, blocks), Plan.floor(), args)
+    batch = random_batch(SHAPES[args.shape][-1], tokens, args.labelled)
+    for _ in range(args.steps):
+        row = run.step(batch)
+    run.close()
+    return row
+
+
+def speed(args: argparse.Namespace, blocks: int, tokens: int) -> dict[str, float]:
+    """Time of the floor over that of a run that keeps everything, alternating."""
+    mx.set_cache_limit(0)
+    folder = checkpoint(args.cache, args.shape, blocks)
+    batch = random_batch(SHAPES[args.shape][-1], tokens, args.labelled)
+    runs = [Run(folder, plan, args) for plan in (Plan.floor(), PLENTY)]
+    ratios, times = [], []
+    for number in range(args.steps + 1):
+        floor, plenty = (run.step(batch)["seconds"] for run in runs)
+        if number:  # the first of each warms up
+            ratios.append(floor / plenty)
+            times.append((floor, plenty))
+    for run in runs:
+        run.close()
+    best = [min(some) for some in zip(*times, strict=True)]
+    return {
+        "median": float(np.median(ratios)),
+        "lowest": min(ratios),
+        "highest": max(ratios),
+        "of_fastest": best[0] / best[1],
+    }
+
+
+def main() -> None:
+    """Measure every combination in a process of its own and print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[1024])
+    parser.add_argument("--blocks", type=int, nargs="+", help="all of the model's if absent")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--labelled", type=float, default=0.3, help="share of the tokens")
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--speed", action="store_true", help="time against keeping everything")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=Path(tempfile.gettempdir(), "edgelora-floor"),
+        help="folder of checkpoints and spill files",
+    )
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    blocks = args.blocks or [SHAPES[args.shape][1]]
+    args.cache.mkdir(parents=True, exist_ok=True)
+    if args.one:
+        function = speed if args.speed else measure
+        print(json.dumps(function(args, blocks[0], args.contexts[0])))
+        return
+    print(f"{args.shape}, rank {args.rank}, {args.dtype}, {args.labelled:.0%} labelled")
+    if args.speed:
+        print(
+            "| blocks | tokens | floor / keeping everything: median | lowest | highest | fastest |"
+        )
+        print("|---|---|---|---|---|---|")
+    else:
+        print(
+            "| blocks | tokens | peak MiB | GiB | goal | published | footprint MiB | above peak |"
+            " read | written |\n|---|---|---|---|---|---|---|---|---|---|"
+        )
+    for tokens in args.contexts:
+        for count in blocks:
+            print(f"| {count} | {tokens} | {cells(args, count, tokens)} |", flush=True)
+
+
+def cells(args: argparse.Namespace, blocks: int, tokens: int) -> str:
+    """One row, measured in a process of its own."""
+    child = [sys.executable, __file__, "--one", "--shape", args.shape, "--blocks", str(blocks)]
+    child += ["--contexts", str(tokens), "--rank", str(args.rank), "--dtype", args.dtype]
+    child += ["--labelled", str(args.labelled), "--steps", str(args.steps)]
+    child += ["--cache", str(args.cache)] + (["--speed"] if args.speed else [])
+    out = subprocess.run(child, check=True, stdout=subprocess.PIPE, text=True).stdout
+    row = json.loads(out.splitlines()[-1])
+    if args.speed:
+        return " | ".join(f"{row[k]:.2f}" for k in ("median", "lowest", "highest", "of_fastest"))
+    known = [table.get(args.shape, {}).get(tokens, "") for table in (GOALS, PUBLISHED)]
+    figures = [f"{row['peak']:.1f}", f"{row['peak'] / 1024:.3f}", *known]
+    figures += [f"{row['footprint']:.1f}", f"{row['footprint'] - row['peak']:.1f}"]
+    return " | ".join(map(str, [*figures, f"{row['read']:.0f}", f"{row['written']:.0f}"]))
+
+
+if __name__ == "__main__":
+    main()
