@@ -124,6 +124,7 @@ class Run:
             adapters=self.trained,
             tile_tokens=plan.tile_tokens,
             prefetch=plan.prefetch,
+            halves=plan.halves,
         )
         if plan.mlp_bytes is not None:
             slice_mlps(walk.blocks, plan.mlp_bytes)

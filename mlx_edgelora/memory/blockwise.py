@@ -30,7 +30,7 @@ from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.memory.dropout import KeyTape, keyed_dropout
 from mlx_edgelora.memory.stores import ActivationStore, RamStore
 from mlx_edgelora.memory.tiled_pass import TiledPass
-from mlx_edgelora.memory.tiles import TiledBlock, Used
+from mlx_edgelora.memory.tiles import Sums, TiledBlock, Used
 from mlx_edgelora.model.attention import attention_replaced, bounded
 from mlx_edgelora.model.blocks import (
     BlockList,
@@ -43,7 +43,7 @@ from mlx_edgelora.model.blocks import (
 from mlx_edgelora.model.labelled import LastBlock, put_rows, take_rows
 from mlx_edgelora.model.parts import BlockParts
 from mlx_edgelora.model.sources import ResidentWeights, TogetherWeights, WeightSource
-from mlx_edgelora.model.tiling import Tiling
+from mlx_edgelora.model.tiling import Tileable, Tiling
 from mlx_edgelora.model.walkable import check_walk
 
 Arrays = dict[str, mx.array]
@@ -81,7 +81,7 @@ class Pass:
             n rows of it were asked for; whoever is done with it sets it to None, so that
             its memory is free during the backward.
         cotangent: the loss's gradient with respect to `hidden`, set before `backward`.
-        whole: the blocks that a pass by tiles computes whole; None for another pass.
+        choices: how each block is computed in a pass by tiles; None for another pass.
         tiles: the tiles of such a pass.
     """
 
@@ -93,7 +93,7 @@ class Pass:
     hidden: mx.array | None = None
     cotangent: mx.array | None = None
     calls: dict[int, _Call] = field(default_factory=dict)
-    whole: frozenset[int] | None = None
+    choices: list[Tileable] | None = None
     tiles: TiledPass | None = None
     entry_keys: list[mx.array] = field(default_factory=list)
 
@@ -113,6 +113,8 @@ class BlockWalk:
         tile_tokens: compute blocks for so many tokens at a time, where they can be; None
             for all at once.
         prefetch: read the next block's weights while one is computed.
+        halves: with tiles, compute attention and MLP of a block apart where it is a sum of
+            the two, keep what lies between as well, and bind one half's weights at a time.
 
     Raises:
         EdgeLoraError: the architecture cannot be walked.
@@ -127,13 +129,14 @@ class BlockWalk:
         adapters: WeightSource | None = None,
         tile_tokens: int | None = None,
         prefetch: bool = True,
+        halves: bool = False,
     ) -> None:
         self.model = model
         self.blocks = BlockList(model)
         self.store = RamStore() if store is None else store
         self.weights = ResidentWeights() if weights is None else weights
         self.adapters = ResidentWeights() if adapters is None else adapters
-        self._tile_tokens, self._prefetches = tile_tokens, prefetch
+        self._tile_tokens, self._prefetches, self._halves = tile_tokens, prefetch, halves
         together = TogetherWeights(self.weights, self.adapters)
         self._last, self._tiling = (kind(self.blocks, together) for kind in (LastBlock, Tiling))
         self._used: dict[int, Used] = {}
@@ -178,7 +181,7 @@ class BlockWalk:
             state = Pass(run, first, entry, rows, spared)
             if self._tile_tokens is not None:
                 indices = range(len(self.blocks))
-                state.whole = frozenset(i for i in indices if not self._tiling.of(i).possible)
+                state.choices = [self._tiling.of(index) for index in indices]
             with self._tape.recording() as state.entry_keys:
                 state.hidden = self._stopped(run, lambda *call: self._run_block(state, *call))
             yield state
@@ -224,7 +227,7 @@ class BlockWalk:
     def _run_block(
         self, state: Pass, index: int, x: mx.array, args: tuple, kwargs: dict
     ) -> mx.array:
-        if state.whole is not None:
+        if state.choices is not None:
             return self._run_tiled(state, index, x, args, kwargs)
         block = self.blocks.blocks[index]
         if index == state.first:
@@ -248,9 +251,9 @@ class BlockWalk:
             raise _Reached(out)
         return out
 
-    def _arrays_of(self, index: int, following: int | None) -> Arrays:
+    def _arrays_of(self, index: int, following: int | None, without: str = "") -> Arrays:
         """All that is bound to a block for a visit; the block that follows is read ahead."""
-        weights = self.weights.block(index)
+        weights = self.weights.block(index, without)
         if following is not None and self._prefetches:
             self.weights.prefetch(following)
         return weights | self.adapters.block(index)
@@ -258,41 +261,60 @@ class BlockWalk:
     def _run_tiled(
         self, state: Pass, index: int, x: mx.array, args: tuple, kwargs: dict
     ) -> mx.array:
-        last = index + 1 == len(self.blocks)
+        count, last = len(self.blocks), index + 1 == len(self.blocks)
         if index == 0:
-            state.tiles = TiledPass(self._tile_tokens, x, self.store, state.first, len(self.blocks))
+            state.tiles = TiledPass(
+                self._tile_tokens, x, self.store, state.first, count, self._halves
+            )
         if index >= state.first:
             state.tiles.keep(index)
         if last and state.spared:
             state.spared = state.rows.size < x.shape[0] * x.shape[1]
-        block, weights = (
-            self.blocks.blocks[index],
-            self._arrays_of(index, None if last else index + 1),
-        )
-        with self._tape.recording() as keys, bound(array_slots(block), weights):
-            del weights
-            if index in state.whole:
+        with self._tape.recording() as keys:
+            call = _Call(args, kwargs, keys)
+            if not state.choices[index].possible:
                 called = self._called(state, index)
-                state.tiles.forward_whole(lambda x: called(x, *args, **kwargs))
+                with self._visit(index, following=None if last else index + 1):
+                    state.tiles.forward_whole(lambda x: called(x, *args, **kwargs))
             else:
-                state.tiles.forward(self._tiled(state, index, args, kwargs))
+                self._forward_tiled(state, index, self._tiled(state, index, call))
         if index >= state.first:
-            state.calls[index] = _Call(args, kwargs, keys)
+            state.calls[index] = call
         if last:
             raise _Reached(state.tiles.result(state.rows, state.spared))
         return mx.zeros(x.shape, x.dtype)  # never computed: the model's loop hands it on
 
-    def _tiled(self, state: Pass, index: int, args: tuple, kwargs: dict) -> TiledBlock:
+    @contextmanager
+    def _visit(self, index: int, following: int | None, without: str = "") -> Iterator[Arrays]:
+        """Bind a block's arrays for a visit; gives those that are trained."""
+        block, arrays = self.blocks.blocks[index], self._arrays_of(index, following, without)
+        own = tree_flatten(block.trainable_parameters())
+        with bound(array_slots(block), arrays):
+            yield {name: arrays.get(name, value) for name, value in own}
+
+    def _tiled(self, state: Pass, index: int, call: _Call) -> TiledBlock:
         block = self.blocks.blocks[index]
+        branches = state.choices[index].branches if self._halves else None
         rows = state.rows if state.spared and index + 1 == len(self.blocks) else None
-        used = self._used.setdefault(index, {})
-        return state.tiles.tiled(BlockParts(block, args, kwargs), array_slots(block), used, rows)
+        parts = BlockParts(block, call.args, call.kwargs, branches)
+        return state.tiles.tiled(parts, array_slots(block), self._used.setdefault(index, {}), rows)
+
+    def _forward_tiled(self, state: Pass, index: int, tiled: TiledBlock) -> None:
+        following = index + 1 if index + 1 < len(self.blocks) else None
+        attention, mlp = tiled.parts.branches or ("", "")
+        with self._visit(index, None if mlp else following, without=mlp):
+            state.tiles.forward(tiled)
+        if mlp:
+            if index >= state.first:
+                state.tiles.keep_middle(index)
+            with self._visit(index, following, without=attention):
+                state.tiles.forward_rest(tiled)
+        state.tiles.finish(tiled)
 
     def _tiled_backward(self, state: Pass, index: int) -> Arrays:
-        last, onward = index + 1 == len(self.blocks), index > state.first or state.entry
-        call = state.calls[index]
-        tiled = None if index in state.whole else self._tiled(state, index, call.args, call.kwargs)
-        if last:
+        onward, call = index > state.first or state.entry, state.calls[index]
+        tiled = self._tiled(state, index, call) if state.choices[index].possible else None
+        if index + 1 == len(self.blocks):
             cotangent, state.cotangent = state.cotangent, None
             state.tiles.begin_backward(cotangent, tiled if state.spared else None)
             del cotangent
@@ -303,21 +325,25 @@ class BlockWalk:
                 state.tiles.set_cotangent(state.cotangent)
         else:
             del state.calls[index]
-            block, weights = self.blocks.blocks[index], self._arrays_of(index, None)
-            trained = {
-                name: weights.get(name, value)
-                for name, value in tree_flatten(block.trainable_parameters())
-            }
-            with bound(array_slots(block), weights):
-                del weights
-                if index > state.first and self._prefetches:
-                    self.weights.prefetch(index - 1)
-                found = state.tiles.backward(index, tiled, trained, onward)
-            name = f"{self.blocks.prefix}{index}."
-            gradients = {name + local: value for local, value in found.items()}
+            found = self._differentiate_tiled(state, index, tiled, onward)
+            prefix = f"{self.blocks.prefix}{index}."
+            gradients = {prefix + local: value for local, value in found.items()}
         if index == state.first and state.entry:
             state.cotangent = state.tiles.cotangent()
         return gradients
+
+    def _differentiate_tiled(
+        self, state: Pass, index: int, tiled: TiledBlock, onward: bool
+    ) -> Arrays:
+        following = index - 1 if index > state.first else None
+        attention, mlp = tiled.parts.branches or ("", "")
+        sums = Sums()
+        if mlp:
+            with self._visit(index, None, without=attention) as trained:
+                state.tiles.backward_rest(index, tiled, sums.of(trained))
+        with self._visit(index, following, without=mlp) as trained:
+            state.tiles.backward(index, tiled, sums.of(trained), onward)
+        return sums.totals()
 
     def _called(self, state: Pass, index: int) -> Callable[..., mx.array]:
         """What is called, and differentiated, where a block is due."""

@@ -18,6 +18,8 @@ class Plan:
         activations: "spill" or "ram", of the blocks' inputs.
         adapters: "paged" or "resident", of what is trained and the optimizer's state.
         tile_tokens: blocks are computed for so many tokens at a time; None for all.
+        halves: with tiles, keep what lies between attention and MLP of a block as well, and
+            bind one half's weights at a time.
         mlp_bytes: a slice of a gated MLP; None computes it layer by layer.
         loss_bytes: a tile of the vocabulary head.
         reason: why these.
@@ -28,6 +30,7 @@ class Plan:
     activations: str = "spill"
     adapters: str = "resident"
     tile_tokens: int | None = None
+    halves: bool = False
     mlp_bytes: int | None = 16 * MIB
     loss_bytes: int = 40 * MIB
     reason: str = "no memory budget was named"
@@ -39,6 +42,7 @@ class Plan:
             prefetch=False,
             adapters="paged",
             tile_tokens=FLOOR_TOKENS,
+            halves=True,
             mlp_bytes=8 * MIB,
             loss_bytes=16 * MIB,
             reason="the least memory, as asked",

@@ -8,11 +8,12 @@ the activation store, so that a block's backward reads what it needs when it nee
 from collections.abc import Callable
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_edgelora.memory.stores import ActivationStore
 from mlx_edgelora.memory.tiles import (
-    Arrays,
     Slots,
+    Sums,
     TiledBlock,
     Used,
     flat_places,
@@ -20,7 +21,7 @@ from mlx_edgelora.memory.tiles import (
     spans_of,
 )
 from mlx_edgelora.model.labelled import checked_rows, put_rows, take_rows
-from mlx_edgelora.model.parts import BlockParts
+from mlx_edgelora.model.parts import BlockParts, Span
 
 
 class TiledPass:
@@ -32,20 +33,28 @@ class TiledPass:
         store: where inputs of blocks wait.
         first: the lowest block whose input is kept.
         blocks: number of blocks.
+        halves: whether blocks are computed in halves, and what lies between is kept too.
     """
 
     def __init__(
-        self, tile_tokens: int, x: mx.array, store: ActivationStore, first: int, blocks: int
+        self,
+        tile_tokens: int,
+        x: mx.array,
+        store: ActivationStore,
+        first: int,
+        blocks: int,
+        halves: bool,
     ) -> None:
         self._shape, self._first, self._last = x.shape, first, blocks - 1
         self.spans = spans_of(x.shape[1], max(1, tile_tokens // x.shape[0]))
         self._store = store
         self._hidden = self._split(x)
+        self._pieces: list[list[mx.array]] = []
         self._rows: mx.array | None = None
         self._cotangents: list[list[mx.array]] = []
         if first < blocks:
             size = max(tile.nbytes for tile in self._hidden)
-            store.reserve((blocks - first) * len(self.spans), size)
+            store.reserve((2 if halves else 1) * (blocks - first) * len(self.spans), size)
 
     def keep(self, index: int) -> None:
         """Put the input of block `index` into the store."""
@@ -68,15 +77,36 @@ class TiledPass:
         return TiledBlock(parts, slots, self.spans, places_of(self.spans, indices, tokens), used)
 
     def forward(self, block: TiledBlock) -> None:
-        """Compute a block by tiles."""
+        """Compute a block by tiles, or its first half; `finish` ends it."""
 
         def put(number: int, outputs: list[mx.array]) -> None:
-            pieces[number] = outputs
+            self._pieces[number] = outputs
             self._hidden[number] = None
 
-        pieces: list[list[mx.array]] = [[] for _ in self.spans]
+        self._pieces = [[] for _ in self.spans]
         block.forward(lambda number: self._hidden[number], put)
-        self._hidden = flat_places(block.places, pieces)
+
+    def keep_middle(self, index: int) -> None:
+        """Put what lies between the halves of block `index` into the store."""
+        for number, some in enumerate(self._pieces):
+            if some:
+                whole = some[0] if len(some) == 1 else mx.concatenate(some)
+                mx.eval(whole)
+                self._store.put(self._slot(index, number, middle=True), whole)
+
+    def forward_rest(self, block: TiledBlock) -> None:
+        """Compute the second half of a block."""
+        block.forward_rest(self._pieces)
+
+    def finish(self, block: TiledBlock) -> None:
+        """Make the next block's input of what was computed."""
+        pieces, self._pieces = flat_places(block.places, self._pieces), []
+        batched = [isinstance(place, Span) for places in block.places for place in places]
+        # Picked tokens are a batch of single ones.
+        self._hidden = [
+            piece if span else piece.swapaxes(0, 1)
+            for piece, span in zip(pieces, batched, strict=True)
+        ]
 
     def forward_whole(self, function: Callable[[mx.array], mx.array]) -> None:
         """Compute a block that cannot be computed by tiles."""
@@ -121,10 +151,25 @@ class TiledPass:
             start = stop
         mx.eval(self._cotangents)
 
-    def backward(self, index: int, block: TiledBlock, trained: Arrays, onward: bool) -> Arrays:
-        """The gradients of what is trained in block `index`."""
-        return block.backward(
-            trained,
+    def backward_rest(self, index: int, block: TiledBlock, gradients: Sums) -> None:
+        """Differentiate the second half of block `index`."""
+
+        def middle(number: int) -> list[mx.array]:
+            places = block.places[number]
+            if not places:
+                return []
+            whole = self._store.take(self._slot(index, number, middle=True))
+            if isinstance(places[0], Span):
+                return [whole]
+            stops = np.cumsum([place.positions.size for place in places])
+            return mx.split(whole, stops[:-1].tolist())
+
+        block.backward_rest(gradients, middle, self._cotangents)
+
+    def backward(self, index: int, block: TiledBlock, gradients: Sums, onward: bool) -> None:
+        """Differentiate block `index`, or its first half."""
+        block.backward(
+            gradients,
             lambda number: self._store.take(self._slot(index, number), keep=True),
             self._cotangents,
             onward,
@@ -147,8 +192,9 @@ class TiledPass:
         mx.eval(whole)
         return whole
 
-    def _slot(self, index: int, number: int) -> int:
-        return (index - self._first) * len(self.spans) + number
+    def _slot(self, index: int, number: int, middle: bool = False) -> int:
+        block = index - self._first + (self._last + 1 - self._first if middle else 0)
+        return block * len(self.spans) + number
 
     def _joined(self) -> mx.array:
         tiles, self._hidden = self._hidden, []

@@ -8,6 +8,8 @@ attention over the keys they see, and the rest of the block. Backward, from the 
     q = before(x);  o = attention(q, K, V);  (dx, do) = after'(x, o; dy)
     (dq, dK[c], dV[c]) = attention'(...) for each tile c of keys;  dx += before'(x; dq)
 
+(in one piece, or in halves: `after` ends before the MLP, and what comes there, spilled in the
+forward, is differentiated first, so that only half of the weights are in memory at a time)
 and when dK and dV are whole, `dx += before'(x; dK, dV)` for each tile. The input of a block
 stays in the activation store, tile by tile, and the gradient of its output is overwritten by
 that of its input; so of the arrays of T x hidden one is in memory, beside 2 T (Dk + Dv) of
@@ -88,7 +90,7 @@ class TiledBlock:
         Args:
             tile: gives a tile of the input; asked for twice.
             put: is given each tile's outputs, one for each of its places: [B, t, D] of a
-                span, [1, m, D] of picked tokens.
+                span, [m, 1, D] of picked tokens. In halves it is what lies between them.
         """
         keys, values = self._keys_and_values(tile)
         for index, places in enumerate(self.places):
@@ -97,28 +99,57 @@ class TiledBlock:
                 x = tokens_at(tile(index), self.spans[index].start, place)
                 asked = self._queries(x, place)
                 attended, _ = self._attend(asked, place, keys, values)
-                out = self.parts.after(x, place, attended)
+                out = self._finished(x, place, attended)
                 del asked, attended, x
                 mx.eval(out)
-                outputs.append(out if isinstance(place, Span) else out.swapaxes(0, 1))
+                outputs.append(out)
             put(index, outputs)
 
-    def backward(
-        self, trained: Arrays, tile: Tile, cotangents: list[list[mx.array]], onward: bool
-    ) -> Arrays:
-        """Differentiate the block.
+    def forward_rest(self, pieces: list[list[mx.array]]) -> None:
+        """Compute the second half in place of what lies between the halves, by tile and place."""
+        for places, some in zip(self.places, pieces, strict=True):
+            for number, place in enumerate(places):
+                some[number] = self.parts.rest(some[number], place)
+                mx.eval(some[number])
+
+    def backward_rest(
+        self,
+        gradients: "Sums",
+        middle: Callable[[int], list[mx.array]],
+        cotangents: list[list[mx.array]],
+    ) -> None:
+        """Differentiate the second half.
 
         Args:
-            trained: the block's trained arrays by local name.
+            gradients: those of what is trained are added.
+            middle: gives what lies between the halves in a tile, at each of its places.
+            cotangents: of the output, by tile and place; replaced by the middle's.
+        """
+        for index, places in enumerate(self.places):
+            for number, (place, x) in enumerate(zip(places, middle(index), strict=True)):
+                dy, cotangents[index][number] = cotangents[index][number], None
+                (cotangents[index][number],) = self._vjp(
+                    gradients,
+                    "rest",
+                    lambda x, place=place: [self.parts.rest(x, place)],
+                    [x],
+                    [dy],
+                    True,
+                )
+                del dy, x
+
+    def backward(
+        self, gradients: "Sums", tile: Tile, cotangents: list[list[mx.array]], onward: bool
+    ) -> None:
+        """Differentiate the block, or its first half.
+
+        Args:
+            gradients: those of what is trained are added.
             tile: gives a tile of the input; asked for three times.
             cotangents: by tile, of the output at each of its places; replaced by
                 the gradient of the input, one array [B, t, D] a tile, if that is asked for.
             onward: whether it is.
-
-        Returns:
-            The gradients of `trained`, evaluated.
         """
-        gradients = _Sums(trained)
         keys, values = self._keys_and_values(tile)
         sums: list[list[mx.array] | None] = [None] * len(self.spans)
         for index in reversed(range(len(self.spans))):
@@ -147,11 +178,10 @@ class TiledBlock:
             if onward:
                 cotangents[index] = [dx + c for c in cotangents[index]] or [dx]
                 mx.eval(cotangents[index])
-        return gradients.totals()
 
     def _place_backward(
         self,
-        gradients: "_Sums",
+        gradients: "Sums",
         tile: mx.array,
         index: int,
         place: Place,
@@ -168,7 +198,7 @@ class TiledBlock:
         dx, dattended = self._vjp(
             gradients,
             "after",
-            lambda x, attended: [self.parts.after(x, place, attended)],
+            lambda x, attended: [self._finished(x, place, attended)],
             [x, attended],
             [cotangents[index].pop(0)],
             True,
@@ -185,6 +215,11 @@ class TiledBlock:
         dx = dx + more
         mx.eval(dx)
         return dx
+
+    def _finished(self, x: mx.array, place: Place, attended: mx.array) -> mx.array:
+        """The block after attention, up to its end or to the middle."""
+        after = self.parts.after if self.parts.branches is None else self.parts.middle
+        return after(x, place, attended)
 
     def _keys_and_values(self, tile: Tile) -> tuple[mx.array, mx.array]:
         """Of all tokens: [B, Hkv, T, D] and [B, Hkv, T, Dv]."""
@@ -312,7 +347,7 @@ class TiledBlock:
 
     def _vjp(
         self,
-        gradients: "_Sums",
+        gradients: "Sums",
         part: str,
         function: Callable[..., list[mx.array]],
         inputs: list[mx.array],
@@ -360,12 +395,21 @@ class TiledBlock:
         return self.used[part]
 
 
-class _Sums:
-    """Sums of gradients of a block's trained arrays over its tiles."""
+class Sums:
+    """Sums of gradients of a block's trained arrays over its tiles.
 
-    def __init__(self, values: Arrays) -> None:
-        self.values = values
+    Attributes:
+        values: the trained arrays of this visit.
+    """
+
+    def __init__(self) -> None:
+        self.values: Arrays = {}
         self._totals: Arrays = {}
+
+    def of(self, values: Arrays) -> "Sums":
+        """The same sums, for another visit."""
+        self.values = values
+        return self
 
     def add(self, names: list[str], gradients: list[mx.array]) -> None:
         """Add evaluated gradients."""

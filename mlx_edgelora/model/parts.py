@@ -8,6 +8,8 @@ architecture is named: whether all this is true of a block is tried (`model/tili
 """
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -76,10 +78,15 @@ class BlockParts:
     Args:
         block: its weights are bound whenever it is called.
         args, kwargs: what the model calls it with beside its input.
+        branches: the names of its two children, attention and MLP, if each is added to the
+            residual stream in turn: h = x + f(attention(g(x))), then h + f'(mlp(g'(h))). Then
+            the block can be computed in halves (`middle`, `rest`).
     """
 
-    def __init__(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.block = block
+    def __init__(
+        self, block: nn.Module, args: tuple, kwargs: dict, branches: tuple[str, str] | None = None
+    ) -> None:
+        self.block, self.branches = block, branches
         self._signature = inspect.signature(block.__call__)
         self._args, self._kwargs = args, kwargs
 
@@ -131,6 +138,16 @@ class BlockParts:
             raise RuntimeError(f"it calls attention {len(calls)} times, expected once")
         return out
 
+    def middle(self, x: mx.array, place: Place, attended: mx.array) -> mx.array:
+        """The residual stream between the halves: as `after`, with nothing from the MLP."""
+        with _silent(self.block, self.branches[1]):
+            return self.after(x, place, attended)
+
+    def rest(self, middle: mx.array, place: Place) -> mx.array:
+        """What the block returns for tokens whose residual stream between the halves this is."""
+        with _silent(self.block, self.branches[0]):
+            return self._call(middle, place)
+
     def bind(self, x: mx.array) -> inspect.BoundArguments:
         """The arguments of the whole call, for input x."""
         return self._signature.bind(x, *self._args, **self._kwargs)
@@ -138,7 +155,11 @@ class BlockParts:
     def with_mask(self, mask: mx.array | str | None) -> "BlockParts":
         """The same call under another mask."""
         arguments = dict(list(self.bind(None).arguments.items())[1:])
-        return BlockParts(self.block, (), arguments | {"mask": mask})
+        return BlockParts(self.block, (), arguments | {"mask": mask}, self.branches)
+
+    def with_branches(self, branches: tuple[str, str] | None) -> "BlockParts":
+        """The same call, in halves or not."""
+        return BlockParts(self.block, self._args, self._kwargs, branches)
 
     def whole(self, x: mx.array) -> mx.array:
         """What the block returns for all tokens."""
@@ -169,6 +190,17 @@ def _asked(
     sinks: mx.array | None = None,
 ) -> Asked:
     return Asked(queries, keys, values, scale, mask, sinks)
+
+
+@contextmanager
+def _silent(block: nn.Module, name: str) -> Iterator[None]:
+    """Let a child of the block answer with zeros; undone on exit."""
+    child = block[name]
+    block[name] = lambda x, *args, **kwargs: mx.zeros_like(x)
+    try:
+        yield
+    finally:
+        block[name] = child
 
 
 def tokens_at(x: mx.array, start: int, place: Place) -> mx.array:

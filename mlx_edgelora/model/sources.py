@@ -28,8 +28,11 @@ class TensorPlace:
 class WeightSource(Protocol):
     """Gives a block its frozen weights for one visit."""
 
-    def block(self, index: int) -> dict[str, mx.array]:
-        """Arrays by their name inside the block; empty where the block already has them."""
+    def block(self, index: int, without: str = "") -> dict[str, mx.array]:
+        """Arrays by their name inside the block; empty where the block already has them.
+
+        Those of the child `without` may be left out.
+        """
 
     def prefetch(self, index: int) -> None:
         """Begin to read a block that is needed next."""
@@ -38,7 +41,7 @@ class WeightSource(Protocol):
 class ResidentWeights:
     """The weights are in the model and stay there. Memory: all of them."""
 
-    def block(self, index: int) -> dict[str, mx.array]:
+    def block(self, index: int, without: str = "") -> dict[str, mx.array]:
         """Nothing to bind."""
         return {}
 
@@ -52,9 +55,9 @@ class TogetherWeights:
     def __init__(self, *sources: WeightSource) -> None:
         self._sources = sources
 
-    def block(self, index: int) -> dict[str, mx.array]:
+    def block(self, index: int, without: str = "") -> dict[str, mx.array]:
         """The arrays of every source."""
-        return {k: v for source in self._sources for k, v in source.block(index).items()}
+        return {k: v for source in self._sources for k, v in source.block(index, without).items()}
 
     def prefetch(self, index: int) -> None:
         """Let every source begin to read."""
@@ -82,31 +85,36 @@ class StreamedWeights:
         shards = {place.shard for block in blocks for place in block.values()}
         self._stamps = {shard: _stamp(shard) for shard in shards}
 
-    def block(self, index: int) -> dict[str, mx.array]:
-        """Read a block's tensors, or hand over those already on their way.
+    def block(self, index: int, without: str = "") -> dict[str, mx.array]:
+        """Give a block's tensors, to be read where they are used, or already on their way.
 
         What else is on its way is dropped: ask for a block first, then for the next one.
+        Tensors of the child `without` are left out, and none are taken that were on their way.
 
         Raises:
             EdgeLoraError: a shard was removed or changed since training began.
         """
         arrays = self._ahead.pop(index, None)
         self._ahead.clear()  # a change of direction leaves a block nobody will ask for
-        return self._read(index) if arrays is None else arrays
+        return self._read(index, without) if arrays is None or without else arrays
 
     def prefetch(self, index: int) -> None:
         """Read a block's tensors while the current one computes."""
         if index not in self._ahead:
             self._ahead[index] = self._read(index)
+            mx.async_eval(self._ahead[index])
 
-    def _read(self, index: int) -> dict[str, mx.array]:
-        places = self._blocks[index]
+    def _read(self, index: int, without: str = "") -> dict[str, mx.array]:
+        places = {
+            local: place
+            for local, place in self._blocks[index].items()
+            if not without or not local.startswith(f"{without}.")
+        }
         shards = {shard: self._load(shard) for shard in {p.shard for p in places.values()}}
         arrays = {local: shards[place.shard][place.name] for local, place in places.items()}
         self._meter.add_read(sum(array.nbytes for array in arrays.values()))
         if self._dtype is not None:
             arrays = cast_all(arrays, self._dtype)
-        mx.async_eval(arrays)
         return arrays
 
     def _load(self, shard: Path) -> dict[str, mx.array]:

@@ -1,11 +1,13 @@
 """Which blocks can be computed a part of their tokens at a time: tried, not assumed."""
 
 from collections.abc import Iterator
+from itertools import permutations
 from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 from mlx_lm.models.base import create_causal_mask
 
 from mlx_edgelora.model.blocks import BlockList, array_slots, bound, signature
@@ -25,10 +27,15 @@ TRIAL_SCALES = (0.01, 1.0)
 
 
 class Tileable(NamedTuple):
-    """Whether a block can be computed by tiles of tokens, and why not."""
+    """Whether a block can be computed by tiles of tokens, why not, and whether in halves.
+
+    Attributes:
+        branches: see `BlockParts`; None where the block is no such sum.
+    """
 
     possible: bool
     reason: str = ""
+    branches: tuple[str, str] | None = None
 
 
 class Tiling:
@@ -58,8 +65,7 @@ class Tiling:
         _, args, kwargs = self._calls[index]
         key = signature(block) + repr([type(value) for value in (*args, *kwargs.values())])
         if key not in self._found:
-            reason = self._refusal(index)
-            self._found[key] = Tileable(reason is None, reason or "")
+            self._found[key] = self._trial(index)
         return self._found[key]
 
     def summary(self) -> str:
@@ -69,17 +75,39 @@ class Tiling:
         count = sum(choice.possible for choice in found)
         return f"{count} of {len(found)} blocks" + (f" ({'; '.join(reasons)})" if reasons else "")
 
-    def _refusal(self, index: int) -> str | None:
+    def _trial(self, index: int) -> Tileable:
         block = self._blocks.blocks[index]
-        x, args, kwargs = self._calls[index]
         with bound(array_slots(block), self._weights.block(index)):
             try:
-                for call in _trials(block, x, args, kwargs):
-                    if reason := _disagreement(block, *call):
-                        return reason
+                calls = list(_trials(block, *self._calls[index]))
+                for x, parts in calls:
+                    if reason := _disagreement(x, parts):
+                        return Tileable(False, reason)
             except (*MODEL_ERRORS, AssertionError) as error:
-                return f"a block cannot be called for parts of its tokens: {error}"
-        return None
+                reason = f"a block cannot be called for parts of its tokens: {error}"
+                return Tileable(False, reason)
+            return Tileable(True, branches=_branches(calls))
+
+
+def _branches(calls: list[tuple[mx.array, BlockParts]]) -> tuple[str, str] | None:
+    """The children of a block that is a sum of two branches, one after the other; tried."""
+    _, parts = calls[0]
+    children = [name for name, child in parts.block.items() if _multiplies(child)]
+    for pair in permutations(children, 2):
+        halves = [(x, p.with_branches(pair)) for x, p in calls]
+        try:
+            if not any(_disagreement(x, p) for x, p in halves):
+                return pair
+        except (*MODEL_ERRORS, AssertionError):
+            continue
+    return None
+
+
+def _multiplies(child: object) -> bool:
+    """Whether a child of a block holds a matrix."""
+    if not isinstance(child, nn.Module):
+        return False
+    return any(value.ndim > 1 for _, value in tree_flatten(child.parameters()))
 
 
 def dropping(module: nn.Module) -> bool:
@@ -119,8 +147,8 @@ def _trials(block: nn.Module, x: mx.array, args: tuple, kwargs: dict) -> Iterato
             yield scale * x, parts.with_mask(mask)
 
 
-def _disagreement(block: nn.Module, x: mx.array, parts: BlockParts) -> str | None:
-    """How the parts differ from the whole, if they do."""
+def _disagreement(x: mx.array, parts: BlockParts) -> str | None:
+    """How the parts, or the halves, differ from the whole, if they do."""
     whole = parts.whole(x).astype(mx.float32)
     asked = [parts.before(tokens_at(x, 0, span), span) for span in TRIAL_PLACES[:2]]
     keys, values = (mx.concatenate([a[i] for a in asked], axis=2) for i in (1, 2))
@@ -132,7 +160,11 @@ def _disagreement(block: nn.Module, x: mx.array, parts: BlockParts) -> str | Non
         attended = mx.fast.scaled_dot_product_attention(
             ask.q, keys[row], values[row], scale=ask.scale, mask=mask, sinks=ask.sinks
         )
-        got = parts.after(mine, place, attended).astype(mx.float32)
+        if parts.branches is None:
+            got = parts.after(mine, place, attended)
+        else:
+            got = parts.rest(parts.middle(mine, place, attended), place)
+        got = got.astype(mx.float32)
         expected, before = (tokens_at(a, 0, place) for a in (whole, x.astype(mx.float32)))
         off = mx.linalg.norm(got - expected, axis=-1)
         added = mx.linalg.norm(expected - before, axis=-1)
