@@ -57,7 +57,7 @@ class TogetherWeights:
 
     def block(self, index: int, without: str = "") -> dict[str, mx.array]:
         """The arrays of every source."""
-        return {k: v for source in self._sources for k, v in source.block(index, without).items()}
+        return {k: v for source in self._sources for k, v in source.block(index).items()}
 
     def prefetch(self, index: int) -> None:
         """Let every source begin to read."""

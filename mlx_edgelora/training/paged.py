@@ -56,7 +56,7 @@ class PagedTrained:
             self.close()
             raise
 
-    def block(self, index: int) -> Arrays:
+    def block(self, index: int, without: str = "") -> Arrays:
         """Read a block's parameters.
 
         Raises:
