@@ -8,6 +8,7 @@ be the token embedding, of which only the batch's rows are ever needed.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Protocol
 
 import mlx.core as mx
@@ -235,14 +236,23 @@ def frozen_matrix(module: nn.Module) -> nn.Module:
 @contextmanager
 def answering(module: nn.Module, answer: Callable[[mx.array], mx.array]) -> Iterator[None]:
     """Let a linear layer, or an embedding used as one, give `answer(x)`; undone on exit."""
-    kind = type(module)
-    method = "as_linear" if isinstance(module, EMBEDDINGS) else "__call__"
-    stand_in = type(kind.__name__, (kind,), {method: lambda self, x: answer(x)})
-    object.__setattr__(module, "__class__", stand_in)
+    kind, before = type(module), vars(module).get("_answer")
+    object.__setattr__(module, "_answer", answer)
+    object.__setattr__(module, "__class__", _answering_kind(kind))
     try:
         yield
     finally:
         object.__setattr__(module, "__class__", kind)
+        object.__setattr__(module, "_answer", before)
+        if before is None:
+            object.__delattr__(module, "_answer")
+
+
+@cache
+def _answering_kind(kind: type[nn.Module]) -> type[nn.Module]:
+    """One for good: a class is part of a cycle, so what it holds stays until Python collects."""
+    method = "as_linear" if issubclass(kind, EMBEDDINGS) else "__call__"
+    return type(kind.__name__, (kind,), {method: lambda self, x: self._answer(x)})
 
 
 def find_head(blocks: BlockList) -> nn.Module | None:
