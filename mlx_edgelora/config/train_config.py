@@ -173,10 +173,22 @@ class TrainConfig:
     activations: str = option(
         "spill", "Where the inputs of blocks wait: in a file or in memory.", one_of("spill", "ram")
     )
-    adapters: str = option(
-        "resident",
-        "Where adapters, their gradients and the optimizer's state wait: in memory or in a file.",
+    adapters: str | None = option(
+        None,
+        "Where adapters, their gradients and the optimizer's state wait: in memory or in a file; "
+        "in memory if absent, but for memory_budget min.",
         one_of("resident", "paged"),
+    )
+    memory_budget: str | None = option(
+        None,
+        "min: the least memory that training takes, for some time. No limit if absent.",
+        one_of("min"),
+    )
+    memory_profile: str | None = option(
+        None,
+        "Folder that gets where the memory of the last step went: memory.json, and memory.png with "
+        "the plot extra.",
+        _NAME,
     )
     spill_dir: str | None = option(
         None, "Folder of these files; the system's temporary one if absent.", _NAME
@@ -266,6 +278,19 @@ def _check_together(config: TrainConfig) -> None:
         raise EdgeLoraError(
             f"label_smoothing: got {config.label_smoothing} with the approximate loss, expected "
             "0: a target over the whole vocabulary needs the exact one"
+        )
+    if config.memory_budget == "min":
+        keeps = {"weights": "resident", "activations": "ram", "adapters": "resident"}
+        for name, value in keeps.items():
+            if getattr(config, name) == value:
+                raise EdgeLoraError(
+                    f"{name}: got {value!r} with the least memory_budget, which keeps nothing in "
+                    "memory that can wait on disk; leave one of them out"
+                )
+    if config.memory_profile is not None and not config.train:
+        raise EdgeLoraError(
+            f"memory_profile: got {config.memory_profile!r} for a test alone, expected nothing: a "
+            "step of training is profiled"
         )
     if config.spill_dir is not None and not config.writes_scratch:
         raise EdgeLoraError(

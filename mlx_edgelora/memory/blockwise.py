@@ -28,6 +28,7 @@ from mlx.utils import tree_flatten
 
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.memory.dropout import KeyTape, keyed_dropout
+from mlx_edgelora.memory.profile import phase
 from mlx_edgelora.memory.stores import ActivationStore, RamStore
 from mlx_edgelora.memory.tiled_pass import TiledPass
 from mlx_edgelora.memory.tiles import Sums, TiledBlock, Used
@@ -110,8 +111,8 @@ class BlockWalk:
             it calls a C++ compiler for every fused kernel, which takes seconds.
         adapters: where trained parameters of the blocks come from; by default they are in
             the model. What lies outside the blocks always is.
-        tile_tokens: compute blocks for so many tokens at a time, where they can be; None
-            for all at once.
+        tile_tokens: compute blocks for so many tokens at a time, where they can be and where
+            there are more; None for all at once.
         prefetch: read the next block's weights while one is computed.
         halves: with tiles, compute attention and MLP of a block apart where it is a sum of
             the two, keep what lies between as well, and bind one half's weights at a time.
@@ -234,17 +235,19 @@ class BlockWalk:
             mx.eval(x)
             self.store.reserve(len(self.blocks) - state.first, x.nbytes)
         if index >= state.first:
-            self.store.put(index - state.first, x)
+            with phase("spill", index):
+                self.store.put(index - state.first, x)
         last = index + 1 == len(self.blocks)
         if last and state.spared:
             state.spared = state.rows.size < x.shape[0] * x.shape[1]
         weights = self._arrays_of(index, None if last else index + 1)
         with self._tape.recording() as keys, bound(array_slots(block), weights):
             del weights
-            out = self._called(state, index)(x, *args, **kwargs)
-            if last and state.rows is not None and not state.spared:
-                out = take_rows(out, state.rows)
-            mx.eval(out)
+            with phase("forward", index):
+                out = self._called(state, index)(x, *args, **kwargs)
+                if last and state.rows is not None and not state.spared:
+                    out = take_rows(out, state.rows)
+                mx.eval(out)
         if index >= state.first:
             state.calls[index] = _Call(args, kwargs, keys)
         if last:
@@ -253,15 +256,20 @@ class BlockWalk:
 
     def _arrays_of(self, index: int, following: int | None, without: str = "") -> Arrays:
         """All that is bound to a block for a visit; the block that follows is read ahead."""
-        weights = self.weights.block(index, without)
-        if following is not None and self._prefetches:
-            self.weights.prefetch(following)
-        return weights | self.adapters.block(index)
+        with phase("load", index):
+            weights = self.weights.block(index, without) | self.adapters.block(index)
+            if following is not None and self._prefetches:
+                self.weights.prefetch(following)
+            mx.eval(weights)
+        return weights
 
     def _run_tiled(
         self, state: Pass, index: int, x: mx.array, args: tuple, kwargs: dict
     ) -> mx.array:
         count, last = len(self.blocks), index + 1 == len(self.blocks)
+        if index == 0 and not self._halves and x.size // x.shape[-1] <= self._tile_tokens:
+            state.choices = None  # no more than a tile: there is nothing to gain
+            return self._run_block(state, index, x, args, kwargs)
         if index == 0:
             state.tiles = TiledPass(
                 self._tile_tokens, x, self.store, state.first, count, self._halves
@@ -274,7 +282,10 @@ class BlockWalk:
             call = _Call(args, kwargs, keys)
             if not state.choices[index].possible:
                 called = self._called(state, index)
-                with self._visit(index, following=None if last else index + 1):
+                with (
+                    self._visit(index, following=None if last else index + 1),
+                    phase("forward", index),
+                ):
                     state.tiles.forward_whole(lambda x: called(x, *args, **kwargs))
             else:
                 self._forward_tiled(state, index, self._tiled(state, index, call))
@@ -302,12 +313,12 @@ class BlockWalk:
     def _forward_tiled(self, state: Pass, index: int, tiled: TiledBlock) -> None:
         following = index + 1 if index + 1 < len(self.blocks) else None
         attention, mlp = tiled.parts.branches or ("", "")
-        with self._visit(index, None if mlp else following, without=mlp):
+        with self._visit(index, None if mlp else following, without=mlp), phase("forward", index):
             state.tiles.forward(tiled)
         if mlp:
             if index >= state.first:
                 state.tiles.keep_middle(index)
-            with self._visit(index, following, without=attention):
+            with self._visit(index, following, without=attention), phase("forward", index):
                 state.tiles.forward_rest(tiled)
         state.tiles.finish(tiled)
 
@@ -339,9 +350,9 @@ class BlockWalk:
         attention, mlp = tiled.parts.branches or ("", "")
         sums = Sums()
         if mlp:
-            with self._visit(index, None, without=attention) as trained:
+            with self._visit(index, None, without=attention) as trained, phase("recompute", index):
                 state.tiles.backward_rest(index, tiled, sums.of(trained))
-        with self._visit(index, following, without=mlp) as trained:
+        with self._visit(index, following, without=mlp) as trained, phase("recompute", index):
             state.tiles.backward(index, tiled, sums.of(trained), onward)
         return sums.totals()
 
@@ -375,9 +386,10 @@ class BlockWalk:
             self.weights.prefetch(index - 1)
         if index > state.first and state.tiles is None:
             self.store.prefetch(index - 1 - state.first)
-        gradients = self._vjp(state, index, list(trained), onward)(operands, call)
-        del operands
-        mx.eval(gradients)
+        with phase("backward", index):
+            gradients = self._vjp(state, index, list(trained), onward)(operands, call)
+            del operands
+            mx.eval(gradients)
         if onward:
             state.cotangent = gradients.pop()
         name = f"{self.blocks.prefix}{index}."

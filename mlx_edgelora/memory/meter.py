@@ -55,14 +55,27 @@ def _resident_set() -> int | None:
     return pages * resource.getpagesize()
 
 
+# The largest of the laps since `reset_peak`; MLX's own counter is as global.
+_laps = [0]
+
+
 def peak_memory() -> int:
     """Largest number of bytes that MLX's allocator held since `reset_peak`."""
-    return mx.get_peak_memory()
+    return max(_laps[0], mx.get_peak_memory())
 
 
 def reset_peak() -> None:
     """Start a new measurement of `peak_memory`."""
+    _laps[0] = 0
     mx.reset_peak_memory()
+
+
+def lap() -> int:
+    """The peak since the last lap; a new lap begins. `peak_memory` goes on over all of them."""
+    peak = mx.get_peak_memory()
+    _laps[0] = max(_laps[0], peak)
+    mx.reset_peak_memory()
+    return peak
 
 
 @dataclass(frozen=True)

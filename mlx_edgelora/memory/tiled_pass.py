@@ -10,6 +10,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 
+from mlx_edgelora.memory.profile import phase
 from mlx_edgelora.memory.stores import ActivationStore
 from mlx_edgelora.memory.tiles import (
     Slots,
@@ -58,8 +59,9 @@ class TiledPass:
 
     def keep(self, index: int) -> None:
         """Put the input of block `index` into the store."""
-        for number, tile in enumerate(self._hidden):
-            self._store.put(self._slot(index, number), tile)
+        with phase("spill", index):
+            for number, tile in enumerate(self._hidden):
+                self._store.put(self._slot(index, number), tile)
 
     def tiled(
         self, parts: BlockParts, slots: Slots, used: Used, rows: mx.array | None
@@ -88,11 +90,12 @@ class TiledPass:
 
     def keep_middle(self, index: int) -> None:
         """Put what lies between the halves of block `index` into the store."""
-        for number, some in enumerate(self._pieces):
-            if some:
-                whole = some[0] if len(some) == 1 else mx.concatenate(some)
-                mx.eval(whole)
-                self._store.put(self._slot(index, number, middle=True), whole)
+        with phase("spill", index):
+            for number, some in enumerate(self._pieces):
+                if some:
+                    whole = some[0] if len(some) == 1 else mx.concatenate(some)
+                    mx.eval(whole)
+                    self._store.put(self._slot(index, number, middle=True), whole)
 
     def forward_rest(self, block: TiledBlock) -> None:
         """Compute the second half of a block."""

@@ -27,6 +27,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_edgelora.layers import attention
+from mlx_edgelora.memory.profile import phase
 from mlx_edgelora.model.blocks import Slot, bound
 from mlx_edgelora.model.parts import Asked, BlockParts, Picked, Place, Span, mask_at, tokens_at
 from mlx_edgelora.model.walkable import watched
@@ -128,14 +129,15 @@ class TiledBlock:
         for index, places in enumerate(self.places):
             for number, (place, x) in enumerate(zip(places, middle(index), strict=True)):
                 dy, cotangents[index][number] = cotangents[index][number], None
-                (cotangents[index][number],) = self._vjp(
-                    gradients,
-                    "rest",
-                    lambda x, place=place: [self.parts.rest(x, place)],
-                    [x],
-                    [dy],
-                    True,
-                )
+                with phase("MLP backward"):
+                    (cotangents[index][number],) = self._vjp(
+                        gradients,
+                        "rest",
+                        lambda x, place=place: [self.parts.rest(x, place)],
+                        [x],
+                        [dy],
+                        True,
+                    )
                 del dy, x
 
     def backward(
@@ -150,7 +152,8 @@ class TiledBlock:
                 the gradient of the input, one array [B, t, D] a tile, if that is asked for.
             onward: whether it is.
         """
-        keys, values = self._keys_and_values(tile)
+        with phase("recompute"):
+            keys, values = self._keys_and_values(tile)
         sums: list[list[mx.array] | None] = [None] * len(self.spans)
         for index in reversed(range(len(self.spans))):
             x = tile(index)
@@ -172,9 +175,15 @@ class TiledBlock:
             x = tile(index)
             cotangent = [total.astype(dtype) for total in pair]
             del pair
-            (dx,) = self._vjp(
-                gradients, "keys", lambda x, span=span: self._keys(x, span), [x], cotangent, onward
-            )
+            with phase("attention backward"):
+                (dx,) = self._vjp(
+                    gradients,
+                    "keys",
+                    lambda x, span=span: self._keys(x, span),
+                    [x],
+                    cotangent,
+                    onward,
+                )
             if onward:
                 cotangents[index] = [dx + c for c in cotangents[index]] or [dx]
                 mx.eval(cotangents[index])
@@ -193,23 +202,27 @@ class TiledBlock:
     ) -> mx.array | None:
         """From what the block returns at a place to its input there; adds to `sums`."""
         x = tokens_at(tile, self.spans[index].start, place)
-        asked = self._queries(x, place)
-        attended, statistics = self._attend(asked, place, keys, values)
-        dx, dattended = self._vjp(
-            gradients,
-            "after",
-            lambda x, attended: [self._finished(x, place, attended)],
-            [x, attended],
-            [cotangents[index].pop(0)],
-            True,
-        )
-        dq = self._attend_backward(
-            asked, place, keys, values, attended, statistics, dattended, sums
-        )
-        del asked, attended, statistics, dattended
-        (more,) = self._vjp(
-            gradients, "queries", lambda x: [self.parts.before(x, place).q], [x], [dq], onward
-        )
+        with phase("recompute"):
+            asked = self._queries(x, place)
+            attended, statistics = self._attend(asked, place, keys, values)
+        # In one piece most of what comes after attention is the MLP.
+        with phase("attention backward" if self.parts.branches else "MLP backward"):
+            dx, dattended = self._vjp(
+                gradients,
+                "after",
+                lambda x, attended: [self._finished(x, place, attended)],
+                [x, attended],
+                [cotangents[index].pop(0)],
+                True,
+            )
+        with phase("attention backward"):
+            dq = self._attend_backward(
+                asked, place, keys, values, attended, statistics, dattended, sums
+            )
+            del asked, attended, statistics, dattended
+            (more,) = self._vjp(
+                gradients, "queries", lambda x: [self.parts.before(x, place).q], [x], [dq], onward
+            )
         if not onward:
             return None
         dx = dx + more

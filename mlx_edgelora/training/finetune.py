@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import mlx.core as mx
@@ -18,15 +19,20 @@ from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.data import Dataset, load_datasets
 from mlx_edgelora.embedded import DATA_PATH, MODEL_PATH
 from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.losses.exact import CrossEntropy
 from mlx_edgelora.memory.blockwise import BlockWalk
 from mlx_edgelora.memory.meter import DiskMeter, reset_peak
+from mlx_edgelora.memory.plan import Plan, plan_for
+from mlx_edgelora.memory.profile import recording
 from mlx_edgelora.memory.stores import ActivationStore, MappedStore, RamStore, spill_folder
 from mlx_edgelora.model.checkpoint import LazyModel, reason
 from mlx_edgelora.model.loading import attach, open_model
 from mlx_edgelora.model.lora import add_lora, set_kernel
+from mlx_edgelora.model.mlp import slice_mlps
 from mlx_edgelora.training.adapters import CONFIG_FILE, WEIGHTS_FILE, read_adapter_weights
 from mlx_edgelora.training.callbacks import TrainingCallback, reporting_callbacks
 from mlx_edgelora.training.evaluate import evaluate
+from mlx_edgelora.training.files import make_folder, write_atomically
 from mlx_edgelora.training.loop import TrainResult, train
 from mlx_edgelora.training.optimizer import build_optimizer
 from mlx_edgelora.training.paged import PagedTrained
@@ -34,9 +40,6 @@ from mlx_edgelora.training.step import Engine
 from mlx_edgelora.training.trained import ResidentTrained, Trained
 from mlx_edgelora.training.training_loss import check_loss, training_loss
 
-# What MLX may keep of freed buffers: enough for one block's to be used again, where its
-# own default on Metal keeps nearly everything it ever had.
-CACHE_BYTES = 64 * 2**20
 # The largest number that math.exp takes is a little above it.
 MAX_EXPONENT = 700.0
 # One of these holds the words of any tokenizer; without one transformers makes up an empty one.
@@ -66,13 +69,20 @@ def finetune(
         config = _as_trained(config)
     optimizer = build_optimizer(config)  # refuses what it cannot use before anything slow
     callbacks = [*callbacks, *reporting_callbacks(config)]
-    with _cache_limit(), _memory_told(config), open_engine(config, notify) as opened:
+    plan = plan_for(config)
+    with (
+        _cache_limit(plan.cache_bytes),
+        _memory_told(config),
+        open_engine(config, notify) as opened,
+    ):
         engine, tokenizer, vocabulary = opened
         check_loss(config, engine.head)
         train_set, valid_set, test_set = _data(config, tokenizer, vocabulary, notify)
         result = None
         if config.train:
-            with training_loss(config, engine.head, train_set, _cache(config), notify) as loss:
+            exact = CrossEntropy(plan.loss_bytes, config.label_smoothing)
+            wanted = training_loss(config, engine.head, train_set, _cache(config), notify, exact)
+            with wanted as loss, _profiled(config, notify):
                 engine.training_loss = loss
                 reset_peak()
                 result = train(engine, optimizer, config, train_set, valid_set, callbacks)
@@ -89,9 +99,11 @@ def open_engine(
 
     Gives the engine, the tokenizer and the size of the model's vocabulary.
     """
+    plan = plan_for(config)
+    streamed = plan.weights == "streamed"
     lazy = open_model(
         config.model,
-        streamed=config.weights == "streamed",
+        streamed=streamed,
         quantize=config.quantize,
         cache=_cache(config),
     )
@@ -101,22 +113,35 @@ def open_engine(
     kernel = set_kernel(lazy.model, config.kernel)
     meter, place = DiskMeter(), _spill_place(config)
     with ExitStack() as stack:
-        trained, home = _trained(lazy.model, config, place, meter)
+        trained, home = _trained(lazy.model, plan, place, meter)
         stack.enter_context(closing(trained))
         _resume(trained, lazy.model, config)
-        streamed = config.weights == "streamed"
         attached = attach(lazy, streamed=streamed, dtype=config.dtype, meter=meter)
-        store, where = _store(config, place, meter)
+        store, where = _store(plan, place, meter)
         stack.enter_context(closing(store))
         on_gpu = mx.default_device() == mx.gpu
-        walk = BlockWalk(lazy.model, store, attached.weights, on_gpu, trained)
+        walk = BlockWalk(
+            lazy.model,
+            store,
+            attached.weights,
+            on_gpu,
+            trained,
+            tile_tokens=plan.tile_tokens,
+            prefetch=plan.prefetch,
+            halves=plan.halves,
+        )
         lazy.model.train()
+        sliced = "MLP layer by layer"
+        if plan.mlp_bytes is not None:
+            sliced = slice_mlps(walk.blocks, plan.mlp_bytes)
         count = sum(value.size for _, value in tree_flatten(lazy.model.trainable_parameters()))
         notify(f"model {lazy.checkpoint.path}, {count:,} trained parameters {home}")
-        notify(f"weights {config.weights}; quantized products: {kernel}")
+        notify(f"plan: {plan}")
+        notify(f"quantized products: {kernel}; {sliced}")
         notify(f"loss over {attached.logits}; activations {where}")
-        notify(f"last block for {walk.last_block}")
-        engine = Engine(lazy.model, walk, attached.head, meter, trained=trained)
+        notify(f"last block for {walk.last_block}; tiles: {walk.tiling}")
+        exact = CrossEntropy(plan.loss_bytes)
+        engine = Engine(lazy.model, walk, attached.head, meter, exact, trained)
         yield engine, tokenizer, lazy.vocabulary
 
 
@@ -176,10 +201,10 @@ def _adapt(model: nn.Module, config: TrainConfig) -> None:
 
 
 def _trained(
-    model: nn.Module, config: TrainConfig, place: tuple[str | Path, str], meter: DiskMeter
+    model: nn.Module, plan: Plan, place: tuple[str | Path, str], meter: DiskMeter
 ) -> tuple[Trained, str]:
-    if config.adapters == "resident":
-        return ResidentTrained(model), "in memory (as asked)"
+    if plan.adapters == "resident":
+        return ResidentTrained(model), "in memory"
     folder, why = place
     return PagedTrained(model, folder, meter), f"in {folder} ({why})"
 
@@ -216,9 +241,9 @@ def _tested(loss: float, tokens: int) -> str:
 
 
 def _store(
-    config: TrainConfig, place: tuple[str | Path, str], meter: DiskMeter
+    plan: Plan, place: tuple[str | Path, str], meter: DiskMeter
 ) -> tuple[ActivationStore, str]:
-    if config.activations == "ram":
+    if plan.activations == "ram":
         return RamStore(), "in memory (as asked)"
     folder, why = place
     return MappedStore(folder, meter), f"in {folder} ({why})"
@@ -258,9 +283,26 @@ def _memory_told(config: TrainConfig) -> Iterator[None]:
 
 
 @contextmanager
-def _cache_limit() -> Iterator[None]:
-    before = mx.set_cache_limit(CACHE_BYTES)
-    mx.set_cache_limit(min(before, CACHE_BYTES))
+def _profiled(config: TrainConfig, notify: Callable[[str], None]) -> Iterator[None]:
+    """Where it is asked for, tell where the memory of the last step went, and write it down."""
+    if config.memory_profile is None:
+        yield
+        return
+    folder = Path(config.memory_profile)
+    make_folder(folder)
+    with recording() as profile:
+        yield
+    writers = {folder / "memory.json": lambda file: file.write(profile.json().encode())}
+    if find_spec("matplotlib") is not None:
+        writers[folder / "memory.png"] = profile.plot
+    write_atomically(writers)
+    notify(f"memory of the last step ({', '.join(map(str, writers))}):\n{profile.table()}")
+
+
+@contextmanager
+def _cache_limit(size: int) -> Iterator[None]:
+    before = mx.set_cache_limit(size)
+    mx.set_cache_limit(min(before, size))
     try:
         yield
     finally:

@@ -26,6 +26,7 @@ from mlx_edgelora.data.batches import Batch, iterate_batches
 from mlx_edgelora.data.dataset import Dataset
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.memory.meter import peak_memory
+from mlx_edgelora.memory.profile import begin_step, phase
 from mlx_edgelora.training.adapters import WEIGHTS_FILE, save_adapters
 from mlx_edgelora.training.callbacks import TrainingCallback
 from mlx_edgelora.training.evaluate import Engine, evaluate, limit_cache
@@ -141,6 +142,7 @@ class _Run:
 
     def step(self, iteration: int, batch: Batch) -> None:
         """One batch: loss, gradients and, when enough are summed, an optimizer update."""
+        begin_step()
         start = time.perf_counter()
         loss, tokens = self._engine.backward(batch, self._take)
         loss = loss.item()
@@ -164,7 +166,8 @@ class _Run:
 
     def _update(self, iteration: int) -> None:
         count, self._accumulated = self._accumulated, 0
-        self._trained.update(self._optimizer, count, self._clipping(iteration, count))
+        with phase("update"):
+            self._trained.update(self._optimizer, count, self._clipping(iteration, count))
 
     def _clipping(self, iteration: int, count: int) -> mx.array | None:
         """What the mean of the gradients is multiplied by; None where they are not clipped."""

@@ -14,6 +14,7 @@ from mlx_edgelora.losses.exact import CrossEntropy
 from mlx_edgelora.memory.blockwise import Arrays, BlockWalk, Pass
 from mlx_edgelora.memory.gradients import add_into, gradient_tree
 from mlx_edgelora.memory.meter import DiskMeter
+from mlx_edgelora.memory.profile import phase
 from mlx_edgelora.model.head import ModelHead
 from mlx_edgelora.training.trained import ResidentTrained, Trained
 
@@ -52,7 +53,9 @@ class Engine:
         self.model, self.disk = model, disk
         self.trained = ResidentTrained(model) if trained is None else trained
         self._walk, self.head = walk, head
-        self._exact = CrossEntropy()
+        # The head's tiles are as large in evaluation.
+        tiles = getattr(training_loss, "exact", training_loss) or CrossEntropy()
+        self._exact = CrossEntropy(tiles.tile_bytes)
         self.training_loss = training_loss or self._exact
 
     def value_and_grad(self, batch: Batch) -> tuple[tuple[mx.array, int], dict]:
@@ -71,7 +74,8 @@ class Engine:
         tokens, rows, labels = _labelled(batch)
         with self._walk.forward(lambda: self.model(tokens), rows=rows) as state:
             hidden, state.hidden = state.hidden[0], None
-            loss, piece, outside = self._loss(state, hidden, labels, gradient=True)
+            with phase("head"):
+                loss, piece, outside = self._loss(state, hidden, labels, gradient=True)
             state.cotangent = piece.astype(hidden.dtype)[None]
             del hidden, piece
             mx.eval(state.cotangent)

@@ -43,6 +43,7 @@ def training_loss(
     train_set: Dataset,
     folder: Path,
     notify: Callable[[str], None],
+    exact: CrossEntropy,
 ) -> Iterator[Loss]:
     """The loss that `config` names; for the approximate one neighbours are computed here.
 
@@ -52,9 +53,10 @@ def training_loss(
         train_set: its labels get neighbours.
         folder: where they are kept from run to run.
         notify: told what was chosen and why.
+        exact: the exact loss, with the label smoothing of `config`.
     """
     if config.loss == "exact":
-        yield CrossEntropy(label_smoothing=config.label_smoothing)
+        yield exact
         return
     k = min(config.loss_k or DEFAULT_K, head.vocabulary)
     cache = NeighbourCache(folder, head, k, notify)
@@ -66,7 +68,7 @@ def training_loss(
             f"{'with' if corrected else 'without'} tail correction"
         )
         total = cache.row_sum() if corrected else None
-        yield ApproximateCrossEntropy(cache, config.loss_max_subset, total)
+        yield ApproximateCrossEntropy(cache, config.loss_max_subset, total, exact)
     finally:
         cache.close()
 
