@@ -118,7 +118,9 @@ def test_a_block_is_read_once_per_visit_and_ahead_of_it(
     events = []
 
     def spied(letter, method):
-        return lambda self, index: events.append(f"{letter}{index}") or method(self, index)
+        return lambda self, index, *rest: (
+            events.append(f"{letter}{index}") or method(self, index, *rest)
+        )
 
     for letter, name in (("b", "block"), ("r", "_read")):
         monkeypatch.setattr(StreamedWeights, name, spied(letter, getattr(StreamedWeights, name)))
