@@ -259,7 +259,6 @@ class _Scan:
             if self._head.tail is not None:
                 seen = summed(seen, tile)
                 sums = [a for a in (seen.weight, seen.bias) if a is not None]
-                self._settle(sums)
                 # Added up before it is used: in a graph every tile would wait for the last.
                 tile = replace(tile, weight=mx.depends([tile.weight], sums)[0])
             yield start, self._widened(tile, slice(start, stop))

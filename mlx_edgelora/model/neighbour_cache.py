@@ -193,6 +193,7 @@ def head_digest(head: Head) -> bytes:
             mx.eval(dense)
             digest.update(f"{name} {dense.dtype} {dense.shape}".encode())
             digest.update(memoryview(to_numpy(dense)).cast("B"))
+        del rows, array, dense
     return digest.digest()
 
 

@@ -43,7 +43,9 @@ def test_subset_is_the_union_or_its_most_frequent_part(given, at_once):
     assert np.array_equal(choose_subset(labels[order], listed(table), cap), subset)
 
 
-def test_who_stays_under_a_cap():
+@pytest.mark.parametrize("at_once", [1, 128])
+def test_who_stays_under_a_cap(monkeypatch, at_once):
+    monkeypatch.setattr(approximate, "LABELS_AT_ONCE", at_once)
     table = np.zeros((100, 4), int)
     table[1] = [1, 50, 60, 70]
     table[2] = [2, 61, 60, 80]

@@ -113,7 +113,8 @@ def test_other_weights_and_other_k_have_files_of_their_own(tmp_path, opened):
         MatrixHead(matrix(1)),
         MatrixHead(one_more),
         MatrixHead(matrix(), mx.zeros((VOCABULARY,))),
-        MatrixHead(matrix().astype(mx.bfloat16)),
+        MatrixHead(matrix().astype(mx.float16)),
+        MatrixHead(matrix().astype(mx.float16).view(mx.bfloat16)),  # other numbers, same bytes
         MatrixHead(matrix(vocabulary=8)),
         MatrixHead(matrix().reshape(DIMS, VOCABULARY)),
     ]
@@ -136,16 +137,18 @@ def test_where_weights_live_does_not_change_the_file(tmp_path, opened, quantized
 
 
 def test_the_digest_reads_by_tiles(tmp_path, memory, monkeypatch):
-    head = MatrixHead(matrix(vocabulary=20_000, dims=64))  # 4.9 MiB
+    class Read(MatrixHead):
+        def slice(self, start, stop):
+            return {n: mx.array(np.array(a)) for n, a in super().slice(start, stop).items()}
+
+    head = Read(matrix(vocabulary=20_000, dims=64))  # 4.9 MiB
     mx.eval(head.slice(0, 1))
-    whole = head_digest(head)
     monkeypatch.setattr(neighbour_cache, "DIGEST_BYTES", 2**18)
     mx.synchronize()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     head_digest(head)
     assert mx.get_peak_memory() - before < 2**19
-    assert len(whole) == 32
 
 
 def test_a_file_of_another_model_under_this_name(tmp_path, opened, computed):

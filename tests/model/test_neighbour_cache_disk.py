@@ -34,6 +34,7 @@ from mlx_edgelora.model import neighbour_cache
 from mlx_edgelora.model.neighbour_cache import HEADER, NeighbourCache
 
 ROOT = Path(__file__).parents[2]
+STATM = Path("/proc/self/statm")
 
 
 # --- interrupted builds -------------------------------------------------------------------
@@ -174,6 +175,26 @@ def test_a_vocabulary_and_k_as_large_as_they_come(tmp_path, opened, monkeypatch)
     assert np.array_equal(cache(tokens), rows)
     assert cache.path.stat().st_size > 2**31
     assert 512 * cache.path.stat().st_blocks < 200_000
+
+
+@pytest.mark.skipif(not STATM.exists(), reason="asks Linux how much of the process is files'")
+def test_pages_of_the_file_do_not_stay_with_the_process(tmp_path, opened, monkeypatch):
+    """12 MB of slots are looked at, twice."""
+
+    def near(head, some, k):
+        return (some[:, None] + mx.arange(k)).astype(mx.int32) % 3000
+
+    monkeypatch.setattr(neighbour_cache, "nearest", near)
+    cache = opened(tmp_path, MatrixHead(matrix(vocabulary=3000, dims=2)), 1000)
+    before = mapped_pages()
+    cache.build(np.arange(3000))
+    assert cache.missing(np.arange(3000)).size == 0
+    assert cache(np.arange(3000)).shape == (3000, 1000)
+    assert (mapped_pages() - before) * resource.getpagesize() < 2_000_000
+
+
+def mapped_pages():
+    return int(STATM.read_text().split()[2])
 
 
 def failing(code):
