@@ -9,8 +9,8 @@ Every row is a process of its own. It writes a random 4-bit checkpoint of the sh
 30 % of the tokens, backward, AdamW on LoRA matrices of all linear layers, batch 1. `peak` is
 `mx.get_peak_memory` over the last step, MLX's buffer cache off: all that MLX holds, weights,
 adapters, gradients and optimizer state included. `footprint` is the largest resident set of the
-process during that step (Linux), `goal` and `published` (arXiv 2606.19528, all four techniques) are of the whole
-model. Without --blocks the model has its full depth.
+process during that step (Linux), `goal` and `published` (arXiv 2606.19528, all four
+techniques) are of the whole model. Without --blocks the model has its full depth.
 """
 
 import argparse

@@ -80,8 +80,8 @@ def finetune(
         train_set, valid_set, test_set = _data(config, tokenizer, vocabulary, notify)
         result = None
         if config.train:
-            exact = CrossEntropy(plan.loss_bytes, config.label_smoothing)
-            wanted = training_loss(config, engine.head, train_set, _cache(config), notify, exact)
+            folder, tiles = _cache(config), plan.loss_bytes
+            wanted = training_loss(config, engine.head, train_set, folder, notify, tiles)
             with wanted as loss, _profiled(config, notify):
                 engine.training_loss = loss
                 reset_peak()

@@ -12,7 +12,7 @@ from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.data import Dataset
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.losses.approximate import ApproximateCrossEntropy
-from mlx_edgelora.losses.exact import CrossEntropy
+from mlx_edgelora.losses.exact import TILE_BYTES, CrossEntropy
 from mlx_edgelora.model.head import ModelHead
 from mlx_edgelora.model.neighbour_cache import NeighbourCache
 from mlx_edgelora.training.step import Loss
@@ -43,7 +43,7 @@ def training_loss(
     train_set: Dataset,
     folder: Path,
     notify: Callable[[str], None],
-    exact: CrossEntropy,
+    tile_bytes: int = TILE_BYTES,
 ) -> Iterator[Loss]:
     """The loss that `config` names; for the approximate one neighbours are computed here.
 
@@ -53,10 +53,10 @@ def training_loss(
         train_set: its labels get neighbours.
         folder: where they are kept from run to run.
         notify: told what was chosen and why.
-        exact: the exact loss, with the label smoothing of `config`.
+        tile_bytes: of the head.
     """
     if config.loss == "exact":
-        yield exact
+        yield CrossEntropy(tile_bytes, config.label_smoothing)
         return
     k = min(config.loss_k or DEFAULT_K, head.vocabulary)
     cache = NeighbourCache(folder, head, k, notify)
@@ -68,7 +68,9 @@ def training_loss(
             f"{'with' if corrected else 'without'} tail correction"
         )
         total = cache.row_sum() if corrected else None
-        yield ApproximateCrossEntropy(cache, config.loss_max_subset, total, exact)
+        yield ApproximateCrossEntropy(
+            cache, config.loss_max_subset, total, CrossEntropy(tile_bytes)
+        )
     finally:
         cache.close()
 

@@ -21,8 +21,9 @@ from training_helpers import RECORD_KEYS, Recorder
 
 from mlx_edgelora import EdgeLoraError, TrainConfig, finetune
 from mlx_edgelora.data import iterate_batches, load_datasets
+from mlx_edgelora.memory.plan import Plan
 from mlx_edgelora.model import checkpoint
-from mlx_edgelora.training.finetune import CACHE_BYTES, open_engine
+from mlx_edgelora.training.finetune import open_engine
 from mlx_edgelora.training.loop import train
 
 module = importlib.import_module("mlx_edgelora.training.finetune")
@@ -393,10 +394,10 @@ def test_mlx_and_numpy_are_left_as_they_were(options, monkeypatch, fails):
             run(options(batch_size=100 if fails else 3))
         assert limit() == 12345678
         assert limits == ([] if fails else [12345678] * 2)
-        mx.set_cache_limit(10 * CACHE_BYTES)
+        mx.set_cache_limit(10 * Plan().cache_bytes)
         run(options())
-        assert limits[-1] == CACHE_BYTES
-        assert limit() == 10 * CACHE_BYTES
+        assert limits[-1] == Plan().cache_bytes
+        assert limit() == 10 * Plan().cache_bytes
         assert np.random.get_state()[1].tolist() == state
     finally:
         mx.set_cache_limit(before)
