@@ -236,6 +236,31 @@ def test_positions_without_offset_are_not_seen_in_small_inputs(monkeypatch):
     assert choice(Toy(REFUSED["no norm, positions without offset"][0])).spared
 
 
+class Faint(Attending):
+    """Adds a hundredth of a large input, of which half precision keeps one digit."""
+
+    def __call__(self, x, mask=None, cache=None):
+        return x + (0.005 * (Attending.__call__(self, x, mask, cache) - x)).astype(x.dtype)
+
+
+def rounded_otherwise(self, x, mask=None, cache=None):
+    """As another kernel may: the last digit of all that is returned is another one."""
+    out = Faint.__call__(self, x, mask, cache)
+    return out if cache is None else out * (1 + mx.finfo(x.dtype).eps)
+
+
+@pytest.mark.parametrize(
+    ("change", "spared"),
+    [({}, True), ({"__call__": rounded_otherwise}, True), ({"positions": no_offset}, False)],
+    ids=["same", "rounded otherwise", "positions without offset"],
+)
+def test_rounding_of_a_large_input_is_no_fault_and_hides_none(change, spared):
+    """Why rounding is allowed for, and why the trial takes small inputs too."""
+    model = Toy(type("Changed", (Faint,), change))
+    model.set_dtype(mx.bfloat16)
+    assert choice(model).spared == spared
+
+
 def test_a_difference_under_a_window_alone_is_seen():
     def array_mask_is_lost(self, q, k, v, mask, cache):
         lost = cache is not None and isinstance(mask, mx.array)
