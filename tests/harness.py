@@ -59,6 +59,9 @@ def engine(
     compiled: bool = False,
     num_layers: int = -1,
     loss: Loss | None = None,
+    tile_tokens: int | None = None,
+    prefetch: bool = True,
+    halves: bool = False,
     **lora,
 ) -> Engine:
     lazy = open_model(str(folder), streamed=streamed, quantize=None, cache=folder / "cache")
@@ -69,7 +72,15 @@ def engine(
     attached = attach(lazy, streamed=streamed, dtype=dtype, meter=meter)
     lazy.model.train()
     store = MappedStore(folder, meter) if spilled else RamStore()
-    walk = BlockWalk(lazy.model, store, attached.weights, compiled)
+    walk = BlockWalk(
+        lazy.model,
+        store,
+        attached.weights,
+        compiled,
+        tile_tokens=tile_tokens,
+        prefetch=prefetch,
+        halves=halves,
+    )
     return Engine(lazy.model, walk, attached.head, meter, loss)
 
 
