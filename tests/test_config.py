@@ -464,3 +464,23 @@ def test_num_layers_zero_is_refused_where_mlx_lm_adapts_all_blocks(make_model):
     assert any(".layers.0." in name for name in names)
     with pytest.raises(EdgeLoraError, match=r"num_layers: got 0, .*\(0, all in mlx-lm,"):
         TrainConfig(num_layers=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"memory_budget": "4GB"}, "memory_budget: got '4GB', expected"),
+        (
+            {"memory_budget": "min", "weights": "resident"},
+            "weights: got 'resident' with the least memory_budget",
+        ),
+        (
+            {"memory_budget": "min", "adapters": "resident"},
+            "adapters: got 'resident' with the least memory_budget",
+        ),
+        ({"test": True, "memory_profile": "m"}, "memory_profile: got 'm' for a test alone"),
+    ],
+)
+def test_what_contradicts_a_memory_budget_is_refused(options, sentence):
+    with pytest.raises(EdgeLoraError, match=sentence):
+        TrainConfig(**options)

@@ -170,7 +170,10 @@ class TiledBlock:
         del keys, values
         for index, span in enumerate(self.spans):
             pair, sums[index] = sums[index], None
-            if pair is None:
+            if pair is None:  # behind the last label: no query is asked for, and no key is seen
+                if onward:
+                    cotangents[index] = [mx.zeros_like(tile(index))]
+                    mx.eval(cotangents[index])
                 continue
             x = tile(index)
             cotangent = [total.astype(dtype) for total in pair]

@@ -217,6 +217,7 @@ def expected_test_line(model, tokenizer, config):
         {"kernel": "fused"},
         {"dtype": "float32"},
         {"weights": "resident", "activations": "ram", "spill_dir": None, "kernel": "fused"},
+        {"memory_budget": "min"},
     ],
     ids=lambda changes: " ".join(map(str, changes.values())),
 )
@@ -472,3 +473,12 @@ def test_a_test_loss_that_is_nan_is_an_error(options, monkeypatch):
     monkeypatch.setattr(module, "evaluate", lambda *_: (float("nan"), 7))
     with pytest.raises(EdgeLoraError, match="test loss is nan on 7 tokens"):
         run(options(test=True, adapter_path=""))
+
+
+def test_the_memory_profile_is_written_and_told(options, tmp_path):
+    lines = []
+    folder = tmp_path / "profile"
+    finetune(options(memory_profile=str(folder)), notify=lines.append)
+    stretches = json.loads((folder / "memory.json").read_text())
+    assert {"load", "forward", "spill", "head", "update"} <= {s["phase"] for s in stretches}
+    assert any("<- the peak of the step" in line for line in lines)
