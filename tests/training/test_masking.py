@@ -112,6 +112,19 @@ def test_gradients_equal_autodiff_of_the_masked_loss(name, layers, quantized, tm
         ours.close()
 
 
+@pytest.mark.parametrize("halves", [False, True], ids=["whole", "halves"])
+@pytest.mark.parametrize(("name", "layers"), [("llama", 3), ("gemma3_text", 3), ("qwen3_next", 4)])
+def test_by_tiles_of_tokens(name, layers, halves, tmp_path):
+    """Behind the last label a tile has no queries, and if it is causal nobody sees its keys."""
+    folder = save(tmp_path, name, True, num_hidden_layers=layers)
+    ways = {"tile_tokens": 6, "halves": halves, "prefetch": not halves, "spilled": False}
+    ours, model = engine(folder, loss=CrossEntropy(16_384), **ways), plain(folder)
+    assert ours._walk.last_block.startswith(SPARED)
+    for made in ("one label", "one label of three rows", "a row without labels"):
+        check(ours, model, BATCHES[made], TOLERANCES.get((name, layers), 1e-5))
+    ours.close()
+
+
 @pytest.mark.parametrize(("name", "layers"), MODELS, ids=str)
 def test_first_token_only(name, layers, tmp_path):
     """It sees itself alone: without sinks its scores have no gradient."""
