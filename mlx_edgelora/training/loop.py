@@ -13,10 +13,13 @@ Where it differs from `mlx_lm.tuner.trainer.train`, on purpose:
 
 import contextlib
 import math
+import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 import mlx.core as mx
 import mlx.optimizers as optimizers
@@ -97,7 +100,10 @@ def train(
             train_set, config.batch_size, config.max_seq_length, loop=True, seed=config.seed
         )
         try:
+            interrupted = stack.enter_context(_interrupts())
             for iteration, batch in zip(range(1, config.iters + 1), batches, strict=False):
+                if interrupted:  # and the exception was lost in a callback from C++
+                    raise KeyboardInterrupt
                 if validates and run.is_due(config.steps_per_eval, iteration, first=True):
                     run.validate(iteration, valid_set)
                 run.step(iteration, batch)
@@ -109,6 +115,28 @@ def train(
             progress.note(f"interrupted; {run.standing()}")
             raise
     return run.result()
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Give a list that an interrupt of the process is noted in, besides being raised."""
+    seen: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or (
+        threading.current_thread() is not threading.main_thread()
+    ):
+        yield seen
+        return
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class _Run:
