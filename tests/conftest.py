@@ -18,6 +18,15 @@ def seed():
     mx.random.seed(0)
 
 
+@pytest.fixture(autouse=True)
+def closed_stores():
+    """A test that fails before it closes its engine fails alone."""
+    yield
+    from harness import close_stores
+
+    close_stores()
+
+
 @pytest.fixture
 def memory():
     """A measured peak must not profit from buffers of the test before."""

@@ -1,5 +1,7 @@
 """The engine: streamed weights, spilled activations, labelled rows, tiles of the head."""
 
+from contextlib import closing
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from harness import (
     plain,
     plain_value_and_grad,
     random_batch,
+    resolution,
     save,
 )
 from mlx.utils import tree_flatten
@@ -24,17 +27,15 @@ from mlx_edgelora.model.sources import StreamedWeights
 
 def check(folder, batch, tolerance=1e-5, **options):
     lora = {key: options[key] for key in ("keys", "num_layers") if key in options}
-    expected_loss, expected = plain_value_and_grad(plain(folder, **lora), batch)
-    ours = engine(folder, **options)
-    try:
+    reference = plain(folder, **lora)
+    expected_loss, expected = plain_value_and_grad(reference, batch)
+    with closing(engine(folder, **options)) as ours:
         (loss, count), got = ours.value_and_grad(batch)
         again, _ = ours.loss(batch)
-    finally:
-        ours.close()
     assert count == batch.mask().sum()
     assert loss.item() == pytest.approx(expected_loss, rel=1e-5)
     assert again.item() == pytest.approx(expected_loss, rel=1e-5)
-    assert_same_gradients(got, expected, tolerance)
+    assert_same_gradients(got, expected, tolerance, resolution(reference, batch))
     return ours
 
 
