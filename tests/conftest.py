@@ -1,3 +1,4 @@
+import gc
 import sys
 from pathlib import Path
 
@@ -29,7 +30,8 @@ def closed_stores():
 
 @pytest.fixture
 def memory():
-    """A measured peak must not profit from buffers of the test before."""
+    """A measured peak must not profit from buffers of the test before, nor from its garbage."""
+    gc.collect()
     cache = mx.set_cache_limit(0)
     mx.clear_cache()
     yield
