@@ -28,6 +28,7 @@ from mlx.utils import tree_flatten
 
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.memory.dropout import KeyTape, keyed_dropout
+from mlx_edgelora.memory.meter import eval_in_step
 from mlx_edgelora.memory.profile import phase
 from mlx_edgelora.memory.stores import ActivationStore, RamStore
 from mlx_edgelora.memory.tiled_pass import TiledPass
@@ -221,6 +222,8 @@ class BlockWalk:
         self, state: Pass, index: int, x: mx.array, args: tuple, kwargs: dict
     ) -> mx.array:
         last = index + 1 == len(self.blocks)
+        if index == 0:
+            eval_in_step(x)
         if index == 0 and self._tiled is not None:
             state.tiles = self._tiled.begin(x, self.store, state.first, state.choices)
         if last and state.spared:

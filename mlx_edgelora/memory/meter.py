@@ -78,6 +78,19 @@ def lap() -> int:
     return peak
 
 
+def eval_in_step(*arrays: mx.array) -> None:
+    """Evaluate without MLX allocating ahead of what it computes.
+
+    Then each array of a chain can take the memory of the one before. MLX's wait is a busy
+    spin, so this is for short work.
+    """
+    before = mx.set_memory_limit(1)
+    try:
+        mx.eval(*arrays)
+    finally:
+        mx.set_memory_limit(before)
+
+
 @dataclass(frozen=True)
 class DiskCounts:
     """Bytes read from and written to disk since the meter was made."""

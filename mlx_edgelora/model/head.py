@@ -31,6 +31,8 @@ ADAPTED = (MlxLoRALinear, LoRAEmbedding)
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding, LoRAEmbedding)
 # Parameters of such a module; the rows of each belong to one token.
 ROW_NAMES = ("weight", "scales", "biases", "bias")
+# Embeddings are looked up in pieces of so much: unpacking takes some of them at a time.
+LOOKUP_BYTES = 2**20
 
 
 class Rows(Protocol):
@@ -66,6 +68,11 @@ class StreamedRows:
     ) -> None:
         self._readers, self._dtype, self._meter = readers, dtype, meter
 
+    @property
+    def columns(self) -> int:
+        """Of the matrix, packed as it is."""
+        return self._readers["weight"].shape[1]
+
     def slice(self, start: int, stop: int) -> Arrays:
         """Read rows `start` to `stop` of every parameter."""
         return self._received({n: r.slice(start, stop) for n, r in self._readers.items()})
@@ -89,15 +96,34 @@ class _StreamedLookup:
     """Lookup of tokens in an embedding that stays on disk; only their rows are read."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        """Map int tokens [...] to embeddings [..., dims]."""
-        tokens, places = np.unique(np.array(x), return_inverse=True)
+        """Map int tokens [...] to embeddings [..., dims].
+
+        Memory beside the result: the packed rows, and some pieces of `LOOKUP_BYTES`, if it is
+        evaluated by `meter.eval_in_step`.
+        """
+        tokens = np.array(x).reshape(-1)
+        packed = isinstance(self, nn.QuantizedEmbedding)
+        width = self._rows.columns * (32 // self.bits if packed else 1)
+        step = max(1, LOOKUP_BYTES // (4 * width))
+        whole = piece = self._looked_up(tokens[:step], None)
+        if tokens.size > step:
+            whole = mx.zeros((tokens.size, piece.shape[1]), piece.dtype)
+            whole[:step] = piece
+        for start in range(step, tokens.size, step):
+            # Before the next piece is made, and in place if MLX does not run ahead.
+            whole[start : start + step] = self._looked_up(tokens[start : start + step], whole)
+        return whole.reshape(*x.shape, whole.shape[1])
+
+    def _looked_up(self, tokens: np.ndarray, after: mx.array | None) -> mx.array:
+        """The embeddings of int [m] as [m, dims], computed when `after` is there."""
         rows = self._rows.take(mx.array(tokens))
-        table = rows["weight"]
-        if "scales" in rows:
-            table = mx.dequantize(
-                *rows.values(), group_size=self.group_size, bits=self.bits, mode=self.mode
-            )
-        return table[mx.array(places.reshape(x.shape))]
+        if after is not None:
+            rows = dict(zip(rows, mx.depends(list(rows.values()), [after]), strict=True))
+        if "scales" not in rows:
+            return rows["weight"]
+        return dequantize(
+            *rows.values(), group_size=self.group_size, bits=self.bits, mode=self.mode
+        )
 
 
 class StreamedEmbedding(_StreamedLookup, nn.Embedding):
