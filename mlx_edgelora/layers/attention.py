@@ -32,18 +32,19 @@ key head (B * Hkv = 1) is held twice.
 from functools import lru_cache
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_edgelora.layers.fused import Backend, use_fused
-from mlx_edgelora.layers.grid import Grid, Setting, backward, forward
+from mlx_edgelora.layers.grid import Band, Grid, Setting, backward, forward
 
-__all__ = ["TILE_BYTES", "Backend", "attention_backward", "attention_forward"]
+__all__ = ["TILE_BYTES", "Backend", "Band", "attention_backward", "attention_forward"]
 __all__ += ["tiled_attention", "use_fused"]
 
 # One tile of scores. At 24 heads of 128 and 2048 tokens 1 to 8 MiB took the same time.
 TILE_BYTES = 2**20
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 
-Mask = str | mx.array | None
+Mask = str | mx.array | Band | None
 
 
 def tiled_attention(
@@ -63,10 +64,11 @@ def tiled_attention(
         q: [B, H, Tq, D], float32, float16 or bfloat16.
         k, v: [B, Hkv, Tk, D] and [B, Hkv, Tk, Dv] of the same dtype; Hkv divides H.
         scale: factor of the scores.
-        mask: "causal" (the last query sees the last key; Tq <= Tk), or an array that
-            broadcasts to [B, H, Tq, Tk]: bool (True is seen) or floating (added). It gets
-            no gradient: zeros. A row that sees nothing is the mean of `v`, as in MLX; -inf
-            throughout a row does the same here, and is NaN in MLX.
+        mask: "causal" (the last query sees the last key; Tq <= Tk), a `Band` under which
+            each query sees at least one key, or an array that broadcasts to [B, H, Tq, Tk]:
+            bool (True is seen) or floating (added). It gets no gradient: zeros. A row that
+            sees nothing is the mean of `v`, as in MLX; -inf throughout a row does the same
+            here, and is NaN in MLX.
         window: with "causal", each query sees this many keys, its own among them.
         sinks: [H], one more logit for each head that has no value.
         tile_bytes: bound on one tile of float32 scores, at least one score for each query
@@ -78,13 +80,17 @@ def tiled_attention(
     Raises:
         ValueError: if shapes, dtypes or options do not fit together.
     """
-    _check(q, k, v, mask, window, sinks, tile_bytes)
-    causal = isinstance(mask, str)
-    extra = [] if sinks is None else [sinks]
-    if mask is not None and not causal:
-        extra.append(mask.reshape((1,) * (4 - mask.ndim) + mask.shape))
-    setting = Setting(float(scale), causal, window, sinks is not None, int(tile_bytes))
-    return _attention(setting)(q, k, v, *extra)[0]
+    if window is not None:
+        if window < 1 or not isinstance(mask, str):
+            raise ValueError(f'A window is 1 or more, with mask="causal"; got {window}.')
+        mask = Band(window=window)
+    _check(q, k, v, mask, sinks, tile_bytes)
+    _check_sight(mask, k.shape[2])
+    setting, arrays = _call(q, k, v, scale, mask, sinks, tile_bytes)
+    # Arrays of positions are other ones in every batch: not to be remembered.
+    new = isinstance(mask, Band) and isinstance(mask.positions, np.ndarray)
+    function = _attention.__wrapped__(setting) if new else _attention(setting)
+    return function(*arrays)[0]
 
 
 def attention_forward(
@@ -102,8 +108,9 @@ def attention_forward(
     Returns:
         The output, and maximum and sum of the softmax, float32 [B, H, Tq, 2].
     """
-    _check(q, k, v, mask, None, sinks, tile_bytes)
-    return forward(_grid(q, k, v, scale, mask, sinks, tile_bytes))
+    _check(q, k, v, mask, sinks, tile_bytes)
+    _check_sight(mask, k.shape[2])
+    return forward(Grid(*_call(q, k, v, scale, mask, sinks, tile_bytes)))
 
 
 def attention_backward(
@@ -122,17 +129,18 @@ def attention_backward(
 
     Args:
         q, k, v, scale, mask, tile_bytes: as of `tiled_attention`; keys and values may be a
-            part of those that made `output`, and the mask is theirs. Over all parts the
-            gradients of q add up.
+            part of those that made `output`, and the mask is theirs: of a band's queries,
+            whose positions count from the first key of the part, some or all may see
+            nothing. Over all parts the gradients of q add up.
         output, statistics: of `attention_forward` over all keys.
         cotangent: of the output.
     """
-    _check(q, k, v, mask, None, None, tile_bytes)
-    grid = _grid(q, k, v, scale, mask, None, tile_bytes)
+    _check(q, k, v, mask, None, tile_bytes)
+    grid = Grid(*_call(q, k, v, scale, mask, None, tile_bytes))
     return backward(grid, cotangent, output, statistics)
 
 
-def _grid(
+def _call(
     q: mx.array,
     k: mx.array,
     v: mx.array,
@@ -140,13 +148,13 @@ def _grid(
     mask: Mask,
     sinks: mx.array | None,
     tile_bytes: int,
-) -> "Grid":
+) -> tuple[Setting, tuple[mx.array, ...]]:
+    """A checked call: what is fixed in it, and its arrays."""
     extra = [] if sinks is None else [sinks]
-    if mask is not None and not isinstance(mask, str):
+    if isinstance(mask, mx.array):
         extra.append(mask.reshape((1,) * (4 - mask.ndim) + mask.shape))
-    causal = isinstance(mask, str)
-    setting = Setting(float(scale), causal, None, sinks is not None, int(tile_bytes))
-    return Grid(setting, (q, k, v, *extra))
+    band = Band() if isinstance(mask, str) else mask if isinstance(mask, Band) else None
+    return Setting(float(scale), band, sinks is not None, int(tile_bytes)), (q, k, v, *extra)
 
 
 def _check(
@@ -154,7 +162,6 @@ def _check(
     k: mx.array,
     v: mx.array,
     mask: Mask,
-    window: int | None,
     sinks: mx.array | None,
     tile_bytes: int,
 ) -> None:
@@ -165,23 +172,50 @@ def _check(
         raise ValueError(f"Batch, heads, keys or head sizes do not match: {shapes}.")
     if {k.dtype, v.dtype} != {q.dtype} or q.dtype not in DTYPES:
         raise ValueError(f"q, k, v must share a float dtype; got {q.dtype}, {k.dtype}, {v.dtype}.")
-    if mask is not None:
-        _check_mask(mask, (*q.shape[:3], k.shape[2]))
-    if window is not None and (not isinstance(mask, str) or window < 1):
-        raise ValueError(f'A window is 1 or more, with mask="causal"; got {window}.')
+    _check_mask(mask, (*q.shape[:3], k.shape[2]))
     if sinks is not None and sinks.shape != (q.shape[1],):
         raise ValueError(f"Sinks are one for each of {q.shape[1]} heads; got {sinks.shape}.")
     if tile_bytes < 1:
         raise ValueError(f"A tile has 1 byte or more; got {tile_bytes}.")
 
 
-def _check_mask(mask: str | mx.array, full: tuple[int, ...]) -> None:
-    if isinstance(mask, str):
-        if mask != "causal":
-            raise ValueError(f'A mask is "causal", an array or None; got "{mask}".')
-        if full[2] > full[3]:
-            raise ValueError(f"Causal needs no more queries than keys; got {full[2]}, {full[3]}.")
+def _check_mask(mask: Mask, full: tuple[int, ...]) -> None:
+    if isinstance(mask, mx.array):
+        _check_array(mask, full)
+    elif isinstance(mask, str) and mask != "causal":
+        raise ValueError(f'A mask is "causal", an array or None; got "{mask}".')
+    elif mask is not None:
+        _check_band(mask if isinstance(mask, Band) else Band(), *full[2:])
+
+
+def _check_band(band: Band, queries: int, keys: int) -> None:
+    positions, window = band
+    if window is not None and window < 1:
+        raise ValueError(f"A window is 1 or more; got {window}.")
+    if positions is None and queries > keys:
+        raise ValueError(f"Causal needs no more queries than keys; got {queries}, {keys}.")
+    if positions is not None:
+        gaps = np.diff(positions)
+        run = not isinstance(positions, range) or (gaps == 1).all()
+        if len(positions) != queries or (gaps < 1).any() or not run:
+            raise ValueError(
+                f"Positions are {queries} ascending ones, a range in steps of 1; got {positions}."
+            )
+
+
+def _check_sight(mask: Mask, keys: int) -> None:
+    """Keys are skipped where none is seen, so that a query which sees none has no answer."""
+    if not isinstance(mask, Band) or mask.positions is None:
         return
+    first, last = int(mask.positions[0]), int(mask.positions[-1])
+    if first < 0 or (mask.window is not None and last - mask.window + 1 >= keys):
+        raise ValueError(
+            f"Each query must see a key; got positions {first} to {last} and a window of "
+            f"{mask.window} over {keys} keys."
+        )
+
+
+def _check_array(mask: mx.array, full: tuple[int, ...]) -> None:
     sizes = zip(reversed(mask.shape), reversed(full), strict=False)
     if mask.ndim > 4 or any(size not in (1, most) for size, most in sizes):
         raise ValueError(f"A mask of {mask.shape} does not broadcast to {full}.")

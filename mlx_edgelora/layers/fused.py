@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from mlx_edgelora.layers.grid import Band
+
 # Head sizes (of q and k, of v) for which MLX's Metal kernels have a backward.
 METAL_SIZES = {(size, size) for size in (64, 72, 80, 96, 128, 192, 256)} | {(96, 64)}
 
@@ -31,7 +33,7 @@ def use_fused(
     k: mx.array,
     v: mx.array,
     *,
-    mask: str | mx.array | None = None,
+    mask: str | mx.array | Band | None = None,
     window: int | None = None,
     sinks: mx.array | None = None,
     backend: Backend | None = None,
@@ -49,6 +51,7 @@ def use_fused(
     refusals = {
         "the fused backward gives no gradient to sinks": sinks is not None,
         "a window is an array mask to MLX": window is not None,
+        "a band is an array mask to MLX": isinstance(mask, Band),
         f"causal with {rows} queries and {keys} keys": causal and rows > keys,
     }
     if backend.name == "metal":

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 from math import e, isqrt, log2
+from typing import NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 # So many tiles of a head are more operations than MLX allocates ahead (measured: 1 is not).
 IN_PLACE_TILES = 3
@@ -12,6 +14,21 @@ MASKED = mx.finfo(mx.float32).min
 
 Span = tuple[int, int]
 Unit = tuple[int, int, int]  # batch entry, first key head, last key head + 1
+# Where queries stand among keys, ascending: one after the other, or int [Tq].
+Positions = range | np.ndarray
+
+
+class Band(NamedTuple):
+    """A causal mask of which no array is made: a query sees keys up to its own.
+
+    Attributes:
+        positions: which key is each query's own, ascending, a range or int [Tq]; by default
+            the last ones.
+        window: how many keys a query sees at most, its own among them; None for all.
+    """
+
+    positions: Positions | None = None
+    window: int | None = None
 
 
 @dataclass(frozen=True)
@@ -19,8 +36,7 @@ class Setting:
     """What one call of attention is asked for, beside its arrays; see `tiled_attention`."""
 
     scale: float
-    causal: bool
-    window: int | None
+    band: Band | None
     has_sinks: bool
     tile_bytes: int
 
@@ -32,12 +48,14 @@ class Grid:
         self.q, self.k, self.v, *extra = arrays
         self.sinks = extra.pop(0) if setting.has_sinks else None
         self.mask = extra.pop() if extra else None
-        self.causal, self.window = setting.causal, setting.window
+        self.band = setting.band
         self.scale = setting.scale * LOG2E  # powers of 2 instead of e
         batch, heads, queries, _ = self.q.shape
         _, kv_heads, keys, _ = self.k.shape
         self.group = heads // kv_heads
-        self.offset = keys - queries
+        self.positions: Positions = range(keys - queries, keys)
+        if self.band and self.band.positions is not None:
+            self.positions = self.band.positions
         # As many whole heads as fit, or square tiles of one head.
         scores = max(1, setting.tile_bytes // (4 * self.group))
         edge = isqrt(scores)
@@ -56,11 +74,15 @@ class Grid:
 
     def seen(self, rows: Span) -> list[Span]:
         """The tiles of keys that some of these rows see."""
-        if not self.causal:
+        if self.band is None:
             return self.key_tiles
-        stop = rows[1] + self.offset
-        first = 0 if self.window is None else rows[0] + self.offset - self.window + 1
-        return [keys for keys in self.key_tiles if keys[0] < stop and keys[1] > first]
+        low, high = self.ends(rows)
+        first = 0 if self.band.window is None else low - self.band.window + 1
+        return [keys for keys in self.key_tiles if keys[0] <= high and keys[1] > first]
+
+    def ends(self, rows: Span) -> tuple[int, int]:
+        """The positions of the first and the last of these rows."""
+        return int(self.positions[rows[0]]), int(self.positions[rows[1] - 1])
 
     def rows(self, x: mx.array, unit: Unit, rows: Span, after: list[mx.array]) -> mx.array:
         """Rows of [B, H, Tq, n] as float32 [key heads, group * rows, n]."""
@@ -94,15 +116,20 @@ class Grid:
             sizes = zip(spans, self.mask.shape, strict=True)
             index = tuple(slice(*span) if size > 1 else slice(None) for span, size in sizes)
             return [self.mask[index]]
-        low, high = rows[0] + self.offset, rows[1] - 1 + self.offset
-        past = self.window is not None and keys[0] <= high - self.window
-        return [mx.arange(*keys)] if self.causal and (keys[1] - 1 > low or past) else []
+        if self.band is None:
+            return []
+        low, high = self.ends(rows)
+        past = self.band.window is not None and keys[0] <= high - self.band.window
+        return [mx.arange(*keys)] if keys[1] - 1 > low or past else []
 
     def bias(self, hidden: mx.array, rows: Span) -> mx.array:
         """What is added to scores [key heads, group, rows, keys]."""
         if self.mask is None:
-            ago = mx.arange(rows[0] + self.offset, rows[1] + self.offset)[:, None] - hidden
-            hidden = ago >= 0 if self.window is None else (ago >= 0) & (ago < self.window)
+            at = self.positions[slice(*rows)]
+            at = mx.arange(at.start, at.stop) if isinstance(at, range) else mx.array(at)
+            ago = at[:, None] - hidden
+            window = self.band.window
+            hidden = ago >= 0 if window is None else (ago >= 0) & (ago < window)
         elif hidden.shape[1] > 1:
             hidden = hidden.reshape(-1, self.group, *hidden.shape[2:])
         if hidden.dtype == mx.bool_:
@@ -206,8 +233,9 @@ def _row_backward(
     if grid.sinks is not None:
         share = grid.heads(_exp2(grid.sink(unit, rows) - top) * mean).sum((1, 2))
     powers, natural = queries * grid.scale, queries * (grid.scale / LOG2E)
-    dq = mx.array(0.0)
-    for keys in grid.seen(rows):
+    seen = grid.seen(rows)
+    dq = mx.array(0.0) if seen else mx.zeros_like(queries)
+    for keys in seen:
         scores, k, v = grid.scores(powers, unit, rows, keys, after)
         weights = _exp2(scores - top)
         dk, dv = sums[keys]
