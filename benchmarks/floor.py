@@ -4,6 +4,9 @@
     python benchmarks/floor.py --shape llama-3.2-3b --contexts 4096 8192 --blocks 2 4
     python benchmarks/floor.py --shape qwen2.5-3b --contexts 4096 --blocks 2 --dtype bfloat16
 
+    python benchmarks/floor.py --shape llama-3.3-70b --contexts 2048 --blocks 2 --dtype bfloat16 \\
+        --stand-in
+
 Every row is a process of its own. It writes a random 4-bit checkpoint of the shape once (group
 64, scales and norms bfloat16, as published ones have), then makes steps: forward, exact loss on
 30 % of the tokens, backward, AdamW on LoRA matrices of all linear layers, batch 1. `peak` is
@@ -11,6 +14,11 @@ Every row is a process of its own. It writes a random 4-bit checkpoint of the sh
 adapters, gradients and optimizer state included. `footprint` is the largest resident set of the
 process during that step (Linux), `goal` and `published` (arXiv 2606.19528, all four
 techniques) are of the whole model. Without --blocks the model has its full depth.
+
+A CPU multiplies bfloat16 at some 4 GFLOP/s, so long rows would take hours. With --stand-in
+its products are made of the first 8 columns of what is multiplied: arrays of the same
+shapes, made from and in the same arrays, whose values mean nothing. docs/memory.md sets rows
+of both kinds beside each other.
 """
 
 import argparse
@@ -89,6 +97,18 @@ def checkpoint(cache: Path, shape: str, blocks: int) -> Path:
     del model
     write_model(folder, parameters, config | {"quantization": {"group_size": 64, "bits": 4}})
     return folder
+
+
+def stand_in() -> None:
+    """Let products of bfloat16 be those of 8 columns, in this process, for good."""
+    product, add_product = mx.array.__matmul__, mx.addmm
+
+    def cut(a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
+        long = a.dtype == mx.bfloat16 and a.shape[-1] > 8
+        return (a[..., :8], b[..., :8, :]) if long else (a, b)
+
+    mx.array.__matmul__ = lambda a, b: product(*cut(a, b))
+    mx.addmm = lambda c, a, b, *rest: add_product(c, *cut(a, b), *rest)
 
 
 class Run:
@@ -184,6 +204,8 @@ def random_batch(vocabulary: int, tokens: int, labelled: float) -> Batch:
 def measure(args: argparse.Namespace, blocks: int, tokens: int) -> dict[str, float]:
     """Make steps and give the last one's figures."""
     mx.set_cache_limit(0)
+    if args.stand_in:
+        stand_in()
     run = Run(checkpoint(args.cache, args.shape, blocks), Plan.floor(), args)
     batch = random_batch(SHAPES[args.shape][-1], tokens, args.labelled)
     for _ in range(args.steps):
@@ -225,6 +247,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--labelled", type=float, default=0.3, help="share of the tokens")
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--stand-in", action="store_true", help="for products of bfloat16")
     parser.add_argument("--speed", action="store_true", help="time against keeping everything")
     parser.add_argument(
         "--cache",
@@ -240,7 +263,10 @@ def main() -> None:
         function = speed if args.speed else measure
         print(json.dumps(function(args, blocks[0], args.contexts[0])))
         return
-    print(f"{args.shape}, rank {args.rank}, {args.dtype}, {args.labelled:.0%} labelled")
+    print(
+        f"{args.shape}, rank {args.rank}, {args.dtype}, {args.labelled:.0%} labelled"
+        + ", products by a stand-in" * args.stand_in
+    )
     if args.speed:
         print(
             "| blocks | tokens | floor / keeping everything: median | lowest | highest | fastest |"
@@ -261,7 +287,8 @@ def cells(args: argparse.Namespace, blocks: int, tokens: int) -> str:
     child = [sys.executable, __file__, "--one", "--shape", args.shape, "--blocks", str(blocks)]
     child += ["--contexts", str(tokens), "--rank", str(args.rank), "--dtype", args.dtype]
     child += ["--labelled", str(args.labelled), "--steps", str(args.steps)]
-    child += ["--cache", str(args.cache)] + (["--speed"] if args.speed else [])
+    child += ["--cache", str(args.cache)] + ["--speed"] * args.speed
+    child += ["--stand-in"] * args.stand_in
     out = subprocess.run(child, check=True, stdout=subprocess.PIPE, text=True).stdout
     row = json.loads(out.splitlines()[-1])
     if args.speed:

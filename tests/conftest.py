@@ -1,3 +1,4 @@
+import gc
 import sys
 from pathlib import Path
 
@@ -18,9 +19,19 @@ def seed():
     mx.random.seed(0)
 
 
+@pytest.fixture(autouse=True)
+def closed_stores():
+    """A test that fails before it closes its engine fails alone."""
+    yield
+    from harness import close_stores
+
+    close_stores()
+
+
 @pytest.fixture
 def memory():
-    """A measured peak must not profit from buffers of the test before."""
+    """A measured peak must not profit from buffers of the test before, nor from its garbage."""
+    gc.collect()
     cache = mx.set_cache_limit(0)
     mx.clear_cache()
     yield

@@ -1,12 +1,14 @@
 """Puts the pieces together as `finetune` does, on tiny models, with everything to choose."""
 
+import functools
+import weakref
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from architectures import build, config, quantizable
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model, save_config, save_model
 
@@ -72,6 +74,7 @@ def engine(
     attached = attach(lazy, streamed=streamed, dtype=dtype, meter=meter)
     lazy.model.train()
     store = MappedStore(folder, meter) if spilled else RamStore()
+    _opened.add(store)
     walk = BlockWalk(
         lazy.model,
         store,
@@ -82,6 +85,16 @@ def engine(
         halves=halves,
     )
     return Engine(lazy.model, walk, attached.head, meter, loss)
+
+
+# What a test that fails leaves open would make an unrelated one fail, by a ResourceWarning.
+_opened: weakref.WeakSet = weakref.WeakSet()
+
+
+def close_stores() -> None:
+    """Close the stores of all engines that are still there."""
+    while _opened:
+        _opened.pop().close()
 
 
 def randomize(model: nn.Module) -> None:
@@ -118,12 +131,70 @@ def plain_value_and_grad(model: nn.Module, batch: Batch):
     return value.item(), gradients
 
 
-def assert_same_gradients(got, expected, tolerance=1e-5) -> None:
-    """Every array within `tolerance` of its own norm, none missing, none dropped to zero."""
+def resolution(model: nn.Module, batch: Batch):
+    """How finely float32 defines the gradients of `plain_value_and_grad(model, batch)`.
+
+    Gives a function without arguments, which says of each array how far, as a norm, it moves when
+    every float32 parameter is multiplied by 1 + 2**-23 or 1 - 2**-23, one unit in the last place,
+    signs at random; the farthest of four draws. Plain MLX does not know it any better either.
+    """
+
+    @functools.cache
+    def moves() -> dict[str, float]:
+        expected = dict(tree_flatten(plain_value_and_grad(model, batch)[1]))
+        draws = [nudged_gradients(model, batch, seed) for seed in range(4)]
+        return {name: max(norm(draw[name] - g) for draw in draws) for name, g in expected.items()}
+
+    return moves
+
+
+def nudged_gradients(model: nn.Module, batch: Batch, seed: int) -> dict[str, mx.array]:
+    rng, kept = np.random.RandomState(seed), model.parameters()
+
+    def nudge(value):
+        if value.dtype != mx.float32:
+            return value
+        signs = rng.choice(np.float32([-1, 1]), value.shape)
+        return value * mx.array(1 + signs * np.float32(2**-23))
+
+    model.update(tree_map(nudge, kept))
+    try:
+        return dict(tree_flatten(plain_value_and_grad(model, batch)[1]))
+    finally:
+        model.update(kept)
+
+
+def norm(value: mx.array) -> float:
+    return mx.linalg.norm(value.reshape(-1)).item()
+
+
+def allowed(bound: float, difference: float, name: str, moves) -> float:
+    """`bound`, or where that is exceeded what float32 leaves open, at most ten times as much.
+
+    Args:
+        moves: the function that `resolution` gives, asked only here; None for `bound` alone.
+    """
+    if difference <= bound or moves is None:
+        return bound
+    return max(bound, min(moves()[name], 10 * bound))
+
+
+def assert_same_gradients(got, expected, tolerance=1e-5, resolution=None) -> None:
+    """Every array within `tolerance` of its own norm, none missing, none dropped to zero.
+
+    Which kernels a BLAS picks decides the rounding of every product, so machines differ. In some
+    architectures (a recurrence, soft-capping, a gate) a small gradient is what remains of large
+    terms, and rounding alone moves it by more than 1e-5: parameters changed by one unit in the last
+    place move qwen3_next's by up to 1.2e-4, gemma2's by 6e-5, llama's by 4e-6. With what
+    `resolution` gives for the reference, an array beyond `tolerance` may be as far away as that
+    moves it, and never beyond ten times `tolerance`.
+    """
     got, expected = dict(tree_flatten(got)), dict(tree_flatten(expected))
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         assert mx.abs(value).max().item() > 0, f"{name}: the reference gradient is zero"
-        difference = mx.linalg.norm((got[name] - value).reshape(-1)).item()
-        norm = mx.linalg.norm(value.reshape(-1)).item()
-        assert difference <= tolerance * norm, f"{name}: {difference / norm:.2e} of its norm"
+        difference, size = norm(got[name] - value), norm(value)
+        bound = allowed(tolerance * size, difference, name, resolution)
+        assert difference <= bound, (
+            f"{name}: {difference / size:.2e} of its norm, at most {bound / size:.1e}"
+        )

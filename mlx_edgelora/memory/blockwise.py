@@ -31,7 +31,8 @@ from mlx_edgelora.memory.dropout import KeyTape, keyed_dropout
 from mlx_edgelora.memory.profile import phase
 from mlx_edgelora.memory.stores import ActivationStore, RamStore
 from mlx_edgelora.memory.tiled_pass import TiledPass
-from mlx_edgelora.memory.tiles import Sums, TiledBlock, Used
+from mlx_edgelora.memory.tiled_walk import Call, TiledWalk
+from mlx_edgelora.memory.visits import Arrays, Visits
 from mlx_edgelora.model.attention import attention_bounded
 from mlx_edgelora.model.blocks import (
     BlockList,
@@ -43,12 +44,10 @@ from mlx_edgelora.model.blocks import (
 )
 from mlx_edgelora.model.labelled import LastBlock, put_rows, take_rows
 from mlx_edgelora.model.masks import packed, unpacked
-from mlx_edgelora.model.parts import BlockParts
 from mlx_edgelora.model.sources import ResidentWeights, TogetherWeights, WeightSource
 from mlx_edgelora.model.tiling import Tileable, Tiling
 from mlx_edgelora.model.walkable import check_walk
 
-Arrays = dict[str, mx.array]
 # For dropout in a pass that only looks at the graph: it must not move MLX's generator.
 _SAME_KEY = itertools.repeat(mx.random.key(0))
 
@@ -58,15 +57,6 @@ class _Reached(Exception):
 
     def __init__(self, hidden: mx.array) -> None:
         self.hidden = hidden
-
-
-@dataclass
-class _Call:
-    """What a block was called with, beside its input, and the keys its dropout drew."""
-
-    args: tuple
-    kwargs: dict
-    keys: list[mx.array]
 
 
 @dataclass
@@ -83,8 +73,8 @@ class Pass:
             n rows of it were asked for; whoever is done with it sets it to None, so that
             its memory is free during the backward.
         cotangent: the loss's gradient with respect to `hidden`, set before `backward`.
-        choices: how each block is computed in a pass by tiles; None for another pass.
-        tiles: the tiles of such a pass.
+        choices: which blocks are computed by tiles in a pass by tiles.
+        tiles: the tiles of such a pass; None for another.
     """
 
     run: Callable[[], Any]
@@ -94,8 +84,8 @@ class Pass:
     spared: bool = False
     hidden: mx.array | None = None
     cotangent: mx.array | None = None
-    calls: dict[int, _Call] = field(default_factory=dict)
-    choices: list[Tileable] | None = None
+    calls: dict[int, Call] = field(default_factory=dict)
+    choices: list[Tileable] = field(default_factory=list)
     tiles: TiledPass | None = None
     entry_keys: list[mx.array] = field(default_factory=list)
 
@@ -138,10 +128,13 @@ class BlockWalk:
         self.store = RamStore() if store is None else store
         self.weights = ResidentWeights() if weights is None else weights
         self.adapters = ResidentWeights() if adapters is None else adapters
-        self._tile_tokens, self._prefetches, self._halves = tile_tokens, prefetch, halves
+        self._visits = Visits(self.blocks, self.weights, self.adapters, prefetch)
         together = TogetherWeights(self.weights, self.adapters)
-        self._last, self._tiling = (kind(self.blocks, together) for kind in (LastBlock, Tiling))
-        self._used: dict[int, Used] = {}
+        self._last = LastBlock(self.blocks, together)
+        self._tiled: TiledWalk | None = None
+        if tile_tokens is not None:
+            tiling = Tiling(self.blocks, together)
+            self._tiled = TiledWalk(self.blocks, self._visits, tiling, tile_tokens, halves)
         self._functions: dict[tuple[str, bool], Callable] | None = {} if compiled else None
         self._entry_trained: dict[tuple[str, ...], bool] = {}
         # One for good: a compiled backward and the dropout layers must mean the same tape.
@@ -157,9 +150,7 @@ class BlockWalk:
     @property
     def tiling(self) -> str:
         """Which blocks are computed by tiles of tokens, and why others are not."""
-        if self._tile_tokens is None:
-            return "none: all tokens at once"
-        return f"{self._tile_tokens} tokens at a time in {self._tiling.summary()}"
+        return "none: all tokens at once" if self._tiled is None else str(self._tiled)
 
     @contextmanager
     def forward(
@@ -181,11 +172,12 @@ class BlockWalk:
             first, entry = self._reach(run) if keep else (len(self.blocks), False)
             spared = rows is not None and self._last.choice().spared
             state = Pass(run, first, entry, rows, spared)
-            if self._tile_tokens is not None:
-                indices = range(len(self.blocks))
-                state.choices = [self._tiling.of(index) for index in indices]
+            if self._tiled is not None:
+                state.choices = self._tiled.choices()
             with self._tape.recording() as state.entry_keys:
                 state.hidden = self._stopped(run, lambda *call: self._run_block(state, *call))
+            if state.tiles is not None:
+                state.hidden = self._tiled_forward(state)
             yield state
 
     @contextmanager
@@ -229,8 +221,17 @@ class BlockWalk:
     def _run_block(
         self, state: Pass, index: int, x: mx.array, args: tuple, kwargs: dict
     ) -> mx.array:
-        if state.choices is not None:
-            return self._run_tiled(state, index, x, args, kwargs)
+        last = index + 1 == len(self.blocks)
+        if index == 0 and self._tiled is not None:
+            state.tiles = self._tiled.begin(x, self.store, state.first, state.choices)
+        if last and state.spared:
+            state.spared = state.rows.size < x.shape[0] * x.shape[1]
+        if state.tiles is not None:
+            # What it is called with is all there is to learn; `_tiled_forward` computes it.
+            state.calls[index] = Call(args, kwargs)
+            if last:
+                raise _Reached(x)
+            return mx.zeros(x.shape, x.dtype)  # never computed: the model's loop hands it on
         block = self.blocks.blocks[index]
         if index == state.first:
             mx.eval(x)
@@ -238,10 +239,7 @@ class BlockWalk:
         if index >= state.first:
             with phase("spill", index):
                 self.store.put(index - state.first, x)
-        last = index + 1 == len(self.blocks)
-        if last and state.spared:
-            state.spared = state.rows.size < x.shape[0] * x.shape[1]
-        weights = self._arrays_of(index, None if last else index + 1)
+        weights = self._visits.arrays(index, None if last else index + 1)
         with self._tape.recording() as keys, bound(array_slots(block), weights):
             del weights
             with phase("forward", index):
@@ -250,112 +248,59 @@ class BlockWalk:
                     out = take_rows(out, state.rows)
                 mx.eval(out)
         if index >= state.first:
-            state.calls[index] = _Call(args, kwargs, keys)
+            state.calls[index] = Call(args, kwargs, keys)
         if last:
             raise _Reached(out)
         return out
 
-    def _arrays_of(self, index: int, following: int | None, without: str = "") -> Arrays:
-        """All that is bound to a block for a visit; the block that follows is read ahead."""
-        with phase("load", index):
-            weights = self.weights.block(index, without) | self.adapters.block(index)
-            if following is not None and self._prefetches:
-                self.weights.prefetch(following)
-            mx.eval(weights)
-        return weights
-
-    def _run_tiled(
-        self, state: Pass, index: int, x: mx.array, args: tuple, kwargs: dict
-    ) -> mx.array:
-        count, last = len(self.blocks), index + 1 == len(self.blocks)
-        if index == 0 and not self._halves and x.size // x.shape[-1] <= self._tile_tokens:
-            state.choices = None  # no more than a tile: there is nothing to gain
-            return self._run_block(state, index, x, args, kwargs)
-        if index == 0:
-            state.tiles = TiledPass(
-                self._tile_tokens, x, self.store, state.first, count, self._halves
-            )
-        if index >= state.first:
-            state.tiles.keep(index)
-        if last and state.spared:
-            state.spared = state.rows.size < x.shape[0] * x.shape[1]
-        with self._tape.recording() as keys:
-            call = _Call(args, kwargs, keys)
-            if not state.choices[index].possible:
-                called = self._called(state, index)
-                with (
-                    self._visit(index, following=None if last else index + 1),
-                    phase("forward", index),
-                ):
-                    state.tiles.forward_whole(lambda x: called(x, *args, **kwargs))
-            else:
-                self._forward_tiled(state, index, self._tiled(state, index, call))
-        if index >= state.first:
-            state.calls[index] = call
-        if last:
-            raise _Reached(state.tiles.result(state.rows, state.spared))
-        return mx.zeros(x.shape, x.dtype)  # never computed: the model's loop hands it on
-
-    @contextmanager
-    def _visit(self, index: int, following: int | None, without: str = "") -> Iterator[Arrays]:
-        """Bind a block's arrays for a visit; gives those that are trained."""
-        block, arrays = self.blocks.blocks[index], self._arrays_of(index, following, without)
-        own = tree_flatten(block.trainable_parameters())
-        with bound(array_slots(block), arrays):
-            yield {name: arrays.get(name, value) for name, value in own}
-
-    def _tiled(self, state: Pass, index: int, call: _Call) -> TiledBlock:
-        block = self.blocks.blocks[index]
-        branches = state.choices[index].branches if self._halves else None
-        rows = state.rows if state.spared and index + 1 == len(self.blocks) else None
-        parts = BlockParts(block, call.args, call.kwargs, branches)
-        return state.tiles.tiled(parts, array_slots(block), self._used.setdefault(index, {}), rows)
-
-    def _forward_tiled(self, state: Pass, index: int, tiled: TiledBlock) -> None:
-        following = index + 1 if index + 1 < len(self.blocks) else None
-        attention, mlp = tiled.parts.branches or ("", "")
-        with self._visit(index, None if mlp else following, without=mlp), phase("forward", index):
-            state.tiles.forward(tiled)
-        if mlp:
-            if index >= state.first:
-                state.tiles.keep_middle(index)
-            with self._visit(index, following, without=attention), phase("forward", index):
-                state.tiles.forward_rest(tiled)
-        state.tiles.finish(tiled)
+    def _tiled_forward(self, state: Pass) -> mx.array:
+        """Compute the blocks of a pass by tiles, which the model's loop has only named."""
+        tiles, last = state.tiles, len(self.blocks) - 1
+        for index, choice in enumerate(state.choices):
+            call = state.calls[index] if index >= state.first else state.calls.pop(index)
+            if index == last:
+                tiles.want(state.rows, state.spared)
+            if choice.possible:
+                self._tiled.forward(tiles, index, call, choice)
+                continue
+            called = self._called(state, index)
+            following = None if index == last else index + 1
+            with (
+                self._tape.recording() as call.keys,
+                self._visits.bound(index, following),
+                phase("forward", index),
+            ):
+                out = called(tiles.input(index), *call.args, **call.kwargs)
+                mx.eval(out)
+            if index == last and state.spared:  # some rows, which are no tiles
+                return out
+            tiles.put_output(index, out)
+            del out
+        return tiles.result()
 
     def _tiled_backward(self, state: Pass, index: int) -> Arrays:
-        onward, call = index > state.first or state.entry, state.calls[index]
-        tiled = self._tiled(state, index, call) if state.choices[index].possible else None
-        if index + 1 == len(self.blocks):
+        onward, choice = index > state.first or state.entry, state.choices[index]
+        last = index + 1 == len(self.blocks)
+        if last and (choice.possible or not state.spared):
             cotangent, state.cotangent = state.cotangent, None
-            state.tiles.begin_backward(cotangent, tiled if state.spared else None)
+            state.tiles.begin_backward(cotangent)
             del cotangent
-        if tiled is None:
-            state.cotangent = state.tiles.cotangent()
+        if choice.possible:
+            following = index - 1 if index > state.first else None
+            call = state.calls.pop(index)
+            found = self._tiled.backward(state.tiles, index, call, choice, following, onward)
+            prefix = f"{self.blocks.prefix}{index}."
+            gradients = {prefix + local: value for local, value in found.items()}
+        else:
+            if not (last and state.spared):
+                state.cotangent = state.tiles.cotangent()
             gradients = self._block_backward(state, index)
             if onward:
                 state.tiles.set_cotangent(state.cotangent)
-        else:
-            del state.calls[index]
-            found = self._differentiate_tiled(state, index, tiled, onward)
-            prefix = f"{self.blocks.prefix}{index}."
-            gradients = {prefix + local: value for local, value in found.items()}
+        state.tiles.forget(index)
         if index == state.first and state.entry:
             state.cotangent = state.tiles.cotangent()
         return gradients
-
-    def _differentiate_tiled(
-        self, state: Pass, index: int, tiled: TiledBlock, onward: bool
-    ) -> Arrays:
-        following = index - 1 if index > state.first else None
-        attention, mlp = tiled.parts.branches or ("", "")
-        sums = Sums()
-        if mlp:
-            with self._visit(index, None, without=attention) as trained, phase("recompute", index):
-                state.tiles.backward_rest(index, tiled, sums.of(trained))
-        with self._visit(index, following, without=mlp) as trained, phase("recompute", index):
-            state.tiles.backward(index, tiled, sums.of(trained), onward)
-        return sums.totals()
 
     def _called(self, state: Pass, index: int) -> Callable[..., mx.array]:
         """What is called, and differentiated, where a block is due."""
@@ -383,8 +328,7 @@ class BlockWalk:
         operands = [list(trained.values()), weights, x, state.cotangent]
         state.cotangent = None
         del weights, x
-        if index > state.first and self._prefetches:
-            self.weights.prefetch(index - 1)
+        self._visits.read_ahead(index - 1 if index > state.first else None)
         if index > state.first and state.tiles is None:
             self.store.prefetch(index - 1 - state.first)
         with phase("backward", index):
@@ -410,7 +354,7 @@ class BlockWalk:
             key = (signature(block) + repr(names), onward)
             function = self._functions.setdefault(key, function)
 
-        def run(operands: list, call: _Call) -> list[mx.array]:
+        def run(operands: list, call: Call) -> list[mx.array]:
             # Whatever the compiled function does not get as an argument it keeps for good.
             held = {n: box[k] for n, (box, k) in slots.items() if n not in names}
             operands[1] = held | operands[1]

@@ -42,6 +42,9 @@ class ActivationStore(Protocol):
     def take(self, slot: int, keep: bool = False) -> mx.array:
         """Give an array back, and forget it unless it is to be kept."""
 
+    def forget(self, slot: int) -> None:
+        """Forget the array of a slot, if there is one."""
+
     def close(self) -> None:
         """Give everything back to the system."""
 
@@ -66,6 +69,10 @@ class RamStore:
     def take(self, slot: int, keep: bool = False) -> mx.array:
         """Give the array back."""
         return self._arrays[slot] if keep else self._arrays.pop(slot)
+
+    def forget(self, slot: int) -> None:
+        """Let the array go."""
+        self._arrays.pop(slot, None)
 
     def close(self) -> None:
         """Forget what is there."""
@@ -147,6 +154,10 @@ class MappedStore:
         if not keep:
             del self._kept[slot]
         return array
+
+    def forget(self, slot: int) -> None:
+        """The slot may be written again; its space stays taken."""
+        self._kept.pop(slot, None)
 
     def close(self) -> None:
         """Stop the worker and free the file's space."""

@@ -32,11 +32,13 @@ class Tileable(NamedTuple):
 
     Attributes:
         branches: see `BlockParts`; None where the block is no such sum.
+        keys: how many numbers keys, or values, of a token are, the larger of the two.
     """
 
     possible: bool
     reason: str = ""
     branches: tuple[str, str] | None = None
+    keys: int = 0
 
 
 class Tiling:
@@ -87,7 +89,10 @@ class Tiling:
             except (*MODEL_ERRORS, AssertionError) as error:
                 reason = f"a block cannot be called for parts of its tokens: {error}"
                 return Tileable(False, reason)
-            return Tileable(True, branches=_branches(calls))
+            x, parts = calls[0]
+            asked = parts.before(x, Span(0, TRIAL_SHAPE[1]))
+            keys = max(a.shape[1] * a.shape[3] for a in (asked.k, asked.v))
+            return Tileable(True, branches=_branches(calls), keys=keys)
 
 
 def _branches(calls: list[tuple[mx.array, BlockParts]]) -> tuple[str, str] | None:

@@ -6,6 +6,7 @@ from architectures import CONFIGS, add_lora, build, quantizable
 from harness import assert_same_gradients
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.trainer import default_loss
+from peaks import Stepped, growth_with_depth
 
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.memory.blockwise import BlockWalk
@@ -210,44 +211,46 @@ def test_model_is_left_as_found(monkeypatch):
     assert state_of(model) == before
 
 
-def step_peaks(depth, steps, make_gradient):
-    """Peak bytes of each whole step above the frozen weights, and the adapters' bytes."""
-    model = build(
-        "llama",
-        num_hidden_layers=depth,
-        hidden_size=128,
-        intermediate_size=512,
-        num_attention_heads=8,
-        tie_word_embeddings=True,
-        vocab_size=256,
-    )
-    nn.quantize(model, **quantizable())
-    add_lora(model)
-    optimizer = optim.AdamW(1e-4)
-    batch = mx.random.randint(0, 256, (1, 257), key=mx.random.key(0))
-    gradient = make_gradient(model, default_loss)
-    peaks = []
-    for _ in range(steps + 1):
-        mx.reset_peak_memory()
-        value, gradients = gradient(model, batch, mx.array([[0, 256]]))
-        mx.eval(value, gradients)
-        update(model, optimizer, gradients)
-        peaks.append(mx.get_peak_memory())
-    every = sum(value.nbytes for _, value in tree_flatten(model.parameters()))
-    adapters = sum(value.nbytes for _, value in tree_flatten(model.trainable_parameters()))
-    return [peak - (every - adapters) for peak in peaks[1:]], adapters
+def stepped(depth, make_gradient):
+    """A quantized model of so many blocks, and its whole step: gradient and update."""
+
+    def build_model():
+        model = build(
+            "llama",
+            num_hidden_layers=depth,
+            hidden_size=128,
+            intermediate_size=512,
+            num_attention_heads=8,
+            tie_word_embeddings=True,
+            vocab_size=256,
+        )
+        nn.quantize(model, **quantizable())
+        add_lora(model)
+        return model
+
+    def start(model):
+        optimizer, gradient = optim.AdamW(1e-4), make_gradient(model, default_loss)
+        batch = mx.random.randint(0, 256, (1, 257), key=mx.random.key(0))
+
+        def step():
+            value, gradients = gradient(model, batch, mx.array([[0, 256]]))
+            mx.eval(value, gradients)
+            update(model, optimizer, gradients)
+
+        return step
+
+    return Stepped(build_model, start)
 
 
 def growth_beyond_adapters(make_gradient):
     """Peak of 16 blocks over that of 4, less parameters, gradients and moments of 12 blocks.
 
-    MLX allocates ahead of the computation by an amount that varies: a step's peak jitters by
-    some four hidden states of 128 KiB. So the highest of 4 blocks stands against the lowest of
-    16, and a third of a hidden state kept per block is still seen.
+    A step's peak jitters by some four hidden states of 128 KiB; a third of a hidden state kept
+    per block is still seen.
     """
-    low, low_adapters = step_peaks(4, 8, make_gradient)
-    high, high_adapters = step_peaks(16, 3, make_gradient)
-    return (min(high) - max(low)) - 4 * (high_adapters - low_adapters)
+    shallow, deep = stepped(4, make_gradient), stepped(16, make_gradient)
+    adapters = 4 * (deep.trained - shallow.trained)
+    return growth_with_depth(shallow, deep, adapters) - adapters
 
 
 def test_peak_does_not_grow_with_depth(memory, spill):

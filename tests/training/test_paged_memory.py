@@ -1,6 +1,7 @@
 """What paging saves: neither MLX's peak nor the process grows with the number of blocks."""
 
 import sys
+from contextlib import ExitStack
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -8,7 +9,7 @@ import mlx.optimizers as optimizers
 import pytest
 from architectures import add_lora, build
 from harness import random_batch
-from mlx.utils import tree_flatten
+from peaks import Stepped, growth_with_depth, held
 
 from mlx_edgelora.memory.blockwise import BlockWalk
 from mlx_edgelora.memory.meter import DiskMeter, footprint
@@ -23,8 +24,25 @@ from mlx_edgelora.training.trained import ResidentTrained
 MIB = 2**20
 
 
-def step_peaks(depth, steps, folder, paged):
-    """Peak bytes of each whole step above the frozen weights: two batches and a clipped update."""
+@pytest.fixture
+def stepped(tmp_path):
+    """Models of some depth with their whole step: two batches and a clipped update."""
+    with ExitStack() as opened:
+
+        def make(depth, paged):
+            return Stepped(lambda: model_of(depth), lambda model: start(model, paged))
+
+        def start(model, paged):
+            trained = PagedTrained(model, tmp_path) if paged else ResidentTrained(model)
+            opened.callback(trained.close)
+            opened.callback((store := MappedStore(tmp_path)).close)
+            walk = BlockWalk(model, store, adapters=trained)
+            return step_of(Engine(model, walk, None, DiskMeter(), trained=trained), trained)
+
+        yield make
+
+
+def model_of(depth):
     model = build(
         "llama",
         num_hidden_layers=depth,
@@ -35,48 +53,45 @@ def step_peaks(depth, steps, folder, paged):
         vocab_size=256,
     )
     add_lora(model)
-    adapters = sum(value.nbytes for _, value in tree_flatten(model.trainable_parameters()))
-    frozen = sum(value.nbytes for _, value in tree_flatten(model.parameters())) - adapters
-    trained = PagedTrained(model, folder) if paged else ResidentTrained(model)
-    store, optimizer = MappedStore(folder), optimizers.AdamW(1e-4)
-    walk = BlockWalk(model, store, adapters=trained)
-    engine = Engine(model, walk, None, DiskMeter(), trained=trained)
+    return model
+
+
+def step_of(engine, trained):
+    optimizer = optimizers.AdamW(1e-4)
     trained.start(optimizer)
-    batch, peaks = random_batch(1, 128, 256, share=0.1), []
+    batch = random_batch(1, 128, 256, share=0.1)
 
     def sink(gradients):
         assert first_non_finite(gradients) is None
         trained.add(gradients)
 
-    for _ in range(steps + 1):
-        mx.reset_peak_memory()
+    def step():
         for _ in range(2):
             engine.backward(batch, sink)
         trained.update(optimizer, 2, clip_factor(trained.norm(2), 0.1))
-        peaks.append(mx.get_peak_memory() - frozen)
-    engine.close()
-    trained.close()
-    return peaks[1:], adapters
+
+    return step
 
 
-def growth(folder, paged):
-    """Lowest peak of 16 blocks over the highest of 4, and the bytes of 12 blocks' adapters.
-
-    See `growth_beyond_adapters` of test_blockwise for why these two.
-    """
-    low, few = step_peaks(4, 6, folder, paged)
-    high, many = step_peaks(16, 2, folder, paged)
-    return min(high) - max(low), many - few
+A_FEW_SCALARS_A_BLOCK = 2048
 
 
-def test_peak_of_a_step_does_not_grow_with_depth(memory, tmp_path):
-    grown, _ = growth(tmp_path, paged=True)
-    assert grown < 2048  # a few scalars a block
+def grown(stepped, paged):
+    """Growth of the peak from 4 to 16 blocks, and the bytes of 12 blocks' adapters."""
+    shallow, deep = stepped(4, paged), stepped(16, paged)
+    return growth_with_depth(
+        shallow, deep, A_FEW_SCALARS_A_BLOCK - 1
+    ), deep.trained - shallow.trained
 
 
-def test_the_same_measurement_sees_adapters_in_memory(memory, tmp_path):
-    grown, adapters = growth(tmp_path, paged=False)
-    assert grown > 3 * adapters  # parameters, gradients and two moments
+def test_peak_of_a_step_does_not_grow_with_depth(memory, stepped):
+    more, _ = grown(stepped, paged=True)
+    assert more < A_FEW_SCALARS_A_BLOCK
+
+
+def test_the_same_measurement_sees_adapters_in_memory(memory, stepped):
+    more, adapters = grown(stepped, paged=False)
+    assert more > 3 * adapters  # parameters, gradients and two moments
 
 
 class Stack(nn.Module):
@@ -90,8 +105,8 @@ class Stack(nn.Module):
 def rounds(folder):
     """Claim 16 MiB of parameters, update them twice, read them; gives two growths in bytes."""
     mx.clear_cache()
+    before, resident = held(), footprint()
     mx.reset_peak_memory()
-    held, before = mx.get_active_memory(), footprint()
     trained, optimizer = PagedTrained(Stack(), folder), optimizers.AdamW(1e-3)
     trained.start(optimizer)
     for _ in range(2):
@@ -104,7 +119,7 @@ def rounds(folder):
     for index in range(16):
         trained.block(index)
     assert all(mx.isfinite(value).all().item() for value in trained.weights().values())
-    result = mx.get_peak_memory() - held, footprint() - before
+    result = mx.get_peak_memory() - before, footprint() - resident
     trained.close()
     return result
 
