@@ -34,7 +34,7 @@ from mlx_edgelora.memory.stores import ActivationStore, RamStore
 from mlx_edgelora.memory.tiled_pass import TiledPass
 from mlx_edgelora.memory.tiled_walk import Call, TiledWalk
 from mlx_edgelora.memory.visits import Arrays, Visits
-from mlx_edgelora.model.attention import attention_replaced, bounded
+from mlx_edgelora.model.attention import attention_bounded
 from mlx_edgelora.model.blocks import (
     BlockList,
     Handler,
@@ -44,6 +44,7 @@ from mlx_edgelora.model.blocks import (
     signature,
 )
 from mlx_edgelora.model.labelled import LastBlock, put_rows, take_rows
+from mlx_edgelora.model.masks import packed, unpacked
 from mlx_edgelora.model.sources import ResidentWeights, TogetherWeights, WeightSource
 from mlx_edgelora.model.tiling import Tileable, Tiling
 from mlx_edgelora.model.walkable import check_walk
@@ -168,7 +169,7 @@ class BlockWalk:
         Raises:
             ValueError: rows are not what they should be.
         """
-        with keyed_dropout(self.model, self._tape), attention_replaced(bounded):
+        with keyed_dropout(self.model, self._tape), attention_bounded():
             first, entry = self._reach(run) if keep else (len(self.blocks), False)
             spared = rows is not None and self._last.choice().spared
             state = Pass(run, first, entry, rows, spared)
@@ -360,7 +361,7 @@ class BlockWalk:
             # Whatever the compiled function does not get as an argument it keeps for good.
             held = {n: box[k] for n, (box, k) in slots.items() if n not in names}
             operands[1] = held | operands[1]
-            return function(*operands, call.args, call.kwargs, call.keys)
+            return function(*operands, *packed(call.args, call.kwargs), call.keys)
 
         return run
 
@@ -443,6 +444,8 @@ def _block_vjp(
         kwargs: dict,
         keys: Sequence[mx.array],
     ) -> list[mx.array]:
+        args, kwargs = unpacked(args, kwargs)
+
         def forward(*primals: mx.array) -> mx.array:
             values = frozen | dict(zip(names, primals[:-1], strict=True))
             with bound(slots, values), tape.playing(keys):

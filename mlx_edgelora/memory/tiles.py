@@ -29,7 +29,8 @@ from mlx_edgelora.layers import attention
 from mlx_edgelora.memory.profile import phase
 from mlx_edgelora.memory.streams import KeySums, Stream, Sums, joined, split, spread
 from mlx_edgelora.model.blocks import Slot, bound
-from mlx_edgelora.model.parts import Asked, BlockParts, Place, Span, mask_at, tokens_at
+from mlx_edgelora.model.masks import tiled_mask
+from mlx_edgelora.model.parts import Asked, BlockParts, Place, Span, keys_seen, mask_at, tokens_at
 from mlx_edgelora.model.walkable import watched
 
 Arrays = dict[str, mx.array]
@@ -153,7 +154,7 @@ class TiledBlock:
             pair = sums.take(index)
             if pair is not None:
                 dx = self._keys_backward(gradients, tiles.get(index), span, pair, dtype, onward)
-            elif onward:  # behind the last label: no query is asked for, and no key is seen
+            elif onward:  # no query is asked for here, and no key is seen
                 dx = mx.zeros_like(tiles.get(index))
             del pair
             if onward:
@@ -262,9 +263,9 @@ class TiledBlock:
         self, asked: Asked, place: Place, keys: mx.array, values: mx.array
     ) -> tuple[mx.array, mx.array | None]:
         """Attention of the queries over all keys they see; statistics if it is in tiles."""
-        keys, values, mask = self._seen(asked, place, keys, values)
+        _, keys, values, mask = self._seen(asked, place, keys, values)
         options = {"scale": asked.scale, "mask": mask, "sinks": asked.sinks}
-        if self._is_fused(asked, keys, values, mask):
+        if attention.use_fused(asked.q, keys, values, mask=mask, sinks=asked.sinks)[0]:
             result = mx.fast.scaled_dot_product_attention(asked.q, keys, values, **options), None
         else:
             result = attention.attention_forward(asked.q, keys, values, **options)
@@ -285,17 +286,17 @@ class TiledBlock:
         """The gradient of the queries; those of keys and values are added to `sums`."""
         row = slice(None) if isinstance(place, Span) else slice(place.row, place.row + 1)
         if statistics is None:
-            seen = self._seen(asked, place, keys, values)
-            options = {"scale": asked.scale, "mask": seen[2], "sinks": asked.sinks}
-            _, (dq, dk, dv) = mx.vjp(
+            seen, *pair, mask = self._seen(asked, place, keys, values)
+            options = {"scale": asked.scale, "mask": mask, "sinks": asked.sinks}
+            _, (dq, *pair) = mx.vjp(
                 lambda *qkv: mx.fast.scaled_dot_product_attention(*qkv, **options),
-                [asked.q, *seen[:2]],
+                [asked.q, *pair],
                 [cotangent],
             )
-            mx.eval(dq, dk, dv)
+            mx.eval(dq, pair)
             for index, span in enumerate(self.spans):
-                if span.start < dk.shape[2]:
-                    part = [d[:, :, span.start : span.stop] for d in (dk, dv)]
+                if span.start < seen.stop and span.stop > seen.start:
+                    part = [_within(d, seen, span) for d in pair]
                     sums.add(index, row, part, keys.shape[0])
             return dq
         dq = None
@@ -311,7 +312,7 @@ class TiledBlock:
                 statistics,
                 cotangent,
                 scale=asked.scale,
-                mask=mask,
+                mask=tiled_mask(mask, asked.q.shape[2], span.stop - span.start),
             )
             more = more.astype(mx.float32)
             dq = more if dq is None else dq + more
@@ -322,19 +323,14 @@ class TiledBlock:
 
     def _seen(
         self, asked: Asked, place: Place, keys: mx.array, values: mx.array
-    ) -> tuple[mx.array, mx.array, mx.array | str | None]:
-        """The keys and values that tokens at a place may see, and the mask between them."""
-        stop = keys.shape[2]
-        if isinstance(asked.mask, str):
-            stop = place.stop if isinstance(place, Span) else int(place.positions[-1]) + 1
+    ) -> tuple[Span, mx.array, mx.array, attention.Mask]:
+        """The keys and values that tokens at a place may see: where, and the mask between."""
+        span = keys_seen(asked.mask, place, keys.shape[2])
         row = slice(None) if isinstance(place, Span) else slice(place.row, place.row + 1)
-        _, mask = mask_at(asked.mask, place, Span(0, stop))
-        return keys[row, :, :stop], values[row, :, :stop], mask
-
-    def _is_fused(
-        self, asked: Asked, keys: mx.array, values: mx.array, mask: mx.array | str | None
-    ) -> bool:
-        return attention.use_fused(asked.q, keys, values, mask=mask, sinks=asked.sinks)[0]
+        mask = tiled_mask(
+            mask_at(asked.mask, place, span)[1], asked.q.shape[2], span.stop - span.start
+        )
+        return span, *(x[row, :, span.start : span.stop] for x in (keys, values)), mask
 
     def _vjp(
         self,
@@ -384,3 +380,11 @@ class TiledBlock:
                 mx.vjp(with_watchers, list(trained.values()), cotangents)
             self.used[part] = [name for name in trained if name in reached]
         return self.used[part]
+
+
+def _within(gradient: mx.array, seen: Span, span: Span) -> mx.array:
+    """Of a gradient of the keys seen the part in a tile, with zeros for its other keys."""
+    start, stop = max(seen.start, span.start), min(seen.stop, span.stop)
+    part = gradient[:, :, start - seen.start : stop - seen.start]
+    edges = (start - span.start, span.stop - stop)
+    return mx.pad(part, [(0, 0), (0, 0), edges, (0, 0)]) if any(edges) else part

@@ -4,6 +4,7 @@ Every architecture of mlx-lm that has standard attention calls one function,
 `mlx_lm.models.base.scaled_dot_product_attention`, which it imported by name. So it is
 replaced wherever a loaded module holds it. An architecture with attention of its own
 never calls it and is not touched: who relies on the replacement must see that it is called.
+So is the one function that makes causal masks: see `model/masks.py`.
 """
 
 import sys
@@ -14,6 +15,7 @@ import mlx.core as mx
 from mlx_lm.models import base
 
 from mlx_edgelora.layers.attention import TILE_BYTES, tiled_attention, use_fused
+from mlx_edgelora.model.masks import knowing, tiled_mask
 
 # (queries [B, H, Tq, D], keys [B, Hkv, Tk, D], values [B, Hkv, Tk, Dv], cache, scale, mask,
 # sinks=None) -> [B, H, Tq, Dv]; the last four by position or by name.
@@ -38,6 +40,27 @@ def attention_replaced(function: Callable[..., mx.array]) -> Iterator[None]:
     def replacement(*args: object, **kwargs: object) -> mx.array:
         return function(original, *args, **kwargs)
 
+    with _exchanged(original, replacement):
+        yield
+
+
+@contextmanager
+def masks_known() -> Iterator[None]:
+    """Let mlx-lm's causal masks know what they mean (`model/masks.py`); undone on exit."""
+    original = base.create_causal_mask
+    with _exchanged(original, knowing(original)):
+        yield
+
+
+@contextmanager
+def attention_bounded() -> Iterator[None]:
+    """Let mlx-lm's architectures attend without tokens x tokens, scores or mask; undone on exit."""
+    with attention_replaced(bounded), masks_known():
+        yield
+
+
+@contextmanager
+def _exchanged(original: Callable, replacement: Callable) -> Iterator[None]:
     try:
         _exchange(original, replacement)
         yield
@@ -46,7 +69,7 @@ def attention_replaced(function: Callable[..., mx.array]) -> Iterator[None]:
         _exchange(replacement, original)
 
 
-def _exchange(old: Attention, new: Attention) -> None:
+def _exchange(old: Callable, new: Callable) -> None:
     """Put `new` wherever a module of the package holds `old`, under whatever name."""
     for name, module in list(sys.modules.items()):
         # None stands for a module that may not be imported.
@@ -68,8 +91,12 @@ def bounded(
     """For `attention_replaced`: the same, but tokens x tokens is never held, forward or backward.
 
     MLX's own where it has a fused gradient, or where all scores are no more than a tile; in
-    tiles elsewhere. With a cache, or what tiles do not know, `original` as it is.
+    tiles elsewhere; masks that know what they mean are not evaluated where there is more
+    than a tile. With a cache, or what tiles do not know, `original` as it is.
     """
+    tiled = tiled_mask(mask, queries.shape[2], keys.shape[2])
+    if cache is None and isinstance(tiled, str):
+        mask = tiled
     known = mask is None or isinstance(mask, mx.array) or mask == "causal"
     same = {queries.dtype, keys.dtype, values.dtype} == {queries.dtype}
     small = 4 * queries.size // queries.shape[-1] * keys.shape[2] <= TILE_BYTES
@@ -77,7 +104,7 @@ def bounded(
         cache is not None
         or small
         or not (known and same)
-        or use_fused(queries, keys, values, mask=mask, sinks=sinks)[0]
+        or use_fused(queries, keys, values, mask=tiled, sinks=sinks)[0]
     ):
         return original(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
-    return tiled_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+    return tiled_attention(queries, keys, values, scale=scale, mask=tiled, sinks=sinks)

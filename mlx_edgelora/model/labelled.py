@@ -13,8 +13,8 @@ what lies before them shrinks by n / (B T). Where queries, keys and values come 
 matrix, that product is made for B T + n rows. Largest array: on devices without a fused
 gradient of attention its scores, [H, n, T] in place of [B, H, T, T].
 
-Not optimal yet: labels of one row that are not one run need an array for a mask, with
-which MLX has no fused gradient of attention on Metal.
+Not optimal yet: labels of one row that are not one run, or under a window, are an array
+mask to MLX, with which it has no fused gradient of attention on Metal: they go in tiles.
 """
 
 import inspect
@@ -28,10 +28,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
-from mlx_lm.models.base import create_causal_mask
 
-from mlx_edgelora.model.attention import Attention, attention_replaced
+from mlx_edgelora.model.attention import Attention, attention_replaced, masks_known
 from mlx_edgelora.model.blocks import BlockList, array_slots, bound
+from mlx_edgelora.model.masks import banded
+from mlx_edgelora.model.parts import Picked, keys_seen, mask_at
 from mlx_edgelora.model.sources import WeightSource
 from mlx_edgelora.model.walkable import MODEL_ERRORS
 
@@ -236,40 +237,19 @@ class _RowwiseAttention:
             raise ValueError(f"keys of {self._tokens} tokens are {keys.shape}")
         pieces = []
         for row, start, stop in self._spans:
-            last, seen = _mask_rows(mask, row, self._positions[start:stop], self._tokens)
+            place = Picked(row, self._positions[start:stop])
+            span = keys_seen(mask, place, self._tokens)
             piece = original(
                 queries[start:stop].transpose(2, 1, 0, 3),
-                keys[row : row + 1, :, :last],
-                values[row : row + 1, :, :last],
+                keys[row : row + 1, :, span.start : span.stop],
+                values[row : row + 1, :, span.start : span.stop],
                 cache=None,  # for whoever else looks at it, this is a call without one
                 scale=scale,
-                mask=seen,
+                mask=mask_at(mask, place, span)[1],
                 sinks=sinks,
             )
             pieces.append(piece.transpose(2, 1, 0, 3))
         return mx.concatenate(pieces)
-
-
-def _mask_rows(
-    mask: mx.array | str | None, row: int, positions: np.ndarray, tokens: int
-) -> tuple[int, mx.array | str | None]:
-    """How many keys the queries at these positions need, and their rows of the mask."""
-    if mask is None:
-        return tokens, None
-    places = mx.array(positions)
-    if isinstance(mask, mx.array):
-        if mask.ndim == 4 and mask.shape[0] > 1:
-            mask = mask[row : row + 1]
-        # An axis of one is the same for all queries; MLX does not see an index beyond it.
-        every = mask.ndim < 2 or mask.shape[-2] == 1
-        return tokens, mask if every else mask[..., places, :]
-    if mask != "causal":
-        raise ValueError(f"the mask {mask!r} is none that attention knows")
-    last = int(positions[-1]) + 1
-    # One run needs no array: MLX's "causal" lets the last query see the last key.
-    if last - positions[0] == positions.size:
-        return last, "causal"
-    return last, mx.arange(last) <= places[:, None]
 
 
 def _refusal(blocks: BlockList, weights: WeightSource) -> str | None:
@@ -305,7 +285,7 @@ def _last_call(blocks: BlockList) -> inspect.BoundArguments:
         calls.append((x, args, kwargs))
         return x
 
-    with blocks.intercepted(record):
+    with blocks.intercepted(record), masks_known():
         blocks.model(mx.zeros(TRIAL_SHAPE, mx.int32))
     x, args, kwargs = calls[-1]
     x = mx.random.normal(x.shape, key=mx.random.key(0)).astype(x.dtype)
@@ -332,7 +312,7 @@ def _trials(call: inspect.BoundArguments) -> Iterator[inspect.BoundArguments]:
     """
     x, masks = call.args[0], [call.arguments["mask"]]
     if isinstance(masks[0], str):
-        masks.append(create_causal_mask(TRIAL_SHAPE[1], window_size=TRIAL_WINDOW))
+        masks.append(banded(range(TRIAL_SHAPE[1]), TRIAL_SHAPE[1], TRIAL_WINDOW))
     for scale, mask in product(TRIAL_SCALES, masks):
         call.arguments |= {next(iter(call.arguments)): scale * x, "mask": mask}
         yield call

@@ -18,6 +18,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_edgelora.model.attention import Attention, attention_replaced
+from mlx_edgelora.model.masks import band_of, banded
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,15 @@ def tokens_at(x: mx.array, start: int, place: Place) -> mx.array:
     return x[place.row, mx.array(place.positions - start)][:, None]
 
 
+def keys_seen(mask: mx.array | str | None, place: Place, tokens: int) -> Span:
+    """The keys, of so many tokens, among which are all that tokens at a place see."""
+    band = band_of(mask)
+    if band is None:
+        return Span(0, tokens)
+    first, last = _ends(place)
+    return Span(0 if band.window is None else max(0, first - band.window + 1), last + 1)
+
+
 def mask_at(
     mask: mx.array | str | None, place: Place, keys: Span
 ) -> tuple[bool, mx.array | str | None]:
@@ -219,25 +229,39 @@ def mask_at(
         mask: of the whole call; "causal", an array [..., T, T], or None.
         place: of the queries.
         keys: a span of them.
+
+    Raises:
+        ValueError: the mask is another word.
     """
     if mask is None:
         return True, None
-    if isinstance(mask, mx.array):
-        if isinstance(place, Picked) and mask.ndim == 4 and mask.shape[0] > 1:
-            mask = mask[place.row : place.row + 1]
-        rows = (
-            slice(place.start, place.stop) if isinstance(place, Span) else mx.array(place.positions)
-        )
-        return True, mask[..., rows, :][..., keys.start : keys.stop]
-    if isinstance(place, Span):
-        first, last, count = place.start, place.stop - 1, place.stop - place.start
-    else:
-        first, last, count = (int(n) for n in (*place.positions[[0, -1]], place.positions.size))
-    if keys.start > last:
+    band = band_of(mask)
+    if band is None and isinstance(mask, str):
+        raise ValueError(f"the mask {mask!r} is none that attention knows")
+    if band is None:
+        return True, _array_at(mask, place, keys)
+    first, last = _ends(place)
+    if keys.start > last or (band.window is not None and keys.stop <= first - band.window + 1):
         return False, None
-    if keys.stop - 1 <= first:
-        return True, None
-    if last + 1 == keys.stop and last + 1 - first == count:
-        return True, "causal"  # a run of queries, the last of which sees the last key
-    queries = mx.arange(first, last + 1) if last + 1 - first == count else mx.array(place.positions)
-    return True, mx.arange(keys.start, keys.stop) <= queries[:, None]
+    if isinstance(place, Span):
+        positions = range(place.start - keys.start, place.stop - keys.start)
+    else:
+        positions = place.positions - keys.start
+    return True, banded(positions, keys.stop - keys.start, band.window)
+
+
+def _array_at(mask: mx.array, place: Place, keys: Span) -> mx.array:
+    if isinstance(place, Picked) and mask.ndim == 4 and mask.shape[0] > 1:
+        mask = mask[place.row : place.row + 1]
+    # An axis of one is the same for all; MLX does not see an index beyond it.
+    if mask.ndim > 1 and mask.shape[-2] > 1:
+        span = isinstance(place, Span)
+        mask = mask[..., slice(place.start, place.stop) if span else mx.array(place.positions), :]
+    return mask[..., keys.start : keys.stop] if mask.shape[-1] > 1 else mask
+
+
+def _ends(place: Place) -> tuple[int, int]:
+    """The first and the last token at a place."""
+    if isinstance(place, Span):
+        return place.start, place.stop - 1
+    return int(place.positions[0]), int(place.positions[-1])

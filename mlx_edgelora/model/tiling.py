@@ -8,10 +8,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
-from mlx_lm.models.base import create_causal_mask
 
+from mlx_edgelora.model.attention import masks_known
 from mlx_edgelora.model.blocks import BlockList, array_slots, bound, signature
 from mlx_edgelora.model.labelled import TOLERANCES, TRIAL_SHAPE, TRIAL_WINDOW, _unsuited
+from mlx_edgelora.model.masks import banded
 from mlx_edgelora.model.parts import BlockParts, Picked, Place, Span, mask_at, tokens_at
 from mlx_edgelora.model.sources import WeightSource
 from mlx_edgelora.model.walkable import MODEL_ERRORS
@@ -133,7 +134,7 @@ def _calls(blocks: BlockList) -> list[tuple]:
         )
         return x
 
-    with blocks.intercepted(record):
+    with blocks.intercepted(record), masks_known():
         blocks.model(mx.zeros(TRIAL_SHAPE, mx.int32))
     return calls
 
@@ -146,7 +147,7 @@ def _trials(block: nn.Module, x: mx.array, args: tuple, kwargs: dict) -> Iterato
         raise ValueError(reason)
     masks = [call.arguments.get("mask")]
     if isinstance(masks[0], str):
-        masks.append(create_causal_mask(TRIAL_SHAPE[1], window_size=TRIAL_WINDOW))
+        masks.append(banded(range(TRIAL_SHAPE[1]), TRIAL_SHAPE[1], TRIAL_WINDOW))
     for mask in masks:
         for scale in TRIAL_SCALES:
             yield scale * x, parts.with_mask(mask)

@@ -1,0 +1,286 @@
+"""The tiles of `layers/attention.py`, forward and backward: their order and their arithmetic."""
+
+from dataclasses import dataclass
+from math import e, isqrt, log2
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+# So many tiles of a head are more operations than MLX allocates ahead (measured: 1 is not).
+IN_PLACE_TILES = 3
+LOG2E = log2(e)
+MASKED = mx.finfo(mx.float32).min
+
+Span = tuple[int, int]
+Unit = tuple[int, int, int]  # batch entry, first key head, last key head + 1
+# Where queries stand among keys, ascending: one after the other, or int [Tq].
+Positions = range | np.ndarray
+
+
+class Band(NamedTuple):
+    """A causal mask of which no array is made: a query sees keys up to its own.
+
+    Attributes:
+        positions: which key is each query's own, ascending, a range or int [Tq]; by default
+            the last ones.
+        window: how many keys a query sees at most, its own among them; None for all.
+    """
+
+    positions: Positions | None = None
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one call of attention is asked for, beside its arrays; see `tiled_attention`."""
+
+    scale: float
+    band: Band | None
+    has_sinks: bool
+    tile_bytes: int
+
+
+class Grid:
+    """The tiles of one call: which key heads, rows of queries and keys are taken together."""
+
+    def __init__(self, setting: Setting, arrays: tuple[mx.array, ...]) -> None:
+        self.q, self.k, self.v, *extra = arrays
+        self.sinks = extra.pop(0) if setting.has_sinks else None
+        self.mask = extra.pop() if extra else None
+        self.band = setting.band
+        self.scale = setting.scale * LOG2E  # powers of 2 instead of e
+        batch, heads, queries, _ = self.q.shape
+        _, kv_heads, keys, _ = self.k.shape
+        self.group = heads // kv_heads
+        self.positions: Positions = range(keys - queries, keys)
+        if self.band and self.band.positions is not None:
+            self.positions = self.band.positions
+        # As many whole heads as fit, or square tiles of one head.
+        scores = max(1, setting.tile_bytes // (4 * self.group))
+        edge = isqrt(scores)
+        step = max(1, min(kv_heads, scores // (queries * keys)))
+        whole = queries * keys <= scores
+        self.row_tiles = _spans(queries, queries if whole else max(edge, scores // keys))
+        self.key_tiles = _spans(keys, keys if whole else max(edge, scores // queries))
+        starts = range(0, kv_heads, step)
+        self.units: list[Unit] = [
+            (entry, start, min(start + step, kv_heads))
+            for entry in range(batch)
+            for start in starts
+        ]
+        tiles = sum(len(self.seen(rows)) for rows in self.row_tiles)
+        self.in_place = tiles >= IN_PLACE_TILES
+
+    def seen(self, rows: Span) -> list[Span]:
+        """The tiles of keys that some of these rows see."""
+        if self.band is None:
+            return self.key_tiles
+        low, high = self.ends(rows)
+        first = 0 if self.band.window is None else low - self.band.window + 1
+        return [keys for keys in self.key_tiles if keys[0] <= high and keys[1] > first]
+
+    def ends(self, rows: Span) -> tuple[int, int]:
+        """The positions of the first and the last of these rows."""
+        return int(self.positions[rows[0]]), int(self.positions[rows[1] - 1])
+
+    def rows(self, x: mx.array, unit: Unit, rows: Span, after: list[mx.array]) -> mx.array:
+        """Rows of [B, H, Tq, n] as float32 [key heads, group * rows, n]."""
+        entry, first, last = unit
+        tile = _wait([x[entry, first * self.group : last * self.group, slice(*rows)]], after)[0]
+        return tile.astype(mx.float32).reshape(last - first, -1, x.shape[-1])
+
+    def heads(self, tile: mx.array) -> mx.array:
+        """[key heads, group * rows, n] as [heads, rows, n]."""
+        return tile.reshape(tile.shape[0] * self.group, -1, tile.shape[-1])
+
+    def scores(
+        self, queries: mx.array, unit: Unit, rows: Span, keys: Span, after: list[mx.array]
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """The masked scores of one tile, and its keys and values in float32."""
+        entry, first, last = unit
+        parts = [x[entry, first:last, slice(*keys)] for x in (self.k, self.v)]
+        k, v, *hidden = _wait(parts + self.hidden(unit, rows, keys), after)
+        k, v = k.astype(mx.float32), v.astype(mx.float32)
+        scores = queries @ k.swapaxes(-1, -2)
+        if hidden:
+            shape = (last - first, self.group, rows[1] - rows[0], keys[1] - keys[0])
+            scores = (scores.reshape(shape) + self.bias(hidden[0], rows)).reshape(scores.shape)
+        return scores, k, v
+
+    def hidden(self, unit: Unit, rows: Span, keys: Span) -> list[mx.array]:
+        """What `bias` is made from, if any score of a tile is to be masked."""
+        entry, first, last = unit
+        if self.mask is not None:
+            spans = (entry, entry + 1), (first * self.group, last * self.group), rows, keys
+            sizes = zip(spans, self.mask.shape, strict=True)
+            index = tuple(slice(*span) if size > 1 else slice(None) for span, size in sizes)
+            return [self.mask[index]]
+        if self.band is None:
+            return []
+        low, high = self.ends(rows)
+        past = self.band.window is not None and keys[0] <= high - self.band.window
+        return [mx.arange(*keys)] if keys[1] - 1 > low or past else []
+
+    def bias(self, hidden: mx.array, rows: Span) -> mx.array:
+        """What is added to scores [key heads, group, rows, keys]."""
+        if self.mask is None:
+            at = self.positions[slice(*rows)]
+            at = mx.arange(at.start, at.stop) if isinstance(at, range) else mx.array(at)
+            ago = at[:, None] - hidden
+            window = self.band.window
+            hidden = ago >= 0 if window is None else (ago >= 0) & (ago < window)
+        elif hidden.shape[1] > 1:
+            hidden = hidden.reshape(-1, self.group, *hidden.shape[2:])
+        if hidden.dtype == mx.bool_:
+            return mx.where(hidden, 0.0, MASKED)
+        return mx.maximum(hidden.astype(mx.float32) * LOG2E, MASKED)
+
+    def sink(self, unit: Unit, rows: Span) -> mx.array:
+        """The sinks of these heads, [key heads, group * rows, 1]."""
+        _, first, last = unit
+        sinks = self.sinks[first * self.group : last * self.group].astype(mx.float32) * LOG2E
+        return mx.repeat(sinks, rows[1] - rows[0]).reshape(last - first, -1, 1)
+
+    def zeros(self, unit: Unit) -> dict[Span, list[mx.array]]:
+        """The sums of dK and dV for each tile of keys, still empty."""
+        heads, sizes = unit[2] - unit[1], (self.k.shape[-1], self.v.shape[-1])
+        return {
+            keys: [mx.zeros((heads, keys[1] - keys[0], size)) for size in sizes]
+            for keys in self.key_tiles
+        }
+
+
+def forward(grid: Grid) -> tuple[mx.array, mx.array]:
+    """The output, and maximum and sum of the softmax [B, H, Tq, 2] in float32."""
+    outputs = [_Joined(grid.q, grid.v.shape[-1]), _Joined(grid.q, 2, mx.float32)]
+    after: list[mx.array] = []
+    for unit in grid.units:
+        pieces = []
+        for rows in grid.row_tiles:
+            after = _row_forward(grid, unit, rows, after)
+            pieces.append([grid.heads(x) for x in after])
+        after = [
+            joined.add(list(parts), grid.in_place)
+            for joined, parts in zip(outputs, zip(*pieces, strict=True), strict=True)
+        ]
+    return tuple(joined.result() for joined in outputs)
+
+
+def _row_forward(grid: Grid, unit: Unit, rows: Span, after: list[mx.array]) -> list[mx.array]:
+    queries = grid.rows(grid.q, unit, rows, after) * grid.scale
+    top, total, value = mx.array(MASKED), mx.array(0.0), mx.array(0.0)
+    if grid.sinks is not None:
+        top, total = grid.sink(unit, rows), mx.array(1.0)
+    for keys in grid.seen(rows):
+        scores, _, values = grid.scores(queries, unit, rows, keys, after)
+        highest = mx.maximum(top, scores.max(-1, keepdims=True))
+        weights, decay = _exp2(scores - highest), _exp2(top - highest)
+        total = total * decay + weights.sum(-1, keepdims=True)
+        value = value * decay + weights @ values
+        top, after = highest, [value, total]
+    return [value / total, mx.concatenate([top, total], -1)]
+
+
+def backward(
+    grid: Grid, cotangent: mx.array, output: mx.array, statistics: mx.array
+) -> list[mx.array]:
+    """The gradients of q, k, v and, if there are any, sinks."""
+    gradients = [_Joined(x, x.shape[-1]) for x in (grid.q, grid.k, grid.v)]
+    saved = (grid.q, cotangent, output, statistics)
+    after, dsinks = [cotangent], []
+    for unit in grid.units:
+        pieces, dsink = [], mx.array(0.0)
+        sums = grid.zeros(unit)
+        for rows in grid.row_tiles:
+            tiles = [grid.rows(x, unit, rows, after) for x in saved]
+            dq, share, after = _row_backward(grid, unit, rows, tiles, sums, after)
+            pieces.append(dq)
+            dsink = dsink - share
+        parts = [pieces, *zip(*sums.values(), strict=True)]
+        after = [
+            joined.add(list(part), grid.in_place)
+            for joined, part in zip(gradients, parts, strict=True)
+        ]
+        dsinks.append(dsink)
+    results = [joined.result() for joined in gradients]
+    if grid.sinks is not None:
+        dsink = mx.concatenate(dsinks).reshape(-1, len(grid.sinks)).sum(0)
+        results.append(dsink.astype(grid.sinks.dtype))
+    return results
+
+
+def _row_backward(
+    grid: Grid,
+    unit: Unit,
+    rows: Span,
+    tiles: list[mx.array],
+    sums: dict[Span, list[mx.array]],
+    after: list[mx.array],
+) -> tuple[mx.array, mx.array, list[mx.array]]:
+    """Add these rows' part of dK and dV to `sums`.
+
+    Returns their dQ, -1 times their part of the sinks' gradient, and what to wait for.
+    """
+    queries, cotangent, output, statistics = tiles
+    top, total = statistics[..., :1], statistics[..., 1:]
+    cotangent = cotangent / total  # rather than dividing all probabilities
+    through = cotangent
+    if grid.mask is not None and grid.mask.dtype == mx.bool_:
+        through = mx.where(top == MASKED, 0.0, cotangent)  # no score of such a row counts
+    mean = (through * output).sum(-1, keepdims=True)
+    share = mx.array(0.0)
+    if grid.sinks is not None:
+        share = grid.heads(_exp2(grid.sink(unit, rows) - top) * mean).sum((1, 2))
+    powers, natural = queries * grid.scale, queries * (grid.scale / LOG2E)
+    seen = grid.seen(rows)
+    dq = mx.array(0.0) if seen else mx.zeros_like(queries)
+    for keys in seen:
+        scores, k, v = grid.scores(powers, unit, rows, keys, after)
+        weights = _exp2(scores - top)
+        dk, dv = sums[keys]
+        dv = dv + weights.swapaxes(-1, -2) @ cotangent
+        dscores = weights * (through @ v.swapaxes(-1, -2) - mean)
+        dk = dk + dscores.swapaxes(-1, -2) @ natural
+        dq = dq + dscores @ k
+        sums[keys], after = [dk, dv], [dq, dk, dv]
+    return grid.heads(dq * (grid.scale / LOG2E)), share, after
+
+
+class _Joined:
+    """An array like `like` but for its last axis, filled by [heads, rows, size] in turn."""
+
+    def __init__(self, like: mx.array, size: int, dtype: mx.Dtype | None = None) -> None:
+        self.shape = (*like.shape[:3], size)
+        self.whole = mx.zeros((self.shape[0] * self.shape[1], *self.shape[2:]), dtype or like.dtype)
+        self.filled = 0
+
+    def add(self, pieces: list[mx.array], wait: bool) -> mx.array:
+        """Write the next heads, given in pieces of their rows; returns what to wait for."""
+        heads = mx.concatenate(pieces, axis=1).astype(self.whole.dtype)
+        self.whole[self.filled : self.filled + len(heads)] = heads
+        self.filled += len(heads)
+        return self.whole if wait else heads
+
+    def result(self) -> mx.array:
+        return self.whole.reshape(self.shape)
+
+
+def _spans(count: int, most: int) -> list[Span]:
+    """Cut `count` into pieces of nearly one size, at most `most`."""
+    size = -(-count // -(-count // most))
+    return [(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _wait(arrays: list[mx.array], after: list[mx.array]) -> list[mx.array]:
+    """The same arrays, usable when `after` is there.
+
+    Only so is one tile alive after the other; and a compiled graph cannot merge what the
+    backward makes from them with the same thing in the forward, and keep that in between.
+    """
+    return mx.depends(arrays, after) if after else arrays
+
+
+def _exp2(x: mx.array) -> mx.array:
+    # On an x86 CPU MLX's exp takes twice the time of its power.
+    return mx.exp(x / LOG2E) if mx.default_device() == mx.gpu else mx.power(2.0, x)
