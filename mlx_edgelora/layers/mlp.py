@@ -168,7 +168,8 @@ class _Slices:
         self.inputs, self.down, self.activation = (first, second), down, activation
         self.dtype = x.dtype
         chunk = min(TOKENS, x.shape[0])
-        entry = x.dtype.size * (2 * x.shape[-1] + down.out_dims + 6 * chunk)
+        # Of 16 bits as much: what is added up is cast (`add_product`).
+        entry = 4 * (2 * x.shape[-1] + down.out_dims + 6 * chunk)
         # A slice begins and ends where groups of packed columns do.
         group = 1 if down.packing is None else down.packing.group_size
         step = max(group, tile_bytes // entry // group * group)
@@ -330,12 +331,13 @@ class _Chunk:
 
 
 def add_product(total: mx.array | None, a: mx.array, b: mx.array) -> mx.array:
-    """`total + a @ b` in float32; None counts as zero."""
-    if total is None:
-        return (a @ b).astype(mx.float32)
-    if a.dtype == mx.float32:
-        return mx.addmm(total, a, b)
-    return total + (a @ b).astype(mx.float32)
+    """`total + a @ b` in float32; None counts as zero.
+
+    Of 16 bits, the factors are cast: they are slices, the product is as large as the sum, and
+    would be held in both widths.
+    """
+    a, b = a.astype(mx.float32), b.astype(mx.float32)
+    return a @ b if total is None else mx.addmm(total, a, b)
 
 
 def _total(terms: list[mx.array]) -> mx.array:
