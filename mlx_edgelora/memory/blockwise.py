@@ -45,6 +45,7 @@ from mlx_edgelora.model.blocks import (
 )
 from mlx_edgelora.model.labelled import LastBlock, put_rows, take_rows
 from mlx_edgelora.model.masks import packed, unpacked
+from mlx_edgelora.model.norms import norms_bounded
 from mlx_edgelora.model.sources import ResidentWeights, TogetherWeights, WeightSource
 from mlx_edgelora.model.tiling import Tileable, Tiling
 from mlx_edgelora.model.walkable import check_walk
@@ -169,7 +170,7 @@ class BlockWalk:
         Raises:
             ValueError: rows are not what they should be.
         """
-        with keyed_dropout(self.model, self._tape), attention_bounded():
+        with keyed_dropout(self.model, self._tape), attention_bounded(), norms_bounded():
             first, entry = self._reach(run) if keep else (len(self.blocks), False)
             spared = rows is not None and self._last.choice().spared
             state = Pass(run, first, entry, rows, spared)
