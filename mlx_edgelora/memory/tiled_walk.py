@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
+from mlx_edgelora.memory.meter import give_back
 from mlx_edgelora.memory.profile import phase
 from mlx_edgelora.memory.stores import ActivationStore
 from mlx_edgelora.memory.streams import Sums
@@ -79,6 +80,7 @@ class TiledWalk:
             second = self._visits.bound(index, following, without=attention)
             with second, phase("forward", index):
                 tiles.forward_rest(index, tiled)
+        give_back()
 
     def backward(
         self,
@@ -102,9 +104,11 @@ class TiledWalk:
             first = self._visits.bound(index, None, without=attention)
             with first as trained, phase("recompute", index):
                 tiles.backward_rest(index, tiled, sums.of(trained))
+            give_back()
         second = self._visits.bound(index, following, without=mlp)
         with second as trained, phase("recompute", index):
             tiles.backward(index, tiled, sums.of(trained), onward)
+        give_back()
         return sums.totals()
 
     def _block(self, tiles: TiledPass, index: int, call: Call, choice: Tileable) -> TiledBlock:
