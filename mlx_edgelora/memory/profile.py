@@ -130,6 +130,7 @@ class Profile:
         if not self._stack:
             return
         phase, block, start = self._stack[-1]
+        peak = max(peak, start)  # MLX counts anew from nothing until something is allocated
         last = self.stretches[-1] if self.stretches else None
         if last is not None and (last.phase, last.block) == (phase, block):
             last.peak_bytes = max(last.peak_bytes, peak)
