@@ -114,6 +114,19 @@ def build(name: str, seed: int = 0, **changes) -> nn.Module:
     return model
 
 
+def narrow_llama(depth: int) -> nn.Module:
+    """A Llama of so many blocks, as wide as its peaks need to be seen above their jitter."""
+    return build(
+        "llama",
+        num_hidden_layers=depth,
+        hidden_size=128,
+        intermediate_size=512,
+        num_attention_heads=8,
+        tie_word_embeddings=True,
+        vocab_size=256,
+    )
+
+
 def _random(name: str, value: mx.array) -> mx.array:
     if value.ndim > 1:
         inputs = value.shape[-1] if value.shape[-1] > 1 else value.shape[-2]  # a convolution's

@@ -301,9 +301,9 @@ class BlockWalk:
             gradients = self._block_backward(state, index)
             if onward:
                 state.tiles.set_cotangent(state.cotangent)
-        state.tiles.forget(index)
         if index == state.first and state.entry:
             state.cotangent = state.tiles.cotangent()
+        state.tiles.forget(index)
         return gradients
 
     def _called(self, state: Pass, index: int) -> Callable[..., mx.array]:

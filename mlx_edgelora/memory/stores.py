@@ -157,6 +157,9 @@ class MappedStore:
 
     def forget(self, slot: int) -> None:
         """The slot may be written again; its space stays taken."""
+        if slot in self._reading:
+            _, reading = self._reading.pop(slot)
+            reading.result()
         self._kept.pop(slot, None)
 
     def close(self) -> None:

@@ -18,6 +18,9 @@ class Stream(Protocol):
     def get(self, number: int) -> mx.array:
         """Give it; it stays."""
 
+    def forget(self, number: int) -> None:
+        """Let go of it, if it is there."""
+
 
 def spans_of(tokens: int, size: int) -> list[Span]:
     """Cut the tokens of a row into tiles of nearly one length, `size` at most."""
@@ -114,7 +117,11 @@ class KeySums:
         if index not in self._there:
             return None
         self._there.remove(index)
-        return [self._stream.get(2 * index + number) for number in (0, 1)]
+        numbers = (2 * index, 2 * index + 1)
+        pair = [self._stream.get(number) for number in numbers]
+        for number in numbers:
+            self._stream.forget(number)
+        return pair
 
 
 def joined(pieces: list[mx.array]) -> mx.array:

@@ -142,6 +142,7 @@ class TiledPass:
             )
         ]
         self._pieces = []
+        self._forget(self._scratch)
         whole = pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=1)
         mx.eval(whole)
         return whole
@@ -190,11 +191,16 @@ class TiledPass:
         return self._joined(self._scratch)
 
     def forget(self, index: int) -> None:
-        """Let go of what was kept for the backward of block `index`."""
+        """Let go of what block `index` needed for its backward."""
+        self._forget(self._input(index))
+        if self._halves:
+            self._forget(self._middle(index))
+        if index == self._first:  # the gradient goes no further
+            self._forget(self._scratch)
+
+    def _forget(self, stream: _Slots) -> None:
         for number in range(len(self.spans)):
-            self._input(index).forget(number)
-            if self._halves:
-                self._middle(index).forget(number)
+            stream.forget(number)
 
     def _is_last(self, index: int) -> bool:
         return index + 1 == self._first + self._kept

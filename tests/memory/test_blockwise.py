@@ -2,7 +2,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import pytest
-from architectures import CONFIGS, add_lora, build, quantizable
+from architectures import CONFIGS, add_lora, build, narrow_llama, quantizable
 from harness import assert_same_gradients
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.trainer import default_loss
@@ -215,15 +215,7 @@ def stepped(depth, make_gradient):
     """A quantized model of so many blocks, and its whole step: gradient and update."""
 
     def build_model():
-        model = build(
-            "llama",
-            num_hidden_layers=depth,
-            hidden_size=128,
-            intermediate_size=512,
-            num_attention_heads=8,
-            tie_word_embeddings=True,
-            vocab_size=256,
-        )
+        model = narrow_llama(depth)
         nn.quantize(model, **quantizable())
         add_lora(model)
         return model

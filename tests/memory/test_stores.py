@@ -52,6 +52,28 @@ def same(got, expected) -> bool:
     )
 
 
+def test_a_slot_that_is_forgotten_holds_what_is_put_next(store):
+    first, second = (random((7, 5), mx.float32, seed) for seed in (0, 1))
+    store.reserve(2, first.nbytes)
+    store.forget(0)  # nothing is there
+    store.put(0, first)
+    store.prefetch(0)
+    store.forget(0)
+    store.put(0, second)
+    assert same(store.take(0), second)
+    store.put(1, first)
+    store.forget(1)
+    with pytest.raises(KeyError):
+        store.take(1)
+
+
+def test_memory_lets_go_of_what_is_forgotten(memory):
+    store, before = RamStore(), mx.get_active_memory()
+    store.put(0, random((2**18,), mx.float32, 0))
+    store.forget(0)
+    assert mx.get_active_memory() - before < MIB
+
+
 @pytest.mark.parametrize("prefetch", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_arrays_come_back_in_any_order(store, dtype, prefetch):

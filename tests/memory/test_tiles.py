@@ -92,6 +92,17 @@ def test_lower_blocks_and_an_embedding_that_is_trained(halves, tmp_path):
         assert_same_gradients(got, expected)
 
 
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("num_layers", [-1, 2])
+def test_after_a_backward_nothing_waits_in_memory(halves, num_layers, tmp_path):
+    folder = save(tmp_path, "llama", True)
+    ours = engine(folder, tile_tokens=7, halves=halves, spilled=False, num_layers=num_layers)
+    ours.value_and_grad(random_batch(tokens=19))
+    assert not ours._walk.store._arrays
+    ours.loss(random_batch(tokens=19))
+    assert not ours._walk.store._arrays
+
+
 def test_dropout_computes_blocks_whole_and_with_one_mask(tmp_path):
     folder = save(tmp_path, "llama", True)
     batch, gradients = random_batch(), []

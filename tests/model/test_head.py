@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from architectures import CONFIGS, build, quantizable
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
+from peaks import highest, lowest
 
-from mlx_edgelora.memory.meter import DiskMeter
+from mlx_edgelora.memory.meter import DiskMeter, eval_in_step
+from mlx_edgelora.model import head as model_head
 from mlx_edgelora.model.blocks import BlockList
 from mlx_edgelora.model.head import (
     ModelHead,
@@ -147,19 +149,25 @@ def test_an_adapted_head_is_found_with_its_adapter(tied):
     assert mx.allclose(logits, expected, rtol=1e-5, atol=1e-5).item()
 
 
+def on_disk(folder, table, dtype=None, meter=None):
+    """Let an embedding read its rows from a file; gives their readers by name, and the rows."""
+    path = folder / "model.safetensors"
+    mx.save_safetensors(str(path), dict(table.items()))
+    readers = {name: RowReader(path, info) for name, info in read_header(path).items()}
+    rows = StreamedRows({name: readers[name] for name in table}, dtype, meter or DiskMeter())
+    stream_embedding(table, rows)
+    return readers, rows
+
+
 @pytest.mark.parametrize("dtype", [None, mx.bfloat16], ids=str)
 @pytest.mark.parametrize("quantized", [False, True], ids=["float", "4bit"])
 def test_embedding_on_disk_looks_up_and_projects_as_in_memory(tmp_path, quantized, dtype):
     table = nn.Embedding(101, 64)
     table = table.to_quantized(32, 4) if quantized else table
-    path = tmp_path / "model.safetensors"
-    mx.save_safetensors(str(path), dict(table.items()))
     tokens, hidden = mx.array([[100, 3, 3], [0, 57, 3]]), mx.random.normal((2, 64))
     expected, logits = table(tokens), table.as_linear(hidden)
     meter = DiskMeter()
-    readers = {name: RowReader(path, info) for name, info in read_header(path).items()}
-    rows = StreamedRows({name: readers[name] for name in table}, dtype, meter)
-    stream_embedding(table, rows)
+    readers, rows = on_disk(tmp_path, table, dtype, meter)
     for name in list(table):
         table[name] = mx.zeros((1,))  # nothing may be read from memory
     got = table(tokens)
@@ -174,3 +182,33 @@ def test_embedding_on_disk_looks_up_and_projects_as_in_memory(tmp_path, quantize
     assert np.allclose(
         np.array(part.astype(mx.float32)), np.array(logits[:, 10:20]), rtol=0.05, atol=0.1
     )
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["float", "4bit"])
+@pytest.mark.parametrize("count", [2, 3, 10])
+def test_embeddings_in_pieces_are_those_of_memory(tmp_path, monkeypatch, quantized, count):
+    monkeypatch.setattr(model_head, "LOOKUP_BYTES", 3 * 4 * 64)
+    table = nn.Embedding(101, 64)
+    table = table.to_quantized(32, 4) if quantized else table
+    tokens = mx.array([[(7 * i) % 101 for i in range(count)], [5] * count])
+    expected = table(tokens)
+    on_disk(tmp_path, table)
+    assert mx.allclose(table(tokens), expected, rtol=1e-6, atol=1e-6).item()
+
+
+def test_looking_up_holds_the_result_and_little_more(tmp_path, monkeypatch, memory):
+    monkeypatch.setattr(model_head, "LOOKUP_BYTES", 2**14)
+    table = nn.Embedding(2048, 512).to_quantized(64, 4)
+    on_disk(tmp_path, table)
+    tokens = mx.arange(2048)[None]
+
+    def above_packed(evaluate):
+        found = table(tokens)
+        packed = mx.get_active_memory()
+        mx.reset_peak_memory()
+        evaluate(found)
+        return mx.get_peak_memory() - packed
+
+    result = 4 * 2048 * 512
+    assert lowest(lambda: above_packed(eval_in_step), 1.1 * result) < 1.1 * result
+    assert highest(lambda: above_packed(mx.eval)) > 2 * result  # MLX ahead: nothing in place

@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optimizers
 import pytest
-from architectures import add_lora, build
+from architectures import add_lora, narrow_llama
 from harness import random_batch
 from peaks import Stepped, growth_with_depth, held
 
@@ -43,15 +43,7 @@ def stepped(tmp_path):
 
 
 def model_of(depth):
-    model = build(
-        "llama",
-        num_hidden_layers=depth,
-        hidden_size=128,
-        intermediate_size=512,
-        num_attention_heads=8,
-        tie_word_embeddings=True,
-        vocab_size=256,
-    )
+    model = narrow_llama(depth)
     add_lora(model)
     return model
 
