@@ -64,6 +64,8 @@ def engine(
     tile_tokens: int | None = None,
     prefetch: bool = True,
     halves: bool = False,
+    kept: int = 0,
+    ram_blocks: int = 0,
     **lora,
 ) -> Engine:
     lazy = open_model(str(folder), streamed=streamed, quantize=None, cache=folder / "cache")
@@ -83,6 +85,8 @@ def engine(
         tile_tokens=tile_tokens,
         prefetch=prefetch,
         halves=halves,
+        kept=kept,
+        ram_blocks=ram_blocks,
     )
     return Engine(lazy.model, walk, attached.head, meter, loss)
 

@@ -14,6 +14,10 @@ keeps its whole graph, so nothing would be freed. The method is gradient checkpo
 Cost: one more forward of the trained blocks. With `tile_tokens` also the inside of a block is
 walked, a tile of tokens at a time (`memory/tiles.py`): hidden states then travel from block to
 block as lists of tiles, and what the model's own loop passes on is a placeholder.
+
+With `kept` the last blocks are the other extreme: one ordinary autodiff segment, whose
+activations stay in memory and are not computed again. They are used first in the backward,
+so this is the cheapest memory for time.
 """
 
 import itertools
@@ -30,7 +34,8 @@ from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.memory.dropout import KeyTape, keyed_dropout
 from mlx_edgelora.memory.meter import eval_in_step
 from mlx_edgelora.memory.profile import phase
-from mlx_edgelora.memory.stores import ActivationStore, RamStore
+from mlx_edgelora.memory.promise import Promise
+from mlx_edgelora.memory.stores import ActivationStore, RamStore, SplitStore
 from mlx_edgelora.memory.tiled_pass import TiledPass
 from mlx_edgelora.memory.tiled_walk import Call, TiledWalk
 from mlx_edgelora.memory.visits import Arrays, Visits
@@ -77,6 +82,9 @@ class Pass:
         cotangent: the loss's gradient with respect to `hidden`, set before `backward`.
         choices: which blocks are computed by tiles in a pass by tiles.
         tiles: the tiles of such a pass; None for another.
+        store: where inputs of blocks wait in this pass.
+        kept_from: the lowest of the blocks whose activations are kept.
+        segment: these blocks between forward and backward, once the model's loop has ended.
     """
 
     run: Callable[[], Any]
@@ -89,7 +97,25 @@ class Pass:
     calls: dict[int, Call] = field(default_factory=dict)
     choices: list[Tileable] = field(default_factory=list)
     tiles: TiledPass | None = None
+    store: ActivationStore | None = None
+    kept_from: int = 0
+    segment: "_Segment | None" = None
     entry_keys: list[mx.array] = field(default_factory=list)
+
+
+@dataclass
+class _Segment:
+    """Blocks whose backward is a graph that waits for the gradient of their output.
+
+    Attributes:
+        names: of each block, lowest first, the parameters that are differentiated.
+        gradients: theirs, block by block, and last that of the segment's input; lazy.
+        cotangent: of the output.
+    """
+
+    names: list[list[str]]
+    gradients: list[mx.array]
+    cotangent: Promise
 
 
 class BlockWalk:
@@ -109,6 +135,11 @@ class BlockWalk:
         prefetch: read the next block's weights while one is computed.
         halves: with tiles, compute attention and MLP of a block apart where it is a sum of
             the two, keep what lies between as well, and bind one half's weights at a time.
+        kept: keep the activations of so many last blocks, where a batch is not computed by
+            tiles; memory: all that autodiff keeps of them, and their weights.
+        ram_blocks: the inputs of so many last blocks wait in memory and not in `store`; in a
+            pass by tiles only those of all.
+        rest: called after every block, forward and backward.
 
     Raises:
         EdgeLoraError: the architecture cannot be walked.
@@ -124,8 +155,11 @@ class BlockWalk:
         tile_tokens: int | None = None,
         prefetch: bool = True,
         halves: bool = False,
+        kept: int = 0,
+        ram_blocks: int = 0,
+        rest: Callable[[], None] = lambda: None,
     ) -> None:
-        self.model = model
+        self.model, self._rest = model, rest
         self.blocks = BlockList(model)
         self.store = RamStore() if store is None else store
         self.weights = ResidentWeights() if weights is None else weights
@@ -133,16 +167,28 @@ class BlockWalk:
         self._visits = Visits(self.blocks, self.weights, self.adapters, prefetch)
         together = TogetherWeights(self.weights, self.adapters)
         self._last = LastBlock(self.blocks, together)
-        self._tiled: TiledWalk | None = None
-        if tile_tokens is not None:
-            tiling = Tiling(self.blocks, together)
-            self._tiled = TiledWalk(self.blocks, self._visits, tiling, tile_tokens, halves)
+        self._ram = RamStore()
+        self._tiling = Tiling(self.blocks, together)
+        self.settle(tile_tokens, halves, kept, ram_blocks)
         self._functions: dict[tuple[str, bool], Callable] | None = {} if compiled else None
         self._entry_trained: dict[tuple[str, ...], bool] = {}
         # One for good: a compiled backward and the dropout layers must mean the same tape.
         self._tape = KeyTape()
         with keyed_dropout(model, self._tape), self._tape.playing(_SAME_KEY):
             check_walk(self.blocks)
+
+    def settle(
+        self,
+        tile_tokens: int | None = None,
+        halves: bool = False,
+        kept: int = 0,
+        ram_blocks: int = 0,
+    ) -> None:
+        """Compute the passes that begin from now on in another way; as of the class."""
+        self._kept, self._ram_blocks = kept, ram_blocks
+        self._tiled: TiledWalk | None = None
+        if tile_tokens is not None:
+            self._tiled = TiledWalk(self.blocks, self._visits, self._tiling, tile_tokens, halves)
 
     @property
     def last_block(self) -> str:
@@ -174,13 +220,22 @@ class BlockWalk:
             first, entry = self._reach(run) if keep else (len(self.blocks), False)
             spared = rows is not None and self._last.choice().spared
             state = Pass(run, first, entry, rows, spared)
+            state.kept_from = max(first, len(self.blocks) - self._kept)
+            in_ram = state.kept_from - max(first, len(self.blocks) - self._ram_blocks)
+            state.store = SplitStore(self.store, self._ram, in_ram) if in_ram > 0 else self.store
             if self._tiled is not None:
                 state.choices = self._tiled.choices()
             with self._tape.recording() as state.entry_keys:
                 state.hidden = self._stopped(run, lambda *call: self._run_block(state, *call))
             if state.tiles is not None:
                 state.hidden = self._tiled_forward(state)
-            yield state
+            elif state.kept_from in state.calls:
+                state.hidden = self._kept_forward(state)
+            try:
+                yield state
+            finally:
+                if state.segment is not None:
+                    state.segment.cotangent.close()
 
     @contextmanager
     def tail(self, state: Pass, hidden: mx.array, outside: Arrays | None = None) -> Iterator[None]:
@@ -210,8 +265,13 @@ class BlockWalk:
             be used again.
         """
         by_block = self._block_backward if state.tiles is None else self._tiled_backward
-        for index in range(len(self.blocks) - 1, state.first - 1, -1):
+        last = len(self.blocks)
+        if state.segment is not None:
+            yield from self._kept_backward(state)
+            last = state.kept_from
+        for index in range(last - 1, state.first - 1, -1):
             yield by_block(state, index)
+            self._rest()
         if state.entry:
             yield self._entry_backward(state)
 
@@ -227,7 +287,8 @@ class BlockWalk:
         if index == 0:
             eval_in_step(x)
         if index == 0 and self._tiled is not None:
-            state.tiles = self._tiled.begin(x, self.store, state.first, state.choices)
+            store = self._ram if self._ram_blocks >= len(self.blocks) else self.store
+            state.tiles = self._tiled.begin(x, store, state.first, state.choices)
         if last and state.spared:
             state.spared = state.rows.size < x.shape[0] * x.shape[1]
         if state.tiles is not None:
@@ -237,12 +298,20 @@ class BlockWalk:
                 raise _Reached(x)
             return mx.zeros(x.shape, x.dtype)  # never computed: the model's loop hands it on
         block = self.blocks.blocks[index]
-        if index == state.first:
+        if index == state.first and index < state.kept_from:
             mx.eval(x)
-            self.store.reserve(len(self.blocks) - state.first, x.nbytes)
+            state.store.reserve(state.kept_from - state.first, x.nbytes)
+        if index >= state.kept_from:
+            if index == state.kept_from:
+                mx.eval(x)
+                state.hidden = x
+            state.calls[index] = Call(args, kwargs)
+            if last:
+                raise _Reached(state.hidden)
+            return mx.zeros(x.shape, x.dtype)  # as above; `_kept_forward` computes it
         if index >= state.first:
             with phase("spill", index):
-                self.store.put(index - state.first, x)
+                state.store.put(index - state.first, x)
         weights = self._visits.arrays(index, None if last else index + 1)
         with self._tape.recording() as keys, bound(array_slots(block), weights):
             del weights
@@ -253,6 +322,7 @@ class BlockWalk:
                 mx.eval(out)
         if index >= state.first:
             state.calls[index] = Call(args, kwargs, keys)
+        self._rest()
         if last:
             raise _Reached(out)
         return out
@@ -266,6 +336,7 @@ class BlockWalk:
                 tiles.want(state.rows, state.spared)
             if choice.possible:
                 self._tiled.forward(tiles, index, call, choice)
+                self._rest()
                 continue
             called = self._called(state, index)
             following = None if index == last else index + 1
@@ -280,6 +351,7 @@ class BlockWalk:
                 return out
             tiles.put_output(index, out)
             del out
+            self._rest()
         return tiles.result()
 
     def _tiled_backward(self, state: Pass, index: int) -> Arrays:
@@ -306,6 +378,64 @@ class BlockWalk:
         state.tiles.forget(index)
         return gradients
 
+    def _kept_forward(self, state: Pass) -> mx.array:
+        """Compute the blocks whose activations are kept, with the graph of their backward."""
+        indices = range(state.kept_from, len(self.blocks))
+        trained, bindings = [], []
+        for index in indices:
+            block = self.blocks.blocks[index]
+            own = dict(tree_flatten(block.trainable_parameters()))
+            trained.append(own | self.adapters.block(index))
+            called = self._called(state, index)
+            bindings.append((called, array_slots(block), self.weights.block(index)))
+        names = [list(arrays) for arrays in trained]
+        x, state.hidden = state.hidden, None
+
+        def segment(*primals: mx.array) -> mx.array:
+            values, out = iter(primals), primals[-1]
+            for index, own, (called, slots, frozen) in zip(indices, names, bindings, strict=True):
+                call = state.calls.pop(index)
+                with bound(slots, frozen | {name: next(values) for name in own}):
+                    out = called(out, *call.args, **call.kwargs)
+            if state.rows is not None and not state.spared:
+                out = take_rows(out, state.rows)
+            return out
+
+        shape = x.shape if state.rows is None else (1, state.rows.size, x.shape[-1])
+        cotangent = Promise(shape, x.dtype)
+        primals = [value for arrays in trained for value in arrays.values()]
+        with phase("forward", state.kept_from):
+            (out,), gradients = mx.vjp(segment, [*primals, x], [cotangent.array])
+            if state.kept_from == state.first and not state.entry:
+                gradients[-1] = None
+            state.segment = _Segment(names, gradients, cotangent)
+            del x, primals, trained, bindings, gradients
+            mx.eval(out)
+        self._rest()
+        return out
+
+    def _kept_backward(self, state: Pass) -> Iterator[Arrays]:
+        segment, cotangent = state.segment, state.cotangent
+        state.cotangent = None
+        segment.cotangent.keep(cotangent)
+        segment.cotangent.array = None
+        del cotangent
+        gradients = segment.gradients
+        state.cotangent = gradients.pop()
+        for index in range(len(self.blocks) - 1, state.kept_from - 1, -1):
+            names = segment.names.pop()
+            own = [gradients.pop() for _ in names][::-1]
+            with phase("backward", index):
+                mx.eval(own)
+            prefix = f"{self.blocks.prefix}{index}."
+            found = {prefix + local: value for local, value in zip(names, own, strict=True)}
+            del own
+            yield found
+            del found
+            self._rest()
+        if state.cotangent is not None:
+            mx.eval(state.cotangent)
+
     def _called(self, state: Pass, index: int) -> Callable[..., mx.array]:
         """What is called, and differentiated, where a block is due."""
         if state.spared and index + 1 == len(self.blocks):
@@ -319,7 +449,7 @@ class BlockWalk:
         onward = index > state.first or state.entry
         weights = self.weights.block(index)
         if state.tiles is None:
-            x = self.store.take(index - state.first)
+            x = state.store.take(index - state.first)
         else:
             x = state.tiles.input(index)
         if (
@@ -334,7 +464,7 @@ class BlockWalk:
         del weights, x
         self._visits.read_ahead(index - 1 if index > state.first else None)
         if index > state.first and state.tiles is None:
-            self.store.prefetch(index - 1 - state.first)
+            state.store.prefetch(index - 1 - state.first)
         with phase("backward", index):
             gradients = self._vjp(state, index, list(trained), onward)(operands, call)
             del operands

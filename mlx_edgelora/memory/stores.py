@@ -79,6 +79,53 @@ class RamStore:
         self._arrays.clear()
 
 
+class SplitStore:
+    """Keeps the last slots in one store and the others in another one.
+
+    The last slots are the first to be taken, so whatever they take is free soonest.
+
+    Args:
+        first: of the lower slots.
+        last: of the upper ones.
+        count: how many slots of a reservation are upper ones.
+    """
+
+    def __init__(self, first: ActivationStore, last: ActivationStore, count: int) -> None:
+        self._first, self._last, self._count = first, last, count
+        self._from = 0
+
+    def reserve(self, slots: int, nbytes: int) -> None:
+        """Make room in both."""
+        self._from = max(0, slots - self._count)
+        if self._from:  # a file of no bytes cannot be mapped
+            self._first.reserve(self._from, nbytes)
+        self._last.reserve(slots - self._from, nbytes)
+
+    def put(self, slot: int, array: mx.array) -> None:
+        """Keep an evaluated array."""
+        self._of(slot).put(slot, array)
+
+    def prefetch(self, slot: int) -> None:
+        """Begin to bring an array back."""
+        self._of(slot).prefetch(slot)
+
+    def take(self, slot: int, keep: bool = False) -> mx.array:
+        """Give an array back."""
+        return self._of(slot).take(slot, keep)
+
+    def forget(self, slot: int) -> None:
+        """Forget the array of a slot."""
+        self._of(slot).forget(slot)
+
+    def close(self) -> None:
+        """Close both."""
+        self._first.close()
+        self._last.close()
+
+    def _of(self, slot: int) -> ActivationStore:
+        return self._first if slot < self._from else self._last
+
+
 @dataclass(frozen=True)
 class _Kept:
     shape: tuple[int, ...]

@@ -85,7 +85,15 @@ class Attached:
     logits: str
 
 
-def attach(lazy: LazyModel, *, streamed: bool, dtype: str | None, meter: DiskMeter) -> Attached:
+def attach(
+    lazy: LazyModel,
+    *,
+    streamed: bool,
+    dtype: str | None,
+    meter: DiskMeter,
+    streamed_blocks: int | None = None,
+    head_streamed: bool = True,
+) -> Attached:
     """Settle where every frozen weight comes from; call it after `add_lora`.
 
     What is trained stays as it is.
@@ -93,6 +101,14 @@ def attach(lazy: LazyModel, *, streamed: bool, dtype: str | None, meter: DiskMet
     Resident: everything is read and cast now. Streamed: blocks, token embedding and head
     stay on disk, the rest (norms) is read now. Where the head cannot be read by rows,
     everything outside the blocks is read, and the loss works on whole rows of logits.
+
+    Args:
+        lazy: the adapted model.
+        streamed: whether weights are read where they are needed, or all of them now.
+        dtype: floating weights are cast to it; None leaves them.
+        meter: counts what is read.
+        streamed_blocks: of streamed blocks so many first ones; None for all.
+        head_streamed: whether embedding and head stay on disk, too.
 
     Raises:
         EdgeLoraError: the architecture cannot be walked, or a file cannot be read.
@@ -102,7 +118,7 @@ def attach(lazy: LazyModel, *, streamed: bool, dtype: str | None, meter: DiskMet
     trained = [name for name, _ in tree_flatten(lazy.model.trainable_parameters())]
     on_disk: dict[int, StreamedRows] = {}
     head, why = _usable_head(blocks, trained)
-    if streamed and head is not None:
+    if streamed and head_streamed and head is not None:
         on_disk = _leave_on_disk(lazy, blocks, frozen_matrix(head), kind, meter)
     names = [
         name
@@ -112,7 +128,7 @@ def attach(lazy: LazyModel, *, streamed: bool, dtype: str | None, meter: DiskMet
     _read(lazy.model, names, on_disk, kind)
     source: WeightSource = ResidentWeights()
     if streamed:
-        source = StreamedWeights(_block_places(lazy, blocks), kind, meter)
+        source = StreamedWeights(_block_places(lazy, blocks), kind, meter, streamed_blocks)
     if head is None:
         return Attached(source, None, f"whole rows of logits: {why}")
     matrix = frozen_matrix(head)

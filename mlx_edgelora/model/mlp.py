@@ -37,7 +37,7 @@ class _Sliced:
     def __call__(self, x: mx.array) -> mx.array:
         """Map [..., d] to [..., d] in slices; dropout in an adapter needs all at once."""
         layers = [self[name] for name in (*self._form.inputs, self._form.down)]
-        if any(_drops(layer) for layer in layers):
+        if self._tile_bytes is None or any(_drops(layer) for layer in layers):
             return super().__call__(x)
         projections = [_projection(layer) for layer in layers]
         return gated_mlp(x, *projections, self._activation, tile_bytes=self._tile_bytes)
@@ -74,6 +74,20 @@ def slice_mlps(blocks: BlockList, tile_bytes: int = TILE_BYTES) -> str:
                 kinds[key] = type(key[0].__name__, (_Sliced, key[0]), members)
             object.__setattr__(module, "__class__", kinds[key])
     return f"{found} gated MLPs in slices, in {len(with_one)} of {len(blocks)} blocks"
+
+
+def set_slices(blocks: BlockList, tile_bytes: int | None, stop: int) -> None:
+    """Change how large slices are from now on, after `slice_mlps`.
+
+    Args:
+        blocks: as of `slice_mlps`.
+        tile_bytes: in the blocks below `stop`; None computes them layer by layer.
+        stop: in this block and those above, MLPs are computed layer by layer.
+    """
+    for index, block in enumerate(blocks.blocks):
+        for module in block.modules():
+            if isinstance(module, _Sliced):
+                object.__setattr__(module, "_tile_bytes", tile_bytes if index < stop else None)
 
 
 def gated_form(module: nn.Module) -> Form | None:

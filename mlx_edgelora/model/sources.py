@@ -72,6 +72,8 @@ class StreamedWeights:
         blocks: for every block, the place of each tensor by its name inside the block.
         dtype: floating tensors are cast to it on the way in; None leaves them.
         meter: counts the bytes read.
+        streamed: so many first blocks; the others stay in memory once they were read. The
+            lower ones wait longer between their two visits. None for all.
     """
 
     def __init__(
@@ -79,8 +81,11 @@ class StreamedWeights:
         blocks: list[Mapping[str, TensorPlace]],
         dtype: mx.Dtype | None,
         meter: DiskMeter,
+        streamed: int | None = None,
     ) -> None:
         self._blocks, self._dtype, self._meter = blocks, dtype, meter
+        self._held: dict[int, dict[str, mx.array]] = {}
+        self.hold_from(len(blocks) if streamed is None else streamed)
         self._ahead: dict[int, dict[str, mx.array]] = {}
         shards = {place.shard for block in blocks for place in block.values()}
         self._stamps = {shard: _stamp(shard) for shard in shards}
@@ -96,11 +101,23 @@ class StreamedWeights:
         """
         arrays = self._ahead.pop(index, None)
         self._ahead.clear()  # a change of direction leaves a block nobody will ask for
+        if index >= self._held_from:
+            if index not in self._held:
+                arrays = self._read(index)
+                mx.eval(arrays)
+                self._held[index] = arrays
+            return dict(self._held[index])
         return self._read(index, without) if arrays is None or without else arrays
+
+    def hold_from(self, index: int) -> None:
+        """Keep this block and those above it in memory, from their next visit on, and no other."""
+        self._held_from = index
+        for lower in [held for held in self._held if held < index]:
+            del self._held[lower]
 
     def prefetch(self, index: int) -> None:
         """Read a block's tensors while the current one computes."""
-        if index not in self._ahead:
+        if index not in self._ahead and index < self._held_from:
             self._ahead[index] = self._read(index)
             mx.async_eval(self._ahead[index])
 

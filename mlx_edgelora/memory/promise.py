@@ -1,0 +1,61 @@
+"""An array that a graph can be built on before its values are known.
+
+The gradient of a loss with respect to the last hidden state is known only when these are
+computed and the head has been read; autodiff wants it when the graph is built. MLX reads an
+array from a safetensors file when it is evaluated, not before: so the graph gets an array of
+a file, and the file its values later. It has no name, and stays in the system's cache.
+"""
+
+import json
+import math
+import os
+import struct
+import tempfile
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from mlx_edgelora.model.safetensors import NAMES, to_numpy
+
+
+class Promise:
+    """An array whose values come later.
+
+    Args:
+        shape, dtype: of the array.
+
+    Attributes:
+        array: lazy; must not be evaluated before `keep`.
+    """
+
+    def __init__(self, shape: Sequence[int], dtype: mx.Dtype) -> None:
+        self._shape, self._dtype = tuple(shape), dtype
+        size = math.prod(shape) * dtype.size
+        entry = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [0, size]}
+        text = json.dumps({"x": entry}).encode()
+        header = struct.pack("<Q", len(text)) + text
+        with tempfile.NamedTemporaryFile(prefix="mlx_edgelora-", buffering=0) as file:
+            file.write(header)
+            file.truncate(len(header) + size)
+            self._start = len(header)
+            self.array = mx.load(file.name, format="safetensors")["x"]
+            self._file = os.dup(file.fileno())
+
+    def keep(self, value: mx.array) -> None:
+        """Give the array its values, once.
+
+        Raises:
+            ValueError: they have another shape or dtype than was promised.
+        """
+        if (value.shape, value.dtype) != (self._shape, self._dtype):
+            raise ValueError(
+                f"got {value.dtype} {value.shape}, promised were {self._dtype} {self._shape}"
+            )
+        mx.eval(value)
+        data, done = memoryview(to_numpy(value).reshape(-1).view("uint8")), 0
+        while done < len(data):
+            done += os.pwrite(self._file, data[done:], self._start + done)
+
+    def close(self) -> None:
+        """Give the file's space back; evaluate the array before."""
+        os.close(self._file)

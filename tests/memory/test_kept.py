@@ -1,0 +1,96 @@
+"""Last blocks as one autodiff segment: the same gradients, and nothing computed twice."""
+
+from contextlib import closing
+
+import mlx.core as mx
+import pytest
+from architectures import CONFIGS
+from harness import (
+    assert_same_gradients,
+    engine,
+    plain,
+    plain_value_and_grad,
+    random_batch,
+    resolution,
+    save,
+)
+
+from mlx_edgelora.memory.promise import Promise
+
+
+def check(folder, batch, **options):
+    lora = {key: options[key] for key in ("keys", "num_layers", "dropout") if key in options}
+    reference = plain(folder, **lora)
+    mx.random.seed(3)
+    loss, expected = plain_value_and_grad(reference, batch)
+    with closing(engine(folder, **options)) as ours:
+        mx.random.seed(3)
+        (got_loss, _), got = ours.value_and_grad(batch)
+    assert got_loss.item() == pytest.approx(loss, rel=1e-5)
+    assert_same_gradients(got, expected, resolution=resolution(reference, batch))
+
+
+@pytest.mark.parametrize("kept", [1, 2, 3])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_gradients_equal_mlx_lm(name, kept, tmp_path):
+    check(save(tmp_path, name, quantized=kept == 2), random_batch(), kept=kept)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_layers": 1, "kept": 2},
+        {"kept": 3, "keys": ["model.embed_tokens", "self_attn.q_proj"]},
+        {"kept": 1, "keys": ["model.embed_tokens", "self_attn.q_proj"]},
+        {"kept": 2, "keys": ["lm_head", "mlp.down_proj"]},
+        {"kept": 2, "streamed": False, "spilled": False},
+        {"kept": 9, "tile_tokens": 1000},
+        {"kept": 1, "ram_blocks": 2},
+        {"ram_blocks": 1},
+        {"ram_blocks": 2},
+        {"ram_blocks": 9},
+        {"ram_blocks": 3, "tile_tokens": 4, "halves": True},
+        {"ram_blocks": 2, "tile_tokens": 4},
+    ],
+    ids=str,
+)
+def test_every_way_gives_the_same_gradients(options, tmp_path):
+    check(save(tmp_path, "llama", quantized=True), random_batch(tokens=13), **options)
+
+
+def test_dropout_draws_the_masks_of_plain_mlx(tmp_path):
+    check(save(tmp_path, "llama", quantized=False), random_batch(), kept=2, dropout=0.3)
+
+
+def test_kept_blocks_run_once(tmp_path, monkeypatch):
+    calls = []
+    with closing(engine(save(tmp_path, "llama", quantized=False), kept=2)) as ours:
+        for index, block in enumerate(ours.model.layers):
+            kind = type(block)
+
+            def called(self, *args, kind=kind, index=index, **kwargs):
+                calls.append(index)
+                return kind.__call__(self, *args, **kwargs)
+
+            object.__setattr__(block, "__class__", type("Counted", (kind,), {"__call__": called}))
+        ours.value_and_grad(random_batch())  # trials of what can be done come first
+        calls.clear()
+        ours.value_and_grad(random_batch())
+    assert calls == [0, 1, 2, 0]
+
+
+def test_a_promise_refuses_other_values():
+    promise = Promise((2, 3), mx.float32)
+    with pytest.raises(ValueError, match="promised were"):
+        promise.keep(mx.zeros((2, 3), mx.bfloat16))
+    promise.close()
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+def test_a_promise_has_the_values_that_came_later(dtype):
+    promise = Promise((2, 3), dtype)
+    result = 2 * promise.array
+    value = mx.arange(6).reshape(3, 2).T.astype(dtype)  # not as it lies in memory
+    promise.keep(value)
+    assert mx.array_equal(result, 2 * value)
+    promise.close()
