@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import mlx.core as mx
@@ -38,24 +39,19 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama, qwen2
 
 from mlx_edgelora.data import Batch
-from mlx_edgelora.losses.exact import CrossEntropy
-from mlx_edgelora.memory.blockwise import BlockWalk
-from mlx_edgelora.memory.meter import DiskMeter, footprint
+from mlx_edgelora.memory.meter import footprint
 from mlx_edgelora.memory.plan import Plan
-from mlx_edgelora.memory.stores import MappedStore, RamStore
 from mlx_edgelora.model.checkpoint import write_model
-from mlx_edgelora.model.loading import attach, open_model
-from mlx_edgelora.model.lora import add_lora, set_kernel
-from mlx_edgelora.model.mlp import slice_mlps
-from mlx_edgelora.training.paged import PagedTrained
-from mlx_edgelora.training.step import Engine
-from mlx_edgelora.training.trained import ResidentTrained
+from mlx_edgelora.model.loading import open_model
+from mlx_edgelora.model.lora import add_lora
+from mlx_edgelora.training.assembly import Settings, assembled
 
 MIB = 2**20
 COMMON = {"rms_norm_eps": 1e-5, "tie_word_embeddings": True, "rope_theta": 500000.0}
 SHAPES = {
     "small": (llama, 4, 256, 1024, 8, 2, 1024),
     "llama-3.2-3b": (llama, 28, 3072, 8192, 24, 8, 128256),
+    "llama-3.2-1b": (llama, 16, 2048, 8192, 32, 8, 128256),
     "qwen2.5-3b": (qwen2, 36, 2048, 11008, 16, 2, 151936),
     "qwen2.5-0.5b": (qwen2, 24, 896, 4864, 14, 2, 151936),
     "llama-3.3-70b": (llama, 80, 8192, 28672, 64, 8, 128256),
@@ -70,7 +66,7 @@ PUBLISHED = {
     "qwen2.5-3b": dict(zip(CONTEXTS, [0.66, 1.01, 1.71, 3.90, 8.34], strict=True)),
 }
 # What the floor is compared with in time: nothing streamed, spilled, paged or tiled.
-PLENTY = Plan(weights="resident", activations="ram", mlp_bytes=None)
+PLENTY = Plan(streamed_blocks=0, head="resident", ram_blocks=None, tile_tokens=4096)
 
 
 def checkpoint(cache: Path, shape: str, blocks: int) -> Path:
@@ -121,35 +117,13 @@ class Run:
     """
 
     def __init__(self, folder: Path, plan: Plan, args: argparse.Namespace) -> None:
-        self._meter = DiskMeter()
-        streamed = plan.weights == "streamed"
-        lazy = open_model(str(folder), streamed=streamed, quantize=None, cache=folder)
-        model = lazy.model
+        lazy = open_model(str(folder), streamed=plan.streams, quantize=None, cache=folder)
         mx.random.seed(1)
-        add_lora(model, -1, rank=args.rank)
-        set_kernel(model, "dequantize")
-        if plan.adapters == "paged":
-            self.trained = PagedTrained(model, args.cache, self._meter)
-        else:
-            self.trained = ResidentTrained(model)
-        attached = attach(lazy, streamed=streamed, dtype=args.dtype, meter=self._meter)
-        model.train()
-        self._store = (
-            RamStore() if plan.activations == "ram" else MappedStore(args.cache, self._meter)
-        )
-        walk = BlockWalk(
-            model,
-            self._store,
-            attached.weights,
-            adapters=self.trained,
-            tile_tokens=plan.tile_tokens,
-            prefetch=plan.prefetch,
-            halves=plan.halves,
-        )
-        if plan.mlp_bytes is not None:
-            slice_mlps(walk.blocks, plan.mlp_bytes)
-        loss = CrossEntropy(plan.loss_bytes)
-        self._engine = Engine(model, walk, attached.head, self._meter, loss, self.trained)
+        add_lora(lazy.model, -1, rank=args.rank)
+        self._stack = ExitStack()
+        settings = Settings(args.cache, args.dtype, "dequantize")
+        self._engine = self._stack.enter_context(assembled(lazy, plan, settings))
+        self._meter, self.trained = self._engine.disk, self._engine.trained
         self._optimizer = optimizers.AdamW(1e-4)
         self.trained.start(self._optimizer)
 
@@ -173,8 +147,7 @@ class Run:
 
     def close(self) -> None:
         """Give memory and disk space back."""
-        self._store.close()
-        self.trained.close()
+        self._stack.close()
 
 
 def reset_footprint() -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import weakref
+from dataclasses import fields
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,6 +16,7 @@ from mlx_lm.utils import load_model, save_config, save_model
 from mlx_edgelora import data
 from mlx_edgelora.memory.blockwise import BlockWalk
 from mlx_edgelora.memory.meter import DiskMeter
+from mlx_edgelora.memory.plan import Plan
 from mlx_edgelora.memory.stores import MappedStore, RamStore
 from mlx_edgelora.model.loading import attach, open_model
 from mlx_edgelora.model.lora import add_lora, set_kernel
@@ -61,19 +63,25 @@ def engine(
     compiled: bool = False,
     num_layers: int = -1,
     loss: Loss | None = None,
-    tile_tokens: int | None = None,
-    prefetch: bool = True,
-    halves: bool = False,
-    kept: int = 0,
-    ram_blocks: int = 0,
-    **lora,
+    **options,
 ) -> Engine:
+    """An engine on a checkpoint; options are of LoRA or choices of a `Plan`."""
+    names = {field.name for field in fields(Plan)}
+    plan = Plan(**{name: value for name, value in options.items() if name in names})
+    lora = {name: value for name, value in options.items() if name not in names}
     lazy = open_model(str(folder), streamed=streamed, quantize=None, cache=folder / "cache")
     add_lora(lazy.model, num_layers, **({"rank": 4, "scale": 3.0} | lora))
     randomize(lazy.model)
     set_kernel(lazy.model, kernel)
     meter = DiskMeter()
-    attached = attach(lazy, streamed=streamed, dtype=dtype, meter=meter)
+    attached = attach(
+        lazy,
+        streamed=streamed,
+        dtype=dtype,
+        meter=meter,
+        streamed_blocks=plan.streamed_blocks,
+        head_streamed=plan.head == "streamed",
+    )
     lazy.model.train()
     store = MappedStore(folder, meter) if spilled else RamStore()
     _opened.add(store)
@@ -82,13 +90,11 @@ def engine(
         store,
         attached.weights,
         compiled,
-        tile_tokens=tile_tokens,
-        prefetch=prefetch,
-        halves=halves,
-        kept=kept,
-        ram_blocks=ram_blocks,
+        plan=plan,
     )
-    return Engine(lazy.model, walk, attached.head, meter, loss)
+    made = Engine(lazy.model, walk, attached.head, meter, loss)
+    made.obey(plan)
+    return made
 
 
 # What a test that fails leaves open would make an unrelated one fail, by a ResourceWarning.

@@ -310,7 +310,10 @@ def test_what_is_wrong_is_refused_in_one_sentence(mapping, sentence):
 @pytest.mark.parametrize(
     ("mapping", "sentence"),
     [
-        ({"activations": "ram", "spill_dir": "x"}, r"spill_dir: got 'x' with activations ram"),
+        (
+            {"activations": "ram", "adapters": "resident", "spill_dir": "x"},
+            r"spill_dir: got 'x' with activations ram",
+        ),
         ({"train": False}, r"train: got false without test"),
         ({"loss_k": 9}, r"loss_k: got 9 with the exact loss, which has no use for it; leave it"),
         ({"loss": "exact", "loss_max_subset": 9}, r"loss_max_subset: got 9 with the exact loss"),
@@ -469,7 +472,12 @@ def test_num_layers_zero_is_refused_where_mlx_lm_adapts_all_blocks(make_model):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"memory_budget": "4GB"}, "memory_budget: got '4GB', expected"),
+        ({"memory_budget": "4 apples"}, "memory_budget: got '4 apples', expected min, or memory"),
+        ({"memory_budget": "0.5MB"}, "memory_budget: got '0.5MB', expected min, or memory"),
+        ({"memory_budget": -1}, "memory_budget: got -1, expected"),
+        ({"memory_budget": "4GB", "plan": "p"}, "memory_budget: got 4000000000 with plan 'p'"),
+        ({"weights": "streamed", "plan": "p"}, "weights: got 'streamed' with plan 'p'"),
+        ({"duty": 0}, "duty: got 0, expected a number above 0 and at most 1"),
         (
             {"memory_budget": "min", "weights": "resident"},
             "weights: got 'resident' with the least memory_budget",

@@ -47,6 +47,9 @@ def arguments(tiny, tmp_path, monkeypatch):
             "iters": 2,
             "num_layers": -1,
             "max_seq_length": LENGTH,
+            "weights": "streamed",
+            "activations": "spill",
+            "adapters": "resident",
         } | changes
         argv = []
         for name, value in flags.items():
@@ -365,8 +368,8 @@ def test_the_approximate_loss_trains_and_tells_what_it_does(arguments, tmp_path,
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
 )
 def test_options_of_the_loss_that_do_not_fit(refused, tmp_path, changes, expected):
-    """Refused before data are looked for or a cache is made."""
-    text = refused(**changes, data=tmp_path / "nowhere")
+    """Refused before a cache is made."""
+    text = refused(**changes)
     assert text.startswith(expected)
     assert not (tmp_path / "cache").exists()
 
@@ -386,7 +389,6 @@ def test_heads_that_the_approximate_loss_cannot_take(refused, tmp_path, name, lo
         model=tmp_path / "other",
         config=tmp_path / "run.yaml",
         loss="approximate",
-        data=tmp_path / "nowhere",
     )
     assert text == (
         f"loss: got approximate, but {expected}, expected a frozen head; use the exact loss, or "

@@ -132,10 +132,19 @@ def _read_size(value: Any) -> int:
     return value
 
 
+def _read_budget(value: Any) -> int | str:
+    if isinstance(value, str) and value.strip().lower() == "min":
+        return "min"
+    size = _read_size(value)
+    _require(size >= _UNITS["MB"])
+    return size
+
+
 FLAG = Kind("true or false", _read_flag, bool)
 TEXTS = Kind("a list of at least one text", _read_texts, None)
 NUMBERS = Kind("a list of at least one number", _read_numbers, None)
 MAPPING = Kind("a mapping of names to values", _read_mapping, None)
+BUDGET = Kind("min, or memory such as 800MB or 4GB (at least 1MB)", _read_budget)
 SIZE = Kind("bytes, as a whole number of at least 0 or a text such as 500MB or 4GB", _read_size)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_edgelora.config.kinds import (
+    BUDGET,
     FLAG,
     SIZE,
     Kind,
@@ -154,9 +155,10 @@ class TrainConfig:
     project_name: str | None = option(None, "Name of the project at these services.", text())
     log: str | None = option(None, "JSONL file that gets one record per report.", _NAME)
 
-    weights: str = option(
-        "streamed",
-        "Where frozen weights stay: on disk, read block by block, or in memory.",
+    weights: str | None = option(
+        None,
+        "Where frozen weights stay: on disk, read block by block, or in memory; as the plan says "
+        "if absent.",
         one_of("streamed", "resident"),
     )
     quantize: int | None = option(
@@ -170,19 +172,31 @@ class TrainConfig:
     kernel: str = option(
         "auto", "How quantized weights multiply.", one_of("auto", "fused", "dequantize")
     )
-    activations: str = option(
-        "spill", "Where the inputs of blocks wait: in a file or in memory.", one_of("spill", "ram")
+    activations: str | None = option(
+        None,
+        "Where the inputs of blocks wait: in a file or in memory; as the plan says if absent.",
+        one_of("spill", "ram"),
     )
     adapters: str | None = option(
         None,
         "Where adapters, their gradients and the optimizer's state wait: in memory or in a file; "
-        "in memory if absent, but for memory_budget min.",
+        "as the plan says if absent.",
         one_of("resident", "paged"),
     )
-    memory_budget: str | None = option(
+    memory_budget: str | int | None = option(
         None,
-        "min: the least memory that training takes, for some time. No limit if absent.",
-        one_of("min"),
+        "Most memory for MLX (4GB, 800MB), kept by the fastest plan that fits; min for the least "
+        "there is. What the machine has to give, less a margin, if absent.",
+        BUDGET,
+    )
+    plan: str | None = option(
+        None, "File of a plan to follow, as plan_out wrote it; in place of a budget.", _NAME
+    )
+    plan_out: str | None = option(None, "File that the plan is written to.", _NAME)
+    duty: float = option(
+        1.0,
+        "Share of the time to compute in: 0.5 rests as long as it computes, block by block.",
+        number("a number above 0 and at most 1", lambda x: 0 < x <= 1),
     )
     memory_profile: str | None = option(
         None,
@@ -209,11 +223,6 @@ class TrainConfig:
         if self.train is None:
             object.__setattr__(self, "train", not self.test)
         _check_together(self)
-
-    @property
-    def writes_scratch(self) -> bool:
-        """Whether something waits in a file, so that a folder is needed for it."""
-        return self.activations == "spill" or self.adapters == "paged"
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any], place: str | None = None) -> "TrainConfig":
@@ -279,6 +288,24 @@ def _check_together(config: TrainConfig) -> None:
             f"label_smoothing: got {config.label_smoothing} with the approximate loss, expected "
             "0: a target over the whole vocabulary needs the exact one"
         )
+    _check_memory(config)
+    if config.memory_profile is not None and not config.train:
+        raise EdgeLoraError(
+            f"memory_profile: got {config.memory_profile!r} for a test alone, expected nothing: a "
+            "step of training is profiled"
+        )
+    if config.spill_dir is not None and (config.activations, config.adapters) == (
+        "ram",
+        "resident",
+    ):
+        raise EdgeLoraError(
+            f"spill_dir: got {config.spill_dir!r} with activations {config.activations} and "
+            f"adapters {config.adapters}, which write no file; leave it out"
+        )
+
+
+def _check_memory(config: TrainConfig) -> None:
+    """Refuse a budget or plan beside options that say otherwise."""
     if config.memory_budget == "min":
         keeps = {"weights": "resident", "activations": "ram", "adapters": "resident"}
         for name, value in keeps.items():
@@ -287,13 +314,10 @@ def _check_together(config: TrainConfig) -> None:
                     f"{name}: got {value!r} with the least memory_budget, which keeps nothing in "
                     "memory that can wait on disk; leave one of them out"
                 )
-    if config.memory_profile is not None and not config.train:
-        raise EdgeLoraError(
-            f"memory_profile: got {config.memory_profile!r} for a test alone, expected nothing: a "
-            "step of training is profiled"
-        )
-    if config.spill_dir is not None and not config.writes_scratch:
-        raise EdgeLoraError(
-            f"spill_dir: got {config.spill_dir!r} with activations {config.activations} and "
-            f"adapters {config.adapters}, which write no file; leave it out"
-        )
+    if config.plan is not None:
+        for name in ("memory_budget", "weights", "activations", "adapters"):
+            if getattr(config, name) is not None:
+                raise EdgeLoraError(
+                    f"{name}: got {getattr(config, name)!r} with plan {config.plan!r}, which "
+                    "says it already; leave one of them out"
+                )

@@ -1,6 +1,6 @@
 """Padded batches in mlx-lm's order and shape, with labels on real tokens only."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,6 +77,28 @@ def iterate_batches(
     order = np.argsort(lengths, kind="stable")
     groups = order[: len(order) // batch_size * batch_size].reshape(-1, batch_size)
     return _generate(dataset, groups, max_seq_length, loop, np.random.RandomState(seed))
+
+
+def largest_batch(
+    datasets: Iterable[Sequence[tuple[Sequence[int], int]]], batch_size: int, max_seq_length: int
+) -> tuple[int, int]:
+    """The most tokens of a row, padding included, and labels of a batch of `iterate_batches`.
+
+    They may be of two batches. 0 and 0 without data.
+    """
+    tokens = labels = 0
+    for dataset in datasets:
+        rows = [dataset[index] for index in range(len(dataset))]
+        lengths = np.array([min(len(row), max_seq_length) for row, _ in rows], np.int64)
+        counts = np.array(
+            [count_targets(n, offset) for n, (_, offset) in zip(lengths, rows, strict=True)]
+        )
+        order = np.argsort(lengths, kind="stable")[: len(rows) // batch_size * batch_size]
+        if order.size:
+            labels = max(labels, int(counts[order].reshape(-1, batch_size).sum(axis=1).max()))
+            width = -(-int(lengths[order].max()) // PAD_TO) * PAD_TO
+            tokens = max(tokens, min(width, max_seq_length - 1))
+    return tokens, labels
 
 
 def check_batch_size(dataset: Sequence, batch_size: int) -> None:

@@ -11,11 +11,11 @@ Why not inside one `mx.value_and_grad`: an array evaluated while a gradient is t
 keeps its whole graph, so nothing would be freed. The method is gradient checkpointing
 (arXiv 1604.06174) with the checkpoints off the heap, as in arXiv 2606.19528.
 
-Cost: one more forward of the trained blocks. With `tile_tokens` also the inside of a block is
-walked, a tile of tokens at a time (`memory/tiles.py`): hidden states then travel from block to
-block as lists of tiles, and what the model's own loop passes on is a placeholder.
+Cost: one more forward of the trained blocks. With a plan's `tile_tokens` also the inside of a
+block is walked, a tile of tokens at a time (`memory/tiles.py`): hidden states then travel from
+block to block as lists of tiles, and what the model's own loop passes on is a placeholder.
 
-With `kept` the last blocks are the other extreme: one ordinary autodiff segment, whose
+With `kept_blocks` the last blocks are the other extreme: one ordinary autodiff segment, whose
 activations stay in memory and are not computed again. They are used first in the backward,
 so this is the cheapest memory for time.
 """
@@ -33,6 +33,7 @@ from mlx.utils import tree_flatten
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.memory.dropout import KeyTape, keyed_dropout
 from mlx_edgelora.memory.meter import eval_in_step
+from mlx_edgelora.memory.plan import Plan
 from mlx_edgelora.memory.profile import phase
 from mlx_edgelora.memory.promise import Promise
 from mlx_edgelora.memory.stores import ActivationStore, RamStore, SplitStore
@@ -130,15 +131,9 @@ class BlockWalk:
             it calls a C++ compiler for every fused kernel, which takes seconds.
         adapters: where trained parameters of the blocks come from; by default they are in
             the model. What lies outside the blocks always is.
-        tile_tokens: compute blocks for so many tokens at a time, where they can be and where
-            there are more; None for all at once.
-        prefetch: read the next block's weights while one is computed.
-        halves: with tiles, compute attention and MLP of a block apart where it is a sum of
-            the two, keep what lies between as well, and bind one half's weights at a time.
-        kept: keep the activations of so many last blocks, where a batch is not computed by
-            tiles; memory: all that autodiff keeps of them, and their weights.
-        ram_blocks: the inputs of so many last blocks wait in memory and not in `store`; in a
-            pass by tiles only those of all.
+        plan: how blocks are computed and where their inputs wait: `prefetch`, `tile_tokens`
+            with `halves`, `kept_blocks`, and `ram_blocks`, whose inputs are not in `store`; in
+            a pass by tiles only those of all blocks at once.
         rest: called after every block, forward and backward.
 
     Raises:
@@ -152,11 +147,7 @@ class BlockWalk:
         weights: WeightSource | None = None,
         compiled: bool = False,
         adapters: WeightSource | None = None,
-        tile_tokens: int | None = None,
-        prefetch: bool = True,
-        halves: bool = False,
-        kept: int = 0,
-        ram_blocks: int = 0,
+        plan: Plan = Plan(),  # noqa: B008 - frozen
         rest: Callable[[], None] = lambda: None,
     ) -> None:
         self.model, self._rest = model, rest
@@ -164,12 +155,12 @@ class BlockWalk:
         self.store = RamStore() if store is None else store
         self.weights = ResidentWeights() if weights is None else weights
         self.adapters = ResidentWeights() if adapters is None else adapters
-        self._visits = Visits(self.blocks, self.weights, self.adapters, prefetch)
+        self._visits = Visits(self.blocks, self.weights, self.adapters)
         together = TogetherWeights(self.weights, self.adapters)
         self._last = LastBlock(self.blocks, together)
         self._ram = RamStore()
         self._tiling = Tiling(self.blocks, together)
-        self.settle(tile_tokens, halves, kept, ram_blocks)
+        self.obey(plan)
         self._functions: dict[tuple[str, bool], Callable] | None = {} if compiled else None
         self._entry_trained: dict[tuple[str, ...], bool] = {}
         # One for good: a compiled backward and the dropout layers must mean the same tape.
@@ -177,18 +168,16 @@ class BlockWalk:
         with keyed_dropout(model, self._tape), self._tape.playing(_SAME_KEY):
             check_walk(self.blocks)
 
-    def settle(
-        self,
-        tile_tokens: int | None = None,
-        halves: bool = False,
-        kept: int = 0,
-        ram_blocks: int = 0,
-    ) -> None:
-        """Compute the passes that begin from now on in another way; as of the class."""
-        self._kept, self._ram_blocks = kept, ram_blocks
+    def obey(self, plan: Plan) -> None:
+        """Compute the passes that begin from now on by another plan."""
+        count = len(self.blocks)
+        self._kept = min(plan.kept_blocks, count)
+        self._ram_blocks = count if plan.ram_blocks is None else min(plan.ram_blocks, count)
+        self._visits.prefetches = plan.prefetch
         self._tiled: TiledWalk | None = None
-        if tile_tokens is not None:
-            self._tiled = TiledWalk(self.blocks, self._visits, self._tiling, tile_tokens, halves)
+        if plan.tile_tokens is not None:
+            settings = plan.tile_tokens, plan.halves
+            self._tiled = TiledWalk(self.blocks, self._visits, self._tiling, *settings)
 
     @property
     def last_block(self) -> str:
@@ -287,7 +276,7 @@ class BlockWalk:
         if index == 0:
             eval_in_step(x)
         if index == 0 and self._tiled is not None:
-            store = self._ram if self._ram_blocks >= len(self.blocks) else self.store
+            store = self._ram if self._ram_blocks == len(self.blocks) else self.store
             state.tiles = self._tiled.begin(x, store, state.first, state.choices)
         if last and state.spared:
             state.spared = state.rows.size < x.shape[0] * x.shape[1]
@@ -297,18 +286,24 @@ class BlockWalk:
             if last:
                 raise _Reached(x)
             return mx.zeros(x.shape, x.dtype)  # never computed: the model's loop hands it on
-        block = self.blocks.blocks[index]
-        if index == state.first and index < state.kept_from:
-            mx.eval(x)
-            state.store.reserve(state.kept_from - state.first, x.nbytes)
         if index >= state.kept_from:
+            state.calls[index] = Call(args, kwargs)
             if index == state.kept_from:
                 mx.eval(x)
                 state.hidden = x
-            state.calls[index] = Call(args, kwargs)
             if last:
                 raise _Reached(state.hidden)
             return mx.zeros(x.shape, x.dtype)  # as above; `_kept_forward` computes it
+        return self._run_whole(state, index, x, args, kwargs)
+
+    def _run_whole(
+        self, state: Pass, index: int, x: mx.array, args: tuple, kwargs: dict
+    ) -> mx.array:
+        """Compute a block for all tokens; its input waits for the backward."""
+        block, last = self.blocks.blocks[index], index + 1 == len(self.blocks)
+        if index == state.first:
+            mx.eval(x)
+            state.store.reserve(state.kept_from - state.first, x.nbytes)
         if index >= state.first:
             with phase("spill", index):
                 state.store.put(index - state.first, x)
@@ -380,6 +375,14 @@ class BlockWalk:
 
     def _kept_forward(self, state: Pass) -> mx.array:
         """Compute the blocks whose activations are kept, with the graph of their backward."""
+        with phase("forward", state.kept_from):
+            out = self._kept_graph(state)
+            mx.eval(out)
+        self._rest()
+        return out
+
+    def _kept_graph(self, state: Pass) -> mx.array:
+        """The output of these blocks, lazy, as is the `segment` that the pass gets."""
         indices = range(state.kept_from, len(self.blocks))
         trained, bindings = [], []
         for index in indices:
@@ -389,7 +392,6 @@ class BlockWalk:
             called = self._called(state, index)
             bindings.append((called, array_slots(block), self.weights.block(index)))
         names = [list(arrays) for arrays in trained]
-        x, state.hidden = state.hidden, None
 
         def segment(*primals: mx.array) -> mx.array:
             values, out = iter(primals), primals[-1]
@@ -401,17 +403,14 @@ class BlockWalk:
                 out = take_rows(out, state.rows)
             return out
 
+        x, state.hidden = state.hidden, None
         shape = x.shape if state.rows is None else (1, state.rows.size, x.shape[-1])
         cotangent = Promise(shape, x.dtype)
         primals = [value for arrays in trained for value in arrays.values()]
-        with phase("forward", state.kept_from):
-            (out,), gradients = mx.vjp(segment, [*primals, x], [cotangent.array])
-            if state.kept_from == state.first and not state.entry:
-                gradients[-1] = None
-            state.segment = _Segment(names, gradients, cotangent)
-            del x, primals, trained, bindings, gradients
-            mx.eval(out)
-        self._rest()
+        (out,), gradients = mx.vjp(segment, [*primals, x], [cotangent.array])
+        if state.kept_from == state.first and not state.entry:
+            gradients[-1] = None
+        state.segment = _Segment(names, gradients, cotangent)
         return out
 
     def _kept_backward(self, state: Pass) -> Iterator[Arrays]:

@@ -1,15 +1,23 @@
 """What a run keeps, spills, streams and tiles: one frozen record, which the engine obeys."""
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
 
-from mlx_edgelora.config import TrainConfig
+from mlx_edgelora.errors import EdgeLoraError
 
 MIB = 2**20
-
-# Without a budget, batches of more tokens are computed by tiles of so many.
-TILE_TOKENS = 4096
+# Of the file that a plan is saved in: raise it when what it says changes its meaning.
+VERSION = 1
 # The tokens of a tile of the floor: fewer save little more, for what is dequantized per tile.
 FLOOR_TOKENS = 512
+
+
+def _choice(default: Any, *values: Any, least: int | None = None) -> Any:
+    """A field that is one of some values, or a whole number of at least `least` (or None)."""
+    return field(default=default, metadata={"values": values, "least": least})
 
 
 @dataclass(frozen=True)
@@ -17,31 +25,59 @@ class Plan:
     """The choices of a run that trade memory for time.
 
     Attributes:
-        weights: "streamed" or "resident", of frozen weights.
-        prefetch: read the next block's weights while one is computed.
-        activations: "spill" or "ram", of the blocks' inputs.
-        adapters: "paged" or "resident", of what is trained and the optimizer's state.
+        streamed_blocks: the frozen weights of so many first blocks are read from disk for each
+            visit, those of the others stay in memory; None for all blocks.
+        head: "streamed" or "resident", of the token embedding and the vocabulary head.
+        prefetch: read the next streamed block's weights while one is computed.
+        kept_blocks: so many last blocks form one autodiff segment, whose activations are kept
+            and not computed again.
+        ram_blocks: the inputs of so many last blocks wait in memory, those of the others in a
+            file; None for all blocks.
+        adapters: "paged" or "resident", of what is trained, its gradients and the optimizer's
+            state.
         tile_tokens: blocks are computed for so many tokens at a time where a batch has
-            more; None for all at once.
+            more; None for all at once. Excludes kept_blocks.
         halves: with tiles, keep what lies between attention and MLP of a block as well, and
             bind one half's weights at a time.
         mlp_bytes: a slice of a gated MLP; None computes it layer by layer.
         loss_bytes: a tile of the vocabulary head.
+        micro_batches: a batch is computed in so many parts, whose gradients are added.
         cache_bytes: what MLX may keep of freed buffers: enough for one block's to be used
             again, where its own default on Metal keeps nearly everything it ever had.
         reason: why these.
+
+    Raises:
+        EdgeLoraError: naming the choice that is not one, or two that exclude each other.
     """
 
-    weights: str = "streamed"
-    prefetch: bool = True
-    activations: str = "spill"
-    adapters: str = "resident"
-    tile_tokens: int | None = TILE_TOKENS
-    halves: bool = False
-    mlp_bytes: int | None = 16 * MIB
-    loss_bytes: int = 40 * MIB
-    cache_bytes: int = 64 * MIB
-    reason: str = "no memory budget was named"
+    streamed_blocks: int | None = _choice(None, None, least=0)
+    head: str = _choice("streamed", "streamed", "resident")
+    prefetch: bool = _choice(True, True, False)
+    kept_blocks: int = _choice(0, least=0)
+    ram_blocks: int | None = _choice(0, None, least=0)
+    adapters: str = _choice("resident", "resident", "paged")
+    tile_tokens: int | None = _choice(None, None, least=1)
+    halves: bool = _choice(False, True, False)
+    mlp_bytes: int | None = _choice(None, None, least=1)
+    loss_bytes: int = _choice(40 * MIB, least=1)
+    micro_batches: int = _choice(1, least=1)
+    cache_bytes: int = _choice(64 * MIB, least=0)
+    reason: str = "as given"
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            if item.metadata:
+                _check(item.name, getattr(self, item.name), **item.metadata)
+        if self.halves and self.tile_tokens is None:
+            raise EdgeLoraError(
+                "halves: got true without tile_tokens, expected it with tiles of tokens; set "
+                "tile_tokens, or halves to false"
+            )
+        if self.kept_blocks and self.tile_tokens is not None:
+            raise EdgeLoraError(
+                f"kept_blocks: got {self.kept_blocks} with tile_tokens {self.tile_tokens}, "
+                "expected one of them: what is computed by tiles is not kept"
+            )
 
     @classmethod
     def floor(cls) -> "Plan":
@@ -57,23 +93,107 @@ class Plan:
             reason="the least memory, as asked",
         )
 
-    def __str__(self) -> str:
-        tiles = "all tokens at once" if self.tile_tokens is None else f"{self.tile_tokens} tokens"
-        return (
-            f"weights {self.weights}{', the next block read ahead' * self.prefetch}; adapters "
-            f"{self.adapters}; tiles of {tiles}{', blocks in halves' * self.halves} "
-            f"({self.reason})"
-        )
+    @property
+    def streams(self) -> bool:
+        """Whether any frozen weights of blocks stay on disk."""
+        return self.streamed_blocks != 0
+
+    @property
+    def spills(self) -> bool:
+        """Whether the input of any block may wait in a file."""
+        return self.ram_blocks is not None
+
+    @classmethod
+    def from_json(cls, text: str, place: str) -> "Plan":
+        """Read what `json` wrote, edited or not.
+
+        Raises:
+            EdgeLoraError: it is no plan; `place` begins the text.
+        """
+        try:
+            values = json.loads(text)
+            if not isinstance(values, dict) or values.pop("version", None) != VERSION:
+                raise ValueError(f"no object with version {VERSION}")
+        except (ValueError, RecursionError) as error:
+            raise EdgeLoraError(
+                f"{place}: not a plan ({error}), expected JSON as --plan-out writes it"
+            ) from error
+        names = [item.name for item in fields(cls)]
+        for key in values:
+            if key not in names:
+                raise EdgeLoraError(
+                    f"{place}: {key}: unknown choice, expected some of {', '.join(names)}"
+                )
+        try:
+            return cls(**values)
+        except EdgeLoraError as error:
+            raise EdgeLoraError(f"{place}: {error}") from None
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Plan":
+        """Read a plan's file, as `from_json`."""
+        try:
+            text = Path(path).read_text()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "no text"
+            raise EdgeLoraError(
+                f"{path}: cannot be read ({reason}), expected a plan as --plan-out writes it"
+            ) from error
+        return cls.from_json(text, str(path))
+
+    def json(self) -> str:
+        """All choices as text, for `from_json`."""
+        return json.dumps({"version": VERSION, **asdict(self)}, indent=1) + "\n"
+
+    def rows(self, blocks: int) -> Mapping[str, str]:
+        """The choices for a model of so many blocks in words, by what they are about."""
+        streamed = blocks if self.streamed_blocks is None else min(self.streamed_blocks, blocks)
+        ram = blocks if self.ram_blocks is None else min(self.ram_blocks, blocks)
+        kept = min(self.kept_blocks, blocks)
+        spilled = max(0, blocks - max(ram, kept))
+        rows = {
+            "weights": _split(streamed, blocks, "from disk", "in memory")
+            + ", the next block read ahead" * (self.prefetch and streamed > 0),
+            "embedding and head": "from disk" if self.head == "streamed" else "in memory",
+            "activations": _split(blocks - kept, blocks, "computed again", "kept"),
+            "inputs of blocks": _split(spilled, blocks - kept, "in a file", "in memory"),
+            "adapters": "in memory" if self.adapters == "resident" else "in a file",
+            "tokens": "all at once"
+            if self.tile_tokens is None
+            else f"{self.tile_tokens} at a time" + ", blocks in halves" * self.halves,
+            "MLP": "layer by layer"
+            if self.mlp_bytes is None
+            else f"slices of {_mib(self.mlp_bytes)}",
+            "head": f"tiles of {_mib(self.loss_bytes)}",
+        }
+        if self.micro_batches > 1:
+            rows["batch"] = f"in {self.micro_batches} parts"
+        return rows
+
+    def describe(self, blocks: int) -> str:
+        """The choices for a model of so many blocks, and why, in one line."""
+        words = "; ".join(f"{name} {value}" for name, value in self.rows(blocks).items())
+        return f"{words} ({self.reason})"
 
 
-def plan_for(config: TrainConfig) -> Plan:
-    """The plan of a run: the floor where it is asked for, else what its options say."""
-    if config.memory_budget == "min":
-        return Plan.floor()
-    return Plan(
-        weights=config.weights,
-        activations=config.activations,
-        adapters=config.adapters or "resident",
-        # Whoever asks for MLX's kernel has it multiply in the MLP as well.
-        mlp_bytes=None if config.kernel == "fused" else Plan.mlp_bytes,
-    )
+def _check(name: str, value: Any, values: tuple, least: int | None) -> None:
+    if any(value is choice for choice in values) or (isinstance(value, str) and value in values):
+        return
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if least is not None and whole and value >= least:
+        return
+    choices = [json.dumps(choice) for choice in values]
+    if least is not None:
+        choices.append(f"a whole number of at least {least}")
+    raise EdgeLoraError(f"{name}: got {value!r}, expected {' or '.join(choices)}")
+
+
+def _split(first: int, count: int, one: str, other: str) -> str:
+    """How many of some blocks are one way and how many the other."""
+    if first in (0, count):
+        return other if first == 0 else one
+    return f"{first} of {count} blocks {one}, {count - first} {other}"
+
+
+def _mib(size: int) -> str:
+    return f"{size / MIB:g} MiB"

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
+from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.model.safetensors import NAMES, to_numpy
 
 
@@ -26,6 +27,9 @@ class Promise:
 
     Attributes:
         array: lazy; must not be evaluated before `keep`.
+
+    Raises:
+        EdgeLoraError: the system's temporary folder takes no file.
     """
 
     def __init__(self, shape: Sequence[int], dtype: mx.Dtype) -> None:
@@ -34,12 +38,15 @@ class Promise:
         entry = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [0, size]}
         text = json.dumps({"x": entry}).encode()
         header = struct.pack("<Q", len(text)) + text
-        with tempfile.NamedTemporaryFile(prefix="mlx_edgelora-", buffering=0) as file:
-            file.write(header)
-            file.truncate(len(header) + size)
-            self._start = len(header)
-            self.array = mx.load(file.name, format="safetensors")["x"]
-            self._file = os.dup(file.fileno())
+        self._start = len(header)
+        try:
+            with tempfile.NamedTemporaryFile(prefix="mlx_edgelora-", buffering=0) as file:
+                file.write(header)
+                os.truncate(file.fileno(), len(header) + size)
+                self.array = mx.load(file.name, format="safetensors")["x"]
+                self._file = os.dup(file.fileno())
+        except OSError as error:
+            raise _unwritable(error) from error
 
     def keep(self, value: mx.array) -> None:
         """Give the array its values, once.
@@ -53,9 +60,19 @@ class Promise:
             )
         mx.eval(value)
         data, done = memoryview(to_numpy(value).reshape(-1).view("uint8")), 0
-        while done < len(data):
-            done += os.pwrite(self._file, data[done:], self._start + done)
+        try:
+            while done < len(data):
+                done += os.pwrite(self._file, data[done:], self._start + done)
+        except OSError as error:
+            raise _unwritable(error) from error
 
     def close(self) -> None:
         """Give the file's space back; evaluate the array before."""
         os.close(self._file)
+
+
+def _unwritable(error: OSError) -> EdgeLoraError:
+    return EdgeLoraError(
+        f"{tempfile.gettempdir()}: cannot be written ({error.strerror}); free some space there, "
+        "name another folder in TMPDIR, or keep no activations with --activations spill"
+    )

@@ -20,13 +20,13 @@ class Visits:
         blocks: of the model.
         weights: where frozen weights come from.
         adapters: where trained parameters come from.
-        prefetch: read the next block's weights while one is computed.
+
+    Attributes:
+        prefetches: whether the next block's weights are read while one is computed.
     """
 
-    def __init__(
-        self, blocks: BlockList, weights: WeightSource, adapters: WeightSource, prefetch: bool
-    ) -> None:
-        self._blocks, self._prefetches = blocks, prefetch
+    def __init__(self, blocks: BlockList, weights: WeightSource, adapters: WeightSource) -> None:
+        self._blocks, self.prefetches = blocks, True
         self.weights, self.adapters = weights, adapters
 
     def arrays(self, index: int, following: int | None, without: str = "") -> Arrays:
@@ -45,7 +45,7 @@ class Visits:
 
     def read_ahead(self, following: int | None) -> None:
         """Begin to read the block that is visited next."""
-        if following is not None and self._prefetches:
+        if following is not None and self.prefetches:
             self.weights.prefetch(following)
 
     @contextmanager

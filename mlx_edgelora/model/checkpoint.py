@@ -62,6 +62,7 @@ class LazyModel:
         raw: the shards' own arrays by the identity of the Python object, with their
             place on disk; a parameter found here can be read again from its shard.
         vocabulary: number of logits.
+        streamable: whether every parameter lies in a shard as the model has it.
     """
 
     model: nn.Module
@@ -70,6 +71,7 @@ class LazyModel:
     raw: dict[int, tuple[mx.array, TensorPlace]]
     source: Path
     vocabulary: int
+    streamable: bool = True
 
     def place(self, array: mx.array) -> TensorPlace | None:
         """Where a parameter lies on disk; None where it is computed from what lies there."""

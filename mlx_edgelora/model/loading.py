@@ -60,13 +60,14 @@ def open_model(name: str, *, streamed: bool, quantize: int | None, cache: Path) 
             f"quantize: {quantize} bits asked, but {name} is quantized already; leave --quantize "
             "out, or name an unquantized model"
         )
-    if quantize is None and (not streamed or _can_stream(lazy)):
+    if quantize is None and (not streamed or can_stream(lazy)):
         return lazy
     rewritten = load_lazily(read_checkpoint(converted(lazy, cache, quantize)))
     return dataclasses.replace(rewritten, source=lazy.source)
 
 
-def _can_stream(lazy: LazyModel) -> bool:
+def can_stream(lazy: LazyModel) -> bool:
+    """Whether every parameter lies in a shard as the model has it; ask before `add_lora`."""
     return all(lazy.place(array) for _, array in tree_flatten(lazy.model.parameters()))
 
 

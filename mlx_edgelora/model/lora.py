@@ -86,14 +86,19 @@ def set_kernel(model: nn.Module, kernel: str) -> str:
     Returns:
         The kernel chosen and the reason.
     """
-    reason = "as asked"
-    if kernel == "auto":
-        on_gpu = mx.default_device() == mx.gpu
-        kernel = "fused" if on_gpu else "dequantize"
-        reason = "the fastest on a GPU" if on_gpu else "much the fastest on a CPU"
+    kernel, reason = resolve_kernel(kernel)
     if kernel == "dequantize":
         _exchange(model, DEQUANTIZED_CLASSES)
     return f"{kernel} ({reason})"
+
+
+def resolve_kernel(kernel: str) -> tuple[str, str]:
+    """The kernel that "auto" means here, or the one that is named, and the reason."""
+    if kernel != "auto":
+        return kernel, "as asked"
+    on_gpu = mx.default_device() == mx.gpu
+    reason = "the fastest on a GPU" if on_gpu else "much the fastest on a CPU"
+    return "fused" if on_gpu else "dequantize", reason
 
 
 def _exchange(model: nn.Module, classes: dict[type, type]) -> None:

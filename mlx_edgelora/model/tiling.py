@@ -64,7 +64,7 @@ class Tiling:
         if dropping(block):  # asked anew: it goes on and off with the training mode
             return Tileable(False, "dropout would draw other masks for parts of the tokens")
         if self._calls is None:
-            self._calls = _calls(self._blocks)
+            self._calls = block_calls(self._blocks)
         _, args, kwargs = self._calls[index]
         key = signature(block) + repr([type(value) for value in (*args, *kwargs.values())])
         if key not in self._found:
@@ -124,7 +124,7 @@ def dropping(module: nn.Module) -> bool:
     )
 
 
-def _calls(blocks: BlockList) -> list[tuple]:
+def block_calls(blocks: BlockList) -> list[tuple]:
     """What the model calls each block with on the tokens of the trial; nothing is computed."""
     calls: list[tuple] = []
 

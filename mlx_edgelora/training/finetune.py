@@ -6,7 +6,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,24 +20,25 @@ from mlx_edgelora.data import Dataset, load_datasets
 from mlx_edgelora.embedded import DATA_PATH, MODEL_PATH
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.losses.exact import CrossEntropy
-from mlx_edgelora.memory.blockwise import BlockWalk
-from mlx_edgelora.memory.meter import DiskMeter, reset_peak
-from mlx_edgelora.memory.plan import Plan, plan_for
+from mlx_edgelora.memory.machine import wired_limit
+from mlx_edgelora.memory.meter import peak_memory, reset_peak
+from mlx_edgelora.memory.pace import Duty
+from mlx_edgelora.memory.plan import Plan
 from mlx_edgelora.memory.profile import recording
-from mlx_edgelora.memory.stores import ActivationStore, MappedStore, RamStore, spill_folder
+from mlx_edgelora.memory.stores import spill_folder
 from mlx_edgelora.model.checkpoint import LazyModel, reason
-from mlx_edgelora.model.loading import attach, open_model
-from mlx_edgelora.model.lora import add_lora, set_kernel
-from mlx_edgelora.model.mlp import slice_mlps
+from mlx_edgelora.model.loading import can_stream, open_model
+from mlx_edgelora.model.lora import add_lora
 from mlx_edgelora.training.adapters import CONFIG_FILE, WEIGHTS_FILE, read_adapter_weights
+from mlx_edgelora.training.assembly import Settings, assembled
 from mlx_edgelora.training.callbacks import TrainingCallback, reporting_callbacks
 from mlx_edgelora.training.evaluate import evaluate
 from mlx_edgelora.training.files import make_folder, write_atomically
 from mlx_edgelora.training.loop import TrainResult, train
 from mlx_edgelora.training.optimizer import build_optimizer
-from mlx_edgelora.training.paged import PagedTrained
+from mlx_edgelora.training.planning import RunPlan, gigabytes, run_plan
 from mlx_edgelora.training.step import Engine
-from mlx_edgelora.training.trained import ResidentTrained, Trained
+from mlx_edgelora.training.trained import Trained
 from mlx_edgelora.training.training_loss import check_loss, training_loss
 
 # The largest number that math.exp takes is a little above it.
@@ -69,25 +70,27 @@ def finetune(
         config = _as_trained(config)
     optimizer = build_optimizer(config)  # refuses what it cannot use before anything slow
     callbacks = [*callbacks, *reporting_callbacks(config)]
-    plan = plan_for(config)
-    with (
-        _cache_limit(plan.cache_bytes),
-        _memory_told(config),
-        open_engine(config, notify) as opened,
-    ):
-        engine, tokenizer, vocabulary = opened
-        check_loss(config, engine.head)
-        train_set, valid_set, test_set = _data(config, tokenizer, vocabulary, notify)
-        result = None
-        if config.train:
-            folder, tiles = _cache(config), plan.loss_bytes
-            wanted = training_loss(config, engine.head, train_set, folder, notify, tiles)
-            with wanted as loss, _profiled(config, notify):
-                engine.training_loss = loss
-                reset_peak()
-                result = train(engine, optimizer, config, train_set, valid_set, callbacks)
-        if config.test:
-            notify(_tested(*evaluate(engine, test_set, config, config.test_batches)))
+    with _memory_told(config):
+        lazy = _adapted(config)
+        tokenizer = _tokenizer(lazy)
+        train_set, valid_set, test_set = _data(config, tokenizer, lazy.vocabulary, notify)
+        sets = [dataset for dataset in (train_set, valid_set, test_set) if dataset is not None]
+        chosen = _chosen(config, lazy, sets, notify)
+        plan = chosen.plan
+        with _limits(chosen), _engine(config, lazy, plan, notify) as engine:
+            engine.plan_of = chosen.of
+            check_loss(config, engine.head)
+            result = None
+            if config.train:
+                folder, tiles = _cache(config), plan.loss_bytes
+                wanted = training_loss(config, engine.head, train_set, folder, notify, tiles)
+                with wanted as loss, _profiled(config, notify):
+                    engine.training_loss = loss
+                    reset_peak()
+                    callbacks = [*callbacks, _Watch(engine, chosen, notify)]
+                    result = train(engine, optimizer, config, train_set, valid_set, callbacks)
+            if config.test:
+                notify(_tested(*evaluate(engine, test_set, config, config.test_batches)))
     return result
 
 
@@ -99,50 +102,77 @@ def open_engine(
 
     Gives the engine, the tokenizer and the size of the model's vocabulary.
     """
-    plan = plan_for(config)
-    streamed = plan.weights == "streamed"
+    lazy = _adapted(config)
+    chosen = _chosen(config, lazy, (), notify)
+    with _engine(config, lazy, chosen.plan, notify) as engine:
+        engine.plan_of = chosen.of
+        yield engine, _tokenizer(lazy), lazy.vocabulary
+
+
+def _adapted(config: TrainConfig, streamed: bool = False) -> LazyModel:
+    """The model with adapters; nothing of it is read, unless it has to be rewritten first."""
     lazy = open_model(
-        config.model,
-        streamed=streamed,
-        quantize=config.quantize,
-        cache=_cache(config),
+        config.model, streamed=streamed, quantize=config.quantize, cache=_cache(config)
     )
-    tokenizer = _tokenizer(lazy)
+    lazy.streamable = can_stream(lazy)
     mx.random.seed(config.seed)
     _adapt(lazy.model, config)
-    kernel = set_kernel(lazy.model, config.kernel)
-    meter, place = DiskMeter(), _spill_place(config)
-    with ExitStack() as stack:
-        trained, home = _trained(lazy.model, plan, place, meter)
-        stack.enter_context(closing(trained))
-        _resume(trained, lazy.model, config)
-        attached = attach(lazy, streamed=streamed, dtype=config.dtype, meter=meter)
-        store, where = _store(plan, place, meter)
-        stack.enter_context(closing(store))
-        on_gpu = mx.default_device() == mx.gpu
-        walk = BlockWalk(
-            lazy.model,
-            store,
-            attached.weights,
-            on_gpu,
-            trained,
-            tile_tokens=plan.tile_tokens,
-            prefetch=plan.prefetch,
-            halves=plan.halves,
-        )
-        lazy.model.train()
-        sliced = "MLP layer by layer"
-        if plan.mlp_bytes is not None:
-            sliced = slice_mlps(walk.blocks, plan.mlp_bytes)
-        count = sum(value.size for _, value in tree_flatten(lazy.model.trainable_parameters()))
-        notify(f"model {lazy.checkpoint.path}, {count:,} trained parameters {home}")
-        notify(f"plan: {plan}")
-        notify(f"quantized products: {kernel}; {sliced}")
-        notify(f"loss over {attached.logits}; activations {where}")
-        notify(f"last block for {walk.last_block}; tiles: {walk.tiling}")
-        exact = CrossEntropy(plan.loss_bytes)
-        engine = Engine(lazy.model, walk, attached.head, meter, exact, trained)
-        yield engine, tokenizer, lazy.vocabulary
+    return lazy
+
+
+@contextmanager
+def _engine(
+    config: TrainConfig, lazy: LazyModel, plan: Plan, notify: Callable[[str], None]
+) -> Iterator[Engine]:
+    if plan.streams and not lazy.streamable:
+        lazy = _adapted(config, streamed=True)
+    folder, why = _spill_place(config)
+    settings = Settings(
+        folder,
+        config.dtype,
+        config.kernel,
+        CrossEntropy(plan.loss_bytes),
+        load=lambda trained: _resume(trained, lazy.model, config),
+        rest=Duty(config.duty).rest,
+    )
+    count = sum(value.size for _, value in tree_flatten(lazy.model.trainable_parameters()))
+    notify(f"model {lazy.checkpoint.path}, {count:,} trained parameters")
+    if plan.spills or plan.adapters == "paged":
+        notify(f"scratch files in {folder} ({why})")
+    with assembled(lazy, plan, settings, notify) as engine:
+        yield engine
+
+
+def _chosen(
+    config: TrainConfig, lazy: LazyModel, sets: Sequence, notify: Callable[[str], None]
+) -> RunPlan:
+    """The plan of the run, told and written down."""
+    chosen = run_plan(config, lazy, sets, _user_cache(), Path(_spill_place(config)[0]))
+    notify(chosen.table())
+    if config.plan_out is not None:
+        text = chosen.plan.json().encode()
+        write_atomically({Path(config.plan_out): lambda file: file.write(text)})
+    return chosen
+
+
+class _Watch(TrainingCallback):
+    """Compares the peak with what was expected, and has less used where that was too little."""
+
+    def __init__(self, engine: Engine, chosen: RunPlan, notify: Callable[[str], None]) -> None:
+        self._engine, self._chosen, self._notify = engine, chosen, notify
+
+    def on_train_loss_report(self, train_info: dict) -> None:
+        """Called at every report."""
+        peak = peak_memory()
+        told = f"MLX took {gigabytes(peak)}, more than was expected"
+        try:
+            plan = self._chosen.corrected(peak)
+        except EdgeLoraError as error:
+            self._notify(f"{told}; the run goes on, but {error}")
+            return
+        if plan is not None:
+            self._engine.hold(plan)
+            self._notify(f"{told}; new {self._chosen.table()}")
 
 
 def _with_embedded(config: TrainConfig) -> TrainConfig:
@@ -200,15 +230,6 @@ def _adapt(model: nn.Module, config: TrainConfig) -> None:
     add_lora(model, config.num_layers, lora.rank, lora.scale, lora.dropout, lora.keys)
 
 
-def _trained(
-    model: nn.Module, plan: Plan, place: tuple[str | Path, str], meter: DiskMeter
-) -> tuple[Trained, str]:
-    if plan.adapters == "resident":
-        return ResidentTrained(model), "in memory"
-    folder, why = place
-    return PagedTrained(model, folder, meter), f"in {folder} ({why})"
-
-
 def _resume(trained: Trained, model: nn.Module, config: TrainConfig) -> None:
     if config.resume_adapter_file is not None:
         shapes = {name: value.shape for name, value in tree_flatten(model.trainable_parameters())}
@@ -240,21 +261,10 @@ def _tested(loss: float, tokens: int) -> str:
     return f"test loss {loss:.3f}, perplexity {perplexity:.3f} on {tokens} tokens"
 
 
-def _store(
-    plan: Plan, place: tuple[str | Path, str], meter: DiskMeter
-) -> tuple[ActivationStore, str]:
-    if plan.activations == "ram":
-        return RamStore(), "in memory (as asked)"
-    folder, why = place
-    return MappedStore(folder, meter), f"in {folder} ({why})"
-
-
 def _spill_place(config: TrainConfig) -> tuple[str | Path, str]:
     """The folder of scratch files, and why it is this one."""
     if config.spill_dir:
         return config.spill_dir, "as asked"
-    if not config.writes_scratch:
-        return "", "no scratch file is written"
     return spill_folder([tempfile.gettempdir(), _user_cache()])
 
 
@@ -300,10 +310,17 @@ def _profiled(config: TrainConfig, notify: Callable[[str], None]) -> Iterator[No
 
 
 @contextmanager
-def _cache_limit(size: int) -> Iterator[None]:
-    before = mx.set_cache_limit(size)
-    mx.set_cache_limit(min(before, size))
-    try:
+def _limits(chosen: RunPlan) -> Iterator[None]:
+    """MLX's limits of memory, set from the plan and put back."""
+    cache, most = chosen.plan.cache_bytes, chosen.budget.bytes
+    with ExitStack() as stack:
+        before = mx.set_cache_limit(cache)
+        stack.callback(mx.set_cache_limit, before)
+        mx.set_cache_limit(min(before, cache))
+        if most is not None:
+            before = mx.set_memory_limit(most)
+            stack.callback(mx.set_memory_limit, before)
+            mx.set_memory_limit(min(before, most))
+            if mx.metal.is_available():
+                stack.callback(mx.set_wired_limit, mx.set_wired_limit(wired_limit(most)))
         yield
-    finally:
-        mx.set_cache_limit(before)

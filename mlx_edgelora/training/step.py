@@ -1,12 +1,15 @@
 """One training step's loss and gradients: the walk over blocks and the masked, tiled loss."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from mlx_edgelora.data import Batch
+from mlx_edgelora.data.batches import PAD_TO
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.losses.approximate import ApproximateCrossEntropy
 from mlx_edgelora.losses.chunked import chunked_cross_entropy
@@ -14,8 +17,10 @@ from mlx_edgelora.losses.exact import CrossEntropy
 from mlx_edgelora.memory.blockwise import Arrays, BlockWalk, Pass
 from mlx_edgelora.memory.gradients import add_into, gradient_tree
 from mlx_edgelora.memory.meter import DiskMeter
+from mlx_edgelora.memory.plan import Plan
 from mlx_edgelora.memory.profile import phase
 from mlx_edgelora.model.head import ModelHead
+from mlx_edgelora.model.mlp import set_slices
 from mlx_edgelora.training.trained import ResidentTrained, Trained
 
 Loss = CrossEntropy | ApproximateCrossEntropy
@@ -39,6 +44,9 @@ class Engine:
             is None takes no other than an exact one.
         trained: where trained parameters are, the source of the walk's adapters; by default
             the model.
+
+    Attributes:
+        plan_of: the plan for a batch, where it is not always that of the last `obey`.
     """
 
     def __init__(
@@ -57,25 +65,56 @@ class Engine:
         tiles = getattr(training_loss, "exact", training_loss) or CrossEntropy()
         self._exact = CrossEntropy(tiles.tile_bytes)
         self.training_loss = training_loss or self._exact
+        self._plan = Plan()
+        self.plan_of: Callable[[Batch], Plan] = lambda batch: self._plan
+
+    def obey(self, plan: Plan) -> None:
+        """Compute from now on as a plan says; what it leaves in memory or on disk stays there."""
+        self._plan = plan
+        self._walk.obey(plan)
+        blocks = self._walk.blocks
+        set_slices(blocks, plan.mlp_bytes, len(blocks) - plan.kept_blocks)
+
+    def hold(self, plan: Plan) -> None:
+        """Obey a plan that has fewer blocks' weights in memory than the one before."""
+        if plan.streams:
+            count = len(self._walk.blocks)
+            streamed = count if plan.streamed_blocks is None else plan.streamed_blocks
+            self._walk.weights.hold_from(streamed)
+        self.obey(plan)
 
     def value_and_grad(self, batch: Batch) -> tuple[tuple[mx.array, int], dict]:
         """Mean loss over the labelled tokens, their count, and all gradients, evaluated."""
         gradients: Arrays = {}
-        result = self.backward(batch, gradients.update)
+        result = self.backward(batch, lambda more: add_into(gradients, more))
         return result, gradient_tree(self.model, gradients)
 
     def backward(self, batch: Batch, sink: Callable[[Arrays], None]) -> tuple[mx.array, int]:
         """Mean loss over the labelled tokens, and their count; gradients go to `sink`.
 
         It is called with evaluated gradients by name, of one block at a time from the last
-        one down, and at the end of what lies outside the blocks; no name comes twice. What
-        it does not keep is gone before the next block is computed.
+        one down, and at the end of what lies outside the blocks; where the plan has more
+        micro-batches than one, so often, and the gradients add up. What it does not keep is
+        gone before the next block is computed.
         """
-        tokens, rows, labels = _labelled(batch)
-        with self._walk.forward(lambda: self.model(tokens), rows=rows) as state:
+        plan = self.plan_of(batch)
+        if plan != self._plan:
+            self.obey(plan)
+        parts = _labelled(batch, plan.micro_batches)
+        count = sum(part.labels.size for part in parts)
+        losses = [self._backward(part, part.labels.size / count, sink) for part in parts]
+        loss = losses[0] if len(losses) == 1 else mx.stack(losses).sum()
+        return loss, count
+
+    def _backward(self, part: "_Part", share: float, sink: Callable[[Arrays], None]) -> mx.array:
+        """A part's share of the mean loss; gradients are multiplied by the share as well."""
+        with self._walk.forward(lambda: self.model(part.tokens), rows=part.rows) as state:
             hidden, state.hidden = state.hidden[0], None
             with phase("head"):
-                loss, piece, outside = self._loss(state, hidden, labels, gradient=True)
+                loss, piece, outside = self._loss(state, hidden, part.labels, gradient=True)
+            if share != 1:
+                piece = share * piece
+                outside = {name: share * value for name, value in outside.items()}
             state.cotangent = piece.astype(hidden.dtype)[None]
             del hidden, piece
             mx.eval(state.cotangent)
@@ -88,15 +127,21 @@ class Engine:
         if outside:
             mx.eval(outside)
             sink(outside)
-        return loss, labels.size
+        return loss if share == 1 else share * loss
 
     def loss(self, batch: Batch) -> tuple[mx.array, int]:
         """Mean loss over the labelled tokens, and their count; nothing is kept or spilled."""
-        tokens, rows, labels = _labelled(batch)
-        with self._walk.forward(lambda: self.model(tokens), keep=False, rows=rows) as state:
-            hidden, state.hidden = state.hidden[0], None
-            loss, _, _ = self._loss(state, hidden, labels, gradient=False)
-        return loss, labels.size
+        plan = self.plan_of(batch)
+        if plan != self._plan:
+            self.obey(plan)
+        total, count = 0.0, 0
+        for tokens, rows, labels in _labelled(batch, plan.micro_batches):
+            run = partial(self.model, tokens)
+            with self._walk.forward(run, keep=False, rows=rows) as state:
+                hidden, state.hidden = state.hidden[0], None
+                loss, _, _ = self._loss(state, hidden, labels, gradient=False)
+            total, count = total + labels.size * loss, count + labels.size
+        return total / count, count
 
     def close(self) -> None:
         """Give the store's disk space back."""
@@ -125,14 +170,31 @@ class Engine:
         return chunked_cross_entropy(hidden, labels, logits, trained, rows, gradient, smoothing)
 
 
-def _labelled(batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
-    """Inputs [B, T], indices of labelled positions in [B * T], and their labels."""
+class _Part(NamedTuple):
+    """Some rows of a batch: inputs [B, T], indices of labelled ones of B * T, their labels."""
+
+    tokens: mx.array
+    rows: mx.array
+    labels: mx.array
+
+
+def _labelled(batch: Batch, count: int) -> list[_Part]:
+    """A batch in so many parts, fewer where it has not as many rows with labels."""
     mask = batch.mask()
-    rows = np.flatnonzero(mask)
-    if not rows.size:
+    labelled = np.flatnonzero(mask.any(axis=1))
+    if not labelled.size:
         raise EdgeLoraError(
             f"batch of rows {list(batch.indices)}: no token carries a label, expected at least "
             "one; raise max_seq_length or leave mask_prompt out"
         )
-    labels = batch.labels().reshape(-1)[rows]
-    return mx.array(batch.inputs()), mx.array(rows), mx.array(labels)
+    inputs, labels, parts = batch.inputs(), batch.labels(), []
+    pieces = [slice(None)] if count == 1 else np.array_split(labelled, min(count, labelled.size))
+    for piece in pieces:
+        own, width = mask[piece], mask.shape[1]
+        if count > 1:  # what follows the last label has no part in the loss
+            last = 1 + np.flatnonzero(own.any(axis=0))[-1]
+            width = min(width, -(-last // PAD_TO) * PAD_TO)
+        rows = np.flatnonzero(own[:, :width])
+        wanted = labels[piece][:, :width].reshape(-1)[rows]
+        parts.append(_Part(mx.array(inputs[piece][:, :width]), mx.array(rows), mx.array(wanted)))
+    return parts

@@ -33,23 +33,27 @@ def check(folder, batch, **options):
 @pytest.mark.parametrize("kept", [1, 2, 3])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_gradients_equal_mlx_lm(name, kept, tmp_path):
-    check(save(tmp_path, name, quantized=kept == 2), random_batch(), kept=kept)
+    check(save(tmp_path, name, quantized=kept == 2), random_batch(), kept_blocks=kept)
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"num_layers": 1, "kept": 2},
-        {"kept": 3, "keys": ["model.embed_tokens", "self_attn.q_proj"]},
-        {"kept": 1, "keys": ["model.embed_tokens", "self_attn.q_proj"]},
-        {"kept": 2, "keys": ["lm_head", "mlp.down_proj"]},
-        {"kept": 2, "streamed": False, "spilled": False},
-        {"kept": 9, "tile_tokens": 1000},
-        {"kept": 1, "ram_blocks": 2},
+        {"num_layers": 1, "kept_blocks": 2},
+        {"kept_blocks": 3, "keys": ["model.embed_tokens", "self_attn.q_proj"]},
+        {"kept_blocks": 1, "keys": ["model.embed_tokens", "self_attn.q_proj"]},
+        {"kept_blocks": 2, "keys": ["lm_head", "mlp.down_proj"]},
+        {"kept_blocks": 2, "streamed": False, "spilled": False},
+        {"kept_blocks": 1, "ram_blocks": 2},
         {"ram_blocks": 1},
         {"ram_blocks": 2},
-        {"ram_blocks": 9},
-        {"ram_blocks": 3, "tile_tokens": 4, "halves": True},
+        {"ram_blocks": None},
+        {"streamed_blocks": 1, "kept_blocks": 1},
+        {"streamed_blocks": 2, "head": "resident"},
+        {"micro_batches": 2},
+        {"micro_batches": 2, "kept_blocks": 2, "keys": ["lm_head", "mlp.down_proj"]},
+        {"micro_batches": 9, "keys": ["model.embed_tokens", "self_attn.q_proj"]},
+        {"ram_blocks": None, "tile_tokens": 4, "halves": True},
         {"ram_blocks": 2, "tile_tokens": 4},
     ],
     ids=str,
@@ -59,12 +63,12 @@ def test_every_way_gives_the_same_gradients(options, tmp_path):
 
 
 def test_dropout_draws_the_masks_of_plain_mlx(tmp_path):
-    check(save(tmp_path, "llama", quantized=False), random_batch(), kept=2, dropout=0.3)
+    check(save(tmp_path, "llama", quantized=False), random_batch(), kept_blocks=2, dropout=0.3)
 
 
 def test_kept_blocks_run_once(tmp_path, monkeypatch):
     calls = []
-    with closing(engine(save(tmp_path, "llama", quantized=False), kept=2)) as ours:
+    with closing(engine(save(tmp_path, "llama", quantized=False), kept_blocks=2)) as ours:
         for index, block in enumerate(ours.model.layers):
             kind = type(block)
 

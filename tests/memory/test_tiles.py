@@ -177,7 +177,8 @@ def test_nothing_of_tokens_by_hidden_is_held(tmp_path, memory):
     bound = 0.5 * one + keys_and_values
 
     def grown(rounds=1, **options):
-        with closing(engine(folder, halves=True, prefetch=False, **options)) as ours:
+        halves = options["tile_tokens"] is not None
+        with closing(engine(folder, halves=halves, prefetch=False, **options)) as ours:
             slice_mlps(ours._walk.blocks, 2**18)
             few, many = (random_batch(1, tokens, share=0.05) for tokens in (short, long))
             ours.value_and_grad(few)  # the first one also tries what can be tiled

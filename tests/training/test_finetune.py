@@ -61,6 +61,8 @@ def make_options(tiny, folder, **changes):
             "max_seq_length": LENGTH,
             "steps_per_report": 1,
             "kernel": "dequantize",
+            "weights": "streamed",
+            "activations": "spill",
         }
         | changes
     )
@@ -198,7 +200,7 @@ def test_a_test_of_the_base_model_needs_no_adapter(options, tmp_path, tiny):
     base = options(test=True, adapter_path="", num_layers=16)  # three blocks is what it has
     _, _, lines = run(base)
     assert lines[-1] == expected_test_line(*load(str(tiny / "model")), base)
-    assert " 0 trained parameters" in lines[0]
+    assert any(" 0 trained parameters" in line for line in lines)
 
 
 def expected_test_line(model, tokenizer, config):

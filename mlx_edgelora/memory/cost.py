@@ -1,0 +1,265 @@
+"""What a step takes by a plan: bytes by phase and block, and seconds. Nothing is computed.
+
+Bytes are what is held for certain (weights, adapters, inputs that wait, kept activations)
+and what a phase needs on top. The latter is a sum of array sizes, each times a number that was
+fitted to steps measured on a CPU (`benchmarks/plans.py --fit`): how many such arrays autodiff
+keeps and MLX's scheduler has ahead cannot be told from the model. Seconds are operations and
+bytes divided by measured rates.
+"""
+
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass
+
+from mlx_edgelora.losses.exact import tile_shape
+from mlx_edgelora.memory.fitted import FITTED
+from mlx_edgelora.memory.plan import Plan
+from mlx_edgelora.model.shape import ModelShape
+
+# AdamW and most others keep two numbers for each one that is trained.
+MOMENTS = 2
+FLOAT = 4
+
+
+@dataclass(frozen=True)
+class Load:
+    """A batch, as far as its cost goes.
+
+    Attributes:
+        rows: of the batch.
+        tokens: of a row, padding included.
+        labelled: tokens of the batch that carry a label.
+    """
+
+    rows: int
+    tokens: int
+    labelled: int
+
+    @property
+    def size(self) -> int:
+        """All tokens."""
+        return self.rows * self.tokens
+
+    def part(self, count: int) -> "Load":
+        """The largest of so many parts of the rows."""
+        rows = -(-self.rows // min(count, self.rows))
+        return Load(rows, self.tokens, min(self.labelled, -(-self.labelled * rows // self.rows)))
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase of a step.
+
+    Attributes:
+        name: as in `memory/profile.py`.
+        block: its index; None outside of blocks.
+        held: bytes that are there whatever happens in it.
+        kind: which of the fitted sums it takes on top.
+        sizes: the terms of this sum, in bytes.
+    """
+
+    name: str
+    block: int | None
+    held: int
+    kind: str
+    sizes: Mapping[str, float]
+
+    @property
+    def bytes(self) -> int:
+        """What is held and what is needed on top."""
+        weights = FITTED.get(self.kind, {})
+        return round(self.held + sum(weights.get(k, 0.0) * v for k, v in self.sizes.items()))
+
+
+class Memory:
+    """The phases of a step that may be its peak.
+
+    Args:
+        shape: of the model.
+        load: the batch; with micro-batches its largest part counts.
+        plan: how it is computed.
+    """
+
+    def __init__(self, shape: ModelShape, load: Load, plan: Plan) -> None:
+        self.shape, self.plan = shape, plan
+        self.load = load.part(plan.micro_batches)
+        count = shape.blocks
+        streamed = count if plan.streamed_blocks is None else min(plan.streamed_blocks, count)
+        self.first = count - shape.adapted
+        self.by_tiles = plan.tile_tokens is not None and (
+            plan.halves or self.load.size > plan.tile_tokens
+        )
+        self.kept = 0 if self.by_tiles else min(plan.kept_blocks, shape.adapted)
+        ram = count if plan.ram_blocks is None else min(plan.ram_blocks, count)
+        self.ram_from = count - ram
+        if self.by_tiles and ram < count:
+            self.ram_from = count
+        self.streamed = streamed
+        self.hidden = self.load.size * shape.hidden * shape.itemsize
+        self.paged = plan.adapters == "paged"
+        self.base = (
+            shape.outside_bytes
+            + (shape.head_bytes if plan.head == "resident" else 0)
+            + (count - streamed) * shape.block_bytes
+            + shape.outside_adapter_bytes * (1 + MOMENTS)
+        )
+        if not self.paged:
+            self.base += (1 + MOMENTS) * shape.adapted * shape.adapter_bytes
+
+    def peak(self) -> int:
+        """Bytes that MLX's allocator will hold at most.
+
+        What is held grows evenly from block to block up to the ends of the ranges that the plan
+        names, so only the blocks at these ends are looked at.
+        """
+        count = self.shape.blocks
+        ends = {0, self.first, self.streamed, self.ram_from, count - self.kept, count}
+        wanted = {end + step for end in ends for step in (-2, -1, 0, 1)}
+        return max(phase.bytes for phase in self.phases(wanted))
+
+    def phases(self, blocks: Container[int] | None = None) -> Iterator[Phase]:
+        """All of them in order, or those of some blocks and outside of blocks."""
+        wanted = range(self.shape.blocks) if blocks is None else blocks
+        yield from self._by_tiles(wanted) if self.by_tiles else self._whole(wanted)
+        yield self._update()
+
+    def _whole(self, wanted: Container[int]) -> Iterator[Phase]:
+        last = self.shape.blocks - self.kept
+        mlp = "layers" if self.plan.mlp_bytes is None or not self.shape.gated else "slices"
+        kept_kind = "" if self.shape.packed else ", not packed"
+        mlp += kept_kind
+        for index in filter(wanted.__contains__, range(last)):
+            held = self.base + self._waiting(index) + self.hidden + self._weights(index, index + 1)
+            yield Phase("forward", index, held, f"forward, {mlp}", self._sizes(index))
+        kept_held = self.base + self._waiting(last)
+        if self.kept:
+            kept_held += self.hidden + self._kept_weights(0)
+            sizes = self._kept_sizes(last, self.shape.blocks)
+            yield Phase("forward", last, kept_held, "kept forward" + kept_kind, sizes)
+        yield self._head(kept_held, self._kept_sizes(last, self.shape.blocks))
+        for index in filter(wanted.__contains__, range(self.shape.blocks - 1, last - 1, -1)):
+            above = self.shape.blocks - 1 - index
+            held = self.base + self._waiting(last) + self._gradients(above)
+            held += self.hidden + self._kept_weights(above)
+            sizes = self._kept_sizes(last, index + 1)
+            yield Phase("backward", index, held, "kept backward" + kept_kind, sizes)
+        for index in filter(wanted.__contains__, range(last - 1, self.first - 1, -1)):
+            above = self.shape.blocks - 1 - index
+            held = self.base + self._waiting(index) + self._gradients(above)
+            held += 2 * self.hidden + self._weights(index, index - 1)
+            yield Phase("backward", index, held, f"backward, {mlp}", self._sizes(index))
+
+    def _by_tiles(self, wanted: Container[int]) -> Iterator[Phase]:
+        shape, load = self.shape, self.load
+        keys = load.size * shape.keys * shape.itemsize
+        ram = self.ram_from == 0
+        parts = [("attention", False), ("MLP", True)] if self.plan.halves else [("block", None)]
+        yield Phase("load", None, self.base + self.hidden, "embedding", self._sizes(0))
+        for index in filter(wanted.__contains__, range(shape.blocks)):
+            kept = max(0, index - self.first) * self.hidden * (2 if self.plan.halves else 1) * ram
+            for name, mlp in parts:
+                held = self.base + kept + self._part(index, index + 1, mlp)
+                held += 0 if mlp else keys
+                kind = f"forward by tiles, {name}"
+                yield Phase("forward", index, held, kind, self._sizes(index))
+        kept = shape.adapted * self.hidden * (2 if self.plan.halves else 1) * ram
+        yield self._head(self.base + kept)
+        for index in filter(wanted.__contains__, range(shape.blocks - 1, self.first - 1, -1)):
+            above = shape.blocks - 1 - index
+            for name, mlp in reversed(parts):
+                kept = (index + 1 - self.first) * self.hidden * ram
+                kept *= 2 if self.plan.halves else 1
+                kept += ram * (self.hidden + (0 if mlp else 2 * keys * FLOAT // shape.itemsize))
+                held = self.base + kept + self._gradients(above)
+                held += self._part(index, index - 1, mlp) + (0 if mlp else keys)
+                kind = f"backward by tiles, {name}"
+                yield Phase("backward", index, held, kind, self._sizes(index))
+
+    def _kept_sizes(self, first: int, stop: int) -> dict[str, float]:
+        """What the activations of some blocks are as large as, and those of the last of them."""
+        total: dict[str, float] = {}
+        if stop > first:
+            last = self._sizes(stop - 1)
+            lower = self._sizes(0) if stop - 1 > first else last
+            for name in ("hidden", "hidden float", "queries", "keys", "intermediate", "rank"):
+                total[f"kept {name}"] = last[name] + (stop - 1 - first) * lower[name]
+            total |= last
+        return total
+
+    def _head(self, held: int, kept: Mapping[str, float] | None = None) -> Phase:
+        shape, load, plan = self.shape, self.load, self.plan
+        labelled = load.labelled * shape.hidden
+        rows, chunk = tile_shape(plan.loss_bytes, shape.hidden, load.labelled, shape.vocabulary)
+        sizes = {
+            "rows": FLOAT * rows * shape.hidden,
+            "logits": FLOAT * rows * chunk,
+            "chunk": FLOAT * chunk * shape.hidden,
+            "labelled": labelled * FLOAT,
+            "labelled hidden": labelled * shape.itemsize,
+            "one": 2.0**20,
+        }
+        sizes |= {name: size for name, size in (kept or {}).items() if name.startswith("kept")}
+        return Phase("head", None, held + labelled * shape.itemsize, "head", sizes)
+
+    def _update(self) -> Phase:
+        shape = self.shape
+        held = self.base + shape.outside_adapter_bytes + self._gradients(shape.adapted)
+        kind = "update, paged" if self.paged else "update"
+        own = shape.adapter_bytes * (1 if self.paged else shape.adapted)
+        return Phase("update", None, held, kind, {"adapters": own, "one": 2.0**20})
+
+    def _sizes(self, index: int) -> dict[str, float]:
+        """What arrays inside a block are as large as; the last one is for labelled tokens."""
+        shape, load, plan = self.shape, self.load, self.plan
+        tokens = load.labelled if index + 1 == shape.blocks else load.size
+        if self.by_tiles:
+            tokens = min(tokens, plan.tile_tokens)
+        return {
+            "hidden": tokens * shape.hidden * shape.itemsize,
+            "hidden float": tokens * shape.hidden * FLOAT,
+            "queries": tokens * shape.queries * shape.itemsize,
+            "queries float": tokens * shape.queries * FLOAT,
+            "intermediate": tokens * shape.intermediate * shape.itemsize,
+            "rank": tokens * shape.rank * FLOAT,
+            "whole hidden": self.hidden,
+            "keys": load.size * shape.keys * shape.itemsize,
+            "adapters": shape.adapter_bytes,
+            "adapters out": shape.adapter_bytes * shape.itemsize / FLOAT,
+            "slice": min(plan.mlp_bytes or 0, 64 * 2**20),
+            "one": 2.0**20,
+        }
+
+    def _waiting(self, index: int) -> int:
+        """Inputs in memory of the blocks from the first to `index`, itself not included."""
+        low = max(self.first, self.ram_from)
+        return max(0, index - low) * self.hidden
+
+    def _gradients(self, blocks: int) -> int:
+        """Sums of gradients of so many last blocks."""
+        if self.paged:
+            return 0
+        return min(blocks, self.shape.adapted) * self.shape.adapter_bytes
+
+    def _weights(self, index: int, following: int) -> int:
+        """Of a block and the one that is read ahead, as far as they do not stay in memory."""
+        held = self.shape.block_bytes if index < self.streamed else 0
+        ahead = 0 <= following < self.streamed and self.plan.prefetch
+        held += self.shape.block_bytes if ahead else 0
+        return held + (self.shape.adapter_bytes if self.paged else 0)
+
+    def _kept_weights(self, done: int) -> int:
+        """Of the kept blocks whose backward is not done, as far as they do not stay in memory."""
+        last = self.shape.blocks - done
+        first = self.shape.blocks - self.kept
+        streamed = max(0, min(last, self.streamed) - first)
+        return streamed * self.shape.block_bytes + self.paged * (
+            (last - first) * self.shape.adapter_bytes
+        )
+
+    def _part(self, index: int, following: int, mlp: bool | None) -> int:
+        """As `_weights`, of a half of a block where `mlp` says which."""
+        if mlp is None:
+            return self._weights(index, following)
+        shape = self.shape
+        weights = shape.mlp_bytes if mlp else shape.block_bytes - shape.mlp_bytes
+        adapters = shape.adapter_bytes  # of the whole block: the file is read by blocks
+        return (weights if index < self.streamed else 0) + (adapters if self.paged else 0)

@@ -1,0 +1,3 @@
+"""Fitted."""
+
+FITTED: dict[str, dict[str, float]] = {}

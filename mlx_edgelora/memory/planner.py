@@ -1,0 +1,312 @@
+"""The fastest plan within a budget of memory.
+
+A plan is a way to compute blocks (whole, by tiles, in halves, or with the activations of the
+last ones kept), and what stays in memory beside it. The ways are listed; for each of them
+the rest is filled in, as many blocks' weights as fit. Whatever costs more memory is faster by
+the model of `memory/duration.py`, so the search looks at plans from the fastest possible one
+down and stops at the first that nothing left can beat. A larger budget never gives a slower
+plan: its plans are among those that were looked at.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.memory.cost import Load, Memory
+from mlx_edgelora.memory.duration import seconds
+from mlx_edgelora.memory.machine import Machine
+from mlx_edgelora.memory.plan import FLOOR_TOKENS, MIB, Plan
+from mlx_edgelora.model.shape import ModelShape
+
+# Predictions miss by up to this much (docs/planner.md).
+MARGIN = 0.08
+# What MLX holds besides: scalars, masks, a batch.
+SLACK = 2 * MIB
+TILES = (FLOOR_TOKENS, 1024, 2048, 4096)
+SLICES = (8 * MIB, 16 * MIB)
+LOSSES = (16 * MIB, 40 * MIB)
+# Counts of kept blocks up to the end of this, then every fourth.
+KEPT = 8
+# A plan must be faster by more than this to be preferred to one that takes less memory.
+CLOSE = 1e-6
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A plan and what is expected of it.
+
+    Attributes:
+        plan: which.
+        peak: bytes that MLX's allocator is expected to hold at most.
+        seconds: expected of a step.
+    """
+
+    plan: Plan
+    peak: int
+    seconds: float
+
+    @property
+    def needs(self) -> int:
+        """The smallest budget that this plan is chosen for."""
+        return needed(self.peak)
+
+
+def needed(peak: int) -> int:
+    """The budget for an expected peak, with a margin for what was not foreseen."""
+    return round(peak * (1 + MARGIN)) + SLACK
+
+
+def plan(
+    shape: ModelShape,
+    load: Load,
+    machine: Machine,
+    budget: int,
+    fixed: Mapping[str, Any] | None = None,
+    correction: float = 1.0,
+) -> Choice:
+    """Choose the fastest plan that fits.
+
+    Args:
+        shape: of the model.
+        load: the largest batch.
+        machine: where.
+        budget: bytes of MLX's allocator.
+        fixed: choices that are made already, by their names in `Plan`.
+        correction: what expected peaks are multiplied by, from a measured one.
+
+    Raises:
+        EdgeLoraError: no plan fits; names the smallest budget that works, and what lowers it.
+    """
+    search = _Search(shape, load, machine, dict(fixed or {}), correction)
+    best = search.best(budget)
+    if best is None:
+        raise EdgeLoraError(_too_small(search, budget))
+    return best
+
+
+def smallest(
+    shape: ModelShape,
+    load: Load,
+    machine: Machine,
+    fixed: Mapping[str, Any] | None = None,
+    correction: float = 1.0,
+) -> Choice:
+    """The plan that takes the least memory, whatever time it takes."""
+    return _Search(shape, load, machine, dict(fixed or {}), correction).least()
+
+
+def most(works: Callable[[int], bool], step: int, limit: int) -> int:
+    """The largest multiple of `step` up to `limit` that works, as all below it do; 0 if none."""
+    low, high = 0, 1
+    while high * step <= limit and works(high * step):
+        low, high = high, 2 * high
+    high = min(high, limit // step + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if works(middle * step) else (low, middle)
+    return low * step
+
+
+class _Search:
+    def __init__(
+        self,
+        shape: ModelShape,
+        load: Load,
+        machine: Machine,
+        fixed: dict[str, Any],
+        correction: float,
+    ) -> None:
+        self.shape, self.load, self.machine = shape, load, machine
+        self.fixed, self.correction = fixed, correction
+
+    def best(self, budget: int) -> Choice | None:
+        """The fastest plan that fits, if any does."""
+        best: Choice | None = None
+        for fastest, way in self.ways:
+            if best is not None and fastest >= best.seconds - CLOSE:
+                break  # nothing that follows can be faster
+            if self.choice(replace(way, **self._leanest(way))).needs > budget:
+                continue
+            for plan in self._filled(way, budget):
+                found = self.choice(plan)
+                if best is None or _better(found, best):
+                    best = found
+        return best
+
+    def least(self) -> Choice:
+        """The plan that takes the least memory; of several the fastest."""
+        plans = (replace(way, **self._leanest(way)) for _, way in self.ways)
+        return min(map(self.choice, plans), key=lambda choice: (choice.peak, choice.seconds))
+
+    def choice(self, plan: Plan) -> Choice:
+        """What is expected of a plan."""
+        peak = Memory(self.shape, self.load, plan).peak()
+        spent = seconds(self.shape, self.load, plan, self.machine)
+        return Choice(plan, round(self.correction * peak), spent)
+
+    @cached_property
+    def ways(self) -> list[tuple[float, Plan]]:
+        """The ways to compute, with the seconds they take at best; fastest first."""
+        found = []
+        for way in self._ways():
+            if self._agrees(way):
+                ideal = replace(way, **self._richest())
+                found.append((seconds(self.shape, self.load, ideal, self.machine), way))
+        found.sort(key=lambda pair: pair[0])
+        return found
+
+    def _ways(self) -> Iterator[Plan]:
+        slices = (None, *SLICES) if self.shape.gated else (None,)
+        for micro in self._micro_batches():
+            size = self.load.part(micro).size
+            for loss_bytes in LOSSES:
+                common = {"micro_batches": micro, "loss_bytes": loss_bytes}
+                for mlp_bytes in slices:
+                    for kept in self._kept():
+                        yield Plan(kept_blocks=kept, mlp_bytes=mlp_bytes, **common)
+                    for tokens in TILES:
+                        tiles = {"tile_tokens": tokens, "mlp_bytes": mlp_bytes, **common}
+                        if tokens < size:
+                            yield Plan(**tiles)
+                        if tokens < size or tokens == FLOOR_TOKENS:
+                            yield Plan(halves=True, **tiles)
+
+    def _kept(self) -> list[int]:
+        count = self.shape.adapted
+        return [k for k in range(count + 1) if k <= KEPT or k % 4 == 0 or k == count]
+
+    def _micro_batches(self) -> list[int]:
+        parts, count = [], 1
+        while count < self.load.rows:
+            parts.append(count)
+            count *= 2
+        return [*parts, self.load.rows]
+
+    def _agrees(self, way: Plan) -> bool:
+        open_choices = {"streamed_blocks", "head", "prefetch", "ram_blocks", "adapters"}
+        return all(
+            getattr(way, name) == value
+            for name, value in self.fixed.items()
+            if name not in open_choices and name != "cache_bytes"
+        )
+
+    def _leanest(self, way: Plan) -> dict[str, Any]:
+        values = {
+            "streamed_blocks": self.shape.blocks,
+            "head": "streamed",
+            "prefetch": False,
+            "ram_blocks": 0,
+            "adapters": "paged",
+            "cache_bytes": 16 * MIB,
+        }
+        return values | {k: v for k, v in self.fixed.items() if k in values}
+
+    def _richest(self) -> dict[str, Any]:
+        values = {
+            "streamed_blocks": 0,
+            "head": "resident",
+            "prefetch": False,
+            "ram_blocks": None,
+            "adapters": "resident",
+        }
+        return values | {k: v for k, v in self.fixed.items() if k in values}
+
+    def _filled(self, way: Plan, budget: int) -> Iterator[Plan]:
+        """A way with what may stay in memory, in every order that may matter."""
+        options = {
+            "head": ("resident", "streamed"),
+            "adapters": ("resident", "paged"),
+            "ram_blocks": (None, 0),
+        }
+        for name, value in self.fixed.items():
+            if name in options:
+                options[name] = (value,)
+        cache = self.fixed.get("cache_bytes", Plan.cache_bytes)
+        for head in options["head"]:
+            for adapters in options["adapters"]:
+                for ram in options["ram_blocks"]:
+                    base = replace(
+                        way, head=head, adapters=adapters, ram_blocks=ram, cache_bytes=cache
+                    )
+                    yield from self._streamed(base, budget)
+
+    def _streamed(self, base: Plan, budget: int) -> Iterator[Plan]:
+        """As many blocks as fit stay in memory, with and without one more being read ahead."""
+        ahead = (True, False)
+        if base.halves:
+            ahead = (False,)  # halves are bound one at a time
+        if "prefetch" in self.fixed:
+            ahead = (self.fixed["prefetch"],)
+        for prefetch in ahead:
+            plan = replace(base, prefetch=prefetch)
+            if "streamed_blocks" in self.fixed:
+                candidate = replace(plan, streamed_blocks=self.fixed["streamed_blocks"])
+                if self.choice(candidate).needs <= budget:
+                    yield candidate
+                continue
+            blocks = self.shape.blocks
+
+            def fits(resident: int, plan: Plan = plan) -> bool:
+                tried = replace(plan, streamed_blocks=self.shape.blocks - resident)
+                return self.choice(tried).needs <= budget
+
+            if not fits(0):
+                continue
+            resident = most(fits, 1, blocks)
+            if resident == blocks:
+                yield replace(plan, streamed_blocks=0, prefetch=False)
+                return
+            yield replace(plan, streamed_blocks=blocks - resident)
+
+
+def _better(one: Choice, other: Choice) -> bool:
+    """Faster, or as fast and smaller."""
+    if abs(one.seconds - other.seconds) > CLOSE:
+        return one.seconds < other.seconds
+    return one.peak < other.peak
+
+
+def _too_small(search: _Search, budget: int) -> str:
+    """One sentence: the smallest budget that works, and three options that would lower it."""
+    shape, load = search.shape, search.load
+    least = search.least().needs
+
+    def needs(shape: ModelShape = shape, **changes: int) -> int:
+        settings = search.machine, search.fixed, search.correction
+        return _Search(shape, replace(load, **changes), *settings).least().needs
+
+    ways = []
+    half = max(32, load.tokens // 2)
+    if half < load.tokens:
+        labelled = max(1, load.labelled * half // load.tokens)
+        ways.append((f"max_seq_length {half}", needs(tokens=half, labelled=labelled)))
+    if shape.rank > 4:
+        rank = shape.rank // 2
+        ways.append((f"rank {rank}", needs(_with_rank(shape, rank))))
+    if load.rows > 1:
+        rows = load.rows // 2
+        labelled = max(1, load.labelled * rows // load.rows)
+        ways.append((f"batch_size {rows}", needs(rows=rows, labelled=labelled)))
+    told = ", ".join(f"{name} needs {_mb(size)}" for name, size in sorted(ways, key=lambda w: w[1]))
+    return (
+        f"memory_budget: got {_mb(budget)}, expected at least {_mb(least)} for this model and "
+        f"batch; raise it, or lower what it must hold: {told or 'use a smaller model'}"
+    )
+
+
+def _with_rank(shape: ModelShape, rank: int) -> ModelShape:
+    share = rank / shape.rank
+    return replace(
+        shape,
+        rank=rank,
+        adapter_bytes=round(shape.adapter_bytes * share),
+        mlp_adapter_bytes=round(shape.mlp_adapter_bytes * share),
+        outside_adapter_bytes=round(shape.outside_adapter_bytes * share),
+    )
+
+
+def _mb(size: int) -> str:
+    """Decimal megabytes, as --memory-budget reads them; rounded up."""
+    return f"{-(-size // 10**6)}MB"

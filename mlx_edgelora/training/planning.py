@@ -1,0 +1,196 @@
+"""From the options of a run to its plan, and the promise that the plan is kept."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from mlx_edgelora.config import TrainConfig
+from mlx_edgelora.data import Batch
+from mlx_edgelora.data.batches import largest_batch
+from mlx_edgelora.memory.cost import Load, Memory
+from mlx_edgelora.memory.duration import seconds
+from mlx_edgelora.memory.machine import Machine, default_budget, machine_here
+from mlx_edgelora.memory.plan import Plan
+from mlx_edgelora.memory.planner import Choice, needed, plan
+from mlx_edgelora.model.checkpoint import LazyModel
+from mlx_edgelora.model.loading import DTYPES
+from mlx_edgelora.model.lora import resolve_kernel
+from mlx_edgelora.model.shape import ModelShape, shape_of
+
+# Shorter batches have plans of their own, by so many steps of their length.
+STEPS = 8
+# What stays as it is once a run has begun, whatever a batch is like.
+LASTING = ("streamed_blocks", "head", "prefetch", "adapters", "loss_bytes", "cache_bytes")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Most memory for MLX, and why so much; no bytes: none was set."""
+
+    bytes: int | None
+    why: str
+
+
+class RunPlan:
+    """The plan of a run, of its largest batch and of smaller ones.
+
+    Args:
+        shape: of the adapted model.
+        load: the largest batch.
+        machine: where.
+        budget: most memory.
+        choice: the plan of the largest batch.
+        fixed: choices that were made by options.
+        varies: whether smaller batches may be computed by other plans.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        load: Load,
+        machine: Machine,
+        budget: Budget,
+        choice: Choice,
+        fixed: dict[str, Any],
+        varies: bool,
+    ) -> None:
+        self.shape, self.load, self.machine, self.budget = shape, load, machine, budget
+        self.choice, self._fixed, self._varies = choice, fixed, varies
+        self._variants: dict[Load, Plan] = {}
+        self._correction = 1.0
+
+    @property
+    def plan(self) -> Plan:
+        """Of the largest batch."""
+        return self.choice.plan
+
+    def of(self, batch: Batch) -> Plan:
+        """The plan of a batch: the run's own, or a faster one where a smaller batch allows it."""
+        rows, tokens = batch.tokens.shape[0], batch.tokens.shape[1] - 1
+        step = max(1, -(-self.load.tokens // STEPS))
+        tokens = min(self.load.tokens, -(-tokens // step) * step)
+        if not self._varies or tokens == self.load.tokens:
+            return self.plan
+        labelled = min(self.load.labelled, rows * tokens)
+        load = Load(rows, tokens, labelled)
+        if load not in self._variants:
+            fixed = self._fixed | {name: getattr(self.plan, name) for name in LASTING}
+            found = plan(self.shape, load, self.machine, self.budget.bytes, fixed, self._correction)
+            self._variants[load] = found.plan
+        return self._variants[load]
+
+    def corrected(self, measured: int) -> Plan | None:
+        """A plan that takes less, once, where a run took more than its budget allows for.
+
+        Args:
+            measured: bytes of MLX's allocator at the peak so far.
+
+        Returns:
+            None where the plan keeps its promise, or was corrected before.
+        """
+        if not self._varies or self._correction != 1 or measured <= needed(self.choice.peak):
+            return None
+        self._correction = measured / self.choice.peak
+        # Weights that are the model's own stay there; those that were read can be let go.
+        lasting = [n for n in LASTING if n != "streamed_blocks" or not self.plan.streams]
+        fixed = self._fixed | {name: getattr(self.plan, name) for name in lasting}
+        arguments = self.shape, self.load, self.machine, self.budget.bytes
+        self.choice = plan(*arguments, fixed, self._correction)
+        self._variants.clear()
+        return self.plan
+
+    def table(self) -> str:
+        """What was chosen, for whom and why, in a few lines."""
+        most = self.budget.bytes
+        limit = "no limit" if most is None else f"{gigabytes(most)} at most"
+        lines = [
+            f"plan for {self.load.rows} x {self.load.tokens} tokens: "
+            f"{gigabytes(self.choice.peak)} expected, {limit} ({self.budget.why})"
+        ]
+        rows = self.plan.rows(self.shape.blocks)
+        lines += [f"  {name:<20}{value}" for name, value in rows.items()]
+        return "\n".join(lines)
+
+
+def run_plan(
+    config: TrainConfig, lazy: LazyModel, datasets: Sequence, cache: Path, folder: Path
+) -> RunPlan:
+    """Settle the plan of a run.
+
+    Args:
+        config: its options.
+        lazy: the adapted model; nothing of it is read.
+        datasets: whose longest batch is planned for; without any, max_seq_length is.
+        cache: folder of what was measured of this machine.
+        folder: of scratch files.
+
+    Raises:
+        EdgeLoraError: no plan fits the budget, or a plan's file is none.
+    """
+    dtype = DTYPES[config.dtype] if config.dtype else None
+    shape = shape_of(lazy.model, lazy.vocabulary, dtype)
+    tokens, labels = largest_batch(datasets, config.batch_size, config.max_seq_length)
+    if not tokens:
+        tokens = config.max_seq_length - 1
+        labels = config.batch_size * tokens
+    load = Load(config.batch_size, tokens, labels)
+    kernel, _ = resolve_kernel(config.kernel)
+    machine = machine_here(cache, folder, dtype or _dtype_of(lazy), kernel)
+    given = Plan.read(config.plan) if config.plan else None
+    if config.memory_budget == "min":
+        given = Plan.floor()
+    if given is not None:
+        why = "the least, as asked" if config.plan is None else f"as {config.plan} says"
+        choice = expected(shape, load, given, machine)
+        return RunPlan(shape, load, machine, Budget(None, why), choice, {}, varies=False)
+    budget = Budget(config.memory_budget, "as asked")
+    if config.memory_budget is None:
+        budget = Budget(*default_budget())
+    fixed = _fixed(config)
+    choice = plan(shape, load, machine, budget.bytes, fixed)
+    named = replace(choice.plan, reason=f"the fastest within {gigabytes(budget.bytes)}")
+    choice = replace(choice, plan=named)
+    return RunPlan(shape, load, machine, budget, choice, fixed, varies=True)
+
+
+def expected(shape: ModelShape, load: Load, given: Plan, machine: Machine) -> Choice:
+    """What a plan that was not searched for is expected to take."""
+    return Choice(given, Memory(shape, load, given).peak(), seconds(shape, load, given, machine))
+
+
+def gigabytes(size: int) -> str:
+    """Decimal, as budgets are written."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
+def _fixed(config: TrainConfig) -> dict[str, Any]:
+    """The choices that options make."""
+    fixed: dict[str, Any] = {}
+    if config.weights is not None:
+        resident = config.weights == "resident"
+        fixed |= {"streamed_blocks": 0 if resident else None, "head": config.weights}
+    if config.activations is not None:
+        fixed["ram_blocks"] = None if config.activations == "ram" else 0
+        if config.activations == "spill":  # all of them, whatever there is room for
+            fixed["kept_blocks"] = 0
+    if config.adapters is not None:
+        fixed["adapters"] = config.adapters
+    if config.kernel == "fused":  # whoever asks for MLX's kernel has it multiply in the MLP as well
+        fixed["mlp_bytes"] = None
+    if config.loss == "approximate":  # its subset is that of all labels of a batch
+        fixed["micro_batches"] = 1
+    return fixed
+
+
+def _dtype_of(lazy: LazyModel) -> mx.Dtype:
+    """Of the model's floating weights, the widest."""
+    floats = [
+        value.dtype
+        for name, value in tree_flatten(lazy.model.parameters())
+        if mx.issubdtype(value.dtype, mx.floating) and "lora_" not in name
+    ]
+    return max(floats, key=lambda dtype: dtype.size, default=mx.float32)
