@@ -230,8 +230,7 @@ def converted(lazy: LazyModel, cache: Path, quantize: int | None = None) -> Path
         return folder
     model, config = lazy.model, lazy.config
     if quantize is not None:
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints where a library should not
-            model, config = quantize_model(model, config, 64, quantize)
+        config = quantized(lazy, quantize)
     parameters = tree_flatten(model.parameters())
     lazy.raw.clear()
     lazy.model = model = None
@@ -250,6 +249,13 @@ def converted(lazy: LazyModel, cache: Path, quantize: int | None = None) -> Path
             "space or choose another folder with --cache-dir"
         ) from error
     return folder
+
+
+def quantized(lazy: LazyModel, bits: int) -> dict[str, Any]:
+    """Quantize the model in place, in groups of 64, when it is evaluated; gives its new config."""
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints where a library should not
+        _, config = quantize_model(lazy.model, lazy.config, 64, bits)
+    return config
 
 
 def write_model(folder: Path, parameters: list[tuple[str, mx.array]], config: dict) -> None:

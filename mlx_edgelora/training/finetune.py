@@ -26,7 +26,8 @@ from mlx_edgelora.memory.pace import Duty
 from mlx_edgelora.memory.plan import Plan
 from mlx_edgelora.memory.profile import recording
 from mlx_edgelora.memory.stores import spill_folder
-from mlx_edgelora.model.checkpoint import LazyModel, reason
+from mlx_edgelora.model.checkpoint import LazyModel, quantized, reason
+from mlx_edgelora.model.headers import headers_of
 from mlx_edgelora.model.loading import can_stream, open_model
 from mlx_edgelora.model.lora import add_lora
 from mlx_edgelora.training.adapters import CONFIG_FILE, WEIGHTS_FILE, read_adapter_weights
@@ -36,7 +37,8 @@ from mlx_edgelora.training.evaluate import evaluate
 from mlx_edgelora.training.files import make_folder, write_atomically
 from mlx_edgelora.training.loop import TrainResult, train
 from mlx_edgelora.training.optimizer import build_optimizer
-from mlx_edgelora.training.planning import RunPlan, gigabytes, run_plan
+from mlx_edgelora.training.plan_report import PlanReport, too_small
+from mlx_edgelora.training.planning import RunPlan, asked_plan, gigabytes, searched
 from mlx_edgelora.training.step import Engine
 from mlx_edgelora.training.trained import Trained
 from mlx_edgelora.training.training_loss import check_loss, training_loss
@@ -109,6 +111,40 @@ def open_engine(
         yield engine, _tokenizer(lazy), lazy.vocabulary
 
 
+def plan_report(config: TrainConfig, labelled: float = 1.0) -> PlanReport:
+    """Whether a run fits and how, from the headers of its model's shards alone.
+
+    Args:
+        config: the options of the run; without data every row has max_seq_length tokens.
+        labelled: share of them with labels, without data.
+
+    Raises:
+        EdgeLoraError: as `finetune`, but not where the budget is too small.
+    """
+    sets: Sequence = ()
+    if config.data or config.hf_dataset or config.model is None:
+        config = _with_embedded(config)
+    with headers_of(config.model) as path:
+        lazy = open_model(str(path), streamed=False, quantize=None, cache=_cache(config))
+        if config.quantize is not None:
+            quantized(lazy, config.quantize)
+        _adapt(lazy.model, config)
+        if config.data or config.hf_dataset:
+            found = _data(config, _tokenizer(lazy), lazy.vocabulary, lambda line: None)
+            sets = [dataset for dataset in found if dataset is not None]
+        folder = Path(_spill_place(config)[0])
+        asked = asked_plan(config, lazy, sets, _user_cache(), folder, labelled)
+        fits = True
+        if asked.choice is None:
+            try:
+                asked = searched(asked)
+            except EdgeLoraError:
+                asked, fits = too_small(asked), False
+        if config.plan_out is not None and fits:
+            _write_plan(config, asked)
+        return PlanReport(asked, fits)
+
+
 def _adapted(config: TrainConfig, streamed: bool = False) -> LazyModel:
     """The model with adapters; nothing of it is read, unless it has to be rewritten first."""
     lazy = open_model(
@@ -147,12 +183,19 @@ def _chosen(
     config: TrainConfig, lazy: LazyModel, sets: Sequence, notify: Callable[[str], None]
 ) -> RunPlan:
     """The plan of the run, told and written down."""
-    chosen = run_plan(config, lazy, sets, _user_cache(), Path(_spill_place(config)[0]))
+    folder = Path(_spill_place(config)[0])
+    chosen = asked_plan(config, lazy, sets, _user_cache(), folder)
+    if chosen.choice is None:
+        chosen = searched(chosen)
     notify(chosen.table())
     if config.plan_out is not None:
-        text = chosen.plan.json().encode()
-        write_atomically({Path(config.plan_out): lambda file: file.write(text)})
+        _write_plan(config, chosen)
     return chosen
+
+
+def _write_plan(config: TrainConfig, chosen: RunPlan) -> None:
+    text = chosen.plan.json().encode()
+    write_atomically({Path(config.plan_out): lambda file: file.write(text)})
 
 
 class _Watch(TrainingCallback):

@@ -43,7 +43,7 @@ class RunPlan:
         load: the largest batch.
         machine: where.
         budget: most memory.
-        choice: the plan of the largest batch.
+        choice: the plan of the largest batch; None before it is searched for.
         fixed: choices that were made by options.
         varies: whether smaller batches may be computed by other plans.
     """
@@ -54,12 +54,12 @@ class RunPlan:
         load: Load,
         machine: Machine,
         budget: Budget,
-        choice: Choice,
+        choice: Choice | None,
         fixed: dict[str, Any],
         varies: bool,
     ) -> None:
         self.shape, self.load, self.machine, self.budget = shape, load, machine, budget
-        self.choice, self._fixed, self._varies = choice, fixed, varies
+        self.choice, self.fixed, self._varies = choice, fixed, varies
         self._variants: dict[Load, Plan] = {}
         self._correction = 1.0
 
@@ -67,6 +67,11 @@ class RunPlan:
     def plan(self) -> Plan:
         """Of the largest batch."""
         return self.choice.plan
+
+    def by(self, choice: Choice) -> "RunPlan":
+        """The same run by another plan."""
+        arguments = self.shape, self.load, self.machine, self.budget
+        return RunPlan(*arguments, choice, self.fixed, self._varies)
 
     def of(self, batch: Batch) -> Plan:
         """The plan of a batch: the run's own, or a faster one where a smaller batch allows it."""
@@ -78,7 +83,7 @@ class RunPlan:
         labelled = min(self.load.labelled, rows * tokens)
         load = Load(rows, tokens, labelled)
         if load not in self._variants:
-            fixed = self._fixed | {name: getattr(self.plan, name) for name in LASTING}
+            fixed = self.fixed | {name: getattr(self.plan, name) for name in LASTING}
             found = plan(self.shape, load, self.machine, self.budget.bytes, fixed, self._correction)
             self._variants[load] = found.plan
         return self._variants[load]
@@ -97,7 +102,7 @@ class RunPlan:
         self._correction = measured / self.choice.peak
         # Weights that are the model's own stay there; those that were read can be let go.
         lasting = [n for n in LASTING if n != "streamed_blocks" or not self.plan.streams]
-        fixed = self._fixed | {name: getattr(self.plan, name) for name in lasting}
+        fixed = self.fixed | {name: getattr(self.plan, name) for name in lasting}
         arguments = self.shape, self.load, self.machine, self.budget.bytes
         self.choice = plan(*arguments, fixed, self._correction)
         self._variants.clear()
@@ -116,27 +121,33 @@ class RunPlan:
         return "\n".join(lines)
 
 
-def run_plan(
-    config: TrainConfig, lazy: LazyModel, datasets: Sequence, cache: Path, folder: Path
+def asked_plan(
+    config: TrainConfig,
+    lazy: LazyModel,
+    datasets: Sequence,
+    cache: Path,
+    folder: Path,
+    labelled: float = 1.0,
 ) -> RunPlan:
-    """Settle the plan of a run.
+    """What is asked for, and the plan where it need not be searched for.
 
     Args:
-        config: its options.
+        config: the options of the run.
         lazy: the adapted model; nothing of it is read.
         datasets: whose longest batch is planned for; without any, max_seq_length is.
         cache: folder of what was measured of this machine.
         folder: of scratch files.
+        labelled: share of tokens with labels, where there are no data sets.
 
     Raises:
-        EdgeLoraError: no plan fits the budget, or a plan's file is none.
+        EdgeLoraError: a plan's file is none.
     """
     dtype = DTYPES[config.dtype] if config.dtype else None
     shape = shape_of(lazy.model, lazy.vocabulary, dtype)
     tokens, labels = largest_batch(datasets, config.batch_size, config.max_seq_length)
     if not tokens:
         tokens = config.max_seq_length - 1
-        labels = config.batch_size * tokens
+        labels = max(1, round(labelled * config.batch_size * tokens))
     load = Load(config.batch_size, tokens, labels)
     kernel, _ = resolve_kernel(config.kernel)
     machine = machine_here(cache, folder, dtype or _dtype_of(lazy), kernel)
@@ -150,11 +161,19 @@ def run_plan(
     budget = Budget(config.memory_budget, "as asked")
     if config.memory_budget is None:
         budget = Budget(*default_budget())
-    fixed = _fixed(config)
-    choice = plan(shape, load, machine, budget.bytes, fixed)
-    named = replace(choice.plan, reason=f"the fastest within {gigabytes(budget.bytes)}")
-    choice = replace(choice, plan=named)
-    return RunPlan(shape, load, machine, budget, choice, fixed, varies=True)
+    return RunPlan(shape, load, machine, budget, None, _fixed(config), varies=True)
+
+
+def searched(asked: RunPlan) -> RunPlan:
+    """The run by the fastest plan within its budget.
+
+    Raises:
+        EdgeLoraError: none fits.
+    """
+    budget = asked.budget.bytes
+    choice = plan(asked.shape, asked.load, asked.machine, budget, asked.fixed)
+    named = replace(choice.plan, reason=f"the fastest within {gigabytes(budget)}")
+    return asked.by(replace(choice, plan=named))
 
 
 def expected(shape: ModelShape, load: Load, given: Plan, machine: Machine) -> Choice:

@@ -1,0 +1,54 @@
+"""`python -m mlx_edgelora.plan`: whether a run fits, before anything is downloaded or read."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from mlx_edgelora.config import config_from_cli
+from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.training.files import write_atomically
+from mlx_edgelora.training.finetune import plan_report
+
+# Exit statuses.
+FITS, DOES_NOT_FIT, WRONG = 0, 1, 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns 0 where the run fits, 1 where not, 2 for what the user can mend."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mlx_edgelora.plan",
+        description="Tell whether a run fits into memory and how, without reading any weights. "
+        "Takes every option of mlx_edgelora.train as well; without --data all rows have "
+        "--max-seq-length tokens.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--plot", metavar="FILE", help="write a picture (with the plot extra)")
+    parser.add_argument(
+        "--labelled", type=float, default=1.0, metavar="SHARE", help="of tokens, without --data"
+    )
+    try:
+        own, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+        if not 0 < own.labelled <= 1:
+            raise EdgeLoraError(
+                f"--labelled: got {own.labelled}, expected a number above 0 and at most 1"
+            )
+        if own.plot and find_spec("matplotlib") is None:
+            raise EdgeLoraError(
+                "--plot: matplotlib is not installed, expected it; install mlx_edgelora[plot]"
+            )
+        config = config_from_cli(rest)
+        report = plan_report(config, own.labelled)
+        print(report.json() if own.json else report.table())
+        if own.plot:
+            write_atomically({Path(own.plot): report.plot})
+    except EdgeLoraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return WRONG
+    return FITS if report.fits else DOES_NOT_FIT
+
+
+if __name__ == "__main__":
+    sys.exit(main())
