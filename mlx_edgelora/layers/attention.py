@@ -117,12 +117,12 @@ def attention_backward(
     q: mx.array,
     k: mx.array,
     v: mx.array,
-    output: mx.array,
-    statistics: mx.array,
+    forward: tuple[mx.array, mx.array],
     cotangent: mx.array,
     *,
     scale: float,
     mask: Mask,
+    dq: mx.array | None = None,
     tile_bytes: int = TILE_BYTES,
 ) -> list[mx.array]:
     """The gradients of q, k and v through some of the keys a query sees.
@@ -132,12 +132,14 @@ def attention_backward(
             part of those that made `output`, and the mask is theirs: of a band's queries,
             whose positions count from the first key of the part, some or all may see
             nothing. Over all parts the gradients of q add up.
-        output, statistics: of `attention_forward` over all keys.
+        dq: those of q through other parts, float32: the sum is returned, in the same memory if
+            nothing else holds it. By default that of this part alone, in the dtype of `q`.
+        forward: output and statistics of `attention_forward` over all keys.
         cotangent: of the output.
     """
     _check(q, k, v, mask, None, tile_bytes)
     grid = Grid(*_call(q, k, v, scale, mask, None, tile_bytes))
-    return backward(grid, cotangent, output, statistics)
+    return backward(grid, cotangent, *forward, dq)
 
 
 def _call(

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from mlx_edgelora.layers.order import stop, wait
+
 # So many tiles of a head are more operations than MLX allocates ahead (measured: 1 is not).
 IN_PLACE_TILES = 3
 LOG2E = log2(e)
@@ -87,7 +89,7 @@ class Grid:
     def rows(self, x: mx.array, unit: Unit, rows: Span, after: list[mx.array]) -> mx.array:
         """Rows of [B, H, Tq, n] as float32 [key heads, group * rows, n]."""
         entry, first, last = unit
-        tile = _wait([x[entry, first * self.group : last * self.group, slice(*rows)]], after)[0]
+        tile = wait([x[entry, first * self.group : last * self.group, slice(*rows)]], after)[0]
         return tile.astype(mx.float32).reshape(last - first, -1, x.shape[-1])
 
     def heads(self, tile: mx.array) -> mx.array:
@@ -100,7 +102,7 @@ class Grid:
         """The masked scores of one tile, and its keys and values in float32."""
         entry, first, last = unit
         parts = [x[entry, first:last, slice(*keys)] for x in (self.k, self.v)]
-        k, v, *hidden = _wait(parts + self.hidden(unit, rows, keys), after)
+        k, v, *hidden = wait(parts + self.hidden(unit, rows, keys), after)
         k, v = k.astype(mx.float32), v.astype(mx.float32)
         scores = queries @ k.swapaxes(-1, -2)
         if hidden:
@@ -183,10 +185,16 @@ def _row_forward(grid: Grid, unit: Unit, rows: Span, after: list[mx.array]) -> l
 
 
 def backward(
-    grid: Grid, cotangent: mx.array, output: mx.array, statistics: mx.array
+    grid: Grid,
+    cotangent: mx.array,
+    output: mx.array,
+    statistics: mx.array,
+    dq: mx.array | None = None,
 ) -> list[mx.array]:
-    """The gradients of q, k, v and, if there are any, sinks."""
+    """The gradients of q, k, v and, if there are any, sinks; that of q is added to `dq`."""
     gradients = [_Joined(x, x.shape[-1]) for x in (grid.q, grid.k, grid.v)]
+    if dq is not None:
+        gradients[0] = _Joined(grid.q, dq.shape[-1], total=dq)
     saved = (grid.q, cotangent, output, statistics)
     after, dsinks = [cotangent], []
     for unit in grid.units:
@@ -248,16 +256,30 @@ def _row_backward(
 
 
 class _Joined:
-    """An array like `like` but for its last axis, filled by [heads, rows, size] in turn."""
+    """An array like `like` but for its last axis, filled by [heads, rows, size] in turn.
 
-    def __init__(self, like: mx.array, size: int, dtype: mx.Dtype | None = None) -> None:
+    With a `total` they are added to it, and in its place if nobody else holds it.
+    """
+
+    def __init__(
+        self,
+        like: mx.array,
+        size: int,
+        dtype: mx.Dtype | None = None,
+        total: mx.array | None = None,
+    ) -> None:
         self.shape = (*like.shape[:3], size)
-        self.whole = mx.zeros((self.shape[0] * self.shape[1], *self.shape[2:]), dtype or like.dtype)
+        flat = (self.shape[0] * self.shape[1], *self.shape[2:])
+        self.adds = total is not None
+        self.whole = total.reshape(flat) if self.adds else mx.zeros(flat, dtype or like.dtype)
         self.filled = 0
 
     def add(self, pieces: list[mx.array], wait: bool) -> mx.array:
         """Write the next heads, given in pieces of their rows; returns what to wait for."""
         heads = mx.concatenate(pieces, axis=1).astype(self.whole.dtype)
+        if self.adds:
+            heads = heads + self.whole[self.filled : self.filled + len(heads)]
+            stop([heads])  # written in place only when nothing reads it any more
         self.whole[self.filled : self.filled + len(heads)] = heads
         self.filled += len(heads)
         return self.whole if wait else heads
@@ -270,15 +292,6 @@ def _spans(count: int, most: int) -> list[Span]:
     """Cut `count` into pieces of nearly one size, at most `most`."""
     size = -(-count // -(-count // most))
     return [(start, min(start + size, count)) for start in range(0, count, size)]
-
-
-def _wait(arrays: list[mx.array], after: list[mx.array]) -> list[mx.array]:
-    """The same arrays, usable when `after` is there.
-
-    Only so is one tile alive after the other; and a compiled graph cannot merge what the
-    backward makes from them with the same thing in the forward, and keep that in between.
-    """
-    return mx.depends(arrays, after) if after else arrays
 
 
 def _exp2(x: mx.array) -> mx.array:

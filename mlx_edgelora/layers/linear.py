@@ -23,6 +23,7 @@ from mlx_lm.tuner.lora import LoRALinear as MlxLoRALinear
 from mlx_lm.tuner.lora import LoRASwitchLinear as MlxLoRASwitchLinear
 
 from mlx_edgelora.layers.dequantize import dequantize
+from mlx_edgelora.layers.order import wait
 
 # One dequantized tile. MLX allocates some tiles ahead of their use, so the cost is a few of
 # them; at 8192 x 3072 tiles of 2 to 20 MiB took the same time, and 17 to 92 MiB in all.
@@ -46,13 +47,14 @@ def frozen_matmul(
         x: [..., in], floating.
         weight, scales, biases: as `mx.quantize` returns them for [out, in].
         group_size, bits, mode: how they were packed.
-        tile_bytes: bound on one dequantized tile, at least one row of it.
+        tile_bytes: bound on one dequantized tile in float32, at least one row of it. In 16 bits
+            it has as many rows: what unpacking makes on the way does not shrink by half.
 
     Returns:
         [..., out] in the dtype of `x`, differentiable in `x` only.
     """
     in_dims = x.shape[-1]
-    rows = max(1, tile_bytes // (in_dims * x.dtype.size))
+    rows = max(1, tile_bytes // (4 * in_dims))
     packed = (weight, scales) if biases is None else (weight, scales, biases)
     return _product(group_size, bits, mode, rows)(x, *packed)
 
@@ -67,10 +69,7 @@ def _product(group_size: int, bits: int, mode: str, rows: int) -> mx.custom_func
         packed: tuple, start: int, stop: int, after: mx.array | None, dtype: mx.Dtype
     ) -> mx.array:
         tile = [array[start:stop] for array in packed]
-        if after is not None:
-            # Only then is one tile alive at a time; and a compiled graph must not
-            # merge the backward's tile with the forward's and keep it in between.
-            tile = mx.depends(tile, [after])
+        tile = wait(tile, [] if after is None else [after])
         # In the activations' dtype, whatever the scales are kept in; uint8 scales are no numbers.
         floats = [a if a.dtype == mx.uint8 else a.astype(dtype) for a in tile[1:]]
         dense = dequantize(tile[0], *floats, group_size=group_size, bits=bits, mode=mode)

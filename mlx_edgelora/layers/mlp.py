@@ -27,6 +27,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_edgelora.layers.dequantize import dequantize
+from mlx_edgelora.layers.order import wait
 
 # Three pieces of weights and what is made of 1024 tokens: at 3072 x 8192 slices of 4 to 32 MiB
 # took the same time but for noise.
@@ -238,7 +239,7 @@ def _forward(x: mx.array, s: _Slices) -> mx.array:
             after = [t for t in total if t is not None]
     pieces = []
     for y, z in sums:
-        piece = y.astype(s.dtype)
+        piece = wait([y], after)[0].astype(s.dtype)
         if down_lora is not None:
             piece = piece + z.astype(s.dtype) @ down_lora[1]
         pieces.append(piece if s.down.bias is None else piece + s.down.bias.astype(s.dtype))
@@ -345,11 +346,6 @@ def _total(terms: list[mx.array]) -> mx.array:
     for term in terms[1:]:
         total = total + term.astype(mx.float32)
     return total
-
-
-def wait(arrays: list[mx.array], after: list[mx.array]) -> list[mx.array]:
-    """The same arrays, usable when `after` is there, so that one slice is alive at a time."""
-    return mx.depends(arrays, after) if after else arrays
 
 
 def _spans(count: int, step: int) -> list[Span]:

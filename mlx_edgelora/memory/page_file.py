@@ -164,9 +164,13 @@ class Section:
             self._meter.add_written(place.nbytes)
         self._drop()
 
-    def read(self) -> dict[Hashable, mx.array]:
-        """All arrays, evaluated copies. Memory: these."""
-        arrays = {name: self._copy(place) for name, place in self._places.items()}
+    def read(self, without: str = "") -> dict[Hashable, mx.array]:
+        """All arrays but those of the child `without`, evaluated copies. Memory: these."""
+        arrays = {
+            name: self._copy(place)
+            for name, place in self._places.items()
+            if not without or not name.startswith(f"{without}.")
+        }
         self._drop()
         return arrays
 

@@ -87,7 +87,7 @@ class Plan:
             adapters="paged",
             tile_tokens=FLOOR_TOKENS,
             halves=True,
-            mlp_bytes=8 * MIB,
+            mlp_bytes=4 * MIB,
             loss_bytes=16 * MIB,
             cache_bytes=16 * MIB,
             reason="the least memory, as asked",

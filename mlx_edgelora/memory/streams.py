@@ -57,11 +57,13 @@ class Sums:
 
     def __init__(self) -> None:
         self.values: dict[str, mx.array] = {}
+        self._specs: dict[str, tuple[tuple[int, ...], mx.Dtype]] = {}
         self._totals: dict[str, mx.array] = {}
 
     def of(self, values: dict[str, mx.array]) -> "Sums":
         """The same sums, for another visit."""
         self.values = values
+        self._specs |= {name: (value.shape, value.dtype) for name, value in values.items()}
         return self
 
     def add(self, names: list[str], gradients: list[mx.array]) -> None:
@@ -71,10 +73,10 @@ class Sums:
         mx.eval([self._totals[name] for name in names])
 
     def totals(self) -> dict[str, mx.array]:
-        """All sums; zeros where nothing was added."""
-        zeros = {n: mx.zeros_like(v) for n, v in self.values.items() if n not in self._totals}
+        """Sums of all visits' arrays; zeros where nothing was added."""
+        zeros = {n: mx.zeros(*spec) for n, spec in self._specs.items() if n not in self._totals}
         mx.eval(zeros)
-        return {name: self._totals.get(name, zeros.get(name)) for name in self.values}
+        return {name: self._totals.get(name, zeros.get(name)) for name in self._specs}
 
 
 class KeySums:
@@ -89,10 +91,14 @@ class KeySums:
         self._there: set[int] = set()
 
     def add(self, index: int, row: slice, pair: list[mx.array], batch: int) -> None:
-        """Add gradients [b, Hkv, t, D] of the keys and values of a tile, of `batch` rows' some."""
-        pair = [gradient.astype(mx.float32) for gradient in pair]
+        """Add gradients [b, Hkv, t, D] of the keys and values of a tile, of `batch` rows' some.
+
+        They are taken out of `pair`.
+        """
         there = index in self._there
-        for number, more in enumerate(pair):
+        for number in range(2):  # one after the other: of both there would be twice as much
+            more = pair[number].astype(mx.float32)
+            pair[number] = None
             if there:
                 total = self._stream.get(2 * index + number)
             elif more.shape[0] < batch:
@@ -105,11 +111,10 @@ class KeySums:
                 total = total + more
             else:
                 total[row] = total[row] + more
-            pair[number] = total
-        del more, total
-        mx.eval(pair)
-        for number, total in enumerate(pair):
+            del more
+            mx.eval(total)
             self._stream.put(2 * index + number, total)
+            del total
         self._there.add(index)
 
     def take(self, index: int) -> list[mx.array] | None:

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from mlx_edgelora.layers import attention
+from mlx_edgelora.layers.order import stops
 from mlx_edgelora.memory.profile import phase
 from mlx_edgelora.memory.streams import KeySums, Stream, Sums, joined, split, spread
 from mlx_edgelora.model.blocks import Slot, bound
@@ -87,7 +88,9 @@ class TiledBlock:
                 continue
             pieces = split(middle.get(index), places)
             for number, place in enumerate(places):
-                pieces[number] = self.parts.rest(pieces[number], place)
+                with stops() as found:
+                    pieces[number] = self.parts.rest(pieces[number], place)
+                found.eval()
                 mx.eval(pieces[number])
             put(index, joined(pieces))
 
@@ -257,7 +260,8 @@ class TiledBlock:
     def _queries(self, x: mx.array, place: Place) -> Asked:
         asked = self.parts.before(x, place)
         mx.eval(asked.q)
-        return asked
+        # Keys and values, never computed here, would keep what they are made of.
+        return asked._replace(k=None, v=None)
 
     def _attend(
         self, asked: Asked, place: Place, keys: mx.array, values: mx.array
@@ -268,7 +272,9 @@ class TiledBlock:
         if attention.use_fused(asked.q, keys, values, mask=mask, sinks=asked.sinks)[0]:
             result = mx.fast.scaled_dot_product_attention(asked.q, keys, values, **options), None
         else:
-            result = attention.attention_forward(asked.q, keys, values, **options)
+            with stops() as order:
+                result = attention.attention_forward(asked.q, keys, values, **options)
+            order.eval()
         mx.eval(result)
         return result
 
@@ -299,24 +305,23 @@ class TiledBlock:
                     part = [_within(d, seen, span) for d in pair]
                     sums.add(index, row, part, keys.shape[0])
             return dq
-        dq = None
+        dq = mx.zeros(asked.q.shape)
         for index, span in enumerate(self.spans):
             sees, mask = mask_at(asked.mask, place, span)
             if not sees:
                 continue
             part = [x[row, :, span.start : span.stop] for x in (keys, values)]
-            more, *pair = attention.attention_backward(
-                asked.q,
-                *part,
-                attended,
-                statistics,
-                cotangent,
-                scale=asked.scale,
-                mask=tiled_mask(mask, asked.q.shape[2], span.stop - span.start),
-            )
-            more = more.astype(mx.float32)
-            dq = more if dq is None else dq + more
-            del more
+            with stops() as order:
+                dq, *pair = attention.attention_backward(
+                    asked.q,
+                    *part,
+                    (attended, statistics),
+                    cotangent,
+                    scale=asked.scale,
+                    mask=tiled_mask(mask, asked.q.shape[2], span.stop - span.start),
+                    dq=dq,
+                )
+            order.eval()
             mx.eval(dq, pair)
             sums.add(index, row, pair, keys.shape[0])
         return dq.astype(asked.q.dtype)
@@ -347,10 +352,15 @@ class TiledBlock:
 
         def bound_function(*primals: mx.array) -> list[mx.array]:
             with bound(self.slots, dict(zip(names, primals[: len(names)], strict=True))):
-                return function(*primals[len(names) :])
+                results = function(*primals[len(names) :])
+            order.clear()  # a gradient needs little of the forward
+            return results
 
-        _, found = mx.vjp(bound_function, primals, cotangents)
+        with stops() as order:
+            _, found = mx.vjp(bound_function, primals, cotangents)
         del primals, cotangents
+        if onward:
+            order.eval()
         results = found[len(names) :]
         mx.eval(found[: len(names)], results if onward else [])
         gradients.add(names, found[: len(names)])

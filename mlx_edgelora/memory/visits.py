@@ -38,7 +38,7 @@ class Visits:
             without: a child of the block that is not computed in this visit.
         """
         with phase("load", index):
-            arrays = self.weights.block(index, without) | self.adapters.block(index)
+            arrays = self.weights.block(index, without) | self.adapters.block(index, without)
             self.read_ahead(following)
             mx.eval(arrays)
         return arrays
@@ -50,8 +50,12 @@ class Visits:
 
     @contextmanager
     def bound(self, index: int, following: int | None, without: str = "") -> Iterator[Arrays]:
-        """Bind a block's arrays for a visit; gives those that are trained."""
+        """Bind a block's arrays for a visit; gives those that are trained in it."""
         block, arrays = self._blocks.blocks[index], self.arrays(index, following, without)
-        own = tree_flatten(block.trainable_parameters())
+        own = [
+            (name, value)
+            for name, value in tree_flatten(block.trainable_parameters())
+            if not without or not name.startswith(f"{without}.")
+        ]
         with bound(array_slots(block), arrays):
             yield {name: arrays.get(name, value) for name, value in own}

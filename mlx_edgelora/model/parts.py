@@ -46,11 +46,11 @@ Place = Span | Picked
 
 
 class Asked(NamedTuple):
-    """What a block asks of attention: q [B, H, t, D], k and v [B, Hkv, t, D]."""
+    """What a block asks of attention: q [B, H, t, D], k and v [B, Hkv, t, D], if they are kept."""
 
     q: mx.array
-    k: mx.array
-    v: mx.array
+    k: mx.array | None
+    v: mx.array | None
     scale: float
     mask: mx.array | str | None
     sinks: mx.array | None

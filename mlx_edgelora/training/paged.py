@@ -57,13 +57,13 @@ class PagedTrained:
             raise
 
     def block(self, index: int, without: str = "") -> Arrays:
-        """Read a block's parameters.
+        """Read a block's parameters, but for those of the child `without`.
 
         Raises:
             EdgeLoraError: an update was broken off.
         """
         self._update.check()
-        return self._parameters[index].read() if index in self._parameters else {}
+        return self._parameters[index].read(without) if index in self._parameters else {}
 
     def prefetch(self, index: int) -> None:
         """Let the system read ahead."""

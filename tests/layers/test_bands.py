@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peaks import above, lowest
 from test_tiled_attention import (
     METAL,
     SCALE,
@@ -23,6 +24,7 @@ from mlx_edgelora.layers.attention import (
     attention_forward,
     tiled_attention,
 )
+from mlx_edgelora.layers.order import stops
 
 
 def array_of(band, keys):
@@ -73,20 +75,17 @@ def test_gradients_of_parts_of_the_keys_are_those_of_all(shape, drawn, tile_byte
     (q, k, v), cotangent = inputs(*shape, len(band.positions), keys, 7, 5)
     options = {"scale": SCALE, "tile_bytes": tile_bytes}
     output, statistics = attention_forward(q, k, v, mask=band, sinks=None, **options)
-    dq, dkv = mx.zeros(q.shape), []
+    dq, total, dkv = mx.zeros(q.shape), mx.zeros(q.shape), []
     for start in range(0, keys, part):
         at = band.positions
         shifted = range(at.start - start, at.stop - start) if isinstance(at, range) else at - start
-        more, *pair = attention_backward(
-            q,
-            *(x[:, :, start : start + part] for x in (k, v)),
-            output,
-            statistics,
-            cotangent,
-            mask=Band(shifted, band.window),
-            **options,
-        )
+        arrays = q, *(x[:, :, start : start + part] for x in (k, v))
+        arrays += (output, statistics), cotangent
+        options["mask"] = Band(shifted, band.window)
+        more, *pair = attention_backward(*arrays, **options)
+        total, *_ = attention_backward(*arrays, dq=total, **options)
         dq, dkv = dq + more, [*dkv, pair]
+    assert_same([total], [dq], cotangent, 1e-6)
     got = [output, dq, *(mx.concatenate(x, axis=2) for x in zip(*dkv, strict=True))]
     mask = array_of(band, keys)
     expected = both(lambda *x: plain_attention(*x, mask=mask), [q, k, v], cotangent)
@@ -128,8 +127,7 @@ def test_a_gradient_of_keys_nobody_sees_is_zero_and_costs_no_product():
         q[:, :, 20:],
         k[:, :, :10],
         v[:, :, :10],
-        output[:, :, 20:],
-        statistics[:, :, 20:],
+        (output[:, :, 20:], statistics[:, :, 20:]),
         cotangent[:, :, 20:],
         scale=SCALE,
         mask=Band(range(20, 40), 5),
@@ -174,3 +172,27 @@ def test_a_band_is_never_fused():
     fused, reason = choice(METAL, mask=Band(range(256), 9))
     assert not fused
     assert "band" in reason
+
+
+def test_gradients_of_queries_are_added_up_in_place(memory):
+    """In 16 bits a sum beside each part, and the part in both widths, would be twice as much."""
+    (q, k, v), cotangent = inputs(1, 32, 2, 256, 256, 64, 64, mx.bfloat16)
+    options = {"scale": SCALE, "mask": Band(range(256)), "tile_bytes": 2**17}
+    output, statistics = attention_forward(q, k, v, sinks=None, **options)
+    mx.eval(q, k, v, cotangent, output, statistics)
+    held = [mx.zeros(q.shape)]
+    mx.eval(held)
+
+    def add_part():
+        with stops() as order:
+            dq, *pair = attention_backward(
+                q, k, v, (output, statistics), cotangent, dq=held.pop(), **options
+            )
+        order.eval()
+        mx.eval(dq, pair)
+        held.append(dq)
+
+    add_part()
+    sums = held[0].nbytes
+    # Beside it: tiles of scores, and a key head's results as well as its part of the sum.
+    assert lowest(lambda: above(add_part), sums) < sums

@@ -18,9 +18,12 @@ from harness import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx import nn
-from peaks import ROUNDS, begin, growth
+from peaks import ROUNDS, above, begin, growth, lowest
 
+from mlx_edgelora.layers.order import Stops
 from mlx_edgelora.memory.profile import recording
+from mlx_edgelora.memory.streams import KeySums
+from mlx_edgelora.memory.tiles import TiledBlock
 from mlx_edgelora.model.blocks import BlockList
 from mlx_edgelora.model.mlp import gated_form, slice_mlps
 from mlx_edgelora.model.parts import Picked, Span, mask_at
@@ -190,3 +193,65 @@ def test_nothing_of_tokens_by_hidden_is_held(tmp_path, memory):
     # The same measurement, far beyond the bound: tiles kept in memory, and whole blocks.
     assert grown(tile_tokens=64, spilled=False) > one
     assert grown(tile_tokens=None) > 4 * one
+
+
+def test_pieces_are_evaluated_a_slice_at_a_time(tmp_path, monkeypatch):
+    """What that saves is measured in `tests/layers/test_order.py`."""
+    found, evaluate = {}, Stops.eval
+
+    def watched(order):
+        phase = profile._stack[-1][0]
+        found[phase] = max(found.get(phase, 0), len(order._stops))
+        evaluate(order)
+
+    monkeypatch.setattr(Stops, "eval", watched)
+    folder = save(tmp_path, "llama", True, intermediate_size=256)
+    with closing(engine(folder, tile_tokens=16, halves=True, prefetch=False)) as ours:
+        slice_mlps(ours._walk.blocks, 1)
+        with recording() as profile:
+            ours.value_and_grad(random_batch(1, 16, share=2.0))
+    group = quantizable()["group_size"]
+    assert found["forward"] >= 256 // group - 1
+    assert found["MLP backward"] >= 256 // group - 1
+    assert {"recompute", "attention backward"} <= set(found)
+
+
+def test_queries_do_not_keep_what_keys_would_be_made_of(tmp_path, monkeypatch):
+    """Never computed, they hold the normalized input: one more array of a tile."""
+    attend, asked = TiledBlock._attend, []
+
+    def watched(block, ask, *rest):
+        asked.append(ask)
+        return attend(block, ask, *rest)
+
+    monkeypatch.setattr(TiledBlock, "_attend", watched)
+    with closing(engine(save(tmp_path, "llama", True), tile_tokens=5)) as ours:
+        ours.value_and_grad(random_batch())
+    assert asked
+    assert all(ask.k is None and ask.v is None for ask in asked)
+
+
+def test_sums_of_keys_and_of_values_are_made_one_after_the_other(memory):
+    class OnDisk(dict):
+        def put(self, number, array):
+            self[number] = np.array(array)
+
+        def get(self, number):
+            return mx.array(self[number])
+
+        forget = dict.pop
+
+    sums, shape, added = KeySums(OnDisk()), (1, 8, 512, 64), []
+
+    def add():
+        pair = [mx.ones(shape, mx.bfloat16), mx.ones(shape, mx.bfloat16)]
+        mx.eval(pair)
+        sums.add(0, slice(None), pair, 1)
+        added.append(1)
+
+    add()
+    one = 4 * 8 * 512 * 64
+    # Both gradients in 16 bits; of one of them float32, its sum before, and after.
+    assert lowest(lambda: above(add), 4.1 * one) < 4.1 * one
+    for total in sums.take(0):
+        assert (total == len(added)).all().item()

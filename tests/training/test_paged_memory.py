@@ -1,7 +1,7 @@
 """What paging saves: neither MLX's peak nor the process grows with the number of blocks."""
 
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -9,7 +9,7 @@ import mlx.optimizers as optimizers
 import pytest
 from architectures import add_lora, narrow_llama
 from harness import random_batch
-from peaks import Stepped, growth_with_depth, held
+from peaks import Stepped, growth_with_depth, held, nbytes
 
 from mlx_edgelora.memory.blockwise import BlockWalk
 from mlx_edgelora.memory.meter import DiskMeter, footprint
@@ -128,3 +128,22 @@ def test_pages_that_are_kept_would_be_seen(memory, tmp_path, monkeypatch):
     monkeypatch.setattr(PageFile, "drop", lambda *_: None)
     _, resident = rounds(tmp_path)
     assert resident > 56 * MIB
+
+
+def test_a_half_of_a_block_reads_its_own_adapters(tmp_path):
+    """So a step reads each once in the forward and once in the backward, and holds no others."""
+    model, meter = model_of(2), DiskMeter()
+    size = nbytes(model.trainable_parameters())
+    with (
+        closing(PagedTrained(model, tmp_path, meter)) as trained,
+        closing(MappedStore(tmp_path)) as store,
+    ):
+        walk = BlockWalk(
+            model, store, adapters=trained, tile_tokens=16, prefetch=False, halves=True
+        )
+        engine = Engine(model, walk, None, DiskMeter(), trained=trained)
+        engine.value_and_grad(random_batch())  # the first one also tries what can be tiled
+        before, gradients = meter.read_bytes, {}
+        engine.backward(random_batch(), gradients.update)
+    assert meter.read_bytes - before == 2 * size
+    assert nbytes(gradients) == size

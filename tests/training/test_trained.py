@@ -286,6 +286,9 @@ def test_blocks_are_given_by_their_local_names(tmp_path):
         trained.prefetch(index)
         local = {n[len(prefix) :]: v for n, v in expected.items() if n.startswith(prefix)}
         same(trained.block(index), local)
+        half = trained.block(index, without="mlp")
+        same(half, {name: value for name, value in local.items() if "mlp." not in name})
+        assert 0 < len(half) < len(local)
     trained.close()
 
 
