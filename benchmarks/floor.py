@@ -30,6 +30,7 @@ import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from types import ModuleType
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -69,13 +70,10 @@ PUBLISHED = {
 PLENTY = Plan(streamed_blocks=0, head="resident", ram_blocks=None, tile_tokens=4096)
 
 
-def checkpoint(cache: Path, shape: str, blocks: int) -> Path:
-    """Write random 4-bit weights of a shape, one tensor at a time, unless they are there."""
-    folder = cache / f"{shape}-{blocks}"
-    if (folder / "config.json").exists():
-        return folder
+def config_of(shape: str, blocks: int) -> tuple[ModuleType, dict]:
+    """The architecture of a shape, and its configuration with so many blocks."""
     module, _, hidden, intermediate, heads, kv_heads, vocabulary = SHAPES[shape]
-    config = COMMON | {
+    return module, COMMON | {
         "model_type": module.__name__.rpartition(".")[2],
         "hidden_size": hidden,
         "intermediate_size": intermediate,
@@ -84,6 +82,14 @@ def checkpoint(cache: Path, shape: str, blocks: int) -> Path:
         "vocab_size": vocabulary,
         "num_hidden_layers": blocks,
     }
+
+
+def checkpoint(cache: Path, shape: str, blocks: int) -> Path:
+    """Write random 4-bit weights of a shape, one tensor at a time, unless they are there."""
+    folder = cache / f"{shape}-{blocks}"
+    if (folder / "config.json").exists():
+        return folder
+    module, config = config_of(shape, blocks)
     mx.random.seed(0)
     model = module.Model(module.ModelArgs.from_dict(config))
     model.set_dtype(mx.bfloat16)
@@ -95,12 +101,12 @@ def checkpoint(cache: Path, shape: str, blocks: int) -> Path:
     return folder
 
 
-def stand_in() -> None:
-    """Let products of bfloat16 be those of 8 columns, in this process, for good."""
+def stand_in(*dtypes: mx.Dtype) -> None:
+    """Let products of some dtypes be those of 8 columns, in this process, for good."""
     product, add_product = mx.array.__matmul__, mx.addmm
 
     def cut(a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
-        long = a.dtype == mx.bfloat16 and a.shape[-1] > 8
+        long = a.dtype in dtypes and a.shape[-1] > 8
         return (a[..., :8], b[..., :8, :]) if long else (a, b)
 
     mx.array.__matmul__ = lambda a, b: product(*cut(a, b))
@@ -178,7 +184,7 @@ def measure(args: argparse.Namespace, blocks: int, tokens: int) -> dict[str, flo
     """Make steps and give the last one's figures."""
     mx.set_cache_limit(0)
     if args.stand_in:
-        stand_in()
+        stand_in(mx.bfloat16)
     run = Run(checkpoint(args.cache, args.shape, blocks), Plan.floor(), args)
     batch = random_batch(SHAPES[args.shape][-1], tokens, args.labelled)
     for _ in range(args.steps):

@@ -56,6 +56,12 @@ def stop(arrays: list[mx.array]) -> None:
         _recording[-1].add(arrays)
 
 
+def forget_stops() -> None:
+    """Drop the stops so far: what follows may not need all that lies before them."""
+    if _recording:
+        _recording[-1].clear()
+
+
 def wait(arrays: list[mx.array], after: list[mx.array]) -> list[mx.array]:
     """The same arrays, usable when `after` is there, so that one tile is needed at a time.
 

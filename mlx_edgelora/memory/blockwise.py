@@ -22,7 +22,7 @@ so this is the cheapest memory for time.
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.layers.order import forget_stops, stops
 from mlx_edgelora.memory.dropout import KeyTape, keyed_dropout
 from mlx_edgelora.memory.meter import eval_in_step
 from mlx_edgelora.memory.plan import Plan
@@ -465,8 +466,11 @@ class BlockWalk:
         if index > state.first and state.tiles is None:
             state.store.prefetch(index - 1 - state.first)
         with phase("backward", index):
-            gradients = self._vjp(state, index, list(trained), onward)(operands, call)
+            with nullcontext() if self._functions is not None else stops() as order:
+                gradients = self._vjp(state, index, list(trained), onward)(operands, call)
             del operands
+            if order is not None:  # tile by tile, so that MLX does not allocate ahead
+                order.eval()
             mx.eval(gradients)
         if onward:
             state.cotangent = gradients.pop()
@@ -579,7 +583,9 @@ def _block_vjp(
         def forward(*primals: mx.array) -> mx.array:
             values = frozen | dict(zip(names, primals[:-1], strict=True))
             with bound(slots, values), tape.playing(keys):
-                return called(primals[-1], *args, **kwargs)
+                out = called(primals[-1], *args, **kwargs)
+            forget_stops()  # the backward may not need all of the forward
+            return out
 
         _, gradients = mx.vjp(forward, [*trained, x], [cotangent])
         return gradients if onward else gradients[:-1]

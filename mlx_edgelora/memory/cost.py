@@ -98,7 +98,7 @@ class Memory:
         self.paged = plan.adapters == "paged"
         self.base = (
             shape.outside_bytes
-            + (shape.head_bytes if plan.head == "resident" else 0)
+            + (shape.head_bytes if plan.head == "resident" or not plan.streams else 0)
             + (count - streamed) * shape.block_bytes
             + shape.outside_adapter_bytes * (1 + MOMENTS)
         )
@@ -150,26 +150,29 @@ class Memory:
 
     def _by_tiles(self, wanted: Container[int]) -> Iterator[Phase]:
         shape, load = self.shape, self.load
-        keys = load.size * shape.keys * shape.itemsize
-        ram = self.ram_from == 0
+        keys, ram = self._keys(), self.ram_from == 0
+        streams = 2 if self.plan.halves else 1
+        labelled = min(load.labelled, load.size) * shape.hidden * shape.itemsize
+        # Of the last block the middle, and what goes into the backward, are of labelled tokens.
+        spared = (self.hidden - labelled) * (streams - 1)
         parts = [("attention", False), ("MLP", True)] if self.plan.halves else [("block", None)]
         yield Phase("load", None, self.base + self.hidden, "embedding", self._sizes(0))
         for index in filter(wanted.__contains__, range(shape.blocks)):
-            kept = max(0, index - self.first) * self.hidden * (2 if self.plan.halves else 1) * ram
+            kept = max(0, index - self.first) * self.hidden * streams * ram
             for name, mlp in parts:
                 held = self.base + kept + self._part(index, index + 1, mlp)
                 held += 0 if mlp else keys
                 kind = f"forward by tiles, {name}"
                 yield Phase("forward", index, held, kind, self._sizes(index))
-        kept = shape.adapted * self.hidden * (2 if self.plan.halves else 1) * ram
-        yield self._head(self.base + kept)
+        yield self._head(self.base + ram * (shape.adapted * self.hidden * streams - spared))
         for index in filter(wanted.__contains__, range(shape.blocks - 1, self.first - 1, -1)):
             above = shape.blocks - 1 - index
             for name, mlp in reversed(parts):
-                kept = (index + 1 - self.first) * self.hidden * ram
-                kept *= 2 if self.plan.halves else 1
-                kept += ram * (self.hidden + (0 if mlp else 2 * keys * FLOAT // shape.itemsize))
-                held = self.base + kept + self._gradients(above)
+                kept = (index + 1 - self.first) * self.hidden * streams + self.hidden
+                if above == 0:
+                    kept -= spared + self.hidden - labelled
+                kept += 0 if mlp else load.size * shape.keys * FLOAT
+                held = self.base + ram * kept + self._gradients(above)
                 held += self._part(index, index - 1, mlp) + (0 if mlp else keys)
                 kind = f"backward by tiles, {name}"
                 yield Phase("backward", index, held, kind, self._sizes(index))
@@ -208,11 +211,16 @@ class Memory:
         return Phase("update", None, held, kind, {"adapters": own, "one": 2.0**20})
 
     def _sizes(self, index: int) -> dict[str, float]:
-        """What arrays inside a block are as large as; the last one is for labelled tokens."""
-        shape, load, plan = self.shape, self.load, self.plan
-        tokens = load.labelled if index + 1 == shape.blocks else load.size
+        """What arrays inside a block are as large as; much of the last one is for labelled tokens.
+
+        Sizes of a tile where the block is computed by tiles.
+        """
+        shape, load = self.shape, self.load
+        most = load.size
         if self.by_tiles:
-            tokens = min(tokens, plan.tile_tokens)
+            spans = -(-load.tokens // max(1, self.plan.tile_tokens // load.rows))
+            most = load.rows * -(-load.tokens // spans)
+        tokens = min(most, load.labelled) if index + 1 == shape.blocks else most
         return {
             "hidden": tokens * shape.hidden * shape.itemsize,
             "hidden float": tokens * shape.hidden * FLOAT,
@@ -220,13 +228,31 @@ class Memory:
             "queries float": tokens * shape.queries * FLOAT,
             "intermediate": tokens * shape.intermediate * shape.itemsize,
             "rank": tokens * shape.rank * FLOAT,
-            "whole hidden": self.hidden,
-            "keys": load.size * shape.keys * shape.itemsize,
+            "every hidden": most * shape.hidden * shape.itemsize,
+            "every key": most * shape.keys * shape.itemsize,
+            "whole hidden": self.hidden if self.by_tiles else 0,
+            "keys": self._keys(),
             "adapters": shape.adapter_bytes,
             "adapters out": shape.adapter_bytes * shape.itemsize / FLOAT,
-            "slice": min(plan.mlp_bytes or 0, 64 * 2**20),
+            **self._slice(tokens),
             "one": 2.0**20,
         }
+
+    def _slice(self, tokens: int) -> dict[str, float]:
+        """The weights and the activations of a slice of an MLP (`layers/mlp.py`)."""
+        shape, most = self.shape, self.plan.mlp_bytes
+        if most is None or not shape.gated:
+            return {}
+        tokens = min(1024, tokens)
+        entry = FLOAT * (3 * shape.hidden + 6 * tokens)
+        features = min(shape.intermediate, max(64, most // entry // 64 * 64))
+        return {
+            "slice weights": FLOAT * 3 * shape.hidden * features,
+            "slice": FLOAT * tokens * features,
+        }
+
+    def _keys(self) -> int:
+        return self.load.size * self.shape.keys * self.shape.itemsize
 
     def _waiting(self, index: int) -> int:
         """Inputs in memory of the blocks from the first to `index`, itself not included."""

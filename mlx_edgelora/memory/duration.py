@@ -119,7 +119,7 @@ class _Step:
         if shape.head_packed:
             spent += shape.head_entries / self.rates.dequantized
         spent += 6 * FLOAT * entries / self.rates.moved
-        if self.plan.head == "streamed":
+        if self.plan.head == "streamed" and self.plan.streams:
             spent += shape.head_bytes / self.rates.read
         tiles = max(1, 16 * shape.head_entries // max(1, self.plan.loss_bytes))
         return spent + 60 * tiles * self.rates.call

@@ -27,7 +27,8 @@ class Plan:
     Attributes:
         streamed_blocks: the frozen weights of so many first blocks are read from disk for each
             visit, those of the others stay in memory; None for all blocks.
-        head: "streamed" or "resident", of the token embedding and the vocabulary head.
+        head: "streamed" or "resident", of the token embedding and the vocabulary head; they stay
+            in memory where all blocks do.
         prefetch: read the next streamed block's weights while one is computed.
         kept_blocks: so many last blocks form one autodiff segment, whose activations are kept
             and not computed again.

@@ -289,7 +289,8 @@ def _too_small(search: _Search, budget: int) -> str:
         rows = load.rows // 2
         labelled = max(1, load.labelled * rows // load.rows)
         ways.append((f"batch_size {rows}", needs(rows=rows, labelled=labelled)))
-    told = ", ".join(f"{name} needs {_mb(size)}" for name, size in sorted(ways, key=lambda w: w[1]))
+    ways = sorted((way for way in ways if way[1] < least), key=lambda way: way[1])
+    told = ", ".join(f"{name} needs {_mb(size)}" for name, size in ways)
     return (
         f"memory_budget: got {_mb(budget)}, expected at least {_mb(least)} for this model and "
         f"batch; raise it, or lower what it must hold: {told or 'use a smaller model'}"

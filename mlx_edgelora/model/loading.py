@@ -36,6 +36,7 @@ from mlx_edgelora.model.sources import (
     TensorPlace,
     WeightSource,
     cast,
+    cast_all,
 )
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
@@ -126,7 +127,7 @@ def attach(
         for name, _ in tree_flatten(lazy.model.parameters())
         if name not in trained and not (streamed and blocks.local(name))
     ]
-    _read(lazy.model, names, on_disk, kind)
+    _read(blocks, names, on_disk, kind)
     source: WeightSource = ResidentWeights()
     if streamed:
         source = StreamedWeights(_block_places(lazy, blocks), kind, meter, streamed_blocks)
@@ -183,16 +184,28 @@ def _leave_on_disk(
 
 
 def _read(
-    model: nn.Module, names: list[str], on_disk: dict[int, StreamedRows], dtype: mx.Dtype | None
+    blocks: BlockList, names: list[str], on_disk: dict[int, StreamedRows], dtype: mx.Dtype | None
 ) -> None:
     """Evaluate parameters one by one, so that a cast costs one tensor and not the model."""
-    slots = array_slots(model)
-    for name in names:
-        box, key = slots[name]
-        if id(box) not in on_disk:
-            if dtype is not None:
-                box[key] = cast(box[key], dtype)
-            mx.eval(box[key])
+    slots = array_slots(blocks.model)
+    wanted = {name: slots[name] for name in names if id(slots[name][0]) not in on_disk}
+    if dtype is not None:
+        arrays = held({name: box[key] for name, (box, key) in wanted.items()}, blocks, dtype)
+        for name, (box, key) in wanted.items():
+            box[key] = arrays.pop(name)
+    for box, key in wanted.values():
+        mx.eval(box[key])
+
+
+def held(arrays: dict[str, mx.array], blocks: BlockList, dtype: mx.Dtype) -> dict[str, mx.array]:
+    """Parameters by their names in the model, cast as they are kept in memory.
+
+    Scales of blocks stay as narrow as they are; those of an embedding say what dtype its rows
+    have.
+    """
+    inside = {name: array for name, array in arrays.items() if blocks.local(name)}
+    outside = {name: cast(array, dtype) for name, array in arrays.items() if name not in inside}
+    return cast_all(inside, dtype) | outside
 
 
 def _block_places(lazy: LazyModel, blocks: BlockList) -> list[dict[str, TensorPlace]]:

@@ -11,7 +11,7 @@ from mlx_edgelora.model.blocks import BlockList
 from mlx_edgelora.model.head import MATRICES, find_head, frozen_matrix
 from mlx_edgelora.model.mlp import gated_form
 from mlx_edgelora.model.parts import BlockParts, Span
-from mlx_edgelora.model.sources import cast_all
+from mlx_edgelora.model.sources import cast, cast_all
 from mlx_edgelora.model.tiling import block_calls
 from mlx_edgelora.model.walkable import MODEL_ERRORS
 
@@ -94,7 +94,8 @@ def shape_of(model: nn.Module, vocabulary: int, dtype: mx.Dtype | None = None) -
         for name, value in tree_flatten(model.parameters())
         if blocks.local(name) is None and name not in trained
     }
-    outside_bytes = sum(_held(frozen, dtype).values()) - sum(sizes.values())
+    every = sum((v if dtype is None else cast(v, dtype)).nbytes for v in frozen.values())
+    outside_bytes = every - sum(sizes.values())
     return ModelShape(
         blocks=len(blocks),
         adapted=len(blocks) if entry else len(blocks) - min(adapted, default=len(blocks)),
@@ -186,5 +187,6 @@ def _held(arrays: Mapping[str, mx.array], dtype: mx.Dtype | None) -> dict[str, i
 
 
 def _frozen_bytes(module: nn.Module, dtype: mx.Dtype | None) -> int:
-    own = {name: value for name, value in module.items() if isinstance(value, mx.array)}
-    return sum(_held(own, dtype).values())
+    """Of an embedding or a head, whose scales are cast as well."""
+    own = [value for value in module.values() if isinstance(value, mx.array)]
+    return sum((value if dtype is None else cast(value, dtype)).nbytes for value in own)

@@ -79,6 +79,7 @@ def assembled(
             streamed_blocks=plan.streamed_blocks,
             head_streamed=plan.head == "streamed",
         )
+        lazy.raw.clear()  # it would keep what was cast
         store = MappedStore(settings.folder, meter) if plan.spills else RamStore()
         stack.enter_context(closing(store))
         compiled = mx.default_device() == mx.gpu if settings.compiled is None else settings.compiled

@@ -1,0 +1,257 @@
+"""Fit what a phase takes beside what it is known to hold, and write `memory/fitted.py`.
+
+    python benchmarks/fit_cost.py --collect 150 --seed 1 --data steps.jsonl
+    python benchmarks/fit_cost.py --fit --data steps.jsonl
+
+`--collect` makes steps by random plans of random shapes and records the peak of every phase.
+Their products are made of the first 8 columns of what is multiplied, so that a step takes
+seconds: the same arrays, without meaning (`benchmarks/floor.py` has the same stand-in, and
+docs/memory.md sets it beside real products). `--fit` solves for the smallest squared relative
+error with numbers that are not negative, and prints how far off the phases and the peaks are.
+The grid of docs/planner.md is made of other steps than these.
+"""
+
+import argparse
+import dataclasses
+import gc
+import json
+import random
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import floor
+import mlx.core as mx
+import mlx.optimizers as optimizers
+import numpy as np
+import speed
+from mlx_lm.models import llama, qwen2
+from plans import Case, batch_of
+
+from mlx_edgelora.memory import cost, fitted, profile
+from mlx_edgelora.memory.plan import MIB, Plan
+from mlx_edgelora.model import tiling
+from mlx_edgelora.model.loading import DTYPES, open_model
+from mlx_edgelora.model.lora import add_lora
+from mlx_edgelora.model.shape import ModelShape, shape_of
+from mlx_edgelora.training.assembly import Settings, assembled
+
+# Real widths with a small vocabulary: the head is the same for all, and slow.
+SHAPES = {
+    "l3b": (llama, 28, 3072, 8192, 24, 8, 8192),
+    "l1b": (llama, 16, 2048, 8192, 32, 8, 8192),
+    "q3b": (qwen2, 36, 2048, 11008, 16, 2, 8192),
+    "q05b": (qwen2, 24, 896, 4864, 14, 2, 8192),
+}
+BLOCKS = [("l3b", 2), ("l3b", 3), ("l1b", 3), ("q3b", 2), ("q05b", 2), ("q05b", 4)]
+BACKWARD = ("recompute", "MLP backward", "attention backward", "backward")
+# Terms that are dropped: fewer are easier to trust.
+SMALLEST = 0.01
+
+
+def random_case(draw: random.Random) -> tuple[Case, bool, dict]:
+    """A shape with a batch, whether it is quantized, and the choices of a plan."""
+    shape, blocks = draw.choice([*BLOCKS, ("llama-3.2-3b", 2)])
+    packed = shape == "llama-3.2-3b" or draw.random() < 0.7
+    dtype = draw.choice(["float32"] * 5 + ["bfloat16"]) if packed else "float32"
+    lengths = [128, 256, 512, 768, 1024] + [1536, 2048] * (dtype == "float32")
+    tokens, rows = draw.choice(lengths), draw.choice([1, 1, 1, 2, 4])
+    if rows * tokens > 2048:
+        rows = 1
+    rank, labelled = draw.choice([4, 8, 16, 64]), draw.choice([0.1, 0.3, 1.0])
+    case = Case(shape, blocks, tokens, rows, rank, dtype, labelled, None)
+    choices: dict = {
+        "streamed_blocks": draw.choice([None, None, 0, 1]),
+        "head": draw.choice(["streamed", "resident"]),
+        "prefetch": draw.random() < 0.5,
+        "ram_blocks": draw.choice([None, 0]),
+        "adapters": draw.choice(["resident", "paged"]),
+        "loss_bytes": draw.choice([16, 40]) * MIB,
+    }
+    way = draw.choice(["kept", "kept", "whole", "whole", "tiles", "halves"])
+    slices = draw.choice([None, 8 * MIB, 16 * MIB])
+    if way == "kept":
+        choices |= {"kept_blocks": draw.randint(1, blocks), "mlp_bytes": slices}
+    elif way == "whole":
+        choices |= {"mlp_bytes": slices}
+    else:
+        choices |= {
+            "tile_tokens": draw.choice([512, 512, 1024, 2048]),
+            "mlp_bytes": draw.choice([4, 8, 16]) * MIB,
+            "halves": way == "halves",
+            "prefetch": choices["prefetch"] and way == "tiles",
+        }
+    return case, packed, choices
+
+
+class Collector:
+    """Makes steps; what can be tiled is tried once for each kind of block."""
+
+    def __init__(self, cache: Path) -> None:
+        self._cache, self._known, self._kind = cache, {}, ""
+        floor.SHAPES.update(SHAPES)
+        real = tiling.Tiling._trial
+
+        def trial(tiling: tiling.Tiling, index: int) -> tiling.Tileable:
+            if self._kind not in self._known:
+                self._known[self._kind] = real(tiling, index)
+            return self._known[self._kind]
+
+        tiling.Tiling._trial = trial
+
+    def step(self, case: Case, packed: bool, choices: dict) -> dict:
+        """One step's phases, as a record."""
+        make = floor.checkpoint if packed else speed.checkpoint
+        folder = make(self._cache, case.shape, case.blocks)
+        self._kind = f"{case.shape} {case.dtype} {packed}"
+        lazy = open_model(str(folder), streamed=True, quantize=None, cache=folder)
+        add_lora(lazy.model, -1, rank=case.rank)
+        shape = shape_of(lazy.model, lazy.vocabulary, DTYPES[case.dtype])
+        batch = batch_of(case, lazy.vocabulary)
+        warm = batch_of(dataclasses.replace(case, tokens=32), lazy.vocabulary)
+        settings = Settings(self._cache, case.dtype, "dequantize")
+        products = mx.array.__matmul__, mx.addmm
+        with assembled(lazy, Plan(**choices), settings) as engine:
+            optimizer = optimizers.AdamW(1e-4)
+            engine.trained.start(optimizer)
+            engine.backward(warm, engine.trained.add)
+            engine.trained.update(optimizer, 1)
+            gc.collect()
+            mx.synchronize()
+            floor.stand_in(mx.float32, mx.bfloat16)
+            try:
+                with profile.recording() as recorded:
+                    profile.begin_step()
+                    engine.backward(batch, engine.trained.add)
+                    with profile.phase("update"):
+                        engine.trained.update(optimizer, 1)
+                    stretches = [dataclasses.astuple(s) for s in recorded.stretches]
+            finally:
+                mx.array.__matmul__, mx.addmm = products
+        return {
+            "shape": dataclasses.asdict(shape),
+            "case": dataclasses.asdict(case),
+            "labelled": int(batch.mask().sum()),
+            "plan": choices,
+            "stretches": stretches,
+        }
+
+
+def memory_of(record: dict) -> cost.Memory:
+    """The model's view of a recorded step."""
+    case = record["case"]
+    load = cost.Load(case["rows"], case["tokens"], record["labelled"])
+    return cost.Memory(ModelShape(**record["shape"]), load, Plan(**record["plan"]))
+
+
+def measured(record: dict) -> Iterator[tuple[cost.Phase, int]]:
+    """The phases of the model with the peaks that were recorded for them."""
+    by_visit: dict[tuple, list[list[int]]] = {}
+    for name, block, _, peak in record["stretches"]:
+        if name == "load":  # a visit of a block, or of one of its halves, begins
+            for kind in ("forward", "backward"):
+                by_visit.setdefault((kind, block), []).append([])
+        elif name != "spill":
+            kind = "backward" if name in BACKWARD else name
+            visits = by_visit.setdefault((kind, block), [])
+            if not visits:
+                visits.append([])
+            visits[-1].append(peak)
+    for phase in memory_of(record).phases():
+        visits = [visit for visit in by_visit.get((phase.name, phase.block), []) if visit]
+        part = phase.kind.rpartition(", ")[2]
+        if phase.name == "load" or not visits:
+            continue
+        if part in ("attention", "MLP") and len(visits) == 2:
+            first = "attention" if phase.name == "forward" else "MLP"
+            visits = visits[:1] if part == first else visits[1:]
+        yield phase, max(max(visit) for visit in visits)
+
+
+def solve(terms: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Least squares with no negative numbers, by coordinate descent."""
+    found, gram, right = np.zeros(terms.shape[1]), terms.T @ terms, terms.T @ wanted
+    for _ in range(20000):
+        moved = 0.0
+        for j in np.flatnonzero(gram.diagonal()):
+            value = max(0.0, found[j] + (right[j] - gram[j] @ found) / gram[j, j])
+            moved, found[j] = max(moved, abs(value - found[j])), value
+        if moved < 1e-9:
+            break
+    return found
+
+
+def fit(records: list[dict]) -> dict[str, dict[str, float]]:
+    """The numbers of every kind of phase; prints how far off they are."""
+    groups: dict[str, list] = {}
+    for record in records:
+        for phase, peak in measured(record):
+            groups.setdefault(phase.kind, []).append((phase, peak))
+    result = {}
+    for kind, group in sorted(groups.items()):
+        names = sorted({name for phase, _ in group for name in phase.sizes})
+        terms = np.array([[phase.sizes.get(n, 0.0) for n in names] for phase, _ in group])
+        peaks = np.array([peak for _, peak in group], np.float64)
+        weights = 1 / np.maximum(peaks, 20 * MIB)
+        scale = np.abs(terms * weights[:, None]).max(axis=0)
+        scale[scale == 0] = 1
+        wanted = (peaks - [phase.held for phase, _ in group]) * weights
+        found = solve(terms * weights[:, None] / scale, wanted) / scale
+        off = np.abs(terms @ found + [phase.held for phase, _ in group] - peaks) / peaks
+        result[kind] = {
+            name: round(float(value), 3)
+            for name, value in zip(names, found, strict=True)
+            if value >= SMALLEST
+        }
+        print(f"{kind}: {len(group)} phases, off by {np.median(off):.1%}, at most {off.max():.1%}")
+    return result
+
+
+def write(path: Path, numbers: dict[str, dict[str, float]]) -> None:
+    """Write the module that holds them."""
+    lines = [
+        '"""Made by `benchmarks/fit_cost.py` from steps on a CPU, MLX 0.32.4: see there."""',
+        "",
+    ]
+    lines += ["FITTED: dict[str, dict[str, float]] = {"]
+    for kind, terms in numbers.items():
+        lines += [f'    "{kind}": {{']
+        lines += [f'        "{name}": {value},' for name, value in terms.items()]
+        lines += ["    },"]
+    path.write_text("\n".join([*lines, "}", ""]))
+
+
+def main() -> None:
+    """Collect or fit."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--collect", type=int, default=0, metavar="STEPS")
+    parser.add_argument("--fit", action="store_true")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--data", type=Path, nargs="+", required=True)
+    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir(), "edgelora-floor"))
+    args = parser.parse_args()
+    args.cache.mkdir(parents=True, exist_ok=True)
+    if args.collect:
+        mx.set_cache_limit(0)
+        draw, collector = random.Random(args.seed), Collector(args.cache)
+        with open(args.data[0], "a") as file:
+            for _ in range(args.collect):
+                file.write(json.dumps(collector.step(*random_case(draw))) + "\n")
+                file.flush()
+    if args.fit:
+        records = [json.loads(line) for path in args.data for line in path.open()]
+        numbers = fit(records)
+        write(Path(fitted.__file__), numbers)
+        cost.FITTED = numbers
+        off = []
+        for record in records:
+            peak = max(stretch[3] for stretch in record["stretches"])
+            off.append(abs(memory_of(record).peak() / peak - 1))
+        print(
+            f"peaks of {len(off)} steps: off by {np.median(off):.1%}, within 5 % in "
+            f"{np.mean(np.array(off) <= 0.05):.0%}, at most {max(off):.1%}"
+        )
+
+
+if __name__ == "__main__":
+    main()

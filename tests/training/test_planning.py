@@ -1,0 +1,178 @@
+"""A run keeps to its plan: limits of MLX, batches of other lengths, a prediction too low."""
+
+import time
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tiny import LENGTH, make_data, make_model, words, write_rows
+
+from mlx_edgelora.config import TrainConfig
+from mlx_edgelora.data import Batch
+from mlx_edgelora.data.batches import iterate_batches, largest_batch
+from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.memory.machine import default_budget, machine_here, measured
+from mlx_edgelora.memory.pace import Duty
+from mlx_edgelora.memory.plan import Plan
+from mlx_edgelora.training import finetune as module
+from mlx_edgelora.training.callbacks import TrainingCallback
+from mlx_edgelora.training.finetune import finetune, open_engine
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tiny")
+    make_model(root / "model")
+    make_data(root / "data")
+    return root
+
+
+@pytest.fixture
+def options(tiny, tmp_path):
+    def make(**changes):
+        common = {
+            "model": str(tiny / "model"),
+            "data": str(tiny / "data"),
+            "adapter_path": str(tmp_path / "adapters"),
+            "spill_dir": str(tmp_path),
+            "num_layers": -1,
+            "batch_size": 2,
+            "iters": 2,
+            "max_seq_length": LENGTH,
+            "steps_per_report": 1,
+            "val_batches": 0,
+        }
+        return TrainConfig.from_dict(common | changes)
+
+    return make
+
+
+class Limits(TrainingCallback):
+    """MLX's limits while a run goes on."""
+
+    def on_train_loss_report(self, train_info):
+        self.memory, self.cache = mx.set_memory_limit(1 << 40), mx.set_cache_limit(1 << 40)
+        mx.set_memory_limit(self.memory)
+        mx.set_cache_limit(self.cache)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_limits_are_set_and_put_back(options, fails):
+    before = mx.set_memory_limit(123 * 10**9), mx.set_cache_limit(10**9)
+    try:
+        seen = Limits()
+        config = options(memory_budget="900MB", batch_size=100 if fails else 2)
+        if fails:
+            with pytest.raises(EdgeLoraError):
+                finetune(config, [seen], lambda line: None)
+        else:
+            finetune(config, [seen], lambda line: None)
+            assert (seen.memory, seen.cache) == (900 * 10**6, Plan.cache_bytes)
+        assert mx.set_memory_limit(before[0]) == 123 * 10**9
+        assert mx.set_cache_limit(before[1]) == 10**9
+    finally:
+        mx.set_memory_limit(before[0])
+        mx.set_cache_limit(before[1])
+
+
+def test_a_run_tells_its_plan_and_writes_it(options, tmp_path):
+    lines = []
+    file = tmp_path / "plan.json"
+    finetune(options(memory_budget="1GB", plan_out=str(file)), notify=lines.append)
+    assert any(line.startswith("plan for 2 x 12 tokens: ") for line in lines)
+    first = Plan.read(file)
+    assert first.kept_blocks == 3 and first.reason == "the fastest within 1.00 GB"
+    finetune(options(plan=str(file)), notify=lines.append)
+
+
+def test_a_budget_that_is_too_small_is_refused_before_anything_is_written(options, tmp_path):
+    with pytest.raises(EdgeLoraError, match=r"memory_budget: got 1MB, expected at least \d+MB"):
+        finetune(options(memory_budget="1MB", max_seq_length=4096), notify=lambda line: None)
+    assert not (tmp_path / "adapters").exists()
+
+
+def test_shorter_batches_have_faster_plans_where_they_fit(options, tmp_path):
+    data = tmp_path / "mixed"
+    data.mkdir()
+    rng = np.random.default_rng(0)
+    lengths = [20, 20, 700, 700]
+    write_rows(data / "train.jsonl", [{"text": words(rng.integers(0, 100, n))} for n in lengths])
+    config = options(data=str(data), max_seq_length=1024, memory_budget="9MB", iters=4)
+    lines = []
+    finetune(config, notify=lines.append)
+    plans = []
+    with open_engine(config, lambda line: None) as (engine, _, _):
+        for width in (32, 1023):
+            tokens = np.zeros((2, width + 1), np.int32)
+            plans.append(engine.plan_of(Batch(tokens, np.array([[0, width + 1]] * 2), (0, 1))))
+    short, long = plans
+    assert short.kept_blocks > long.kept_blocks
+    assert (short.head, short.adapters) == (long.head, long.adapters)
+
+
+def test_a_prediction_that_was_too_low_is_corrected_once(options, monkeypatch):
+    """As if MLX had taken more than the budget: the plan that follows takes less."""
+    peaks = iter([200 * 10**6, 200 * 10**6, 200 * 10**6])
+    monkeypatch.setattr(module, "peak_memory", lambda: next(peaks))
+    lines = []
+    finetune(options(memory_budget="100MB", iters=3), notify=lines.append)
+    told = [line for line in lines if "more than was expected" in line]
+    assert len(told) == 1
+
+
+def test_the_largest_batch_is_that_of_the_batches():
+    rng = np.random.default_rng(0)
+    rows = [(list(range(n)), int(rng.integers(0, n - 1))) for n in rng.integers(2, 90, 31)]
+    for size, limit in ((1, 100), (4, 60), (7, 33)):
+        usable = [row for row in rows if row[1] < min(len(row[0]), limit) - 1]
+        batches = list(iterate_batches(usable, size, limit, seed=0))
+        tokens, labels = largest_batch([usable], size, limit)
+        assert tokens == max(batch.inputs().shape[1] for batch in batches)
+        assert labels == max(int(batch.mask().sum()) for batch in batches)
+
+
+def test_half_duty_takes_twice_the_time():
+    duty = Duty(0.5)
+    duty.rest()
+    start = time.perf_counter()
+    for _ in range(3):
+        time.sleep(0.05)
+        duty.rest()
+    assert time.perf_counter() - start > 0.29
+    duty, start = Duty(1.0), time.perf_counter()
+    for _ in range(3):
+        duty.rest()
+    assert time.perf_counter() - start < 0.05
+
+
+def test_a_run_rests_between_blocks(options, monkeypatch):
+    rests = []
+    monkeypatch.setattr(Duty, "rest", lambda duty: rests.append(duty.rest))
+    finetune(options(duty=0.5, activations="spill", iters=1), notify=lambda line: None)
+    assert len(rests) == 6  # three blocks, forward and backward
+
+
+def test_a_machine_is_measured_once(tmp_path, monkeypatch):
+    calls = []
+    real = measured
+
+    def counted(*args):
+        calls.append(args)
+        return real(*args)
+
+    monkeypatch.setattr("mlx_edgelora.memory.machine.measured", counted)
+    start = time.perf_counter()
+    first = machine_here(tmp_path / "cache", tmp_path, mx.float32, "dequantize")
+    assert time.perf_counter() - start < 10
+    assert machine_here(tmp_path / "cache", tmp_path, mx.float32, "dequantize") == first
+    assert len(calls) == 1
+    machine_here(tmp_path / "cache", tmp_path, mx.bfloat16, "dequantize")
+    assert len(calls) == 2
+    (tmp_path / "cache/machine.json").write_text("{]")
+    machine_here(tmp_path / "cache", tmp_path, mx.float32, "dequantize")
+    assert len(calls) == 3
+
+
+def test_the_default_budget_leaves_memory_to_others():
+    size, why = default_budget()
+    assert size > 0 and why
