@@ -73,7 +73,7 @@ def slice_mlps(blocks: BlockList, tile_bytes: int = TILE_BYTES) -> str:
                 }
                 kinds[key] = type(key[0].__name__, (_Sliced, key[0]), members)
             object.__setattr__(module, "__class__", kinds[key])
-    return f"{found} gated MLPs in slices, in {len(with_one)} of {len(blocks)} blocks"
+    return f"{found} gated MLPs that can go in slices, in {len(with_one)} of {len(blocks)} blocks"
 
 
 def set_slices(blocks: BlockList, tile_bytes: int | None, stop: int) -> None:

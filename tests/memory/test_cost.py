@@ -1,0 +1,90 @@
+"""Expected peaks against measured ones: a part of the grid of `benchmarks/plans.py`."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+from architectures import build, config
+from mlx.utils import tree_flatten
+from peaks import begin, highest
+
+from mlx_edgelora.data import Batch
+from mlx_edgelora.memory.cost import Load, Memory
+from mlx_edgelora.memory.plan import MIB, Plan
+from mlx_edgelora.memory.planner import needed
+from mlx_edgelora.model.checkpoint import write_model
+from mlx_edgelora.model.loading import open_model
+from mlx_edgelora.model.lora import add_lora
+from mlx_edgelora.model.shape import shape_of
+from mlx_edgelora.training.assembly import Settings, assembled
+
+# As wide as Qwen-2.5-0.5B, two blocks, a small vocabulary.
+WIDE = {
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "num_hidden_layers": 2,
+    "vocab_size": 2048,
+}
+TOKENS = 160
+PLANS = {
+    "floor": Plan.floor(),
+    "streamed": Plan(adapters="paged", mlp_bytes=8 * MIB),
+    "resident": Plan(streamed_blocks=0, head="resident", ram_blocks=None, mlp_bytes=16 * MIB),
+    "kept": Plan(streamed_blocks=0, head="resident", kept_blocks=2),
+    "one kept": Plan(streamed_blocks=1, kept_blocks=1, ram_blocks=None),
+}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wide")
+    model = build("qwen2", **WIDE)
+    nn.quantize(model, 64, 4)
+    settings = config("qwen2") | WIDE | {"quantization": {"group_size": 64, "bits": 4}}
+    write_model(folder, tree_flatten(model.parameters()), settings)
+    return folder
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_step_takes_what_was_expected(wide, name, memory):
+    """Within 15 % here, where all is small; never more than the budget that it is chosen for."""
+    lazy = open_model(str(wide), streamed=True, quantize=None, cache=wide)
+    add_lora(lazy.model, -1, rank=16)
+    shape = shape_of(lazy.model, lazy.vocabulary, mx.float32)
+    tokens = np.random.RandomState(0).randint(0, 2048, (1, TOKENS + 1)).astype(np.int32)
+    batch = Batch(tokens, np.array([[TOKENS // 2, TOKENS + 1]], np.int32), (0,))
+    load = Load(1, TOKENS, int(batch.mask().sum()))
+    expected = Memory(shape, load, PLANS[name]).peak()
+    with assembled(lazy, PLANS[name], Settings(wide, "float32", "dequantize")) as engine:
+        optimizer = optim.AdamW(1e-4)
+        engine.trained.start(optimizer)
+
+        def step():
+            begin()
+            engine.backward(batch, engine.trained.add)
+            engine.trained.update(optimizer, 1)
+            return mx.get_peak_memory()
+
+        step()
+        measured = highest(step)
+    assert measured <= needed(expected)
+    assert measured == pytest.approx(expected, rel=0.15)
+
+
+def test_the_ends_are_all_that_decides():
+    """The peak over the blocks that are looked at is that over all blocks."""
+    from test_planner import LOAD, SHAPE
+
+    for plan in (
+        Plan.floor(),
+        Plan(streamed_blocks=20, ram_blocks=9, kept_blocks=3, mlp_bytes=8 * MIB),
+        Plan(streamed_blocks=3, ram_blocks=None, adapters="paged"),
+        Plan(tile_tokens=512, ram_blocks=None),
+        Plan(kept_blocks=28, streamed_blocks=13, micro_batches=2),
+    ):
+        memory = Memory(SHAPE, LOAD, plan)
+        assert memory.peak() == max(phase.bytes for phase in memory.phases())
