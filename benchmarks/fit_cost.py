@@ -1,14 +1,15 @@
 """Fit what a phase takes beside what it is known to hold, and write `memory/fitted.py`.
 
     python benchmarks/fit_cost.py --collect 150 --seed 1 --data steps.jsonl
+    python benchmarks/fit_cost.py --collect 60 --real --seed 2 --data steps.jsonl
     python benchmarks/fit_cost.py --fit --data steps.jsonl
 
 `--collect` makes steps by random plans of random shapes and records the peak of every phase.
 Their products are made of the first 8 columns of what is multiplied, so that a step takes
-seconds: the same arrays, without meaning (`benchmarks/floor.py` has the same stand-in, and
-docs/memory.md sets it beside real products). `--fit` solves for the smallest squared relative
-error with numbers that are not negative, and prints how far off the phases and the peaks are.
-The grid of docs/planner.md is made of other steps than these.
+seconds: the same arrays, without meaning. What MLX allocates ahead depends a little on how long
+products take, so some steps have `--real` ones, of fewer tokens, and count four times. `--fit`
+solves for the smallest squared relative error with numbers that are not negative, and prints how
+far off the phases and the peaks are. The grid of docs/planner.md is made of other steps than these.
 """
 
 import argparse
@@ -49,14 +50,15 @@ BACKWARD = ("recompute", "MLP backward", "attention backward", "backward")
 SMALLEST = 0.01
 
 
-def random_case(draw: random.Random) -> tuple[Case, bool, dict]:
+def random_case(draw: random.Random, real: bool) -> tuple[Case, bool, dict]:
     """A shape with a batch, whether it is quantized, and the choices of a plan."""
     shape, blocks = draw.choice([*BLOCKS, ("llama-3.2-3b", 2)])
     packed = shape == "llama-3.2-3b" or draw.random() < 0.7
-    dtype = draw.choice(["float32"] * 5 + ["bfloat16"]) if packed else "float32"
+    narrow = packed and not real and draw.random() < 0.17
+    dtype = "bfloat16" if narrow else "float32"
     lengths = [128, 256, 512, 768, 1024] + [1536, 2048] * (dtype == "float32")
-    tokens, rows = draw.choice(lengths), draw.choice([1, 1, 1, 2, 4])
-    if rows * tokens > 2048:
+    tokens, rows = draw.choice(lengths[:3] if real else lengths), draw.choice([1, 1, 1, 2, 4])
+    if rows * tokens > (512 if real else 2048):
         rows = 1
     rank, labelled = draw.choice([4, 8, 16, 64]), draw.choice([0.1, 0.3, 1.0])
     case = Case(shape, blocks, tokens, rows, rank, dtype, labelled, None)
@@ -99,7 +101,7 @@ class Collector:
 
         tiling.Tiling._trial = trial
 
-    def step(self, case: Case, packed: bool, choices: dict) -> dict:
+    def step(self, case: Case, packed: bool, choices: dict, real: bool) -> dict:
         """One step's phases, as a record."""
         make = floor.checkpoint if packed else speed.checkpoint
         folder = make(self._cache, case.shape, case.blocks)
@@ -118,7 +120,8 @@ class Collector:
             engine.trained.update(optimizer, 1)
             gc.collect()
             mx.synchronize()
-            floor.stand_in(mx.float32, mx.bfloat16)
+            if not real:
+                floor.stand_in(mx.float32, mx.bfloat16)
             try:
                 with profile.recording() as recorded:
                     profile.begin_step()
@@ -133,6 +136,7 @@ class Collector:
             "case": dataclasses.asdict(case),
             "labelled": int(batch.mask().sum()),
             "plan": choices,
+            "real": real,
             "stretches": stretches,
         }
 
@@ -186,7 +190,8 @@ def fit(records: list[dict]) -> dict[str, dict[str, float]]:
     groups: dict[str, list] = {}
     for record in records:
         for phase, peak in measured(record):
-            groups.setdefault(phase.kind, []).append((phase, peak))
+            times = 4 if record.get("real") else 1
+            groups.setdefault(phase.kind, []).extend([(phase, peak)] * times)
     result = {}
     for kind, group in sorted(groups.items()):
         names = sorted({name for phase, _ in group for name in phase.sizes})
@@ -225,6 +230,7 @@ def main() -> None:
     """Collect or fit."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--collect", type=int, default=0, metavar="STEPS")
+    parser.add_argument("--real", action="store_true", help="products without a stand-in")
     parser.add_argument("--fit", action="store_true")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--data", type=Path, nargs="+", required=True)
@@ -236,7 +242,8 @@ def main() -> None:
         draw, collector = random.Random(args.seed), Collector(args.cache)
         with open(args.data[0], "a") as file:
             for _ in range(args.collect):
-                file.write(json.dumps(collector.step(*random_case(draw))) + "\n")
+                case = random_case(draw, args.real)
+                file.write(json.dumps(collector.step(*case, args.real)) + "\n")
                 file.flush()
     if args.fit:
         records = [json.loads(line) for path in args.data for line in path.open()]

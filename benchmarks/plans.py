@@ -5,7 +5,8 @@
 
 `--grid` makes one step for each of some 60 combinations of shape, context, batch, rank, dtype and
 budget, each planned by the budget alone. `expected` is the planner's peak, `measured` that of
-`mx.get_peak_memory` over the second step (MLX's buffer cache off), weights, adapters, gradients
+`mx.get_peak_memory` over the second step (MLX's buffer cache off, its memory limit set to the
+budget, as in a run), weights, adapters, gradients
 and optimizer state included. Rows marked * have products of bfloat16 by a stand-in
 (`benchmarks/floor.py`): the same arrays, without meaning.
 
@@ -101,10 +102,10 @@ class Planned:
         budget = 10**12 if times is None else round(times * smallest(*arguments).needs)
         return budget, plan(*arguments, budget)
 
-    def steps(self, chosen: Plan, count: int) -> list[tuple[int, float]]:
-        """Peak and seconds of some steps after a first one."""
+    def steps(self, chosen: Plan, count: int, budget: int) -> list[tuple[int, float]]:
+        """Peak and seconds of some steps after a first one, under MLX's limit as in a run."""
         settings = Settings(self._cache, self._case.dtype, "dequantize")
-        found = []
+        found, before = [], mx.set_memory_limit(budget)
         with assembled(self._lazy(), chosen, settings) as engine:
             optimizer = optimizers.AdamW(1e-4)
             engine.trained.start(optimizer)
@@ -118,6 +119,7 @@ class Planned:
                 mx.eval(loss)
                 if number:
                     found.append((mx.get_peak_memory(), time.perf_counter() - start))
+        mx.set_memory_limit(before)
         return found
 
     def _lazy(self) -> LazyModel:
@@ -149,7 +151,7 @@ def run_grid(args: argparse.Namespace) -> None:
         if case.stands_in:
             floor.stand_in(mx.bfloat16)
         try:
-            measured = known[1].steps(choice.plan, 1)[0][0]
+            measured = known[1].steps(choice.plan, 1, budget)[0][0]
         finally:
             mx.array.__matmul__, mx.addmm = product
         off = choice.peak / measured - 1
@@ -191,7 +193,7 @@ def run_budgets(args: argparse.Namespace) -> None:
     for number in range(args.rounds):
         order = range(len(choices)) if number % 2 == 0 else reversed(range(len(choices)))
         for index in order:
-            peak, spent = planned.steps(choices[index].plan, 1)[0]
+            peak, spent = planned.steps(choices[index].plan, 1, choices[index].needs)[0]
             seconds[index].append(spent)
             peaks[index] = max(peaks[index], peak)
     print(

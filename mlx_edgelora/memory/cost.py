@@ -156,13 +156,16 @@ class Memory:
         # Of the last block the middle, and what goes into the backward, are of labelled tokens.
         spared = (self.hidden - labelled) * (streams - 1)
         parts = [("attention", False), ("MLP", True)] if self.plan.halves else [("block", None)]
+        sliced = self.plan.mlp_bytes is not None and shape.gated
         yield Phase("load", None, self.base + self.hidden, "embedding", self._sizes(0))
         for index in filter(wanted.__contains__, range(shape.blocks)):
             kept = max(0, index - self.first) * self.hidden * streams * ram
             for name, mlp in parts:
                 held = self.base + kept + self._part(index, index + 1, mlp)
                 held += 0 if mlp else keys
-                kind = f"forward by tiles, {name}"
+                # Nothing was measured of tiles layer by layer: what whole blocks of so many tokens
+                # take is more than that.
+                kind = f"forward by tiles, {name}" if sliced else "forward, layers"
                 yield Phase("forward", index, held, kind, self._sizes(index))
         yield self._head(self.base + ram * (shape.adapted * self.hidden * streams - spared))
         for index in filter(wanted.__contains__, range(shape.blocks - 1, self.first - 1, -1)):
@@ -174,7 +177,7 @@ class Memory:
                 kept += 0 if mlp else load.size * shape.keys * FLOAT
                 held = self.base + ram * kept + self._gradients(above)
                 held += self._part(index, index - 1, mlp) + (0 if mlp else keys)
-                kind = f"backward by tiles, {name}"
+                kind = f"backward by tiles, {name}" if sliced else "backward, layers"
                 yield Phase("backward", index, held, kind, self._sizes(index))
 
     def _kept_sizes(self, first: int, stop: int) -> dict[str, float]:

@@ -11,6 +11,7 @@ plan: its plans are among those that were looked at.
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 from mlx_edgelora.errors import EdgeLoraError
@@ -25,7 +26,7 @@ MARGIN = 0.08
 # What MLX holds besides: scalars, masks, a batch.
 SLACK = 2 * MIB
 TILES = (FLOOR_TOKENS, 1024, 2048, 4096)
-SLICES = (8 * MIB, 16 * MIB)
+SLICES = (4 * MIB, 8 * MIB, 16 * MIB)
 LOSSES = (16 * MIB, 40 * MIB)
 # Counts of kept blocks up to the end of this, then every fourth.
 KEPT = 8
@@ -158,7 +159,10 @@ class _Search:
         return found
 
     def _ways(self) -> Iterator[Plan]:
-        slices = (None, *SLICES) if self.shape.gated else (None,)
+        sliced = self.shape.gated and self.fixed.get("mlp_bytes", 1) is not None
+        slices = (None, *SLICES) if sliced else (None,)
+        # Layer by layer a tile would take several times as much, for little time.
+        in_tiles = SLICES if sliced else (None,)
         for micro in self._micro_batches():
             size = self.load.part(micro).size
             for loss_bytes in LOSSES:
@@ -166,12 +170,12 @@ class _Search:
                 for mlp_bytes in slices:
                     for kept in self._kept():
                         yield Plan(kept_blocks=kept, mlp_bytes=mlp_bytes, **common)
-                    for tokens in TILES:
-                        tiles = {"tile_tokens": tokens, "mlp_bytes": mlp_bytes, **common}
-                        if tokens < size:
-                            yield Plan(**tiles)
-                        if tokens < size or tokens == FLOOR_TOKENS:
-                            yield Plan(halves=True, **tiles)
+                for mlp_bytes, tokens in product(in_tiles, TILES):
+                    tiles = {"tile_tokens": tokens, "mlp_bytes": mlp_bytes, **common}
+                    if tokens < size:
+                        yield Plan(**tiles)
+                    if tokens < size or tokens == FLOOR_TOKENS:
+                        yield Plan(halves=True, **tiles)
 
     def _kept(self) -> list[int]:
         count = self.shape.adapted
