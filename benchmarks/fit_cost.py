@@ -71,6 +71,12 @@ def random_case(draw: random.Random, real: bool) -> tuple[Case, bool, dict]:
         "loss_bytes": draw.choice([16, 40]) * MIB,
     }
     way = draw.choice(["kept", "kept", "whole", "whole", "tiles", "halves"])
+    if real and draw.random() < 0.5:  # several tiles of real products: of a small shape
+        way = draw.choice(["tiles", "halves", "halves"])
+        tokens, rows = draw.choice([(1024, 1), (1536, 1), (512, 2), (768, 2), (256, 4)])
+        case = Case(
+            draw.choice(["q05b", "q05b", "l1b"]), 2, tokens, rows, rank, dtype, labelled, None
+        )
     slices = draw.choice([None, 8 * MIB, 16 * MIB])
     if way == "kept":
         choices |= {"kept_blocks": draw.randint(1, blocks), "mlp_bytes": slices}
@@ -78,7 +84,7 @@ def random_case(draw: random.Random, real: bool) -> tuple[Case, bool, dict]:
         choices |= {"mlp_bytes": slices}
     else:
         choices |= {
-            "tile_tokens": draw.choice([512, 512, 1024, 2048]),
+            "tile_tokens": draw.choice([512, 512, 512, 1024] if real else [512, 512, 1024, 2048]),
             "mlp_bytes": draw.choice([4, 8, 16]) * MIB,
             "halves": way == "halves",
             "prefetch": choices["prefetch"] and way == "tiles",

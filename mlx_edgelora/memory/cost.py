@@ -219,7 +219,7 @@ class Memory:
         Sizes of a tile where the block is computed by tiles.
         """
         shape, load = self.shape, self.load
-        most = load.size
+        most, spans = load.size, 1
         if self.by_tiles:
             spans = -(-load.tokens // max(1, self.plan.tile_tokens // load.rows))
             most = load.rows * -(-load.tokens // spans)
@@ -236,6 +236,10 @@ class Memory:
             "whole hidden": self.hidden if self.by_tiles else 0,
             "keys": self._keys(),
             "adapters": shape.adapter_bytes,
+            # Where there is more than one tile, gradients are added to a sum.
+            "added hidden": (spans > 1) * most * shape.hidden * FLOAT,
+            "added keys": (spans > 1) * most * shape.keys * FLOAT,
+            "added adapters": (spans > 1) * shape.adapter_bytes,
             "adapters out": shape.adapter_bytes * shape.itemsize / FLOAT,
             **self._slice(tokens),
             "one": 2.0**20,
