@@ -8,8 +8,8 @@
 Their products are made of the first 8 columns of what is multiplied, so that a step takes
 seconds: the same arrays, without meaning. What MLX allocates ahead depends a little on how long
 products take, so some steps have `--real` ones, of fewer tokens, and count four times. `--fit`
-solves for the smallest squared relative error with numbers that are not negative, and prints how
-far off the phases and the peaks are. The grid of docs/planner.md is made of other steps than these.
+solves for the smallest squared relative error with numbers that are not negative, where too little
+counts more than too much, and prints how far off the phases and the peaks are. The grid of docs/planner.md is made of other steps than these.
 """
 
 import argparse
@@ -46,6 +46,8 @@ SHAPES = {
 }
 BLOCKS = [("l3b", 2), ("l3b", 3), ("l1b", 3), ("q3b", 2), ("q05b", 2), ("q05b", 4)]
 BACKWARD = ("recompute", "MLP backward", "attention backward", "backward")
+# How much more than too much it costs to expect too little.
+TOO_LITTLE = 1.6
 # Terms that are dropped: fewer are easier to trust.
 SMALLEST = 0.01
 
@@ -207,7 +209,11 @@ def fit(records: list[dict]) -> dict[str, dict[str, float]]:
         scale = np.abs(terms * weights[:, None]).max(axis=0)
         scale[scale == 0] = 1
         wanted = (peaks - [phase.held for phase, _ in group]) * weights
-        found = solve(terms * weights[:, None] / scale, wanted) / scale
+        scaled = terms * weights[:, None] / scale
+        found = solve(scaled, wanted) / scale
+        for _ in range(4):  # too little counts more than too much, which only wastes some budget
+            more = np.where(scaled @ (found * scale) < wanted, TOO_LITTLE, 1.0)
+            found = solve(scaled * more[:, None], wanted * more) / scale
         off = np.abs(terms @ found + [phase.held for phase, _ in group] - peaks) / peaks
         result[kind] = {
             name: round(float(value), 3)

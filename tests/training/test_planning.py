@@ -97,7 +97,7 @@ def test_shorter_batches_have_faster_plans_where_they_fit(options, tmp_path):
     rng = np.random.default_rng(0)
     lengths = [20, 20, 700, 700]
     write_rows(data / "train.jsonl", [{"text": words(rng.integers(0, 100, n))} for n in lengths])
-    config = options(data=str(data), max_seq_length=1024, memory_budget="9MB", iters=4)
+    config = options(data=str(data), max_seq_length=1024, memory_budget="20MB", iters=4)
     lines = []
     finetune(config, notify=lines.append)
     plans = []
