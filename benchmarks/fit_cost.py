@@ -8,8 +8,9 @@
 Their products are made of the first 8 columns of what is multiplied, so that a step takes
 seconds: the same arrays, without meaning. What MLX allocates ahead depends a little on how long
 products take, so some steps have `--real` ones, of fewer tokens, and count four times. `--fit`
-solves for the smallest squared relative error with numbers that are not negative, where too little
-counts more than too much, and prints how far off the phases and the peaks are. The grid of docs/planner.md is made of other steps than these.
+solves for the smallest squared relative error with numbers that are not negative, where too
+little counts more than too much, and prints how far off the phases and the peaks are. The grid of
+docs/planner.md is made of other steps than these.
 """
 
 import argparse

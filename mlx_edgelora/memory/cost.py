@@ -233,7 +233,6 @@ class Memory:
             "rank": tokens * shape.rank * FLOAT,
             "every hidden": most * shape.hidden * shape.itemsize,
             "every key": most * shape.keys * shape.itemsize,
-            "whole hidden": self.hidden if self.by_tiles else 0,
             "keys": self._keys(),
             "adapters": shape.adapter_bytes,
             # Where there is more than one tile, gradients are added to a sum.
