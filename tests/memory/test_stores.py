@@ -14,7 +14,7 @@ import pytest
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.memory import stores
 from mlx_edgelora.memory.meter import DiskMeter, footprint
-from mlx_edgelora.memory.stores import MappedStore, RamStore
+from mlx_edgelora.memory.stores import MappedStore, RamStore, SplitStore
 
 MIB = 2**20
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
@@ -25,14 +25,16 @@ DTYPES = [
 SHAPES = [(), (1,), (3,), (7, 5, 3), (1, 65, 64), (2, 0, 3)]
 
 
-@pytest.fixture(params=["ram", "mapped", "written", "wrapped"])
+@pytest.fixture(params=["ram", "mapped", "written", "wrapped", "split"])
 def store(request, tmp_path, monkeypatch):
-    """RAM; a file; a file where space cannot be reserved; a file that MLX wraps (as on Metal)."""
+    """RAM; a file; one where space cannot be reserved; one that MLX wraps (as on Metal); both."""
     if request.param == "written":
         monkeypatch.delattr(os, "posix_fallocate", raising=False)
     if request.param == "wrapped":
         monkeypatch.setattr(mx, "asarray", lambda array, copy: mx.array(array), raising=False)
     made = RamStore() if request.param == "ram" else MappedStore(tmp_path)
+    if request.param == "split":
+        made = SplitStore(made, RamStore(), 1)
     yield made
     if request.param == "wrapped":
         assert made._wraps
@@ -298,3 +300,18 @@ def test_folder_that_takes_no_file_is_named(tmp_path, kind):
         EdgeLoraError, match=rf"{folder}: no spill file can be made there .*--spill"
     ):
         MappedStore(folder)
+
+
+def test_the_last_slots_of_a_split_store_are_in_memory(tmp_path):
+    meter = DiskMeter()
+    store = SplitStore(MappedStore(tmp_path, meter), RamStore(), 2)
+    arrays = [random((4, 4), mx.float32, seed) for seed in range(3)]
+    store.reserve(3, arrays[0].nbytes)
+    for slot, array in enumerate(arrays):
+        store.put(slot, array)
+    assert all(same(store.take(slot), arrays[slot]) for slot in (2, 1, 0))
+    assert meter.written_bytes == arrays[0].nbytes
+    store.reserve(2, arrays[0].nbytes)  # nothing is left for the file
+    store.put(0, arrays[0])
+    assert same(store.take(0), arrays[0])
+    store.close()

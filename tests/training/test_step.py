@@ -251,3 +251,20 @@ def test_adapters_load_in_mlx_lm_with_the_same_logits(tmp_path):
     tokens = mx.array([[5, 7, 11, 13, 17]])
     assert mx.abs(theirs(tokens) - ours.model(tokens)).max().item() < 1e-5
     ours.close()
+
+
+def test_blocks_that_stay_in_memory_are_read_once(tmp_path):
+    folder = save(tmp_path, "llama", True)
+    read = []
+    with closing(engine(folder, streamed_blocks=1, spilled=False)) as ours:
+        for _ in range(3):
+            before = ours.disk.read_bytes
+            ours.value_and_grad(random_batch())
+            read.append(ours.disk.read_bytes - before)
+        weights = ours._walk.weights
+        assert not weights.block(2).keys() - weights.block(1).keys()
+        assert read[1] == read[2] < read[0]
+        weights.hold_from(3)  # a plan that was corrected
+        before = ours.disk.read_bytes
+        ours.value_and_grad(random_batch())
+        assert ours.disk.read_bytes - before > read[2]
