@@ -18,7 +18,8 @@ import argparse
 import gc
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -102,14 +103,15 @@ class Planned:
         budget = 10**12 if times is None else round(times * smallest(*arguments).needs)
         return budget, plan(*arguments, budget)
 
-    def steps(self, chosen: Plan, count: int, budget: int) -> list[tuple[int, float]]:
-        """Peak and seconds of some steps after a first one, under MLX's limit as in a run."""
+    @contextmanager
+    def stepping(self, chosen: Plan) -> Iterator[Callable[[], tuple[int, float]]]:
+        """A function that makes a step by a plan and gives its peak and seconds."""
         settings = Settings(self._cache, self._case.dtype, "dequantize")
-        found, before = [], mx.set_memory_limit(budget)
         with assembled(self._lazy(), chosen, settings) as engine:
             optimizer = optimizers.AdamW(1e-4)
             engine.trained.start(optimizer)
-            for number in range(count + 1):
+
+            def step() -> tuple[int, float]:
                 gc.collect()
                 mx.synchronize()
                 mx.reset_peak_memory()
@@ -117,10 +119,18 @@ class Planned:
                 loss, _ = engine.backward(self.batch, engine.trained.add)
                 engine.trained.update(optimizer, 1)
                 mx.eval(loss)
-                if number:
-                    found.append((mx.get_peak_memory(), time.perf_counter() - start))
+                return mx.get_peak_memory(), time.perf_counter() - start
+
+            yield step
+
+    def second_peak(self, chosen: Plan, budget: int) -> int:
+        """Peak of the second step, under MLX's limit as in a run."""
+        before = mx.set_memory_limit(budget)
+        with self.stepping(chosen) as step:
+            step()
+            peak, _ = step()
         mx.set_memory_limit(before)
-        return found
+        return peak
 
     def _lazy(self) -> LazyModel:
         lazy = open_model(str(self._folder), streamed=True, quantize=None, cache=self._folder)
@@ -151,7 +161,7 @@ def run_grid(args: argparse.Namespace) -> None:
         if case.stands_in:
             floor.stand_in(mx.bfloat16)
         try:
-            measured = known[1].steps(choice.plan, 1, budget)[0][0]
+            measured = known[1].second_peak(choice.plan, budget)
         finally:
             mx.array.__matmul__, mx.addmm = product
         off = choice.peak / measured - 1
@@ -189,13 +199,18 @@ def run_budgets(args: argparse.Namespace) -> None:
         if not choices or found.seconds < choices[-1].seconds * (1 - args.gain):
             choices.append(found)
     seconds: list[list[float]] = [[] for _ in choices]
-    peaks = [0] * len(choices)
-    for number in range(args.rounds):
-        order = range(len(choices)) if number % 2 == 0 else reversed(range(len(choices)))
-        for index in order:
-            peak, spent = planned.steps(choices[index].plan, 1, choices[index].needs)[0]
-            seconds[index].append(spent)
-            peaks[index] = max(peaks[index], peak)
+    peaks: list[int] = []
+    with ExitStack() as stack:
+        steps = []
+        for choice in choices:  # the second step of each, beside what the others hold
+            before = mx.get_active_memory()
+            steps.append(stack.enter_context(planned.stepping(choice.plan)))
+            steps[-1]()
+            peaks.append(steps[-1]()[0] - before)
+        for number in range(args.rounds):
+            order = range(len(choices)) if number % 2 == 0 else reversed(range(len(choices)))
+            for index in order:
+                seconds[index].append(steps[index]()[1])
     print(
         "| budget MB | measured peak MB | expected s | median s | time of the one before | plan |"
     )

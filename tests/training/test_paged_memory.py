@@ -14,6 +14,7 @@ from peaks import Stepped, growth_with_depth, held, nbytes
 from mlx_edgelora.memory.blockwise import BlockWalk
 from mlx_edgelora.memory.meter import DiskMeter, footprint
 from mlx_edgelora.memory.page_file import PageFile
+from mlx_edgelora.memory.plan import Plan
 from mlx_edgelora.memory.stores import MappedStore
 from mlx_edgelora.training.finite import first_non_finite
 from mlx_edgelora.training.optimizer import clip_factor
@@ -138,9 +139,8 @@ def test_a_half_of_a_block_reads_its_own_adapters(tmp_path):
         closing(PagedTrained(model, tmp_path, meter)) as trained,
         closing(MappedStore(tmp_path)) as store,
     ):
-        walk = BlockWalk(
-            model, store, adapters=trained, tile_tokens=16, prefetch=False, halves=True
-        )
+        plan = Plan(tile_tokens=16, prefetch=False, halves=True)
+        walk = BlockWalk(model, store, adapters=trained, plan=plan)
         engine = Engine(model, walk, None, DiskMeter(), trained=trained)
         engine.value_and_grad(random_batch())  # the first one also tries what can be tiled
         before, gradients = meter.read_bytes, {}
