@@ -30,10 +30,10 @@ def check(folder, batch, **options):
     assert_same_gradients(got, expected, resolution=resolution(reference, batch))
 
 
-@pytest.mark.parametrize("kept", [1, 2, 3])
+@pytest.mark.parametrize("kept", [1, 3])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_gradients_equal_mlx_lm(name, kept, tmp_path):
-    check(save(tmp_path, name, quantized=kept == 2), random_batch(), kept_blocks=kept)
+    check(save(tmp_path, name, quantized=kept == 3), random_batch(), kept_blocks=kept)
 
 
 @pytest.mark.parametrize(
