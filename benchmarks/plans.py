@@ -245,7 +245,7 @@ def draw(file: Path, choices: list[Choice], peaks: list[int], medians: list[floa
         xscale="log",
         ylim=(0, None),
     )
-    axis.legend()
+    axis.legend(loc="lower left")
     figure.savefig(file, dpi=110)
 
 
