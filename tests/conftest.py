@@ -36,6 +36,17 @@ def closed_stores():
     close_stores()
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A tiny model and data for it on disk; some modules have another one of their own."""
+    from tiny import make_data, make_model
+
+    root = tmp_path_factory.mktemp("tiny")
+    make_model(root / "model")
+    make_data(root / "data")
+    return root
+
+
 @pytest.fixture
 def memory():
     """A measured peak must not profit from buffers of the test before, nor from its garbage."""

@@ -7,19 +7,11 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
-from tiny import LENGTH, make_data, make_model
+from tiny import LENGTH
 
 from mlx_edgelora import plan
 from mlx_edgelora.memory.plan import Plan
 from mlx_edgelora.model.safetensors import read_header
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    root = tmp_path_factory.mktemp("tiny")
-    make_model(root / "model")
-    make_data(root / "data")
-    return root
 
 
 @pytest.fixture

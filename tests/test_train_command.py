@@ -14,21 +14,13 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from tiny import LENGTH, make_data, make_model, words, write_rows
+from tiny import LENGTH, make_model, words, write_rows
 
 from mlx_edgelora.train import main
 from mlx_edgelora.training import loop
 
 ROOT = Path(__file__).parent.parent
 GOOD = b"stands here from an earlier run"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    root = tmp_path_factory.mktemp("tiny")
-    make_model(root / "model")
-    make_data(root / "data")
-    return root
 
 
 @pytest.fixture

@@ -387,11 +387,9 @@ class BlockWalk:
         indices = range(state.kept_from, len(self.blocks))
         trained, bindings = [], []
         for index in indices:
-            block = self.blocks.blocks[index]
-            own = dict(tree_flatten(block.trainable_parameters()))
-            trained.append(own | self.adapters.block(index))
-            called = self._called(state, index)
-            bindings.append((called, array_slots(block), self.weights.block(index)))
+            trained.append(self._trained(index))
+            slots = array_slots(self.blocks.blocks[index])
+            bindings.append((self._called(state, index), slots, self.weights.block(index)))
         names = [list(arrays) for arrays in trained]
 
         def segment(*primals: mx.array) -> mx.array:
@@ -436,6 +434,11 @@ class BlockWalk:
         if state.cotangent is not None:
             mx.eval(state.cotangent)
 
+    def _trained(self, index: int) -> Arrays:
+        """What is trained of a block, by name inside it, from wherever it waits."""
+        own = dict(tree_flatten(self.blocks.blocks[index].trainable_parameters()))
+        return own | self.adapters.block(index)
+
     def _called(self, state: Pass, index: int) -> Callable[..., mx.array]:
         """What is called, and differentiated, where a block is due."""
         if state.spared and index + 1 == len(self.blocks):
@@ -444,8 +447,7 @@ class BlockWalk:
 
     def _block_backward(self, state: Pass, index: int) -> Arrays:
         call = state.calls.pop(index)
-        trained = dict(tree_flatten(self.blocks.blocks[index].trainable_parameters()))
-        trained |= self.adapters.block(index)
+        trained = self._trained(index)
         onward = index > state.first or state.entry
         weights = self.weights.block(index)
         if state.tiles is None:

@@ -293,5 +293,5 @@ class Memory:
             return self._weights(index, following)
         shape = self.shape
         weights = shape.mlp_bytes if mlp else shape.block_bytes - shape.mlp_bytes
-        adapters = shape.adapter_bytes  # of the whole block: the file is read by blocks
+        adapters = shape.adapter_bytes  # a half reads its own alone: the fit makes up for it
         return (weights if index < self.streamed else 0) + (adapters if self.paged else 0)

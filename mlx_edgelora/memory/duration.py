@@ -23,7 +23,7 @@ def seconds(shape: ModelShape, load: Load, plan: Plan, machine: Machine) -> floa
 class _Step:
     def __init__(self, shape: ModelShape, load: Load, plan: Plan, machine: Machine) -> None:
         self.shape, self.load, self.plan = shape, load, plan
-        self.rates, self.machine = machine.rates, machine
+        self.rates = machine.rates
         self.memory = Memory(shape, load, plan)
         unpacked = shape.packed and not machine.multiplies_packed
         self.unpack = unpacked / self.rates.dequantized

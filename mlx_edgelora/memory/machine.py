@@ -53,13 +53,11 @@ class Machine:
     Attributes:
         name: of the device.
         rates: how fast it is.
-        fused: whether MLX has a fused gradient of attention there.
         multiplies_packed: whether packed matrices are multiplied by MLX's own kernel.
     """
 
     name: str
     rates: Rates
-    fused: bool = False
     multiplies_packed: bool = False
 
 
@@ -74,7 +72,6 @@ def machine_here(cache: Path, folder: Path, dtype: mx.Dtype, kernel: str) -> Mac
     """
     device = mx.device_info()
     name = f"{device.get('device_name', 'unknown')}, {mx.default_device()}"
-    on_gpu = mx.default_device() == mx.gpu
     blas = os.environ.get("LD_PRELOAD", "") + os.environ.get("DYLD_INSERT_LIBRARIES", "")
     key = f"{VERSION} {mx.__version__} {name} {os.cpu_count()} {blas} {dtype} {folder}"
     file = cache / "machine.json"
@@ -84,7 +81,7 @@ def machine_here(cache: Path, folder: Path, dtype: mx.Dtype, kernel: str) -> Mac
         rates = measured(folder, dtype)
         known[key] = rates
         _write(file, known)
-    return Machine(name, rates, fused=on_gpu, multiplies_packed=kernel == "fused")
+    return Machine(name, rates, multiplies_packed=kernel == "fused")
 
 
 def measured(folder: Path, dtype: mx.Dtype) -> Rates:

@@ -128,7 +128,7 @@ class _Search:
         for fastest, way in self.ways:
             if best is not None and fastest >= best.seconds - CLOSE:
                 break  # nothing that follows can be faster
-            if self.choice(replace(way, **self._leanest(way))).needs > budget:
+            if self.choice(replace(way, **self._leanest())).needs > budget:
                 continue
             for plan in self._filled(way, budget):
                 found = self.choice(plan)
@@ -138,7 +138,7 @@ class _Search:
 
     def least(self) -> Choice:
         """The plan that takes the least memory; of several the fastest."""
-        plans = (replace(way, **self._leanest(way)) for _, way in self.ways)
+        plans = (replace(way, **self._leanest()) for _, way in self.ways)
         return min(map(self.choice, plans), key=lambda choice: (choice.peak, choice.seconds))
 
     def choice(self, plan: Plan) -> Choice:
@@ -196,7 +196,7 @@ class _Search:
             if name not in open_choices and name != "cache_bytes"
         )
 
-    def _leanest(self, way: Plan) -> dict[str, Any]:
+    def _leanest(self) -> dict[str, Any]:
         values = {
             "streamed_blocks": self.shape.blocks,
             "head": "streamed",

@@ -30,7 +30,6 @@ class Settings:
         dtype: of frozen floating weights and activations; the checkpoint's own if None.
         kernel: how quantized weights multiply, see `set_kernel`.
         loss: to train with; the exact one by default.
-        compiled: see `BlockWalk`; by default on a GPU.
         load: called with what is trained before the weights are attached.
         rest: called after every block.
     """
@@ -39,7 +38,6 @@ class Settings:
     dtype: str | None = None
     kernel: str = "auto"
     loss: Loss | None = None
-    compiled: bool | None = None
     load: Callable[[Trained], None] = lambda trained: None
     rest: Callable[[], None] = lambda: None
 
@@ -82,7 +80,7 @@ def assembled(
         lazy.raw.clear()  # it would keep what was cast
         store = MappedStore(settings.folder, meter) if plan.spills else RamStore()
         stack.enter_context(closing(store))
-        compiled = mx.default_device() == mx.gpu if settings.compiled is None else settings.compiled
+        compiled = mx.default_device() == mx.gpu
         walk = BlockWalk(
             model, store, attached.weights, compiled, trained, plan=plan, rest=settings.rest
         )

@@ -77,9 +77,10 @@ def finetune(
         tokenizer = _tokenizer(lazy)
         train_set, valid_set, test_set = _data(config, tokenizer, lazy.vocabulary, notify)
         sets = [dataset for dataset in (train_set, valid_set, test_set) if dataset is not None]
-        chosen = _chosen(config, lazy, sets, notify)
+        place = _spill_place(config)
+        chosen = _chosen(config, lazy, sets, place, notify)
         plan = chosen.plan
-        with _limits(chosen), _engine(config, lazy, plan, notify) as engine:
+        with _limits(chosen), _engine(config, lazy, plan, place, notify) as engine:
             engine.plan_of = chosen.of
             check_loss(config, engine.head)
             result = None
@@ -105,8 +106,9 @@ def open_engine(
     Gives the engine, the tokenizer and the size of the model's vocabulary.
     """
     lazy = _adapted(config)
-    chosen = _chosen(config, lazy, (), notify)
-    with _engine(config, lazy, chosen.plan, notify) as engine:
+    place = _spill_place(config)
+    chosen = _chosen(config, lazy, (), place, notify)
+    with _engine(config, lazy, chosen.plan, place, notify) as engine:
         engine.plan_of = chosen.of
         yield engine, _tokenizer(lazy), lazy.vocabulary
 
@@ -158,11 +160,15 @@ def _adapted(config: TrainConfig, streamed: bool = False) -> LazyModel:
 
 @contextmanager
 def _engine(
-    config: TrainConfig, lazy: LazyModel, plan: Plan, notify: Callable[[str], None]
+    config: TrainConfig,
+    lazy: LazyModel,
+    plan: Plan,
+    place: tuple[str | Path, str],
+    notify: Callable[[str], None],
 ) -> Iterator[Engine]:
     if plan.streams and not lazy.streamable:
         lazy = _adapted(config, streamed=True)
-    folder, why = _spill_place(config)
+    folder, why = place
     settings = Settings(
         folder,
         config.dtype,
@@ -180,11 +186,14 @@ def _engine(
 
 
 def _chosen(
-    config: TrainConfig, lazy: LazyModel, sets: Sequence, notify: Callable[[str], None]
+    config: TrainConfig,
+    lazy: LazyModel,
+    sets: Sequence,
+    place: tuple[str | Path, str],
+    notify: Callable[[str], None],
 ) -> RunPlan:
     """The plan of the run, told and written down."""
-    folder = Path(_spill_place(config)[0])
-    chosen = asked_plan(config, lazy, sets, _user_cache(), folder)
+    chosen = asked_plan(config, lazy, sets, _user_cache(), Path(place[0]))
     if chosen.choice is None:
         chosen = searched(chosen)
     notify(chosen.table())

@@ -97,10 +97,7 @@ class Engine:
         micro-batches than one, so often, and the gradients add up. What it does not keep is
         gone before the next block is computed.
         """
-        plan = self.plan_of(batch)
-        if plan != self._plan:
-            self.obey(plan)
-        parts = _labelled(batch, plan.micro_batches)
+        parts = self._parts(batch)
         count = sum(part.labels.size for part in parts)
         losses = [self._backward(part, part.labels.size / count, sink) for part in parts]
         loss = losses[0] if len(losses) == 1 else mx.stack(losses).sum()
@@ -131,17 +128,21 @@ class Engine:
 
     def loss(self, batch: Batch) -> tuple[mx.array, int]:
         """Mean loss over the labelled tokens, and their count; nothing is kept or spilled."""
-        plan = self.plan_of(batch)
-        if plan != self._plan:
-            self.obey(plan)
         total, count = 0.0, 0
-        for tokens, rows, labels in _labelled(batch, plan.micro_batches):
+        for tokens, rows, labels in self._parts(batch):
             run = partial(self.model, tokens)
             with self._walk.forward(run, keep=False, rows=rows) as state:
                 hidden, state.hidden = state.hidden[0], None
                 loss, _, _ = self._loss(state, hidden, labels, gradient=False)
             total, count = total + labels.size * loss, count + labels.size
         return total / count, count
+
+    def _parts(self, batch: Batch) -> list["_Part"]:
+        """The batch as its plan divides it; that plan is obeyed from now on."""
+        plan = self.plan_of(batch)
+        if plan != self._plan:
+            self.obey(plan)
+        return _labelled(batch, plan.micro_batches)
 
     def close(self) -> None:
         """Give the store's disk space back."""

@@ -5,7 +5,7 @@ import time
 import mlx.core as mx
 import numpy as np
 import pytest
-from tiny import LENGTH, make_data, make_model, words, write_rows
+from tiny import LENGTH, words, write_rows
 
 from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.data import Batch
@@ -17,14 +17,6 @@ from mlx_edgelora.memory.plan import Plan
 from mlx_edgelora.training import finetune as module
 from mlx_edgelora.training.callbacks import TrainingCallback
 from mlx_edgelora.training.finetune import finetune, open_engine
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    root = tmp_path_factory.mktemp("tiny")
-    make_model(root / "model")
-    make_data(root / "data")
-    return root
 
 
 @pytest.fixture
