@@ -34,6 +34,9 @@ from mlx_edgelora.layers.order import wait
 TILE_BYTES = 16 * 2**20
 # A slice's activations are made for so many tokens at a time.
 TOKENS = 1024
+# The graph of a slice takes some 100 KB of the process, which MLX does not count: 448 slices
+# of a 70B shape took more than they saved.
+MOST_SLICES = 192
 
 # (a, b) [n, m] -> [n, m], each entry of its own two alone.
 Activation = Callable[[mx.array, mx.array], mx.array]
@@ -104,7 +107,7 @@ def gated_mlp(
         down: [d, intermediate].
         activation: entry by entry.
         tile_bytes: bound on a slice's weights, and activations for up to 1024 tokens; at
-            least one group of a packed `down`.
+            least one group of a packed `down`, and one of 192 parts.
 
     Returns:
         [..., d] in the dtype of `x`, differentiable in `x` and in the six LoRA matrices;
@@ -144,6 +147,22 @@ def gated_mlp(
     return mlp(flat, *own).reshape(*x.shape[:-1], down.out_dims)
 
 
+def slice_features(tile_bytes: int, width: int, tokens: int, intermediate: int, group: int) -> int:
+    """How many intermediate features a slice has.
+
+    Args:
+        tile_bytes: see `gated_mlp`.
+        width: rows or columns of the three matrices together.
+        tokens: that are computed at a time, at most `TOKENS`.
+        intermediate: of the MLP.
+        group: features that lie packed together; 1 for none.
+    """
+    # Of 16 bits as much: what is added up is cast (`add_product`).
+    wanted = tile_bytes // (4 * (width + 6 * tokens))
+    fewest = -(-intermediate // MOST_SLICES)
+    return max(group, wanted // group * group, -(-fewest // group) * group)
+
+
 def _check(x: mx.array, first: Projection, second: Projection, down: Projection) -> None:
     shapes = [(p.out_dims, p.in_dims) for p in (first, second, down)]
     fits = shapes[0] == shapes[1] and shapes[2][1] == shapes[0][0] and x.shape[-1] == shapes[0][1]
@@ -169,11 +188,10 @@ class _Slices:
         self.inputs, self.down, self.activation = (first, second), down, activation
         self.dtype = x.dtype
         chunk = min(TOKENS, x.shape[0])
-        # Of 16 bits as much: what is added up is cast (`add_product`).
-        entry = 4 * (2 * x.shape[-1] + down.out_dims + 6 * chunk)
         # A slice begins and ends where groups of packed columns do.
         group = 1 if down.packing is None else down.packing.group_size
-        step = max(group, tile_bytes // entry // group * group)
+        width = 2 * x.shape[-1] + down.out_dims
+        step = slice_features(tile_bytes, width, chunk, first.out_dims, group)
         self.features = _spans(first.out_dims, step)
         self.chunks = _spans(x.shape[0], chunk)
 

@@ -10,6 +10,7 @@ bytes divided by measured rates.
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 
+from mlx_edgelora.layers.mlp import TOKENS, slice_features
 from mlx_edgelora.losses.exact import tile_shape
 from mlx_edgelora.memory.fitted import FITTED
 from mlx_edgelora.memory.plan import Plan
@@ -249,9 +250,10 @@ class Memory:
         shape, most = self.shape, self.plan.mlp_bytes
         if most is None or not shape.gated:
             return {}
-        tokens = min(1024, tokens)
-        entry = FLOAT * (3 * shape.hidden + 6 * tokens)
-        features = min(shape.intermediate, max(64, most // entry // 64 * 64))
+        tokens = min(TOKENS, tokens)
+        group = 64 if shape.packed else 1
+        features = slice_features(most, 3 * shape.hidden, tokens, shape.intermediate, group)
+        features = min(shape.intermediate, features)
         return {
             "slice weights": FLOAT * 3 * shape.hidden * features,
             "slice": FLOAT * tokens * features,
@@ -293,5 +295,6 @@ class Memory:
             return self._weights(index, following)
         shape = self.shape
         weights = shape.mlp_bytes if mlp else shape.block_bytes - shape.mlp_bytes
-        adapters = shape.adapter_bytes  # a half reads its own alone: the fit makes up for it
+        own = shape.mlp_adapter_bytes
+        adapters = own if mlp else shape.adapter_bytes - own
         return (weights if index < self.streamed else 0) + (adapters if self.paged else 0)

@@ -27,6 +27,7 @@ import mlx.core as mx
 
 from mlx_edgelora.layers import attention
 from mlx_edgelora.layers.order import stops
+from mlx_edgelora.memory.meter import give_back
 from mlx_edgelora.memory.profile import phase
 from mlx_edgelora.memory.streams import KeySums, Stream, Sums, joined, split, spread
 from mlx_edgelora.model.blocks import Slot, bound
@@ -92,6 +93,7 @@ class TiledBlock:
                     pieces[number] = self.parts.rest(pieces[number], place)
                 found.eval()
                 mx.eval(pieces[number])
+                give_back()
             put(index, joined(pieces))
 
     def backward_rest(self, gradients: Sums, middle: Stream, cotangents: Stream) -> None:
@@ -119,6 +121,7 @@ class TiledBlock:
                         True,
                     )
                 del dy, x
+                give_back()
             cotangents.put(index, joined(pieces))
 
     def backward(

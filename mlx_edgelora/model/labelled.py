@@ -30,10 +30,11 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_edgelora.model.attention import Attention, attention_replaced, masks_known
-from mlx_edgelora.model.blocks import BlockList, array_slots, bound
+from mlx_edgelora.model.blocks import BlockList
 from mlx_edgelora.model.masks import banded
 from mlx_edgelora.model.parts import Picked, keys_seen, mask_at
 from mlx_edgelora.model.sources import WeightSource
+from mlx_edgelora.model.trial import Compute, trial_of
 from mlx_edgelora.model.walkable import MODEL_ERRORS
 
 # What the trial is made of. In its first row labels are scattered and begin at 0, in the
@@ -65,7 +66,7 @@ class LastBlock:
 
     Args:
         blocks: the model's blocks; they passed `check_walk`.
-        weights: where the block's frozen weights come from; read once, for the trial.
+        weights: where the block's frozen weights come from; read for the trial.
     """
 
     def __init__(self, blocks: BlockList, weights: WeightSource) -> None:
@@ -262,12 +263,12 @@ def _refusal(blocks: BlockList, weights: WeightSource) -> str | None:
         call = _last_call(blocks)
         if reason := _unsuited(call):
             return reason
-        with bound(array_slots(block), weights.block(len(blocks) - 1)):
-            try:
-                # All of them: `max` would pass over NaN.
-                differences = [_difference(block, trial) for trial in _trials(call)]
-            except (*MODEL_ERRORS, AssertionError) as error:
-                return f"the last block cannot be called for single tokens: {error}"
+        compute = trial_of(block, weights, len(blocks) - 1)
+        try:
+            # All of them: `max` would pass over NaN.
+            differences = [_difference(block, trial, compute) for trial in _trials(call)]
+        except (*MODEL_ERRORS, AssertionError) as error:
+            return f"the last block cannot be called for single tokens: {error}"
     tolerance = TOLERANCES[call.args[0].dtype]
     for difference in differences:
         if not difference <= tolerance:  # NaN is no agreement
@@ -318,7 +319,7 @@ def _trials(call: inspect.BoundArguments) -> Iterator[inspect.BoundArguments]:
         yield call
 
 
-def _difference(block: nn.Module, call: inspect.BoundArguments) -> float:
+def _difference(block: nn.Module, call: inspect.BoundArguments, compute: Compute) -> float:
     """The largest difference of a row, over the norm of what the block adds to it.
 
     Beside a large input, what is added may be rounded away: twice that is allowed for. NaN
@@ -326,8 +327,9 @@ def _difference(block: nn.Module, call: inspect.BoundArguments) -> float:
     """
     rows = mx.array(TRIAL_ROWS)
     before = take_rows(call.args[0], rows).astype(mx.float32)
-    expected = take_rows(block(*call.args, **call.kwargs), rows).astype(mx.float32)
-    got = labelled_rows(block, rows, *call.args, **call.kwargs).astype(mx.float32)
+    (whole,) = compute(lambda: [block(*call.args, **call.kwargs)])
+    (alone,) = compute(lambda: [labelled_rows(block, rows, *call.args, **call.kwargs)])
+    expected, got = take_rows(whole, rows).astype(mx.float32), alone.astype(mx.float32)
     differences, added, inputs = (
         mx.linalg.norm(value, axis=-1) for value in (got - expected, expected - before, before)
     )

@@ -10,11 +10,12 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_edgelora.model.attention import masks_known
-from mlx_edgelora.model.blocks import BlockList, array_slots, bound, signature
+from mlx_edgelora.model.blocks import BlockList, signature
 from mlx_edgelora.model.labelled import TOLERANCES, TRIAL_SHAPE, TRIAL_WINDOW, _unsuited
 from mlx_edgelora.model.masks import banded
 from mlx_edgelora.model.parts import BlockParts, Picked, Place, Span, mask_at, tokens_at
 from mlx_edgelora.model.sources import WeightSource
+from mlx_edgelora.model.trial import Compute, trial_of
 from mlx_edgelora.model.walkable import MODEL_ERRORS
 
 # Of a row of the trial: spans, and single tokens.
@@ -24,6 +25,7 @@ TRIAL_PLACES: list[Place] = [
     Picked(0, np.array([0, 2, 3], np.int32)),
     Picked(1, np.array([4, 5, 6], np.int32)),
 ]
+# Of each row: a small one sees what a block adds, a large one sees positions without a norm.
 TRIAL_SCALES = (0.01, 1.0)
 
 
@@ -46,7 +48,7 @@ class Tiling:
 
     Args:
         blocks: the model's blocks; they passed `check_walk`.
-        weights: where the blocks' arrays come from; one block of each kind is read.
+        weights: where the blocks' arrays come from; one block of each kind is read some times.
     """
 
     def __init__(self, blocks: BlockList, weights: WeightSource) -> None:
@@ -57,8 +59,8 @@ class Tiling:
     def of(self, index: int) -> Tileable:
         """Whether block `index` can be; not inside an intercepted call.
 
-        The first call for a block of its kind makes a trial: it reads the block and runs it
-        on 14 tokens, whole and by parts.
+        The first call for a block of its kind makes a trial: it runs the block
+        on 14 tokens, whole and by parts, and reads it each time.
         """
         block = self._blocks.blocks[index]
         if dropping(block):  # asked anew: it goes on and off with the training mode
@@ -80,29 +82,28 @@ class Tiling:
 
     def _trial(self, index: int) -> Tileable:
         block = self._blocks.blocks[index]
-        with bound(array_slots(block), self._weights.block(index)):
-            try:
-                calls = list(_trials(block, *self._calls[index]))
-                for x, parts in calls:
-                    if reason := _disagreement(x, parts):
-                        return Tileable(False, reason)
-            except (*MODEL_ERRORS, AssertionError) as error:
-                reason = f"a block cannot be called for parts of its tokens: {error}"
-                return Tileable(False, reason)
-            x, parts = calls[0]
-            asked = parts.before(x, Span(0, TRIAL_SHAPE[1]))
-            keys = max(a.shape[1] * a.shape[3] for a in (asked.k, asked.v))
-            return Tileable(True, branches=_branches(calls), keys=keys)
+        compute = trial_of(block, self._weights, index)
+        try:
+            calls = list(_trials(block, *self._calls[index]))
+            for x, parts in calls:
+                if reason := _disagreement(x, parts, compute):
+                    return Tileable(False, reason)
+            pair = compute(lambda: _keys_and_values(*calls[0]))
+            keys = max(a.shape[1] * a.shape[3] for a in pair)
+        except (*MODEL_ERRORS, AssertionError) as error:
+            reason = f"a block cannot be called for parts of its tokens: {error}"
+            return Tileable(False, reason)
+        return Tileable(True, branches=_branches(calls, compute), keys=keys)
 
 
-def _branches(calls: list[tuple[mx.array, BlockParts]]) -> tuple[str, str] | None:
+def _branches(calls: list[tuple[mx.array, BlockParts]], compute: Compute) -> tuple[str, str] | None:
     """The children of a block that is a sum of two branches, one after the other; tried."""
     _, parts = calls[0]
     children = [name for name, child in parts.block.items() if _multiplies(child)]
     for pair in permutations(children, 2):
         halves = [(x, p.with_branches(pair)) for x, p in calls]
         try:
-            if not any(_disagreement(x, p) for x, p in halves):
+            if not any(_disagreement(x, p, compute) for x, p in halves):
                 return pair
         except (*MODEL_ERRORS, AssertionError):
             continue
@@ -140,7 +141,7 @@ def block_calls(blocks: BlockList) -> list[tuple]:
 
 
 def _trials(block: nn.Module, x: mx.array, args: tuple, kwargs: dict) -> Iterator[tuple]:
-    """The call at inputs of several sizes, and under a window: long texts may have one."""
+    """The call at an input of one size in each row, and under a window: long texts may have one."""
     parts = BlockParts(block, args, kwargs)
     call = parts.bind(x)
     if reason := _unsuited(call):
@@ -148,33 +149,46 @@ def _trials(block: nn.Module, x: mx.array, args: tuple, kwargs: dict) -> Iterato
     masks = [call.arguments.get("mask")]
     if isinstance(masks[0], str):
         masks.append(banded(range(TRIAL_SHAPE[1]), TRIAL_SHAPE[1], TRIAL_WINDOW))
+    scaled = mx.array(TRIAL_SCALES, x.dtype)[:, None, None] * x
     for mask in masks:
-        for scale in TRIAL_SCALES:
-            yield scale * x, parts.with_mask(mask)
+        yield scaled, parts.with_mask(mask)
 
 
-def _disagreement(x: mx.array, parts: BlockParts) -> str | None:
+def _disagreement(x: mx.array, parts: BlockParts, compute: Compute) -> str | None:
     """How the parts, or the halves, differ from the whole, if they do."""
-    whole = parts.whole(x).astype(mx.float32)
-    asked = [parts.before(tokens_at(x, 0, span), span) for span in TRIAL_PLACES[:2]]
-    keys, values = (mx.concatenate([a[i] for a in asked], axis=2) for i in (1, 2))
+    (whole,) = compute(lambda: [parts.whole(x)])
+    keys, values = compute(lambda: _keys_and_values(x, parts))
     for place in TRIAL_PLACES:
-        mine = tokens_at(x, 0, place)
-        ask = parts.before(mine, place)
-        row = slice(None) if isinstance(place, Span) else slice(place.row, place.row + 1)
-        _, mask = mask_at(ask.mask, place, Span(0, keys.shape[2]))
-        attended = mx.fast.scaled_dot_product_attention(
-            ask.q, keys[row], values[row], scale=ask.scale, mask=mask, sinks=ask.sinks
+        (got,) = compute(lambda place=place: [_computed_at(x, parts, place, keys, values)])
+        got, expected, before = (
+            value.astype(mx.float32)
+            for value in (got, tokens_at(whole, 0, place), tokens_at(x, 0, place))
         )
-        if parts.branches is None:
-            got = parts.after(mine, place, attended)
-        else:
-            got = parts.rest(parts.middle(mine, place, attended), place)
-        got = got.astype(mx.float32)
-        expected, before = (tokens_at(a, 0, place) for a in (whole, x.astype(mx.float32)))
         off = mx.linalg.norm(got - expected, axis=-1)
         added = mx.linalg.norm(expected - before, axis=-1)
         difference = (off / added).max().item()
         if not difference <= TOLERANCES[x.dtype]:  # NaN is no agreement
             return f"computed by parts a block differs by {difference:.1e} of its norm"
     return None
+
+
+def _keys_and_values(x: mx.array, parts: BlockParts) -> list[mx.array]:
+    """Of all tokens, by tiles."""
+    asked = [parts.before(tokens_at(x, 0, span), span) for span in TRIAL_PLACES[:2]]
+    return [mx.concatenate([a[i] for a in asked], axis=2) for i in (1, 2)]
+
+
+def _computed_at(
+    x: mx.array, parts: BlockParts, place: Place, keys: mx.array, values: mx.array
+) -> mx.array:
+    """What the block, or its halves one after the other, make of the tokens at a place."""
+    mine = tokens_at(x, 0, place)
+    ask = parts.before(mine, place)
+    row = slice(None) if isinstance(place, Span) else slice(place.row, place.row + 1)
+    _, mask = mask_at(ask.mask, place, Span(0, keys.shape[2]))
+    attended = mx.fast.scaled_dot_product_attention(
+        ask.q, keys[row], values[row], scale=ask.scale, mask=mask, sinks=ask.sinks
+    )
+    if parts.branches is None:
+        return parts.after(mine, place, attended)
+    return parts.rest(parts.middle(mine, place, attended), place)
