@@ -115,6 +115,7 @@ def add_tokenizer(folder: Path, vocabulary: int) -> None:
         },
     }
     config = {
+        "synthetic": True,
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "</s>",
         "chat_template": TEMPLATE,
