@@ -28,7 +28,7 @@ def peak_by_context(report: Report, shape: str | None) -> Writer:
     """A writer of peaks of MLX's allocator over contexts, with the published lines of a shape."""
 
     def draw(file: BinaryIO) -> None:
-        with _figure(file, (8.5, 5.2)) as axes:
+        with _figure(file, (8.5, 5.8)) as axes:
             for name, (colour, mark) in _styles(report).items():
                 points = [
                     (context.tokens, result.peak / GB)
@@ -65,7 +65,7 @@ def time_against_peak(report: Report) -> Writer:
     def draw(file: BinaryIO) -> None:
         measured = [context for context in report.contexts if not context.failed]
         context = max(measured, key=lambda one: one.tokens, default=None)
-        with _figure(file, (8.5, 5.2)) as axes:
+        with _figure(file, (8.5, 5.8)) as axes:
             styles = _styles(report)
             results = [] if context is None else [r for r in context.results if _shown(r)]
             line = sorted((r.peak / GB, r.seconds) for r in results if r.budget is not None)
@@ -137,4 +137,4 @@ def _finish(axes: Axes) -> None:
     axes.tick_params(which="minor", labelsize=7)
     axes.grid(which="both", color="#dddddd", linewidth=0.6)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8, loc="best")
+        axes.figure.legend(fontsize=8, loc="outside lower center", ncols=3)

@@ -137,17 +137,17 @@ class _Bench:
         return found
 
     def step_memory(self) -> bytes | None:
-        """A picture of where memory goes over a step, at half of mlx-lm's peak."""
+        """A picture of where memory goes over a step, within the smallest budget that was kept."""
         if self._last is None:
             return None
         job, results = self._last
         own = [result for result in results if result.plan and isinstance(result.budget, int)]
         if not own:
             return None
-        middle = own[len(own) // 2]
+        tightest = own[-1]
         folder = self._folder / "profile"
-        options = job.options | {"memory_budget": middle.budget, "memory_profile": str(folder)}
-        rival = next(rival for rival in self._rivals if rival.name == middle.name)
+        options = job.options | {"memory_budget": tightest.budget, "memory_profile": str(folder)}
+        rival = next(rival for rival in self._rivals if rival.name == tightest.name)
         running = Running(
             rival, job.with_(options=options, steps=2, last=2), self._folder / "profiled"
         )
