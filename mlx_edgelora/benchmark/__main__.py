@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from mlx_edgelora.benchmark.machine import slow_blas
 from mlx_edgelora.benchmark.options import options_from_cli
 from mlx_edgelora.benchmark.report import Report
 from mlx_edgelora.benchmark.run import run
@@ -22,22 +21,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         options = options_from_cli(argv)
-        slow = slow_blas()
-        if slow:
-            print(f"warning: {slow}", file=sys.stderr)
         command = shlex.join(["python", "-m", "mlx_edgelora.benchmark", *argv])
-        report, step_memory = run(options, command, lambda line: print(line, file=sys.stderr))
-        if slow:
-            report.notes.append(slow[0].upper() + slow[1:] + ".")
+
+        def keep(report: Report, step_memory: bytes | None = None) -> None:
+            if options.output is not None:
+                write(report, step_memory, options.output, options.shape)
+
+        report, step_memory = run(options, command, say, keep)
         print(report.text())
-        if options.output is not None:
-            write(report, step_memory, options.output, options.shape)
+        keep(report, step_memory)
     except EdgeLoraError as error:
         print(f"error: {error}", file=sys.stderr)
         return WRONG
     except KeyboardInterrupt:
         return INTERRUPTED
     return 0 if report.valid else INVALID
+
+
+def say(line: str) -> None:
+    """Tell what happens, apart from the results."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def write(report: Report, step_memory: bytes | None, folder: Path, shape: str | None) -> None:

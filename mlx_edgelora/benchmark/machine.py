@@ -56,7 +56,7 @@ def machine() -> dict[str, str | int]:
         else os.cpu_count() or 0,
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.machine()}",
-        "blas": os.environ.get("LD_PRELOAD") or "the wheel's own",
+        "blas": Path(os.environ.get("LD_PRELOAD", "")).name or "the wheel's own",
     }
 
 

@@ -101,8 +101,8 @@ IMPORTED = 1024
 # (docs/loss.md). Adapters move by the signs of small gradients, hence the wide second bound.
 TOLERANCES = {
     "float32": Tolerance(loss=2e-4, adapters=0.05),
-    "bfloat16": Tolerance(loss=2e-2, adapters=0.5),
-    "float16": Tolerance(loss=1e-2, adapters=0.5),
+    "bfloat16": Tolerance(loss=1e-2, adapters=0.3),
+    "float16": Tolerance(loss=1e-2, adapters=0.3),
 }
 
 

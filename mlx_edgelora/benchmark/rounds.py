@@ -258,7 +258,9 @@ class Comparison:
         """Most memory that a contender's process is expected to take."""
         theirs = self._reference.result
         budget = job.options.get("memory_budget")
-        if not rival.is_ours or not isinstance(budget, int):
+        if budget == "min":  # far below the smallest of the shares
+            return theirs.bare + theirs.footprint // 4
+        if not rival.is_ours:
             return theirs.footprint
         return min(theirs.footprint, round(BESIDES * budget) + theirs.bare)
 

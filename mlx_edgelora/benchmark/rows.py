@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from mlx_lm.utils import load_tokenizer
 
+from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.data import load_datasets
 from mlx_edgelora.data.batches import iterate_batches
 from mlx_edgelora.data.dataset import Dataset
@@ -61,7 +62,8 @@ def _prefix(tokenizer: object, words: list[str], wanted: int) -> int:
 
 def words_for(model: Path) -> list[str]:
     """Words for a tokenizer: its own, if `add_tokenizer` made it, or those of the embedded data."""
-    if json.loads((model / "tokenizer_config.json").read_text()).get("synthetic"):
+    config = model / "tokenizer_config.json"
+    if config.exists() and json.loads(config.read_text()).get("synthetic"):
         names = json.loads((model / "tokenizer.json").read_text())["model"]["vocab"]
         return [name for name in names if name != "</s>"]
     return [word for row in given_rows(DATA_PATH, 50) for word in row["prompt"].split()]
@@ -95,6 +97,26 @@ def write_rows(folder: Path, rows: list[dict]) -> bool:
     return "text" not in rows[0]
 
 
+def sort_rows(config: TrainConfig, tokenizer: object) -> None:
+    """Put the rows of a data folder into the order of their lengths.
+
+    This package forms batches by length; mlx-lm means to, but takes rows as they come
+    (docs/differences-from-mlx-lm.md). In this order both form the same ones.
+
+    Raises:
+        EdgeLoraError: a row has nothing to train within the context.
+    """
+    rows = [row for _, row in jsonl_source(Path(config.data, "train.jsonl")).rows]
+    dataset = load_datasets(config, tokenizer)[0]
+    if len(dataset) != len(rows):
+        raise EdgeLoraError(
+            f"--data: {len(rows) - len(dataset)} of the {len(rows)} longest rows have no token to "
+            f"train on within {config.max_seq_length}; take longer --contexts or other rows"
+        )
+    lengths = [min(len(dataset[i][0]), config.max_seq_length) for i in range(len(rows))]
+    write_rows(Path(config.data), [rows[i] for i in np.argsort(lengths, kind="stable")])
+
+
 def tokenizer_of(model: Path) -> object:
     """The tokenizer of a model folder."""
     config = json.loads((model / "config.json").read_text())
@@ -102,7 +124,7 @@ def tokenizer_of(model: Path) -> object:
 
 
 def batches(
-    config: object, tokenizer: object, steps: int
+    config: TrainConfig, tokenizer: object, steps: int
 ) -> list[tuple[tuple[int, ...], int, int]]:
     """Of every step the rows, the tokens the model sees, and those with labels.
 

@@ -4,6 +4,7 @@ import argparse
 import datetime
 import statistics
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,7 +13,14 @@ from mlx.utils import tree_flatten
 from mlx_edgelora.benchmark.contenders import config_of, contenders
 from mlx_edgelora.benchmark.job import Job
 from mlx_edgelora.benchmark.ladder import LADDER, RANK, Climb
-from mlx_edgelora.benchmark.machine import commit, kernels_differ, machine, on_cpu, versions
+from mlx_edgelora.benchmark.machine import (
+    commit,
+    kernels_differ,
+    machine,
+    on_cpu,
+    slow_blas,
+    versions,
+)
 from mlx_edgelora.benchmark.report import Context, Report
 from mlx_edgelora.benchmark.results import TOLERANCES, movement
 from mlx_edgelora.benchmark.rounds import Comparison, Gone, Running, Say
@@ -20,6 +28,7 @@ from mlx_edgelora.benchmark.rows import (
     BATCHES,
     batches,
     given_rows,
+    sort_rows,
     synthetic_rows,
     tokenizer_of,
     words_for,
@@ -41,13 +50,16 @@ CHANGE = 0.1
 TELLING = 3
 
 
-def run(options: argparse.Namespace, command: str, say: Say) -> tuple[Report, bytes | None]:
+def run(
+    options: argparse.Namespace, command: str, say: Say, keep: Callable[[Report], None]
+) -> tuple[Report, bytes | None]:
     """Do what the options say.
 
     Args:
         options: as `options_from_cli` gives them.
         command: the command line, for the report.
         say: gets a line for each thing that happens.
+        keep: gets the report as far as it is, after every context and row.
 
     Returns:
         What was found, and a picture of one step's memory if the `plot` extra drew one.
@@ -63,13 +75,18 @@ def run(options: argparse.Namespace, command: str, say: Say) -> tuple[Report, by
         commit=commit(),
         settings={},
     )
+    slow = slow_blas()
+    if slow:
+        say(f"warning: {slow}")
+        report.notes.append(slow)
     with tempfile.TemporaryDirectory(prefix="edgelora-benchmark-") as folder:
         if options.ladder:
-            _climb(options, report, Path(folder), say)
+            _climb(options, report, Path(folder), say, keep)
             return report, None
         bench = _Bench(options, report, Path(folder), say)
         for tokens in options.contexts:
             report.contexts.append(bench.context(tokens))
+            keep(report)
         return report, bench.step_memory() if options.output else None
 
 
@@ -77,7 +94,7 @@ class _Bench:
     def __init__(self, options: argparse.Namespace, report: Report, folder: Path, say: Say) -> None:
         self._options, self._report, self._folder, self._say = options, report, folder, say
         lazy = _opened(options, say)
-        self._model, self._dtype = lazy.checkpoint.path, str(dtype_of(lazy)).rpartition(".")[2]
+        self._model, self._dtype = lazy.source, str(dtype_of(lazy)).rpartition(".")[2]
         self._tokenizer = tokenizer_of(lazy.source)
         self._packed = "quantization" in lazy.config
         self._kernel = "auto"
@@ -111,6 +128,7 @@ class _Bench:
         options = self._options
         job = self._job(tokens)
         config = config_of(job.with_(output=str(self._folder)))
+        sort_rows(config, self._tokenizer)
         steps = batches(config, self._tokenizer, job.steps)
         size = round(statistics.median(tokens for _, tokens, _ in steps))
         share = sum(labelled for *_, labelled in steps) / sum(tokens for _, tokens, _ in steps)
@@ -218,7 +236,13 @@ def _opened(options: argparse.Namespace, say: Say) -> LazyModel:
     return open_model(name, streamed=False, quantize=None, cache=options.cache)
 
 
-def _climb(options: argparse.Namespace, report: Report, folder: Path, say: Say) -> None:
+def _climb(
+    options: argparse.Namespace,
+    report: Report,
+    folder: Path,
+    say: Say,
+    keep: Callable[[Report], None],
+) -> None:
     """Every row of the ladder at every context."""
     kernel, _ = resolve_kernel("auto")
     here = machine_here(options.cache, folder, mx.float32, kernel)
@@ -230,6 +254,7 @@ def _climb(options: argparse.Namespace, report: Report, folder: Path, say: Say) 
             if climb.too_much(technique, tokens) is None:
                 job = _ladder_job(options, technique, tokens, folder / f"{tokens}-{number}", say)
             report.ladder.append(climb.rung(technique, tokens, job))
+            keep(report)
 
 
 def _ladder_job(
@@ -237,12 +262,12 @@ def _ladder_job(
 ) -> Job:
     asked = argparse.Namespace(**vars(options) | {"weights": technique.weights})
     lazy = _opened(asked, lambda line: None)
-    words, tokenizer = words_for(lazy.checkpoint.path), tokenizer_of(lazy.source)
+    words, tokenizer = words_for(lazy.source), tokenizer_of(lazy.source)
     masked = write_rows(folder, synthetic_rows(tokenizer, 1, tokens, technique.labelled, words))
     start = folder / "start.safetensors"
     write_start(lazy, RANK, start)
     return Job(
-        model=str(lazy.checkpoint.path),
+        model=str(lazy.source),
         data=str(folder),
         start=str(start),
         context=tokens,

@@ -19,8 +19,6 @@ CHEATS = (
     "cheats:skips_the_optimizer",
     "cheats:reports_a_promise",
     "cheats:updates_later",
-    "cheats:resets_the_peak",
-    "cheats:breaks",
     "cheats:vanishes",
     "stale:run",
 )

@@ -11,7 +11,7 @@ from mlx_lm.tuner.datasets import CacheDataset
 from mlx_edgelora.benchmark import machine, options
 from mlx_edgelora.benchmark.contenders import _dataset, batches_of, config_of, contenders
 from mlx_edgelora.benchmark.ladder import LADDER, Climb
-from mlx_edgelora.benchmark.meters import disk_bytes, peak_footprint, whole_peak
+from mlx_edgelora.benchmark.meters import WholePeak, disk_bytes, peak_footprint, whole_peak
 from mlx_edgelora.benchmark.published import ROWS, published
 from mlx_edgelora.benchmark.results import (
     TOLERANCES,
@@ -24,12 +24,14 @@ from mlx_edgelora.benchmark.results import (
 from mlx_edgelora.benchmark.rows import (
     batches,
     given_rows,
+    sort_rows,
     synthetic_rows,
     tokenizer_of,
     words_for,
     write_rows,
 )
 from mlx_edgelora.benchmark.shapes import SHAPES, checkpoint
+from mlx_edgelora.benchmark.worker import Stop, Turn
 from mlx_edgelora.data import load_datasets
 from mlx_edgelora.data.batches import iterate_batches
 from mlx_edgelora.embedded import DATA_PATH, MODEL_PATH
@@ -97,7 +99,10 @@ def test_both_packages_see_the_same_batches(job, tmp_path, embedded):
         job = job.with_(model=str(MODEL_PATH), data=str(tmp_path), context=40)
         assert write_rows(tmp_path, given_rows(DATA_PATH, 6))
     job = job.with_(output=str(tmp_path / "out"))
-    tokenizer = tokenizer_of(Path(job.model))
+    _same_batches(job, tokenizer_of(MODEL_PATH if embedded else Path(job.model)))
+
+
+def _same_batches(job, tokenizer):
     data = CacheDataset(_dataset(job, tokenizer))
     arguments = {"dataset": data, "batch_size": job.batch, "max_seq_length": job.limit}
     theirs = batches_of(job)(**arguments, loop=True)
@@ -108,6 +113,17 @@ def test_both_packages_see_the_same_batches(job, tmp_path, embedded):
         steps, bounds = np.arange(1, tokens.shape[1]), np.array(lengths)
         mask = (steps >= bounds[:, :1]) & (steps <= bounds[:, 1:])
         np.testing.assert_array_equal(mask, batch.mask())
+
+
+def test_rows_of_all_lengths_make_the_same_batches(job, tmp_path):
+    lengths = 9, 40, 20, 70, 5, 33
+    rows = [{"prompt": "w1 w2", "completion": "w3 " * length} for length in lengths]
+    own = job.with_(
+        data=str(tmp_path), output=str(tmp_path), mask_prompt=write_rows(tmp_path, rows)
+    )
+    tokenizer = tokenizer_of(Path(job.model))
+    sort_rows(config_of(own), tokenizer)
+    _same_batches(own, tokenizer)
 
 
 @pytest.mark.parametrize("labelled", [0.3, 0.75, 1])
@@ -256,3 +272,14 @@ def test_the_tokenizer_of_random_models(job):
     assert tokenizer.encode("w3 w0 w12") == [3, 0, 12]
     assert tokenizer.eos_token_id == SHAPES["small"][-1] - 1
     assert json.loads(job.json())["context"] == 64
+
+
+@pytest.mark.parametrize(("loss", "unfinished"), [(2.0, False), (mx.array(2.0), True)])
+def test_a_loss_that_is_no_number_is_unfinished(job, loss, unfinished):
+    told = []
+    turn = Turn(job, WholePeak(), lambda event, **values: told.append(values), lambda: "go")
+    turn(loss)
+    assert (told[0]["loss"], told[0]["unfinished"]) == (2.0, unfinished)
+    stopping = Turn(job, WholePeak(), lambda event, **values: None, lambda: "")
+    with pytest.raises(Stop):
+        stopping(2.0)
