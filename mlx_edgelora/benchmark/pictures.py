@@ -15,7 +15,8 @@ from mlx_edgelora.training.files import Writer
 matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.axis import Axis
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 GB = 10**9
 # This package from dark to light as its budget shrinks, the others in warm colours.
@@ -54,7 +55,8 @@ def peak_by_context(report: Report, shape: str | None) -> Writer:
                 {context.tokens for context in report.contexts} | set(published(shape, ROWS[-1]))
             )
             axes.set_xticks(ticks, [str(tick) for tick in ticks])
-            _finish(axes)
+            axes.set_xticks([], minor=True)
+            _finish(axes, axes.yaxis)
 
     return draw
 
@@ -94,7 +96,7 @@ def time_against_peak(report: Report) -> Writer:
                 xscale="log",
                 ylim=(0, None),
             )
-            _finish(axes)
+            _finish(axes, axes.xaxis)
 
     return draw
 
@@ -126,15 +128,11 @@ def _figure(file: BinaryIO, size: tuple[float, float]) -> Iterator[Axes]:
     pyplot.close(figure)
 
 
-def _finish(axes: Axes) -> None:
-    plain = FuncFormatter(lambda value, _: f"{value:g}")
-    for axis in (axes.xaxis, axes.yaxis):
-        if axis.get_scale() == "log" and axis.get_label_text() != "tokens of a row":
-            axis.set_major_formatter(plain)
-            axis.set_minor_formatter(plain)
-        else:
-            axis.set_minor_formatter(NullFormatter())
-    axes.tick_params(which="minor", labelsize=7)
+def _finish(axes: Axes, memory: Axis) -> None:
+    """Plain numbers at the ticks of the logarithmic axis of memory, a grid, and the legend."""
+    memory.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    memory.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    memory.set_minor_formatter(NullFormatter())
     axes.grid(which="both", color="#dddddd", linewidth=0.6)
     if axes.get_legend_handles_labels()[0]:
         axes.figure.legend(fontsize=8, loc="outside lower center", ncols=3)

@@ -173,6 +173,7 @@ class _Bench:
             running.start()
             running.step()
             running.finish()
+            self._report.settings["step-memory.png"] = f"a step of {tightest.name}"
             return (folder / "memory.png").read_bytes()
         except (Gone, OSError):
             return None
