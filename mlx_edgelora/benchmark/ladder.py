@@ -14,12 +14,13 @@ import mlx.core as mx
 
 from mlx_edgelora.benchmark.contenders import Contender, contenders
 from mlx_edgelora.benchmark.job import Job
+from mlx_edgelora.benchmark.machine import free_memory
 from mlx_edgelora.benchmark.published import ROWS, published
 from mlx_edgelora.benchmark.rounds import Gone, Running, Say
 from mlx_edgelora.benchmark.shapes import SHAPES, random_model
 from mlx_edgelora.memory.cost import Load, Memory
 from mlx_edgelora.memory.duration import seconds
-from mlx_edgelora.memory.machine import Machine, default_budget
+from mlx_edgelora.memory.machine import Machine
 from mlx_edgelora.memory.plan import FLOOR_TOKENS, MIB, Plan
 from mlx_edgelora.memory.planner import needed
 from mlx_edgelora.model.lora import add_lora
@@ -137,7 +138,7 @@ class Climb:
         self._shape, self._blocks, self._machine = shape, blocks, machine
         self._folder, self._limit, self._say = folder, limit, say
         self._sizes: dict[str, ModelShape] = {}
-        self._free = default_budget()[0]
+        self._free = free_memory()
 
     def sizes(self, weights: str) -> ModelShape:
         """The sizes of the adapted model; nothing of it is computed."""

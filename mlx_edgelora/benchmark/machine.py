@@ -9,6 +9,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_edgelora.memory.machine import default_budget
+
 PACKAGES = ("mlx", "mlx-lm", "mlx-edgelora", "numpy", "transformers")
 # The reference BLAS multiplies at some 2 GFLOP/s whatever the number of cores, any other at more
 # than 15 on one of them. Speed is looked at, not the library's name: it may be linked in.
@@ -24,6 +26,13 @@ REMEDY = (
 def on_cpu() -> bool:
     """Whether MLX computes on a CPU here."""
     return mx.default_device() == mx.cpu
+
+
+def free_memory() -> int:
+    """Bytes that contenders may take together: the machine's, and those of a GPU of its own."""
+    on_device = mx.device_info().get("free_memory")  # CUDA's alone
+    left = default_budget()[0]
+    return left if on_device is None else min(left, int(on_device))
 
 
 def slow_blas() -> str | None:

@@ -18,9 +18,9 @@ from typing import Any
 
 from mlx_edgelora.benchmark.contenders import Contender
 from mlx_edgelora.benchmark.job import Job
+from mlx_edgelora.benchmark.machine import free_memory
 from mlx_edgelora.benchmark.results import Result, Step, Tolerance, adapter_gap, judge
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.memory.machine import default_budget
 
 # Of the budget a process may need besides: what is not MLX's, or was not foreseen.
 BESIDES = 1.1
@@ -50,7 +50,7 @@ class Running:
             checkpointing=contender.checkpointing,
         )
         self.result = Result(contender.name, job.options.get("memory_budget"))
-        self.waiting = 0  # footprint at the end of the last step
+        self.waiting = 0  # what it held at the end of the last step
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by close()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "mlx_edgelora.benchmark.worker"],
@@ -91,6 +91,11 @@ class Running:
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
 
+    @property
+    def most(self) -> int:
+        """What it held at most; a GPU's own memory is in no footprint."""
+        return max(self.result.footprint, self.result.peak)
+
     def _take(self, event: dict[str, Any]) -> None:
         read, written = event["moved"] or (None, None)
         step = Step(event["seconds"], event["loss"], read, written, event["unfinished"])
@@ -99,7 +104,7 @@ class Running:
 
     def _used(self, event: dict[str, Any]) -> None:
         self.result.peak, self.result.footprint = event["peak"], event["peak_footprint"]
-        self.waiting = event["footprint"]
+        self.waiting = event["waiting"]
 
     def _write(self, line: str) -> None:
         with contextlib.suppress(BrokenPipeError):  # reading tells what happened
@@ -136,7 +141,7 @@ class Comparison:
 
     def __init__(self, job: Job, folder: Path, tolerance: Tolerance, say: Say) -> None:
         self._job, self._folder, self._tolerance, self._say = job, folder, tolerance, say
-        self._free = default_budget()[0]
+        self._free = free_memory()
         self._reference: Running | None = None
         self._count = 0
 
@@ -256,16 +261,16 @@ class Comparison:
 
     def _need(self, rival: Contender, job: Job) -> int:
         """Most memory that a contender's process is expected to take."""
-        theirs = self._reference.result
+        most, bare = self._reference.most, self._reference.result.bare
         budget = job.options.get("memory_budget")
         if budget == "min":  # far below the smallest of the shares
-            return theirs.bare + theirs.footprint // 4
+            return bare + most // 4
         if not rival.is_ours:
-            return theirs.footprint
-        return min(theirs.footprint, round(BESIDES * budget) + theirs.bare)
+            return most
+        return min(most, round(BESIDES * budget) + bare)
 
     def _room(self, group: list[Running]) -> int:
         """Free memory beside those that wait, one of whom may be at its peak."""
         alive = [self._reference, *group]
-        above = max(running.result.footprint - running.waiting for running in alive)
+        above = max(running.most - running.waiting for running in alive)
         return self._free - sum(running.waiting for running in alive) - above

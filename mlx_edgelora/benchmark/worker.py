@@ -90,11 +90,11 @@ class Turn:
         self._start = time.perf_counter()
 
     def used(self) -> dict[str, int]:
-        """Memory so far, and now."""
+        """Memory so far, and what is held now; on CUDA the footprint has no part of it."""
         return {
             "peak": self._peak.bytes,
             "peak_footprint": peak_footprint(),
-            "footprint": footprint(),
+            "waiting": max(footprint(), mx.get_active_memory()),
         }
 
 

@@ -5,7 +5,10 @@ import sys
 
 import pytest
 
+from mlx_edgelora.benchmark.contenders import Contender
 from mlx_edgelora.benchmark.report import Context, ratio, row
+from mlx_edgelora.benchmark.results import TOLERANCES, Result
+from mlx_edgelora.benchmark.rounds import Comparison
 
 PLAIN = """
 import sys
@@ -97,3 +100,43 @@ def test_mlx_lm_by_hand_has_the_same_peak(compared, job, tmp_path, name):
     out = subprocess.run(call, check=True, capture_output=True, text=True).stdout
     peak = int(out.splitlines()[-1].removeprefix("peak "))
     assert abs(compared[name].peak / peak - 1) < 0.03
+
+
+class _Process:
+    """What a comparison knows of one that runs."""
+
+    def __init__(self, most, waiting, bare=10):
+        self.most, self.waiting, self.result = most, waiting, Result("one", bare=bare)
+
+
+def test_as_many_wait_as_there_is_room_for(job, tmp_path):
+    comparison = Comparison(job, tmp_path, TOLERANCES["float32"], print)
+    comparison._free, comparison._reference = 300, _Process(most=100, waiting=40)
+    other, plenty, half, least = (
+        Contender(name, "", budget=budget, share=share)
+        for name, budget, share in (
+            ("other", None, None),
+            ("plenty", 2**50, None),
+            ("half", None, 0.5),
+            ("min", "min", None),
+        )
+    )
+    assert comparison._room([]) == 300 - 40 - 60
+    assert comparison._room([_Process(most=150, waiting=30)]) == 300 - 70 - 120
+    asked = [
+        (rival, comparison._ours(rival, 80) if rival.is_ours else job)
+        for rival in (other, plenty, half, least)
+    ]
+    assert [comparison._need(*pair) for pair in asked] == [100, 100, 54, 35]
+    group = [_Process(most=100, waiting=40), _Process(most=100, waiting=40)]
+    room = [comparison._has_room(*pair, group) for pair in asked]
+    assert comparison._room(group) == 120 and room == [True] * 4
+    group.append(_Process(most=100, waiting=40))
+    assert [comparison._has_room(*pair, group) for pair in asked] == [False, False, True, True]
+
+
+def test_who_has_no_room_is_told(job, tmp_path):
+    comparison = Comparison(job, tmp_path, TOLERANCES["float32"], print)
+    comparison._free, comparison._reference = 10**9, _Process(10**9, 10**8)
+    (result,) = comparison._groups([(Contender("other", ""), job)])
+    assert result.absent == "needs about 1.0 GB beside mlx-lm's process, and 0.0 are free"
