@@ -12,7 +12,7 @@ import mlx.core as mx
 from mlx_edgelora.memory.machine import default_budget
 
 PACKAGES = ("mlx", "mlx-lm", "mlx-edgelora", "numpy", "transformers")
-# The reference BLAS multiplies at some 2 GFLOP/s whatever the number of cores, any other at more
+# The reference BLAS multiplies at 2 to 6 GFLOP/s whatever the number of cores, any other at more
 # than 15 on one of them. Speed is looked at, not the library's name: it may be linked in.
 SLOW_FLOPS = 8e9
 SIZE = 512
@@ -44,13 +44,13 @@ def slow_blas() -> str | None:
 
 
 def product_rate() -> float:
-    """Floating-point operations a second in a product of float32 matrices, the best of three."""
+    """Floating-point operations a second in a linear layer's product in float32, best of three."""
     a = mx.ones((SIZE, SIZE))
     mx.eval(a)
     best = float("inf")
     for _ in range(3):
         start = time.perf_counter()
-        mx.eval(a @ a)
+        mx.eval(a @ a.T)
         best = min(best, time.perf_counter() - start)
     return 2 * SIZE**3 / best
 
@@ -115,6 +115,6 @@ def kernels_differ(packed: bool, kernel: str, sliced: bool) -> str | None:
     if not packed or not on_cpu() or (kernel == "fused" and not sliced):
         return None
     return (
-        "it unpacks quantized matrices where mlx-lm multiplies with packed ones, some 20 times "
-        "slower on a CPU, so this is no ratio of the two packages"
+        "it unpacks quantized matrices where mlx-lm multiplies with packed ones, which is much "
+        "slower on a CPU, so that a ratio would be one of kernels (docs/benchmarks.md)"
     )

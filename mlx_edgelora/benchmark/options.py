@@ -61,7 +61,7 @@ def _parser() -> _Parser:
         "--weights",
         choices=WEIGHTS,
         help="of the shape; float32 on a CPU if absent, where mlx-lm's quantized products are "
-        "some 20 times slower than any others, and 4bit elsewhere",
+        "much slower than any others, and 4bit elsewhere",
     )
     parser.add_argument("--contexts", type=_count, nargs="+", metavar="TOKENS", help="of a row")
     parser.add_argument("--batch", type=_count, help="rows of a step")

@@ -119,8 +119,8 @@ class _Bench:
         }
         if self._packed and self._kernel == "fused" and on_cpu():
             report.notes.append(
-                "Both packages multiply with packed matrices, which is slow on a CPU: left to "
-                "itself (--kernel auto) this package unpacks them and is several times faster."
+                "Both packages multiply with packed matrices, so that times compare the packages "
+                "and not kernels; left to itself (--kernel auto) this one unpacks them on a CPU."
             )
 
     def context(self, tokens: int) -> Context:

@@ -92,3 +92,13 @@ def test_wrong_input_is_one_sentence(capsys):
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert err.startswith("error: --blocks: got it without --shape")
+
+
+def test_a_row_of_the_ladder_is_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "LADDER", run.LADDER[-1:])
+    flags = ["--shape", "small", "--blocks", "1", "--ladder", "--contexts", "64"]
+    flags += ["--cache", str(tmp_path / "cache"), "--output", str(tmp_path / "out")]
+    assert __main__.main(flags) == 0
+    (rung,) = json.loads((tmp_path / "out" / "results.json").read_text())["ladder"]
+    assert rung["how"] == "measured" and 0 < rung["peak"] < 50e6 and rung["seconds"] > 0
+    assert "+ paged adapters" in capsys.readouterr().out
