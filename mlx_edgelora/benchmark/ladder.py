@@ -62,7 +62,7 @@ class Technique:
 
     def options(self, plan_file: Path) -> dict:
         """Of the run."""
-        options = {"plan": str(plan_file), "dtype": "float32", "loss": self.loss}
+        options = {"plan": str(plan_file), "loss": self.loss}
         return options | ({"loss_k": NEIGHBOURS} if self.loss == "approximate" else {})
 
 
@@ -184,7 +184,8 @@ class Climb:
         file.write_text(technique.plan.json())
         own = next(one for one in contenders() if one.is_ours)
         rival = Contender(technique.name, own.runner)
-        running = Running(rival, job.with_(options=technique.options(file)), self._folder / "out")
+        own_job = job.with_(options=job.options | technique.options(file))
+        running = Running(rival, own_job, self._folder / "out")
         try:
             running.start()
             for _ in range(STEPS - 1):

@@ -42,6 +42,8 @@ def options_from_cli(argv: Sequence[str]) -> argparse.Namespace:
     if options.shape is not None:
         options.blocks = options.blocks or SHAPES[options.shape][1]
         options.weights = options.weights or ("float32" if on_cpu() else "4bit")
+    options.cache = options.cache.absolute()
+    make_folder(options.cache)
     if options.output is not None:
         make_folder(options.output)
     return options
@@ -98,7 +100,11 @@ def _parser() -> _Parser:
     )
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="for tables and pictures")
     parser.add_argument(
-        "--cache", type=Path, default=default_cache(), metavar="FOLDER", help="of random models"
+        "--cache",
+        type=Path,
+        default=default_cache(),
+        metavar="FOLDER",
+        help="of random models, and of scratch files",
     )
     return parser
 

@@ -41,6 +41,7 @@ from mlx_edgelora.memory.machine import machine_here
 from mlx_edgelora.model.checkpoint import LazyModel
 from mlx_edgelora.model.loading import open_model
 from mlx_edgelora.model.lora import add_lora, resolve_kernel
+from mlx_edgelora.training.finetune import plan_report
 from mlx_edgelora.training.planning import dtype_of
 
 SCALE = 20.0
@@ -130,6 +131,7 @@ class _Bench:
         config = config_of(job.with_(output=str(self._folder)))
         sort_rows(config, self._tokenizer)
         steps = batches(config, self._tokenizer, job.steps)
+        plan_report(config)  # measures the machine's rates, so that no contender has to
         size = round(statistics.median(tokens for _, tokens, _ in steps))
         share = sum(labelled for *_, labelled in steps) / sum(tokens for _, tokens, _ in steps)
         found = Context(tokens, size, share)
@@ -202,7 +204,7 @@ class _Bench:
             scale=SCALE,
             learning_rate=options.learning_rate,
             mask_prompt=masked,
-            options={"kernel": self._kernel},
+            options={"kernel": self._kernel, "spill_dir": str(options.cache)},
         )
 
 
@@ -246,7 +248,7 @@ def _climb(
 ) -> None:
     """Every row of the ladder at every context."""
     kernel, _ = resolve_kernel("auto")
-    here = machine_here(options.cache, folder, mx.float32, kernel)
+    here = machine_here(options.cache, options.cache, mx.float32, kernel)
     climb = Climb(options.shape, options.blocks, here, folder, options.row_seconds, say)
     report.settings |= {"model": _name(options), "rank": RANK, "contexts": options.contexts}
     for tokens in options.contexts:
@@ -267,9 +269,10 @@ def _ladder_job(
     masked = write_rows(folder, synthetic_rows(tokenizer, 1, tokens, technique.labelled, words))
     start = folder / "start.safetensors"
     write_start(lazy, RANK, start)
-    return Job(
+    job = Job(
         model=str(lazy.source),
         data=str(folder),
+        output=str(folder),
         start=str(start),
         context=tokens,
         batch=1,
@@ -279,7 +282,10 @@ def _ladder_job(
         scale=SCALE,
         learning_rate=options.learning_rate,
         mask_prompt=masked,
+        options={"spill_dir": str(options.cache), "dtype": "float32"},
     )
+    plan_report(config_of(job))  # as in the comparison
+    return job
 
 
 def _name(options: argparse.Namespace) -> str:

@@ -48,6 +48,7 @@ def test_the_files(ran):
     own = context["results"][-1]
     assert own["tokens_per_second"] == 64 / own["median_seconds"]
     assert len(own["steps"]) == 6 and len(own["ratios"]) == 5 and own["plan"]["reason"]
+    assert own["peak"] < 35e6  # what measuring the machine takes is not in it
     assert context["movement"] > 1e-3
     assert report["command"].startswith("python -m mlx_edgelora.benchmark --shape small")
     assert {"processor", "cores"} <= report["machine"].keys() and report["versions"]["mlx"]
