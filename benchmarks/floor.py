@@ -26,79 +26,30 @@ import gc
 import json
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from types import ModuleType
 
 import mlx.core as mx
-import mlx.nn as nn
 import mlx.optimizers as optimizers
 import numpy as np
-from mlx.utils import tree_flatten
-from mlx_lm.models import llama, qwen2
 
+from mlx_edgelora.benchmark.meters import peak_footprint
+from mlx_edgelora.benchmark.published import CONTEXTS, ROWS, published
+from mlx_edgelora.benchmark.shapes import SHAPES, checkpoint, default_cache
 from mlx_edgelora.data import Batch
-from mlx_edgelora.memory.meter import footprint
 from mlx_edgelora.memory.plan import Plan
-from mlx_edgelora.model.checkpoint import write_model
 from mlx_edgelora.model.loading import open_model
 from mlx_edgelora.model.lora import add_lora
 from mlx_edgelora.training.assembly import Settings, assembled
 
 MIB = 2**20
-COMMON = {"rms_norm_eps": 1e-5, "tie_word_embeddings": True, "rope_theta": 500000.0}
-SHAPES = {
-    "small": (llama, 4, 256, 1024, 8, 2, 1024),
-    "llama-3.2-3b": (llama, 28, 3072, 8192, 24, 8, 128256),
-    "llama-3.2-1b": (llama, 16, 2048, 8192, 32, 8, 128256),
-    "qwen2.5-3b": (qwen2, 36, 2048, 11008, 16, 2, 151936),
-    "qwen2.5-0.5b": (qwen2, 24, 896, 4864, 14, 2, 151936),
-    "llama-3.3-70b": (llama, 80, 8192, 28672, 64, 8, 128256),
-}
-CONTEXTS = [1024, 2048, 4096, 8192, 16384]
 GOALS = {
     "llama-3.2-3b": dict(zip(CONTEXTS, [0.30, 0.36, 0.45, 0.65, 1.0], strict=True)),
     "qwen2.5-3b": dict(zip(CONTEXTS, [0.27, 0.31, 0.38, 0.55, 0.85], strict=True)),
 }
-PUBLISHED = {
-    "llama-3.2-3b": dict(zip(CONTEXTS, [0.70, 1.02, 1.59, 3.24, 6.95], strict=True)),
-    "qwen2.5-3b": dict(zip(CONTEXTS, [0.66, 1.01, 1.71, 3.90, 8.34], strict=True)),
-}
 # What the floor is compared with in time: nothing streamed, spilled, paged or tiled.
 PLENTY = Plan(streamed_blocks=0, head="resident", ram_blocks=None, tile_tokens=4096)
-
-
-def config_of(shape: str, blocks: int) -> tuple[ModuleType, dict]:
-    """The architecture of a shape, and its configuration with so many blocks."""
-    module, _, hidden, intermediate, heads, kv_heads, vocabulary = SHAPES[shape]
-    return module, COMMON | {
-        "model_type": module.__name__.rpartition(".")[2],
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": vocabulary,
-        "num_hidden_layers": blocks,
-    }
-
-
-def checkpoint(cache: Path, shape: str, blocks: int) -> Path:
-    """Write random 4-bit weights of a shape, one tensor at a time, unless they are there."""
-    folder = cache / f"{shape}-{blocks}"
-    if (folder / "config.json").exists():
-        return folder
-    module, config = config_of(shape, blocks)
-    mx.random.seed(0)
-    model = module.Model(module.ModelArgs.from_dict(config))
-    model.set_dtype(mx.bfloat16)
-    nn.quantize(model, 64, 4)
-    folder.mkdir(parents=True, exist_ok=True)
-    parameters = tree_flatten(model.parameters())
-    del model
-    write_model(folder, parameters, config | {"quantization": {"group_size": 64, "bits": 4}})
-    return folder
 
 
 def stand_in(*dtypes: mx.Dtype) -> None:
@@ -164,15 +115,6 @@ def reset_footprint() -> None:
         return
 
 
-def peak_footprint() -> int:
-    """The largest resident set since `reset_footprint`; elsewhere than on Linux today's."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return footprint()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
-
-
 def random_batch(vocabulary: int, tokens: int, labelled: float) -> Batch:
     """One row of random tokens, the last share of them labelled."""
     row = np.random.RandomState(0).randint(0, vocabulary, (1, tokens + 1)).astype(np.int32)
@@ -231,7 +173,7 @@ def main() -> None:
     parser.add_argument(
         "--cache",
         type=Path,
-        default=Path(tempfile.gettempdir(), "edgelora-floor"),
+        default=default_cache(),
         help="folder of checkpoints and spill files",
     )
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
@@ -272,7 +214,8 @@ def cells(args: argparse.Namespace, blocks: int, tokens: int) -> str:
     row = json.loads(out.splitlines()[-1])
     if args.speed:
         return " | ".join(f"{row[k]:.2f}" for k in ("median", "lowest", "highest", "of_fastest"))
-    known = [table.get(args.shape, {}).get(tokens, "") for table in (GOALS, PUBLISHED)]
+    tables = GOALS.get(args.shape, {}), published(args.shape, ROWS[-1])
+    known = [table.get(tokens, "") for table in tables]
     figures = [f"{row['peak']:.1f}", f"{row['peak'] / 1024:.3f}", *known]
     figures += [f"{row['footprint']:.1f}", f"{row['footprint'] - row['peak']:.1f}"]
     return " | ".join(map(str, [*figures, f"{row['read']:.0f}", f"{row['written']:.0f}"]))

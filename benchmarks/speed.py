@@ -13,7 +13,6 @@ its compiled step, its gradient checkpointing.
 
 import argparse
 import gc
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -25,37 +24,22 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optimizers
 import numpy as np
-from mlx.utils import tree_flatten
 from mlx_lm.tuner import trainer
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model
 
+from mlx_edgelora.benchmark import shapes
 from mlx_edgelora.data import Batch
 from mlx_edgelora.memory.cost import Load
 from mlx_edgelora.memory.machine import machine_here
 from mlx_edgelora.memory.planner import plan
-from mlx_edgelora.model.checkpoint import write_model
 from mlx_edgelora.model.loading import open_model
 from mlx_edgelora.model.lora import add_lora
 from mlx_edgelora.model.shape import shape_of
 from mlx_edgelora.training.assembly import Settings, assembled
 
 Step = Callable[[], float]
-
-
-def checkpoint(cache: Path, shape: str, blocks: int) -> Path:
-    """Write random float32 weights of a shape, unless they are there."""
-    folder = cache / f"{shape}-{blocks}-float32"
-    if (folder / "config.json").exists():
-        return folder
-    module, config = floor.config_of(shape, blocks)
-    mx.random.seed(0)
-    model = module.Model(module.ModelArgs.from_dict(config))
-    folder.mkdir(parents=True, exist_ok=True)
-    parameters = tree_flatten(model.parameters())
-    del model
-    write_model(folder, parameters, config)
-    return folder
+checkpoint = partial(shapes.checkpoint, weights="float32")
 
 
 def theirs(folder: Path, rank: int, batch: Batch, checkpointing: bool) -> Step:
@@ -125,17 +109,17 @@ def timed(step: Step) -> tuple[float, int, float]:
 def main() -> None:
     """Time every contender in turn and print ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=floor.SHAPES, default="small")
+    parser.add_argument("--shape", choices=shapes.SHAPES, default="small")
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--labelled", type=float, default=1.0, help="share of the tokens")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir(), "edgelora-floor"))
+    parser.add_argument("--cache", type=Path, default=shapes.default_cache())
     args = parser.parse_args()
     args.cache.mkdir(parents=True, exist_ok=True)
     folder = checkpoint(args.cache, args.shape, args.blocks)
-    batch = floor.random_batch(floor.SHAPES[args.shape][-1], args.tokens, args.labelled)
+    batch = floor.random_batch(shapes.SHAPES[args.shape][-1], args.tokens, args.labelled)
     print(f"{args.shape}, {args.blocks} blocks, {args.tokens} tokens, {args.labelled:.0%} labelled")
     pairs = [("plenty", False), ("its peak with checkpointing", True)]
     print("| against mlx-lm | budget MB | its peak | our peak | median ratio | lowest | highest |")

@@ -150,7 +150,7 @@ def asked_plan(
         labels = max(1, round(labelled * config.batch_size * tokens))
     load = Load(config.batch_size, tokens, labels)
     kernel, _ = resolve_kernel(config.kernel)
-    machine = machine_here(cache, folder, dtype or _dtype_of(lazy), kernel)
+    machine = machine_here(cache, folder, dtype or dtype_of(lazy), kernel)
     given = Plan.read(config.plan) if config.plan else None
     if config.memory_budget == "min":
         given = Plan.floor()
@@ -205,7 +205,7 @@ def _fixed(config: TrainConfig) -> dict[str, Any]:
     return fixed
 
 
-def _dtype_of(lazy: LazyModel) -> mx.Dtype:
+def dtype_of(lazy: LazyModel) -> mx.Dtype:
     """Of the model's floating weights, the widest."""
     floats = [
         value.dtype

@@ -1,0 +1,66 @@
+"""The command line of the benchmark."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from mlx_edgelora.benchmark.options import options_from_cli
+from mlx_edgelora.benchmark.report import Report
+from mlx_edgelora.benchmark.run import run
+from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.training.files import Writer, write_atomically
+
+# Exit statuses: something that was measured is not valid, or something the user can mend.
+INVALID, WRONG, INTERRUPTED = 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        options = options_from_cli(argv)
+        command = shlex.join(["python", "-m", "mlx_edgelora.benchmark", *argv])
+
+        def keep(report: Report, step_memory: bytes | None = None) -> None:
+            if options.output is not None:
+                write(report, step_memory, options.output, options.shape)
+
+        report, step_memory = run(options, command, say, keep)
+        print(report.text())
+        keep(report, step_memory)
+    except EdgeLoraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return WRONG
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 0 if report.valid else INVALID
+
+
+def say(line: str) -> None:
+    """Tell what happens, apart from the results."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def write(report: Report, step_memory: bytes | None, folder: Path, shape: str | None) -> None:
+    """Replace the files of a report in a folder."""
+    writers: dict[Path, Writer] = {}
+
+    def add(name: str, content: bytes) -> None:
+        writers[folder / name] = lambda file: file.write(content)
+
+    add("results.md", report.markdown().encode())
+    add("results.json", report.json().encode())
+    if step_memory is not None:
+        add("step-memory.png", step_memory)
+    if find_spec("matplotlib") is not None and report.contexts:
+        from mlx_edgelora.benchmark import pictures  # noqa: PLC0415 - an optional dependency
+
+        writers[folder / "peak-by-context.png"] = pictures.peak_by_context(report, shape)
+        writers[folder / "time-against-peak.png"] = pictures.time_against_peak(report)
+    write_atomically(writers)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

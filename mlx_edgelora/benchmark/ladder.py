@@ -1,0 +1,196 @@
+"""The published table's techniques one at a time, each a plan and options of this package.
+
+The rows of arXiv 2606.19528 hold logits of all tokens up to "+ softmax approximation"; this
+package never holds them, whatever its options, so its first rows are below the published ones
+for that alone. A row that this machine has no room or no time for is computed by the planner's
+model (`memory/cost.py`, docs/planner.md) and says so.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import mlx.core as mx
+
+from mlx_edgelora.benchmark.contenders import Contender, contenders
+from mlx_edgelora.benchmark.job import Job
+from mlx_edgelora.benchmark.machine import free_memory
+from mlx_edgelora.benchmark.published import ROWS, published
+from mlx_edgelora.benchmark.rounds import Gone, Running, Say
+from mlx_edgelora.benchmark.shapes import SHAPES, random_model
+from mlx_edgelora.memory.cost import Load, Memory
+from mlx_edgelora.memory.duration import seconds
+from mlx_edgelora.memory.machine import Machine
+from mlx_edgelora.memory.plan import FLOOR_TOKENS, MIB, Plan
+from mlx_edgelora.memory.planner import needed
+from mlx_edgelora.model.lora import add_lora
+from mlx_edgelora.model.shape import ModelShape, shape_of
+
+RANK, NEIGHBOURS, LABELLED = 16, 1000, 0.3
+STEPS = 2
+GB = 10**9
+
+_KEPT = Plan(streamed_blocks=0, head="resident", prefetch=False, kept_blocks=2**20, ram_blocks=None)
+_CHECKPOINTED = Plan(prefetch=False)
+_TILED = replace(
+    _CHECKPOINTED,
+    tile_tokens=FLOOR_TOKENS,
+    halves=True,
+    mlp_bytes=4 * MIB,
+    loss_bytes=16 * MIB,
+    cache_bytes=16 * MIB,
+)
+
+
+@dataclass(frozen=True)
+class Technique:
+    """One row: what is on from here on.
+
+    Attributes:
+        name: as published, where it is.
+        plan: where everything lives.
+        weights: float32 or 4bit.
+        labelled: share of tokens that the loss is computed for.
+        loss: exact or approximate.
+    """
+
+    name: str
+    plan: Plan
+    weights: str = "4bit"
+    labelled: float = 1.0
+    loss: str = "exact"
+
+    def options(self, plan_file: Path) -> dict:
+        """Of the run."""
+        options = {"plan": str(plan_file), "loss": self.loss}
+        return options | ({"loss_k": NEIGHBOURS} if self.loss == "approximate" else {})
+
+
+LADDER = (
+    Technique(ROWS[0], _KEPT, weights="float32"),
+    Technique(ROWS[1], _KEPT),
+    Technique(ROWS[2], _CHECKPOINTED),
+    Technique(ROWS[3], _CHECKPOINTED, loss="approximate"),
+    Technique(ROWS[4], _CHECKPOINTED, labelled=LABELLED, loss="approximate"),
+    Technique("exact loss, streamed", _CHECKPOINTED, labelled=LABELLED),
+    Technique("+ tiling", _TILED, labelled=LABELLED),
+    Technique("+ paged adapters", Plan.floor(), labelled=LABELLED),
+)
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A row at one context.
+
+    Attributes:
+        name: of the technique.
+        context: tokens.
+        blocks: of the model that was measured or computed.
+        peak: bytes of MLX's allocator.
+        seconds: of a step.
+        how: "measured" or "computed", and why.
+        published: GB of the whole model; None where there is no figure or it ran out of memory.
+        whole: blocks of the whole model.
+    """
+
+    COLUMNS: ClassVar[tuple[str, ...]] = (
+        "technique",
+        "tokens",
+        "blocks",
+        "peak GB",
+        "step s",
+        "how",
+        "published GB",
+    )
+    name: str
+    context: int
+    blocks: int
+    peak: int
+    seconds: float
+    how: str
+    published: str
+    whole: int
+
+    def row(self) -> tuple[str, ...]:
+        """Its cells."""
+        told = self.published
+        if told and self.blocks != self.whole:
+            told += f" ({self.whole} blocks)"
+        figures = (f"{self.peak / GB:.3f}", f"{self.seconds:.3g}")
+        return (self.name, str(self.context), str(self.blocks), *figures, self.how, told)
+
+
+class Climb:
+    """Measures or computes every row of the ladder.
+
+    Args:
+        shape: one of `SHAPES`.
+        blocks: of the model.
+        machine: as it was measured.
+        folder: for plans and what runs write.
+        limit: seconds that a measured row may be expected to take.
+        say: gets a line for each row.
+    """
+
+    def __init__(
+        self, shape: str, blocks: int, machine: Machine, folder: Path, limit: float, say: Say
+    ) -> None:
+        self._shape, self._blocks, self._machine = shape, blocks, machine
+        self._folder, self._limit, self._say = folder, limit, say
+        self._sizes: dict[str, ModelShape] = {}
+        self._free = free_memory()
+
+    def sizes(self, weights: str) -> ModelShape:
+        """The sizes of the adapted model; nothing of it is computed."""
+        if weights not in self._sizes:
+            model, _ = random_model(self._shape, self._blocks, weights)
+            add_lora(model, -1, RANK)
+            self._sizes[weights] = shape_of(model, SHAPES[self._shape][-1], mx.float32)
+        return self._sizes[weights]
+
+    def expected(self, technique: Technique, context: int) -> tuple[int, float]:
+        """Bytes and seconds by the planner's model."""
+        shape = self.sizes(technique.weights)
+        load = Load(1, context, max(1, round(technique.labelled * context)))
+        spent = seconds(shape, load, technique.plan, self._machine)
+        return Memory(shape, load, technique.plan).peak(), spent
+
+    def too_much(self, technique: Technique, context: int) -> str | None:
+        """Why a row is computed, if it is."""
+        peak, spent = self.expected(technique, context)
+        if needed(peak) > self._free:
+            return "no room"
+        return "too long" if STEPS * spent > self._limit else None
+
+    def rung(self, technique: Technique, context: int, job: Job | None) -> Rung:
+        """A row, measured by a job or computed without one."""
+        peak, spent = self.expected(technique, context)
+        why = self.too_much(technique, context)
+        how = f"computed: {why}"
+        if why is None:
+            try:
+                peak, spent = self._measured(technique, job)
+                how = "measured"
+            except Gone as gone:
+                how = f"computed: {gone}"
+        known = published(self._shape, technique.name)
+        told = "" if context not in known else f"{known[context] or 'out of memory'}"
+        self._say(f"  {technique.name}, {context} tokens: {how}")
+        whole = SHAPES[self._shape][1]
+        return Rung(technique.name, context, self._blocks, peak, spent, how, told, whole)
+
+    def _measured(self, technique: Technique, job: Job) -> tuple[int, float]:
+        file = self._folder / "plan.json"
+        file.write_text(technique.plan.json())
+        own = next(one for one in contenders() if one.is_ours)
+        rival = Contender(technique.name, own.runner)
+        own_job = job.with_(options=job.options | technique.options(file))
+        running = Running(rival, own_job, self._folder / "out")
+        try:
+            running.start()
+            for _ in range(STEPS - 1):
+                running.step()
+            running.finish()
+        finally:
+            running.close()
+        return running.result.peak, running.result.seconds

@@ -1,0 +1,177 @@
+"""What a run of the benchmark is asked to do: the only home of its flags, defaults and checks."""
+
+import argparse
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NoReturn
+
+from mlx_edgelora.benchmark.machine import on_cpu
+from mlx_edgelora.benchmark.published import CONTEXTS
+from mlx_edgelora.benchmark.shapes import SHAPES, WEIGHTS, default_cache
+from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.training.files import make_folder
+
+# Of the embedded model, whose rows are short.
+EMBEDDED_CONTEXT, EMBEDDED_BATCH = 64, 4
+CONTEXT, BATCH, LABELLED = 512, 1, 0.3
+LEAST_STEPS = 5
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One sentence, as everything else that is wrong."""
+        raise EdgeLoraError(f"command line: {message}; --help lists what there is")
+
+
+def options_from_cli(argv: Sequence[str]) -> argparse.Namespace:
+    """The options that a command line gives, defaults filled in.
+
+    Raises:
+        EdgeLoraError: an unknown flag, a value that is not accepted, or two that exclude each
+            other.
+    """
+    options = _parser().parse_args(argv)
+    _check_together(options)
+    embedded = options.model is None and options.shape is None
+    options.embedded = embedded
+    options.contexts = options.contexts or [EMBEDDED_CONTEXT if embedded else CONTEXT]
+    options.batch = options.batch or (EMBEDDED_BATCH if embedded else BATCH)
+    if options.labelled is None and options.data is None and not embedded:
+        options.labelled = LABELLED
+    if options.shape is not None:
+        options.blocks = options.blocks or SHAPES[options.shape][1]
+        options.weights = options.weights or ("float32" if on_cpu() else "4bit")
+    options.cache = options.cache.absolute()
+    make_folder(options.cache)
+    if options.output is not None:
+        make_folder(options.output)
+    return options
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="python -m mlx_edgelora.benchmark",
+        description="Compare this package with mlx-lm on one model: memory, time, and whether they "
+        "compute the same. Without a model the embedded one is taken.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", metavar="NAME", help="folder or Hugging Face name of a model")
+    parser.add_argument("--shape", choices=SHAPES, help="a random model of this shape instead")
+    parser.add_argument("--blocks", type=_count, help="of the shape; all of them if absent")
+    parser.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        help="of the shape; float32 on a CPU if absent, where mlx-lm's quantized products are "
+        "much slower than any others, and 4bit elsewhere",
+    )
+    parser.add_argument("--contexts", type=_count, nargs="+", metavar="TOKENS", help="of a row")
+    parser.add_argument("--batch", type=_count, help="rows of a step")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="rows to train on: train.jsonl")
+    parser.add_argument(
+        "--labelled", type=_share, metavar="SHARE", help="of the tokens of synthetic rows"
+    )
+    parser.add_argument("--steps", type=_count, default=LEAST_STEPS, help="that are timed")
+    parser.add_argument("--rank", type=_count, default=8, help="of the adapters")
+    parser.add_argument("--learning-rate", type=float, default=1e-4, help="of AdamW")
+    parser.add_argument(
+        "--kernel",
+        choices=("same", "auto"),
+        default="same",
+        help="how this package multiplies quantized weights: as mlx-lm does, or as it likes",
+    )
+    parser.add_argument(
+        "--also",
+        action="append",
+        default=[],
+        metavar="MODULE:FUNCTION",
+        help="one more contender, as mlx_edgelora/benchmark/contenders.py describes",
+    )
+    parser.add_argument(
+        "--ladder",
+        action="store_true",
+        help="the published table's techniques one at a time, in place of the comparison",
+    )
+    parser.add_argument(
+        "--row-seconds",
+        type=float,
+        default=120,
+        help="rows of the ladder that are expected to take longer are computed",
+    )
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="for tables and pictures")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=default_cache(),
+        metavar="FOLDER",
+        help="of random models, and of scratch files",
+    )
+    return parser
+
+
+def _check_together(options: argparse.Namespace) -> None:
+    if options.model is not None and options.shape is not None:
+        raise EdgeLoraError("--shape: got it beside --model, expected one of them; leave one out")
+    for name in ("blocks", "weights"):
+        if getattr(options, name) is not None and options.shape is None:
+            raise EdgeLoraError(f"--{name}: got it without --shape, expected one; name a shape")
+    if options.shape is not None and (options.blocks or 0) > SHAPES[options.shape][1]:
+        raise EdgeLoraError(
+            f"--blocks: got {options.blocks}, expected at most {SHAPES[options.shape][1]}, which "
+            f"{options.shape} has; lower it"
+        )
+    given = options.data is not None or (options.model is None and options.shape is None)
+    if options.labelled is not None and given:
+        raise EdgeLoraError(
+            "--labelled: got it where rows are given, expected none: their prompts are masked; "
+            "leave it out, or --data, and name a model"
+        )
+    if options.steps < LEAST_STEPS:
+        raise EdgeLoraError(
+            f"--steps: got {options.steps}, expected at least {LEAST_STEPS}: fewer have no spread"
+        )
+    for also in options.also:
+        if find_spec_of(also) is None:
+            raise EdgeLoraError(
+                f"--also: got {also!r}, expected module:function of a module that can be imported; "
+                "set PYTHONPATH"
+            )
+    if options.ladder:
+        _check_ladder(options)
+
+
+def _check_ladder(options: argparse.Namespace) -> None:
+    if options.shape is None:
+        raise EdgeLoraError("--ladder: got it without --shape, expected one; name a shape")
+    for name in ("weights", "labelled", "data", "batch"):
+        if getattr(options, name) is not None:
+            raise EdgeLoraError(
+                f"--{name}: got it with --ladder, whose rows have their own; leave it out"
+            )
+    options.contexts = options.contexts or list(CONTEXTS)
+
+
+def find_spec_of(runner: str) -> object | None:
+    """The module of a `module:function`, found and not imported."""
+    module, _, function = runner.partition(":")
+    try:
+        return find_spec(module) if module and function else None
+    except (ImportError, ValueError):
+        return None
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"got {text}, expected a whole number of at least 1")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"got {text}, expected a number above 0 and at most 1")
+    return value
+
+
+_count.__name__, _share.__name__ = "whole number", "number"

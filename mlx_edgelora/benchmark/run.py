@@ -1,0 +1,300 @@
+"""A whole run of the benchmark: model, rows and initial matrices, then everybody in turn."""
+
+import argparse
+import datetime
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from mlx_edgelora.benchmark.contenders import config_of, contenders
+from mlx_edgelora.benchmark.job import Job
+from mlx_edgelora.benchmark.ladder import LADDER, RANK, Climb
+from mlx_edgelora.benchmark.machine import (
+    commit,
+    kernels_differ,
+    machine,
+    on_cpu,
+    slow_blas,
+    versions,
+)
+from mlx_edgelora.benchmark.report import Context, Report
+from mlx_edgelora.benchmark.results import TOLERANCES, movement
+from mlx_edgelora.benchmark.rounds import Comparison, Gone, Running, Say
+from mlx_edgelora.benchmark.rows import (
+    BATCHES,
+    batches,
+    given_rows,
+    sort_rows,
+    synthetic_rows,
+    tokenizer_of,
+    words_for,
+    write_rows,
+)
+from mlx_edgelora.benchmark.shapes import SHAPES, add_tokenizer, checkpoint
+from mlx_edgelora.embedded import DATA_PATH, MODEL_PATH
+from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.memory.machine import machine_here
+from mlx_edgelora.model.checkpoint import LazyModel
+from mlx_edgelora.model.loading import open_model
+from mlx_edgelora.model.lora import add_lora, resolve_kernel
+from mlx_edgelora.training.finetune import plan_report
+from mlx_edgelora.training.planning import dtype_of
+
+SCALE = 20.0
+# Initial adapters change what a layer gives by about so much.
+CHANGE = 0.1
+# A loss that moves by less than so many tolerances does not tell who trained.
+TELLING = 3
+
+
+def run(
+    options: argparse.Namespace, command: str, say: Say, keep: Callable[[Report], None]
+) -> tuple[Report, bytes | None]:
+    """Do what the options say.
+
+    Args:
+        options: as `options_from_cli` gives them.
+        command: the command line, for the report.
+        say: gets a line for each thing that happens.
+        keep: gets the report as far as it is, after every context and row.
+
+    Returns:
+        What was found, and a picture of one step's memory if the `plot` extra drew one.
+
+    Raises:
+        EdgeLoraError: something that the user can mend.
+    """
+    report = Report(
+        command=command,
+        made=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        machine=machine(),
+        versions=versions(),
+        commit=commit(),
+        settings={},
+    )
+    slow = slow_blas()
+    if slow:
+        say(f"warning: {slow}")
+        report.notes.append(slow)
+    with tempfile.TemporaryDirectory(prefix="edgelora-benchmark-") as folder:
+        if options.ladder:
+            _climb(options, report, Path(folder), say, keep)
+            return report, None
+        bench = _Bench(options, report, Path(folder), say)
+        for tokens in options.contexts:
+            report.contexts.append(bench.context(tokens))
+            keep(report)
+        return report, bench.step_memory() if options.output else None
+
+
+class _Bench:
+    def __init__(self, options: argparse.Namespace, report: Report, folder: Path, say: Say) -> None:
+        self._options, self._report, self._folder, self._say = options, report, folder, say
+        lazy = _opened(options, say)
+        self._model, self._dtype = lazy.source, str(dtype_of(lazy)).rpartition(".")[2]
+        self._tokenizer = tokenizer_of(lazy.source)
+        self._packed = "quantization" in lazy.config
+        self._kernel = "auto"
+        if options.kernel == "same" and self._packed:
+            self._kernel = "fused"
+        self._start = folder / "start.safetensors"
+        write_start(lazy, options.rank, self._start)
+        self._rivals = contenders(tuple(options.also))
+        self._last: tuple[Job, list] | None = None
+        report.settings |= {
+            "model": _name(options),
+            "dtype": self._dtype,
+            "quantized": self._packed,
+            "kernel": resolve_kernel(self._kernel)[0] if self._packed else "of unpacked matrices",
+            "batch": options.batch,
+            "rank": options.rank,
+            "adapted": "all linear layers of all blocks",
+            "optimizer": f"AdamW, {options.learning_rate:g}",
+            "rows": _rows_named(options),
+            "timed steps": options.steps,
+            "contexts": options.contexts,
+        }
+        if self._packed and self._kernel == "fused" and on_cpu():
+            report.notes.append(
+                "Both packages multiply with packed matrices, so that times compare the packages "
+                "and not kernels; left to itself (--kernel auto) this one unpacks them on a CPU."
+            )
+
+    def context(self, tokens: int) -> Context:
+        """Everybody at one context."""
+        options = self._options
+        job = self._job(tokens)
+        config = config_of(job.with_(output=str(self._folder)))
+        sort_rows(config, self._tokenizer)
+        steps = batches(config, self._tokenizer, job.steps)
+        plan_report(config)  # measures the machine's rates, so that no contender has to
+        size = round(statistics.median(tokens for _, tokens, _ in steps))
+        share = sum(labelled for *_, labelled in steps) / sum(tokens for _, tokens, _ in steps)
+        found = Context(tokens, size, share)
+        self._say(f"{_name(options)}, {tokens} tokens")
+        tolerance = TOLERANCES[self._dtype]
+        try:
+            found.results = Comparison(job, self._folder, tolerance, self._say).run(self._rivals)
+        except EdgeLoraError as error:
+            found.failed = str(error)
+            return found
+        for result in found.results:
+            if result.plan is not None:
+                sliced = result.plan["mlp_bytes"] is not None
+                result.kernels = kernels_differ(self._packed, self._kernel, sliced)
+        found.movement = movement(found.results[0].losses, [rows for rows, *_ in steps])
+        if found.movement is not None and found.movement < TELLING * tolerance.loss:
+            self._report.notes.append(
+                f"{tokens} tokens: mlx-lm's own loss moved by a share of {found.movement:.1e} "
+                f"only, which is not {TELLING} times the tolerance of {tolerance.loss:g}: "
+                "equal losses say little there, the comparison of the trained adapters decides."
+            )
+        self._last = job, found.results
+        return found
+
+    def step_memory(self) -> bytes | None:
+        """A picture of where memory goes over a step, within the smallest budget that was kept."""
+        if self._last is None:
+            return None
+        job, results = self._last
+        own = [result for result in results if result.plan and isinstance(result.budget, int)]
+        if not own:
+            return None
+        tightest = own[-1]
+        folder = self._folder / "profile"
+        options = job.options | {"memory_budget": tightest.budget, "memory_profile": str(folder)}
+        rival = next(rival for rival in self._rivals if rival.name == tightest.name)
+        running = Running(
+            rival, job.with_(options=options, steps=2, last=2), self._folder / "profiled"
+        )
+        try:
+            running.start()
+            running.step()
+            running.finish()
+            self._report.settings["step-memory.png"] = f"a step of {tightest.name}"
+            return (folder / "memory.png").read_bytes()
+        except (Gone, OSError):
+            return None
+        finally:
+            running.close()
+
+    def _job(self, tokens: int) -> Job:
+        options = self._options
+        count = BATCHES * options.batch
+        if options.data or options.embedded:
+            rows = given_rows(options.data or DATA_PATH, count)
+        else:
+            words = words_for(self._model)
+            rows = synthetic_rows(self._tokenizer, count, tokens, options.labelled, words)
+        data = self._folder / f"data-{tokens}"
+        masked = write_rows(data, rows)
+        return Job(
+            model=str(self._model),
+            data=str(data),
+            start=str(self._start),
+            context=tokens,
+            batch=options.batch,
+            steps=1 + options.steps,
+            last=1 + options.steps,
+            rank=options.rank,
+            scale=SCALE,
+            learning_rate=options.learning_rate,
+            mask_prompt=masked,
+            options={"kernel": self._kernel, "spill_dir": str(options.cache)},
+        )
+
+
+def write_start(lazy: LazyModel, rank: int, file: Path) -> None:
+    """Write initial matrices for all linear layers; B is not zero, so that all gradients matter.
+
+    Args:
+        lazy: gets LoRA layers, of which only the shapes are looked at.
+        rank: of them.
+        file: to write.
+    """
+    add_lora(lazy.model, -1, rank, SCALE)
+    arrays = {}
+    for number, (name, value) in enumerate(tree_flatten(lazy.model.trainable_parameters())):
+        noise = mx.random.normal(value.shape, key=mx.random.key(number))
+        if name.endswith("lora_a"):
+            size = value.shape[-2] ** -0.5
+        else:
+            size = CHANGE / (SCALE * rank**0.5)
+        arrays[name] = size * noise
+    mx.save_safetensors(str(file), arrays)
+
+
+def _opened(options: argparse.Namespace, say: Say) -> LazyModel:
+    """The model, none of it read."""
+    name = options.model or str(MODEL_PATH)
+    if options.shape is not None:
+        say(f"weights of {_name(options)} in {options.weights}")
+        folder = checkpoint(options.cache, options.shape, options.blocks, options.weights)
+        add_tokenizer(folder, SHAPES[options.shape][-1])
+        name = str(folder)
+    return open_model(name, streamed=False, quantize=None, cache=options.cache)
+
+
+def _climb(
+    options: argparse.Namespace,
+    report: Report,
+    folder: Path,
+    say: Say,
+    keep: Callable[[Report], None],
+) -> None:
+    """Every row of the ladder at every context."""
+    kernel, _ = resolve_kernel("auto")
+    here = machine_here(options.cache, options.cache, mx.float32, kernel)
+    climb = Climb(options.shape, options.blocks, here, folder, options.row_seconds, say)
+    report.settings |= {"model": _name(options), "rank": RANK, "contexts": options.contexts}
+    for tokens in options.contexts:
+        for number, technique in enumerate(LADDER):
+            job = None
+            if climb.too_much(technique, tokens) is None:
+                job = _ladder_job(options, technique, tokens, folder / f"{tokens}-{number}", say)
+            report.ladder.append(climb.rung(technique, tokens, job))
+            keep(report)
+
+
+def _ladder_job(
+    options: argparse.Namespace, technique: object, tokens: int, folder: Path, say: Say
+) -> Job:
+    asked = argparse.Namespace(**vars(options) | {"weights": technique.weights})
+    lazy = _opened(asked, lambda line: None)
+    words, tokenizer = words_for(lazy.source), tokenizer_of(lazy.source)
+    masked = write_rows(folder, synthetic_rows(tokenizer, 1, tokens, technique.labelled, words))
+    start = folder / "start.safetensors"
+    write_start(lazy, RANK, start)
+    job = Job(
+        model=str(lazy.source),
+        data=str(folder),
+        output=str(folder),
+        start=str(start),
+        context=tokens,
+        batch=1,
+        steps=2,
+        last=2,
+        rank=RANK,
+        scale=SCALE,
+        learning_rate=options.learning_rate,
+        mask_prompt=masked,
+        options={"spill_dir": str(options.cache), "dtype": "float32"},
+    )
+    plan_report(config_of(job))  # as in the comparison
+    return job
+
+
+def _name(options: argparse.Namespace) -> str:
+    if options.shape is not None:
+        return f"{options.shape}, {options.blocks} of {SHAPES[options.shape][1]} blocks"
+    return Path(options.model).name if options.model else "the embedded model"
+
+
+def _rows_named(options: argparse.Namespace) -> str:
+    if options.labelled is not None:
+        return f"random words, {options.labelled:.0%} of the tokens labelled"
+    return "the embedded data set's" if options.data is None else "of --data"

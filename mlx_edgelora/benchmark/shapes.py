@@ -1,0 +1,129 @@
+"""Random models of real shapes, written once a tensor at a time, and a tokenizer for them."""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.models import llama, qwen2
+
+from mlx_edgelora.model.checkpoint import write_model
+from mlx_edgelora.training.files import write_atomically
+
+COMMON = {"rms_norm_eps": 1e-5, "tie_word_embeddings": True, "rope_theta": 500000.0}
+# Architecture, blocks, hidden, intermediate, heads, heads of keys, vocabulary.
+SHAPES = {
+    "small": (llama, 4, 256, 1024, 8, 2, 1024),
+    "llama-3.2-3b": (llama, 28, 3072, 8192, 24, 8, 128256),
+    "llama-3.2-1b": (llama, 16, 2048, 8192, 32, 8, 128256),
+    "llama-3.1-8b": (llama, 32, 4096, 14336, 32, 8, 128256),
+    "llama-3.3-70b": (llama, 80, 8192, 28672, 64, 8, 128256),
+    "qwen2.5-3b": (qwen2, 36, 2048, 11008, 16, 2, 151936),
+    "qwen2.5-0.5b": (qwen2, 24, 896, 4864, 14, 2, 151936),
+}
+# Of these a tied head would be another model.
+UNTIED = ("llama-3.1-8b",)
+WEIGHTS = ("float32", "bfloat16", "4bit")
+GROUP, BITS = 64, 4
+# The tokenizer of a random model knows so many words.
+WORDS = 1000
+TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}"
+
+
+def default_cache() -> Path:
+    """Where models are written if nobody says otherwise."""
+    return Path(tempfile.gettempdir(), "edgelora-floor")
+
+
+def config_of(shape: str, blocks: int) -> tuple[ModuleType, dict]:
+    """The architecture of a shape, and its configuration with so many blocks."""
+    module, _, hidden, intermediate, heads, kv_heads, vocabulary = SHAPES[shape]
+    return module, COMMON | {
+        "model_type": module.__name__.rpartition(".")[2],
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocabulary,
+        "num_hidden_layers": blocks,
+        "tie_word_embeddings": shape not in UNTIED,
+    }
+
+
+def random_model(shape: str, blocks: int, weights: str) -> tuple[nn.Module, dict]:
+    """A model none of whose random weights is computed yet, and its configuration."""
+    module, config = config_of(shape, blocks)
+    mx.random.seed(0)
+    model = module.Model(module.ModelArgs.from_dict(config))
+    if weights != "float32":
+        model.set_dtype(mx.bfloat16)
+    if weights == "4bit":
+        nn.quantize(model, GROUP, BITS)
+        config = config | {"quantization": {"group_size": GROUP, "bits": BITS}}
+    return model, config
+
+
+def checkpoint(cache: Path, shape: str, blocks: int, weights: str = "4bit") -> Path:
+    """Write random weights of a shape, unless they are there.
+
+    Args:
+        cache: folder of such models.
+        shape: one of `SHAPES`.
+        blocks: how many the model has.
+        weights: one of `WEIGHTS`; 4bit is in groups of 64 with scales and norms in bfloat16, as
+            published checkpoints are.
+
+    Returns:
+        The folder; it appears whole. Memory: its largest tensor, with what computes it.
+    """
+    folder = cache / (f"{shape}-{blocks}" + f"-{weights}" * (weights != "4bit"))
+    if (folder / "config.json").exists():
+        return folder
+    model, config = random_model(shape, blocks, weights)
+    parameters = tree_flatten(model.parameters())
+    del model
+    cache.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=cache))
+    try:
+        write_model(temporary, parameters, config)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def add_tokenizer(folder: Path, vocabulary: int) -> None:
+    """Give a random model a tokenizer of the words w0, w1, ..., unless it has one."""
+    if (folder / "tokenizer.json").exists():
+        return
+    words = {f"w{index}": index for index in range(min(WORDS, vocabulary - 1))}
+    end = {"id": vocabulary - 1, "content": "</s>", "special": True}
+    flags = ("single_word", "lstrip", "rstrip", "normalized")
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [end | dict.fromkeys(flags, False)],
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "model": {
+            "type": "WordLevel",
+            "vocab": words | {"</s>": vocabulary - 1},
+            "unk_token": "</s>",
+        },
+    }
+    config = {
+        "synthetic": True,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "</s>",
+        "chat_template": TEMPLATE,
+    }
+    texts = {"tokenizer_config.json": config, "tokenizer.json": tokenizer}
+    write_atomically(
+        {
+            folder / name: lambda file, text=text: file.write(json.dumps(text).encode())
+            for name, text in texts.items()
+        }
+    )
