@@ -30,6 +30,8 @@ SLICES = (4 * MIB, 8 * MIB, 16 * MIB)
 LOSSES = (16 * MIB, 40 * MIB)
 # Counts of kept blocks up to the end of this, then every fourth.
 KEPT = 8
+# Rows that are shorter are padded to it.
+SHORTEST = 32
 # A plan must be faster by more than this to be preferred to one that takes less memory.
 CLOSE = 1e-6
 
@@ -273,7 +275,7 @@ def _better(one: Choice, other: Choice) -> bool:
 
 
 def _too_small(search: _Search, budget: int) -> str:
-    """One sentence: the smallest budget that works, and three options that would lower it."""
+    """One sentence: the smallest budget that works, which options would lower it, and which not."""
     shape, load = search.shape, search.load
     least = search.least().needs
 
@@ -282,10 +284,14 @@ def _too_small(search: _Search, budget: int) -> str:
         return _Search(shape, replace(load, **changes), *settings).least().needs
 
     ways = []
-    half = max(32, load.tokens // 2)
-    if half < load.tokens:
-        labelled = max(1, load.labelled * half // load.tokens)
-        ways.append((f"max_seq_length {half}", needs(tokens=half, labelled=labelled)))
+    tokens = load.tokens
+    while tokens > SHORTEST:  # rows of more than a tile may take no more than those of one
+        tokens = max(SHORTEST, tokens // 2)
+        labelled = max(1, load.labelled * tokens // load.tokens)
+        size = needs(tokens=tokens, labelled=labelled)
+        if size < least or tokens == SHORTEST:
+            ways.append((f"max_seq_length {tokens}", size))
+            break
     if shape.rank > 4:
         rank = shape.rank // 2
         ways.append((f"rank {rank}", needs(_with_rank(shape, rank))))
@@ -293,11 +299,27 @@ def _too_small(search: _Search, budget: int) -> str:
         rows = load.rows // 2
         labelled = max(1, load.labelled * rows // load.rows)
         ways.append((f"batch_size {rows}", needs(rows=rows, labelled=labelled)))
-    ways = sorted((way for way in ways if way[1] < least), key=lambda way: way[1])
-    told = ", ".join(f"{name} needs {_mb(size)}" for name, size in ways)
+    if shape.itemsize > 2:
+        ways.append(("dtype bfloat16", needs(_narrowed(shape))))
+    helping = sorted((way for way in ways if way[1] < least), key=lambda way: way[1])
+    told = ", ".join(f"{name} needs {_mb(size)}" for name, size in helping)
+    idle = " and ".join(name for name, size in ways if size >= least)
     return (
         f"memory_budget: got {_mb(budget)}, expected at least {_mb(least)} for this model and "
         f"batch; raise it, or lower what it must hold: {told or 'use a smaller model'}"
+        + (f" ({idle} would change nothing)" if idle else "")
+    )
+
+
+def _narrowed(shape: ModelShape) -> ModelShape:
+    """The same model computed in 16 bits; packed weights are as they were."""
+    return replace(
+        shape,
+        itemsize=2,
+        block_bytes=shape.block_bytes // (1 if shape.packed else 2),
+        mlp_bytes=shape.mlp_bytes // (1 if shape.packed else 2),
+        head_bytes=shape.head_bytes // (1 if shape.head_packed else 2),
+        outside_bytes=shape.outside_bytes // 2,
     )
 
 

@@ -147,6 +147,16 @@ def test_a_budget_that_is_too_small_names_what_would_help():
     assert "\n" not in text
 
 
+def test_what_helps_where_tokens_and_rows_are_computed_a_few_at_a_time():
+    for itemsize, tokens, told in ((2, 512, ""), (4, 1024, "dtype bfloat16 needs")):
+        with pytest.raises(EdgeLoraError) as caught:
+            plan(replace(SHAPE, itemsize=itemsize), LOAD, MACHINE, 20 * 10**6)
+        text = str(caught.value)
+        for option in (f"max_seq_length {tokens} needs", "rank 8 needs", told):
+            assert option in text
+        assert text.endswith("(batch_size 2 would change nothing)")
+
+
 @given(st.integers(0, 200), st.integers(1, 9), st.integers(0, 150))
 def test_the_most_that_works(bound, step, limit):
     found = most(lambda value: value <= bound, step, limit)
