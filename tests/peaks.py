@@ -102,7 +102,7 @@ class Stepped:
         return peak(self.step) - (everything - self.kept)
 
 
-def growth_with_depth(shallow: Stepped, deep: Stepped, bound: int) -> int:
+def growth_with_depth(shallow: Stepped, deep: Stepped, bound: int, rounds: int = ROUNDS) -> int:
     """`growth` of a step's peak; what a step leaves behind counts, as `everything` is fixed."""
     everything = held()
-    return growth(lambda: shallow.peak(everything), lambda: deep.peak(everything), bound)
+    return growth(lambda: shallow.peak(everything), lambda: deep.peak(everything), bound, rounds)

@@ -224,7 +224,11 @@ class Memory:
         if self.by_tiles:
             spans = -(-load.tokens // max(1, self.plan.tile_tokens // load.rows))
             most = load.rows * -(-load.tokens // spans)
-        tokens = min(most, load.labelled) if index + 1 == shape.blocks else most
+        tokens = most
+        if index + 1 == shape.blocks and load.labelled < load.size:
+            # By tiles those of a row are computed apart.
+            rows = load.rows if self.by_tiles else 1
+            tokens = min(most // rows, -(-load.labelled // rows))
         return {
             "hidden": tokens * shape.hidden * shape.itemsize,
             "hidden float": tokens * shape.hidden * FLOAT,
