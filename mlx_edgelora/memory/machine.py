@@ -10,9 +10,9 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.files import write_atomically
 from mlx_edgelora.memory.meter import footprint
 from mlx_edgelora.memory.page_file import unlinked_file
-from mlx_edgelora.training.files import write_atomically
 
 MIB = 2**20
 # Of the file that rates are kept in: raise it when they mean something else.

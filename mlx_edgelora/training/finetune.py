@@ -19,6 +19,7 @@ from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.data import Dataset, load_datasets
 from mlx_edgelora.embedded import DATA_PATH, MODEL_PATH
 from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.files import make_folder, write_atomically
 from mlx_edgelora.losses.exact import CrossEntropy
 from mlx_edgelora.memory.machine import wired_limit
 from mlx_edgelora.memory.meter import peak_memory, reset_peak
@@ -34,7 +35,6 @@ from mlx_edgelora.training.adapters import CONFIG_FILE, WEIGHTS_FILE, read_adapt
 from mlx_edgelora.training.assembly import Settings, assembled
 from mlx_edgelora.training.callbacks import TrainingCallback, reporting_callbacks
 from mlx_edgelora.training.evaluate import evaluate
-from mlx_edgelora.training.files import make_folder, write_atomically
 from mlx_edgelora.training.loop import TrainResult, train
 from mlx_edgelora.training.optimizer import build_optimizer
 from mlx_edgelora.training.plan_report import PlanReport, too_small

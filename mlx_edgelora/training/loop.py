@@ -28,12 +28,12 @@ from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.data.batches import Batch, iterate_batches
 from mlx_edgelora.data.dataset import Dataset
 from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.files import make_folder
 from mlx_edgelora.memory.meter import peak_memory
 from mlx_edgelora.memory.profile import begin_step, phase
 from mlx_edgelora.training.adapters import WEIGHTS_FILE, save_adapters
 from mlx_edgelora.training.callbacks import TrainingCallback
 from mlx_edgelora.training.evaluate import Engine, evaluate, limit_cache
-from mlx_edgelora.training.files import make_folder
 from mlx_edgelora.training.finite import first_non_finite
 from mlx_edgelora.training.log import RunLog
 from mlx_edgelora.training.optimizer import clip_factor

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
+from mlx_edgelora import files
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.training import files
-from mlx_edgelora.training.files import make_folder, write_atomically
+from mlx_edgelora.files import make_folder, write_atomically
 
 
 def failing(code):
@@ -138,7 +138,7 @@ def test_a_folder_that_cannot_be_synced_is_no_failure(tmp_path, monkeypatch):
 CHILD = """
 import sys
 from pathlib import Path
-from mlx_edgelora.training.files import write_atomically
+from mlx_edgelora.files import write_atomically
 path, count = Path(sys.argv[1]), 0
 while True:
     count += 1
