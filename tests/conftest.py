@@ -6,6 +6,8 @@ import mlx.core as mx
 import pytest
 from hypothesis import settings
 
+from mlx_edgelora import files
+
 # Helpers that are not tests lie beside them.
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -66,3 +68,9 @@ def spill(tmp_path):
     store = MappedStore(tmp_path, DiskMeter())
     yield store
     store.close()
+
+
+@pytest.fixture
+def plain_fsync(monkeypatch):
+    """Sync through os.fsync on macOS too, where a test can see it."""
+    monkeypatch.delattr(files.fcntl, "F_FULLFSYNC", raising=False)

@@ -406,7 +406,11 @@ class BlockWalk:
         shape = x.shape if state.rows is None else (1, state.rows.size, x.shape[-1])
         cotangent = Promise(shape, x.dtype)
         primals = [value for arrays in trained for value in arrays.values()]
-        (out,), gradients = mx.vjp(segment, [*primals, x], [cotangent.array])
+        try:
+            (out,), gradients = mx.vjp(segment, [*primals, x], [cotangent.array])
+        except BaseException:
+            cotangent.close()
+            raise
         if state.kept_from == state.first and not state.entry:
             gradients[-1] = None
         state.segment = _Segment(names, gradients, cotangent)

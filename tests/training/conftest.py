@@ -3,7 +3,6 @@ import io
 import pytest
 
 from mlx_edgelora.config import LoraParameters, TrainConfig
-from mlx_edgelora.training import files
 from mlx_edgelora.training.progress import Progress
 
 
@@ -30,9 +29,3 @@ def make_config(tmp_path):
 @pytest.fixture
 def quiet():
     return Progress(0, lines=io.StringIO(), live=io.StringIO())
-
-
-@pytest.fixture
-def plain_fsync(monkeypatch):
-    """Sync through os.fsync on macOS too, where a test can see it."""
-    monkeypatch.delattr(files.fcntl, "F_FULLFSYNC", raising=False)
