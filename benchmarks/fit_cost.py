@@ -6,9 +6,10 @@
 
 `--collect` makes steps by random plans of random shapes and records the peak of every phase.
 Their products are made of the first 8 columns of what is multiplied, so that a step takes
-seconds: the same arrays, without meaning. What MLX allocates ahead depends a little on how long
-products take, so some steps have `--real` ones, of fewer tokens, and count four times. `--fit`
-solves for the smallest squared relative error with numbers that are not negative, where too
+seconds: the same arrays, without meaning. What MLX allocates ahead depends on how long products
+take, so other steps have `--real` ones (but for most of bfloat16, as in the grid), of fewer tokens;
+half of these are by plans that the planner chose for random budgets. They count eight times.
+`--fit` solves for the smallest squared relative error with numbers that are not negative, where too
 little counts more than too much, and prints how far off the phases and the peaks are. The grid of
 docs/planner.md is made of other steps than these.
 """
@@ -31,7 +32,9 @@ from mlx_lm.models import llama, qwen2
 from plans import Case, batch_of
 
 from mlx_edgelora.memory import cost, fitted, profile
+from mlx_edgelora.memory.machine import machine_here
 from mlx_edgelora.memory.plan import MIB, Plan
+from mlx_edgelora.memory.planner import plan, smallest
 from mlx_edgelora.model import tiling
 from mlx_edgelora.model.loading import DTYPES, open_model
 from mlx_edgelora.model.lora import add_lora
@@ -46,6 +49,11 @@ SHAPES = {
     "q05b": (qwen2, 24, 896, 4864, 14, 2, 8192),
 }
 BLOCKS = [("l3b", 2), ("l3b", 3), ("l1b", 3), ("q3b", 2), ("q05b", 2), ("q05b", 4)]
+LENGTHS = (128, 256, 512, 768, 1024, 1536, 2048, 4096)
+# Of real products on a CPU: longer rows take minutes.
+REAL_TOKENS = {"q05b": 4096, "l1b": 1536, "q3b": 768, "l3b": 512, "llama-3.2-3b": 512}
+# How much more a step of real products counts.
+REAL_WEIGHT = 8
 BACKWARD = ("recompute", "MLP backward", "attention backward", "backward")
 # How much more than too much it costs to expect too little.
 TOO_LITTLE = 1.6
@@ -54,17 +62,27 @@ SMALLEST = 0.01
 
 
 def random_case(draw: random.Random, real: bool) -> tuple[Case, bool, dict]:
-    """A shape with a batch, whether it is quantized, and the choices of a plan."""
+    """A shape with a batch, whether it is quantized, and the choices of a plan.
+
+    Empty choices are the planner's, for the case's budget.
+    """
     shape, blocks = draw.choice([*BLOCKS, ("llama-3.2-3b", 2)])
     packed = shape == "llama-3.2-3b" or draw.random() < 0.7
-    narrow = packed and not real and draw.random() < 0.17
-    dtype = "bfloat16" if narrow else "float32"
-    lengths = [128, 256, 512, 768, 1024] + [1536, 2048] * (dtype == "float32")
-    tokens, rows = draw.choice(lengths[:3] if real else lengths), draw.choice([1, 1, 1, 2, 4])
-    if rows * tokens > (512 if real else 2048):
+    dtype = "bfloat16" if packed and draw.random() < 0.17 else "float32"
+    longest = REAL_TOKENS[shape] if real and dtype == "float32" else 2048
+    tokens = draw.choice([t for t in LENGTHS if t <= longest])
+    rows = draw.choice([1, 1, 1, 2, 4])
+    if rows * tokens > longest:
         rows = 1
     rank, labelled = draw.choice([4, 8, 16, 64]), draw.choice([0.1, 0.3, 1.0])
-    case = Case(shape, blocks, tokens, rows, rank, dtype, labelled, None)
+    planned = real and draw.random() < 0.5
+    times = draw.choice([1.0, 1.1, 1.3, 1.6, 2.0, 3.0, 5.0]) if planned else None
+    case = Case(shape, blocks, tokens, rows, rank, dtype, labelled, times)
+    return case, packed, {} if planned else random_choices(draw, blocks, rows * tokens)
+
+
+def random_choices(draw: random.Random, blocks: int, size: int) -> dict:
+    """Any choices of a plan, for a batch of so many tokens."""
     choices: dict = {
         "streamed_blocks": draw.choice([None, None, 0, 1]),
         "head": draw.choice(["streamed", "resident"]),
@@ -73,26 +91,21 @@ def random_case(draw: random.Random, real: bool) -> tuple[Case, bool, dict]:
         "adapters": draw.choice(["resident", "paged"]),
         "loss_bytes": draw.choice([16, 40]) * MIB,
     }
-    way = draw.choice(["kept", "kept", "whole", "whole", "tiles", "halves"])
-    if real and draw.random() < 0.5:  # several tiles of real products: of a small shape
-        way = draw.choice(["tiles", "halves", "halves"])
-        tokens, rows = draw.choice([(1024, 1), (1536, 1), (512, 2), (768, 2), (256, 4)])
-        case = Case(
-            draw.choice(["q05b", "q05b", "l1b"]), 2, tokens, rows, rank, dtype, labelled, None
-        )
+    way = draw.choice(["kept", "kept", "whole", "whole", "tiles", "halves", "halves"])
     slices = draw.choice([None, 8 * MIB, 16 * MIB])
     if way == "kept":
         choices |= {"kept_blocks": draw.randint(1, blocks), "mlp_bytes": slices}
     elif way == "whole":
         choices |= {"mlp_bytes": slices}
     else:
+        tiles = [t for t in (512, 1024, 2048) if t < size]
         choices |= {
-            "tile_tokens": draw.choice([512, 512, 512, 1024] if real else [512, 512, 1024, 2048]),
+            "tile_tokens": draw.choice([512, *tiles]),
             "mlp_bytes": draw.choice([4, 8, 16]) * MIB,
             "halves": way == "halves",
             "prefetch": choices["prefetch"] and way == "tiles",
         }
-    return case, packed, choices
+    return choices
 
 
 class Collector:
@@ -120,6 +133,11 @@ class Collector:
         shape = shape_of(lazy.model, lazy.vocabulary, DTYPES[case.dtype])
         batch = batch_of(case, lazy.vocabulary)
         warm = batch_of(dataclasses.replace(case, tokens=32), lazy.vocabulary)
+        load = cost.Load(case.rows, case.tokens, int(batch.mask().sum()))
+        if not choices:
+            machine = machine_here(self._cache, self._cache, DTYPES[case.dtype], "dequantize")
+            budget = round(case.times * smallest(shape, load, machine).needs)
+            choices = dataclasses.asdict(plan(shape, load, machine, budget).plan)
         settings = Settings(self._cache, case.dtype, "dequantize")
         products = mx.array.__matmul__, mx.addmm
         with assembled(lazy, Plan(**choices), settings) as engine:
@@ -131,6 +149,8 @@ class Collector:
             mx.synchronize()
             if not real:
                 floor.stand_in(mx.float32, mx.bfloat16)
+            elif case.stands_in:
+                floor.stand_in(mx.bfloat16)
             try:
                 with profile.recording() as recorded:
                     profile.begin_step()
@@ -143,7 +163,7 @@ class Collector:
         return {
             "shape": dataclasses.asdict(shape),
             "case": dataclasses.asdict(case),
-            "labelled": int(batch.mask().sum()),
+            "labelled": load.labelled,
             "plan": choices,
             "real": real,
             "stretches": stretches,
@@ -175,9 +195,9 @@ def measured(record: dict) -> Iterator[tuple[cost.Phase, int]]:
         part = phase.kind.rpartition(", ")[2]
         if phase.name == "load" or not visits:
             continue
-        if part in ("attention", "MLP") and len(visits) == 2:
+        if part in ("attention", "MLP") and len(visits) % 2 == 0:  # of each micro-batch two
             first = "attention" if phase.name == "forward" else "MLP"
-            visits = visits[:1] if part == first else visits[1:]
+            visits = visits[0::2] if part == first else visits[1::2]
         yield phase, max(max(visit) for visit in visits)
 
 
@@ -199,7 +219,7 @@ def fit(records: list[dict]) -> dict[str, dict[str, float]]:
     groups: dict[str, list] = {}
     for record in records:
         for phase, peak in measured(record):
-            times = 4 if record.get("real") else 1
+            times = REAL_WEIGHT if record["real"] else 1
             groups.setdefault(phase.kind, []).extend([(phase, peak)] * times)
     result = {}
     for kind, group in sorted(groups.items()):
