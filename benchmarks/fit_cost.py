@@ -135,10 +135,10 @@ class Collector:
         warm = batch_of(dataclasses.replace(case, tokens=32), lazy.vocabulary)
         load = cost.Load(case.rows, case.tokens, int(batch.mask().sum()))
         if not choices:
-            machine = machine_here(self._cache, self._cache, DTYPES[case.dtype], "dequantize")
+            machine = machine_here(self._cache, self._cache, DTYPES[case.dtype])
             budget = round(case.times * smallest(shape, load, machine).needs)
             choices = dataclasses.asdict(plan(shape, load, machine, budget).plan)
-        settings = Settings(self._cache, case.dtype, "dequantize")
+        settings = Settings(self._cache, case.dtype)
         products = mx.array.__matmul__, mx.addmm
         with assembled(lazy, Plan(**choices), settings) as engine:
             optimizer = optimizers.AdamW(1e-4)

@@ -78,7 +78,7 @@ class Run:
         mx.random.seed(1)
         add_lora(lazy.model, -1, rank=args.rank)
         self._stack = ExitStack()
-        settings = Settings(args.cache, args.dtype, "dequantize")
+        settings = Settings(args.cache, args.dtype)
         self._engine = self._stack.enter_context(assembled(lazy, plan, settings))
         self._meter, self.trained = self._engine.disk, self._engine.trained
         self._optimizer = optimizers.AdamW(1e-4)

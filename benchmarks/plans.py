@@ -95,7 +95,7 @@ class Planned:
         self.shape: ModelShape = shape_of(lazy.model, lazy.vocabulary, dtype)
         self.batch = batch_of(case, lazy.vocabulary)
         self.load = Load(case.rows, case.tokens, int(self.batch.mask().sum()))
-        self.machine: Machine = machine_here(args.cache, args.cache, dtype, "dequantize")
+        self.machine: Machine = machine_here(args.cache, args.cache, dtype)
 
     def choice(self, times: float | None) -> tuple[int, Choice]:
         """The budget, and the plan within it."""
@@ -106,7 +106,7 @@ class Planned:
     @contextmanager
     def stepping(self, chosen: Plan) -> Iterator[Callable[[], tuple[int, float]]]:
         """A function that makes a step by a plan and gives its peak and seconds."""
-        settings = Settings(self._cache, self._case.dtype, "dequantize")
+        settings = Settings(self._cache, self._case.dtype)
         with assembled(self._lazy(), chosen, settings) as engine:
             optimizer = optimizers.AdamW(1e-4)
             engine.trained.start(optimizer)

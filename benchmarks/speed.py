@@ -80,7 +80,7 @@ def ours(folder: Path, rank: int, batch: Batch, budget: int, stack: ExitStack) -
     add_lora(lazy.model, -1, rank=rank)
     shape = shape_of(lazy.model, lazy.vocabulary)
     load = Load(*batch.inputs().shape, int(batch.mask().sum()))
-    machine = machine_here(folder.parent, folder.parent, mx.float32, "dequantize")
+    machine = machine_here(folder.parent, folder.parent, mx.float32)
     choice = plan(shape, load, machine, budget)
     settings = Settings(folder.parent)
     engine = stack.enter_context(assembled(lazy, choice.plan, settings))

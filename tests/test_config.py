@@ -477,6 +477,7 @@ def test_num_layers_zero_is_refused_where_mlx_lm_adapts_all_blocks(make_model):
         ({"memory_budget": -1}, "memory_budget: got -1, expected"),
         ({"memory_budget": "4GB", "plan": "p"}, "memory_budget: got 4000000000 with plan 'p'"),
         ({"weights": "streamed", "plan": "p"}, "weights: got 'streamed' with plan 'p'"),
+        ({"kernel": "fused", "plan": "p"}, "kernel: got 'fused' with plan 'p'"),
         ({"duty": 0}, "duty: got 0, expected a number above 0 and at most 1"),
         (
             {"memory_budget": "min", "weights": "resident"},

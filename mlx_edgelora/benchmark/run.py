@@ -247,8 +247,7 @@ def _climb(
     keep: Callable[[Report], None],
 ) -> None:
     """Every row of the ladder at every context."""
-    kernel, _ = resolve_kernel("auto")
-    here = machine_here(options.cache, options.cache, mx.float32, kernel)
+    here = machine_here(options.cache, options.cache, mx.float32)
     climb = Climb(options.shape, options.blocks, here, folder, options.row_seconds, say)
     report.settings |= {"model": _name(options), "rank": RANK, "contexts": options.contexts}
     for tokens in options.contexts:

@@ -170,7 +170,9 @@ class TrainConfig:
         one_of("float32", "bfloat16", "float16"),
     )
     kernel: str = option(
-        "auto", "How quantized weights multiply.", one_of("auto", "fused", "dequantize")
+        "auto",
+        "How quantized weights multiply; auto: as the plan says.",
+        one_of("auto", "fused", "dequantize"),
     )
     activations: str | None = option(
         None,
@@ -315,8 +317,8 @@ def _check_memory(config: TrainConfig) -> None:
                     "memory that can wait on disk; leave one of them out"
                 )
     if config.plan is not None:
-        for name in ("memory_budget", "weights", "activations", "adapters"):
-            if getattr(config, name) is not None:
+        for name in ("memory_budget", "weights", "activations", "adapters", "kernel"):
+            if getattr(config, name) not in (None, "auto"):
                 raise EdgeLoraError(
                     f"{name}: got {getattr(config, name)!r} with plan {config.plan!r}, which "
                     "says it already; leave one of them out"

@@ -25,14 +25,21 @@ class _Step:
         self.shape, self.load, self.plan = shape, load, plan
         self.rates = machine.rates
         self.memory = Memory(shape, load, plan)
-        unpacked = shape.packed and not machine.multiplies_packed
-        self.unpack = unpacked / self.rates.dequantized
-        packed = shape.packed and machine.multiplies_packed
-        self.flops = self.rates.fused_flops if packed else self.rates.flops
         self.tiles = 1
         if self.memory.by_tiles:
             self.tiles = -(-load.size // plan.tile_tokens)
         self.sliced = plan.mlp_bytes is not None and shape.gated
+        kernel = machine.kernels[0] if plan.kernel == "auto" else plan.kernel
+        # Entries of a block that MLX's kernel multiplies as they are; slices are unpacked.
+        self.fused = 0
+        if shape.packed and kernel == "fused":
+            self.fused = shape.block_weights - (shape.mlp_weights if self.sliced else 0)
+        self.dense = shape.block_weights - self.fused
+        # Seconds that unpacking the others takes in one pass over all tokens, and the MLP's share.
+        self.unpack = 0.0
+        if shape.packed:
+            self.unpack = self.tiles * self.dense / self.rates.dequantized
+        self.unpack_mlp = self.unpack * shape.mlp_weights / max(1, self.dense)
 
     def batch(self) -> float:
         """Forward, loss and backward of a batch, or of one part of it."""
@@ -60,7 +67,8 @@ class _Step:
         return self.load.labelled if index + 1 == self.shape.blocks else self.load.size
 
     def _product(self) -> float:
-        return 2 * self.load.size * self.shape.block_weights / self.flops
+        dense, fused = self.dense / self.rates.flops, self.fused / self.rates.fused_flops
+        return 2 * self.load.size * (dense + fused)
 
     def _attention(self, products: int) -> float:
         """So many products of tokens x tokens, half of each causal."""
@@ -78,20 +86,18 @@ class _Step:
         return self.load.size * entries * shape.itemsize / self.rates.moved
 
     def _forward(self) -> float:
-        unpacked = self.shape.block_weights * self.unpack * self.tiles
-        return self._product() + unpacked + self._attention(2) + self._entrywise()
+        return self._product() + self.unpack + self._attention(2) + self._entrywise()
 
     def _again(self) -> float:
         """The forward in the backward; a sliced MLP is unpacked once for both."""
-        shared = self.shape.mlp_weights * self.unpack * self.tiles if self.sliced else 0.0
+        shared = self.unpack_mlp if self.sliced else 0.0
         twice = 0.0
         if self.memory.by_tiles:  # what lies before attention is computed for q, and for k and v
             twice = 0.25 * (1 - self.shape.mlp_weights / self.shape.block_weights)
         return self._forward() - shared + twice * self._product()
 
     def _backward(self) -> float:
-        unpacked = self.shape.block_weights * self.unpack * self.tiles
-        return self._product() + unpacked + self._attention(5) + self._entrywise()
+        return self._product() + self.unpack + self._attention(5) + self._entrywise()
 
     def _visits(self) -> float:
         """How often blocks are read: streamed ones forward and backward."""

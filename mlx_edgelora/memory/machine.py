@@ -13,6 +13,7 @@ from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.files import write_atomically
 from mlx_edgelora.memory.meter import footprint
 from mlx_edgelora.memory.page_file import unlinked_file
+from mlx_edgelora.model.lora import resolve_kernel
 
 MIB = 2**20
 # Of the file that rates are kept in: raise it when they mean something else.
@@ -53,22 +54,22 @@ class Machine:
     Attributes:
         name: of the device.
         rates: how fast it is.
-        multiplies_packed: whether packed matrices are multiplied by MLX's own kernel.
+        kernels: ways to multiply packed matrices that a plan may choose from; the first is what
+            "auto" means.
     """
 
     name: str
     rates: Rates
-    multiplies_packed: bool = False
+    kernels: tuple[str, ...] = ("dequantize",)
 
 
-def machine_here(cache: Path, folder: Path, dtype: mx.Dtype, kernel: str) -> Machine:
+def machine_here(cache: Path, folder: Path, dtype: mx.Dtype) -> Machine:
     """This machine, measured once per dtype and kept in a file.
 
     Args:
         cache: folder of that file.
         folder: of scratch files, whose disk is measured.
         dtype: of activations.
-        kernel: "fused" or "dequantize".
     """
     device = mx.device_info()
     name = f"{device.get('device_name', 'unknown')}, {mx.default_device()}"
@@ -81,7 +82,9 @@ def machine_here(cache: Path, folder: Path, dtype: mx.Dtype, kernel: str) -> Mac
         rates = measured(folder, dtype)
         known[key] = rates
         _write(file, known)
-    return Machine(name, rates, multiplies_packed=kernel == "fused")
+    # Slow on a CPU, and less exact in 16 bits there (`layers/linear.py`): no plan's choice.
+    kernels = ("fused", "dequantize") if resolve_kernel("auto")[0] == "fused" else ("dequantize",)
+    return Machine(name, rates, kernels)
 
 
 def measured(folder: Path, dtype: mx.Dtype) -> Rates:

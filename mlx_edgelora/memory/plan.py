@@ -41,6 +41,9 @@ class Plan:
         halves: with tiles, keep what lies between attention and MLP of a block as well, and
             bind one half's weights at a time.
         mlp_bytes: a slice of a gated MLP; None computes it layer by layer.
+        kernel: how packed matrices are multiplied: "fused" is MLX's own kernel, "dequantize"
+            unpacks them a tile at a time, as slices of an MLP always do; "auto" leaves it to the
+            backend.
         loss_bytes: a tile of the vocabulary head.
         micro_batches: a batch is computed in so many parts, whose gradients are added.
         cache_bytes: what MLX may keep of freed buffers: enough for one block's to be used
@@ -60,6 +63,7 @@ class Plan:
     tile_tokens: int | None = _choice(None, None, least=1)
     halves: bool = _choice(False, True, False)
     mlp_bytes: int | None = _choice(None, None, least=1)
+    kernel: str = _choice("auto", "auto", "fused", "dequantize")
     loss_bytes: int = _choice(40 * MIB, least=1)
     micro_batches: int = _choice(1, least=1)
     cache_bytes: int = _choice(64 * MIB, least=0)
@@ -167,6 +171,8 @@ class Plan:
             else f"slices of {_mib(self.mlp_bytes)}",
             "head": f"tiles of {_mib(self.loss_bytes)}",
         }
+        if self.kernel != "auto":
+            rows["packed matrices"] = "unpacked" if self.kernel == "dequantize" else "MLX's kernel"
         if self.micro_batches > 1:
             rows["batch"] = f"in {self.micro_batches} parts"
         return rows

@@ -146,17 +146,24 @@ class _Search:
     def choice(self, plan: Plan) -> Choice:
         """What is expected of a plan."""
         peak = Memory(self.shape, self.load, plan).peak()
-        spent = seconds(self.shape, self.load, plan, self.machine)
-        return Choice(plan, round(self.correction * peak), spent)
+        return Choice(plan, round(self.correction * peak), self._seconds(plan))
+
+    def _seconds(self, plan: Plan) -> float:
+        return seconds(self.shape, self.load, plan, self.machine)
 
     @cached_property
     def ways(self) -> list[tuple[float, Plan]]:
         """The ways to compute, with the seconds they take at best; fastest first."""
+        # Whatever the kernel, memory is the same: of each way the fastest one is enough.
+        kernels = self.machine.kernels if self.shape.packed else ("auto",)
+        if "kernel" in self.fixed:
+            kernels = (self.fixed["kernel"],)
         found = []
-        for way in self._ways():
-            if self._agrees(way):
-                ideal = replace(way, **self._richest())
-                found.append((seconds(self.shape, self.load, ideal, self.machine), way))
+        for way in filter(self._agrees, self._ways()):
+            ideal = replace(way, **self._richest())
+            times = [self._seconds(replace(ideal, kernel=kernel)) for kernel in kernels]
+            fastest = min(times)
+            found.append((fastest, replace(way, kernel=kernels[times.index(fastest)])))
         found.sort(key=lambda pair: pair[0])
         return found
 
@@ -191,11 +198,11 @@ class _Search:
         return [*parts, self.load.rows]
 
     def _agrees(self, way: Plan) -> bool:
-        open_choices = {"streamed_blocks", "head", "prefetch", "ram_blocks", "adapters"}
+        later = {"streamed_blocks", "head", "prefetch", "ram_blocks", "adapters", "cache_bytes"}
         return all(
             getattr(way, name) == value
             for name, value in self.fixed.items()
-            if name not in open_choices and name != "cache_bytes"
+            if name not in later and name != "kernel"
         )
 
     def _leanest(self) -> dict[str, Any]:

@@ -28,7 +28,6 @@ class Settings:
     Attributes:
         folder: of scratch files; used if the plan writes any.
         dtype: of frozen floating weights and activations; the checkpoint's own if None.
-        kernel: how quantized weights multiply, see `set_kernel`.
         loss: to train with; the exact one by default.
         load: called with what is trained before the weights are attached.
         rest: called after every block.
@@ -36,7 +35,6 @@ class Settings:
 
     folder: str | os.PathLike
     dtype: str | None = None
-    kernel: str = "auto"
     loss: Loss | None = None
     load: Callable[[Trained], None] = lambda trained: None
     rest: Callable[[], None] = lambda: None
@@ -61,7 +59,7 @@ def assembled(
         EdgeLoraError: the architecture cannot be walked, a file cannot be read or made.
     """
     meter, model = DiskMeter(), lazy.model
-    kernel = set_kernel(model, settings.kernel)
+    kernel = set_kernel(model, plan.kernel)
     with ExitStack() as stack:
         if plan.adapters == "paged":
             trained: Trained = PagedTrained(model, settings.folder, meter)

@@ -172,7 +172,6 @@ def _engine(
     settings = Settings(
         folder,
         config.dtype,
-        config.kernel,
         CrossEntropy(plan.loss_bytes),
         load=lambda trained: _resume(trained, lazy.model, config),
         rest=Duty(config.duty).rest,

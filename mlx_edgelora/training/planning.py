@@ -18,13 +18,20 @@ from mlx_edgelora.memory.plan import Plan
 from mlx_edgelora.memory.planner import Choice, needed, plan
 from mlx_edgelora.model.checkpoint import LazyModel
 from mlx_edgelora.model.loading import DTYPES
-from mlx_edgelora.model.lora import resolve_kernel
 from mlx_edgelora.model.shape import ModelShape, shape_of
 
 # Shorter batches have plans of their own, by so many steps of their length.
 STEPS = 8
 # What stays as it is once a run has begun, whatever a batch is like.
-LASTING = ("streamed_blocks", "head", "prefetch", "adapters", "loss_bytes", "cache_bytes")
+LASTING = (
+    "streamed_blocks",
+    "head",
+    "prefetch",
+    "adapters",
+    "kernel",
+    "loss_bytes",
+    "cache_bytes",
+)
 
 
 @dataclass(frozen=True)
@@ -149,11 +156,10 @@ def asked_plan(
         tokens = config.max_seq_length - 1
         labels = max(1, round(labelled * config.batch_size * tokens))
     load = Load(config.batch_size, tokens, labels)
-    kernel, _ = resolve_kernel(config.kernel)
-    machine = machine_here(cache, folder, dtype or dtype_of(lazy), kernel)
+    machine = machine_here(cache, folder, dtype or dtype_of(lazy))
     given = Plan.read(config.plan) if config.plan else None
     if config.memory_budget == "min":
-        given = Plan.floor()
+        given = replace(Plan.floor(), kernel=config.kernel)
     if given is not None:
         why = "the least, as asked" if config.plan is None else f"as {config.plan} says"
         choice = expected(shape, load, given, machine)
@@ -198,6 +204,8 @@ def _fixed(config: TrainConfig) -> dict[str, Any]:
             fixed["kept_blocks"] = 0
     if config.adapters is not None:
         fixed["adapters"] = config.adapters
+    if config.kernel != "auto":
+        fixed["kernel"] = config.kernel
     if config.kernel == "fused":  # whoever asks for MLX's kernel has it multiply in the MLP as well
         fixed["mlp_bytes"] = None
     if config.loss == "approximate":  # its subset is that of all labels of a batch

@@ -59,7 +59,7 @@ def test_a_step_takes_what_was_expected(wide, name, memory):
     batch = Batch(tokens, np.array([[TOKENS // 2, TOKENS + 1]], np.int32), (0,))
     load = Load(1, TOKENS, int(batch.mask().sum()))
     expected = Memory(shape, load, PLANS[name]).peak()
-    with assembled(lazy, PLANS[name], Settings(wide, "float32", "dequantize")) as engine:
+    with assembled(lazy, PLANS[name], Settings(wide, "float32")) as engine:
         optimizer = optim.AdamW(1e-4)
         engine.trained.start(optimizer)
 

@@ -128,6 +128,30 @@ def test_choices_that_are_made_already_are_kept():
     assert (found.kept_blocks, found.mlp_bytes) == (0, None)
 
 
+def test_the_kernel_is_the_faster_one_where_there_are_two():
+    """Packed products take 50 % longer; unpacking pays for itself from some tokens on."""
+    both = replace(MACHINE, kernels=("fused", "dequantize"))
+    for tokens, kernel in ((16, "fused"), (8192, "dequantize")):
+        load = Load(1, tokens, tokens)
+        found = plan(SHAPE, load, both, 10**12)
+        assert found.plan.kernel == kernel
+        assert plan(SHAPE, load, MACHINE, 10**12).plan.kernel == "dequantize"
+        for other in both.kernels:
+            asked = plan(SHAPE, load, both, 10**12, {"kernel": other})
+            assert asked.plan.kernel == other and asked.seconds >= found.seconds
+    assert plan(replace(SHAPE, packed=False), LOAD, both, 10**12).plan.kernel == "auto"
+
+
+def test_slices_of_an_mlp_are_unpacked_whatever_the_kernel():
+    load = Load(1, 512, 512)
+    slow = replace(MACHINE, kernels=("fused",), rates=replace(RATES, fused_flops=1e9))
+    sliced, layers = (
+        seconds(SHAPE, load, Plan(mlp_bytes=size, kernel="fused"), slow) for size in (MIB, None)
+    )
+    share = SHAPE.mlp_weights / SHAPE.block_weights
+    assert sliced / layers == pytest.approx(1 - share, rel=0.05)
+
+
 def test_a_measured_peak_corrects_the_expected_one():
     first = plan(SHAPE, LOAD, MACHINE, 2 * GB)
     second = plan(SHAPE, LOAD, MACHINE, 2 * GB, correction=1.5)

@@ -29,6 +29,7 @@ WHOLE = st.builds(
     ram_blocks=st.none() | st.integers(0, COUNT),
     adapters=st.sampled_from(["resident", "paged"]),
     mlp_bytes=st.none() | st.integers(4096, 2**17),
+    kernel=st.sampled_from(["auto", "fused", "dequantize"]),
     loss_bytes=st.integers(4096, 2**17),
     micro_batches=st.integers(1, 3),
 )
@@ -41,6 +42,7 @@ TILED = st.builds(
     tile_tokens=st.integers(1, 60),
     halves=st.booleans(),
     mlp_bytes=st.none() | st.integers(4096, 2**17),
+    kernel=st.sampled_from(["auto", "fused", "dequantize"]),
     loss_bytes=st.integers(4096, 2**17),
     micro_batches=st.integers(1, 3),
 )

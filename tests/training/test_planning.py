@@ -154,14 +154,14 @@ def test_a_machine_is_measured_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr("mlx_edgelora.memory.machine.measured", counted)
     start = time.perf_counter()
-    first = machine_here(tmp_path / "cache", tmp_path, mx.float32, "dequantize")
+    first = machine_here(tmp_path / "cache", tmp_path, mx.float32)
     assert time.perf_counter() - start < 10
-    assert machine_here(tmp_path / "cache", tmp_path, mx.float32, "dequantize") == first
+    assert machine_here(tmp_path / "cache", tmp_path, mx.float32) == first
     assert len(calls) == 1
-    machine_here(tmp_path / "cache", tmp_path, mx.bfloat16, "dequantize")
+    machine_here(tmp_path / "cache", tmp_path, mx.bfloat16)
     assert len(calls) == 2
     (tmp_path / "cache/machine.json").write_text("{]")
-    machine_here(tmp_path / "cache", tmp_path, mx.float32, "dequantize")
+    machine_here(tmp_path / "cache", tmp_path, mx.float32)
     assert len(calls) == 3
 
 
