@@ -47,7 +47,10 @@ class Turn:
         self, job: Job, peak: WholePeak, tell: Callable[..., None], ask: Callable[[], str]
     ) -> None:
         self._job, self._peak, self._tell, self._ask = job, peak, tell, ask
-        self._step, self._start, self._disk = 0, time.perf_counter(), disk_bytes()
+        # What is left to compute takes CPU time on a CPU, however busy the machine is.
+        self._clock = time.process_time if mx.default_device() == mx.cpu else time.perf_counter
+        self._step, self._disk = 0, disk_bytes()
+        self._begin()
 
     def __call__(
         self,
@@ -56,15 +59,15 @@ class Turn:
         disk: tuple[int, int] | None = None,
     ) -> None:
         """As `Pause`: whatever is not evaluated yet is evaluated within the step's time."""
-        called = time.perf_counter()
+        called = self._clock()
         lazy = not isinstance(loss, float)
         if lazy:
             loss = float(loss.item())
         if trained is not None:
             mx.eval(list(trained.values()))
         mx.synchronize()
-        end = time.perf_counter()
-        late = end - called
+        spent, late = time.perf_counter() - self._start, self._clock() - called
+        unfinished = lazy or late > max(CALL, UNFINISHED * (self._clock() - self._worked))
         self._step += 1
         before, own = self._disk, disk is not None
         self._disk = disk if own else disk_bytes()
@@ -78,8 +81,8 @@ class Turn:
         self._tell(
             "step",
             loss=loss,
-            seconds=end - self._start,
-            unfinished=lazy or late > max(CALL, UNFINISHED * (end - self._start)),
+            seconds=spent,
+            unfinished=unfinished,
             moved=moved,
             **self.used(),
         )
@@ -87,7 +90,10 @@ class Turn:
             self._disk = disk_bytes()
         if self._ask() != "go":
             raise Stop
-        self._start = time.perf_counter()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._start, self._worked = time.perf_counter(), self._clock()
 
     def used(self) -> dict[str, int]:
         """Memory so far, and what is held now; on CUDA the footprint has no part of it."""

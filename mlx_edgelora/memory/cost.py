@@ -68,7 +68,7 @@ class Phase:
     def bytes(self) -> int:
         """What is held and what is needed on top."""
         weights = FITTED.get(self.kind, {})
-        return round(self.held + sum(weights.get(k, 0.0) * v for k, v in self.sizes.items()))
+        return round(self.held + sum(w * self.sizes.get(k, 0.0) for k, w in weights.items()))
 
 
 class Memory:
@@ -97,6 +97,7 @@ class Memory:
         self.streamed = streamed
         self.hidden = self.load.size * shape.hidden * shape.itemsize
         self.paged = plan.adapters == "paged"
+        self._known: dict[bool, dict[str, float]] = {}
         self.base = (
             shape.outside_bytes
             + (shape.head_bytes if plan.head == "resident" or not plan.streams else 0)
@@ -189,7 +190,7 @@ class Memory:
             lower = self._sizes(0) if stop - 1 > first else last
             for name in ("hidden", "hidden float", "queries", "keys", "intermediate", "rank"):
                 total[f"kept {name}"] = last[name] + (stop - 1 - first) * lower[name]
-            total |= last
+            total.update(last)
         return total
 
     def _head(self, held: int, kept: Mapping[str, float] | None = None) -> Phase:
@@ -214,18 +215,24 @@ class Memory:
         own = shape.adapter_bytes * (1 if self.paged else shape.adapted)
         return Phase("update", None, held, kind, {"adapters": own, "one": 2.0**20})
 
-    def _sizes(self, index: int) -> dict[str, float]:
+    def _sizes(self, index: int) -> Mapping[str, float]:
         """What arrays inside a block are as large as; much of the last one is for labelled tokens.
 
         Sizes of a tile where the block is computed by tiles.
         """
+        last = index + 1 == self.shape.blocks
+        if last not in self._known:  # a search asks some hundred thousand times
+            self._known[last] = self._measured(last)
+        return self._known[last]
+
+    def _measured(self, last: bool) -> dict[str, float]:
         shape, load = self.shape, self.load
         most, spans = load.size, 1
         if self.by_tiles:
             spans = -(-load.tokens // max(1, self.plan.tile_tokens // load.rows))
             most = load.rows * -(-load.tokens // spans)
         tokens = most
-        if index + 1 == shape.blocks and load.labelled < load.size:
+        if last and load.labelled < load.size:
             # By tiles those of a row are computed apart.
             rows = load.rows if self.by_tiles else 1
             tokens = min(most // rows, -(-load.labelled // rows))

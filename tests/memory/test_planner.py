@@ -115,10 +115,10 @@ def test_plenty_is_plain_backpropagation():
 
 
 def test_the_search_takes_less_than_a_second():
-    start = time.perf_counter()
+    start = time.process_time()  # other processes may run beside
     for budget in (GB // 2, 2 * GB, 8 * GB):
         plan(replace(SHAPE, blocks=80, adapted=80), LOAD, MACHINE, budget)
-    assert (time.perf_counter() - start) / 3 < 1
+    assert (time.process_time() - start) / 3 < 1
 
 
 def test_choices_that_are_made_already_are_kept():
