@@ -56,7 +56,7 @@ REAL_TOKENS = {"q05b": 4096, "l1b": 1536, "q3b": 768, "l3b": 512, "llama-3.2-3b"
 REAL_WEIGHT = 8
 BACKWARD = ("recompute", "MLP backward", "attention backward", "backward")
 # How much more than too much it costs to expect too little.
-TOO_LITTLE = 1.6
+TOO_LITTLE = 1.3
 # Terms that are dropped: fewer are easier to trust.
 SMALLEST = 0.01
 
@@ -219,7 +219,7 @@ def fit(records: list[dict]) -> dict[str, dict[str, float]]:
     groups: dict[str, list] = {}
     for record in records:
         for phase, peak in measured(record):
-            times = REAL_WEIGHT if record["real"] else 1
+            times = REAL_WEIGHT if record.get("real") else 1
             groups.setdefault(phase.kind, []).extend([(phase, peak)] * times)
     result = {}
     for kind, group in sorted(groups.items()):
