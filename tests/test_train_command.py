@@ -547,6 +547,8 @@ def command(arguments, tmp_path):
     """command(**changes) -> the command as a process, begun in an empty folder."""
     (tmp_path / "here").mkdir()
     begun = []
+    # What runs in a shell's background ignores interrupts, and so would its children.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def begin(**changes):
         begun.append(
@@ -562,6 +564,7 @@ def command(arguments, tmp_path):
         return begun[-1]
 
     yield begin
+    signal.signal(signal.SIGINT, before)
     for process in begun:
         process.kill()
         process.wait()
