@@ -19,7 +19,6 @@ import dataclasses
 import gc
 import json
 import random
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +30,7 @@ import speed
 from mlx_lm.models import llama, qwen2
 from plans import Case, batch_of
 
+from mlx_edgelora.benchmark.shapes import default_cache
 from mlx_edgelora.memory import cost, fitted, profile
 from mlx_edgelora.memory.machine import machine_here
 from mlx_edgelora.memory.plan import MIB, Plan
@@ -267,7 +267,7 @@ def main() -> None:
     parser.add_argument("--fit", action="store_true")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--data", type=Path, nargs="+", required=True)
-    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir(), "edgelora-floor"))
+    parser.add_argument("--cache", type=Path, default=default_cache())
     args = parser.parse_args()
     args.cache.mkdir(parents=True, exist_ok=True)
     if args.collect:

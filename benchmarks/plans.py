@@ -16,7 +16,6 @@ how much faster each is than the one before.
 
 import argparse
 import gc
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -28,6 +27,7 @@ import mlx.core as mx
 import mlx.optimizers as optimizers
 import numpy as np
 
+from mlx_edgelora.benchmark.shapes import default_cache
 from mlx_edgelora.data import Batch
 from mlx_edgelora.memory.cost import Load
 from mlx_edgelora.memory.machine import Machine, machine_here
@@ -261,7 +261,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--gain", type=float, default=0.05, help="least of a plan over the last")
     parser.add_argument("--plot", type=Path)
-    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir(), "edgelora-floor"))
+    parser.add_argument("--cache", type=Path, default=default_cache())
     args = parser.parse_args()
     args.cache.mkdir(parents=True, exist_ok=True)
     mx.set_cache_limit(0)

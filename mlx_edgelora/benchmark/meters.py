@@ -1,14 +1,12 @@
 """What a process has used since it began, whoever resets a counter in between."""
 
-import ctypes
-import os
-import resource
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
+
+from mlx_edgelora.memory.meter import largest_resident_set, process_usage
 
 # struct rusage_info_v4 of macOS's <sys/resource.h>: 16 bytes of uuid, then 64-bit counters, of
 # which these are the 17th, 18th and 29th. A longer buffer than it fills.
@@ -22,15 +20,14 @@ def peak_footprint() -> int:
     Linux: the largest resident set (since the counter was reset, if it was). macOS: the largest
     physical footprint. Elsewhere: `ru_maxrss`.
     """
-    words = _rusage()
+    words = process_usage(_RUSAGE_INFO_V4, _WORDS)
     if words is not None:
         return words[_LIFETIME_MAX_FOOTPRINT]
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
     except (OSError, StopIteration):
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return largest_resident_set()
 
 
 def disk_bytes() -> tuple[int, int] | None:
@@ -38,7 +35,7 @@ def disk_bytes() -> tuple[int, int] | None:
 
     Linux counts what was asked of the system, macOS what reached the disk; elsewhere None.
     """
-    words = _rusage()
+    words = process_usage(_RUSAGE_INFO_V4, _WORDS)
     if words is not None:
         return words[_DISK_READ], words[_DISK_WRITTEN]
     try:
@@ -76,12 +73,3 @@ def whole_peak() -> Iterator[WholePeak]:
         yield peak
     finally:
         mx.reset_peak_memory = original
-
-
-def _rusage() -> ctypes.Array | None:
-    try:
-        proc_pid_rusage = ctypes.CDLL(None).proc_pid_rusage
-    except (AttributeError, OSError):
-        return None
-    words = (ctypes.c_uint64 * _WORDS)()
-    return None if proc_pid_rusage(os.getpid(), _RUSAGE_INFO_V4, ctypes.byref(words)) else words

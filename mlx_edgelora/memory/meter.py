@@ -31,19 +31,29 @@ def footprint() -> int:
         size = measure()
         if size is not None:
             return size
-    # POSIX leaves the unit open: macOS counts bytes, everyone else KiB.
+    return largest_resident_set()
+
+
+def largest_resident_set() -> int:
+    """The most resident bytes of this process so far, by POSIX."""
+    # The unit is left open: macOS counts bytes, everyone else KiB.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _phys_footprint() -> int | None:
+def process_usage(flavor: int, words: int) -> ctypes.Array | None:
+    """macOS's `struct rusage_info_v<flavor>` of this process as 64-bit words; elsewhere None."""
     try:
         proc_pid_rusage = ctypes.CDLL(None).proc_pid_rusage
     except (AttributeError, OSError):
         return None
-    words = (ctypes.c_uint64 * _RUSAGE_INFO_V0_WORDS)()
-    failed = proc_pid_rusage(os.getpid(), _RUSAGE_INFO_V0, ctypes.byref(words))
-    return None if failed else words[_PHYS_FOOTPRINT_WORD]
+    found = (ctypes.c_uint64 * words)()
+    return None if proc_pid_rusage(os.getpid(), flavor, ctypes.byref(found)) else found
+
+
+def _phys_footprint() -> int | None:
+    words = process_usage(_RUSAGE_INFO_V0, _RUSAGE_INFO_V0_WORDS)
+    return None if words is None else words[_PHYS_FOOTPRINT_WORD]
 
 
 def _resident_set() -> int | None:

@@ -198,12 +198,8 @@ class _Search:
         return [*parts, self.load.rows]
 
     def _agrees(self, way: Plan) -> bool:
-        later = {"streamed_blocks", "head", "prefetch", "ram_blocks", "adapters", "cache_bytes"}
-        return all(
-            getattr(way, name) == value
-            for name, value in self.fixed.items()
-            if name not in later and name != "kernel"
-        )
+        later = {*self._leanest(), "kernel"}
+        return all(getattr(way, k) == v for k, v in self.fixed.items() if k not in later)
 
     def _leanest(self) -> dict[str, Any]:
         values = {

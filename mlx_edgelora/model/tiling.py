@@ -88,8 +88,9 @@ class Tiling:
             for x, parts in calls:
                 if reason := _disagreement(x, parts, compute):
                     return Tileable(False, reason)
-            pair = compute(lambda: _keys_and_values(*calls[0]))
-            keys = max(a.shape[1] * a.shape[3] for a in pair)
+            x, parts = calls[0]
+            asked = parts.before(x, Span(0, TRIAL_SHAPE[1]))  # for its shapes: never computed
+            keys = max(a.shape[1] * a.shape[3] for a in (asked.k, asked.v))
         except (*MODEL_ERRORS, AssertionError) as error:
             reason = f"a block cannot be called for parts of its tokens: {error}"
             return Tileable(False, reason)

@@ -10,7 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peaks import above, lowest
 
-from mlx_edgelora.layers.mlp import Packing, Projection, gated_mlp
+from mlx_edgelora.layers.mlp import (
+    MOST_SLICES,
+    Packing,
+    Projection,
+    gated_mlp,
+    slice_features,
+)
 from mlx_edgelora.layers.order import stops
 
 MIB = 2**20
@@ -181,3 +187,15 @@ def test_in_steps_slices_are_gone_when_the_sum_is_finished(memory):
         return above(lambda: mx.eval(y))
 
     assert lowest(last_step, 4 * x.nbytes) < 4 * x.nbytes
+
+
+@pytest.mark.parametrize("group", [1, 64])
+@pytest.mark.parametrize("intermediate", [64, 8192, 11008, 28672])
+def test_slices_are_whole_groups_and_not_too_many(group, intermediate):
+    for tile_bytes in (1, 4 * 2**20, 64 * 2**20):
+        features = slice_features(tile_bytes, 3 * 2048, 512, intermediate, group)
+        assert features % group == 0
+        assert -(-intermediate // features) <= MOST_SLICES
+        entry = 4 * (3 * 2048 + 6 * 512)
+        least = max(group, -(-intermediate // MOST_SLICES) + group - 1)
+        assert features * entry <= max(tile_bytes, least * entry)

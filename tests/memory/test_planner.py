@@ -153,6 +153,15 @@ def test_slices_of_an_mlp_are_unpacked_whatever_the_kernel():
     assert sliced / layers == pytest.approx(1 - share, rel=0.05)
 
 
+def test_labelled_tokens_by_tiles_are_those_of_a_row():
+    whole, tiled = Plan(), Plan(tile_tokens=512, halves=True, mlp_bytes=4 * MIB)
+    for labelled, tokens in ((600, {whole: 600, tiled: 128}), (80, {whole: 80, tiled: 20})):
+        for way, expected in tokens.items():
+            phases = Memory(SHAPE, Load(4, 1024, labelled), way).phases({27})
+            sizes = [phase.sizes["rank"] for phase in phases if phase.name == "backward"]
+            assert sizes == [expected * SHAPE.rank * 4] * len(sizes) and sizes
+
+
 def test_a_measured_peak_corrects_the_expected_one():
     first = plan(SHAPE, LOAD, MACHINE, 2 * GB)
     second = plan(SHAPE, LOAD, MACHINE, 2 * GB, correction=1.5)

@@ -29,6 +29,7 @@ from mlx_edgelora.model.mlp import gated_form, slice_mlps
 from mlx_edgelora.model.parts import Picked, Span, mask_at
 from mlx_edgelora.model.sources import ResidentWeights
 from mlx_edgelora.model.tiling import Tiling
+from mlx_edgelora.model.trial import trial_of
 
 BRANCHES = ("self_attn", "mlp")
 # How many of three blocks can be computed by tiles, in halves, and hold a gated MLP.
@@ -255,3 +256,33 @@ def test_sums_of_keys_and_of_values_are_made_one_after_the_other(memory):
     assert lowest(lambda: above(add), 4.1 * one) < 4.1 * one
     for total in sums.take(0):
         assert (total == len(added)).all().item()
+
+
+def held_whole(block, weights, index):
+    """A trial with the block's arrays read once and bound for good."""
+    arrays = weights.block(index)
+    mx.eval(arrays)
+
+    class Held(ResidentWeights):
+        def block(self, index):
+            return arrays
+
+    return trial_of(block, Held(), index)
+
+
+def test_a_trial_does_not_hold_a_block(tmp_path, memory, monkeypatch):
+    """A wide block held whole would be the peak of a run's first step."""
+    wide = {"hidden_size": 2048, "intermediate_size": 4096, "num_hidden_layers": 1}
+    wide |= {"num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 128}
+    with closing(engine(save(tmp_path, "llama", True, **wide), tile_tokens=64)) as ours:
+        walk = ours._walk
+        slice_mlps(walk.blocks, 2**20)
+        block = sum(array.nbytes for array in walk.weights.block(0).values())
+
+        def trial():
+            walk._tiling._found.clear()
+            assert walk._tiling.of(0).branches == BRANCHES
+
+        assert lowest(lambda: above(trial), block) < block
+        monkeypatch.setattr("mlx_edgelora.model.tiling.trial_of", held_whole)
+        assert above(trial) > 1.3 * block
