@@ -184,10 +184,9 @@ class Plan:
 
 
 def _check(name: str, value: Any, values: tuple, least: int | None) -> None:
-    if any(value is choice for choice in values) or (isinstance(value, str) and value in values):
+    if least is not None and type(value) is int and value >= least:  # a bool is no number
         return
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if least is not None and whole and value >= least:
+    if any(value is choice for choice in values) or (isinstance(value, str) and value in values):
         return
     choices = [json.dumps(choice) for choice in values]
     if least is not None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
+from math import inf
 from typing import Any
 
 from mlx_edgelora.errors import EdgeLoraError
@@ -130,12 +131,14 @@ class _Search:
         for fastest, way in self.ways:
             if best is not None and fastest >= best.seconds - CLOSE:
                 break  # nothing that follows can be faster
-            if self.choice(replace(way, **self._leanest())).needs > budget:
+            if not self._fits(replace(way, **self._leanest()), budget):
                 continue
-            for plan in self._filled(way, budget):
-                found = self.choice(plan)
-                if best is None or _better(found, best):
-                    best = found
+            for base in self._filled(way):
+                slowest = inf if best is None else best.seconds + CLOSE
+                for plan in self._streamed(base, budget, slowest):
+                    found = self.choice(plan)
+                    if best is None or _better(found, best):
+                        best = found
         return best
 
     def least(self) -> Choice:
@@ -145,8 +148,13 @@ class _Search:
 
     def choice(self, plan: Plan) -> Choice:
         """What is expected of a plan."""
-        peak = Memory(self.shape, self.load, plan).peak()
-        return Choice(plan, round(self.correction * peak), self._seconds(plan))
+        return Choice(plan, self._peak(plan), self._seconds(plan))
+
+    def _peak(self, plan: Plan) -> int:
+        return round(self.correction * Memory(self.shape, self.load, plan).peak())
+
+    def _fits(self, plan: Plan, budget: int) -> bool:
+        return needed(self._peak(plan)) <= budget
 
     def _seconds(self, plan: Plan) -> float:
         return seconds(self.shape, self.load, plan, self.machine)
@@ -222,8 +230,8 @@ class _Search:
         }
         return values | {k: v for k, v in self.fixed.items() if k in values}
 
-    def _filled(self, way: Plan, budget: int) -> Iterator[Plan]:
-        """A way with what may stay in memory, in every order that may matter."""
+    def _filled(self, way: Plan) -> Iterator[Plan]:
+        """A way with what may stay in memory beside blocks' weights."""
         options = {
             "head": ("resident", "streamed"),
             "adapters": ("resident", "paged"),
@@ -236,13 +244,15 @@ class _Search:
         for head in options["head"]:
             for adapters in options["adapters"]:
                 for ram in options["ram_blocks"]:
-                    base = replace(
+                    yield replace(
                         way, head=head, adapters=adapters, ram_blocks=ram, cache_bytes=cache
                     )
-                    yield from self._streamed(base, budget)
 
-    def _streamed(self, base: Plan, budget: int) -> Iterator[Plan]:
-        """As many blocks as fit stay in memory, with and without one more being read ahead."""
+    def _streamed(self, base: Plan, budget: int, slowest: float) -> Iterator[Plan]:
+        """As many blocks as fit stay in memory, with and without one more being read ahead.
+
+        Leaves out what takes longer than `slowest`.
+        """
         ahead = (True, False)
         if base.halves:
             ahead = (False,)  # halves are bound one at a time
@@ -252,22 +262,34 @@ class _Search:
             plan = replace(base, prefetch=prefetch)
             if "streamed_blocks" in self.fixed:
                 candidate = replace(plan, streamed_blocks=self.fixed["streamed_blocks"])
-                if self.choice(candidate).needs <= budget:
+                if self._fits(candidate, budget):
                     yield candidate
                 continue
-            blocks = self.shape.blocks
-
-            def fits(resident: int, plan: Plan = plan) -> bool:
-                tried = replace(plan, streamed_blocks=self.shape.blocks - resident)
-                return self.choice(tried).needs <= budget
-
-            if not fits(0):
-                continue
-            resident = most(fits, 1, blocks)
-            if resident == blocks:
+            streamed = self._fewest(plan, budget, slowest)
+            if streamed == 0:
                 yield replace(plan, streamed_blocks=0, prefetch=False)
                 return
-            yield replace(plan, streamed_blocks=blocks - resident)
+            if streamed is not None:
+                yield replace(plan, streamed_blocks=streamed)
+
+    def _fewest(self, plan: Plan, budget: int, slowest: float) -> int | None:
+        """The fewest streamed blocks that fit, if any do and take no longer than `slowest`."""
+
+        def streaming(count: int) -> Plan:
+            return replace(plan, streamed_blocks=count)
+
+        low, high = 0, self.shape.blocks
+        if self._seconds(streaming(low)) > slowest or not self._fits(streaming(high), budget):
+            return None
+        while low < high:
+            tried = (low + high) // 2 if low else 0
+            if self._fits(streaming(tried), budget):
+                high = tried
+            else:
+                low = tried + 1
+                if self._seconds(streaming(low)) > slowest:
+                    return None
+        return high
 
 
 def _better(one: Choice, other: Choice) -> bool:
