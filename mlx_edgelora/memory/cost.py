@@ -1,10 +1,9 @@
-"""What a step takes by a plan: bytes by phase and block, and seconds. Nothing is computed.
+"""What a step takes by a plan: bytes by phase and block. Nothing is computed.
 
 Bytes are what is held for certain (weights, adapters, inputs that wait, kept activations)
-and what a phase needs on top. The latter is a sum of array sizes, each times a number that was
-fitted to steps measured on a CPU (`benchmarks/plans.py --fit`): how many such arrays autodiff
-keeps and MLX's scheduler has ahead cannot be told from the model. Seconds are operations and
-bytes divided by measured rates.
+and what a phase needs on top. The latter is a sum of array sizes, or the larger of two, each size
+times a number that was fitted to steps measured on a CPU (`benchmarks/fit_cost.py`): how many
+such arrays autodiff keeps and MLX's scheduler has ahead cannot be told from the model.
 """
 
 from collections.abc import Container, Iterator, Mapping
@@ -19,6 +18,12 @@ from mlx_edgelora.model.shape import ModelShape
 # AdamW and most others keep two numbers for each one that is trained.
 MOMENTS = 2
 FLOAT = 4
+# Of a backward by tiles, as `memory/profile.py` names them; each may be its peak.
+STAGES = {
+    "block": ("recompute", "MLP backward", "attention backward"),
+    "attention": ("recompute", "attention backward"),
+    "MLP": ("recompute", "MLP backward"),
+}
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,8 @@ class Phase:
         name: as in `memory/profile.py`.
         block: its index; None outside of blocks.
         held: bytes that are there whatever happens in it.
-        kind: which of the fitted sums it takes on top.
-        sizes: the terms of this sum, in bytes.
+        kind: which of the fitted sums it takes on top; of two the larger.
+        sizes: the terms of these sums, in bytes.
     """
 
     name: str
@@ -67,8 +72,11 @@ class Phase:
     @property
     def bytes(self) -> int:
         """What is held and what is needed on top."""
-        weights = FITTED.get(self.kind, {})
-        return round(self.held + sum(w * self.sizes.get(k, 0.0) for k, w in weights.items()))
+        sums = FITTED.get(self.kind, [{}])
+        return round(
+            self.held
+            + max(sum(w * self.sizes.get(k, 0.0) for k, w in terms.items()) for terms in sums)
+        )
 
 
 class Memory:
@@ -116,7 +124,12 @@ class Memory:
         count = self.shape.blocks
         ends = {0, self.first, self.streamed, self.ram_from, count - self.kept, count}
         wanted = {end + step for end in ends for step in (-2, -1, 0, 1)}
-        return max(phase.bytes for phase in self.phases(wanted))
+        largest: dict[tuple[str, int], Phase] = {}  # of those that need the same on top
+        for phase in self.phases(wanted):
+            known = largest.setdefault((phase.kind, id(phase.sizes)), phase)
+            if phase.held > known.held:
+                largest[phase.kind, id(phase.sizes)] = phase
+        return max(phase.bytes for phase in largest.values())
 
     def phases(self, blocks: Container[int] | None = None) -> Iterator[Phase]:
         """All of them in order, or those of some blocks and outside of blocks."""
@@ -176,11 +189,11 @@ class Memory:
                 kept = (index + 1 - self.first) * self.hidden * streams + self.hidden
                 if above == 0:
                     kept -= spared + self.hidden - labelled
-                kept += 0 if mlp else load.size * shape.keys * FLOAT
                 held = self.base + ram * kept + self._gradients(above)
                 held += self._part(index, index - 1, mlp) + (0 if mlp else keys)
-                kind = f"backward by tiles, {name}" if sliced else "backward, layers"
-                yield Phase("backward", index, held, kind, self._sizes(index))
+                kinds = [f"{stage} by tiles, {name}" for stage in STAGES[name]]
+                for kind in kinds if sliced else ["backward, layers"]:
+                    yield Phase("backward", index, held, kind, self._sizes(index))
 
     def _kept_sizes(self, first: int, stop: int) -> dict[str, float]:
         """What the activations of some blocks are as large as, and those of the last of them."""
@@ -236,6 +249,8 @@ class Memory:
             # By tiles those of a row are computed apart.
             rows = load.rows if self.by_tiles else 1
             tokens = min(most // rows, -(-load.labelled // rows))
+        in_memory = self.by_tiles and self.ram_from == 0
+        spilled = self.by_tiles and not in_memory
         return {
             "hidden": tokens * shape.hidden * shape.itemsize,
             "hidden float": tokens * shape.hidden * FLOAT,
@@ -251,6 +266,10 @@ class Memory:
             "added hidden": (spans > 1) * most * shape.hidden * FLOAT,
             "added keys": (spans > 1) * most * shape.keys * FLOAT,
             "added adapters": (spans > 1) * shape.adapter_bytes,
+            # Tiles are read from the file, or are part of what waits in memory; so with the
+            # gradients of keys and values.
+            "read hidden": spilled * tokens * shape.hidden * shape.itemsize,
+            "kept keys": in_memory * load.size * shape.keys * FLOAT,
             "adapters out": shape.adapter_bytes * shape.itemsize / FLOAT,
             **self._slice(tokens),
             "one": 2.0**20,

@@ -1,5 +1,7 @@
 """Expected peaks against measured ones: a part of the grid of `benchmarks/plans.py`."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -10,7 +12,8 @@ from mlx.utils import tree_flatten
 from peaks import begin, highest
 
 from mlx_edgelora.data import Batch
-from mlx_edgelora.memory.cost import Load, Memory
+from mlx_edgelora.memory import cost
+from mlx_edgelora.memory.cost import Load, Memory, Phase
 from mlx_edgelora.memory.plan import MIB, Plan
 from mlx_edgelora.memory.planner import needed
 from mlx_edgelora.model.checkpoint import write_model
@@ -88,3 +91,27 @@ def test_the_ends_are_all_that_decides():
     ):
         memory = Memory(SHAPE, LOAD, plan)
         assert memory.peak() == max(phase.bytes for phase in memory.phases())
+
+
+def test_every_phase_has_fitted_numbers():
+    """One without would be expected to need nothing on top."""
+    from test_planner import LOAD, SHAPE
+
+    kinds = set()
+    for packed in (True, False):
+        for gated in (True, False):
+            shape = replace(SHAPE, packed=packed, gated=gated)
+            for mlp_bytes in (None, 4 * MIB):
+                plans = [Plan(kept_blocks=kept, mlp_bytes=mlp_bytes) for kept in (0, 3, 28)]
+                plans += [Plan(adapters="paged", tile_tokens=512, mlp_bytes=mlp_bytes)]
+                plans += [Plan(tile_tokens=512, halves=True, mlp_bytes=mlp_bytes)]
+                for plan in plans:
+                    kinds |= {phase.kind for phase in Memory(shape, LOAD, plan).phases()}
+    assert kinds - {"embedding"} <= set(cost.FITTED)
+
+
+def test_of_two_sums_the_larger_counts(monkeypatch):
+    monkeypatch.setattr(cost, "FITTED", {"a kind": [{"hidden": 2.0}, {"one": 0.5, "rank": 3.0}]})
+    held = {"name": "backward", "block": 0, "held": 100, "kind": "a kind"}
+    assert Phase(**held, sizes={"hidden": 10.0, "one": 8.0}).bytes == 120
+    assert Phase(**held, sizes={"hidden": 1.0, "one": 8.0, "rank": 4.0}).bytes == 116
