@@ -2,16 +2,19 @@
 
     python benchmarks/fit_cost.py --collect 150 --seed 1 --data steps.jsonl
     python benchmarks/fit_cost.py --collect 60 --real --seed 2 --data steps.jsonl
-    python benchmarks/fit_cost.py --fit --data steps.jsonl
+    python benchmarks/fit_cost.py --collect 45 --long --seed 3 --data steps.jsonl
+    python benchmarks/fit_cost.py --fit --check --data steps.jsonl
 
 `--collect` makes steps by random plans of random shapes and records the peak of every phase.
 Their products are made of the first 8 columns of what is multiplied, so that a step takes
 seconds: the same arrays, without meaning. What MLX allocates ahead depends on how long products
 take, so other steps have `--real` ones (but for most of bfloat16, as in the grid), of fewer tokens;
 half of these are by plans that the planner chose for random budgets. They count eight times.
+`--long` makes real steps of long rows by tiles, of the small shape.
 `--fit` solves for the smallest squared relative error with numbers that are not negative, where too
-little counts more than too much, and prints how far off the phases and the peaks are. The grid of
-docs/planner.md is made of other steps than these.
+little counts more than too much, and prints how far off the phases and the peaks are. `--check`
+prints how far off real steps are, in four parts, with the numbers fitted to the other three. The
+grid of docs/planner.md is made of other steps than these.
 """
 
 import argparse
@@ -82,6 +85,26 @@ def random_case(draw: random.Random, real: bool) -> tuple[Case, bool, dict]:
     times = draw.choice([1.0, 1.1, 1.3, 1.6, 2.0, 3.0, 5.0]) if planned else None
     case = Case(shape, blocks, tokens, rows, rank, dtype, labelled, times)
     return case, packed, {} if planned else random_choices(draw, blocks, rows * tokens)
+
+
+def long_case(draw: random.Random) -> tuple[Case, bool, dict]:
+    """As `random_case`, of long rows by tiles."""
+    tokens = draw.choice([1536, 2048, 4096, 4096])
+    rank, labelled = draw.choice([4, 8, 16, 64]), draw.choice([0.1, 0.3, 1.0])
+    case = Case("q05b", draw.choice([2, 4]), tokens, 1, rank, "float32", labelled, None)
+    halves = draw.random() < 0.35
+    choices = {
+        "streamed_blocks": draw.choice([None, None, 0, 1]),
+        "head": draw.choice(["streamed", "resident"]),
+        "prefetch": not halves and draw.random() < 0.5,
+        "ram_blocks": draw.choice([None, 0]),
+        "adapters": draw.choice(["resident", "paged"]),
+        "loss_bytes": draw.choice([16, 40]) * MIB,
+        "tile_tokens": draw.choice([t for t in (512, 1024, 1024, 2048, 2048) if t < tokens]),
+        "mlp_bytes": draw.choice([4, 8, 16]) * MIB,
+        "halves": halves,
+    }
+    return case, draw.random() < 0.8, choices
 
 
 def random_choices(draw: random.Random, blocks: int, size: int) -> dict:
@@ -265,8 +288,8 @@ def two_sums(terms: np.ndarray, wanted: np.ndarray) -> list[np.ndarray]:
     return best
 
 
-def fit(records: list[dict]) -> dict[str, list[dict[str, float]]]:
-    """The numbers of every kind of phase; prints how far off they are."""
+def fit(records: list[dict], told: bool = True) -> dict[str, list[dict[str, float]]]:
+    """The numbers of every kind of phase; prints how far off they are, if this is to be told."""
     groups: dict[str, list] = {}
     for record in records:
         for phase, peak in measured(record):
@@ -290,8 +313,33 @@ def fit(records: list[dict]) -> dict[str, list[dict[str, float]]]:
         ]
         found = np.max([terms @ (s / scale) for s in sums], axis=0)
         off = np.abs(found + held - peaks) / peaks
-        print(f"{kind}: {len(group)} phases, off by {np.median(off):.1%}, at most {off.max():.1%}")
+        if told:
+            far = f"off by {np.median(off):.1%}, at most {off.max():.1%}"
+            print(f"{kind}: {len(group)} phases, {far}")
     return result
+
+
+def tell(name: str, records: list[dict], expected: list[int]) -> None:
+    """Print how far off expected peaks are."""
+    peaks = [max(stretch[3] for stretch in record["stretches"]) for record in records]
+    off = np.abs(np.array(expected) / peaks - 1)
+    print(
+        f"{name} of {len(off)} steps: off by {np.median(off):.1%}, within 5 % in "
+        f"{np.mean(off <= 0.05):.1%}, within 10 % in {np.mean(off <= 0.1):.1%}, "
+        f"at most {off.max():.1%}"
+    )
+
+
+def check(records: list[dict]) -> None:
+    """Expect each part of the real steps from the other three."""
+    parts = np.random.default_rng(5).integers(0, 4, len(records))
+    tested, expected = [], []
+    for part in range(4):
+        cost.FITTED = fit([r for r, p in zip(records, parts, strict=True) if p != part], False)
+        own = [r for r, p in zip(records, parts, strict=True) if p == part and r.get("real")]
+        tested += own
+        expected += [memory_of(record).peak() for record in own]
+    tell("peaks, cross-validated,", tested, expected)
 
 
 def write(path: Path, numbers: dict[str, list[dict[str, float]]]) -> None:
@@ -316,7 +364,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--collect", type=int, default=0, metavar="STEPS")
     parser.add_argument("--real", action="store_true", help="products without a stand-in")
+    parser.add_argument("--long", action="store_true", help="real steps of long rows by tiles")
     parser.add_argument("--fit", action="store_true")
+    parser.add_argument("--check", action="store_true")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--data", type=Path, nargs="+", required=True)
     parser.add_argument("--cache", type=Path, default=default_cache())
@@ -327,22 +377,20 @@ def main() -> None:
         draw, collector = random.Random(args.seed), Collector(args.cache)
         with open(args.data[0], "a") as file:
             for _ in range(args.collect):
-                case = random_case(draw, args.real)
-                file.write(json.dumps(collector.step(*case, args.real)) + "\n")
+                case = long_case(draw) if args.long else random_case(draw, args.real)
+                record = collector.step(*case, args.real or args.long)
+                file.write(json.dumps(record) + "\n")
                 file.flush()
+    if not (args.fit or args.check):
+        return
+    records = [json.loads(line) for path in args.data for line in path.open()]
+    if args.check:
+        check(records)
     if args.fit:
-        records = [json.loads(line) for path in args.data for line in path.open()]
         numbers = fit(records)
         write(Path(fitted.__file__), numbers)
         cost.FITTED = numbers
-        off = []
-        for record in records:
-            peak = max(stretch[3] for stretch in record["stretches"])
-            off.append(abs(memory_of(record).peak() / peak - 1))
-        print(
-            f"peaks of {len(off)} steps: off by {np.median(off):.1%}, within 5 % in "
-            f"{np.mean(np.array(off) <= 0.05):.0%}, at most {max(off):.1%}"
-        )
+        tell("peaks", records, [memory_of(record).peak() for record in records])
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ class Memory:
         self.streamed = streamed
         self.hidden = self.load.size * shape.hidden * shape.itemsize
         self.paged = plan.adapters == "paged"
-        self._known: dict[bool, dict[str, float]] = {}
+        self._known: dict[tuple[bool, bool], dict[str, float]] = {}
         self.base = (
             shape.outside_bytes
             + (shape.head_bytes if plan.head == "resident" or not plan.streams else 0)
@@ -233,12 +233,12 @@ class Memory:
 
         Sizes of a tile where the block is computed by tiles.
         """
-        last = index + 1 == self.shape.blocks
-        if last not in self._known:  # a search asks some hundred thousand times
-            self._known[last] = self._measured(last)
-        return self._known[last]
+        key = index + 1 == self.shape.blocks, index >= self.streamed
+        if key not in self._known:  # a search asks some hundred thousand times
+            self._known[key] = self._measured(*key)
+        return self._known[key]
 
-    def _measured(self, last: bool) -> dict[str, float]:
+    def _measured(self, last: bool, resident: bool) -> dict[str, float]:
         shape, load = self.shape, self.load
         most, spans = load.size, 1
         if self.by_tiles:
@@ -249,31 +249,43 @@ class Memory:
             # By tiles those of a row are computed apart.
             rows = load.rows if self.by_tiles else 1
             tokens = min(most // rows, -(-load.labelled // rows))
-        in_memory = self.by_tiles and self.ram_from == 0
-        spilled = self.by_tiles and not in_memory
+        hidden = tokens * shape.hidden * shape.itemsize
+        every = most * shape.hidden * shape.itemsize
         return {
-            "hidden": tokens * shape.hidden * shape.itemsize,
+            "hidden": hidden,
             "hidden float": tokens * shape.hidden * FLOAT,
             "queries": tokens * shape.queries * shape.itemsize,
             "queries float": tokens * shape.queries * FLOAT,
             "intermediate": tokens * shape.intermediate * shape.itemsize,
             "rank": tokens * shape.rank * FLOAT,
-            "every hidden": most * shape.hidden * shape.itemsize,
+            "every hidden": every,
             "every key": most * shape.keys * shape.itemsize,
+            # MLX runs farther ahead where there are no weights to wait for.
+            "resident hidden": resident * hidden,
+            "resident every hidden": resident * every,
             "keys": self._keys(),
             "adapters": shape.adapter_bytes,
+            "adapters out": shape.adapter_bytes * shape.itemsize / FLOAT,
             # Where there is more than one tile, gradients are added to a sum.
             "added hidden": (spans > 1) * most * shape.hidden * FLOAT,
             "added keys": (spans > 1) * most * shape.keys * FLOAT,
             "added adapters": (spans > 1) * shape.adapter_bytes,
-            # Tiles are read from the file, or are part of what waits in memory; so with the
-            # gradients of keys and values.
-            "read hidden": spilled * tokens * shape.hidden * shape.itemsize,
-            "kept keys": in_memory * load.size * shape.keys * FLOAT,
-            "adapters out": shape.adapter_bytes * shape.itemsize / FLOAT,
+            **(self._streams(hidden, last) if self.by_tiles else {}),
             **self._slice(tokens),
             "one": 2.0**20,
         }
+
+    def _streams(self, hidden: int, last: bool) -> dict[str, float]:
+        """What a part of a block reads tile by tile, and what it writes."""
+        shape, load = self.shape, self.load
+        tokens = min(load.labelled, load.size) if last else load.size
+        out = tokens * shape.hidden * shape.itemsize
+        sizes = {"last out": last * out}  # the head's input is never in the file
+        if self.ram_from:
+            return sizes | {"read hidden": hidden}
+        # Tiles are parts of what waits in memory; so are the gradients of keys and values.
+        keys = load.size * shape.keys * FLOAT
+        return sizes | {"stream in": self.hidden, "stream out": out, "stream keys": keys}
 
     def _slice(self, tokens: int) -> dict[str, float]:
         """The weights and the activations of a slice of an MLP (`layers/mlp.py`)."""
