@@ -326,9 +326,12 @@ def _too_small(search: _Search, budget: int) -> str:
         ways.append((f"batch_size {rows}", needs(rows=rows, labelled=labelled)))
     if shape.itemsize > 2:
         ways.append(("dtype bfloat16", needs(_narrowed(shape))))
-    helping = sorted((way for way in ways if way[1] < least), key=lambda way: way[1])
-    told = ", ".join(f"{name} needs {_mb(size)}" for name, size in helping)
-    idle = " and ".join(name for name, size in ways if size >= least)
+    # Less than a megabyte, which is what is said, is nothing.
+    helping = [way for way in ways if way[1] < least and _mb(way[1]) != _mb(least)]
+    told = ", ".join(
+        f"{name} needs {_mb(size)}" for name, size in sorted(helping, key=lambda way: way[1])
+    )
+    idle = " and ".join(way[0] for way in ways if way not in helping)
     return (
         f"memory_budget: got {_mb(budget)}, expected at least {_mb(least)} for this model and "
         f"batch; raise it, or lower what it must hold: {told or 'use a smaller model'}"
