@@ -8,8 +8,11 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 from architectures import build, config
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from peaks import begin, highest
+from test_planner import LOAD, LOADS, SHAPE, SHAPES
 
 from mlx_edgelora.data import Batch
 from mlx_edgelora.memory import cost
@@ -78,25 +81,31 @@ def test_a_step_takes_what_was_expected(wide, name, memory):
     assert measured == pytest.approx(expected, rel=MARGIN)
 
 
-def test_the_ends_are_all_that_decides():
-    """The peak over the blocks that are looked at is that over all blocks."""
-    from test_planner import LOAD, SHAPE
+WAYS = st.builds(
+    dict,
+    kept_blocks=st.integers(0, 80),
+) | st.builds(dict, tile_tokens=st.sampled_from([256, 512, 2048]), halves=st.booleans())
+HELD = {
+    "streamed_blocks": st.none() | st.integers(0, 80),
+    "ram_blocks": st.none() | st.integers(0, 80),
+    "head": st.sampled_from(["resident", "streamed"]),
+    "adapters": st.sampled_from(["resident", "paged"]),
+    "prefetch": st.booleans(),
+    "mlp_bytes": st.sampled_from([None, 4 * MIB, 16 * MIB]),
+    "micro_batches": st.integers(1, 4),
+}
 
-    for plan in (
-        Plan.floor(),
-        Plan(streamed_blocks=20, ram_blocks=9, kept_blocks=3, mlp_bytes=8 * MIB),
-        Plan(streamed_blocks=3, ram_blocks=None, adapters="paged"),
-        Plan(tile_tokens=512, ram_blocks=None),
-        Plan(kept_blocks=28, streamed_blocks=13, micro_batches=2),
-    ):
-        memory = Memory(SHAPE, LOAD, plan)
-        assert memory.peak() == max(phase.bytes for phase in memory.phases())
+
+@settings(deadline=None, max_examples=150)
+@given(shape=SHAPES, load=LOADS, way=WAYS, held=st.fixed_dictionaries(HELD))
+def test_the_ends_are_all_that_decides(shape, load, way, held):
+    """The peak over the blocks that are looked at is that over all blocks."""
+    memory = Memory(shape, load, Plan(**way, **held))
+    assert memory.peak() == max(phase.bytes for phase in memory.phases())
 
 
 def test_every_phase_has_fitted_numbers():
     """One without would be expected to need nothing on top."""
-    from test_planner import LOAD, SHAPE
-
     kinds = set()
     for packed in (True, False):
         for gated in (True, False):
