@@ -3,7 +3,7 @@
     python benchmarks/fit_cost.py --collect 150 --seed 1 --data steps.jsonl
     python benchmarks/fit_cost.py --collect 60 --real --seed 2 --data steps.jsonl
     python benchmarks/fit_cost.py --collect 45 --long --seed 3 --data steps.jsonl
-    python benchmarks/fit_cost.py --fit --check --data steps.jsonl
+    python benchmarks/fit_cost.py --fit --check --data benchmarks/results/fit-steps.jsonl.gz
 
 `--collect` makes steps by random plans of random shapes and records the peak of every phase.
 Their products are made of the first 8 columns of what is multiplied, so that a step takes
@@ -20,6 +20,7 @@ grid of docs/planner.md is made of other steps than these.
 import argparse
 import dataclasses
 import gc
+import gzip
 import json
 import random
 from collections.abc import Iterator
@@ -194,6 +195,12 @@ class Collector:
             "real": real,
             "stretches": stretches,
         }
+
+
+def read(path: Path) -> Iterator[dict]:
+    """The records of a file, which may be packed."""
+    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
+        yield from map(json.loads, file)
 
 
 def memory_of(record: dict) -> cost.Memory:
@@ -383,7 +390,7 @@ def main() -> None:
                 file.flush()
     if not (args.fit or args.check):
         return
-    records = [json.loads(line) for path in args.data for line in path.open()]
+    records = [record for path in args.data for record in read(path)]
     if args.check:
         check(records)
     if args.fit:
