@@ -23,7 +23,7 @@ import gc
 import gzip
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import floor
@@ -54,6 +54,8 @@ SHAPES = {
 }
 BLOCKS = [("l3b", 2), ("l3b", 3), ("l1b", 3), ("q3b", 2), ("q05b", 2), ("q05b", 4)]
 LENGTHS = (128, 256, 512, 768, 1024, 1536, 2048, 4096)
+# How blocks are computed.
+WAYS = ("kept", "kept", "whole", "whole", "tiles", "halves", "halves")
 # Of real products on a CPU: longer rows take minutes.
 REAL_TOKENS = {"q05b": 4096, "l1b": 1536, "q3b": 768, "l3b": 512, "llama-3.2-3b": 512}
 # How much more a step of real products counts.
@@ -90,25 +92,14 @@ def random_case(draw: random.Random, real: bool) -> tuple[Case, bool, dict]:
 
 def long_case(draw: random.Random) -> tuple[Case, bool, dict]:
     """As `random_case`, of long rows by tiles."""
-    tokens = draw.choice([1536, 2048, 4096, 4096])
+    blocks, tokens = draw.choice([2, 4]), draw.choice([1536, 2048, 4096, 4096])
     rank, labelled = draw.choice([4, 8, 16, 64]), draw.choice([0.1, 0.3, 1.0])
-    case = Case("q05b", draw.choice([2, 4]), tokens, 1, rank, "float32", labelled, None)
-    halves = draw.random() < 0.35
-    choices = {
-        "streamed_blocks": draw.choice([None, None, 0, 1]),
-        "head": draw.choice(["streamed", "resident"]),
-        "prefetch": not halves and draw.random() < 0.5,
-        "ram_blocks": draw.choice([None, 0]),
-        "adapters": draw.choice(["resident", "paged"]),
-        "loss_bytes": draw.choice([16, 40]) * MIB,
-        "tile_tokens": draw.choice([t for t in (512, 1024, 1024, 2048, 2048) if t < tokens]),
-        "mlp_bytes": draw.choice([4, 8, 16]) * MIB,
-        "halves": halves,
-    }
+    case = Case("q05b", blocks, tokens, 1, rank, "float32", labelled, None)
+    choices = random_choices(draw, blocks, tokens, ("tiles", "tiles", "halves"))
     return case, draw.random() < 0.8, choices
 
 
-def random_choices(draw: random.Random, blocks: int, size: int) -> dict:
+def random_choices(draw: random.Random, blocks: int, size: int, ways: Sequence[str] = WAYS) -> dict:
     """Any choices of a plan, for a batch of so many tokens."""
     choices: dict = {
         "streamed_blocks": draw.choice([None, None, 0, 1]),
@@ -118,7 +109,7 @@ def random_choices(draw: random.Random, blocks: int, size: int) -> dict:
         "adapters": draw.choice(["resident", "paged"]),
         "loss_bytes": draw.choice([16, 40]) * MIB,
     }
-    way = draw.choice(["kept", "kept", "whole", "whole", "tiles", "halves", "halves"])
+    way = draw.choice(ways)
     slices = draw.choice([None, 8 * MIB, 16 * MIB])
     if way == "kept":
         choices |= {"kept_blocks": draw.randint(1, blocks), "mlp_bytes": slices}

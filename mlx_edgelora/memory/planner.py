@@ -251,7 +251,7 @@ class _Search:
     def _streamed(self, base: Plan, budget: int, slowest: float) -> Iterator[Plan]:
         """As many blocks as fit stay in memory, with and without one more being read ahead.
 
-        Leaves out what takes longer than `slowest`.
+        What would take longer than `slowest` is not looked for.
         """
         ahead = (True, False)
         if base.halves:
@@ -308,13 +308,16 @@ def _too_small(search: _Search, budget: int) -> str:
         settings = search.machine, search.fixed, search.correction
         return _Search(shape, replace(load, **changes), *settings).least().needs
 
+    def helps(size: int) -> bool:
+        return _megabytes(size) < _megabytes(least)  # less than what is said is nothing
+
     ways = []
     tokens = load.tokens
     while tokens > SHORTEST:  # rows of more than a tile may take no more than those of one
         tokens = max(SHORTEST, tokens // 2)
         labelled = max(1, load.labelled * tokens // load.tokens)
         size = needs(tokens=tokens, labelled=labelled)
-        if size < least or tokens == SHORTEST:
+        if helps(size) or tokens == SHORTEST:
             ways.append((f"max_seq_length {tokens}", size))
             break
     if shape.rank > 4:
@@ -326,12 +329,9 @@ def _too_small(search: _Search, budget: int) -> str:
         ways.append((f"batch_size {rows}", needs(rows=rows, labelled=labelled)))
     if shape.itemsize > 2:
         ways.append(("dtype bfloat16", needs(_narrowed(shape))))
-    # Less than a megabyte, which is what is said, is nothing.
-    helping = [way for way in ways if way[1] < least and _mb(way[1]) != _mb(least)]
-    told = ", ".join(
-        f"{name} needs {_mb(size)}" for name, size in sorted(helping, key=lambda way: way[1])
-    )
-    idle = " and ".join(way[0] for way in ways if way not in helping)
+    helping = sorted((way for way in ways if helps(way[1])), key=lambda way: way[1])
+    told = ", ".join(f"{name} needs {_mb(size)}" for name, size in helping)
+    idle = " and ".join(name for name, size in ways if not helps(size))
     return (
         f"memory_budget: got {_mb(budget)}, expected at least {_mb(least)} for this model and "
         f"batch; raise it, or lower what it must hold: {told or 'use a smaller model'}"
@@ -363,5 +363,9 @@ def _with_rank(shape: ModelShape, rank: int) -> ModelShape:
 
 
 def _mb(size: int) -> str:
-    """Decimal megabytes, as --memory-budget reads them; rounded up."""
-    return f"{-(-size // 10**6)}MB"
+    return f"{_megabytes(size)}MB"
+
+
+def _megabytes(size: int) -> int:
+    """Decimal ones, as --memory-budget reads them; rounded up."""
+    return -(-size // 10**6)

@@ -251,8 +251,8 @@ def test_peak_does_not_grow_with_depth(memory, spill):
 
 
 def test_the_same_measurement_sees_inputs_kept_in_memory(memory):
-    assert growth_beyond_adapters(value_and_grad, rounds=1) > 4 * 2**17
+    assert growth_beyond_adapters(value_and_grad, rounds=2) > 4 * 2**17
 
 
 def test_the_same_measurement_fails_on_plain_backpropagation(memory):
-    assert growth_beyond_adapters(nn.value_and_grad, rounds=1) > 10 * 2**20
+    assert growth_beyond_adapters(nn.value_and_grad, rounds=2) > 10 * 2**20

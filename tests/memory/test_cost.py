@@ -81,10 +81,9 @@ def test_a_step_takes_what_was_expected(wide, name, memory):
     assert measured == pytest.approx(expected, rel=MARGIN)
 
 
-WAYS = st.builds(
-    dict,
-    kept_blocks=st.integers(0, 80),
-) | st.builds(dict, tile_tokens=st.sampled_from([256, 512, 2048]), halves=st.booleans())
+WAYS = st.fixed_dictionaries({"kept_blocks": st.integers(0, 80)}) | st.fixed_dictionaries(
+    {"tile_tokens": st.sampled_from([256, 512, 2048]), "halves": st.booleans()}
+)
 HELD = {
     "streamed_blocks": st.none() | st.integers(0, 80),
     "ram_blocks": st.none() | st.integers(0, 80),
