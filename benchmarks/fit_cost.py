@@ -43,6 +43,7 @@ from mlx_edgelora.model import tiling
 from mlx_edgelora.model.loading import DTYPES, open_model
 from mlx_edgelora.model.lora import add_lora
 from mlx_edgelora.model.shape import ModelShape, shape_of
+from mlx_edgelora.model.walkable import checked_blocks
 from mlx_edgelora.training.assembly import Settings, assembled
 
 # Real widths with a small vocabulary: the head is the same for all, and slow.
@@ -148,7 +149,7 @@ class Collector:
         self._kind = f"{case.shape} {case.dtype} {packed}"
         lazy = open_model(str(folder), streamed=True, quantize=None, cache=folder)
         add_lora(lazy.model, -1, rank=case.rank)
-        shape = shape_of(lazy.model, lazy.vocabulary, DTYPES[case.dtype])
+        shape = shape_of(checked_blocks(lazy.model), lazy.vocabulary, DTYPES[case.dtype])
         batch = batch_of(case, lazy.vocabulary)
         warm = batch_of(dataclasses.replace(case, tokens=32), lazy.vocabulary)
         load = cost.Load(case.rows, case.tokens, int(batch.mask().sum()))

@@ -37,6 +37,7 @@ from mlx_edgelora.model.checkpoint import LazyModel
 from mlx_edgelora.model.loading import DTYPES, open_model
 from mlx_edgelora.model.lora import add_lora
 from mlx_edgelora.model.shape import ModelShape, shape_of
+from mlx_edgelora.model.walkable import checked_blocks
 from mlx_edgelora.training.assembly import Settings, assembled
 
 MB = 10**6
@@ -92,7 +93,7 @@ class Planned:
         self._case, self._cache = case, args.cache
         lazy = self._lazy()
         dtype = DTYPES[case.dtype]
-        self.shape: ModelShape = shape_of(lazy.model, lazy.vocabulary, dtype)
+        self.shape: ModelShape = shape_of(checked_blocks(lazy.model), lazy.vocabulary, dtype)
         self.batch = batch_of(case, lazy.vocabulary)
         self.load = Load(case.rows, case.tokens, int(self.batch.mask().sum()))
         self.machine: Machine = machine_here(args.cache, args.cache, dtype)

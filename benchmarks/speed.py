@@ -36,6 +36,7 @@ from mlx_edgelora.memory.planner import plan
 from mlx_edgelora.model.loading import open_model
 from mlx_edgelora.model.lora import add_lora
 from mlx_edgelora.model.shape import shape_of
+from mlx_edgelora.model.walkable import checked_blocks
 from mlx_edgelora.training.assembly import Settings, assembled
 
 Step = Callable[[], float]
@@ -78,7 +79,7 @@ def ours(folder: Path, rank: int, batch: Batch, budget: int, stack: ExitStack) -
     """This package's step within a budget, and the plan in words."""
     lazy = open_model(str(folder), streamed=True, quantize=None, cache=folder)
     add_lora(lazy.model, -1, rank=rank)
-    shape = shape_of(lazy.model, lazy.vocabulary)
+    shape = shape_of(checked_blocks(lazy.model), lazy.vocabulary)
     load = Load(*batch.inputs().shape, int(batch.mask().sum()))
     machine = machine_here(folder.parent, folder.parent, mx.float32)
     choice = plan(shape, load, machine, budget)

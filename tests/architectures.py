@@ -97,6 +97,35 @@ CONFIGS = {
         "layer_types": SLIDING,
         "rope_scaling": None,
     },
+    # Rotary scores go into attention as a floating mask.
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 16,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 32,
+        "first_k_dense_replace": 1,
+        "rope_scaling": None,
+    },
+    # Its loop asks for the class of its blocks.
+    "olmo_hybrid": {
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "linear_conv_kernel_dim": 3,
+        "linear_allow_neg_eigval": True,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    },
 }
 
 

@@ -25,6 +25,7 @@ from mlx_edgelora.memory.plan import FLOOR_TOKENS, MIB, Plan
 from mlx_edgelora.memory.planner import needed
 from mlx_edgelora.model.lora import add_lora
 from mlx_edgelora.model.shape import ModelShape, shape_of
+from mlx_edgelora.model.walkable import checked_blocks
 
 RANK, NEIGHBOURS, LABELLED = 16, 1000, 0.3
 STEPS = 2
@@ -145,7 +146,9 @@ class Climb:
         if weights not in self._sizes:
             model, _ = random_model(self._shape, self._blocks, weights)
             add_lora(model, -1, RANK)
-            self._sizes[weights] = shape_of(model, SHAPES[self._shape][-1], mx.float32)
+            self._sizes[weights] = shape_of(
+                checked_blocks(model), SHAPES[self._shape][-1], mx.float32
+            )
         return self._sizes[weights]
 
     def expected(self, technique: Technique, context: int) -> tuple[int, float]:

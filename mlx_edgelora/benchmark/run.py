@@ -41,8 +41,8 @@ from mlx_edgelora.memory.machine import machine_here
 from mlx_edgelora.model.checkpoint import LazyModel
 from mlx_edgelora.model.loading import open_model
 from mlx_edgelora.model.lora import add_lora, resolve_kernel
+from mlx_edgelora.model.walkable import checked_blocks
 from mlx_edgelora.training.finetune import plan_report
-from mlx_edgelora.training.planning import dtype_of
 
 SCALE = 20.0
 # Initial adapters change what a layer gives by about so much.
@@ -95,7 +95,10 @@ class _Bench:
     def __init__(self, options: argparse.Namespace, report: Report, folder: Path, say: Say) -> None:
         self._options, self._report, self._folder, self._say = options, report, folder, say
         lazy = _opened(options, say)
-        self._model, self._dtype = lazy.source, str(dtype_of(lazy)).rpartition(".")[2]
+        self._model, self._dtype = (
+            lazy.source,
+            str(checked_blocks(lazy.model).hidden_dtype).rpartition(".")[2],
+        )
         self._tokenizer = tokenizer_of(lazy.source)
         self._packed = "quantization" in lazy.config
         self._kernel = "auto"

@@ -7,6 +7,9 @@ are computed again from those two, and with D = rowsum(dO * O)
 
     dV += P^T dO,   dS = P * (dO V^T - D),   dQ += dS K * scale,   dK += dS^T Q * scale.
 
+A floating mask is added to the scores, so its gradient is dS, summed over what it was broadcast
+to. Masks of bool have none.
+
 All of it in float32, whatever the inputs are. Keys and values are never repeated for the
 query heads that share them; tiles that a causal mask or a window hides are not computed.
 
@@ -38,7 +41,7 @@ from mlx_edgelora.layers.fused import Backend, use_fused
 from mlx_edgelora.layers.grid import Band, Grid, Setting, backward, forward
 
 __all__ = ["TILE_BYTES", "Backend", "Band", "attention_backward", "attention_forward"]
-__all__ += ["tiled_attention", "use_fused"]
+__all__ += ["promoted", "tiled_attention", "use_fused"]
 
 # One tile of scores. At 24 heads of 128 and 2048 tokens 1 to 8 MiB took the same time.
 TILE_BYTES = 2**20
@@ -66,7 +69,7 @@ def tiled_attention(
         scale: factor of the scores.
         mask: "causal" (the last query sees the last key; Tq <= Tk), a `Band` under which
             each query sees at least one key, or an array that broadcasts to [B, H, Tq, Tk]:
-            bool (True is seen) or floating (added). It gets no gradient: zeros. A row that
+            bool (True is seen) or floating (added, and differentiable). A row that
             sees nothing is the mean of `v`, as in MLX; -inf throughout a row does the same
             here, and is NaN in MLX.
         window: with "causal", each query sees this many keys, its own among them.
@@ -75,7 +78,8 @@ def tiled_attention(
             head that shares a key head.
 
     Returns:
-        [B, H, Tq, Dv] in the dtype of `q`, differentiable in `q`, `k`, `v` and `sinks`.
+        [B, H, Tq, Dv] in the dtype of `q`, differentiable in `q`, `k`, `v`, `sinks` and a
+        floating mask. The gradient of a mask takes the mask's own size in float32.
 
     Raises:
         ValueError: if shapes, dtypes or options do not fit together.
@@ -128,7 +132,8 @@ def attention_backward(
     """The gradients of q, k and v through some of the keys a query sees.
 
     Args:
-        q, k, v, scale, mask, tile_bytes: as of `tiled_attention`; keys and values may be a
+        q, k, v, scale, mask, tile_bytes: as of `tiled_attention`; the mask is taken for a
+            constant. Keys and values may be a
             part of those that made `output`, and the mask is theirs: of a band's queries,
             whose positions count from the first key of the part, some or all may see
             nothing. Over all parts the gradients of q add up.
@@ -139,7 +144,13 @@ def attention_backward(
     """
     _check(q, k, v, mask, None, tile_bytes)
     grid = Grid(*_call(q, k, v, scale, mask, None, tile_bytes))
-    return backward(grid, cotangent, *forward, dq)
+    return backward(grid, cotangent, *forward, dq)[:3]
+
+
+def promoted(*arrays: mx.array) -> list[mx.array]:
+    """The arrays in the one dtype that MLX's own attention computes them in."""
+    dtype = mx.result_type(*arrays)
+    return [array.astype(dtype) for array in arrays]
 
 
 def _call(
@@ -237,6 +248,8 @@ def _attention(setting: Setting) -> mx.custom_function:
     ) -> list[mx.array]:
         grid = Grid(setting, primals)
         gradients = backward(grid, cotangents[0], *outputs)
-        return gradients if grid.mask is None else [*gradients, mx.zeros_like(grid.mask)]
+        if grid.mask is not None and not grid.floats:
+            gradients.append(mx.zeros_like(grid.mask))
+        return gradients
 
     return attention

@@ -28,6 +28,11 @@ class Backend(NamedTuple):
         return cls("cuda", version, int(mx.device_info().get("compute_capability_major", 0)))
 
 
+def is_floating(mask: object) -> bool:
+    """Whether a mask is added to the scores, so that a gradient may pass through it."""
+    return isinstance(mask, mx.array) and mx.issubdtype(mask.dtype, mx.floating)
+
+
 def use_fused(
     q: mx.array,
     k: mx.array,
@@ -63,6 +68,7 @@ def use_fused(
         }
     else:
         refusals |= {
+            "the fused backward gives no gradient to a floating mask": is_floating(mask),
             f"compute capability {backend.compute_capability}": backend.compute_capability < 8,
             f"{q.dtype}, not 16 bits": q.dtype not in (mx.float16, mx.bfloat16),
             f"head sizes {sizes}": max(sizes) > 128 or any(size % 8 for size in sizes),

@@ -50,6 +50,7 @@ class Grid:
         self.q, self.k, self.v, *extra = arrays
         self.sinks = extra.pop(0) if setting.has_sinks else None
         self.mask = extra.pop() if extra else None
+        self.floats = self.mask is not None and self.mask.dtype != mx.bool_  # has a gradient
         self.band = setting.band
         self.scale = setting.scale * LOG2E  # powers of 2 instead of e
         batch, heads, queries, _ = self.q.shape
@@ -112,17 +113,20 @@ class Grid:
 
     def hidden(self, unit: Unit, rows: Span, keys: Span) -> list[mx.array]:
         """What `bias` is made from, if any score of a tile is to be masked."""
-        entry, first, last = unit
         if self.mask is not None:
-            spans = (entry, entry + 1), (first * self.group, last * self.group), rows, keys
-            sizes = zip(spans, self.mask.shape, strict=True)
-            index = tuple(slice(*span) if size > 1 else slice(None) for span, size in sizes)
-            return [self.mask[index]]
+            return [self.mask[self.mask_index(unit, rows, keys)]]
         if self.band is None:
             return []
         low, high = self.ends(rows)
         past = self.band.window is not None and keys[0] <= high - self.band.window
         return [mx.arange(*keys)] if keys[1] - 1 > low or past else []
+
+    def mask_index(self, unit: Unit, rows: Span, keys: Span) -> tuple[slice, ...]:
+        """Where the mask of a tile is in the whole one."""
+        entry, first, last = unit
+        spans = (entry, entry + 1), (first * self.group, last * self.group), rows, keys
+        sizes = zip(spans, self.mask.shape, strict=True)
+        return tuple(slice(*span) if size > 1 else slice(None) for span, size in sizes)
 
     def bias(self, hidden: mx.array, rows: Span) -> mx.array:
         """What is added to scores [key heads, group, rows, keys]."""
@@ -191,18 +195,22 @@ def backward(
     statistics: mx.array,
     dq: mx.array | None = None,
 ) -> list[mx.array]:
-    """The gradients of q, k, v and, if there are any, sinks; that of q is added to `dq`."""
+    """The gradients of q, k, v and, if there are any, sinks and a floating mask.
+
+    That of q is added to `dq`.
+    """
     gradients = [_Joined(x, x.shape[-1]) for x in (grid.q, grid.k, grid.v)]
     if dq is not None:
         gradients[0] = _Joined(grid.q, dq.shape[-1], total=dq)
     saved = (grid.q, cotangent, output, statistics)
     after, dsinks = [cotangent], []
+    dmask = _MaskGradient(grid.mask) if grid.floats else None
     for unit in grid.units:
         pieces, dsink = [], mx.array(0.0)
         sums = grid.zeros(unit)
         for rows in grid.row_tiles:
             tiles = [grid.rows(x, unit, rows, after) for x in saved]
-            dq, share, after = _row_backward(grid, unit, rows, tiles, sums, after)
+            dq, share, after = _row_backward(grid, unit, rows, tiles, sums, after, dmask)
             pieces.append(dq)
             dsink = dsink - share
         parts = [pieces, *zip(*sums.values(), strict=True)]
@@ -215,6 +223,8 @@ def backward(
     if grid.sinks is not None:
         dsink = mx.concatenate(dsinks).reshape(-1, len(grid.sinks)).sum(0)
         results.append(dsink.astype(grid.sinks.dtype))
+    if dmask is not None:
+        results.append(dmask.total.astype(grid.mask.dtype))
     return results
 
 
@@ -225,8 +235,9 @@ def _row_backward(
     tiles: list[mx.array],
     sums: dict[Span, list[mx.array]],
     after: list[mx.array],
+    dmask: "_MaskGradient | None",
 ) -> tuple[mx.array, mx.array, list[mx.array]]:
-    """Add these rows' part of dK and dV to `sums`.
+    """Add these rows' part of dK and dV to `sums`, and that of the mask to `dmask`.
 
     Returns their dQ, -1 times their part of the sinks' gradient, and what to wait for.
     """
@@ -234,7 +245,7 @@ def _row_backward(
     top, total = statistics[..., :1], statistics[..., 1:]
     cotangent = cotangent / total  # rather than dividing all probabilities
     through = cotangent
-    if grid.mask is not None and grid.mask.dtype == mx.bool_:
+    if grid.mask is not None and not grid.floats:
         through = mx.where(top == MASKED, 0.0, cotangent)  # no score of such a row counts
     mean = (through * output).sum(-1, keepdims=True)
     share = mx.array(0.0)
@@ -252,6 +263,9 @@ def _row_backward(
         dk = dk + dscores.swapaxes(-1, -2) @ natural
         dq = dq + dscores @ k
         sums[keys], after = [dk, dv], [dq, dk, dv]
+        if dmask is not None:
+            dmask.add(grid.heads(dscores), grid.mask_index(unit, rows, keys))
+            after = [*after, dmask.total]
     return grid.heads(dq * (grid.scale / LOG2E)), share, after
 
 
@@ -286,6 +300,24 @@ class _Joined:
 
     def result(self) -> mx.array:
         return self.whole.reshape(self.shape)
+
+
+class _MaskGradient:
+    """The gradient of a floating mask [B or 1, H or 1, Tq or 1, Tk or 1], in float32.
+
+    Tiles are added to what they were broadcast from, in place if MLX does not run ahead.
+    """
+
+    def __init__(self, mask: mx.array) -> None:
+        self.total = mx.zeros(mask.shape)
+        self._shared = [axis for axis, size in enumerate(mask.shape) if size == 1]
+
+    def add(self, tile: mx.array, index: tuple[slice, ...]) -> None:
+        """Add the gradient [heads, rows, keys] of one tile's scores."""
+        part = tile[None]
+        if self._shared:
+            part = self.total[index] + part.sum(self._shared, keepdims=True)
+        self.total[index] = part  # without shared axes every entry is in one tile
 
 
 def _spans(count: int, most: int) -> list[Span]:

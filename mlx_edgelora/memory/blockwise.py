@@ -43,7 +43,6 @@ from mlx_edgelora.memory.tiled_walk import Call, TiledWalk
 from mlx_edgelora.memory.visits import Arrays, Visits
 from mlx_edgelora.model.attention import attention_bounded
 from mlx_edgelora.model.blocks import (
-    BlockList,
     Handler,
     Slot,
     array_slots,
@@ -55,7 +54,7 @@ from mlx_edgelora.model.masks import packed, unpacked
 from mlx_edgelora.model.norms import norms_bounded
 from mlx_edgelora.model.sources import ResidentWeights, TogetherWeights, WeightSource
 from mlx_edgelora.model.tiling import Tileable, Tiling
-from mlx_edgelora.model.walkable import check_walk
+from mlx_edgelora.model.walkable import checked_blocks
 
 # For dropout in a pass that only looks at the graph: it must not move MLX's generator.
 _SAME_KEY = itertools.repeat(mx.random.key(0))
@@ -152,7 +151,7 @@ class BlockWalk:
         rest: Callable[[], None] = lambda: None,
     ) -> None:
         self.model, self._rest = model, rest
-        self.blocks = BlockList(model)
+        self.blocks = checked_blocks(model)
         self.store = RamStore() if store is None else store
         self.weights = ResidentWeights() if weights is None else weights
         self.adapters = ResidentWeights() if adapters is None else adapters
@@ -166,8 +165,6 @@ class BlockWalk:
         self._entry_trained: dict[tuple[str, ...], bool] = {}
         # One for good: a compiled backward and the dropout layers must mean the same tape.
         self._tape = KeyTape()
-        with keyed_dropout(model, self._tape), self._tape.playing(_SAME_KEY):
-            check_walk(self.blocks)
 
     def obey(self, plan: Plan) -> None:
         """Compute the passes that begin from now on by another plan."""
@@ -326,6 +323,8 @@ class BlockWalk:
     def _tiled_forward(self, state: Pass) -> mx.array:
         """Compute the blocks of a pass by tiles, which the model's loop has only named."""
         tiles, last = state.tiles, len(self.blocks) - 1
+        # A block that is cut at its cache is computed for spans of tokens alone.
+        state.spared = state.spared and not state.choices[last].through_cache
         for index, choice in enumerate(state.choices):
             call = state.calls[index] if index >= state.first else state.calls.pop(index)
             if index == last:
@@ -391,6 +390,7 @@ class BlockWalk:
             slots = array_slots(self.blocks.blocks[index])
             bindings.append((self._called(state, index), slots, self.weights.block(index)))
         names = [list(arrays) for arrays in trained]
+        dtypes = []
 
         def segment(*primals: mx.array) -> mx.array:
             values, out = iter(primals), primals[-1]
@@ -400,11 +400,13 @@ class BlockWalk:
                     out = called(out, *call.args, **call.kwargs)
             if state.rows is not None and not state.spared:
                 out = take_rows(out, state.rows)
-            return out
+            dtypes.append(out.dtype)
+            return out.astype(mx.float32)
 
         x, state.hidden = state.hidden, None
         shape = x.shape if state.rows is None else (1, state.rows.size, x.shape[-1])
-        cotangent = Promise(shape, x.dtype)
+        # What dtype the last block returns is known too late to promise anything narrower.
+        cotangent = Promise(shape, mx.float32)
         primals = [value for arrays in trained for value in arrays.values()]
         try:
             (out,), gradients = mx.vjp(segment, [*primals, x], [cotangent.array])
@@ -414,12 +416,12 @@ class BlockWalk:
         if state.kept_from == state.first and not state.entry:
             gradients[-1] = None
         state.segment = _Segment(names, gradients, cotangent)
-        return out
+        return out.astype(dtypes[0])
 
     def _kept_backward(self, state: Pass) -> Iterator[Arrays]:
         segment, cotangent = state.segment, state.cotangent
         state.cotangent = None
-        segment.cotangent.keep(cotangent)
+        segment.cotangent.keep(cotangent.astype(mx.float32))
         segment.cotangent.array = None
         del cotangent
         gradients = segment.gradients

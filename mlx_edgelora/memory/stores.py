@@ -31,7 +31,10 @@ class ActivationStore(Protocol):
     """Keeps one array per slot from `put` to `take`."""
 
     def reserve(self, slots: int, nbytes: int) -> None:
-        """Make room for `slots` arrays of `nbytes` bytes; forgets what is there."""
+        """Make room for `slots` arrays of `nbytes` bytes; forgets what is there.
+
+        A larger array that is put later gets more room then.
+        """
 
     def put(self, slot: int, array: mx.array) -> None:
         """Keep an evaluated array."""
@@ -148,6 +151,9 @@ class MappedStore:
         self._meter = meter or DiskMeter()
         self._file = PageFile(folder, "activations", "--activations ram")
         self._slot_bytes = 0
+        # Slots whose array is larger than what was reserved are behind all others: place, size.
+        self._moved: dict[int, tuple[int, int]] = {}
+        self._stop = 0
         self._kept: dict[int, _Kept] = {}
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="mlx_edgelora-spill")
         self._writing: Future | None = None
@@ -158,18 +164,18 @@ class MappedStore:
         """Grow the file to `slots` slots of `nbytes` bytes; forgets what is there."""
         self._settle()
         self._kept.clear()
-        self._slot_bytes = max(PAGE, -(-nbytes // PAGE) * PAGE)
-        self._file.reserve(slots * self._slot_bytes)
+        self._moved.clear()
+        self._slot_bytes = _pages(nbytes)
+        self._stop = slots * self._slot_bytes
+        self._file.reserve(self._stop)
         if self._wraps is None:
             self._wraps = _can_wrap(self._file.pages)
 
     def put(self, slot: int, array: mx.array) -> None:
         """Write an evaluated array to its slot; returns while the bytes are on their way."""
-        if array.nbytes > self._slot_bytes:
-            raise ValueError(
-                f"slot {slot}: {array.nbytes} bytes, reserved {self._slot_bytes}; reserve more"
-            )
         self._wait_for_write()
+        if array.nbytes > self._place(slot)[1]:
+            self._move(slot, array.nbytes)
         self._kept[slot] = _Kept(array.shape, array.dtype, array.nbytes)
         # The copy shares the buffer, and keeps a later `array += 1` from writing into it.
         source = to_numpy(copy.copy(array)).reshape(-1).view(np.uint8)
@@ -217,8 +223,19 @@ class MappedStore:
             self._worker.shutdown()
             self._file.close()
 
+    def _place(self, slot: int) -> tuple[int, int]:
+        """The first byte of a slot, and how many it has."""
+        return self._moved.get(slot, (slot * self._slot_bytes, self._slot_bytes))
+
+    def _move(self, slot: int, nbytes: int) -> None:
+        """Make room for an array of a wider dtype, say, than the first one's."""
+        self._settle()
+        self._moved[slot] = self._stop, _pages(nbytes)
+        self._stop += _pages(nbytes)
+        self._file.reserve(self._stop)
+
     def _region(self, slot: int, nbytes: int) -> np.ndarray:
-        start = slot * self._slot_bytes
+        start, _ = self._place(slot)
         return self._file.pages[start : start + nbytes]
 
     def _write(self, slot: int, source: np.ndarray) -> None:
@@ -232,7 +249,8 @@ class MappedStore:
         self._drop_pages(slot)
 
     def _drop_pages(self, slot: int) -> None:
-        self._file.drop(slot * self._slot_bytes, (slot + 1) * self._slot_bytes)
+        start, size = self._place(slot)
+        self._file.drop(start, start + size)
 
     def _wait_for_write(self) -> None:
         writing, self._writing = self._writing, None
@@ -244,6 +262,11 @@ class MappedStore:
         for _, reading in self._reading.values():
             reading.result()
         self._reading.clear()
+
+
+def _pages(nbytes: int) -> int:
+    """Bytes of the whole pages that hold so many, one at least."""
+    return max(PAGE, -(-nbytes // PAGE) * PAGE)
 
 
 def spill_folder(candidates: Sequence[str | os.PathLike]) -> tuple[Path, str]:

@@ -97,7 +97,7 @@ class KeySums:
         """
         there = index in self._there
         for number in range(2):  # one after the other: of both there would be twice as much
-            more = pair[number].astype(mx.float32)
+            more = mx.contiguous(pair[number].astype(mx.float32))
             pair[number] = None
             if there:
                 total = self._stream.get(2 * index + number)

@@ -33,12 +33,12 @@ from mlx_edgelora.memory.streams import KeySums, Stream, Sums, joined, split, sp
 from mlx_edgelora.model.blocks import Slot, bound
 from mlx_edgelora.model.masks import tiled_mask
 from mlx_edgelora.model.parts import Asked, BlockParts, Place, Span, keys_seen, mask_at, tokens_at
-from mlx_edgelora.model.walkable import watched
+from mlx_edgelora.model.walkable import looks_at_values, watched
 
 Arrays = dict[str, mx.array]
 Slots = dict[str, Slot]
-# By part of a block: the trained arrays its gradient reaches.
-Used = dict[str, list[str]]
+# By part of a block and shapes of its inputs: the trained arrays its gradient reaches.
+Used = dict[tuple, list[str]]
 
 
 @dataclass
@@ -50,8 +50,8 @@ class TiledBlock:
         slots: where its arrays hang.
         spans: the tiles.
         places: by tile, the tokens that it is computed for.
-        used: which trained arrays each part's gradient reaches, found on the first visit;
-            the same dict for every visit of the block.
+        used: which trained arrays each part's gradient reaches, as far as that is the same for
+            all inputs of a shape; the same dict for every visit of the block.
     """
 
     parts: BlockParts
@@ -73,14 +73,25 @@ class TiledBlock:
             outputs = []
             for place in places:
                 x = tokens_at(tiles.get(index), self.spans[index].start, place)
-                asked = self._queries(x, place)
-                attended, _ = self._attend(asked, place, keys, values)
-                out = self._finished(x, place, attended)
-                del asked, attended, x
+                out = self._place_forward(x, place, keys, values)
+                del x
                 mx.eval(out)
                 outputs.append(out)
             if outputs:
                 put(index, joined(outputs))
+
+    def _place_forward(
+        self, x: mx.array, place: Place, keys: mx.array, values: mx.array
+    ) -> mx.array:
+        if self.parts.through_cache:
+            seen = self.parts.seen(place, keys.shape[2])
+            with stops() as order:
+                out = self.parts.finished(x, place, seen, _tokens(seen, keys, values))
+            order.eval()
+            return out
+        asked = self._queries(x, place)
+        attended, _ = self._attend(asked, place, keys, values)
+        return self._finished(x, place, attended)
 
     def forward_rest(self, middle: Stream, put: Callable[[int, mx.array], None]) -> None:
         """Compute the second half from what `forward` put."""
@@ -154,12 +165,12 @@ class TiledBlock:
                 if onward:
                     cotangents.put(index, spread(dxs, places, x, self.spans[index].start))
                 del dxs, dys, x
-        dtype = keys.dtype
+        dtypes = keys.dtype, values.dtype
         del keys, values
         for index, span in enumerate(self.spans):
             pair = sums.take(index)
             if pair is not None:
-                dx = self._keys_backward(gradients, tiles.get(index), span, pair, dtype, onward)
+                dx = self._keys_backward(gradients, tiles.get(index), span, pair, dtypes, onward)
             elif onward:  # no query is asked for here, and no key is seen
                 dx = mx.zeros_like(tiles.get(index))
             del pair
@@ -175,7 +186,7 @@ class TiledBlock:
         x: mx.array,
         span: Span,
         pair: list[mx.array],
-        dtype: mx.Dtype,
+        dtypes: tuple[mx.Dtype, mx.Dtype],
         onward: bool,
     ) -> mx.array | None:
         """From keys and values of a tile, whose gradients are whole, to its input."""
@@ -185,7 +196,7 @@ class TiledBlock:
                 "keys",
                 lambda x: self._keys(x, span),
                 [x],
-                [total.astype(dtype) for total in pair],
+                [total.astype(dtype) for total, dtype in zip(pair, dtypes, strict=True)],
                 onward,
             )
         return dx
@@ -207,6 +218,8 @@ class TiledBlock:
         The first of `cotangents` is the place's, and is taken out.
         """
         x = tokens_at(tile, self.spans[index].start, place)
+        if self.parts.through_cache:
+            return self._cached_backward(gradients, x, place, keys, values, cotangents, sums)
         with phase("recompute"):
             asked = self._queries(x, place)
             attended, statistics = self._attend(asked, place, keys, values)
@@ -234,6 +247,36 @@ class TiledBlock:
         mx.eval(dx)
         return dx
 
+    def _cached_backward(
+        self,
+        gradients: Sums,
+        x: mx.array,
+        span: Span,
+        keys: mx.array,
+        values: mx.array,
+        cotangents: list[mx.array],
+        sums: KeySums,
+    ) -> mx.array:
+        """As `_place_backward`, of a block that is cut at its cache: in one piece."""
+        seen = self.parts.seen(span, keys.shape[2])
+        with phase("attention backward"):
+            dx, *pair = self._vjp(
+                gradients,
+                "cached",
+                lambda x, *cached: [self.parts.finished(x, span, seen, list(cached))],
+                [x, *_tokens(seen, keys, values)],
+                [cotangents.pop(0)],
+                True,
+            )
+        self._add(sums, seen, slice(None), pair, keys.shape[0])
+        return dx
+
+    def _add(self, sums: KeySums, seen: Span, row: slice, pair: list[mx.array], batch: int) -> None:
+        """Add the gradients of the keys and values that were seen, tile by tile."""
+        for index, span in enumerate(self.spans):
+            if span.start < seen.stop and span.stop > seen.start:
+                sums.add(index, row, [_within(d, seen, span) for d in pair], batch)
+
     def _finished(self, x: mx.array, place: Place, attended: mx.array) -> mx.array:
         """The block after attention, up to its end or to the middle."""
         after = self.parts.after if self.parts.branches is None else self.parts.middle
@@ -257,6 +300,8 @@ class TiledBlock:
         return tuple(whole)
 
     def _keys(self, x: mx.array, span: Span) -> list[mx.array]:
+        if self.parts.through_cache:
+            return self.parts.cached(x, span)
         asked = self.parts.before(x, span)
         return [asked.k, asked.v]
 
@@ -271,12 +316,13 @@ class TiledBlock:
     ) -> tuple[mx.array, mx.array | None]:
         """Attention of the queries over all keys they see; statistics if it is in tiles."""
         _, keys, values, mask = self._seen(asked, place, keys, values)
+        queries, keys, values = attention.promoted(asked.q, keys, values)
         options = {"scale": asked.scale, "mask": mask, "sinks": asked.sinks}
-        if attention.use_fused(asked.q, keys, values, mask=mask, sinks=asked.sinks)[0]:
-            result = mx.fast.scaled_dot_product_attention(asked.q, keys, values, **options), None
+        if attention.use_fused(queries, keys, values, mask=mask, sinks=asked.sinks)[0]:
+            result = mx.fast.scaled_dot_product_attention(queries, keys, values, **options), None
         else:
             with stops() as order:
-                result = attention.attention_forward(asked.q, keys, values, **options)
+                result = attention.attention_forward(queries, keys, values, **options)
             order.eval()
         mx.eval(result)
         return result
@@ -303,10 +349,7 @@ class TiledBlock:
                 [cotangent],
             )
             mx.eval(dq, pair)
-            for index, span in enumerate(self.spans):
-                if span.start < seen.stop and span.stop > seen.start:
-                    part = [_within(d, seen, span) for d in pair]
-                    sums.add(index, row, part, keys.shape[0])
+            self._add(sums, seen, row, pair, keys.shape[0])
             return dq
         dq = mx.zeros(asked.q.shape)
         for index, span in enumerate(self.spans):
@@ -316,8 +359,7 @@ class TiledBlock:
             part = [x[row, :, span.start : span.stop] for x in (keys, values)]
             with stops() as order:
                 dq, *pair = attention.attention_backward(
-                    asked.q,
-                    *part,
+                    *attention.promoted(asked.q, *part),
                     (attended, statistics),
                     cotangent,
                     scale=asked.scale,
@@ -377,22 +419,35 @@ class TiledBlock:
         cotangents: list[mx.array],
         trained: Arrays,
     ) -> list[str]:
-        """The trained arrays that have a gradient through a part: the others' would be zeros."""
-        if part not in self.used:
-            reached: set[str] = set()
+        """The trained arrays that have a gradient through a part: the others' would be zeros.
 
-            def with_watchers(*values: mx.array) -> list[mx.array]:
-                seen = {
-                    name: watched(lambda name=name: reached.add(name))(value)
-                    for name, value in zip(trained, values, strict=True)
-                }
-                with bound(self.slots, seen):
-                    return function(*inputs)
+        Remembered for inputs of the same shapes, unless which arrays these are is decided by the
+        values of the inputs, as where Python picks experts.
+        """
+        key = part, *(array.shape for array in inputs)
+        if key in self.used:
+            return self.used[key]
+        reached: set[str] = set()
 
-            if trained:
-                mx.vjp(with_watchers, list(trained.values()), cotangents)
-            self.used[part] = [name for name in trained if name in reached]
-        return self.used[part]
+        def with_watchers(*values: mx.array) -> list[mx.array]:
+            seen = {
+                name: watched(lambda name=name: reached.add(name))(value)
+                for name, value in zip(trained, values, strict=True)
+            }
+            with bound(self.slots, seen):
+                return function(*inputs)
+
+        if trained:
+            mx.vjp(with_watchers, list(trained.values()), cotangents)
+        names = [name for name in trained if name in reached]
+        if not looks_at_values(function, inputs):
+            self.used[key] = names
+        return names
+
+
+def _tokens(span: Span, *arrays: mx.array) -> list[mx.array]:
+    """The tokens of a span, of arrays [B, heads, T, n]."""
+    return [array[:, :, span.start : span.stop] for array in arrays]
 
 
 def _within(gradient: mx.array, seen: Span, span: Span) -> mx.array:

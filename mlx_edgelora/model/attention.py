@@ -14,7 +14,8 @@ from contextlib import contextmanager
 import mlx.core as mx
 from mlx_lm.models import base
 
-from mlx_edgelora.layers.attention import TILE_BYTES, tiled_attention, use_fused
+from mlx_edgelora.layers.attention import TILE_BYTES, promoted, tiled_attention, use_fused
+from mlx_edgelora.layers.fused import is_floating
 from mlx_edgelora.model.masks import knowing, tiled_mask
 
 # (queries [B, H, Tq, D], keys [B, Hkv, Tk, D], values [B, Hkv, Tk, Dv], cache, scale, mask,
@@ -91,20 +92,30 @@ def bounded(
     """For `attention_replaced`: the same, but tokens x tokens is never held, forward or backward.
 
     MLX's own where it has a fused gradient, or where all scores are no more than a tile; in
-    tiles elsewhere; masks that know what they mean are not evaluated where there is more
-    than a tile. With a cache, or what tiles do not know, `original` as it is.
+    tiles elsewhere, where a floating mask gets its gradient as well. Masks that know what they
+    mean are not evaluated where there is more than a tile. With a cache, or what tiles do not
+    know, `original` as it is.
     """
     tiled = tiled_mask(mask, queries.shape[2], keys.shape[2])
     if cache is None and isinstance(tiled, str):
         mask = tiled
-    known = mask is None or isinstance(mask, mx.array) or mask == "causal"
-    same = {queries.dtype, keys.dtype, values.dtype} == {queries.dtype}
-    small = 4 * queries.size // queries.shape[-1] * keys.shape[2] <= TILE_BYTES
+    # On a GPU MLX's kernels raise where a floating mask is to have a gradient.
+    small = 4 * queries.size // queries.shape[-1] * keys.shape[2] <= TILE_BYTES and not (
+        is_floating(mask) and mx.default_device() == mx.gpu
+    )
     if (
         cache is not None
         or small
-        or not (known and same)
+        or not _is_known(mask)
         or use_fused(queries, keys, values, mask=tiled, sinks=sinks)[0]
     ):
         return original(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
+    queries, keys, values = promoted(queries, keys, values)
     return tiled_attention(queries, keys, values, scale=scale, mask=tiled, sinks=sinks)
+
+
+def _is_known(mask: object) -> bool:
+    """Whether tiles know a mask: MLX takes masks of whole numbers as well."""
+    if isinstance(mask, mx.array):
+        return mask.dtype == mx.bool_ or is_floating(mask)
+    return mask is None or mask == "causal"

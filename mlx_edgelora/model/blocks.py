@@ -1,19 +1,22 @@
 """What a block is: finding the list of them in any model, standing in for them, their arrays.
 
 Nothing here names an architecture. The model's own `__call__` does embedding,
-scaling and masks; each block in its list is replaced, for the length of a call,
-by an interceptor that sees the arguments.
+scaling and masks; for the length of a call, calling a block reaches a handler that
+sees the arguments. The list and the blocks in it stay as they are, because a model's
+loop may ask anything of them: their class, their attributes, their identity.
 """
 
 import hashlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import wraps
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.model.refusals import Refusal, refused
 
 # handler(index, x, args, kwargs) -> what the model's loop goes on with
 Handler = Callable[[int, mx.array, tuple, dict], mx.array]
@@ -27,24 +30,23 @@ class BlockList:
     Attributes:
         model: the model it was found in.
         blocks: the blocks, first to last.
+        hidden_dtype: of the last block's output, which may be wider than of the first one's
+            input; known once the blocks were checked (`walkable.checked_blocks`).
         prefix: their names' beginning among the model's parameters, as in
             `model.layers.`: block 3 owns every parameter under `model.layers.3.`.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        wanted = {id(block) for block in model.layers}
+        self.hidden_dtype: mx.Dtype | None = None
+        wanted = {id(block) for block in getattr(model, "layers", [])}
         for path, module in model.named_modules():
             for key, value in module.items():
                 if isinstance(value, list) and wanted and wanted <= {id(v) for v in value}:
-                    self._owner, self._key = module, key
                     self.blocks: list[nn.Module] = list(value)
                     self.prefix = ".".join(filter(None, [path, key])) + "."
                     return
-        raise EdgeLoraError(
-            f"{type(model).__module__}: no list of blocks was found, expected one list that "
-            "holds what model.layers returns; this architecture cannot be trained block by block"
-        )
+        raise refused(model, Refusal.NO_LIST)
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -63,14 +65,15 @@ class BlockList:
 
     @contextmanager
     def intercepted(self, handler: Handler) -> Iterator[None]:
-        """Let calls of every block reach `handler` instead; undone on exit, on error too."""
-        self._owner[self._key] = [
-            _Interceptor(index, block, handler) for index, block in enumerate(self.blocks)
-        ]
-        try:
+        """Let calls of every block reach `handler` instead; undone on exit, on error too.
+
+        A block that `handler` calls is the block itself. Contexts nest; the inner one counts.
+        """
+        calls = _InterceptedCalls(self.blocks, handler)
+        with ExitStack() as stack:
+            for kind in dict.fromkeys(map(type, self.blocks)):
+                stack.enter_context(calls.of(kind))
             yield
-        finally:
-            self._owner[self._key] = list(self.blocks)
 
     @contextmanager
     def returning(self, hidden: mx.array) -> Iterator[None]:
@@ -80,17 +83,47 @@ class BlockList:
             yield
 
 
-class _Interceptor:
-    """Stands in the list for a block: its attributes are the block's, its call the handler's."""
+class _InterceptedCalls:
+    """Calls of some modules that go to a handler, by exchanging `__call__` of their classes."""
 
-    def __init__(self, index: int, block: nn.Module, handler: Handler) -> None:
-        self._index, self._block, self._handler = index, block, handler
+    def __init__(self, blocks: list[nn.Module], handler: Handler) -> None:
+        self._handler = handler
+        self._indices: dict[int, list[int]] = {}
+        for index, block in enumerate(blocks):
+            self._indices.setdefault(id(block), []).append(index)
+        self._next, self._is_handling = 0, False
 
-    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        return self._handler(self._index, x, args, kwargs)
+    @contextmanager
+    def of(self, kind: type[nn.Module]) -> Iterator[None]:
+        """Exchange `__call__` of a class; modules that are no blocks do not notice."""
+        own, call = vars(kind).get("__call__"), kind.__call__
+        first = next(iter(list(inspect.signature(call).parameters)[1:]), "")
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._block, name)
+        @wraps(call)
+        def replacement(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if self._is_handling or id(module) not in self._indices:
+                return call(module, *args, **kwargs)
+            x, *args = args or (kwargs.pop(first),)
+            return self._handle(module, x, tuple(args), kwargs)
+
+        kind.__call__ = replacement
+        try:
+            yield
+        finally:
+            if own is None:
+                del kind.__call__
+            else:
+                kind.__call__ = own
+
+    def _handle(self, module: nn.Module, x: mx.array, args: tuple, kwargs: dict) -> mx.array:
+        # A module that is in the list twice is the block that is due, if it is one of them.
+        places = self._indices[id(module)]
+        index = next((place for place in places if place >= self._next), places[0])
+        self._next, self._is_handling = index + 1, True
+        try:
+            return self._handler(index, x, args, kwargs)
+        finally:
+            self._is_handling = False
 
 
 def array_slots(module: nn.Module) -> dict[str, Slot]:

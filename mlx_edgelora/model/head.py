@@ -6,7 +6,7 @@ and behind it (logit scaling, soft-capping) stays the model's own code. The same
 be the token embedding, of which only the batch's rows are ever needed.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Protocol
@@ -87,9 +87,11 @@ class StreamedRows:
 
     def _received(self, arrays: Arrays) -> Arrays:
         self._meter.add_read(sum(array.nbytes for array in arrays.values()))
-        if self._dtype is None:
-            return arrays
-        return {name: cast(array, self._dtype) for name, array in arrays.items()}
+        return {name: self.cast(array) for name, array in arrays.items()}
+
+    def cast(self, array: mx.array) -> mx.array:
+        """Floating rows in the dtype that was asked for."""
+        return array if self._dtype is None else cast(array, self._dtype)
 
 
 class _StreamedLookup:
@@ -121,9 +123,8 @@ class _StreamedLookup:
             rows = dict(zip(rows, mx.depends(list(rows.values()), [after]), strict=True))
         if "scales" not in rows:
             return rows["weight"]
-        return dequantize(
-            *rows.values(), group_size=self.group_size, bits=self.bits, mode=self.mode
-        )
+        settings = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+        return self._rows.cast(dequantize(*rows.values(), **settings))
 
 
 class StreamedEmbedding(_StreamedLookup, nn.Embedding):
@@ -140,6 +141,26 @@ def stream_embedding(module: nn.Module, rows: StreamedRows) -> None:
     object.__setattr__(module, "_rows", rows)
     kind = StreamedQuantizedEmbedding if packed else StreamedEmbedding
     object.__setattr__(module, "__class__", kind)
+
+
+def cast_lookups(modules: Iterable[nn.Module], dtype: mx.Dtype) -> None:
+    """Let packed embeddings give their rows in a dtype, in place.
+
+    Those packed as fp4 or fp8 give bfloat16 otherwise; of others it is that of their scales.
+    """
+    for module in modules:
+        if isinstance(module, nn.QuantizedEmbedding) and module.mode != "affine":
+            object.__setattr__(module, "_row_dtype", dtype)
+            object.__setattr__(module, "__class__", _casting_kind(type(module)))
+
+
+@cache
+def _casting_kind(kind: type[nn.Module]) -> type[nn.Module]:
+    """A class for good, as in `_answering_kind`."""
+    call = kind.__call__
+    return type(
+        kind.__name__, (kind,), {"__call__": lambda self, x: call(self, x).astype(self._row_dtype)}
+    )
 
 
 class ModelHead:

@@ -32,7 +32,7 @@ from mlx.utils import tree_flatten
 from mlx_edgelora.model.attention import Attention, attention_replaced, masks_known
 from mlx_edgelora.model.blocks import BlockList
 from mlx_edgelora.model.masks import banded
-from mlx_edgelora.model.parts import Picked, keys_seen, mask_at
+from mlx_edgelora.model.parts import FullCache, Picked, given_to_cache, keys_seen, mask_at
 from mlx_edgelora.model.sources import WeightSource
 from mlx_edgelora.model.trial import Compute, trial_of
 from mlx_edgelora.model.walkable import MODEL_ERRORS
@@ -113,10 +113,10 @@ def labelled_rows(
     batch, tokens, width = x.shape
     indices = checked_rows(rows, batch * tokens)
     call = inspect.signature(block.__call__).bind(x, *args, **kwargs)
-    keys, values = _keys_and_values(block, call)
+    keys, values = given_to_cache(partial(_called_with, block, call))
     positions = indices % tokens
     rowwise = _RowwiseAttention(indices // tokens, positions, tokens)
-    cache = _FullCache(mx.array(positions.astype(np.int32)), keys, values)
+    cache = FullCache(mx.array(positions.astype(np.int32)), keys, values)
     for name, value in list(call.arguments.items())[1:]:
         # Something said about each token, such as a scale of its queries.
         if name != "mask" and isinstance(value, mx.array):
@@ -170,37 +170,9 @@ def checked_rows(rows: mx.array, count: int) -> np.ndarray:
     return indices
 
 
-class _Captured(Exception):
-    """Carries keys and values out of a block."""
-
-
-class _EmptyCache:
-    """Stands for an empty cache; what it is given ends the call."""
-
-    offset = 0
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> None:
-        raise _Captured(keys, values)
-
-
-class _FullCache:
-    """Stands for a cache that holds all keys and values: what it is given is in there already."""
-
-    def __init__(self, offset: mx.array, keys: mx.array, values: mx.array) -> None:
-        self.offset, self._held, self.calls = offset, (keys, values), 0
-
-    def update_and_fetch(self, *_: mx.array) -> tuple[mx.array, mx.array]:
-        self.calls += 1
-        return self._held
-
-
-def _keys_and_values(block: nn.Module, call: inspect.BoundArguments) -> tuple[mx.array, mx.array]:
-    call.arguments["cache"] = _EmptyCache()
-    try:
-        block(*call.args, **call.kwargs)
-    except _Captured as captured:
-        return captured.args
-    raise RuntimeError("its cache is not asked for keys and values")
+def _called_with(block: nn.Module, call: inspect.BoundArguments, cache: object) -> mx.array:
+    call.arguments["cache"] = cache
+    return block(*call.args, **call.kwargs)
 
 
 class _RowwiseAttention:
@@ -225,7 +197,7 @@ class _RowwiseAttention:
         queries: mx.array,
         keys: mx.array,
         values: mx.array,
-        cache: _FullCache,
+        cache: FullCache,
         scale: float,
         mask: mx.array | str | None,
         sinks: mx.array | None = None,
@@ -267,7 +239,7 @@ def _refusal(blocks: BlockList, weights: WeightSource) -> str | None:
         try:
             # All of them: `max` would pass over NaN.
             differences = [_difference(block, trial, compute) for trial in _trials(call)]
-        except (*MODEL_ERRORS, AssertionError) as error:
+        except MODEL_ERRORS as error:
             return f"the last block cannot be called for single tokens: {error}"
     tolerance = TOLERANCES[call.args[0].dtype]
     for difference in differences:

@@ -25,6 +25,7 @@ from mlx_edgelora.model.head import (
     ModelHead,
     ResidentRows,
     StreamedRows,
+    cast_lookups,
     find_head,
     frozen_matrix,
     stream_embedding,
@@ -38,6 +39,7 @@ from mlx_edgelora.model.sources import (
     cast,
     cast_all,
 )
+from mlx_edgelora.model.walkable import checked_blocks
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
@@ -116,7 +118,7 @@ def attach(
         EdgeLoraError: the architecture cannot be walked, or a file cannot be read.
     """
     kind = DTYPES[dtype] if dtype else None
-    blocks = BlockList(lazy.model)
+    blocks = checked_blocks(lazy.model)
     trained = [name for name, _ in tree_flatten(lazy.model.trainable_parameters())]
     on_disk: dict[int, StreamedRows] = {}
     head, why = _usable_head(blocks, trained)
@@ -128,6 +130,8 @@ def attach(
         if name not in trained and not (streamed and blocks.local(name))
     ]
     _read(blocks, names, on_disk, kind)
+    if kind is not None:
+        cast_lookups(blocks.modules_outside(), kind)
     source: WeightSource = ResidentWeights()
     if streamed:
         source = StreamedWeights(_block_places(lazy, blocks), kind, meter, streamed_blocks)

@@ -22,6 +22,8 @@ from mlx_edgelora.layers.linear import (
     LoRALinear,
     LoRASwitchLinear,
 )
+from mlx_edgelora.model.refusals import Refusal, refused
+from mlx_edgelora.model.walkable import MODEL_ERRORS
 
 LORA_CLASSES = {MlxLoRALinear: LoRALinear, MlxLoRASwitchLinear: LoRASwitchLinear}
 DEQUANTIZED_CLASSES = {
@@ -49,7 +51,8 @@ def add_lora(
             linear layer of a block.
 
     Raises:
-        EdgeLoraError: too many blocks, or a key that names no layer.
+        EdgeLoraError: too many blocks, a key that names no layer, or an architecture that
+            mlx-lm's LoRA layers cannot be added to.
     """
     count = len(model.layers) if num_layers == -1 else num_layers
     if count > len(model.layers):
@@ -61,19 +64,33 @@ def add_lora(
     if keys is not None:
         _check_keys(model, keys)
         settings["keys"] = list(keys)
-    model.freeze()
+    freeze(model)
     try:
         linear_to_lora_layers(model, count, settings)
     except ValueError as error:
         raise EdgeLoraError(
             f"lora_parameters.keys: {error}; name linear layers, each of them once"
         ) from error
+    except MODEL_ERRORS as error:
+        raise refused(model, Refusal.LORA, error=str(error)) from error
     if not tree_flatten(model.trainable_parameters()):
         raise EdgeLoraError(
             "lora_parameters.keys: no layer was adapted, expected at least one; name layers that "
             "the last num_layers blocks have"
         )
     _exchange(model, LORA_CLASSES)
+
+
+def freeze(model: nn.Module) -> None:
+    """Let nothing of a model be trained.
+
+    Raises:
+        EdgeLoraError: the architecture does not allow it.
+    """
+    try:
+        model.freeze()
+    except MODEL_ERRORS as error:
+        raise refused(model, Refusal.LORA, error=str(error)) from error
 
 
 def set_kernel(model: nn.Module, kernel: str) -> str:

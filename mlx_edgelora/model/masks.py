@@ -94,6 +94,11 @@ def _causal_mask(positions: Positions, keys: int, window: int | None) -> CausalM
     return CausalMask(seen, Band(positions, window))
 
 
+def causal_array(positions: Positions, keys: int) -> mx.array:
+    """The mask of queries at these positions among so many keys, for whoever needs an array."""
+    return _causal_mask(positions, keys, None)
+
+
 def tiled_mask(mask: mx.array | str | None, queries: int, keys: int) -> Mask:
     """What tiled attention makes of a mask, of which it then needs no array if that can be."""
     if not isinstance(mask, CausalMask) or mask.band is None or mask.shape != (queries, keys):

@@ -3,13 +3,18 @@
 Around attention a block of a transformer works token by token. So its code is run for a few
 tokens up to the call of attention, which is taken away from it (`before`), and run again
 with the answer put in its place (`after`); what is not needed of either run is never
-computed. A cache that holds nothing but a position tells it where the tokens stand. No
-architecture is named: whether all this is true of a block is tried (`model/tiling.py`).
+computed. A cache that holds nothing but a position tells it where the tokens stand.
+
+A block whose attention is not all in that call (a floating mask made of its own input, as of
+multi-head latent attention; attention of its own) is cut at its cache instead: what it gives
+the cache for each token, be it keys and values or latents, is all that other tokens see of it
+(`cached`). With all of that in the cache the block's own code computes the rest (`finished`).
+No architecture is named: whether all this is true of a block is tried (`model/tiling.py`).
 """
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,7 +23,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_edgelora.model.attention import Attention, attention_replaced
-from mlx_edgelora.model.masks import band_of, banded
+from mlx_edgelora.model.masks import band_of, banded, causal_array
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,54 @@ class _Position:
         return keys, values
 
 
+class _Captured(Exception):
+    """Carries what a block gives its cache out of it."""
+
+
+class EmptyCache:
+    """Stands for an empty cache; what it is given ends the call."""
+
+    def __init__(self, offset: int = 0) -> None:
+        self.offset = offset
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> None:
+        """End the call."""
+        raise _Captured(keys, values)
+
+
+class FullCache:
+    """Stands for a cache that holds all keys and values: what it is given is in there already.
+
+    Attributes:
+        calls: how often it was asked.
+    """
+
+    def __init__(self, offset: int | mx.array, keys: mx.array, values: mx.array) -> None:
+        self.offset, self._held, self.calls = offset, (keys, values), 0
+
+    def update_and_fetch(self, *_: mx.array) -> tuple[mx.array, mx.array]:
+        """Give all keys and values."""
+        self.calls += 1
+        return self._held
+
+
+def given_to_cache(call: Callable[[EmptyCache], object], offset: int = 0) -> list[mx.array]:
+    """What a block gives its cache, twice [B, heads, t, n]: keys and values, or latents.
+
+    Args:
+        call: calls the block with a cache.
+        offset: the first token's position.
+
+    Raises:
+        RuntimeError: it gives it nothing.
+    """
+    try:
+        call(EmptyCache(offset))
+    except _Captured as captured:
+        return list(captured.args)
+    raise RuntimeError("its cache is not asked for keys and values")
+
+
 class BlockParts:
     """One call of a block, to be made for parts of its tokens.
 
@@ -82,12 +135,18 @@ class BlockParts:
         branches: the names of its two children, attention and MLP, if each is added to the
             residual stream in turn: h = x + f(attention(g(x))), then h + f'(mlp(g'(h))). Then
             the block can be computed in halves (`middle`, `rest`).
+        through_cache: cut the block at its cache, not at attention.
     """
 
     def __init__(
-        self, block: nn.Module, args: tuple, kwargs: dict, branches: tuple[str, str] | None = None
+        self,
+        block: nn.Module,
+        args: tuple,
+        kwargs: dict,
+        branches: tuple[str, str] | None = None,
+        through_cache: bool = False,
     ) -> None:
-        self.block, self.branches = block, branches
+        self.block, self.branches, self.through_cache = block, branches, through_cache
         self._signature = inspect.signature(block.__call__)
         self._args, self._kwargs = args, kwargs
 
@@ -113,7 +172,7 @@ class BlockParts:
 
         try:
             with attention_replaced(capture):
-                self._call(x, place)
+                self._call(x, place, _Position(_offset(place)))
         except _Reached as reached:
             return reached.asked
         raise RuntimeError("it does not call mlx-lm's attention")
@@ -134,7 +193,7 @@ class BlockParts:
             return attended
 
         with attention_replaced(answer):
-            out = self._call(x, place)
+            out = self._call(x, place, _Position(_offset(place)))
         if len(calls) != 1:
             raise RuntimeError(f"it calls attention {len(calls)} times, expected once")
         return out
@@ -147,7 +206,50 @@ class BlockParts:
     def rest(self, middle: mx.array, place: Place) -> mx.array:
         """What the block returns for tokens whose residual stream between the halves this is."""
         with _silent(self.block, self.branches[0]):
-            return self._call(middle, place)
+            return self._call(middle, place, _Position(_offset(place)))
+
+    def cached(self, x: mx.array, span: Span) -> list[mx.array]:
+        """What the tokens of a span give the cache, [B, heads, t, n] twice.
+
+        Raises:
+            RuntimeError: nothing.
+        """
+        return given_to_cache(lambda cache: self._call(x, span, cache), span.start)
+
+    def finished(self, x: mx.array, span: Span, keys: Span, cached: list[mx.array]) -> mx.array:
+        """What the block returns for the tokens of a span, or the middle of a block in halves.
+
+        Args:
+            x: [B, t, D].
+            span: where they are.
+            keys: the tokens that they may see (`seen`).
+            cached: what these gave the cache.
+
+        Raises:
+            RuntimeError: it does not ask its cache once.
+        """
+        cache = FullCache(span.start, *cached)
+        with _silent(self.block, self.branches[1]) if self.branches else nullcontext():
+            out = self._call(x, span, cache, self._mask_between(span, keys))
+        if cache.calls != 1:
+            raise RuntimeError(f"it asks its cache {cache.calls} times, expected once")
+        return out
+
+    def seen(self, span: Span, tokens: int) -> Span:
+        """The tokens, of so many, that those of a span may see."""
+        return keys_seen(self._mask(), span, tokens)
+
+    def _mask(self) -> mx.array | str | None:
+        return self.bind(None).arguments.get("mask")
+
+    def _mask_between(self, span: Span, keys: Span) -> mx.array | str | None:
+        mask = self._mask()
+        part = mask_at(mask, span, keys)[1]
+        if not isinstance(mask, mx.array) or isinstance(part, mx.array):
+            return part
+        return causal_array(
+            range(span.start - keys.start, span.stop - keys.start), keys.stop - keys.start
+        )
 
     def bind(self, x: mx.array) -> inspect.BoundArguments:
         """The arguments of the whole call, for input x."""
@@ -156,19 +258,22 @@ class BlockParts:
     def with_mask(self, mask: mx.array | str | None) -> "BlockParts":
         """The same call under another mask."""
         arguments = dict(list(self.bind(None).arguments.items())[1:])
-        return BlockParts(self.block, (), arguments | {"mask": mask}, self.branches)
+        rest = arguments | {"mask": mask}
+        return BlockParts(self.block, (), rest, self.branches, self.through_cache)
 
-    def with_branches(self, branches: tuple[str, str] | None) -> "BlockParts":
-        """The same call, in halves or not."""
-        return BlockParts(self.block, self._args, self._kwargs, branches)
+    def cut(self, branches: tuple[str, str] | None, through_cache: bool) -> "BlockParts":
+        """The same call, in halves or not, cut at its cache or at attention."""
+        return BlockParts(self.block, self._args, self._kwargs, branches, through_cache)
 
     def whole(self, x: mx.array) -> mx.array:
         """What the block returns for all tokens."""
         return self.block(x, *self._args, **self._kwargs)
 
-    def _call(self, x: mx.array, place: Place) -> mx.array:
-        call = self.bind(x)
-        offset = place.start if isinstance(place, Span) else mx.array(place.positions)
+    def _call(
+        self, x: mx.array, place: Place, cache: object, mask: mx.array | str | None = None
+    ) -> mx.array:
+        """Call the block for some tokens; with another mask if there is one."""
+        call, offset = self.bind(x), _offset(place)
         for name, value in list(call.arguments.items())[1:]:
             # Something said about each token, such as a scale of its queries.
             if name != "mask" and isinstance(value, mx.array):
@@ -177,8 +282,15 @@ class BlockParts:
                     if isinstance(place, Span)
                     else value[offset][:, None, None]
                 )
-        call.arguments["cache"] = _Position(offset)
+        call.arguments["cache"] = cache
+        if mask is not None:
+            call.arguments["mask"] = mask
         return self.block(*call.args, **call.kwargs)
+
+
+def _offset(place: Place) -> int | mx.array:
+    """The position of the first token, or of each picked one."""
+    return place.start if isinstance(place, Span) else mx.array(place.positions)
 
 
 def _asked(

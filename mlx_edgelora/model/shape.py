@@ -69,15 +69,15 @@ class ModelShape:
     gated: bool
 
 
-def shape_of(model: nn.Module, vocabulary: int, dtype: mx.Dtype | None = None) -> ModelShape:
+def shape_of(blocks: BlockList, vocabulary: int, dtype: mx.Dtype | None = None) -> ModelShape:
     """Measure an adapted model; nothing is evaluated.
 
     Args:
-        model: went through `add_lora`.
+        blocks: of a model that went through `add_lora`, checked.
         vocabulary: number of logits.
         dtype: what floating weights will be cast to; None for their own.
     """
-    blocks = BlockList(model)
+    model = blocks.model
     trained = {name: value.nbytes for name, value in tree_flatten(model.trainable_parameters())}
     queries, keys = _attention(blocks)
     by_block = [_Block(block, dtype) for block in blocks.blocks]
@@ -117,7 +117,7 @@ def shape_of(model: nn.Module, vocabulary: int, dtype: mx.Dtype | None = None) -
         adapter_bytes=largest.trained,
         mlp_adapter_bytes=largest.mlp_trained,
         outside_adapter_bytes=sum(outside.values()),
-        itemsize=largest.itemsize if dtype is None else dtype.size,
+        itemsize=(dtype or blocks.hidden_dtype).size,
         gated=all(block.gated for block in by_block),
     )
 
@@ -128,7 +128,7 @@ def _attention(blocks: BlockList) -> tuple[int, int]:
     for block, (x, args, kwargs) in zip(blocks.blocks, block_calls(blocks), strict=True):
         try:
             asked = BlockParts(block, args, kwargs).before(x, Span(0, x.shape[1]))
-        except (*MODEL_ERRORS, AssertionError):
+        except MODEL_ERRORS:
             continue  # attention of its own
         sizes = [a.shape[1] * a.shape[3] for a in (asked.q, asked.k, asked.v)]
         found.append((sizes[0], sizes[1] + sizes[2]))
@@ -170,8 +170,6 @@ class _Block:
             (v.shape[-1] for n, v in trained.items() if n.endswith("lora_a")), default=0
         )
         self.packed = any("scales" in matrix for matrix in matrices.values())
-        floats = [v.dtype.size for v in arrays.values() if mx.issubdtype(v.dtype, mx.floating)]
-        self.itemsize = max(floats, default=4)
 
 
 def _dims(matrix: nn.Module) -> tuple[int, int]:

@@ -9,14 +9,15 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlx_edgelora.layers.fused import is_floating
 from mlx_edgelora.model.attention import masks_known
-from mlx_edgelora.model.blocks import BlockList, signature
+from mlx_edgelora.model.blocks import BlockList, array_slots, bound, signature
 from mlx_edgelora.model.labelled import TOLERANCES, TRIAL_SHAPE, TRIAL_WINDOW, _unsuited
-from mlx_edgelora.model.masks import banded
+from mlx_edgelora.model.masks import band_of, banded
 from mlx_edgelora.model.parts import BlockParts, Picked, Place, Span, mask_at, tokens_at
 from mlx_edgelora.model.sources import WeightSource
 from mlx_edgelora.model.trial import Compute, trial_of
-from mlx_edgelora.model.walkable import MODEL_ERRORS
+from mlx_edgelora.model.walkable import MODEL_ERRORS, watched
 
 # Of a row of the trial: spans, and single tokens.
 TRIAL_PLACES: list[Place] = [
@@ -34,13 +35,16 @@ class Tileable(NamedTuple):
 
     Attributes:
         branches: see `BlockParts`; None where the block is no such sum.
-        keys: how many numbers keys, or values, of a token are, the larger of the two.
+        keys: how many numbers keys, or values, of a token are, the larger of the two; of a
+            block that is cut at its cache, what it gives the cache.
+        through_cache: see `BlockParts`.
     """
 
     possible: bool
     reason: str = ""
     branches: tuple[str, str] | None = None
     keys: int = 0
+    through_cache: bool = False
 
 
 class Tiling:
@@ -82,19 +86,27 @@ class Tiling:
 
     def _trial(self, index: int) -> Tileable:
         block = self._blocks.blocks[index]
-        compute = trial_of(block, self._weights, index)
-        try:
-            calls = list(_trials(block, *self._calls[index]))
-            for x, parts in calls:
-                if reason := _disagreement(x, parts, compute):
-                    return Tileable(False, reason)
-            x, parts = calls[0]
-            asked = parts.before(x, Span(0, TRIAL_SHAPE[1]))  # for its shapes: never computed
-            keys = max(a.shape[1] * a.shape[3] for a in (asked.k, asked.v))
-        except (*MODEL_ERRORS, AssertionError) as error:
-            reason = f"a block cannot be called for parts of its tokens: {error}"
-            return Tileable(False, reason)
-        return Tileable(True, branches=_branches(calls, compute), keys=keys)
+        compute, reasons = trial_of(block, self._weights, index), []
+        for through_cache in (False, True):
+            try:
+                calls = list(_trials(block, *self._calls[index], through_cache))
+                reason = next(filter(None, (_disagreement(*call, compute) for call in calls)), "")
+                if not reason:
+                    keys = max(array.shape[1] * array.shape[3] for array in _kept(*calls[0]))
+                    return Tileable(True, "", _branches(calls, compute), keys, through_cache)
+            except MODEL_ERRORS as error:
+                reason = f"a block cannot be called for parts of its tokens: {error}"
+            reasons.append(reason)
+        return Tileable(False, reasons[0])
+
+
+def _kept(x: mx.array, parts: BlockParts) -> list[mx.array]:
+    """What is kept of all tokens, for its shapes: never computed."""
+    whole = Span(0, TRIAL_SHAPE[1])
+    if parts.through_cache:
+        return parts.cached(x, whole)
+    asked = parts.before(x, whole)
+    return [asked.k, asked.v]
 
 
 def _branches(calls: list[tuple[mx.array, BlockParts]], compute: Compute) -> tuple[str, str] | None:
@@ -102,11 +114,11 @@ def _branches(calls: list[tuple[mx.array, BlockParts]], compute: Compute) -> tup
     _, parts = calls[0]
     children = [name for name, child in parts.block.items() if _multiplies(child)]
     for pair in permutations(children, 2):
-        halves = [(x, p.with_branches(pair)) for x, p in calls]
+        halves = [(x, p.cut(pair, p.through_cache)) for x, p in calls]
         try:
             if not any(_disagreement(x, p, compute) for x, p in halves):
                 return pair
-        except (*MODEL_ERRORS, AssertionError):
+        except MODEL_ERRORS:
             continue
     return None
 
@@ -141,15 +153,18 @@ def block_calls(blocks: BlockList) -> list[tuple]:
     return calls
 
 
-def _trials(block: nn.Module, x: mx.array, args: tuple, kwargs: dict) -> Iterator[tuple]:
+def _trials(
+    block: nn.Module, x: mx.array, args: tuple, kwargs: dict, through_cache: bool
+) -> Iterator[tuple[mx.array, BlockParts]]:
     """The call at an input of one size in each row, and under a window: long texts may have one."""
-    parts = BlockParts(block, args, kwargs)
+    parts = BlockParts(block, args, kwargs, None, through_cache)
     call = parts.bind(x)
     if reason := _unsuited(call):
         raise ValueError(reason)
-    masks = [call.arguments.get("mask")]
-    if isinstance(masks[0], str):
-        masks.append(banded(range(TRIAL_SHAPE[1]), TRIAL_SHAPE[1], TRIAL_WINDOW))
+    mask = call.arguments.get("mask")
+    masks, window = [mask], banded(range(TRIAL_SHAPE[1]), TRIAL_SHAPE[1], TRIAL_WINDOW)
+    if band_of(mask) is not None:
+        masks.append(window)
     scaled = mx.array(TRIAL_SCALES, x.dtype)[:, None, None] * x
     for mask in masks:
         yield scaled, parts.with_mask(mask)
@@ -157,9 +172,12 @@ def _trials(block: nn.Module, x: mx.array, args: tuple, kwargs: dict) -> Iterato
 
 def _disagreement(x: mx.array, parts: BlockParts, compute: Compute) -> str | None:
     """How the parts, or the halves, differ from the whole, if they do."""
+    if not parts.through_cache and _mask_is_computed(x, parts):
+        return "a block adds a mask to its scores that depends on its input"
     (whole,) = compute(lambda: [parts.whole(x)])
     keys, values = compute(lambda: _keys_and_values(x, parts))
-    for place in TRIAL_PLACES:
+    places = [p for p in TRIAL_PLACES if isinstance(p, Span) or not parts.through_cache]
+    for place in places:
         (got,) = compute(lambda place=place: [_computed_at(x, parts, place, keys, values)])
         got, expected, before = (
             value.astype(mx.float32)
@@ -173,10 +191,36 @@ def _disagreement(x: mx.array, parts: BlockParts, compute: Compute) -> str | Non
     return None
 
 
+def _mask_is_computed(x: mx.array, parts: BlockParts) -> bool:
+    """Whether a gradient passes through what a block gives attention beside q, k and v.
+
+    That is taken for constants where attention is taken away from the block.
+    """
+    reached: list[bool] = []
+    watch = watched(lambda: reached.append(True))
+    trained = dict(tree_flatten(parts.block.trainable_parameters()))
+    slots = array_slots(parts.block)
+
+    def constants(x: mx.array, *values: mx.array) -> list[mx.array]:
+        seen = {name: watch(value) for name, value in zip(trained, values, strict=True)}
+        with bound(slots, seen):
+            asked = parts.before(watch(x), Span(0, x.shape[1]))
+        floats = [a for a in (asked.mask, asked.sinks) if is_floating(a)]
+        return [a.astype(mx.float32).sum() for a in floats] or [mx.array(0.0)]
+
+    # Only the graph is built: nothing is computed, no weights are read.
+    mx.grad(lambda *arrays: sum(constants(*arrays)))(x, *trained.values())
+    return bool(reached)
+
+
 def _keys_and_values(x: mx.array, parts: BlockParts) -> list[mx.array]:
-    """Of all tokens, by tiles."""
-    asked = [parts.before(tokens_at(x, 0, span), span) for span in TRIAL_PLACES[:2]]
-    return [mx.concatenate([a[i] for a in asked], axis=2) for i in (1, 2)]
+    """Of all tokens, by tiles; or what they give the cache."""
+    if parts.through_cache:
+        pairs = [parts.cached(tokens_at(x, 0, span), span) for span in TRIAL_PLACES[:2]]
+    else:
+        asked = [parts.before(tokens_at(x, 0, span), span) for span in TRIAL_PLACES[:2]]
+        pairs = [(a.k, a.v) for a in asked]
+    return [mx.concatenate(both, axis=2) for both in zip(*pairs, strict=True)]
 
 
 def _computed_at(
@@ -184,6 +228,11 @@ def _computed_at(
 ) -> mx.array:
     """What the block, or its halves one after the other, make of the tokens at a place."""
     mine = tokens_at(x, 0, place)
+    if parts.through_cache:
+        seen = parts.seen(place, keys.shape[2])
+        cached = [array[:, :, seen.start : seen.stop] for array in (keys, values)]
+        out = parts.finished(mine, place, seen, cached)
+        return out if parts.branches is None else parts.rest(out, place)
     ask = parts.before(mine, place)
     row = slice(None) if isinstance(place, Span) else slice(place.row, place.row + 1)
     _, mask = mask_at(ask.mask, place, Span(0, keys.shape[2]))

@@ -2,10 +2,12 @@
 
 The walk knows one way from block to block: the hidden state. A model in which anything
 else leads there (shared keys and values, an input passed around the blocks, a router's
-loss, a trained matrix in two blocks) would get wrong gradients without a word.
+loss, a trained matrix in two blocks) would get wrong gradients without a word. The reasons
+are listed in `model/refusals.py`.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -13,12 +15,42 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.model.blocks import BlockList, array_slots, bound
+from mlx_edgelora.memory.dropout import KeyTape, keyed_dropout
+from mlx_edgelora.model.blocks import BlockList, Handler, array_slots, bound
+from mlx_edgelora.model.masks import CausalMask, band_of
+from mlx_edgelora.model.refusals import Refusal, refused
 
 # What a block is called with: x, args, kwargs.
 Call = tuple[mx.array, tuple, dict]
 # What a model may answer with where it cannot be run with other blocks than its own.
-MODEL_ERRORS = (ValueError, TypeError, AttributeError, LookupError, RuntimeError)
+MODEL_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+TOKENS = (1, 4)
+# Part of what MLX says where a function that it traces wants to know values.
+EVALUATES = "Attempting to eval an array during function transformations"
+
+
+def checked_blocks(model: nn.Module) -> BlockList:
+    """The blocks of a model, adapted or not, once it is proved that it can be walked.
+
+    Every way into training calls this before it looks at a model in any other way. It reads
+    no weights, and takes about a millisecond a block.
+
+    Raises:
+        EdgeLoraError: names the architecture, the block and the reason.
+    """
+    blocks, tape = BlockList(model), KeyTape()
+    # Dropout must neither look like random numbers of a block nor move MLX's generator.
+    with keyed_dropout(model, tape), tape.playing(itertools.repeat(mx.random.key(0))):
+        check_walk(blocks)
+    return blocks
 
 
 def check_walk(blocks: BlockList) -> None:
@@ -27,29 +59,29 @@ def check_walk(blocks: BlockList) -> None:
     The model's loop is run on four tokens with blocks that are not computed: each must be
     called once, in order, on exactly what the one before returned. A gradient that went
     another way would be lost, so no other argument may depend on what a block returned or
-    on what is trained before the blocks, and the logits only on the last block. Then each
-    block's own graph is built: it must return one array of its input's shape and change
-    nothing. Only such arguments are evaluated, so no weights are read.
+    on what is trained before the blocks, and the logits only on the last block. Then the loop
+    is run with the blocks' own graphs, built on zeros: each must be called with the same
+    arguments as before, return one array of its input's shape and change nothing. Only such
+    arguments are evaluated, so no weights are read.
 
     Raises:
         EdgeLoraError: names the architecture, the block and the reason.
     """
     _check_owners(blocks)
-    calls = _loop(blocks, lambda index, x: mx.full(x.shape, float("nan"), x.dtype))
-    _check_arguments(blocks, calls, "it shares state with earlier blocks")
+    calls = _placeholder_calls(blocks, lambda index, x: mx.full(x.shape, float("nan"), x.dtype))
+    _check_arguments(blocks, calls, Refusal.SHARED_STATE)
     trained = tree_flatten(blocks.model.trainable_parameters())
     entry = {n: mx.full(v.shape, float("nan")) for n, v in trained if blocks.local(n) is None}
     if entry:
         with bound(array_slots(blocks.model), entry):
             # The first block's input may depend on them, so it is not passed on.
-            reached = _loop(blocks, lambda index, x: mx.zeros(x.shape, x.dtype))
-            _check_arguments(blocks, reached, "trained parameters outside the blocks reach it")
-    for index, (x, *_) in enumerate(_loop(blocks, _marker)):
+            reached = _placeholder_calls(blocks, lambda index, x: mx.zeros(x.shape, x.dtype))
+            _check_arguments(blocks, reached, Refusal.ENTRY)
+    for index, (x, *_) in enumerate(_placeholder_calls(blocks, _marker)):
         if index and not mx.array_equal(x, _marker(index - 1, x)).item():
-            raise _refusal(blocks, index, "the model changes what the block before returned")
+            raise _refusal(blocks, index, Refusal.CHANGED_INPUT)
     _check_tail(blocks, mx.zeros(calls[-1][0].shape, calls[-1][0].dtype))
-    for index, (x, args, kwargs) in enumerate(calls):
-        _check_block(blocks, index, mx.zeros(x.shape, x.dtype), args, kwargs)
+    _calls(blocks, lambda *call: _checked_output(blocks, calls, *call))
 
 
 def _check_owners(blocks: BlockList) -> None:
@@ -62,39 +94,62 @@ def _check_owners(blocks: BlockList) -> None:
         other = owners.setdefault((id(container), key), index)
         if other != index:
             where = "outside the blocks" if None in (other, index) else f"in block {other}"
-            raise _refusal(blocks, index or other or 0, f"{name} is trained {where} too")
+            index = index or other or 0
+            raise _refusal(blocks, index, Refusal.OWNERS, name=name, where=where)
 
 
 def _marker(index: int, x: mx.array) -> mx.array:
     return mx.random.normal(x.shape, x.dtype, key=mx.random.key(index))
 
 
-def _loop(blocks: BlockList, output: Callable[[int, mx.array], mx.array]) -> list[Call]:
-    """Run the model's own loop over blocks that return `output(index, x)`; gives the calls."""
+def _calls(blocks: BlockList, handler: Handler) -> list[Call]:
+    """Run the model's own loop on a few tokens; gives what each block was called with.
+
+    Args:
+        blocks: the model's.
+        handler: gives what the loop goes on with where a block is due.
+
+    Raises:
+        EdgeLoraError: blocks are not called once and in order.
+    """
     calls: list[Call] = []
-    returned: list[mx.array] = []
 
     def record(index: int, x: mx.array, args: tuple, kwargs: dict) -> mx.array:
         if index != len(calls):
-            raise _refusal(blocks, index, f"it is called where block {len(calls)} is due")
-        if index and x is not returned[-1]:
-            raise _refusal(blocks, index, "its input is not what the block before returned")
+            raise _refusal(blocks, index, Refusal.ORDER, due=str(len(calls)))
         calls.append((x, args, kwargs))
-        returned.append(output(index, x))
-        return returned[-1]
+        return handler(index, x, args, kwargs)
 
     try:
         with blocks.intercepted(record):
-            blocks.model(mx.array([[1, 2, 3, 4]]))
+            blocks.model(mx.arange(1, 1 + TOKENS[1])[None])
     except MODEL_ERRORS as error:
-        reason = f"the model cannot go on with one array from it ({error})"
-        raise _refusal(blocks, max(len(calls) - 1, 0), reason) from error
+        last = max(len(calls) - 1, 0)
+        raise _refusal(blocks, last, Refusal.SEVERAL_OUTPUTS, error=str(error)) from error
     if len(calls) < len(blocks):
-        raise _refusal(blocks, len(calls), "the model does not call it from its list of blocks")
+        raise _refusal(blocks, len(calls), Refusal.NOT_CALLED)
     return calls
 
 
-def _check_arguments(blocks: BlockList, calls: list[Call], reason: str) -> None:
+def _placeholder_calls(
+    blocks: BlockList, output: Callable[[int, mx.array], mx.array]
+) -> list[Call]:
+    """What each block is called with where blocks return `output(index, x)` instead."""
+    returned: list[mx.array] = []
+
+    def handler(index: int, x: mx.array, args: tuple, kwargs: dict) -> mx.array:
+        if index and x is not returned[-1]:
+            raise _refusal(blocks, index, Refusal.INPUT)
+        if not isinstance(x, mx.array) or x.ndim != 3 or x.shape[:2] != TOKENS:
+            shape = str(getattr(x, "shape", type(x).__name__))
+            raise _refusal(blocks, index, Refusal.HIDDEN, shape=shape)
+        returned.append(output(index, x))
+        return returned[-1]
+
+    return _calls(blocks, handler)
+
+
+def _check_arguments(blocks: BlockList, calls: list[Call], reason: Refusal) -> None:
     for index, (_, *others) in enumerate(calls):
         if any(map(_has_nan, _leaves(others))):
             raise _refusal(blocks, index, reason)
@@ -106,12 +161,12 @@ def _check_tail(blocks: BlockList, hidden: mx.array) -> None:
 
     def logits(hidden: mx.array) -> mx.array:
         with blocks.intercepted(lambda index, *_: watched(lambda: used.add(index))(hidden)):
-            return blocks.model(mx.array([[1, 2, 3, 4]])).sum()
+            return blocks.model(mx.arange(1, 1 + TOKENS[1])[None]).sum()
 
     mx.grad(logits)(hidden)
     early = used - {len(blocks) - 1}
     if early:
-        raise _refusal(blocks, min(early), "its output is used behind the last block too")
+        raise _refusal(blocks, min(early), Refusal.USED_LATER)
 
 
 def watched(when_reached: Callable[[], None]) -> Callable[[mx.array], mx.array]:
@@ -129,22 +184,87 @@ def watched(when_reached: Callable[[], None]) -> Callable[[mx.array], mx.array]:
     return identity
 
 
-def _check_block(blocks: BlockList, index: int, x: mx.array, args: tuple, kwargs: dict) -> None:
-    block = blocks.blocks[index]
-    before = _identity(block), list(map(id, _leaves([args, kwargs])))
+def looks_at_values(function: Callable[..., Any], inputs: Sequence[mx.array]) -> bool:
+    """Whether a function decides by the values of its inputs what it computes.
+
+    It is traced by `mx.compile`, where MLX forbids that anything is evaluated; nothing is
+    computed. True as well where nobody can tell, because compilation is switched off.
+    """
+
+    def raises(function: Callable[..., Any]) -> bool:
+        try:
+            mx.compile(function)(*inputs)
+        except (ValueError, RuntimeError) as error:
+            if EVALUATES not in str(error):
+                raise
+            return True
+        return False
+
+    return raises(function) or not raises(lambda *arrays: [mx.eval(arrays), *arrays][1:])
+
+
+def _checked_output(
+    blocks: BlockList, calls: Sequence[Call], index: int, x: mx.array, args: tuple, kwargs: dict
+) -> mx.array:
+    """What a block returns for zeros, with zeros for weights, once its call is what it must be.
+
+    Its dtype is that of the hidden states there, which may get wider from block to block.
+    """
+    block, zeros = blocks.blocks[index], mx.zeros(x.shape, x.dtype)
+    if difference := different_argument(calls[index][1:], (args, kwargs)):
+        raise _refusal(blocks, index, Refusal.OTHER_CALL, name=difference)
+    slots = array_slots(block)
+    # A block that looks at values must not read its weights for that.
+    empty = {name: mx.zeros(box[key].shape, box[key].dtype) for name, (box, key) in slots.items()}
     drawn = mx.array(mx.random.state[0])
-    try:
-        out = block(x, *args, **kwargs)
-    except MODEL_ERRORS as error:
-        raise _refusal(blocks, index, f"it cannot be called ({error})") from error
+    with bound(slots, empty):
+        before = _identity(block), list(map(id, _leaves([args, kwargs])))
+        try:
+            out = block(zeros, *args, **kwargs)
+        except MODEL_ERRORS as error:
+            raise _refusal(blocks, index, Refusal.FAILS, error=str(error)) from error
+        after = _identity(block), list(map(id, _leaves([args, kwargs])))
     if not isinstance(out, mx.array):
-        raise _refusal(blocks, index, f"it returns a {type(out).__name__}, not one array")
+        raise _refusal(blocks, index, Refusal.NO_ARRAY, kind=type(out).__name__)
     if out.shape != x.shape:
-        raise _refusal(blocks, index, f"it maps {x.shape} to {out.shape}")
-    if (_identity(block), list(map(id, _leaves([args, kwargs])))) != before:
-        raise _refusal(blocks, index, "it changes its own attributes or arguments when called")
+        shapes = {"shape": str(x.shape), "other": str(out.shape)}
+        raise _refusal(blocks, index, Refusal.OTHER_SHAPE, **shapes)
+    if after != before:
+        raise _refusal(blocks, index, Refusal.MUTATES)
     if not mx.array_equal(drawn, mx.random.state[0]).item():
-        raise _refusal(blocks, index, "it draws random numbers, other ones at recomputation")
+        raise _refusal(blocks, index, Refusal.RANDOM)
+    blocks.hidden_dtype = out.dtype
+    return out
+
+
+def different_argument(expected: tuple[tuple, dict], got: tuple[tuple, dict]) -> str | None:
+    """The first of a call's arguments (args, kwargs) that is not as expected; None if all are.
+
+    Arrays are evaluated, but for masks that know what they mean.
+    """
+    names = [str(number) for number in range(len(expected[0]))] + list(expected[1])
+    if len(expected[0]) != len(got[0]) or expected[1].keys() != got[1].keys():
+        return "number of arguments"
+    for name, *pair in zip(
+        names, (*expected[0], *expected[1].values()), (*got[0], *got[1].values()), strict=True
+    ):
+        leaves = [tree_flatten(value, is_leaf=_is_module) for value in pair]
+        if [place for place, _ in leaves[0]] != [place for place, _ in leaves[1]]:
+            return name
+        if not all(_same(a, b) for (_, a), (_, b) in zip(*leaves, strict=True)):
+            return name
+    return None
+
+
+def _same(first: Any, second: Any) -> bool:
+    bands = [band_of(mask) if isinstance(mask, CausalMask) else None for mask in (first, second)]
+    if None not in bands:
+        return (first.shape, str(bands[0])) == (second.shape, str(bands[1]))
+    if isinstance(first, mx.array) and isinstance(second, mx.array):
+        same = (first.shape, first.dtype) == (second.shape, second.dtype)
+        return same and mx.array_equal(first, second, equal_nan=True).item()
+    plain = (bool, int, float, str, type(None))
+    return type(first) is type(second) and (not isinstance(first, plain) or first == second)
 
 
 def _leaves(value: Any) -> list:
@@ -172,9 +292,5 @@ def _has_nan(value: Any) -> bool:
     )
 
 
-def _refusal(blocks: BlockList, index: int, reason: str) -> EdgeLoraError:
-    architecture = type(blocks.model).__module__.rpartition(".")[2]
-    return EdgeLoraError(
-        f"{architecture}: block {index} ({type(blocks.blocks[index]).__name__}) cannot be trained "
-        f"block by block: {reason}; train this architecture with mlx_lm.lora"
-    )
+def _refusal(blocks: BlockList, index: int, reason: Refusal, **values: str) -> EdgeLoraError:
+    return refused(blocks.model, reason, index, blocks.blocks[index], **values)

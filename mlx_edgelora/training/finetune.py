@@ -30,7 +30,8 @@ from mlx_edgelora.memory.stores import spill_folder
 from mlx_edgelora.model.checkpoint import LazyModel, quantized, reason
 from mlx_edgelora.model.headers import headers_of
 from mlx_edgelora.model.loading import can_stream, open_model
-from mlx_edgelora.model.lora import add_lora
+from mlx_edgelora.model.lora import add_lora, freeze
+from mlx_edgelora.model.walkable import checked_blocks
 from mlx_edgelora.training.adapters import CONFIG_FILE, WEIGHTS_FILE, read_adapter_weights
 from mlx_edgelora.training.assembly import Settings, assembled
 from mlx_edgelora.training.callbacks import TrainingCallback, reporting_callbacks
@@ -274,11 +275,13 @@ def _tokenizer(lazy: LazyModel) -> object:
 
 
 def _adapt(model: nn.Module, config: TrainConfig) -> None:
+    """Add what is trained; then, before anything else looks at it, see that it can be walked."""
     lora = config.lora_parameters
-    if not config.train and config.resume_adapter_file is None:
-        model.freeze()
-        return
-    add_lora(model, config.num_layers, lora.rank, lora.scale, lora.dropout, lora.keys)
+    if config.train or config.resume_adapter_file is not None:
+        add_lora(model, config.num_layers, lora.rank, lora.scale, lora.dropout, lora.keys)
+    else:
+        freeze(model)
+    checked_blocks(model)
 
 
 def _resume(trained: Trained, model: nn.Module, config: TrainConfig) -> None:

@@ -5,9 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-from mlx.utils import tree_flatten
-
 from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.data import Batch
 from mlx_edgelora.data.batches import largest_batch
@@ -19,6 +16,7 @@ from mlx_edgelora.memory.planner import Choice, needed, plan
 from mlx_edgelora.model.checkpoint import LazyModel
 from mlx_edgelora.model.loading import DTYPES
 from mlx_edgelora.model.shape import ModelShape, shape_of
+from mlx_edgelora.model.walkable import checked_blocks
 
 # Shorter batches have plans of their own, by so many steps of their length.
 STEPS = 8
@@ -150,13 +148,14 @@ def asked_plan(
         EdgeLoraError: a plan's file is none.
     """
     dtype = DTYPES[config.dtype] if config.dtype else None
-    shape = shape_of(lazy.model, lazy.vocabulary, dtype)
+    blocks = checked_blocks(lazy.model)
+    shape = shape_of(blocks, lazy.vocabulary, dtype)
     tokens, labels = largest_batch(datasets, config.batch_size, config.max_seq_length)
     if not tokens:
         tokens = config.max_seq_length - 1
         labels = max(1, round(labelled * config.batch_size * tokens))
     load = Load(config.batch_size, tokens, labels)
-    machine = machine_here(cache, folder, dtype or dtype_of(lazy))
+    machine = machine_here(cache, folder, dtype or blocks.hidden_dtype)
     given = Plan.read(config.plan) if config.plan else None
     if config.memory_budget == "min":
         given = replace(Plan.floor(), kernel=config.kernel)
@@ -211,13 +210,3 @@ def _fixed(config: TrainConfig) -> dict[str, Any]:
     if config.loss == "approximate":  # its subset is that of all labels of a batch
         fixed["micro_batches"] = 1
     return fixed
-
-
-def dtype_of(lazy: LazyModel) -> mx.Dtype:
-    """Of the model's floating weights, the widest."""
-    floats = [
-        value.dtype
-        for name, value in tree_flatten(lazy.model.parameters())
-        if mx.issubdtype(value.dtype, mx.floating) and "lora_" not in name
-    ]
-    return max(floats, key=lambda dtype: dtype.size, default=mx.float32)

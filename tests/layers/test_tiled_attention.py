@@ -192,15 +192,55 @@ def test_large_logits_do_not_overflow():
     assert_exact(arrays, cotangent, 100, 1e-3, mask="causal")
 
 
-def test_a_mask_gets_no_gradient():
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=shapes,
+    tile_bytes=tiles,
+    sinks=st.booleans(),
+    whole=st.tuples(*[st.booleans()] * 4),
+    axes=st.integers(2, 4),
+    hidden=st.booleans(),
+)
+def test_a_floating_mask_has_its_gradient(shape, tile_bytes, sinks, whole, axes, hidden):
+    """As rotary scores have that multi-head latent attention adds; broadcast axes are summed."""
+    arrays, cotangent = inputs(*shape)
+    full = (*arrays[0].shape[:3], arrays[1].shape[2])
+    mask = normal([size if take else 1 for size, take in zip(full, whole, strict=True)][-axes:], 6)
+    if hidden:  # some scores count for nothing, never all of a row
+        mask = mx.where(normal(mask.shape, 8) > 0.5, mx.finfo(mx.float32).min, mask)
+        mask[..., 0] = 0.1
+    extra = [2 * normal((arrays[0].shape[1],), 5)] if sinks else []
+    got, expected = (
+        both(f, [*arrays, mask, *extra], cotangent)
+        for f in (
+            lambda q, k, v, m, s=None: tiled_attention(
+                q, k, v, scale=SCALE, mask=m, sinks=s, tile_bytes=tile_bytes
+            ),
+            lambda q, k, v, m, *s: plain_attention(q, k, v, *s, mask=m),
+        )
+    )
+    assert_same(got, expected, cotangent, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_the_gradient_of_a_mask_has_its_dtype(dtype):
+    arrays, cotangent = inputs(1, 2, 2, 30, 30, 8, 8)
+    mask = normal((1, 4, 30, 30), 6, dtype)
+    function = lambda mask: tiled_attention(*arrays, scale=SCALE, mask=mask, tile_bytes=500)  # noqa: E731
+    _, (got,) = mx.vjp(function, [mask], [cotangent])
+    expected = mx.vjp(function, [mask.astype(mx.float32)], [cotangent])[1][0]
+    assert got.dtype == dtype
+    assert norm(got - expected) <= 8e-3 * norm(expected)
+
+
+def test_a_mask_of_bool_has_no_gradient():
     arrays, cotangent = inputs(1, 1, 2, 5, 5, 4, 4)
-    for mask in (normal((5, 5), 7), normal((5, 5), 7) > 0):
-        gradient = both(
-            lambda q, k, v, mask: tiled_attention(q, k, v, scale=SCALE, mask=mask),
-            [*arrays, mask],
-            cotangent,
-        )[-1]
-        assert not gradient.any().item()
+    gradient = both(
+        lambda q, k, v, mask: tiled_attention(q, k, v, scale=SCALE, mask=mask),
+        [*arrays, normal((5, 5), 7) > 0],
+        cotangent,
+    )[-1]
+    assert not gradient.any().item()
 
 
 def test_in_value_and_grad_and_twice_in_one_graph():
@@ -417,8 +457,12 @@ def test_not_fused_elsewhere_and_why(backend, options, reason):
     assert re.search(reason, why), why
 
 
-def test_cuda_takes_an_array_mask():
-    assert choice(CUDA, mask=mx.zeros((256, 256)))[0]
+def test_cuda_takes_a_mask_of_bool_but_gives_no_gradient_to_a_floating_one():
+    assert choice(CUDA, mask=mx.ones((256, 256), mx.bool_))[0]
+    assert choice(CUDA, mask=mx.zeros((256, 256))) == (
+        False,
+        "the fused backward gives no gradient to a floating mask",
+    )
 
 
 def test_backend_is_that_of_the_default_device():

@@ -23,6 +23,7 @@ from mlx_edgelora.model.checkpoint import write_model
 from mlx_edgelora.model.loading import open_model
 from mlx_edgelora.model.lora import add_lora
 from mlx_edgelora.model.shape import shape_of
+from mlx_edgelora.model.walkable import checked_blocks
 from mlx_edgelora.training.assembly import Settings, assembled
 
 # As wide as Qwen-2.5-0.5B, two blocks, a small vocabulary.
@@ -60,7 +61,7 @@ def test_a_step_takes_what_was_expected(wide, name, memory):
     """Within the planner's margin; never more than the budget that it is chosen for."""
     lazy = open_model(str(wide), streamed=True, quantize=None, cache=wide)
     add_lora(lazy.model, -1, rank=16)
-    shape = shape_of(lazy.model, lazy.vocabulary, mx.float32)
+    shape = shape_of(checked_blocks(lazy.model), lazy.vocabulary, mx.float32)
     tokens = np.random.RandomState(0).randint(0, 2048, (1, TOKENS + 1)).astype(np.int32)
     batch = Batch(tokens, np.array([[TOKENS // 2, TOKENS + 1]], np.int32), (0,))
     load = Load(1, TOKENS, int(batch.mask().sum()))

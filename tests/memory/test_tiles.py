@@ -34,12 +34,13 @@ from mlx_edgelora.model.trial import trial_of
 BRANCHES = ("self_attn", "mlp")
 # How many of three blocks can be computed by tiles, in halves, and hold a gated MLP.
 KINDS = {name: (3, 3, 3) for name in CONFIGS} | {
-    "gemma2": (0, 0, 3),  # attention of its own
     "phi3": (3, 3, 0),  # gate and up in one matrix
     "cohere2": (3, 0, 3),  # attention and MLP beside each other
     "qwen3_moe": (3, 3, 1),
     "qwen3_next": (1, 1, 3),  # linear attention in the others
     "gpt_oss": (3, 3, 0),
+    "deepseek_v3": (3, 3, 3),
+    "olmo_hybrid": (1, 1, 3),
 }
 WAYS = [
     {"tile_tokens": 5},

@@ -32,7 +32,7 @@ def test_a_model_without_one_list_of_blocks_is_named():
     afm7 = importlib.import_module("mlx_lm.models.afm7")
     settings = {"vocab_size": 50, "hidden_dim": 64, "num_layers": 4, "num_kv_reuse_layers": 2}
     args = afm7.ModelArgs(model_type="afm7", num_heads=4, num_kv_heads=2, **settings)
-    with pytest.raises(EdgeLoraError, match=r"afm7: no list of blocks was found"):
+    with pytest.raises(EdgeLoraError, match=r"afm7: .* no list of blocks was found"):
         BlockList(afm7.Model(args))
 
 
