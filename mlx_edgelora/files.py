@@ -22,6 +22,44 @@ _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOTTY)
 
 
+class Unchanged:
+    """Files that are read more than once, and must be the same each time.
+
+    What a run reads of a model is spread over hours: a file that is replaced in between would
+    give weights of one model beside those of another, without a word.
+    """
+
+    def __init__(self) -> None:
+        self._stamps: dict[Path, tuple[int, int, int]] = {}
+
+    def watch(self, path: Path) -> None:
+        """Remember a file as it is now, before it is read for the first time."""
+        self._stamps[path] = _stamp(path)
+
+    def check(self, *paths: Path) -> None:
+        """See that these, or all that are watched, are as they were.
+
+        Raises:
+            EdgeLoraError: a file is gone or another one.
+        """
+        for path in paths or self._stamps:
+            if _stamp(path) != self._stamps[path]:
+                raise EdgeLoraError(
+                    f"{path}: the file changed while it was being trained on, expected it as it "
+                    "was at the start; leave the model's files alone and start again"
+                )
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise EdgeLoraError(
+            f"{path}: cannot be read ({error.strerror}); put the file back and start again"
+        ) from error
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
 def write_atomically(writers: Mapping[Path, Writer]) -> None:
     """Replace the contents of files, all of them or none.
 

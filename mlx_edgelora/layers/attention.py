@@ -79,7 +79,7 @@ def tiled_attention(
 
     Returns:
         [B, H, Tq, Dv] in the dtype of `q`, differentiable in `q`, `k`, `v`, `sinks` and a
-        floating mask. The gradient of a mask takes the mask's own size in float32.
+        floating mask. The gradient of a mask takes its size in float32, twice for a moment.
 
     Raises:
         ValueError: if shapes, dtypes or options do not fit together.

@@ -113,20 +113,17 @@ class Grid:
 
     def hidden(self, unit: Unit, rows: Span, keys: Span) -> list[mx.array]:
         """What `bias` is made from, if any score of a tile is to be masked."""
+        entry, first, last = unit
         if self.mask is not None:
-            return [self.mask[self.mask_index(unit, rows, keys)]]
+            spans = (entry, entry + 1), (first * self.group, last * self.group), rows, keys
+            sizes = zip(spans, self.mask.shape, strict=True)
+            index = tuple(slice(*span) if size > 1 else slice(None) for span, size in sizes)
+            return [self.mask[index]]
         if self.band is None:
             return []
         low, high = self.ends(rows)
         past = self.band.window is not None and keys[0] <= high - self.band.window
         return [mx.arange(*keys)] if keys[1] - 1 > low or past else []
-
-    def mask_index(self, unit: Unit, rows: Span, keys: Span) -> tuple[slice, ...]:
-        """Where the mask of a tile is in the whole one."""
-        entry, first, last = unit
-        spans = (entry, entry + 1), (first * self.group, last * self.group), rows, keys
-        sizes = zip(spans, self.mask.shape, strict=True)
-        return tuple(slice(*span) if size > 1 else slice(None) for span, size in sizes)
 
     def bias(self, hidden: mx.array, rows: Span) -> mx.array:
         """What is added to scores [key heads, group, rows, keys]."""
@@ -219,12 +216,16 @@ def backward(
             for joined, part in zip(gradients, parts, strict=True)
         ]
         dsinks.append(dsink)
+        if dmask is not None:
+            dmask.end(2)
+            if unit[2] == grid.k.shape[1]:
+                dmask.end(1)
     results = [joined.result() for joined in gradients]
     if grid.sinks is not None:
         dsink = mx.concatenate(dsinks).reshape(-1, len(grid.sinks)).sum(0)
         results.append(dsink.astype(grid.sinks.dtype))
     if dmask is not None:
-        results.append(dmask.total.astype(grid.mask.dtype))
+        results.append(dmask.result().astype(grid.mask.dtype))
     return results
 
 
@@ -264,8 +265,9 @@ def _row_backward(
         dq = dq + dscores @ k
         sums[keys], after = [dk, dv], [dq, dk, dv]
         if dmask is not None:
-            dmask.add(grid.heads(dscores), grid.mask_index(unit, rows, keys))
-            after = [*after, dmask.total]
+            after = [*after, dmask.add(grid.heads(dscores))]
+    if dmask is not None:
+        dmask.end(3)
     return grid.heads(dq * (grid.scale / LOG2E)), share, after
 
 
@@ -303,21 +305,40 @@ class _Joined:
 
 
 class _MaskGradient:
-    """The gradient of a floating mask [B or 1, H or 1, Tq or 1, Tk or 1], in float32.
+    """The gradient of a floating mask [B or 1, H or 1, Tq or 1, Tk or 1], tile by tile.
 
-    Tiles are added to what they were broadcast from, in place if MLX does not run ahead.
+    Where an axis of the mask was broadcast tiles are summed, else they are put side by side.
+    Memory: twice the mask in float32, for the moment of the last concatenation.
     """
 
     def __init__(self, mask: mx.array) -> None:
-        self.total = mx.zeros(mask.shape)
-        self._shared = [axis for axis, size in enumerate(mask.shape) if size == 1]
+        self._shared = [size == 1 for size in mask.shape]
+        self._parts: list[list[mx.array]] = [[], [], [], []]  # of an axis, not joined yet
 
-    def add(self, tile: mx.array, index: tuple[slice, ...]) -> None:
-        """Add the gradient [heads, rows, keys] of one tile's scores."""
-        part = tile[None]
-        if self._shared:
-            part = self.total[index] + part.sum(self._shared, keepdims=True)
-        self.total[index] = part  # without shared axes every entry is in one tile
+    def add(self, tile: mx.array) -> mx.array:
+        """Take the gradient [heads, rows, keys] of one tile's scores; gives what is kept of it."""
+        shared = [axis for axis in (1, 2, 3) if self._shared[axis]]
+        part = tile[None].sum(shared, keepdims=True) if shared else tile[None]
+        self._put(3, part)
+        return self._parts[3][-1]
+
+    def end(self, axis: int) -> None:
+        """The tiles along an axis, of the batch, heads, rows or keys, are all there."""
+        parts, self._parts[axis] = self._parts[axis], []
+        whole = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=axis)
+        self._put(axis - 1, whole)
+
+    def result(self) -> mx.array:
+        """The whole gradient."""
+        parts = self._parts[0]
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts)
+
+    def _put(self, axis: int, part: mx.array) -> None:
+        parts = self._parts[axis]
+        if parts and self._shared[axis]:
+            parts[0] = parts[0] + part
+        else:
+            parts.append(part)
 
 
 def _spans(count: int, most: int) -> list[Span]:

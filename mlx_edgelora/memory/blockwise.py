@@ -54,7 +54,7 @@ from mlx_edgelora.model.masks import packed, unpacked
 from mlx_edgelora.model.norms import norms_bounded
 from mlx_edgelora.model.sources import ResidentWeights, TogetherWeights, WeightSource
 from mlx_edgelora.model.tiling import Tileable, Tiling
-from mlx_edgelora.model.walkable import checked_blocks
+from mlx_edgelora.model.walkable import EVALUATES, checked_blocks
 
 # For dropout in a pass that only looks at the graph: it must not move MLX's generator.
 _SAME_KEY = itertools.repeat(mx.random.key(0))
@@ -128,7 +128,8 @@ class BlockWalk:
         weights: where frozen weights come from; by default they are in the model.
         compiled: compile one backward per block signature (weights are its arguments)
             instead of building each block's graph anew. MLX fuses more then; on a CPU
-            it calls a C++ compiler for every fused kernel, which takes seconds.
+            it calls a C++ compiler for every fused kernel, which takes seconds. Blocks that
+            decide by values what they compute are built anew nevertheless.
         adapters: where trained parameters of the blocks come from; by default they are in
             the model. What lies outside the blocks always is.
         plan: how blocks are computed and where their inputs wait: `prefetch`, `tile_tokens`
@@ -489,10 +490,10 @@ class BlockWalk:
         """The backward of one block: (operands, call) -> gradients of `names`, then of x."""
         block, called = self.blocks.blocks[index], self._called(state, index)
         slots = array_slots(block)
-        function = _block_vjp(called, slots, self._tape, names, onward)
+        plain = _block_vjp(called, slots, self._tape, names, onward)
         if self._functions is None:
-            return lambda operands, call: function(*operands, call.args, call.kwargs, call.keys)
-        function = mx.compile(function)
+            return lambda operands, call: plain(*operands, call.args, call.kwargs, call.keys)
+        function = mx.compile(plain)
         # For some rows it is compiled for this once: their number and places are other ones
         # in every batch, and MLX keeps each graph as long as the function lives.
         if called is block:
@@ -503,7 +504,13 @@ class BlockWalk:
             # Whatever the compiled function does not get as an argument it keeps for good.
             held = {n: box[k] for n, (box, k) in slots.items() if n not in names}
             operands[1] = held | operands[1]
-            return function(*operands, *packed(call.args, call.kwargs), call.keys)
+            try:
+                return function(*operands, *packed(call.args, call.kwargs), call.keys)
+            except (ValueError, RuntimeError) as error:
+                if EVALUATES not in str(error):
+                    raise
+                # A block that decides by values what it computes has no one graph.
+                return plain(*operands, call.args, call.kwargs, call.keys)
 
         return run
 

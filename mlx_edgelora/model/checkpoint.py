@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes, load_model, quantize_model, save_config
 
 from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.files import Unchanged
 from mlx_edgelora.model.safetensors import TensorInfo, read_header, write_tensors
 from mlx_edgelora.model.sources import TensorPlace
 
@@ -42,11 +43,13 @@ class Checkpoint:
         path: the folder.
         config: its config.json.
         tensors: for every tensor its shard and place in it, from checked headers.
+        files: watches config.json and the shards since before they were read.
     """
 
     path: Path
     config: dict[str, Any]
     tensors: dict[str, tuple[Path, TensorInfo]]
+    files: Unchanged
 
 
 @dataclass
@@ -107,7 +110,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         EdgeLoraError: a file is missing, truncated or does not say what it must.
     """
+    files = Unchanged()
     config = _read_json(path / "config.json")
+    files.watch(path / "config.json")
     if not isinstance(config.get("model_type"), str):
         raise EdgeLoraError(
             f"{path / 'config.json'}: no model_type, expected an architecture of mlx-lm such as "
@@ -133,6 +138,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         )
     tensors: dict[str, tuple[Path, TensorInfo]] = {}
     for shard in shards:
+        files.watch(shard)
         for name, info in read_header(shard).items():
             if name in tensors:
                 raise EdgeLoraError(
@@ -145,7 +151,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise EdgeLoraError(
             f"{path}: the index names tensor {lacking[0]!r}, which no shard has; download it again"
         )
-    return Checkpoint(path, config, tensors)
+    return Checkpoint(path, config, tensors, files)
 
 
 def load_lazily(checkpoint: Checkpoint) -> LazyModel:
@@ -169,6 +175,7 @@ def load_lazily(checkpoint: Checkpoint) -> LazyModel:
             f"{checkpoint.path}: mlx-lm cannot build this model "
             f"({type(error).__name__}: {reason(error)}); use a model that it can load"
         ) from error
+    checkpoint.files.check()  # mlx-lm has read them once more
     return LazyModel(model, config, checkpoint, raw, checkpoint.path, vocabulary)
 
 
@@ -222,7 +229,7 @@ def converted(lazy: LazyModel, cache: Path, quantize: int | None = None) -> Path
         The copy's folder. Memory: a few tensors at a time.
 
     Raises:
-        EdgeLoraError: the cache cannot be written.
+        EdgeLoraError: the cache cannot be written, or the model changed meanwhile.
     """
     checkpoint = lazy.checkpoint
     folder = cache / f"{checkpoint.path.resolve().name}-{_fingerprint(checkpoint, quantize)}"
@@ -238,6 +245,7 @@ def converted(lazy: LazyModel, cache: Path, quantize: int | None = None) -> Path
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="building-", dir=cache) as building:
             write_model(Path(building), parameters, config)
+            checkpoint.files.check()
             os.replace(building, folder)
             os.mkdir(building)  # TemporaryDirectory removes what it made
     except OSError as error:

@@ -130,11 +130,13 @@ def attach(
         if name not in trained and not (streamed and blocks.local(name))
     ]
     _read(blocks, names, on_disk, kind)
+    lazy.checkpoint.files.check()  # arrays were lazy until here
     if kind is not None:
         cast_lookups(blocks.modules_outside(), kind)
     source: WeightSource = ResidentWeights()
     if streamed:
-        source = StreamedWeights(_block_places(lazy, blocks), kind, meter, streamed_blocks)
+        places, files = _block_places(lazy, blocks), lazy.checkpoint.files
+        source = StreamedWeights(places, kind, meter, files, streamed_blocks)
     if head is None:
         return Attached(source, None, f"whole rows of logits: {why}")
     matrix = frozen_matrix(head)
@@ -178,7 +180,9 @@ def _leave_on_disk(
             continue
         places = {n: lazy.place(module[n]) for n in ROW_NAMES if module.get(n) is not None}
         readers = {
-            name: RowReader(place.shard, lazy.checkpoint.tensors[place.name][1])
+            name: RowReader(
+                place.shard, lazy.checkpoint.tensors[place.name][1], lazy.checkpoint.files
+            )
             for name, place in places.items()
         }
         result[id(module)] = StreamedRows(readers, dtype, meter)

@@ -19,6 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.files import Unchanged
 
 # The reference implementation's own cap; a larger header is an attack or an accident.
 MAX_HEADER_BYTES = 100_000_000
@@ -146,13 +147,20 @@ class RowReader:
 
     Memory: the rows asked for and nothing else: the file is read, not mapped, so
     that its pages never count as the process's own.
+
+    Args:
+        path: of the file.
+        info: where the matrix is in it.
+        files: watches the file, if it may be read again later.
     """
 
-    def __init__(self, path: str | os.PathLike, info: TensorInfo) -> None:
+    def __init__(
+        self, path: str | os.PathLike, info: TensorInfo, files: Unchanged | None = None
+    ) -> None:
         self.dtype = DTYPES[info.dtype][0]
         self.shape = info.shape
         self.row_bytes = (info.stop - info.start) // max(info.shape[0], 1)
-        self._path = path
+        self._path, self._files = Path(path), files
         self._start = info.start
 
     def take(self, indices: np.ndarray) -> mx.array:
@@ -182,6 +190,8 @@ class RowReader:
             )
 
     def _open(self) -> BinaryIO:
+        if self._files is not None:
+            self._files.check(self._path)
         try:
             return open(self._path, "rb", buffering=0)
         except OSError as error:

@@ -5,7 +5,6 @@ it; `mx.load` parses the header and reads only what is evaluated, so a visit cos
 block's bytes and no more. While one block computes, the next one is read.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.files import Unchanged
 from mlx_edgelora.memory.meter import DiskMeter
 
 
@@ -72,6 +71,7 @@ class StreamedWeights:
         blocks: for every block, the place of each tensor by its name inside the block.
         dtype: floating tensors are cast to it on the way in; None leaves them.
         meter: counts the bytes read.
+        files: watches the shards.
         streamed: so many first blocks; the others stay in memory once they were read. The
             lower ones wait longer between their two visits. None for all.
     """
@@ -81,14 +81,13 @@ class StreamedWeights:
         blocks: list[Mapping[str, TensorPlace]],
         dtype: mx.Dtype | None,
         meter: DiskMeter,
+        files: Unchanged,
         streamed: int | None = None,
     ) -> None:
-        self._blocks, self._dtype, self._meter = blocks, dtype, meter
+        self._blocks, self._dtype, self._meter, self._files = blocks, dtype, meter, files
         self._held: dict[int, dict[str, mx.array]] = {}
         self.hold_from(len(blocks) if streamed is None else streamed)
         self._ahead: dict[int, dict[str, mx.array]] = {}
-        shards = {place.shard for block in blocks for place in block.values()}
-        self._stamps = {shard: _stamp(shard) for shard in shards}
 
     def block(self, index: int, without: str = "") -> dict[str, mx.array]:
         """Give a block's tensors, to be read where they are used, or already on their way.
@@ -136,11 +135,7 @@ class StreamedWeights:
 
     def _load(self, shard: Path) -> dict[str, mx.array]:
         # A tensor read lazily from a file that was overwritten in place is silently wrong.
-        if _stamp(shard) != self._stamps[shard]:
-            raise EdgeLoraError(
-                f"{shard}: the file changed while it was being trained on, expected it as it was "
-                "at the start; leave the model's files alone and start again"
-            )
+        self._files.check(shard)
         return mx.load(str(shard))
 
 
@@ -164,13 +159,3 @@ def cast_all(arrays: dict[str, mx.array], dtype: mx.Dtype) -> dict[str, mx.array
 def cast(array: mx.array, dtype: mx.Dtype) -> mx.array:
     """Cast floating arrays to `dtype`; packed weights and indices stay as they are."""
     return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
-
-
-def _stamp(shard: Path) -> tuple[int, int, int]:
-    try:
-        status = os.stat(shard)
-    except OSError as error:
-        raise EdgeLoraError(
-            f"{shard}: cannot be read ({error.strerror}); put the shard back and start again"
-        ) from error
-    return status.st_size, status.st_mtime_ns, status.st_ino

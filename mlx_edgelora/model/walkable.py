@@ -242,7 +242,7 @@ def different_argument(expected: tuple[tuple, dict], got: tuple[tuple, dict]) ->
 
     Arrays are evaluated, but for masks that know what they mean.
     """
-    names = [str(number) for number in range(len(expected[0]))] + list(expected[1])
+    names = [f"argument {number + 2}" for number in range(len(expected[0]))] + list(expected[1])
     if len(expected[0]) != len(got[0]) or expected[1].keys() != got[1].keys():
         return "number of arguments"
     for name, *pair in zip(

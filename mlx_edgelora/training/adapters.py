@@ -9,7 +9,7 @@ from typing import BinaryIO
 import mlx.core as mx
 
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.files import make_folder, write_atomically
+from mlx_edgelora.files import Unchanged, make_folder, write_atomically
 from mlx_edgelora.model.safetensors import TensorInfo, read_header, write_tensors
 from mlx_edgelora.training.finite import first_non_finite
 from mlx_edgelora.training.text import some
@@ -86,7 +86,8 @@ def read_adapter_weights(
         EdgeLoraError: the file is missing or damaged, a tensor is missing, unexpected,
             of another shape, not of a float dtype, or holds NaN or infinity.
     """
-    header = read_header(file)
+    header, files = read_header(file), Unchanged()
+    files.watch(Path(file))
     _check_names(file, header, expected)
     for name, info in header.items():
         _check_tensor(file, name, info, tuple(expected[name]))
@@ -94,6 +95,7 @@ def read_adapter_weights(
     for name in expected:
         array = loaded.pop(name).astype(mx.float32)
         mx.eval(array)
+        files.check()
         if first_non_finite({name: array}) is not None:
             raise EdgeLoraError(
                 f"{file}: {name} holds NaN or infinity, expected finite numbers; "

@@ -1,6 +1,7 @@
 """Models in which a gradient would go another way than the walk are refused by name."""
 
 import importlib
+from typing import ClassVar
 
 import mlx.core as mx
 import pytest
@@ -202,6 +203,65 @@ def test_blocks_that_do_more_than_map_are_refused(kind):
     match = rf"^toy: block 0 \({kind.__name__}\) cannot .* {BLOCKS[kind]}.*mlx_lm.lora"
     with pytest.raises(EdgeLoraError, match=match):
         check_walk(BlockList(Toy(kind)))
+
+
+class Announces(Block):
+    """Tells the loop something that only a block that is computed knows."""
+
+    seen: ClassVar[list] = []
+
+    def __call__(self, x, factor=1.0):
+        self.seen.append(1)
+        return super().__call__(x)
+
+
+@pytest.mark.parametrize(
+    ("argument", "name"), [({"factor": None}, "factor"), ((None,), "argument 2")], ids=str
+)
+def test_arguments_that_depend_on_blocks_being_computed_are_refused(argument, name):
+    """A placeholder cannot stand for a block whose call changes what the next one is given."""
+
+    def loop(self, h):
+        Announces.seen.clear()
+        for layer in self.layers:
+            factor = 1.0 + len(Announces.seen)
+            h = layer(h, factor=factor) if isinstance(argument, dict) else layer(h, factor)
+        return h
+
+    model = type("Toy", (Toy,), {"loop": loop})(Announces)
+    match = rf"^\w+: block 1 .* called with another {name} when the blocks before it are computed"
+    with pytest.raises(EdgeLoraError, match=match):
+        check_walk(BlockList(model))
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 4, WIDTH), (4, WIDTH)], ids=str)
+def test_hidden_states_of_another_form_are_refused(shape):
+    def loop(self, h):
+        h = mx.broadcast_to(h, shape) if len(shape) == 4 else h[0]
+        for layer in self.layers:
+            h = layer(h)
+        return h.reshape(-1, 4, WIDTH)[:1]
+
+    with pytest.raises(EdgeLoraError, match=r"its input has shape .*not \[batch, tokens, width\]"):
+        check_walk(BlockList(looped(loop)))
+
+
+def test_a_block_that_looks_at_values_is_checked_without_its_weights(tmp_path):
+    """Those of a checkpoint are read when they are evaluated; a check must not do that."""
+
+    class Looks(Block):
+        def __call__(self, x):
+            return x + (self.proj(x).sum().item() >= 0) * self.proj(x)
+
+    model, file = Toy(Looks), tmp_path / "weights.safetensors"
+    mx.save_safetensors(str(file), {"weight": mx.zeros((WIDTH, WIDTH))})
+    weights = [mx.load(str(file))["weight"] for _ in model.layers]
+    file.write_bytes(b"")  # whoever reads it now gets an error
+    for layer, weight in zip(model.layers, weights, strict=True):
+        layer.proj.weight = weight
+    check_walk(BlockList(model))
+    with pytest.raises(RuntimeError):
+        mx.eval(weights[0])
 
 
 def writes_into_its_arguments(container, key):

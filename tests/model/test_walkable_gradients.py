@@ -117,3 +117,87 @@ def test_checking_leaves_model_and_generator_alone():
     BlockWalk(model)
     assert [id(layer) for layer in model.layers] == layers
     assert mx.array_equal(mx.random.state[0], state).item()
+
+
+class Wider(Block):
+    def __call__(self, x, factor=1.0):
+        return x + factor * mx.tanh(self.proj(x))
+
+
+def asks_with_isinstance(layer):
+    return isinstance(layer, Wider)
+
+
+def asks_for_the_type(layer):
+    return type(layer) is Wider
+
+
+def asks_for_the_name(layer):
+    return type(layer).__name__ == "Wider"
+
+
+def asks_for_a_child(layer):
+    return "wide" in layer
+
+
+def asks_for_an_attribute(layer):
+    return getattr(layer, "is_wide", False)
+
+
+def asks_for_identity(layer):
+    return layer is asks_for_identity.second
+
+
+@pytest.mark.parametrize(
+    "asks",
+    [
+        asks_with_isinstance,
+        asks_for_the_type,
+        asks_for_the_name,
+        asks_for_a_child,
+        asks_for_an_attribute,
+        asks_for_identity,
+    ],
+    ids=lambda function: function.__name__,
+)
+def test_a_loop_may_ask_a_block_what_it_is(asks, spill):
+    def loop(self, h):
+        for layer in self.layers:
+            h = layer(h, 3.0) if asks(layer) else layer(h)
+        return h
+
+    model = type("Toy", (Toy,), {"loop": loop})()
+    model.layers[1] = Wider()
+    model.layers[1].wide, model.layers[1].is_wide = nn.Linear(1, 1), True
+    asks_for_identity.second = model.layers[1]
+    add_lora(model, keys=["proj"])
+    assert_right_gradients(model, spill)
+
+
+def test_a_loop_may_call_a_block_through_its_class(spill):
+    def loop(self, h):
+        for layer in self.layers:
+            h = Block.__call__(layer, h)
+        return h
+
+    model = type("Toy", (Toy,), {"loop": loop})()
+    add_lora(model)
+    assert_right_gradients(model, spill)
+
+
+def test_a_loop_may_give_the_hidden_state_by_name(spill):
+    def loop(self, h):
+        for layer in self.layers:
+            h = layer(x=h)
+        return h
+
+    model = type("Toy", (Toy,), {"loop": loop})()
+    add_lora(model)
+    assert_right_gradients(model, spill)
+
+
+def test_a_frozen_block_may_be_in_two_places(spill):
+    model = Toy()
+    add_lora(model, num_layers=2)
+    model.layers[1] = model.layers[0]
+    assert_right_gradients(model, spill)

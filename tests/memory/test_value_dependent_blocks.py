@@ -1,0 +1,106 @@
+"""Blocks that decide by values what they compute, as mlx-lm's dbrx picks experts in training."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from architectures import add_lora
+from harness import assert_same_gradients
+from mlx_lm.models import base
+from mlx_lm.models.base import create_attention_mask
+from toy import Toy as ToyModel
+
+from mlx_edgelora.memory.blockwise import BlockWalk
+from mlx_edgelora.memory.gradients import gradient_tree
+from mlx_edgelora.memory.plan import Plan
+from mlx_edgelora.model.walkable import looks_at_values
+
+WIDTH = 8
+
+
+class Picking(nn.Module):
+    """Attention, then one of two matrices for each half of a row: by the sign of a sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.out = nn.Linear(WIDTH, WIDTH)
+        self.experts = [nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)]
+
+    def __call__(self, x, mask=None, cache=None):
+        q, k, v = mx.split(self.qkv(x)[:, None], 3, axis=-1)
+        if cache is not None:
+            k, v = cache.update_and_fetch(k, v)
+        out = base.scaled_dot_product_attention(q, k, v, cache=cache, scale=0.3, mask=mask)
+        x = x + self.out(out[:, 0])
+        picked = np.array(x[..., 0] > 0)
+        y = mx.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            rows, columns = map(mx.array, np.where(picked == bool(number)))
+            if rows.size:
+                y[rows, columns] = expert(x[rows, columns])
+        return x + y
+
+
+class Toy(ToyModel):
+    def __init__(self):
+        super().__init__(Picking)
+
+    def loop(self, h):
+        # The first entry of a token's state decides: the last tokens are the others.
+        signs = mx.where(mx.arange(h.shape[1]) < h.shape[1] - 4, 6.0, -6.0)
+        h[..., 0] = signs
+        mask = create_attention_mask(h)
+        for layer in self.layers:
+            h = layer(h, mask)
+        return h
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["built anew", "compiled"])
+@pytest.mark.parametrize(
+    "plan",
+    [Plan(), Plan(tile_tokens=6), Plan(kept_blocks=2)],
+    ids=["whole", "tiles", "two kept"],
+)
+def test_what_the_first_tile_does_not_reach_still_gets_its_gradient(plan, compiled):
+    """Backwards from the last tile, where the second matrix alone is picked, and then the first."""
+    model, tokens = Toy(), mx.arange(1, 23).reshape(1, 22) % 11
+    add_lora(model, keys=["qkv", "experts.0", "experts.1"])
+
+    def loss(tokens):
+        return mx.logsumexp(model(tokens), axis=-1).mean()
+
+    value, expected = nn.value_and_grad(model, loss)(tokens)
+    walk = BlockWalk(model, compiled=compiled, plan=plan)
+    if plan.tile_tokens is not None:
+        assert walk.tiling == "6 tokens at a time in 4 of 4 blocks"
+    with walk.forward(lambda: loss(tokens)) as state:
+
+        def tail(hidden):
+            with walk.tail(state, hidden):
+                return loss(tokens)
+
+        got_value, state.cotangent = mx.value_and_grad(tail)(state.hidden)
+        got = {name: value for more in walk.backward(state) for name, value in more.items()}
+    assert got_value.item() == pytest.approx(value.item(), rel=1e-6)
+    assert_same_gradients(gradient_tree(model, got), expected)
+
+
+def test_it_is_known_of_a_function_whether_it_looks_at_values():
+    x = [mx.array([1.0, -2.0])]
+    for function in (
+        lambda x: x if (x[0] > 0).item() else -x,
+        lambda x: x if x[0] > 0 else -x,
+        lambda x: x * float(np.array(x).sum()),
+        lambda x: mx.array(x.tolist()) * x,
+        lambda x: (mx.eval(x), x)[1],
+        lambda x: (memoryview(x), x)[1],
+    ):
+        assert looks_at_values(function, x)
+    constant = mx.array(3)
+    assert not looks_at_values(lambda x: x * constant.item() if x.size else x, x)
+    mx.disable_compile()
+    try:  # nobody can tell
+        assert looks_at_values(lambda x: x, x)
+    finally:
+        mx.enable_compile()
