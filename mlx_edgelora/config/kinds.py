@@ -140,7 +140,16 @@ def _read_budget(value: Any) -> int | str:
     return size
 
 
+def _read_switch(value: Any) -> str:
+    """`on` and `off` are true and false in YAML."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    _require(isinstance(value, str) and value.lower() in ("on", "off"))
+    return value.lower()
+
+
 FLAG = Kind("true or false", _read_flag, bool)
+SWITCH = Kind("on or off", _read_switch, str, ("on", "off"))
 TEXTS = Kind("a list of at least one text", _read_texts, None)
 NUMBERS = Kind("a list of at least one number", _read_numbers, None)
 MAPPING = Kind("a mapping of names to values", _read_mapping, None)

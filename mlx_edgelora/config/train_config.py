@@ -14,6 +14,7 @@ from mlx_edgelora.config.kinds import (
     BUDGET,
     FLAG,
     SIZE,
+    SWITCH,
     Kind,
     about,
     check_options,
@@ -199,6 +200,11 @@ class TrainConfig:
         1.0,
         "Share of the time to compute in: 0.5 rests as long as it computes, block by block.",
         number("a number above 0 and at most 1", lambda x: 0 < x <= 1),
+    )
+    verify: str = option(
+        "on",
+        "Compare the gradients of each kind of block with plain MLX's before the first step.",
+        SWITCH,
     )
     memory_profile: str | None = option(
         None,

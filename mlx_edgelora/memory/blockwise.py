@@ -136,6 +136,8 @@ class BlockWalk:
             with `halves`, `kept_blocks`, and `ram_blocks`, whose inputs are not in `store`; in
             a pass by tiles only those of all blocks at once.
         rest: called after every block, forward and backward.
+        like: a walk over a model that has these blocks among others: trials that were made of
+            them there are not made again.
 
     Raises:
         EdgeLoraError: the architecture cannot be walked.
@@ -150,6 +152,7 @@ class BlockWalk:
         adapters: WeightSource | None = None,
         plan: Plan = Plan(),  # noqa: B008 - frozen
         rest: Callable[[], None] = lambda: None,
+        like: "BlockWalk | None" = None,
     ) -> None:
         self.model, self._rest = model, rest
         self.blocks = checked_blocks(model)
@@ -158,9 +161,9 @@ class BlockWalk:
         self.adapters = ResidentWeights() if adapters is None else adapters
         self._visits = Visits(self.blocks, self.weights, self.adapters)
         together = TogetherWeights(self.weights, self.adapters)
-        self._last = LastBlock(self.blocks, together)
+        self._last = LastBlock(self.blocks, together, like and like._last)
         self._ram = RamStore()
-        self._tiling = Tiling(self.blocks, together)
+        self._tiling = Tiling(self.blocks, together, like and like._tiling)
         self.obey(plan)
         self._functions: dict[tuple[str, bool], Callable] | None = {} if compiled else None
         self._entry_trained: dict[tuple[str, ...], bool] = {}
@@ -187,6 +190,17 @@ class BlockWalk:
     def tiling(self) -> str:
         """Which blocks are computed by tiles of tokens, and why others are not."""
         return "none: all tokens at once" if self._tiled is None else str(self._tiled)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether backwards are compiled."""
+        return self._functions is not None
+
+    def tile_choice(self, index: int, tokens: int) -> Tileable | None:
+        """How a block of a batch of so many tokens is cut; None where the batch is not."""
+        if self._tiled is None or not self._tiled.cuts(tokens):
+            return None
+        return self._tiling.of(index)
 
     @contextmanager
     def forward(

@@ -51,6 +51,10 @@ class TiledWalk:
         """How each block is computed; not inside an intercepted call."""
         return [self._tiling.of(index) for index in range(len(self._blocks))]
 
+    def cuts(self, tokens: int) -> bool:
+        """Whether a batch of so many tokens, over all rows, is computed by tiles or in halves."""
+        return self._halves or tokens > self._tile_tokens
+
     def begin(
         self, x: mx.array, store: ActivationStore, first: int, choices: list[Tileable]
     ) -> TiledPass | None:
@@ -62,7 +66,7 @@ class TiledWalk:
             first: the lowest block that is differentiated.
             choices: of this pass.
         """
-        if not self._halves and x.size // x.shape[-1] <= self._tile_tokens:
+        if not self.cuts(x.size // x.shape[-1]):
             return None
         keys = max(choice.keys for choice in choices)
         count = len(self._blocks)

@@ -197,7 +197,14 @@ class ModelHead:
         """Gradients of the adapter by the names of the model's parameters; empty without one."""
         if gradients.up is None:
             return {}
-        down, up = gradients.down, gradients.up
+        return self._by_name(gradients.down, gradients.up)
+
+    def adapter_arrays(self, count: int) -> Arrays:
+        """What is trained of the first `count` rows, by the same names; empty without any."""
+        adapter = self.adapter
+        return {} if adapter is None else self._by_name(adapter.down, adapter.up[:count])
+
+    def _by_name(self, down: mx.array, up: mx.array) -> Arrays:
         a, b = (up, down) if isinstance(self._module, LoRAEmbedding) else (down.T, up.T)
         path = next(n for n, m in self._blocks.model.named_modules() if m is self._module)
         return {f"{path}.lora_a": a, f"{path}.lora_b": b}
@@ -250,7 +257,7 @@ class ModelHead:
         parts = [p if self.leave is None else self.leave(p) for p in products]
         return bool(
             mx.allclose(
-                self._own_logits(hidden, 2 * half), mx.concatenate(parts, axis=-1), rtol=1e-2
+                self.own_logits(hidden, 2 * half), mx.concatenate(parts, axis=-1), rtol=1e-2
             ).item()
         )
 
@@ -263,8 +270,16 @@ class ModelHead:
         with answering(self._module, lambda x: products), self._blocks.returning(hidden):
             return self._blocks.model(mx.zeros(products.shape[:2], mx.int32))
 
-    def _own_logits(self, hidden: mx.array, count: int) -> mx.array:
-        """The model's own first `count` logits, with as few rows bound to its head."""
+    def own_logits(self, hidden: mx.array, count: int) -> mx.array:
+        """The model's own first `count` logits, with as few rows bound to its head.
+
+        Args:
+            hidden: last hidden states, [n, width].
+            count: of the vocabulary.
+
+        Returns:
+            [n, count], differentiable in `hidden` and in what is trained of the head.
+        """
         values = self.slice(0, count)
         slots = {name: (self._matrix, name) for name in values}
         if self.adapter is not None:

@@ -67,11 +67,16 @@ class LastBlock:
     Args:
         blocks: the model's blocks; they passed `check_walk`.
         weights: where the block's frozen weights come from; read for the trial.
+        like: of another list of blocks: if it ends in the same block, its trial is this one's.
     """
 
-    def __init__(self, blocks: BlockList, weights: WeightSource) -> None:
+    def __init__(
+        self, blocks: BlockList, weights: WeightSource, like: "LastBlock | None" = None
+    ) -> None:
         self._blocks, self._weights = blocks, weights
         self._trial: Choice | None = None
+        if like is not None and like._blocks.blocks[-1] is blocks.blocks[-1]:
+            self._trial = like._trial
 
     def choice(self) -> Choice:
         """Whether tokens without a label can be spared now; not inside an intercepted call.

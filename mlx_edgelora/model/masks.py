@@ -94,9 +94,9 @@ def _causal_mask(positions: Positions, keys: int, window: int | None) -> CausalM
     return CausalMask(seen, Band(positions, window))
 
 
-def causal_array(positions: Positions, keys: int) -> mx.array:
+def causal_array(positions: Positions, keys: int, window: int | None = None) -> mx.array:
     """The mask of queries at these positions among so many keys, for whoever needs an array."""
-    return _causal_mask(positions, keys, None)
+    return _causal_mask(positions, keys, window)
 
 
 def tiled_mask(mask: mx.array | str | None, queries: int, keys: int) -> Mask:

@@ -53,12 +53,15 @@ class Tiling:
     Args:
         blocks: the model's blocks; they passed `check_walk`.
         weights: where the blocks' arrays come from; one block of each kind is read some times.
+        like: of other blocks, some of which are these: what was tried there is not tried again.
     """
 
-    def __init__(self, blocks: BlockList, weights: WeightSource) -> None:
+    def __init__(
+        self, blocks: BlockList, weights: WeightSource, like: "Tiling | None" = None
+    ) -> None:
         self._blocks, self._weights = blocks, weights
         self._calls: list[tuple] | None = None
-        self._found: dict[str, Tileable] = {}
+        self._found: dict[str, Tileable] = {} if like is None else like._found
 
     def of(self, index: int) -> Tileable:
         """Whether block `index` can be; not inside an intercepted call.

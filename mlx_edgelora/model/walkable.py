@@ -47,9 +47,15 @@ def checked_blocks(model: nn.Module) -> BlockList:
         EdgeLoraError: names the architecture, the block and the reason.
     """
     blocks, tape = BlockList(model), KeyTape()
-    # Dropout must neither look like random numbers of a block nor move MLX's generator.
-    with keyed_dropout(model, tape), tape.playing(itertools.repeat(mx.random.key(0))):
-        check_walk(blocks)
+    resting = [module for module in model.modules() if not module.training]
+    try:
+        model.train()  # some architectures compute otherwise when they do not train
+        # Dropout must neither look like random numbers of a block nor move MLX's generator.
+        with keyed_dropout(model, tape), tape.playing(itertools.repeat(mx.random.key(0))):
+            check_walk(blocks)
+    finally:
+        for module in resting:
+            module._training = False
     return blocks
 
 

@@ -68,6 +68,16 @@ class Engine:
         self._plan = Plan()
         self.plan_of: Callable[[Batch], Plan] = lambda batch: self._plan
 
+    @property
+    def walk(self) -> BlockWalk:
+        """The walk over the model's blocks."""
+        return self._walk
+
+    @property
+    def plan(self) -> Plan:
+        """What is obeyed now."""
+        return self._plan
+
     def obey(self, plan: Plan) -> None:
         """Compute from now on as a plan says; what it leaves in memory or on disk stays there."""
         self._plan = plan
