@@ -1,3 +1,12 @@
 """`python -m mlx_edgelora` lists the commands."""
 
-print("Commands:\n  python -m mlx_edgelora.train   fine-tune a model (--help lists the options)")
+COMMANDS = {
+    "train": "fine-tune a model",
+    "plan": "tell whether a run fits into memory, and how",
+    "verify": "compare a run's gradients with those of plain MLX",
+    "benchmark": "compare memory and time with mlx-lm",
+}
+
+print("Commands (--help lists the options of each):")
+for name, text in COMMANDS.items():
+    print(f"  python -m mlx_edgelora.{name:<10}  {text}")

@@ -278,9 +278,11 @@ class ModelHead:
             count: of the vocabulary.
 
         Returns:
-            [n, count], differentiable in `hidden` and in what is trained of the head.
+            [n, count], differentiable in `hidden` and in what is trained of the head; in the
+            dtype of `hidden`, which the rows are cast to.
         """
-        values = self.slice(0, count)
+        rows = self.slice(0, count)
+        values = {name: cast(array, hidden.dtype) for name, array in rows.items()}
         slots = {name: (self._matrix, name) for name in values}
         if self.adapter is not None:
             embeds = isinstance(self._module, LoRAEmbedding)

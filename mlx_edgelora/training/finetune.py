@@ -5,6 +5,7 @@ import json
 import math
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
@@ -21,7 +22,7 @@ from mlx_edgelora.embedded import DATA_PATH, MODEL_PATH
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.files import make_folder, write_atomically
 from mlx_edgelora.losses.exact import CrossEntropy
-from mlx_edgelora.memory.machine import wired_limit
+from mlx_edgelora.memory.machine import default_budget, wired_limit
 from mlx_edgelora.memory.meter import peak_memory, reset_peak
 from mlx_edgelora.memory.pace import Duty
 from mlx_edgelora.memory.plan import Plan
@@ -29,7 +30,7 @@ from mlx_edgelora.memory.profile import recording
 from mlx_edgelora.memory.stores import spill_folder
 from mlx_edgelora.model.checkpoint import LazyModel, quantized, reason
 from mlx_edgelora.model.headers import headers_of
-from mlx_edgelora.model.loading import can_stream, open_model
+from mlx_edgelora.model.loading import DTYPES, can_stream, open_model
 from mlx_edgelora.model.lora import add_lora, freeze
 from mlx_edgelora.model.walkable import checked_blocks
 from mlx_edgelora.training.adapters import CONFIG_FILE, WEIGHTS_FILE, read_adapter_weights
@@ -43,6 +44,7 @@ from mlx_edgelora.training.planning import RunPlan, asked_plan, gigabytes, searc
 from mlx_edgelora.training.step import Engine
 from mlx_edgelora.training.trained import Trained
 from mlx_edgelora.training.training_loss import check_loss, training_loss
+from mlx_edgelora.training.verification import Verdict, refuse_wrong, verify
 
 # The largest number that math.exp takes is a little above it.
 MAX_EXPONENT = 700.0
@@ -85,6 +87,8 @@ def finetune(
             engine.plan_of = chosen.of
             check_loss(config, engine.head)
             result = None
+            if config.train and config.verify == "on":
+                notify(_verified(engine, chosen, config))
             if config.train:
                 folder, tiles = _cache(config), plan.loss_bytes
                 wanted = training_loss(config, engine.head, train_set, folder, notify, tiles)
@@ -112,6 +116,36 @@ def open_engine(
     with _engine(config, lazy, chosen.plan, place, notify) as engine:
         engine.plan_of = chosen.of
         yield engine, _tokenizer(lazy), lazy.vocabulary
+
+
+def verification(config: TrainConfig, notify: Callable[[str], None] = print) -> list[Verdict]:
+    """Compare the gradients of a run with those of plain MLX, at the run's own lengths.
+
+    Args:
+        config: the options of the run; without data every row has max_seq_length tokens.
+        notify: gets a line for every choice made, and where rows are compared shorter.
+
+    Returns:
+        A verdict for each kind of block and each way in which the plan computes it, for the
+        calls of blocks, and for the head with the loss.
+
+    Raises:
+        EdgeLoraError: as `finetune`.
+    """
+    with_data = bool(config.data or config.hf_dataset or config.model is None)
+    if with_data:
+        config = _with_embedded(config)
+    with _memory_told(config):
+        lazy = _adapted(config)
+        sets: Sequence = ()
+        if with_data:
+            found = _data(config, _tokenizer(lazy), lazy.vocabulary, lambda line: None)
+            sets = [dataset for dataset in found if dataset is not None]
+        place = _spill_place(config)
+        chosen = _chosen(config, lazy, sets, place, notify)
+        with _limits(chosen), _engine(config, lazy, chosen.plan, place, notify) as engine:
+            free, _ = default_budget()
+            return verify(engine, *_batch(chosen), _dtype(config), memory=free, notify=notify)
 
 
 def plan_report(config: TrainConfig, labelled: float = 1.0) -> PlanReport:
@@ -230,6 +264,27 @@ class _Watch(TrainingCallback):
 def _with_embedded(config: TrainConfig) -> TrainConfig:
     data = config.data or (None if config.hf_dataset else str(DATA_PATH))
     return dataclasses.replace(config, model=config.model or str(MODEL_PATH), data=data)
+
+
+def _verified(engine: Engine, chosen: RunPlan, config: TrainConfig) -> str:
+    """One line about the light form of `verification`; raises where it does not agree."""
+    start = time.perf_counter()
+    verdicts = verify(engine, *_batch(chosen), _dtype(config), light=True)
+    refuse_wrong(verdicts)
+    return (
+        f"verified: gradients are plain MLX's in {len(verdicts)} comparisons (largest relative "
+        f"error {max(verdict.error for verdict in verdicts):.0e}, "
+        f"{time.perf_counter() - start:.1f} s)"
+    )
+
+
+def _batch(chosen: RunPlan) -> tuple[int, int]:
+    """Rows and tokens of the largest piece of a batch that is computed at once."""
+    return -(-chosen.load.rows // chosen.plan.micro_batches), chosen.load.tokens
+
+
+def _dtype(config: TrainConfig) -> mx.Dtype | None:
+    return DTYPES[config.dtype] if config.dtype else None
 
 
 def _as_trained(config: TrainConfig) -> TrainConfig:

@@ -1,0 +1,385 @@
+"""The gate: it agrees with what is right, sees what is wrong, and leaves everything as it was."""
+
+import json
+from contextlib import closing, contextmanager
+from dataclasses import replace
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from architectures import CONFIGS, build, config
+from harness import engine, random_batch, save
+from mlx.utils import tree_flatten
+from mlx_lm.utils import save_config, save_model
+
+from mlx_edgelora import EdgeLoraError, TrainConfig, finetune
+from mlx_edgelora import verify as command
+from mlx_edgelora.layers import attention as attention_layer
+from mlx_edgelora.layers import grid
+from mlx_edgelora.losses.exact import CrossEntropy
+from mlx_edgelora.memory import tiles
+from mlx_edgelora.memory.blockwise import BlockWalk
+from mlx_edgelora.memory.streams import KeySums
+from mlx_edgelora.model import attention as hook
+from mlx_edgelora.model.blocks import BlockList
+from mlx_edgelora.training import verification
+from mlx_edgelora.training.verification import refuse_wrong, verify
+
+TILES = {"tile_tokens": 16, "halves": True, "prefetch": False}
+PLANS = {"whole": {}, "tiles": TILES, "kept": {"kept_blocks": 2}}
+
+
+def problems(folder, light=True, dtype=None, rows=2, tokens=40, **options):
+    """What is wrong with an engine, and whether it is refused."""
+    with closing(engine(folder, dtype=dtype, **options)) as ours:
+        kind = None if dtype is None else getattr(mx, dtype)
+        found = verify(ours, rows, tokens, kind, light)
+    return [f"{verdict}: {verdict.problem}" for verdict in found if verdict.problem]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("llama"), "llama", True)
+
+
+# --- it agrees with what is right -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_right_gradients_pass(name, plan, tmp_path):
+    with closing(engine(save(tmp_path, name, True), **PLANS[plan])) as ours:
+        found = verify(ours, 2, 40, light=True)
+    refuse_wrong(found)
+    kinds = [verdict.kind for verdict in found]
+    assert kinds[0] == "calls of blocks" and kinds[-1] == "head and loss"
+    covered = ", ".join(verdict.blocks for verdict in found if verdict.blocks)
+    assert sorted(
+        number
+        for part in covered.split(", ")
+        for number in range(int(part.split("-")[0]), int(part.split("-")[-1]) + 1)
+    ) == [0, 1, 2]
+    assert max(verdict.error for verdict in found) < 1e-5
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_at_full_length(llama, plan):
+    assert problems(llama, light=False, rows=3, tokens=41, **PLANS[plan]) == []
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_in_16_bits_rounding_is_no_error(llama, plan, dtype):
+    assert problems(llama, dtype=dtype, **PLANS[plan]) == []
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"dropout": 0.5},
+        {"num_layers": 2},
+        {"keys": ["model.embed_tokens", "lm_head", "self_attn.q_proj"]},
+    ],
+    ids=str,
+)
+def test_dropout_lower_blocks_and_adapters_outside_the_blocks(llama, lora):
+    for plan in PLANS.values():
+        assert problems(llama, **lora, **plan) == []
+
+
+def test_packed_as_floats_and_compiled(tmp_path):
+    model = build("llama")
+    packing = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
+    nn.quantize(model, **packing)
+    save_model(tmp_path, model)
+
+    save_config(config("llama") | {"quantization": packing}, tmp_path / "config.json")
+    assert problems(tmp_path) == []
+    assert problems(tmp_path, compiled=True) == []
+
+
+# --- it sees what is wrong ------------------------------------------------------------------
+
+
+def scaled(factor):
+    """A walk whose gradients of one matrix are multiplied."""
+    original = BlockWalk.backward
+
+    def backward(self, state):
+        for more in original(self, state):
+            for name in [n for n in more if n.endswith("o_proj.lora_a")]:
+                more[name] = more[name] * factor
+            yield more
+
+    return backward
+
+
+@pytest.mark.parametrize("dtype", [None, "float16", "bfloat16"])
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("factor", [1.01, 0.0, float("nan")])
+def test_a_scaled_gradient_is_seen(llama, factor, plan, dtype, monkeypatch):
+    monkeypatch.setattr(BlockWalk, "backward", scaled(factor))
+    found = problems(llama, dtype=dtype, **PLANS[plan])
+    assert len(found) >= 2
+    assert all("o_proj.lora_a" in text for text in found)
+
+
+@pytest.mark.parametrize("light", [True, False])
+def test_a_small_scale_is_seen_in_float32(llama, light, monkeypatch):
+    monkeypatch.setattr(BlockWalk, "backward", scaled(1.0001))
+    assert problems(llama, light)
+
+
+def test_a_dropped_mask_is_seen(llama, monkeypatch):
+    original = hook.tiled_attention
+
+    def unmasked(*args, mask, **kwargs):
+        return original(*args, mask=None, **kwargs)
+
+    monkeypatch.setattr(hook, "tiled_attention", unmasked)
+    assert problems(llama)
+
+
+def test_a_dropped_mask_is_seen_by_tiles(llama, monkeypatch):
+    monkeypatch.setattr(tiles, "mask_at", lambda mask, place, keys: (True, None))
+    assert problems(llama, **TILES)
+
+
+def test_a_lost_window_is_seen(tmp_path, monkeypatch):
+    """It hides nothing from the few tokens of the light form, so these get a shorter one."""
+    original = hook.tiled_mask
+
+    def causal(mask, queries, keys):
+        found = original(mask, queries, keys)
+        return "causal" if isinstance(found, grid.Band) else found
+
+    folder = save(tmp_path, "gemma3_text", True, sliding_window=60)
+    assert problems(folder, tokens=100) == []
+    monkeypatch.setattr(hook, "tiled_mask", causal)
+    assert problems(folder, tokens=100)
+
+
+def test_a_skipped_tile_is_seen(llama, monkeypatch):
+    original = KeySums.add
+
+    def add(self, index, *args):
+        if index != 1:
+            original(self, index, *args)
+
+    monkeypatch.setattr(KeySums, "add", add)
+    assert problems(llama, **TILES)
+
+
+def test_a_wrong_head_is_seen(llama, monkeypatch):
+    original = CrossEntropy.value_and_grad
+
+    def value_and_grad(self, hidden, head, labels):
+        result, gradients = original(self, hidden, head, labels)
+        return result, replace(gradients, hidden=1.01 * gradients.hidden)
+
+    monkeypatch.setattr(CrossEntropy, "value_and_grad", value_and_grad)
+    (found,) = problems(llama)
+    assert found.startswith("head and loss")
+
+
+def test_what_plain_mlx_cannot_differentiate_is_no_pass(llama, monkeypatch):
+    monkeypatch.setattr(
+        verification._Comparison,
+        "_plain",
+        lambda *args: (_ for _ in ()).throw(ValueError("no vjp")),
+    )
+    found = problems(llama)
+    assert all("plain MLX cannot differentiate it (no vjp)" in text for text in found)
+    assert len(found) == 2
+
+
+# --- it would have seen the three causes that an earlier version had --------------------------
+
+
+def test_a_floating_mask_without_a_gradient_is_seen(tmp_path, monkeypatch):
+    """DeepSeek, Kimi, GLM-4.7-Flash, LongCat, Ling: rotary scores are passed as a mask."""
+    folder = save(tmp_path, "deepseek_v3", True)
+    original = grid._MaskGradient.result
+    monkeypatch.setattr(grid._MaskGradient, "result", lambda self: 0 * original(self))
+    found = problems(folder)
+    assert found and all("DeepseekV3DecoderLayer" in text for text in found)
+
+
+class OldInterceptor:
+    """What stood in the list for a block: no instance of its class."""
+
+    def __init__(self, index, block, handler):
+        self._index, self._block, self._handler = index, block, handler
+
+    def __call__(self, x, *args, **kwargs):
+        return self._handler(self._index, x, args, kwargs)
+
+    def __getattr__(self, name):
+        return getattr(self._block, name)
+
+
+def test_a_loop_that_asks_for_a_class_is_seen(tmp_path, monkeypatch):
+    """OLMo-Hybrid: its full attention lost the causal mask."""
+
+    @contextmanager
+    def intercepted(self, handler):
+        owner, key = next(
+            (module, key)
+            for _, module in self.model.named_modules()
+            for key, value in module.items()
+            if isinstance(value, list) and value == self.blocks
+        )
+        owner[key] = [OldInterceptor(i, block, handler) for i, block in enumerate(self.blocks)]
+        try:
+            yield
+        finally:
+            owner[key] = list(self.blocks)
+
+    folder = save(tmp_path, "olmo_hybrid", True)
+    monkeypatch.setattr(BlockList, "intercepted", intercepted)
+    (found,) = problems(folder)
+    assert "calls of blocks, by the model: block 1 is called with another argument 2" in found
+
+
+DBRX = {
+    "d_model": 64,
+    "n_heads": 4,
+    "n_layers": 2,
+    "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+    "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 8, "moe_top_k": 2},
+    "vocab_size": 101,
+    "model_type": "dbrx",
+}
+
+
+def test_experts_first_picked_in_a_later_tile_are_seen(tmp_path, monkeypatch):
+    """DBRX: what a gradient reaches was remembered of the first tile."""
+    monkeypatch.setitem(CONFIGS, "dbrx", DBRX)
+    folder = save(tmp_path, "dbrx", True)
+    assert problems(folder, **TILES) == []
+    monkeypatch.setattr(tiles, "looks_at_values", lambda *args: False)
+    found = problems(folder, **TILES)
+    assert found and "ffn.experts" in found[0]
+
+
+# --- it leaves everything as it was -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("light", [True, False])
+@pytest.mark.parametrize("plan", PLANS)
+def test_nothing_is_changed_by_it(llama, plan, light):
+    batch = random_batch()
+    with closing(engine(llama, **PLANS[plan])) as ours:
+        before = ours.value_and_grad(batch)
+        classes = [type(module) for module in ours.model.modules()]
+        arrays = {name: id(value) for name, value in tree_flatten(ours.model.parameters())}
+        settings = ours.plan, attention_layer.TILE_BYTES, hook.TILE_BYTES
+        drawn = np.array(mx.random.state[0])
+        verify(ours, 2, 40, light=light)
+        assert np.array_equal(mx.random.state[0], drawn)
+        assert settings == (ours.plan, attention_layer.TILE_BYTES, hook.TILE_BYTES)
+        assert classes == [type(module) for module in ours.model.modules()]
+        assert arrays == {name: id(v) for name, v in tree_flatten(ours.model.parameters())}
+        after = ours.value_and_grad(batch)
+    same = [
+        mx.array_equal(a, b).item()
+        for (_, a), (_, b) in zip(tree_flatten(before), tree_flatten(after), strict=True)
+        if isinstance(a, mx.array)
+    ]
+    assert same and all(same)
+
+
+# --- in a run, and as a command ---------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tiny, tmp_path):
+    """run(**options) -> the lines of a short training run in a folder of its own."""
+
+    def call(**options):
+        given = {
+            "model": str(tiny / "model"),
+            "data": str(tiny / "data"),
+            "adapter_path": str(tmp_path / "adapters"),
+            "iters": 3,
+            "num_layers": -1,
+            "spill_dir": str(tmp_path),
+        }
+        lines = []
+        result = finetune(TrainConfig(**given | options), notify=lines.append)
+        return lines, result
+
+    return call
+
+
+def test_a_run_says_so_in_one_line_and_trains_the_same(run):
+    lines, result = run(lora_parameters={"rank": 4, "scale": 9.0, "dropout": 0.3})
+    (line,) = [line for line in lines if line.startswith("verified: ")]
+    assert "gradients are plain MLX's in 4 comparisons (largest relative error " in line
+    others, other = run(verify="off", lora_parameters={"rank": 4, "scale": 9.0, "dropout": 0.3})
+    assert not [line for line in others if line.startswith("verified: ")]
+    assert result.train_loss == other.train_loss
+
+
+def test_a_run_ends_before_its_first_step_where_gradients_are_wrong(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(BlockWalk, "backward", scaled(1.01))
+    with pytest.raises(
+        EdgeLoraError,
+        match=r"^verify: TransformerBlock .*: .*o_proj.lora_a is .* expected the gradients of "
+        r"plain MLX. Nothing was trained. .* --verify off",
+    ):
+        run()
+    assert not (tmp_path / "adapters" / "adapters.safetensors").exists()
+    run(verify="off")
+
+
+@pytest.fixture
+def told(tiny, tmp_path, capsys):
+    def call(*flags):
+        common = ["--model", tiny / "model", "--spill-dir", tmp_path, "--num-layers", "-1"]
+        status = command.main([str(flag) for flag in (*common, *flags)])
+        found = capsys.readouterr()
+        return status, found.out, found.err
+
+    return call
+
+
+def test_the_command_prints_a_table(told, tiny):
+    for flags in ([], ["--data", tiny / "data"], ["--memory-budget", "min"]):
+        status, out, err = told("--max-seq-length", 33, *flags)
+        assert (status, err) == (0, "")
+        lines = out.splitlines()
+        start = next(i for i, line in enumerate(lines) if line.startswith("kind "))
+        assert [line.split()[-1] for line in lines[start + 1 :]] == ["ok"] * 4
+        assert lines[start + 1].startswith("calls of blocks")
+
+
+def test_the_command_takes_a_plan(told, tmp_path):
+    plan = tmp_path / "a.plan"
+    plan.write_text(json.dumps({"version": 1, "tile_tokens": 8}))
+    status, out, _ = told("--max-seq-length", 33, "--plan", plan)
+    assert status == 0
+    assert "by tiles, labelled tokens" in out
+
+
+def test_the_command_exits_with_1_on_a_mismatch(told, monkeypatch):
+    monkeypatch.setattr(BlockWalk, "backward", scaled(1.01))
+    status, out, err = told("--max-seq-length", 33)
+    assert (status, err) == (1, "")
+    assert "WRONG: self_attn.o_proj.lora_a is" in out
+
+
+def test_wrong_input_is_one_sentence(told, capsys):
+    status, out, err = told("--max-seq-lenth", 33)
+    assert (status, out) == (2, "")
+    assert err.startswith("error: command line: --max-seq-lenth")
+
+
+def test_rows_that_plain_mlx_has_no_memory_for_are_compared_shorter(tmp_path):
+    folder, lines = save(tmp_path, "llama", True, num_hidden_layers=2), []
+    with closing(engine(folder)) as ours:
+        found = verify(ours, 1, 1500, memory=30_000_000, notify=lines.append)
+    refuse_wrong(found)
+    assert lines
+    assert all(" GB for a block of " in line for line in lines)
