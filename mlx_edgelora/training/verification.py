@@ -106,7 +106,7 @@ def verify(
     Returns:
         A verdict for the blocks' calls, for each kind of block and way, and for the head.
     """
-    with _generator_restored(), _small_tiles(engine) if light else ExitStack():
+    with _generator_restored(), _small_tiles(engine, rows * tokens) if light else ExitStack():
         comparison = _Comparison(engine, rows, tokens, dtype, light)
         while memory is not None and comparison.plain_peak() > memory and tokens > PROBES[-1]:
             needed, tokens = comparison.plain_peak(), -(-tokens // 2)
@@ -412,7 +412,7 @@ class _Comparison:
         self, one: OneBlock, index: int, trained: _Random, rows: mx.array | None, way: str
     ) -> Arrays:
         """The block's output and gradients, as a step computes them."""
-        plan = replace(self._plan, kept_blocks=int(way == "kept"), ram_blocks=None)
+        plan = replace(self._plan, kept_blocks=int(way == "kept"))
         if not way.startswith("by tiles"):
             plan = replace(plan, tile_tokens=None, halves=False)
         walk = BlockWalk(
@@ -458,7 +458,7 @@ class _Comparison:
 
         x = one.input(self._tokens).astype(dtype)
         shape = x.shape if rows is None else (1, rows.size, x.shape[-1])
-        with plain_classes([block]):
+        with plain_classes([block], unpack=not self._light):
             (out,), gradients = mx.vjp(function, [*own.values(), x], [_cotangent(shape, dtype)])
         frozen.clear()
         mx.eval(out, gradients)
@@ -618,14 +618,20 @@ def _named(block: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
 
 
 @contextmanager
-def plain_classes(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Give modules the classes that MLX and mlx-lm made them of; undone on exit."""
+def plain_classes(modules: Sequence[nn.Module], unpack: bool = False) -> Iterator[None]:
+    """Give modules the classes that MLX and mlx-lm made them of; undone on exit.
+
+    Args:
+        modules: and all within them.
+        unpack: multiply by packed matrices unpacked, on a CPU: 20 times faster there, and more
+            memory.
+    """
     changed = []
     try:
         for module in {id(m): m for top in modules for m in top.modules()}.values():
             kind = type(module)
             own = next(k for k in kind.__mro__ if not k.__module__.startswith("mlx_edgelora"))
-            if own is nn.QuantizedLinear and mx.default_device() == mx.cpu:
+            if own is nn.QuantizedLinear and unpack and mx.default_device() == mx.cpu:
                 own = _Unpacked
             if own is not kind:
                 changed.append((module, kind))
@@ -637,7 +643,7 @@ def plain_classes(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 class _Unpacked(nn.QuantizedLinear):
-    """A packed layer as a product with the whole matrix: MLX's kernel is slow on a CPU."""
+    """A packed layer as a product with the whole matrix."""
 
     def __call__(self, x: mx.array) -> mx.array:
         settings = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
@@ -657,11 +663,11 @@ def _generator_restored() -> Iterator[None]:
 
 
 @contextmanager
-def _small_tiles(engine: Engine) -> Iterator[None]:
-    """Cut few tokens as long rows are cut."""
+def _small_tiles(engine: Engine, tokens: int) -> Iterator[None]:
+    """Cut few tokens as batches of so many are cut."""
     plan, before = engine.plan, (attention_hook.TILE_BYTES, norms_hook.TILE_BYTES)
     small = plan
-    if plan.tile_tokens is not None:
+    if engine.walk.tile_choice(0, tokens) is not None:
         small = replace(plan, tile_tokens=min(plan.tile_tokens, LIGHT_TILE))
     attention_hook.TILE_BYTES = norms_hook.TILE_BYTES = LIGHT_BYTES
     engine.obey(small)

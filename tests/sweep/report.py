@@ -2,21 +2,26 @@
 
     python tests/sweep/report.py
     python tests/sweep/report.py -k llama,gemma4_text:moe -o results.jsonl
+    python tests/sweep/report.py --page docs/architectures.md
 
 `sweeping.py` says what is compared. A name without a variant stands for all its variants.
 """
 
 import argparse
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))  # of the helpers that are not tests
 
 from sweeping import EXCUSED, RUNS, WORKERS, Outcome, Result, configurations, sweep
+
+from mlx_edgelora.model.refusals import Refusal
 
 # From the best to the worst.
 VERDICTS = (
@@ -96,10 +101,49 @@ def architectures(results: Iterable[Result]) -> dict[str, str]:
     return found
 
 
+# How many architectures there were of each verdict before it was looked at all of them.
+BEFORE = dict(zip(VERDICTS, (74, 12, 11, 2, 1, 4, 11, 11), strict=True))
+PAGE = Path(__file__).parent / "page.md"
+
+
+def page(results: Iterable[Result]) -> str:
+    """The page of the docs about all architectures."""
+    results = list(results)
+    now = Counter(architectures(results).values())
+    counts = ["| verdict | before | now |", "|---|---|---|"]
+    counts += [f"| {v} | {BEFORE[v]} | {now[v]} |" for v in VERDICTS]
+    counts.append(f"| architectures | {sum(BEFORE.values())} | {sum(now.values())} |")
+    return PAGE.read_text().format(
+        version=version("mlx-lm"),
+        counts="\n".join(counts),
+        reasons="\n".join(reasons(results)),
+        table=table(results).partition("\n\n")[0],
+    )
+
+
+def reasons(results: Iterable[Result]) -> list[str]:
+    """Every reason of a refusal, and the configurations that it concerns."""
+    texts = {
+        result.name: outcome.text
+        for result in results
+        for outcome in result.runs.values()
+        if outcome.state == "refused"
+    }
+    lines = []
+    for reason in Refusal:
+        pattern = re.sub(r"\\{\w+\\}", ".*", re.escape(reason.value))
+        names = sorted(name for name, text in texts.items() if re.search(f": {pattern};", text))
+        text = re.sub(r" \(?\{error\}\)?", "", reason.value)
+        text = re.sub(r"\{(\w+)\}", r"*\1*", text)
+        lines.append(f"- {text}" + (f": {', '.join(names)}" if names else ""))
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-k", metavar="NAME", default="", help="only these, with commas between")
     parser.add_argument("-o", metavar="FILE", type=Path, help="a line of JSON for each result")
+    parser.add_argument("--page", metavar="FILE", type=Path, help="write the page of the docs")
     parser.add_argument("--workers", type=int, default=WORKERS, help="processes at a time")
     options = parser.parse_args()
     wanted = {name for name in options.k.split(",") if name}
@@ -118,6 +162,8 @@ def main() -> None:
         results.append(result)
     if options.o:
         options.o.write_text("".join(json.dumps(asdict(result)) + "\n" for result in results))
+    if options.page:
+        options.page.write_text(page(results))
     print(table(results))
 
 

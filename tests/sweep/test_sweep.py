@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx_lm.models
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
+from report import cell
 from sweeping import (
     EXCUSED,
     RUNS,
@@ -50,6 +51,26 @@ def test_trained_exactly_or_refused(name, results):
         return
     assert name in EXCUSED, f"{name}: {result.missing}"
     pytest.skip(EXCUSED[name])
+
+
+def documented() -> dict[str, list[str]]:
+    """What `docs/architectures.md` says of each run: a word, without its figure."""
+    page = (Path(__file__).parents[2] / "docs/architectures.md").read_text()
+    rows = [line.split(" | ") for line in page.partition("## All of them")[2].splitlines()]
+    rows = [row for row in rows if len(row) > len(RUNS)][1:]
+    return {row[0].removeprefix("| "): list(map(word, row[1 : 1 + len(RUNS)])) for row in rows}
+
+
+def word(cell: str) -> str:
+    return cell.replace("*", "").partition(" ")[0]
+
+
+def test_the_docs_say_what_is_found(results):
+    """Figures differ from machine to machine."""
+    said = documented()
+    assert set(CONFIGS) <= set(said)
+    found = {n: [word(cell(r.runs.get(run))) for run in RUNS] for n, r in results.items()}
+    assert found == {name: said[name] for name in found}
 
 
 def architectures() -> Iterator[str]:

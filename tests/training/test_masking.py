@@ -103,7 +103,8 @@ MODELS = [(name, 3) for name in CONFIGS] + [
     ("smollm3", 4),
     ("qwen3_next", 4),
 ]
-WHOLE = {("gemma2", 3), ("qwen3_next", 3)}  # attention of its own, and a recurrence
+# Attention of its own or of latents, and a recurrence.
+WHOLE = {("gemma2", 3), ("deepseek_v3", 3), ("qwen3_next", 3), ("olmo_hybrid", 3)}
 
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["float", "4bit"])
