@@ -97,7 +97,7 @@ class _InterceptedCalls:
     def of(self, kind: type[nn.Module]) -> Iterator[None]:
         """Exchange `__call__` of a class; modules that are no blocks do not notice."""
         own, call = vars(kind).get("__call__"), kind.__call__
-        first = next(iter(list(inspect.signature(call).parameters)[1:]), "")
+        first = _second_parameter(call)
 
         @wraps(call)
         def replacement(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -124,6 +124,14 @@ class _InterceptedCalls:
             return self._handler(index, x, args, kwargs)
         finally:
             self._is_handling = False
+
+
+def _second_parameter(function: Callable) -> str:
+    """Its name, behind `self`; empty where there is none to be found."""
+    try:
+        return next(iter(list(inspect.signature(function).parameters)[1:]), "")
+    except ValueError:  # it is no Python function
+        return ""
 
 
 def array_slots(module: nn.Module) -> dict[str, Slot]:

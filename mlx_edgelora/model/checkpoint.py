@@ -27,8 +27,19 @@ from mlx_edgelora.model.sources import TensorPlace
 # Layers all of whose parameters are floating numbers, and those that hold packed ones.
 FLOATING = (nn.Linear, nn.Embedding, nn.RMSNorm, nn.LayerNorm)
 PACKED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
-# What mlx-lm raises for a config.json or tensors that make no model.
-BUILD_ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+# What mlx-lm raises for a config.json or tensors that make no model; its olmo leaves the process
+# where a package is missing.
+BUILD_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    SystemExit,
+    TypeError,
+    ValueError,
+)
 # What a model needs from the Hub; Python files are never fetched.
 HUB_PATTERNS = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
 # Part of a converted copy's name: raise it when what is written changes.

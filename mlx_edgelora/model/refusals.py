@@ -23,6 +23,7 @@ class Refusal(Enum):
     SEVERAL_OUTPUTS = "the model cannot go on with one array from it ({error})"
     SHARED_STATE = "it shares state with earlier blocks"
     ENTRY = "trained parameters outside the blocks reach it"
+    TAIL = "what the model makes of its output cannot be differentiated ({error})"
     USED_LATER = "its output is used behind the last block too"
     OTHER_CALL = "it is called with another {name} when the blocks before it are computed"
     OWNERS = "{name} is trained {where} too"

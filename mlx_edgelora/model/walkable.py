@@ -167,9 +167,14 @@ def _check_tail(blocks: BlockList, hidden: mx.array) -> None:
 
     def logits(hidden: mx.array) -> mx.array:
         with blocks.intercepted(lambda index, *_: watched(lambda: used.add(index))(hidden)):
-            return blocks.model(mx.arange(1, 1 + TOKENS[1])[None]).sum()
+            found = blocks.model(mx.arange(1, 1 + TOKENS[1])[None])
+        arrays = [value for _, value in tree_flatten(found) if isinstance(value, mx.array)]
+        return sum(array.sum() for array in arrays if mx.issubdtype(array.dtype, mx.floating))
 
-    mx.grad(logits)(hidden)
+    try:
+        mx.grad(logits)(hidden)
+    except MODEL_ERRORS as error:
+        raise _refusal(blocks, len(blocks) - 1, Refusal.TAIL, error=str(error)) from error
     early = used - {len(blocks) - 1}
     if early:
         raise _refusal(blocks, min(early), Refusal.USED_LATER)

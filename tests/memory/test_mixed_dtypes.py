@@ -78,6 +78,18 @@ def test_a_block_of_another_dtype(dtypes, way, tmp_path):
     assert_as_plain_mlx(save(tmp_path, "affine", dtypes), 0.1, **WAYS[way])
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_keys_of_another_dtype_than_values(way, tmp_path):
+    """A norm of queries and keys in float32, as published checkpoints have some."""
+    model = build("qwen3")
+    cast(model, mx.bfloat16)
+    for block in model.layers:
+        cast(block.self_attn.k_norm, mx.float32)
+    save_model(tmp_path, model)
+    save_config(config("qwen3"), tmp_path / "config.json")
+    assert_as_plain_mlx(tmp_path, 0.1, **WAYS[way])
+
+
 @pytest.mark.parametrize("streamed", [True, False])
 @pytest.mark.parametrize("mode", PACKINGS)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

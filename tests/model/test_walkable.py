@@ -234,6 +234,32 @@ def test_arguments_that_depend_on_blocks_being_computed_are_refused(argument, na
         check_walk(BlockList(model))
 
 
+def test_what_follows_the_blocks_must_have_a_gradient():
+    def loop(self, h):
+        for layer in self.layers:
+            h = layer(h)
+        return no_gradient(h)
+
+    @mx.custom_function
+    def no_gradient(x):
+        return x * 1
+
+    @no_gradient.vjp
+    def vjp(*_):
+        raise ValueError("not here")
+
+    with pytest.raises(EdgeLoraError, match=r"block 3 .*cannot be differentiated .not here"):
+        check_walk(BlockList(looped(loop)))
+
+
+def test_a_model_may_return_more_than_logits():
+    class Two(Toy):
+        def __call__(self, tokens):
+            return super().__call__(tokens), {"count": mx.array(3)}
+
+    check_walk(BlockList(Two()))
+
+
 @pytest.mark.parametrize("shape", [(4, 1, 4, WIDTH), (4, WIDTH)], ids=str)
 def test_hidden_states_of_another_form_are_refused(shape):
     def loop(self, h):
