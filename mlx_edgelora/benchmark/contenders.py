@@ -189,6 +189,7 @@ def config_of(job: Job) -> TrainConfig:
         steps_per_report=1,
         save_every=NEVER,
         plan_out=str(job.plan_file),
+        verify="off",  # mlx-lm has no such thing before its first step
         **job.options,
     )
 

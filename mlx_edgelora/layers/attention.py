@@ -59,7 +59,7 @@ def tiled_attention(
     mask: Mask = None,
     window: int | None = None,
     sinks: mx.array | None = None,
-    tile_bytes: int = TILE_BYTES,
+    tile_bytes: int | None = None,
 ) -> mx.array:
     """Exact attention, as `mx.fast.scaled_dot_product_attention`, in tiles.
 
@@ -75,7 +75,7 @@ def tiled_attention(
         window: with "causal", each query sees this many keys, its own among them.
         sinks: [H], one more logit for each head that has no value.
         tile_bytes: bound on one tile of float32 scores, at least one score for each query
-            head that shares a key head.
+            head that shares a key head; `TILE_BYTES` if None.
 
     Returns:
         [B, H, Tq, Dv] in the dtype of `q`, differentiable in `q`, `k`, `v`, `sinks` and a
@@ -105,7 +105,7 @@ def attention_forward(
     scale: float,
     mask: Mask,
     sinks: mx.array | None,
-    tile_bytes: int = TILE_BYTES,
+    tile_bytes: int | None = None,
 ) -> tuple[mx.array, mx.array]:
     """The same outside of traces, with what `attention_backward` needs.
 
@@ -127,7 +127,7 @@ def attention_backward(
     scale: float,
     mask: Mask,
     dq: mx.array | None = None,
-    tile_bytes: int = TILE_BYTES,
+    tile_bytes: int | None = None,
 ) -> list[mx.array]:
     """The gradients of q, k and v through some of the keys a query sees.
 
@@ -160,9 +160,10 @@ def _call(
     scale: float,
     mask: Mask,
     sinks: mx.array | None,
-    tile_bytes: int,
+    tile_bytes: int | None,
 ) -> tuple[Setting, tuple[mx.array, ...]]:
     """A checked call: what is fixed in it, and its arrays."""
+    tile_bytes = TILE_BYTES if tile_bytes is None else tile_bytes
     extra = [] if sinks is None else [sinks]
     if isinstance(mask, mx.array):
         extra.append(mask.reshape((1,) * (4 - mask.ndim) + mask.shape))
@@ -176,7 +177,7 @@ def _check(
     v: mx.array,
     mask: Mask,
     sinks: mx.array | None,
-    tile_bytes: int,
+    tile_bytes: int | None,
 ) -> None:
     shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
     if {q.ndim, k.ndim, v.ndim} != {4} or 0 in (q.size, k.size, v.size):
@@ -188,7 +189,7 @@ def _check(
     _check_mask(mask, (*q.shape[:3], k.shape[2]))
     if sinks is not None and sinks.shape != (q.shape[1],):
         raise ValueError(f"Sinks are one for each of {q.shape[1]} heads; got {sinks.shape}.")
-    if tile_bytes < 1:
+    if tile_bytes is not None and tile_bytes < 1:
         raise ValueError(f"A tile has 1 byte or more; got {tile_bytes}.")
 
 

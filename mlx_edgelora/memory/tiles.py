@@ -30,7 +30,6 @@ from mlx_edgelora.layers.order import stops
 from mlx_edgelora.memory.meter import give_back
 from mlx_edgelora.memory.profile import phase
 from mlx_edgelora.memory.streams import KeySums, Stream, Sums, joined, split, spread
-from mlx_edgelora.model import attention as hook
 from mlx_edgelora.model.blocks import Slot, bound
 from mlx_edgelora.model.masks import tiled_mask
 from mlx_edgelora.model.parts import Asked, BlockParts, Place, Span, keys_seen, mask_at, tokens_at
@@ -319,12 +318,11 @@ class TiledBlock:
         _, keys, values, mask = self._seen(asked, place, keys, values)
         queries, keys, values = attention.promoted(asked.q, keys, values)
         options = {"scale": asked.scale, "mask": mask, "sinks": asked.sinks}
-        tile = {"tile_bytes": hook.TILE_BYTES}
         if attention.use_fused(queries, keys, values, mask=mask, sinks=asked.sinks)[0]:
             result = mx.fast.scaled_dot_product_attention(queries, keys, values, **options), None
         else:
             with stops() as order:
-                result = attention.attention_forward(queries, keys, values, **options, **tile)
+                result = attention.attention_forward(queries, keys, values, **options)
             order.eval()
         mx.eval(result)
         return result
@@ -367,7 +365,6 @@ class TiledBlock:
                     scale=asked.scale,
                     mask=tiled_mask(mask, asked.q.shape[2], span.stop - span.start),
                     dq=dq,
-                    tile_bytes=hook.TILE_BYTES,
                 )
             order.eval()
             mx.eval(dq, pair)

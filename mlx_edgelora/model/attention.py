@@ -111,9 +111,7 @@ def bounded(
     ):
         return original(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
     queries, keys, values = promoted(queries, keys, values)
-    return tiled_attention(
-        queries, keys, values, scale=scale, mask=tiled, sinks=sinks, tile_bytes=TILE_BYTES
-    )
+    return tiled_attention(queries, keys, values, scale=scale, mask=tiled, sinks=sinks)
 
 
 def _is_known(mask: object) -> bool:

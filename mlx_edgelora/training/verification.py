@@ -32,6 +32,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.layers import attention as attention_layer
 from mlx_edgelora.losses.exact import CrossEntropy
 from mlx_edgelora.memory.blockwise import BlockWalk
 from mlx_edgelora.model import attention as attention_hook
@@ -665,16 +666,19 @@ def _generator_restored() -> Iterator[None]:
 @contextmanager
 def _small_tiles(engine: Engine, tokens: int) -> Iterator[None]:
     """Cut few tokens as batches of so many are cut."""
-    plan, before = engine.plan, (attention_hook.TILE_BYTES, norms_hook.TILE_BYTES)
+    plan, modules = engine.plan, (attention_hook, attention_layer, norms_hook)
+    before = [module.TILE_BYTES for module in modules]
     small = plan
     if engine.walk.tile_choice(0, tokens) is not None:
         small = replace(plan, tile_tokens=min(plan.tile_tokens, LIGHT_TILE))
-    attention_hook.TILE_BYTES = norms_hook.TILE_BYTES = LIGHT_BYTES
+    for module in modules:
+        module.TILE_BYTES = LIGHT_BYTES
     engine.obey(small)
     try:
         yield
     finally:
-        attention_hook.TILE_BYTES, norms_hook.TILE_BYTES = before
+        for module, size in zip(modules, before, strict=True):
+            module.TILE_BYTES = size
         engine.obey(plan)
 
 

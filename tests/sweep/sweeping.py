@@ -50,6 +50,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.utils import load_model, save_config, save_model
 
 from mlx_edgelora import EdgeLoraError, LoraParameters, TrainConfig, value_and_grad
+from mlx_edgelora.layers import attention as layers_attention
 from mlx_edgelora.memory import tiles
 from mlx_edgelora.memory.plan import Plan
 from mlx_edgelora.model import attention, walkable
@@ -305,7 +306,10 @@ def _planned(case: Case) -> Outcome:
 @contextmanager
 def _long_rows() -> Iterator[None]:
     """Let 40 tokens be as many for attention as 2048 are: some tiles of scores."""
-    with patch.object(attention, "TILE_BYTES", 4096):
+    with (
+        patch.object(attention, "TILE_BYTES", 1024),
+        patch.object(layers_attention, "TILE_BYTES", 4096),
+    ):
         yield
 
 
