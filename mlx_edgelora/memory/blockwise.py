@@ -43,6 +43,7 @@ from mlx_edgelora.memory.tiled_walk import Call, TiledWalk
 from mlx_edgelora.memory.visits import Arrays, Visits
 from mlx_edgelora.model.attention import attention_bounded
 from mlx_edgelora.model.blocks import (
+    BlockList,
     Handler,
     Slot,
     array_slots,
@@ -52,10 +53,13 @@ from mlx_edgelora.model.blocks import (
 from mlx_edgelora.model.labelled import LastBlock, put_rows, take_rows
 from mlx_edgelora.model.masks import packed, unpacked
 from mlx_edgelora.model.norms import norms_bounded
+from mlx_edgelora.model.refusals import Refusal, refused
 from mlx_edgelora.model.sources import ResidentWeights, TogetherWeights, WeightSource
 from mlx_edgelora.model.tiling import Tileable, Tiling
 from mlx_edgelora.model.walkable import EVALUATES, checked_blocks
 
+# Part of what MLX says of arguments that are neither arrays nor constants.
+NO_TREE = "Function arguments must be trees"
 # For dropout in a pass that only looks at the graph: it must not move MLX's generator.
 _SAME_KEY = itertools.repeat(mx.random.key(0))
 
@@ -65,6 +69,33 @@ class _Reached(Exception):
 
     def __init__(self, hidden: mx.array) -> None:
         self.hidden = hidden
+
+
+class _InOrder:
+    """A handler of blocks' calls that refuses them where they are not what the check has seen.
+
+    It has seen few tokens, in training mode: a loop may do otherwise with other ones.
+
+    Attributes:
+        due: the block that is called next.
+    """
+
+    def __init__(self, blocks: BlockList, handler: Handler) -> None:
+        self._blocks, self._handler = blocks, handler
+        self.due, self._returned = 0, None
+
+    def __call__(self, index: int, x: mx.array, args: tuple, kwargs: dict) -> mx.array:
+        if index != self.due:
+            raise self.refused(index, Refusal.ORDER, due=str(self.due))
+        if index and x is not self._returned:
+            raise self.refused(index, Refusal.INPUT)
+        self._returned = self._handler(index, x, args, kwargs)
+        self.due += 1
+        return self._returned
+
+    def refused(self, index: int, reason: Refusal, **values: str) -> EdgeLoraError:
+        """The error, about a block."""
+        return refused(self._blocks.model, reason, index, self._blocks.blocks[index], **values)
 
 
 @dataclass
@@ -136,6 +167,7 @@ class BlockWalk:
             with `halves`, `kept_blocks`, and `ram_blocks`, whose inputs are not in `store`; in
             a pass by tiles only those of all blocks at once.
         rest: called after every block, forward and backward.
+        blocks: the model's, if they were checked already.
         like: a walk over a model that has these blocks among others: trials that were made of
             them there are not made again.
 
@@ -152,10 +184,11 @@ class BlockWalk:
         adapters: WeightSource | None = None,
         plan: Plan = Plan(),  # noqa: B008 - frozen
         rest: Callable[[], None] = lambda: None,
+        blocks: BlockList | None = None,
         like: "BlockWalk | None" = None,
     ) -> None:
         self.model, self._rest = model, rest
-        self.blocks = checked_blocks(model)
+        self.blocks = blocks or checked_blocks(model)
         self.store = RamStore() if store is None else store
         self.weights = ResidentWeights() if weights is None else weights
         self.adapters = ResidentWeights() if adapters is None else adapters
@@ -227,8 +260,9 @@ class BlockWalk:
             state.store = SplitStore(self.store, self._ram, in_ram) if in_ram > 0 else self.store
             if self._tiled is not None:
                 state.choices = self._tiled.choices()
+            handler = _InOrder(self.blocks, lambda *call: self._run_block(state, *call))
             with self._tape.recording() as state.entry_keys:
-                state.hidden = self._stopped(run, lambda *call: self._run_block(state, *call))
+                state.hidden = self._stopped(run, handler)
             if state.tiles is not None:
                 state.hidden = self._tiled_forward(state)
             elif state.kept_from in state.calls:
@@ -521,9 +555,10 @@ class BlockWalk:
             try:
                 return function(*operands, *packed(call.args, call.kwargs), call.keys)
             except (ValueError, RuntimeError) as error:
-                if EVALUATES not in str(error):
+                if not any(text in str(error) for text in (EVALUATES, NO_TREE)):
                     raise
-                # A block that decides by values what it computes has no one graph.
+                # A block that decides by values what it computes has no one graph, and there are
+                # arguments that MLX does not compile.
                 return plain(*operands, call.args, call.kwargs, call.keys)
 
         return run
@@ -585,6 +620,8 @@ class BlockWalk:
                 run()
             except _Reached as reached:
                 return reached.hidden
+        if isinstance(handler, _InOrder) and handler.due:
+            raise handler.refused(handler.due, Refusal.NOT_CALLED)
         raise EdgeLoraError(
             "value_and_grad: the loss returned without calling the model, expected one call; "
             "call the model given to value_and_grad inside the loss"

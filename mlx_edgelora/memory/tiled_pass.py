@@ -23,7 +23,7 @@ from mlx_edgelora.memory.streams import (
     split,
     spread,
 )
-from mlx_edgelora.memory.tiles import Slots, TiledBlock, Used
+from mlx_edgelora.memory.tiles import Slots, TiledBlock
 from mlx_edgelora.model.labelled import checked_rows
 from mlx_edgelora.model.parts import BlockParts, Place, Span, tokens_at
 
@@ -102,18 +102,17 @@ class TiledPass:
         self._wanted, self._spared = places_of(self.spans, indices, tokens), spared
         self._pieces = [[] for _ in self.spans]
 
-    def block(self, index: int, parts: BlockParts, slots: Slots, used: Used) -> TiledBlock:
+    def block(self, index: int, parts: BlockParts, slots: Slots) -> TiledBlock:
         """A visit of a block by tiles.
 
         Args:
             index: of the block; what is wanted of the last one has been said.
             parts: the block's call.
             slots: where the block's arrays hang.
-            used: see `TiledBlock`.
         """
         spared = self._spared and self._is_last(index)
         places = self._wanted if spared else [[span] for span in self.spans]
-        return TiledBlock(parts, slots, self.spans, places, used)
+        return TiledBlock(parts, slots, self.spans, places)
 
     def forward(self, index: int, block: TiledBlock) -> None:
         """Compute block `index` by tiles, or its first half."""

@@ -9,9 +9,9 @@ from mlx_edgelora.memory.profile import phase
 from mlx_edgelora.memory.stores import ActivationStore
 from mlx_edgelora.memory.streams import Sums
 from mlx_edgelora.memory.tiled_pass import TiledPass
-from mlx_edgelora.memory.tiles import TiledBlock, Used
+from mlx_edgelora.memory.tiles import TiledBlock
 from mlx_edgelora.memory.visits import Arrays, Visits
-from mlx_edgelora.model.blocks import BlockList, array_slots, signature
+from mlx_edgelora.model.blocks import BlockList, array_slots
 from mlx_edgelora.model.parts import BlockParts
 from mlx_edgelora.model.tiling import Tileable, Tiling
 
@@ -42,7 +42,6 @@ class TiledWalk:
     ) -> None:
         self._blocks, self._visits, self._tiling = blocks, visits, tiling
         self._tile_tokens, self._halves = tile_tokens, halves
-        self._used: dict[str, Used] = {}  # by kind of block
 
     def __str__(self) -> str:
         return f"{self._tile_tokens} tokens at a time in {self._tiling.summary()}"
@@ -119,5 +118,4 @@ class TiledWalk:
         block = self._blocks.blocks[index]
         branches = choice.branches if self._halves else None
         parts = BlockParts(block, call.args, call.kwargs, branches, choice.through_cache)
-        used = self._used.setdefault(signature(block), {})
-        return tiles.block(index, parts, array_slots(block), used)
+        return tiles.block(index, parts, array_slots(block))

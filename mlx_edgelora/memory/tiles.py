@@ -21,7 +21,7 @@ dequantized for every tile, and two copies of a pair of sums for every pair of t
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import mlx.core as mx
 
@@ -33,12 +33,10 @@ from mlx_edgelora.memory.streams import KeySums, Stream, Sums, joined, split, sp
 from mlx_edgelora.model.blocks import Slot, bound
 from mlx_edgelora.model.masks import tiled_mask
 from mlx_edgelora.model.parts import Asked, BlockParts, Place, Span, keys_seen, mask_at, tokens_at
-from mlx_edgelora.model.walkable import looks_at_values, watched
+from mlx_edgelora.model.walkable import watched
 
 Arrays = dict[str, mx.array]
 Slots = dict[str, Slot]
-# By part of a block and shapes of its inputs: the trained arrays its gradient reaches.
-Used = dict[tuple, list[str]]
 
 
 @dataclass
@@ -50,15 +48,12 @@ class TiledBlock:
         slots: where its arrays hang.
         spans: the tiles.
         places: by tile, the tokens that it is computed for.
-        used: which trained arrays each part's gradient reaches, as far as that is the same for
-            all inputs of a shape; the same dict for every visit of the block.
     """
 
     parts: BlockParts
     slots: Slots
     spans: list[Span]
     places: list[list[Place]]
-    used: Used = field(default_factory=dict)
 
     def forward(self, tiles: Stream, put: Callable[[int, mx.array], None]) -> None:
         """Compute the block, or its first half.
@@ -125,7 +120,6 @@ class TiledBlock:
                 with phase("MLP backward"):
                     (pieces[number],) = self._vjp(
                         gradients,
-                        "rest",
                         lambda x, place=place: [self.parts.rest(x, place)],
                         [x],
                         [dy],
@@ -193,7 +187,6 @@ class TiledBlock:
         with phase("attention backward"):
             (dx,) = self._vjp(
                 gradients,
-                "keys",
                 lambda x: self._keys(x, span),
                 [x],
                 [total.astype(dtype) for total, dtype in zip(pair, dtypes, strict=True)],
@@ -227,7 +220,6 @@ class TiledBlock:
         with phase("attention backward" if self.parts.branches else "MLP backward"):
             dx, dattended = self._vjp(
                 gradients,
-                "after",
                 lambda x, attended: [self._finished(x, place, attended)],
                 [x, attended],
                 [cotangents.pop(0)],
@@ -239,7 +231,7 @@ class TiledBlock:
             )
             del asked, attended, statistics, dattended
             (more,) = self._vjp(
-                gradients, "queries", lambda x: [self.parts.before(x, place).q], [x], [dq], onward
+                gradients, lambda x: [self.parts.before(x, place).q], [x], [dq], onward
             )
         if not onward:
             return None
@@ -262,7 +254,6 @@ class TiledBlock:
         with phase("attention backward"):
             dx, *pair = self._vjp(
                 gradients,
-                "cached",
                 lambda x, *cached: [self.parts.finished(x, span, seen, list(cached))],
                 [x, *_tokens(seen, keys, values)],
                 [cotangents.pop(0)],
@@ -385,64 +376,38 @@ class TiledBlock:
     def _vjp(
         self,
         gradients: Sums,
-        part: str,
         function: Callable[..., list[mx.array]],
         inputs: list[mx.array],
         cotangents: list[mx.array],
         onward: bool,
     ) -> list[mx.array]:
         """Differentiate a part of the block; gradients of its inputs are evaluated if asked for."""
-        names = self._reached(part, function, inputs, cotangents, gradients.values)
-        primals = [gradients.values[name] for name in names] + inputs
+        trained, reached = gradients.values, set()
+        names, count = list(trained), len(trained)
 
         def bound_function(*primals: mx.array) -> list[mx.array]:
-            with bound(self.slots, dict(zip(names, primals[: len(names)], strict=True))):
-                results = function(*primals[len(names) :])
+            seen = {
+                name: watched(lambda name=name: reached.add(name))(value)
+                for name, value in zip(names, primals[:count], strict=True)
+            }
+            with bound(self.slots, seen):
+                results = function(*primals[count:])
             order.clear()  # a gradient needs little of the forward
             return results
 
         with stops() as order:
-            _, found = mx.vjp(bound_function, primals, cotangents)
-        del primals, cotangents
+            _, found = mx.vjp(bound_function, [*trained.values(), *inputs], cotangents)
+        del inputs, cotangents
         if onward:
             order.eval()
-        results = found[len(names) :]
-        mx.eval(found[: len(names)], results if onward else [])
-        gradients.add(names, found[: len(names)])
+        # Of what a part does not reach the gradients are zeros: not evaluated, not added. Which
+        # arrays these are may be decided by the values of a tile: experts, for one.
+        own = {name: value for name, value in zip(names, found, strict=False) if name in reached}
+        results = found[count:]
+        del found
+        mx.eval(own, results if onward else [])
+        gradients.add(list(own), list(own.values()))
         return results if onward else [None] * len(results)
-
-    def _reached(
-        self,
-        part: str,
-        function: Callable[..., list[mx.array]],
-        inputs: list[mx.array],
-        cotangents: list[mx.array],
-        trained: Arrays,
-    ) -> list[str]:
-        """The trained arrays that have a gradient through a part: the others' would be zeros.
-
-        Remembered for inputs of the same shapes, unless which arrays these are is decided by the
-        values of the inputs, as where Python picks experts.
-        """
-        key = part, *(array.shape for array in inputs)
-        if key in self.used:
-            return self.used[key]
-        reached: set[str] = set()
-
-        def with_watchers(*values: mx.array) -> list[mx.array]:
-            seen = {
-                name: watched(lambda name=name: reached.add(name))(value)
-                for name, value in zip(trained, values, strict=True)
-            }
-            with bound(self.slots, seen):
-                return function(*inputs)
-
-        if trained:
-            mx.vjp(with_watchers, list(trained.values()), cotangents)
-        names = [name for name in trained if name in reached]
-        if not looks_at_values(function, inputs):
-            self.used[key] = names
-        return names
 
 
 def _tokens(span: Span, *arrays: mx.array) -> list[mx.array]:

@@ -8,7 +8,7 @@ loop may ask anything of them: their class, their attributes, their identity.
 
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any
@@ -39,7 +39,8 @@ class BlockList:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.hidden_dtype: mx.Dtype | None = None
-        wanted = {id(block) for block in getattr(model, "layers", [])}
+        layers = getattr(model, "layers", None)
+        wanted = {id(layer) for layer in layers} if isinstance(layers, Iterable) else set()
         for path, module in model.named_modules():
             for key, value in module.items():
                 if isinstance(value, list) and wanted and wanted <= {id(v) for v in value}:
@@ -187,16 +188,47 @@ def signature(block: nn.Module) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
+def described(args: tuple, kwargs: dict) -> str:
+    """What a block is called with, as far as it decides what the block computes.
+
+    Of arrays their types and shapes, of masks that know what they mean the window, of plain values
+    all; of two unknown objects none is like the other.
+    """
+    return _fingerprint([*args, kwargs])
+
+
 def _fingerprint(value: Any, child: bool = False) -> str:
     """Tell values apart; modules and arrays among a module's children have their own paths."""
     if child and isinstance(value, nn.Module | mx.array):
         return type(value).__name__
+    if isinstance(value, mx.array):
+        band = getattr(value, "band", None)
+        return f"{type(value).__name__} {value.shape} {value.dtype} {band and band.window}"
     if isinstance(value, dict):
         return repr(sorted((str(key), _fingerprint(item, child)) for key, item in value.items()))
-    if isinstance(value, list | tuple):
-        return repr((type(value).__name__, [_fingerprint(item, child) for item in value]))
-    if isinstance(value, set | frozenset):
-        return repr(sorted(map(_fingerprint, value)))
-    if isinstance(value, bool | int | float | str | None) or hasattr(value, "__dataclass_fields__"):
+    if isinstance(value, list | set | frozenset):
+        found = [_fingerprint(item, child) for item in value]
+        return repr((type(value).__name__, found if isinstance(value, list) else sorted(found)))
+    # Neither MLX nor `array_slots` looks into tuples: what is in there is a constant.
+    return _constant(value)
+
+
+def _constant(value: Any) -> str:
+    """A plain value, or an object by its identity."""
+    if isinstance(value, bool | int | float | str | None):
         return repr(value)
+    if isinstance(value, tuple):
+        return repr((type(value).__name__, [_constant(item) for item in value]))
+    if hasattr(value, "__dataclass_fields__"):
+        found = {name: getattr(value, name, None) for name in value.__dataclass_fields__}
+        if not any(_holds_arrays(item) for item in found.values()):
+            return repr(value)
     return f"{type(value).__qualname__} at {id(value)}"
+
+
+def _holds_arrays(value: Any) -> bool:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return any(map(_holds_arrays, value))
+    return isinstance(value, mx.array | nn.Module)

@@ -21,6 +21,7 @@ from mlx_lm.utils import _get_classes, load_model, quantize_model, save_config
 
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.files import Unchanged
+from mlx_edgelora.model.blocks import BlockList
 from mlx_edgelora.model.safetensors import TensorInfo, read_header, write_tensors
 from mlx_edgelora.model.sources import TensorPlace
 
@@ -77,6 +78,7 @@ class LazyModel:
             place on disk; a parameter found here can be read again from its shard.
         vocabulary: number of logits.
         streamable: whether every parameter lies in a shard as the model has it.
+        blocks: of the model, once it was adapted and checked.
     """
 
     model: nn.Module
@@ -86,6 +88,7 @@ class LazyModel:
     source: Path
     vocabulary: int
     streamable: bool = True
+    blocks: BlockList | None = None
 
     def place(self, array: mx.array) -> TensorPlace | None:
         """Where a parameter lies on disk; None where it is computed from what lies there."""

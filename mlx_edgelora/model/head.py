@@ -23,6 +23,8 @@ from mlx_edgelora.losses.exact import Gradients
 from mlx_edgelora.losses.head import Adapter, Arrays, Tile
 from mlx_edgelora.memory.meter import DiskMeter
 from mlx_edgelora.model.blocks import BlockList, bound
+from mlx_edgelora.model.labelled import without_dropout
+from mlx_edgelora.model.refusals import Refusal, refused
 from mlx_edgelora.model.safetensors import RowReader
 from mlx_edgelora.model.sources import cast
 
@@ -229,17 +231,34 @@ class ModelHead:
         weight = dequantize(*packed, group_size=m.group_size, bits=m.bits, mode=m.mode)
         return Tile(weight.astype(mx.float32), bias)
 
-    def enter(self, hidden: mx.array) -> mx.array:
-        """Carry last hidden states [n, width] to the matrix: [n, dims]."""
+    def enter(self, hidden: mx.array, tokens: mx.array | None = None) -> mx.array:
+        """Carry last hidden states [n, width] to the matrix: [n, dims].
+
+        Args:
+            hidden: of any tokens.
+            tokens: int [n], which ones; what follows the blocks does not know them, unless it is
+                asked whether that is so.
+        """
         reached: list[mx.array] = []
 
         def reach(x: mx.array) -> mx.array:
             reached.append(x)
             return x[..., :1]
 
+        tokens = mx.zeros(hidden.shape[0], mx.int32) if tokens is None else tokens
         with answering(self._module, reach), self._blocks.returning(hidden[None]):
-            self._blocks.model(mx.zeros((1, hidden.shape[0]), mx.int32))
+            self._blocks.model(tokens[None])
         return reached[0][0]
+
+    def check_rows(self) -> None:
+        """See that what follows the blocks is computed token by token.
+
+        Raises:
+            EdgeLoraError: it is not, so that it cannot be computed for labelled tokens alone.
+        """
+        check_rows(self._blocks, self.enter)
+        if self.leave is not None:
+            check_rows(self._blocks, lambda products, _: self.leave(products), 5)
 
     def is_separable(self) -> bool:
         """Whether this is how the model makes logits, each of its own row alone."""
@@ -290,6 +309,28 @@ class ModelHead:
             slots[name], values = (self._module, name), values | {name: up if embeds else up.T}
         with bound(slots, values), self._blocks.returning(hidden[None]):
             return self._blocks.model(mx.zeros((1, hidden.shape[0]), mx.int32))[0]
+
+
+def check_rows(
+    blocks: BlockList, tail: Callable[[mx.array, mx.array], mx.array], width: int | None = None
+) -> None:
+    """See that some function of last hidden states and tokens works token by token.
+
+    Args:
+        blocks: of the model, for the error.
+        tail: hidden states [n, width] and tokens int [n] -> [n, ...].
+        width: of the hidden states; the model's by default.
+
+    Raises:
+        EdgeLoraError: a row of the result depends on its place, on other rows, or on the tokens.
+    """
+    rows = mx.random.normal((4, width or _width(blocks)), key=mx.random.key(2))
+    with without_dropout(blocks.model):
+        whole = tail(rows, mx.arange(1, 5)).astype(mx.float32)
+        single = [tail(rows[i : i + 1], mx.zeros(1, mx.int32)).astype(mx.float32) for i in range(4)]
+    difference = mx.linalg.norm(whole - mx.concatenate(single))
+    if not (difference <= 1e-2 * mx.linalg.norm(whole)).item():
+        raise refused(blocks.model, Refusal.TOKENS)
 
 
 def frozen_matrix(module: nn.Module) -> nn.Module:

@@ -236,7 +236,7 @@ def _refusal(blocks: BlockList, weights: WeightSource) -> str | None:
     names = inspect.signature(block.__call__).parameters
     if missing := [name for name in ("mask", "cache") if name not in names]:
         return f"the last block takes no {missing[0]}"
-    with _without_dropout(blocks.model):
+    with without_dropout(blocks.model):
         call = _last_call(blocks)
         if reason := _unsuited(call):
             return reason
@@ -322,8 +322,8 @@ def _drops(model: nn.Module) -> list[nn.Dropout]:
 
 
 @contextmanager
-def _without_dropout(model: nn.Module) -> Iterator[None]:
-    """For the trial: dropout would move MLX's generator, and is asked about apart."""
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """For a trial: dropout would move MLX's generator, and is asked about apart."""
     layers = _drops(model)
     for layer in layers:
         layer.eval()

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -26,6 +27,7 @@ from mlx_edgelora.model.head import (
     ResidentRows,
     StreamedRows,
     cast_lookups,
+    check_rows,
     find_head,
     frozen_matrix,
     stream_embedding,
@@ -79,11 +81,13 @@ class Attached:
     """Where a model's frozen weights come from, once `attach` has settled it.
 
     Attributes:
+        blocks: the model's, checked.
         weights: of the blocks.
         head: the vocabulary head by rows; None where only whole logits can be had.
         logits: how logits are made, and why.
     """
 
+    blocks: BlockList
     weights: WeightSource
     head: ModelHead | None
     logits: str
@@ -118,7 +122,7 @@ def attach(
         EdgeLoraError: the architecture cannot be walked, or a file cannot be read.
     """
     kind = DTYPES[dtype] if dtype else None
-    blocks = checked_blocks(lazy.model)
+    blocks = lazy.blocks or checked_blocks(lazy.model)
     trained = [name for name, _ in tree_flatten(lazy.model.trainable_parameters())]
     on_disk: dict[int, StreamedRows] = {}
     head, why = _usable_head(blocks, trained)
@@ -138,13 +142,21 @@ def attach(
         places, files = _block_places(lazy, blocks), lazy.checkpoint.files
         source = StreamedWeights(places, kind, meter, files, streamed_blocks)
     if head is None:
-        return Attached(source, None, f"whole rows of logits: {why}")
+        check_rows(blocks, partial(_logits, blocks))
+        return Attached(blocks, source, None, f"whole rows of logits: {why}")
     matrix = frozen_matrix(head)
     result = ModelHead(blocks, head, on_disk.get(id(matrix)) or ResidentRows(matrix))
+    result.check_rows()
     if not result.is_separable():
-        return Attached(source, None, "whole rows of logits: a logit depends on others")
+        return Attached(blocks, source, None, "whole rows of logits: a logit depends on others")
     where = "disk" if id(matrix) in on_disk else "memory"
-    return Attached(source, result, f"vocabulary tiles of the head, from {where}")
+    return Attached(blocks, source, result, f"vocabulary tiles of the head, from {where}")
+
+
+def _logits(blocks: BlockList, hidden: mx.array, tokens: mx.array) -> mx.array:
+    """What the model makes of last hidden states [n, width]: [n, vocabulary]."""
+    with blocks.returning(hidden[None]):
+        return blocks.model(tokens[None])[0]
 
 
 def _usable_head(blocks: BlockList, trained: list[str]) -> tuple[nn.Module | None, str]:

@@ -85,7 +85,7 @@ class _Captured(Exception):
 class EmptyCache:
     """Stands for an empty cache; what it is given ends the call."""
 
-    def __init__(self, offset: int = 0) -> None:
+    def __init__(self, offset: int | mx.array = 0) -> None:
         self.offset = offset
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> None:
@@ -109,7 +109,9 @@ class FullCache:
         return self._held
 
 
-def given_to_cache(call: Callable[[EmptyCache], object], offset: int = 0) -> list[mx.array]:
+def given_to_cache(
+    call: Callable[[EmptyCache], object], offset: int | mx.array = 0
+) -> list[mx.array]:
     """What a block gives its cache, twice [B, heads, t, n]: keys and values, or latents.
 
     Args:
@@ -234,6 +236,10 @@ class BlockParts:
         if cache.calls != 1:
             raise RuntimeError(f"it asks its cache {cache.calls} times, expected once")
         return out
+
+    def called(self, x: mx.array, span: Span, cache: object) -> mx.array:
+        """Call the block for the tokens of a span, with a cache that knows where they are."""
+        return self._call(x, span, cache)
 
     def seen(self, span: Span, tokens: int) -> Span:
         """The tokens, of so many, that those of a span may see."""

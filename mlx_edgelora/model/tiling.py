@@ -11,13 +11,21 @@ from mlx.utils import tree_flatten
 
 from mlx_edgelora.layers.fused import is_floating
 from mlx_edgelora.model.attention import masks_known
-from mlx_edgelora.model.blocks import BlockList, array_slots, bound, signature
+from mlx_edgelora.model.blocks import BlockList, array_slots, bound, described, signature
 from mlx_edgelora.model.labelled import TOLERANCES, TRIAL_SHAPE, TRIAL_WINDOW, _unsuited
 from mlx_edgelora.model.masks import band_of, banded
-from mlx_edgelora.model.parts import BlockParts, Picked, Place, Span, mask_at, tokens_at
+from mlx_edgelora.model.parts import (
+    BlockParts,
+    Picked,
+    Place,
+    Span,
+    given_to_cache,
+    mask_at,
+    tokens_at,
+)
 from mlx_edgelora.model.sources import WeightSource
 from mlx_edgelora.model.trial import Compute, trial_of
-from mlx_edgelora.model.walkable import MODEL_ERRORS, watched
+from mlx_edgelora.model.walkable import MODEL_ERRORS, looks_at_values, watched
 
 # Of a row of the trial: spans, and single tokens.
 TRIAL_PLACES: list[Place] = [
@@ -75,7 +83,7 @@ class Tiling:
         if self._calls is None:
             self._calls = block_calls(self._blocks)
         _, args, kwargs = self._calls[index]
-        key = signature(block) + repr([type(value) for value in (*args, *kwargs.values())])
+        key = signature(block) + described(args, kwargs)
         if key not in self._found:
             self._found[key] = self._trial(index)
         return self._found[key]
@@ -94,6 +102,8 @@ class Tiling:
             try:
                 calls = list(_trials(block, *self._calls[index], through_cache))
                 reason = next(filter(None, (_disagreement(*call, compute) for call in calls)), "")
+                if not reason and through_cache and _depends_on_length(*calls[0]):
+                    reason = "what a block computes depends on how long the text is"
                 if not reason:
                     keys = max(array.shape[1] * array.shape[3] for array in _kept(*calls[0]))
                     return Tileable(True, "", _branches(calls, compute), keys, through_cache)
@@ -101,6 +111,21 @@ class Tiling:
                 reason = f"a block cannot be called for parts of its tokens: {error}"
             reasons.append(reason)
         return Tileable(False, reasons[0])
+
+
+def _depends_on_length(x: mx.array, parts: BlockParts) -> bool:
+    """Whether a block decides by the position of its tokens what it computes, in Python.
+
+    As rotary frequencies that change behind some length do: a trial on a few tokens would not see
+    it. Picked tokens, whose positions are arrays, show it where a block is cut at attention.
+    """
+    some = Span(0, 3)
+    return looks_at_values(
+        lambda offset: given_to_cache(
+            lambda c: parts.called(tokens_at(x, 0, some), some, c), offset
+        ),
+        [mx.array(3)],
+    )
 
 
 def _kept(x: mx.array, parts: BlockParts) -> list[mx.array]:
@@ -212,7 +237,8 @@ def _mask_is_computed(x: mx.array, parts: BlockParts) -> bool:
         return [a.astype(mx.float32).sum() for a in floats] or [mx.array(0.0)]
 
     # Only the graph is built: nothing is computed, no weights are read.
-    mx.grad(lambda *arrays: sum(constants(*arrays)))(x, *trained.values())
+    every = list(range(1 + len(trained)))
+    mx.grad(lambda *arrays: sum(constants(*arrays)), argnums=every)(x, *trained.values())
     return bool(reached)
 
 

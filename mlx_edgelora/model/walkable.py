@@ -7,11 +7,13 @@ are listed in `model/refusals.py`.
 """
 
 import itertools
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_edgelora.errors import EdgeLoraError
@@ -67,8 +69,9 @@ def check_walk(blocks: BlockList) -> None:
     another way would be lost, so no other argument may depend on what a block returned or
     on what is trained before the blocks, and the logits only on the last block. Then the loop
     is run with the blocks' own graphs, built on zeros: each must be called with the same
-    arguments as before, return one array of its input's shape and change nothing. Only such
-    arguments are evaluated, so no weights are read.
+    arguments as before, return one array of its input's shape and change nothing. At last their
+    gradients are built, and none may reach another block's input or what is trained in it. Only
+    such arguments are evaluated, so no weights are read.
 
     Raises:
         EdgeLoraError: names the architecture, the block and the reason.
@@ -83,11 +86,14 @@ def check_walk(blocks: BlockList) -> None:
             # The first block's input may depend on them, so it is not passed on.
             reached = _placeholder_calls(blocks, lambda index, x: mx.zeros(x.shape, x.dtype))
             _check_arguments(blocks, reached, Refusal.ENTRY)
-    for index, (x, *_) in enumerate(_placeholder_calls(blocks, _marker)):
+    for index, (x, *arguments) in enumerate(_placeholder_calls(blocks, _marker)):
         if index and not mx.array_equal(x, _marker(index - 1, x)).item():
             raise _refusal(blocks, index, Refusal.CHANGED_INPUT)
+        if difference := different_argument(calls[index][1:], tuple(arguments)):
+            raise _refusal(blocks, index, Refusal.OTHER_CALL, name=difference)
     _check_tail(blocks, mx.zeros(calls[-1][0].shape, calls[-1][0].dtype))
     _calls(blocks, lambda *call: _checked_output(blocks, calls, *call))
+    _check_crossings(blocks)
 
 
 def _check_owners(blocks: BlockList) -> None:
@@ -126,12 +132,15 @@ def _calls(blocks: BlockList, handler: Handler) -> list[Call]:
         calls.append((x, args, kwargs))
         return handler(index, x, args, kwargs)
 
+    drawn = _generators()
     try:
         with blocks.intercepted(record):
             blocks.model(mx.arange(1, 1 + TOKENS[1])[None])
     except MODEL_ERRORS as error:
         last = max(len(calls) - 1, 0)
         raise _refusal(blocks, last, Refusal.SEVERAL_OUTPUTS, error=str(error)) from error
+    if _generators() != drawn:
+        raise refused(blocks.model, Refusal.RANDOM)
     if len(calls) < len(blocks):
         raise _refusal(blocks, len(calls), Refusal.NOT_CALLED)
     return calls
@@ -181,11 +190,11 @@ def _check_tail(blocks: BlockList, hidden: mx.array) -> None:
 
 
 def watched(when_reached: Callable[[], None]) -> Callable[[mx.array], mx.array]:
-    """An identity that tells when a gradient passes through it."""
+    """An identity that tells when a gradient passes through it; no copy of what is contiguous."""
 
     @mx.custom_function
     def identity(x: mx.array) -> mx.array:
-        return x * 1
+        return mx.contiguous(x)
 
     @identity.vjp
     def backward(_: mx.array, cotangent: mx.array, __: mx.array) -> mx.array:
@@ -227,7 +236,7 @@ def _checked_output(
     slots = array_slots(block)
     # A block that looks at values must not read its weights for that.
     empty = {name: mx.zeros(box[key].shape, box[key].dtype) for name, (box, key) in slots.items()}
-    drawn = mx.array(mx.random.state[0])
+    drawn = _generators()
     with bound(slots, empty):
         before = _identity(block), list(map(id, _leaves([args, kwargs])))
         try:
@@ -242,10 +251,79 @@ def _checked_output(
         raise _refusal(blocks, index, Refusal.OTHER_SHAPE, **shapes)
     if after != before:
         raise _refusal(blocks, index, Refusal.MUTATES)
-    if not mx.array_equal(drawn, mx.random.state[0]).item():
+    if _generators() != drawn:
         raise _refusal(blocks, index, Refusal.RANDOM)
     blocks.hidden_dtype = out.dtype
     return out
+
+
+def _generators() -> tuple:
+    """The states of all generators of random numbers that a model may draw from."""
+    _, words, position, *_ = np.random.get_state()
+    return mx.random.state[0].tolist(), random.getstate(), words.tobytes(), position
+
+
+def _check_crossings(blocks: BlockList) -> None:
+    """Find ways from block to block beside the hidden state, by what gradients reach.
+
+    The inputs of blocks and all that is trained are cut off and watched. Of half of the blocks at
+    a time the gradients are built: none may reach a watcher of the other half. With halves by every
+    bit of a block's index each pair of blocks is apart once: 2 log2(blocks) graphs.
+    """
+    count = len(blocks)
+    for bit in range(max(1, (count - 1).bit_length())):
+        for value in (0, 1):
+            chosen = {index for index in range(count) if index >> bit & 1 == value}
+            for tag in _reached_tags(blocks, chosen) if chosen else ():
+                if tag is None:
+                    raise _refusal(blocks, min(chosen), Refusal.ENTRY)
+                if tag not in chosen:
+                    raise _refusal(blocks, max(tag, ~tag), Refusal.CROSSING)
+
+
+def _reached_tags(blocks: BlockList, chosen: set[int]) -> set[int | None]:
+    """Which blocks' inputs, outputs or parameters the gradients of some blocks reach.
+
+    None stands for parameters outside the blocks, ~index for what is handed on behind a block.
+    """
+    slots, reached = array_slots(blocks.model), set()
+    trained = dict(tree_flatten(blocks.model.trainable_parameters()))
+    shared = {id(slots[name][0]) for name in trained}
+
+    def run(start: mx.array) -> list[mx.array]:
+        outputs: list[mx.array] = []
+
+        def cut(tag: int | None, like: mx.array) -> mx.array:
+            zeros = mx.zeros(like.shape, like.dtype) + start.astype(like.dtype)
+            return watched(lambda: reached.add(tag))(zeros)
+
+        def handler(index: int, x: mx.array, args: tuple, kwargs: dict) -> mx.array:
+            block = blocks.blocks[index]
+            own = array_slots(block)
+            zeros = {
+                name: mx.zeros(box[key].shape, box[key].dtype)
+                for name, (box, key) in own.items()
+                if id(box) not in shared
+            }
+            try:
+                with bound(own, zeros):
+                    out = block(cut(index, x), *args, **kwargs)
+            except MODEL_ERRORS as error:
+                raise _refusal(blocks, index, Refusal.FAILS, error=str(error)) from error
+            if index in chosen:
+                outputs.append(out.astype(mx.float32).sum())
+            return cut(~index, x)
+
+        values = {n: cut((blocks.local(n) or (None,))[0], v) for n, v in trained.items()}
+        with bound(slots, values), blocks.intercepted(handler):
+            blocks.model(mx.arange(1, 1 + TOKENS[1])[None])
+        return outputs
+
+    try:
+        mx.vjp(run, [mx.zeros(())], [mx.zeros(()) for _ in chosen])
+    except MODEL_ERRORS as error:
+        raise _refusal(blocks, min(chosen), Refusal.NO_GRADIENT, error=str(error)) from error
+    return reached
 
 
 def different_argument(expected: tuple[tuple, dict], got: tuple[tuple, dict]) -> str | None:

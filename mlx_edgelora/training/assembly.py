@@ -80,7 +80,14 @@ def assembled(
         stack.enter_context(closing(store))
         compiled = mx.default_device() == mx.gpu
         walk = BlockWalk(
-            model, store, attached.weights, compiled, trained, plan=plan, rest=settings.rest
+            model,
+            store,
+            attached.weights,
+            compiled,
+            trained,
+            plan=plan,
+            rest=settings.rest,
+            blocks=attached.blocks,
         )
         model.train()
         sliced = slice_mlps(walk.blocks)

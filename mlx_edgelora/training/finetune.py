@@ -165,7 +165,7 @@ def plan_report(config: TrainConfig, labelled: float = 1.0) -> PlanReport:
         lazy = open_model(str(path), streamed=False, quantize=None, cache=_cache(config))
         if config.quantize is not None:
             quantized(lazy, config.quantize)
-        _adapt(lazy.model, config)
+        _adapt(lazy, config)
         if config.data or config.hf_dataset:
             found = _data(config, _tokenizer(lazy), lazy.vocabulary, lambda line: None)
             sets = [dataset for dataset in found if dataset is not None]
@@ -189,7 +189,7 @@ def _adapted(config: TrainConfig, streamed: bool = False) -> LazyModel:
     )
     lazy.streamable = can_stream(lazy)
     mx.random.seed(config.seed)
-    _adapt(lazy.model, config)
+    _adapt(lazy, config)
     return lazy
 
 
@@ -329,14 +329,14 @@ def _tokenizer(lazy: LazyModel) -> object:
         ) from error
 
 
-def _adapt(model: nn.Module, config: TrainConfig) -> None:
+def _adapt(lazy: LazyModel, config: TrainConfig) -> None:
     """Add what is trained; then, before anything else looks at it, see that it can be walked."""
-    lora = config.lora_parameters
+    lora, model = config.lora_parameters, lazy.model
     if config.train or config.resume_adapter_file is not None:
         add_lora(model, config.num_layers, lora.rank, lora.scale, lora.dropout, lora.keys)
     else:
         freeze(model)
-    checked_blocks(model)
+    lazy.blocks = checked_blocks(model)
 
 
 def _resume(trained: Trained, model: nn.Module, config: TrainConfig) -> None:

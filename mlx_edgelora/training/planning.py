@@ -148,7 +148,7 @@ def asked_plan(
         EdgeLoraError: a plan's file is none.
     """
     dtype = DTYPES[config.dtype] if config.dtype else None
-    blocks = checked_blocks(lazy.model)
+    blocks = lazy.blocks or checked_blocks(lazy.model)
     shape = shape_of(blocks, lazy.vocabulary, dtype)
     tokens, labels = largest_batch(datasets, config.batch_size, config.max_seq_length)
     if not tokens:

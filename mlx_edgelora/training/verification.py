@@ -38,7 +38,7 @@ from mlx_edgelora.memory.blockwise import BlockWalk
 from mlx_edgelora.model import attention as attention_hook
 from mlx_edgelora.model import norms as norms_hook
 from mlx_edgelora.model.attention import masks_known
-from mlx_edgelora.model.blocks import BlockList, array_slots, bound, signature
+from mlx_edgelora.model.blocks import BlockList, array_slots, bound, described, signature
 from mlx_edgelora.model.masks import band_of, causal_array
 from mlx_edgelora.model.sources import WeightSource, cast
 from mlx_edgelora.model.walkable import MODEL_ERRORS, different_argument
@@ -295,9 +295,10 @@ class _Comparison:
         for index, (args, kwargs) in enumerate(ours):
             if index not in theirs:
                 continue  # called by code that Python does not run
-            given = list(theirs[index].values())[1:], {}
-            mine = list(_named(self._blocks.blocks[index], args, kwargs).values())[1:], {}
-            if name := different_argument(given, mine):
+            mine = _named(self._blocks.blocks[index], args, kwargs)
+            given = {name: theirs[index][name] for name in mine if name in theirs[index]}
+            hidden = next(iter(mine))  # None here: what it is called with beside that counts
+            if name := different_argument(((), given | {hidden: None}), ((), mine)):
                 problem = f"block {index} is called with another {name}"
                 return Verdict("calls of blocks", "", "by the model", np.inf, problem)
         return Verdict("calls of blocks", "", "by the model", 0.0)
@@ -323,14 +324,12 @@ class _Comparison:
         last = len(self._blocks) - 1
         for index, block in enumerate(self._blocks.blocks):
             shapes = [(n, v.shape, str(v.dtype)) for n, v in tree_flatten(block.parameters())]
-            args, kwargs = self._recorded[index]
-            kinds = [_argument_kind(value) for value in (*args, *kwargs.values())]
             way = self._way(index)
             key = (
                 way,
                 signature(block),
                 str(shapes),
-                str(kinds),
+                described(*self._recorded[index]),
                 self._windowed[index],
                 index == last,
             )
@@ -423,6 +422,7 @@ class _Comparison:
             self._walk.is_compiled,
             trained,
             plan=plan,
+            blocks=BlockList(one),
             like=self._walk,
         )
         with walk.forward(lambda: one(self._tokens), rows=rows) as state:
@@ -588,12 +588,14 @@ def plain_calls(blocks: BlockList, tokens: mx.array) -> dict[int, dict[str, Any]
     def look(frame: FrameType, event: str, _: Any) -> None:
         if event != "call" or frame.f_code not in codes:
             return
-        names = frame.f_code.co_varnames
-        block = frame.f_locals[names[0]]
-        if id(block) in indices:
-            values = dict(frame.f_locals)
-            count = frame.f_code.co_argcount + frame.f_code.co_kwonlyargcount
-            found[indices[id(block)]] = {name: values[name] for name in names[1:count]}
+        code, values = frame.f_code, dict(frame.f_locals)
+        extra = bool(code.co_flags & inspect.CO_VARARGS) + bool(
+            code.co_flags & inspect.CO_VARKEYWORDS
+        )
+        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + extra]
+        if (index := indices.get(id(values[names[0]]))) is not None:
+            # The first call counts: a class may call that of its base class.
+            found.setdefault(index, {name: values[name] for name in names[1:]})
 
     before = sys.getprofile()
     with ExitStack() as stack:
@@ -612,10 +614,11 @@ def _is_python(block: nn.Module) -> bool:
 
 
 def _named(block: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
-    """A call's arguments by the names that the block gives them, its defaults included."""
-    call = inspect.signature(block.__call__).bind(None, *args, **kwargs)
+    """A call's arguments by the names that the block's function gives them, defaults included."""
+    function = type(block).__call__
+    call = inspect.signature(function, follow_wrapped=False).bind(block, None, *args, **kwargs)
     call.apply_defaults()
-    return dict(call.arguments)
+    return dict(list(call.arguments.items())[1:])
 
 
 @contextmanager
@@ -690,12 +693,6 @@ def _some_rows(count: int) -> mx.array:
 
 def _cotangent(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
     return mx.random.normal(shape, key=mx.random.key(5)).astype(dtype)
-
-
-def _argument_kind(value: Any) -> str:
-    band = band_of(value) if isinstance(value, mx.array | str) else None
-    shape = getattr(value, "shape", "")
-    return f"{type(value).__name__} {shape} {band is not None and band.window}"
 
 
 def _nudged(arrays: Arrays, seed: int | None) -> Arrays:

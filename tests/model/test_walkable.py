@@ -1,9 +1,11 @@
 """Models in which a gradient would go another way than the walk are refused by name."""
 
 import importlib
+import random
 from typing import ClassVar
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from toy import WIDTH, Block, Toy, looped
 
@@ -229,7 +231,7 @@ def test_arguments_that_depend_on_blocks_being_computed_are_refused(argument, na
         return h
 
     model = type("Toy", (Toy,), {"loop": loop})(Announces)
-    match = rf"^\w+: block 1 .* called with another {name} when the blocks before it are computed"
+    match = rf"^\w+: block 1 .* called with another {name} where the blocks before it return"
     with pytest.raises(EdgeLoraError, match=match):
         check_walk(BlockList(model))
 
@@ -373,3 +375,127 @@ def test_architectures_that_share_state_are_refused_by_name(name):
     model(mx.array([[1, 2, 3, 4]]))  # it works, and yet
     with pytest.raises(EdgeLoraError, match=rf"^{name}: block 0 .*{reason}.*mlx_lm.lora"):
         BlockWalk(model)
+
+
+class Box:
+    """A plain object that blocks share."""
+
+    value = None
+
+
+class Shares(Block):
+    """Reads what the block before wrote, around the loop."""
+
+    box = Box()
+
+    def __call__(self, x):
+        before, self.box.value = self.box.value, self.proj(x)
+        return x + self.proj(x) + (0 if before is None or before.shape != x.shape else before)
+
+
+class Borrows(Block):
+    """Computes with a matrix of another block, which no tree of modules shows."""
+
+    def __call__(self, x):
+        return x + sum((other.proj(x) for other in self.others), self.proj(x))
+
+
+def sets_attributes(self, h):
+    before = None
+    for layer in self.layers:
+        layer.skip = before
+        before = h
+        h = layer(h)
+    return h
+
+
+class Skips(Block):
+    def __call__(self, x):
+        return super().__call__(x if self.skip is None else x + self.skip)
+
+
+def shares():
+    Shares.box.value = None
+    return Toy(Shares)
+
+
+def borrows():
+    model = Toy(Borrows)
+    for index, layer in enumerate(model.layers):
+        object.__setattr__(layer, "others", (model.layers[index - 1],) if index else ())
+    return model
+
+
+def skips():
+    return type("Toy", (Toy,), {"loop": sets_attributes})(Skips)
+
+
+def outside_in_a_tuple():
+    model = Toy(Borrows)
+    model.extra = Block()
+    for layer in model.layers:
+        object.__setattr__(layer, "others", (model.extra,))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (shares, "another block reads what it computes or what is trained in it"),
+        (borrows, "another block reads what it computes or what is trained in it"),
+        (
+            skips,
+            "another block reads what it computes|other values|shares state|its own attributes",
+        ),
+        (outside_in_a_tuple, "trained parameters outside the blocks reach it"),
+    ],
+    ids=["shared object", "another's matrix", "set by the loop", "outside, in a tuple"],
+)
+def test_ways_around_the_walk_that_no_argument_shows_are_refused(make, reason):
+    model = make()
+    with pytest.raises(EdgeLoraError, match=reason):
+        check_walk(BlockList(model))
+
+
+def test_an_argument_that_hidden_values_decide_is_refused():
+    """No gradient goes that way, and yet a placeholder gives another mask."""
+
+    def loop(self, h):
+        for layer in self.layers:
+            h = layer(h, mask=h > 0)
+        return h
+
+    with pytest.raises(EdgeLoraError, match=r"block 1 .*with another mask where the blocks before"):
+        check_walk(BlockList(looped(loop)))
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["random", "numpy"])
+def test_random_numbers_of_others_are_seen(draw):
+    class Scaled(Block):
+        def __call__(self, x):
+            return draw() * super().__call__(x)
+
+    with pytest.raises(EdgeLoraError, match="draws random numbers"):
+        check_walk(BlockList(Toy(Scaled)))
+
+
+def test_a_block_without_a_gradient_is_refused():
+    with pytest.raises(EdgeLoraError, match=r"cannot be differentiated .no vjp of it"):
+        check_walk(BlockList(no_gradient(Toy())))
+
+
+def no_gradient(model):
+    @mx.custom_function
+    def wrong(x):
+        return x * 1
+
+    @wrong.vjp
+    def vjp(*_):
+        raise ValueError("no vjp of it")
+
+    class Wrong(Block):
+        def __call__(self, x):
+            return super().__call__(wrong(x))
+
+    model.layers[2] = Wrong()
+    return model

@@ -5,6 +5,7 @@ import mlx.nn as nn
 import pytest
 from architectures import add_lora
 from harness import assert_same_gradients
+from mlx.utils import tree_flatten
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 from toy import WIDTH, Block, Toy
 
@@ -201,3 +202,70 @@ def test_a_frozen_block_may_be_in_two_places(spill):
     add_lora(model, num_layers=2)
     model.layers[1] = model.layers[0]
     assert_right_gradients(model, spill)
+
+
+@pytest.mark.parametrize(
+    ("long", "reason"),
+    [
+        (lambda self, h, layer: layer(h) * 2, "its input is not what the block before returned"),
+        (lambda self, h, layer: layer(layer(h)), "it is called where block 1 is due"),
+    ],
+    ids=["scaled", "twice"],
+)
+def test_a_loop_that_does_otherwise_with_more_tokens_is_refused_then(long, reason):
+    """The check has seen four."""
+
+    def loop(self, h):
+        for layer in self.layers:
+            h = layer(h) if h.shape[1] < 8 else long(self, h, layer)
+        return h
+
+    model = type("Toy", (Toy,), {"loop": loop})()
+    add_lora(model)
+    with pytest.raises(EdgeLoraError, match=reason):
+        value_and_grad(model, loss)(model, mx.zeros((1, 9), mx.int32))
+
+
+def test_a_block_that_is_left_out_with_more_tokens_is_refused_then():
+    def loop(self, h):
+        for layer in self.layers[: 4 if h.shape[1] < 8 else 2]:
+            h = layer(h)
+        return h
+
+    model = type("Toy", (Toy,), {"loop": loop})()
+    add_lora(model)
+    with pytest.raises(EdgeLoraError, match=r"block 2 .*does not call it from its list"):
+        value_and_grad(model, loss)(model, mx.zeros((1, 9), mx.int32))
+
+
+def called_twice(model, tokens):
+    return loss(model, tokens) - loss(model, tokens[:, ::-1])
+
+
+def penalized(model, tokens):
+    return loss(model, tokens) + sum((v * v).sum() for _, v in tree_flatten(adapters(model)))
+
+
+def adapters(model):
+    return [layer.trainable_parameters() for layer in model.layers]
+
+
+def with_a_block(model, tokens):
+    return loss(model, tokens) + model.layers[1](mx.ones((1, 2, WIDTH))).sum()
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        (called_twice, "calls the model or a block of it a second time"),
+        (penalized, r"depends on layers.0.proj.lora_a beside what the model returns"),
+        (with_a_block, "calls the model or a block of it a second time"),
+    ],
+    ids=["two calls", "penalty", "a block alone"],
+)
+def test_a_loss_that_reaches_the_blocks_another_way_is_refused(other, reason):
+    """In place of a gradient that lacks a part."""
+    model = Toy()
+    add_lora(model)
+    with pytest.raises(EdgeLoraError, match=reason):
+        value_and_grad(model, other)(model, mx.array([[1, 2, 3, 4, 5]]))

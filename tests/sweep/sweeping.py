@@ -51,9 +51,8 @@ from mlx_lm.utils import load_model, save_config, save_model
 
 from mlx_edgelora import EdgeLoraError, LoraParameters, TrainConfig, value_and_grad
 from mlx_edgelora.layers import attention as layers_attention
-from mlx_edgelora.memory import tiles
 from mlx_edgelora.memory.plan import Plan
-from mlx_edgelora.model import attention, walkable
+from mlx_edgelora.model import attention, tiling, walkable
 from mlx_edgelora.model.loading import open_model
 from mlx_edgelora.model.lora import add_lora
 from mlx_edgelora.training.assembly import Settings, assembled
@@ -373,7 +372,7 @@ def uncompiled() -> Iterator[None]:
 
     mx.disable_compile()
     try:
-        with patch.object(tiles, "looks_at_values", looks_at_values):
+        with patch.object(tiling, "looks_at_values", looks_at_values):
             yield
     finally:
         mx.enable_compile()
