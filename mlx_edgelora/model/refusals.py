@@ -28,6 +28,7 @@ class Refusal(Enum):
     USED_LATER = "its output is used behind the last block too"
     OTHER_CALL = "it is called with another {name} where the blocks before it return other values"
     OWNERS = "{name} is trained {where} too"
+    SET = "the model's loop sets attributes of it"
     FAILS = "it cannot be called ({error})"
     NO_GRADIENT = "it cannot be differentiated ({error})"
     TOKENS = "what follows the blocks is not computed token by token"

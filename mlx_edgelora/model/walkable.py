@@ -92,7 +92,8 @@ def check_walk(blocks: BlockList) -> None:
         if difference := different_argument(calls[index][1:], tuple(arguments)):
             raise _refusal(blocks, index, Refusal.OTHER_CALL, name=difference)
     _check_tail(blocks, mx.zeros(calls[-1][0].shape, calls[-1][0].dtype))
-    _calls(blocks, lambda *call: _checked_output(blocks, calls, *call))
+    before = list(map(_identity, blocks.blocks))
+    _calls(blocks, lambda *call: _checked_output(blocks, calls, before, *call))
     _check_crossings(blocks)
 
 
@@ -224,7 +225,13 @@ def looks_at_values(function: Callable[..., Any], inputs: Sequence[mx.array]) ->
 
 
 def _checked_output(
-    blocks: BlockList, calls: Sequence[Call], index: int, x: mx.array, args: tuple, kwargs: dict
+    blocks: BlockList,
+    calls: Sequence[Call],
+    before: Sequence[list],
+    index: int,
+    x: mx.array,
+    args: tuple,
+    kwargs: dict,
 ) -> mx.array:
     """What a block returns for zeros, with zeros for weights, once its call is what it must be.
 
@@ -233,12 +240,14 @@ def _checked_output(
     block, zeros = blocks.blocks[index], mx.zeros(x.shape, x.dtype)
     if difference := different_argument(calls[index][1:], (args, kwargs)):
         raise _refusal(blocks, index, Refusal.OTHER_CALL, name=difference)
+    if _identity(block) != before[index]:
+        raise _refusal(blocks, index, Refusal.SET)
     slots = array_slots(block)
     # A block that looks at values must not read its weights for that.
     empty = {name: mx.zeros(box[key].shape, box[key].dtype) for name, (box, key) in slots.items()}
     drawn = _generators()
     with bound(slots, empty):
-        before = _identity(block), list(map(id, _leaves([args, kwargs])))
+        own = _identity(block), list(map(id, _leaves([args, kwargs])))
         try:
             out = block(zeros, *args, **kwargs)
         except MODEL_ERRORS as error:
@@ -249,7 +258,7 @@ def _checked_output(
     if out.shape != x.shape:
         shapes = {"shape": str(x.shape), "other": str(out.shape)}
         raise _refusal(blocks, index, Refusal.OTHER_SHAPE, **shapes)
-    if after != before:
+    if after != own:
         raise _refusal(blocks, index, Refusal.MUTATES)
     if _generators() != drawn:
         raise _refusal(blocks, index, Refusal.RANDOM)

@@ -338,8 +338,13 @@ class _Comparison:
             yield key[0], group
 
     def kind(self, group: list[int], way: str) -> Verdict:
-        """Compare the first block of a group."""
-        index, last = group[0], group[-1] == len(self._blocks) - 1
+        """Compare the first block of a group, and in the full form the last one as well."""
+        numbers = group[:1] if self._light else sorted({group[0], group[-1]})
+        verdicts = [self._block(index, group, way) for index in numbers]
+        return max(verdicts, key=lambda verdict: (bool(verdict.problem), verdict.error))
+
+    def _block(self, index: int, group: list[int], way: str) -> Verdict:
+        last = group[-1] == len(self._blocks) - 1
         one, trained = self.alone(index, mx.float32)
         rows = _some_rows(self._tokens.size) if last else None
 

@@ -10,6 +10,8 @@ from mlx_edgelora.benchmark.contenders import contenders
 from mlx_edgelora.benchmark.report import COLUMNS, Context, Report, remarks
 from mlx_edgelora.benchmark.results import Result, Step
 
+pytestmark = pytest.mark.slow
+
 FLAGS = ["--shape", "small", "--blocks", "1", "--contexts", "64", "--also", "cheats:trains_nothing"]
 
 

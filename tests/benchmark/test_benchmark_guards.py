@@ -22,6 +22,8 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load
 from types import SimpleNamespace
 
+pytestmark = pytest.mark.slow
+
 model_path, data, start, rank, batch, limit, steps, checkpointing, out = sys.argv[1:]
 model, tokenizer = load(model_path)
 model.freeze()

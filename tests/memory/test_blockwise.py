@@ -245,14 +245,17 @@ def growth_beyond_adapters(make_gradient, rounds=ROUNDS):
     return growth_with_depth(shallow, deep, adapters, rounds) - adapters
 
 
+@pytest.mark.slow
 def test_peak_does_not_grow_with_depth(memory, spill):
     growth = growth_beyond_adapters(lambda model, loss: value_and_grad(model, loss, store=spill))
     assert growth <= 0
 
 
+@pytest.mark.slow
 def test_the_same_measurement_sees_inputs_kept_in_memory(memory):
     assert growth_beyond_adapters(value_and_grad, rounds=2) > 4 * 2**17
 
 
+@pytest.mark.slow
 def test_the_same_measurement_fails_on_plain_backpropagation(memory):
     assert growth_beyond_adapters(nn.value_and_grad, rounds=2) > 10 * 2**20

@@ -26,6 +26,8 @@ from mlx_edgelora.model.shape import shape_of
 from mlx_edgelora.model.walkable import checked_blocks
 from mlx_edgelora.training.assembly import Settings, assembled
 
+pytestmark = pytest.mark.slow
+
 # As wide as Qwen-2.5-0.5B, two blocks, a small vocabulary.
 WIDE = {
     "hidden_size": 896,

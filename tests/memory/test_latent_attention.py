@@ -72,6 +72,7 @@ def test_all_gradients_equal_plain_mlx(case, way, tokens):
         assert relative_error(got[name], value) <= 1e-5, name
 
 
+@pytest.mark.slow
 def test_peak_by_tiles_does_not_hold_tokens_times_tokens(tmp_path, memory):
     """One array of scores, float32 for every head, is more than all that a step takes."""
     heads, tokens, batch = 20, 768, random_batch(1, 768)

@@ -64,6 +64,7 @@ LOADS = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=40)
 @given(SHAPES, LOADS, st.lists(st.floats(1, 200), min_size=2, max_size=6))
 def test_larger_budgets_give_faster_plans_that_fit(shape, load, factors):
@@ -79,6 +80,7 @@ def test_larger_budgets_give_faster_plans_that_fit(shape, load, factors):
         before = found.seconds
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=25)
 @given(SHAPES, LOADS)
 def test_the_smallest_budget_works_and_none_below_it(shape, load):
@@ -88,6 +90,7 @@ def test_the_smallest_budget_works_and_none_below_it(shape, load):
         plan(shape, load, MACHINE, least.needs - 1)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=15)
 @given(SHAPES, LOADS, st.floats(1, 30), st.data())
 def test_no_random_plan_that_fits_is_faster(shape, load, factor, data):

@@ -18,6 +18,8 @@ from mlx_edgelora.model.loading import open_model
 from mlx_edgelora.model.lora import add_lora
 from mlx_edgelora.training.assembly import Settings, assembled
 
+pytestmark = pytest.mark.slow
+
 COUNT = 3  # blocks of the tiny models
 
 WHOLE = st.builds(

@@ -171,6 +171,7 @@ def backward_peak(ours, batch):
     return max(s.peak_bytes for s in profile.stretches if s.phase in phases)
 
 
+@pytest.mark.slow
 def test_nothing_of_tokens_by_hidden_is_held(tmp_path, memory):
     """Of the whole length only keys and values are in memory; whole blocks hold a multiple."""
     shape = {"hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 8}
@@ -271,6 +272,7 @@ def held_whole(block, weights, index):
     return trial_of(block, Held(), index)
 
 
+@pytest.mark.slow
 def test_a_trial_does_not_hold_a_block(tmp_path, memory, monkeypatch):
     """A wide block held whole would be the peak of a run's first step."""
     wide = {"hidden_size": 2048, "intermediate_size": 4096, "num_hidden_layers": 1}

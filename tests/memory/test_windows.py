@@ -81,6 +81,7 @@ def folders(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(
     name=st.sampled_from(WINDOWED),
@@ -105,6 +106,7 @@ def test_any_window_and_tiles(folders, name, window, rows, tokens, tile_tokens, 
         assert_gradients_of_mlx_lm(folders(name, window), batch, tile_tokens=tile_tokens)
 
 
+@pytest.mark.slow
 def test_a_compiled_backward_knows_the_window(tmp_path, tiny_tiles):
     """Arrays are inputs of a compiled function, and evaluated: a mask must not be one."""
     evaluated = []
@@ -153,12 +155,14 @@ def growth(folder, window, **way):
 WAYS = pytest.mark.parametrize("way", [{}, {"tile_tokens": 512}], ids=str)
 
 
+@pytest.mark.slow
 @WAYS
 def test_a_window_costs_no_tokens_by_tokens(way, tmp_path, memory):
     """An array of T x T bytes would grow by 12 MiB."""
     assert growth(tmp_path, 64, **way) < growth(tmp_path, 100_000, **way) + 2 * MIB
 
 
+@pytest.mark.slow
 @WAYS
 def test_a_mask_that_knows_nothing_costs_them(way, tmp_path, memory, monkeypatch):
     """What the test above measures with mlx-lm's masks as they are."""

@@ -410,6 +410,10 @@ def sets_attributes(self, h):
 
 
 class Skips(Block):
+    def __init__(self):
+        super().__init__()
+        self.skip = None
+
     def __call__(self, x):
         return super().__call__(x if self.skip is None else x + self.skip)
 
@@ -443,10 +447,7 @@ def outside_in_a_tuple():
     [
         (shares, "another block reads what it computes or what is trained in it"),
         (borrows, "another block reads what it computes or what is trained in it"),
-        (
-            skips,
-            "another block reads what it computes|other values|shares state|its own attributes",
-        ),
+        (skips, "the model's loop sets attributes of it"),
         (outside_in_a_tuple, "trained parameters outside the blocks reach it"),
     ],
     ids=["shared object", "another's matrix", "set by the loop", "outside, in a tuple"],

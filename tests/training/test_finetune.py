@@ -228,6 +228,7 @@ def test_where_things_live_does_not_change_the_losses(options, reference, change
     assert losses == pytest.approx(reference, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_nearly_the_same_and_saves_float32(options, reference, tmp_path):
     _, losses, _ = run(options(dtype="bfloat16"))
     assert losses != pytest.approx(reference, abs=1e-6)

@@ -14,6 +14,8 @@ from peaks import above, highest, lowest
 from mlx_edgelora.losses.exact import CrossEntropy
 from mlx_edgelora.memory.blockwise import BlockWalk
 
+pytestmark = pytest.mark.slow
+
 
 def labelled(rows, tokens, count, vocabulary=101) -> Batch:
     """A batch with `count` labels, scattered."""

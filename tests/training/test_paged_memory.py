@@ -22,6 +22,8 @@ from mlx_edgelora.training.paged import PagedTrained
 from mlx_edgelora.training.step import Engine
 from mlx_edgelora.training.trained import ResidentTrained
 
+pytestmark = pytest.mark.slow
+
 MIB = 2**20
 
 

@@ -77,6 +77,7 @@ RUNS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", RUNS, ids=str)
 def test_a_run_is_the_resident_one_bit_for_bit(run, changes):
     if changes.get("activations") == "ram":

@@ -144,6 +144,7 @@ def test_a_run_rests_between_blocks(options, monkeypatch):
     assert len(rests) == 6  # three blocks, forward and backward
 
 
+@pytest.mark.slow
 def test_a_machine_is_measured_once(tmp_path, monkeypatch):
     calls = []
     real = measured

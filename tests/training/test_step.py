@@ -86,6 +86,7 @@ def test_whole_logits_where_something_behind_the_blocks_has_dropout(tmp_path):
     ours.close()
 
 
+@pytest.mark.slow
 def test_streamed_weights_are_never_resident(tmp_path, memory):
     """Streaming saves all of the file but the two or three blocks in flight."""
     big = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 16}
