@@ -9,7 +9,7 @@ from mlx_edgelora.config.yaml_file import read_yaml
 from mlx_edgelora.embedded import DEFAULT_CONFIG
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.training.finetune import verification
-from mlx_edgelora.training.verification import table
+from mlx_edgelora.training.verdict import table
 
 # Exit statuses.
 RIGHT, MISMATCH, WRONG = 0, 1, 2

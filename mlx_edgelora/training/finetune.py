@@ -44,7 +44,8 @@ from mlx_edgelora.training.planning import RunPlan, asked_plan, gigabytes, searc
 from mlx_edgelora.training.step import Engine
 from mlx_edgelora.training.trained import Trained
 from mlx_edgelora.training.training_loss import check_loss, training_loss
-from mlx_edgelora.training.verification import Verdict, refuse_wrong, verify
+from mlx_edgelora.training.verdict import Verdict, refuse_wrong
+from mlx_edgelora.training.verification import verify
 
 # The largest number that math.exp takes is a little above it.
 MAX_EXPONENT = 700.0

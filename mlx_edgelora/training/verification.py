@@ -7,23 +7,15 @@ adapters are random, B included, because with B = 0 the gradient of A is zero. T
 head with the loss; and what the model calls its blocks with while the walk stands in for them
 is compared with what it calls them with when nobody does.
 
-Agreement is judged in float32, array by array, by two numbers: the relative error
-||g - r|| / ||r||, and the slope <g, r> / <r, r> - 1, which rounding hardly moves. What float32
-allows is 1e-5 or, where that is exceeded, ten times what one unit in the last place of the
-parameters changes. A run in 16 bits is walked twice, in float32 and as it is: there rounding hides
-a scale of 1.01, and what is left to see is a gradient that is wrong altogether.
+How far they may be apart: `training/verdict.py`.
 
 Memory: one block with plain autodiff's activations. The light form takes few tokens, and tiles
 so small that they are cut as long rows are; a window is as short.
 """
 
-import inspect
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from functools import cache
-from types import FrameType
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -31,7 +23,6 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.layers import attention as attention_layer
 from mlx_edgelora.losses.exact import CrossEntropy
 from mlx_edgelora.memory.blockwise import BlockWalk
@@ -39,18 +30,23 @@ from mlx_edgelora.model import attention as attention_hook
 from mlx_edgelora.model import norms as norms_hook
 from mlx_edgelora.model.attention import masks_known
 from mlx_edgelora.model.blocks import BlockList, array_slots, bound, described, signature
-from mlx_edgelora.model.masks import band_of, causal_array
-from mlx_edgelora.model.sources import WeightSource, cast
-from mlx_edgelora.model.walkable import MODEL_ERRORS, different_argument
+from mlx_edgelora.model.masks import band_of
+from mlx_edgelora.model.sources import cast
+from mlx_edgelora.model.walkable import different_argument
+from mlx_edgelora.training.plain import (
+    OneBlock,
+    OnlyBlock,
+    RandomAdapters,
+    first_input,
+    named_arguments,
+    plain_calls,
+    plain_classes,
+    random_adapter,
+    recorded_calls,
+)
 from mlx_edgelora.training.step import Engine
+from mlx_edgelora.training.verdict import Arrays, Verdict, judged
 
-Arrays = dict[str, mx.array]
-# Largest relative error, and largest |slope - 1|, that rounding explains at once in float32,
-# and where plain MLX's own rounding was measured to be larger.
-BOUND, MOST = 1e-5, 5e-3
-# The same of the error in 16 bits.
-BOUNDS_16, MOST_16 = {mx.float16: 1e-2, mx.bfloat16: 6e-2}, 0.3
-OFF, SCALED = "{} is {:.1e} of its norm off", "{} is scaled by 1 plus or minus {:.1e}"
 # Of the light form: rows of a batch, their tokens (MLX's kernels on a GPU want more), tokens of
 # a tile (so few that not every expert is picked in each) and bytes of a tile of scores.
 LIGHT_ROWS, LIGHT_TOKENS, LIGHT_TOKENS_GPU, LIGHT_TILE, LIGHT_BYTES = 2, 32, 128, 4, 2048
@@ -60,28 +56,6 @@ HEAD_TOKENS, LIGHT_VOCABULARY = 32, 600
 CALL_TOKENS = 16
 # Tokens at which the memory of plain autodiff is measured; it is a square of their number.
 PROBES = (64, 128, 256)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """How one kind of block, or the head with the loss, compares with plain MLX.
-
-    Attributes:
-        kind: class of the block, or what else was compared.
-        blocks: which ones are of this kind; empty where it is no block.
-        way: how the plan computes it.
-        error: largest relative error of an array, in float32.
-        problem: what rounding does not explain; empty where nothing is left.
-    """
-
-    kind: str
-    blocks: str
-    way: str
-    error: float
-    problem: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.kind}{f' {self.blocks}' if self.blocks else ''}, {self.way}"
 
 
 def verify(
@@ -123,150 +97,6 @@ def verify(
     return found
 
 
-def refuse_wrong(verdicts: Sequence[Verdict]) -> None:
-    """Raise where a gradient is not plain MLX's.
-
-    Raises:
-        EdgeLoraError: names the worst of them.
-    """
-    wrong = [verdict for verdict in verdicts if verdict.problem]
-    if wrong:
-        worst = max(wrong, key=lambda verdict: verdict.error)
-        raise EdgeLoraError(
-            f"verify: {worst}: {worst.problem}; expected the gradients of plain MLX. Nothing was "
-            "trained. Train this model with mlx_lm.lora, or go on at your own risk with "
-            "--verify off; please report it"
-        )
-
-
-def table(verdicts: Sequence[Verdict]) -> str:
-    """The verdicts in lines of columns."""
-    rows = [("kind", "blocks", "computed", "largest relative error", "verdict")]
-    rows += [
-        (v.kind, v.blocks, v.way, f"{v.error:.1e}", f"WRONG: {v.problem}" if v.problem else "ok")
-        for v in verdicts
-    ]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)] + [0]
-    lines = (
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    )
-    return "\n".join(line.rstrip() for line in lines)
-
-
-class OneBlock(nn.Module):
-    """A model of one block of another one, which it calls as that other one does.
-
-    Its input is random, plus `shift`, which is trained, so that a gradient goes through the block
-    to its input.
-
-    Args:
-        blocks: of the other model.
-        index: of the block.
-        dtype: of the hidden states there.
-        shape: of the hidden states, [rows, tokens, width].
-        window: of a causal mask in place of the model's own; None leaves that.
-    """
-
-    def __init__(
-        self,
-        blocks: BlockList,
-        index: int,
-        dtype: mx.Dtype,
-        shape: tuple[int, int, int],
-        window: int | None,
-    ) -> None:
-        super().__init__()
-        self.layers = [blocks.blocks[index]]
-        self.shift = mx.zeros(shape, dtype)
-        self._others, self._index, self._window = [blocks], index, window
-
-    def __call__(self, tokens: mx.array) -> mx.array:
-        """Map int tokens [rows, tokens], of which only the number counts, to what it returns."""
-        args, kwargs = self.call(tokens)
-        return self.layers[0](self.input(tokens), *args, **kwargs)
-
-    def input(self, tokens: mx.array) -> mx.array:
-        """The block's input, in the place of embedded tokens."""
-        rows, count = tokens.shape
-        shape = (rows, count, self.shift.shape[-1])
-        noise = mx.random.normal(shape, key=mx.random.key(self._index)).astype(self.shift.dtype)
-        return noise + self.shift[:rows, :count]
-
-    def call(self, tokens: mx.array) -> tuple[tuple, dict]:
-        """What the other model calls the block with beside its input."""
-        args, kwargs = recorded_calls(self._others[0], tokens)[self._index]
-        self._count = tokens.shape[1]
-        return (
-            tuple(map(self._shortened, args)),
-            {name: self._shortened(value) for name, value in kwargs.items()},
-        )
-
-    def _shortened(self, value: Any) -> Any:
-        if self._window is None or not isinstance(value, mx.array | str) or band_of(value) is None:
-            return value
-        count = self._count
-        return causal_array(range(count), count, min(self._window, count))
-
-
-class _Only:
-    """The frozen weights of one block of a model, as those of a model of one block.
-
-    Args:
-        source: of all blocks.
-        index, block: which one.
-        dtype: floating ones are cast to it; None leaves them.
-    """
-
-    def __init__(
-        self, source: WeightSource, index: int, block: nn.Module, dtype: mx.Dtype | None
-    ) -> None:
-        self._source, self._index, self._block, self._dtype = source, index, block, dtype
-
-    def block(self, index: int, without: str = "") -> Arrays:
-        found = self._source.block(self._index, without)
-        if self._dtype is None:
-            return found
-        trained = {name for name, _ in tree_flatten(self._block.trainable_parameters())}
-        held = {name: box[key] for name, (box, key) in array_slots(self._block).items()}
-        return {
-            name: cast(array, self._dtype)
-            for name, array in (held | found).items()
-            if name not in trained and not (without and name.startswith(f"{without}."))
-        }
-
-    def prefetch(self, index: int) -> None:
-        """Nothing follows."""
-
-
-class _Random:
-    """Random values for what is trained of a block."""
-
-    def __init__(self, block: nn.Module) -> None:
-        self._arrays = {
-            name: _random(name, value) for name, value in tree_flatten(block.trainable_parameters())
-        }
-
-    def block(self, index: int, without: str = "") -> Arrays:
-        kept = {
-            name: array
-            for name, array in self._arrays.items()
-            if not without or not name.startswith(f"{without}.")
-        }
-        mx.eval(kept)
-        return kept
-
-    def prefetch(self, index: int) -> None:
-        """They are in memory."""
-
-
-def _random(name: str, value: mx.array) -> mx.array:
-    """B small beside A: what an adapter adds is less than the layer's own output."""
-    noise = mx.random.normal(value.shape, key=mx.random.key(len(name)))
-    size = 0.01 if name.endswith("lora_b") else max(value.shape[-2:]) ** -0.5
-    return (size * noise).astype(value.dtype)
-
-
 class _Comparison:
     """One engine beside plain MLX, on batches of one size."""
 
@@ -282,7 +112,7 @@ class _Comparison:
             least = LIGHT_TOKENS_GPU if mx.default_device() == mx.gpu else LIGHT_TOKENS
             rows, tokens = min(rows, LIGHT_ROWS), min(tokens, least)
         self._tokens = mx.zeros((rows, tokens), mx.int32)
-        self._first = _first_input(self._blocks, self._tokens)
+        self._first = first_input(self._blocks, self._tokens)
         with masks_known():
             self._recorded = recorded_calls(self._blocks, self._tokens)
 
@@ -295,7 +125,7 @@ class _Comparison:
         for index, (args, kwargs) in enumerate(ours):
             if index not in theirs:
                 continue  # called by code that Python does not run
-            mine = _named(self._blocks.blocks[index], args, kwargs)
+            mine = named_arguments(self._blocks.blocks[index], args, kwargs)
             given = {name: theirs[index][name] for name in mine if name in theirs[index]}
             hidden = next(iter(mine))  # None here: what it is called with beside that counts
             if name := different_argument(((), given | {hidden: None}), ((), mine)):
@@ -360,16 +190,16 @@ class _Comparison:
 
         name = type(self._blocks.blocks[index]).__name__
         how = f"{way}, labelled tokens" if last else way
-        return _judged(walked, plain, self._dtype(index), name, _ranges(group), how)
+        return judged(walked, plain, self._dtype(index), name, _ranges(group), how)
 
-    def alone(self, index: int, dtype: mx.Dtype) -> tuple[OneBlock, "_Random"]:
+    def alone(self, index: int, dtype: mx.Dtype) -> tuple[OneBlock, RandomAdapters]:
         """A block as a model of its own, with hidden states of a dtype, and random adapters."""
         window = None
         if self._light and self._windowed[index]:
             window = max(2, self._tokens.shape[1] // 3)
         shape = (*self._tokens.shape, self._first.shape[-1])
         one = OneBlock(self._blocks, index, dtype, shape, window)
-        return one, _Random(one.layers[0])
+        return one, RandomAdapters(one.layers[0])
 
     def head(self) -> list[Verdict]:
         """Compare the head with the loss; nothing where whole rows of logits are plain MLX's."""
@@ -383,7 +213,7 @@ class _Comparison:
         labels = mx.random.randint(0, count, (HEAD_TOKENS,), key=mx.random.key(1))
         if self._light:
             loss = replace(loss, tile_bytes=4 * (count // 3) * head.dims)
-        adapter = {n: _random(n, v) for n, v in head.adapter_arrays(count).items()}
+        adapter = {n: random_adapter(n, v) for n, v in head.adapter_arrays(count).items()}
 
         def walked(dtype: mx.Dtype) -> Arrays:
             some = _SomeRows(head, count)
@@ -396,7 +226,7 @@ class _Comparison:
             return self._plain_head(values, labels, count, loss.label_smoothing)
 
         dtype, way = self._dtype(len(self._blocks)), f"{count} tokens of the vocabulary"
-        return [_judged(walked, plain, dtype, "head and loss", "", way)]
+        return [judged(walked, plain, dtype, "head and loss", "", way)]
 
     def _way(self, index: int) -> str:
         plan, count = self._plan, len(self._blocks)
@@ -414,7 +244,7 @@ class _Comparison:
         return self._first.dtype if index == 0 else self._blocks.hidden_dtype
 
     def _walked(
-        self, one: OneBlock, index: int, trained: _Random, rows: mx.array | None, way: str
+        self, one: OneBlock, index: int, trained: RandomAdapters, rows: mx.array | None, way: str
     ) -> Arrays:
         """The block's output and gradients, as a step computes them."""
         plan = replace(self._plan, kept_blocks=int(way == "kept"))
@@ -423,7 +253,7 @@ class _Comparison:
         walk = BlockWalk(
             one,
             self._walk.store,
-            _Only(self._walk.weights, index, one.layers[0], one.shift.dtype),
+            OnlyBlock(self._walk.weights, index, one.layers[0], one.shift.dtype),
             self._walk.is_compiled,
             trained,
             plan=plan,
@@ -442,7 +272,7 @@ class _Comparison:
         self,
         one: OneBlock,
         index: int,
-        trained: _Random,
+        trained: RandomAdapters,
         rows: mx.array | None,
         dtype: mx.Dtype,
         nudge: int | None,
@@ -485,66 +315,6 @@ class _Comparison:
         return gradients
 
 
-def _judged(
-    walked: Callable[[mx.Dtype], Arrays],
-    plain: Callable[[mx.Dtype, int | None], Arrays],
-    dtype: mx.Dtype,
-    kind: str,
-    blocks: str,
-    way: str,
-) -> Verdict:
-    """Compare what was walked with plain MLX's answer.
-
-    Args:
-        walked: computes in a dtype.
-        plain: computes in a dtype, with float32 parameters nudged if there is a seed.
-        dtype: of the run.
-        kind, blocks, way: of the verdict.
-    """
-    try:
-        expected = plain(mx.float32, None)
-    except MODEL_ERRORS as error:
-        return Verdict(kind, blocks, way, np.inf, f"plain MLX cannot differentiate it ({error})")
-    errors, slopes = _differences(walked(mx.float32), expected)
-    limits = dict.fromkeys(expected, _bound()), dict.fromkeys(expected, _bound())
-    if _worst(errors, limits[0], OFF) or _worst(slopes, limits[1], SCALED):
-        nudged = [_differences(plain(mx.float32, seed), expected) for seed in range(2)]
-        limits = tuple(
-            {n: min(MOST, max(_bound(), 10 * max(found[part][n] for found in nudged))) for n in own}
-            for part, own in enumerate(limits)
-        )
-    problem = _worst(errors, limits[0], OFF) or _worst(slopes, limits[1], SCALED)
-    if not problem and dtype != mx.float32:
-        problem = _problem_16(walked(dtype), expected, plain, dtype)
-    return Verdict(kind, blocks, way, max(errors.values()), problem)
-
-
-def _problem_16(
-    got: Arrays,
-    expected: Arrays,
-    plain: Callable[[mx.Dtype, int | None], Arrays],
-    dtype: mx.Dtype,
-) -> str:
-    """What rounding does not explain of a walk in 16 bits, beside plain float32."""
-    errors, _ = _differences(got, expected)
-    limits = dict.fromkeys(expected, BOUNDS_16[dtype])
-    if _worst(errors, limits, OFF):
-        own, _ = _differences(plain(dtype, None), expected)
-        limits = {name: min(MOST_16, max(limits[name], 2 * own[name])) for name in expected}
-    problem = _worst(errors, limits, OFF)
-    return problem and f"in {str(dtype).rpartition('.')[2]} {problem}"
-
-
-def _worst(found: dict[str, float], limits: dict[str, float], text: str) -> str:
-    """The array that is farthest beyond its limit, in words; nothing where none is."""
-    # NaN is no agreement.
-    beyond = {name: value for name, value in found.items() if not value <= limits[name]}
-    if not beyond:
-        return ""
-    name = max(beyond, key=lambda name: np.nan_to_num(beyond[name] / limits[name], nan=np.inf))
-    return text.format(name, beyond[name])
-
-
 class _SomeRows:
     """The first rows of a head."""
 
@@ -555,110 +325,10 @@ class _SomeRows:
         return getattr(self._head, name)
 
 
-def recorded_calls(blocks: BlockList, tokens: mx.array) -> list[tuple[tuple, dict]]:
-    """What the model calls each block with beside its input, as the walk learns it."""
-    calls = []
-
-    def record(index: int, x: mx.array, args: tuple, kwargs: dict) -> mx.array:
-        calls.append((args, kwargs))
-        return x
-
-    with blocks.intercepted(record):
-        blocks.model(tokens)
-    return calls
-
-
-def _first_input(blocks: BlockList, tokens: mx.array) -> mx.array:
-    found: list[mx.array] = []
-    with blocks.intercepted(lambda index, x, *_: (found.append(x), x)[1]):
-        blocks.model(tokens)
-    return found[0]
-
-
 def _is_windowed(call: tuple[tuple, dict]) -> bool:
     """Whether a block is called with a mask under which not all earlier keys are seen."""
     masks = [value for value in (*call[0], *call[1].values()) if isinstance(value, mx.array)]
     return any(band is not None and band.window is not None for band in map(band_of, masks))
-
-
-def plain_calls(blocks: BlockList, tokens: mx.array) -> dict[int, dict[str, Any]]:
-    """The arguments of each block's call in a plain call of the model, by Python's own profiler.
-
-    Nothing stands in for anything. The blocks compute with zeros for weights, lazily.
-    """
-    codes = {type(block).__call__.__code__ for block in blocks.blocks if _is_python(block)}
-    indices = {id(block): index for index, block in enumerate(blocks.blocks)}
-    found: dict[int, dict[str, Any]] = {}
-
-    def look(frame: FrameType, event: str, _: Any) -> None:
-        if event != "call" or frame.f_code not in codes:
-            return
-        code, values = frame.f_code, dict(frame.f_locals)
-        extra = bool(code.co_flags & inspect.CO_VARARGS) + bool(
-            code.co_flags & inspect.CO_VARKEYWORDS
-        )
-        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + extra]
-        if (index := indices.get(id(values[names[0]]))) is not None:
-            # The first call counts: a class may call that of its base class.
-            found.setdefault(index, {name: values[name] for name in names[1:]})
-
-    before = sys.getprofile()
-    with ExitStack() as stack:
-        for block in blocks.blocks:
-            slots = array_slots(block)
-            zeros = {n: mx.zeros(box[key].shape, box[key].dtype) for n, (box, key) in slots.items()}
-            stack.enter_context(bound(slots, zeros))
-        stack.callback(sys.setprofile, before)
-        sys.setprofile(look)
-        blocks.model(tokens)
-    return found
-
-
-def _is_python(block: nn.Module) -> bool:
-    return hasattr(type(block).__call__, "__code__")
-
-
-def _named(block: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
-    """A call's arguments by the names that the block's function gives them, defaults included."""
-    function = type(block).__call__
-    call = inspect.signature(function, follow_wrapped=False).bind(block, None, *args, **kwargs)
-    call.apply_defaults()
-    return dict(list(call.arguments.items())[1:])
-
-
-@contextmanager
-def plain_classes(modules: Sequence[nn.Module], unpack: bool = False) -> Iterator[None]:
-    """Give modules the classes that MLX and mlx-lm made them of; undone on exit.
-
-    Args:
-        modules: and all within them.
-        unpack: multiply by packed matrices unpacked, on a CPU: 20 times faster there, and more
-            memory.
-    """
-    changed = []
-    try:
-        for module in {id(m): m for top in modules for m in top.modules()}.values():
-            kind = type(module)
-            own = next(k for k in kind.__mro__ if not k.__module__.startswith("mlx_edgelora"))
-            if own is nn.QuantizedLinear and unpack and mx.default_device() == mx.cpu:
-                own = _Unpacked
-            if own is not kind:
-                changed.append((module, kind))
-                object.__setattr__(module, "__class__", own)
-        yield
-    finally:
-        for module, kind in changed:
-            object.__setattr__(module, "__class__", kind)
-
-
-class _Unpacked(nn.QuantizedLinear):
-    """A packed layer as a product with the whole matrix."""
-
-    def __call__(self, x: mx.array) -> mx.array:
-        settings = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
-        packed = self["weight"], self["scales"], self.get("biases")
-        y = x @ mx.dequantize(*packed, **settings).astype(x.dtype).T
-        return y + self["bias"] if "bias" in self else y
 
 
 @contextmanager
@@ -713,30 +383,6 @@ def _nudged(arrays: Arrays, seed: int | None) -> Arrays:
         return value * mx.array(1 + signs * np.float32(2**-23))
 
     return {name: nudged(value) for name, value in arrays.items()}
-
-
-def _differences(got: Arrays, expected: Arrays) -> tuple[dict[str, float], dict[str, float]]:
-    """Relative error and |slope - 1| by array; infinite where one is missing."""
-    errors, slopes = {}, {}
-    for name, value in expected.items():
-        if name not in got or got[name].shape != value.shape:
-            errors[name] = slopes[name] = np.inf
-            continue
-        r, g = value.astype(mx.float32).reshape(-1), got[name].astype(mx.float32).reshape(-1)
-        size, off = mx.linalg.norm(r).item(), mx.linalg.norm(g - r).item()
-        slope = ((g - r) @ r).item() / size**2 if size else 0.0
-        errors[name], slopes[name] = (off / size if size else off), abs(slope)
-    return errors, slopes
-
-
-@cache
-def _bound() -> float:
-    """`BOUND`, wider where the backend multiplies float32 in fewer bits (TF32)."""
-    x = np.random.RandomState(0).randn(256, 256).astype(np.float32)
-    product = np.array(mx.array(x) @ mx.array(x)).astype(np.float64)
-    exact = x.astype(np.float64) @ x.astype(np.float64)
-    rounding = np.linalg.norm(product - exact) / np.linalg.norm(exact)
-    return min(MOST, max(BOUND, 10 * float(rounding)))
 
 
 def _ranges(numbers: list[int]) -> str:

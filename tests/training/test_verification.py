@@ -24,8 +24,9 @@ from mlx_edgelora.memory.blockwise import BlockWalk
 from mlx_edgelora.memory.streams import KeySums, Sums
 from mlx_edgelora.model import attention as hook
 from mlx_edgelora.model.blocks import BlockList
-from mlx_edgelora.training import verification
-from mlx_edgelora.training.verification import refuse_wrong, verify
+from mlx_edgelora.training import plain, verification
+from mlx_edgelora.training.verdict import refuse_wrong
+from mlx_edgelora.training.verification import verify
 
 TILES = {"tile_tokens": 16, "halves": True, "prefetch": False}
 PLANS = {"whole": {}, "tiles": TILES, "kept": {"kept_blocks": 2}}
@@ -113,9 +114,9 @@ def test_however_a_block_names_its_arguments(kind):
     model.layers[1] = Block()
     add_lora(model)
     blocks, tokens = BlockList(model), mx.array([[1, 2, 3]])
-    found = verification.plain_calls(blocks, tokens)
-    for index, (args, kwargs) in enumerate(verification.recorded_calls(blocks, tokens)):
-        mine = verification._named(blocks.blocks[index], args, kwargs)
+    found = plain.plain_calls(blocks, tokens)
+    for index, (args, kwargs) in enumerate(plain.recorded_calls(blocks, tokens)):
+        mine = plain.named_arguments(blocks.blocks[index], args, kwargs)
         assert list(found[index])[1:] == list(mine)[1:]
 
 

@@ -1,0 +1,163 @@
+"""How far a gradient may be from plain MLX's, and what is said of it.
+
+Agreement is judged in float32, array by array, by two numbers: the relative error
+||g - r|| / ||r||, and the slope <g, r> / <r, r> - 1, which rounding hardly moves. What float32
+allows is 1e-5 or, where that is exceeded, ten times what one unit in the last place of the
+parameters changes. A run in 16 bits is walked twice, in float32 and as it is: there rounding hides
+a scale of 1.01, and what is left to see is a gradient that is wrong altogether.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.model.walkable import MODEL_ERRORS
+
+Arrays = dict[str, mx.array]
+# Largest relative error, and largest |slope - 1|, that rounding explains at once in float32,
+# and where plain MLX's own rounding was measured to be larger.
+BOUND, MOST = 1e-5, 5e-3
+# The same of the error in 16 bits.
+BOUNDS_16, MOST_16 = {mx.float16: 1e-2, mx.bfloat16: 6e-2}, 0.3
+OFF, SCALED = "{} is {:.1e} of its norm off", "{} is scaled by 1 plus or minus {:.1e}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How one kind of block, or the head with the loss, compares with plain MLX.
+
+    Attributes:
+        kind: class of the block, or what else was compared.
+        blocks: which ones are of this kind; empty where it is no block.
+        way: how the plan computes it.
+        error: largest relative error of an array, in float32.
+        problem: what rounding does not explain; empty where nothing is left.
+    """
+
+    kind: str
+    blocks: str
+    way: str
+    error: float
+    problem: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kind}{f' {self.blocks}' if self.blocks else ''}, {self.way}"
+
+
+def refuse_wrong(verdicts: Sequence[Verdict]) -> None:
+    """Raise where a gradient is not plain MLX's.
+
+    Raises:
+        EdgeLoraError: names the worst of them.
+    """
+    wrong = [verdict for verdict in verdicts if verdict.problem]
+    if wrong:
+        worst = max(wrong, key=lambda verdict: verdict.error)
+        raise EdgeLoraError(
+            f"verify: {worst}: {worst.problem}; expected the gradients of plain MLX. Nothing was "
+            "trained. Train this model with mlx_lm.lora, or go on at your own risk with "
+            "--verify off; please report it"
+        )
+
+
+def table(verdicts: Sequence[Verdict]) -> str:
+    """The verdicts in lines of columns."""
+    rows = [("kind", "blocks", "computed", "largest relative error", "verdict")]
+    rows += [
+        (v.kind, v.blocks, v.way, f"{v.error:.1e}", f"WRONG: {v.problem}" if v.problem else "ok")
+        for v in verdicts
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)] + [0]
+    lines = (
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def judged(
+    walked: Callable[[mx.Dtype], Arrays],
+    plain: Callable[[mx.Dtype, int | None], Arrays],
+    dtype: mx.Dtype,
+    kind: str,
+    blocks: str,
+    way: str,
+) -> Verdict:
+    """Compare what was walked with plain MLX's answer.
+
+    Args:
+        walked: computes in a dtype.
+        plain: computes in a dtype, with float32 parameters nudged if there is a seed.
+        dtype: of the run.
+        kind, blocks, way: of the verdict.
+    """
+    try:
+        expected = plain(mx.float32, None)
+    except MODEL_ERRORS as error:
+        return Verdict(kind, blocks, way, np.inf, f"plain MLX cannot differentiate it ({error})")
+    errors, slopes = _differences(walked(mx.float32), expected)
+    limits = dict.fromkeys(expected, _bound()), dict.fromkeys(expected, _bound())
+    if _worst(errors, limits[0], OFF) or _worst(slopes, limits[1], SCALED):
+        nudged = [_differences(plain(mx.float32, seed), expected) for seed in range(2)]
+        limits = tuple(
+            {n: min(MOST, max(_bound(), 10 * max(found[part][n] for found in nudged))) for n in own}
+            for part, own in enumerate(limits)
+        )
+    problem = _worst(errors, limits[0], OFF) or _worst(slopes, limits[1], SCALED)
+    if not problem and dtype != mx.float32:
+        problem = _problem_16(walked(dtype), expected, plain, dtype)
+    return Verdict(kind, blocks, way, max(errors.values()), problem)
+
+
+def _problem_16(
+    got: Arrays,
+    expected: Arrays,
+    plain: Callable[[mx.Dtype, int | None], Arrays],
+    dtype: mx.Dtype,
+) -> str:
+    """What rounding does not explain of a walk in 16 bits, beside plain float32."""
+    errors, _ = _differences(got, expected)
+    limits = dict.fromkeys(expected, BOUNDS_16[dtype])
+    if _worst(errors, limits, OFF):
+        own, _ = _differences(plain(dtype, None), expected)
+        limits = {name: min(MOST_16, max(limits[name], 2 * own[name])) for name in expected}
+    problem = _worst(errors, limits, OFF)
+    return problem and f"in {str(dtype).rpartition('.')[2]} {problem}"
+
+
+def _worst(found: dict[str, float], limits: dict[str, float], text: str) -> str:
+    """The array that is farthest beyond its limit, in words; nothing where none is."""
+    # NaN is no agreement.
+    beyond = {name: value for name, value in found.items() if not value <= limits[name]}
+    if not beyond:
+        return ""
+    name = max(beyond, key=lambda name: np.nan_to_num(beyond[name] / limits[name], nan=np.inf))
+    return text.format(name, beyond[name])
+
+
+def _differences(got: Arrays, expected: Arrays) -> tuple[dict[str, float], dict[str, float]]:
+    """Relative error and |slope - 1| by array; infinite where one is missing."""
+    errors, slopes = {}, {}
+    for name, value in expected.items():
+        if name not in got or got[name].shape != value.shape:
+            errors[name] = slopes[name] = np.inf
+            continue
+        r, g = value.astype(mx.float32).reshape(-1), got[name].astype(mx.float32).reshape(-1)
+        size, off = mx.linalg.norm(r).item(), mx.linalg.norm(g - r).item()
+        slope = ((g - r) @ r).item() / size**2 if size else 0.0
+        errors[name], slopes[name] = (off / size if size else off), abs(slope)
+    return errors, slopes
+
+
+@cache
+def _bound() -> float:
+    """`BOUND`, wider where the backend multiplies float32 in fewer bits (TF32)."""
+    x = np.random.RandomState(0).randn(256, 256).astype(np.float32)
+    product = np.array(mx.array(x) @ mx.array(x)).astype(np.float64)
+    exact = x.astype(np.float64) @ x.astype(np.float64)
+    rounding = np.linalg.norm(product - exact) / np.linalg.norm(exact)
+    return min(MOST, max(BOUND, 10 * float(rounding)))
