@@ -83,12 +83,12 @@ def verify(
     """
     with _generator_restored(), _small_tiles(engine, rows * tokens) if light else ExitStack():
         comparison = _Comparison(engine, rows, tokens, dtype, light)
-        while memory is not None and comparison.plain_peak() > memory and tokens > PROBES[-1]:
-            needed, tokens = comparison.plain_peak(), -(-tokens // 2)
+        while memory is not None and (needed := comparison.plain_peak()) > memory:
             notify(
-                f"plain MLX would need {needed / 1e9:.1f} GB for a block of {2 * tokens} tokens: "
-                f"rows of {tokens} are compared"
+                f"plain MLX would need {needed / 1e9:.1f} GB for a block of {tokens} tokens: rows "
+                f"of {tokens // 2} are compared"
             )
+            tokens //= 2
             comparison = _Comparison(engine, rows, tokens, dtype, light)
         found = [comparison.calls()]
         found += [comparison.kind(group, way) for way, group in comparison.groups()]
