@@ -206,16 +206,16 @@ def plain_classes(modules: Sequence[nn.Module], unpack: bool = False) -> Iterato
 
     Args:
         modules: and all within them.
-        unpack: multiply by packed matrices unpacked, on a CPU: 20 times faster there, and more
-            memory.
+        unpack: multiply by packed matrices unpacked, on a CPU: 20 times faster there, more exact
+            over a long sum, and more memory.
     """
     changed = []
     try:
         for module in {id(m): m for top in modules for m in top.modules()}.values():
             kind = type(module)
             own = next(k for k in kind.__mro__ if not k.__module__.startswith("mlx_edgelora"))
-            if own is nn.QuantizedLinear and unpack and mx.default_device() == mx.cpu:
-                own = _Unpacked
+            if unpack and mx.default_device() == mx.cpu:
+                own = UNPACKED.get(own, own)
             if own is not kind:
                 changed.append((module, kind))
                 object.__setattr__(module, "__class__", own)
@@ -225,11 +225,25 @@ def plain_classes(modules: Sequence[nn.Module], unpack: bool = False) -> Iterato
             object.__setattr__(module, "__class__", kind)
 
 
-class _Unpacked(nn.QuantizedLinear):
+class _UnpackedLinear(nn.QuantizedLinear):
     """A packed layer as a product with the whole matrix."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        settings = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
-        packed = self["weight"], self["scales"], self.get("biases")
-        y = x @ mx.dequantize(*packed, **settings).astype(x.dtype).T
+        y = _product(self, x)
         return y + self["bias"] if "bias" in self else y
+
+
+class _UnpackedEmbedding(nn.QuantizedEmbedding):
+    """A packed embedding whose use as a head is a product with the whole matrix."""
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return _product(self, x)
+
+
+UNPACKED = {nn.QuantizedLinear: _UnpackedLinear, nn.QuantizedEmbedding: _UnpackedEmbedding}
+
+
+def _product(layer: nn.Module, x: mx.array) -> mx.array:
+    settings = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
+    packed = layer["weight"], layer["scales"], layer.get("biases")
+    return x @ mx.dequantize(*packed, **settings).astype(x.dtype).T

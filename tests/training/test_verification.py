@@ -101,6 +101,18 @@ def test_packed_as_floats_and_compiled(tmp_path):
     assert problems(tmp_path, compiled=True) == []
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_the_reference_of_the_head_is_mlxs_loss(smoothing):
+    logits, labels = 5 * mx.random.normal((7, 601)), mx.arange(7) * 80
+    function = verification._cross_entropy
+    got = mx.value_and_grad(lambda x: function(x, labels, smoothing))(logits)
+    expected = mx.value_and_grad(
+        lambda x: nn.losses.cross_entropy(x, labels, label_smoothing=smoothing).mean()
+    )(logits)
+    assert got[0].item() == pytest.approx(expected[0].item(), rel=1e-6)
+    assert mx.allclose(got[1], expected[1], rtol=1e-5, atol=1e-8).item()
+
+
 class Collecting(Block):
     """Its arguments have no names of their own."""
 
