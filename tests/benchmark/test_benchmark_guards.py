@@ -10,6 +10,8 @@ from mlx_edgelora.benchmark.report import Context, ratio, row
 from mlx_edgelora.benchmark.results import TOLERANCES, Result
 from mlx_edgelora.benchmark.rounds import Comparison
 
+pytestmark = pytest.mark.slow
+
 PLAIN = """
 import sys
 from pathlib import Path
@@ -21,8 +23,6 @@ from mlx_lm.tuner.trainer import TrainingArgs, train
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load
 from types import SimpleNamespace
-
-pytestmark = pytest.mark.slow
 
 model_path, data, start, rank, batch, limit, steps, checkpointing, out = sys.argv[1:]
 model, tokenizer = load(model_path)
