@@ -86,6 +86,18 @@ def test_gradients_equal_mlx_lm(name, way, tmp_path):
             assert_same_gradients(got, expected, resolution=resolution(reference, batch))
 
 
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_frequencies_that_change_behind_some_length(way, tmp_path):
+    """They are those of the whole text, which a tile does not know."""
+    scaling = {"rope_scaling": {"type": "dynamic", "factor": 4.0}, "max_position_embeddings": 9}
+    folder, batch = save(tmp_path, "llama", True, **scaling), random_batch(tokens=19)
+    _, expected = plain_value_and_grad(plain(folder), batch)
+    with closing(engine(folder, **way)) as ours:
+        assert not any(choice.possible for choice in ours.walk._tiled.choices())
+        _, got = ours.value_and_grad(batch)
+    assert_same_gradients(got, expected)
+
+
 @pytest.mark.parametrize("halves", [False, True])
 def test_lower_blocks_and_an_embedding_that_is_trained(halves, tmp_path):
     folder = save(tmp_path, "llama", True)

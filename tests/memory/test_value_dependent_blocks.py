@@ -4,8 +4,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from architectures import add_lora
+from architectures import add_lora, build
 from harness import assert_same_gradients
+from mlx.utils import tree_flatten
 from mlx_lm.models import base
 from mlx_lm.models.base import create_attention_mask
 from toy import Toy as ToyModel
@@ -84,6 +85,83 @@ def test_what_the_first_tile_does_not_reach_still_gets_its_gradient(plan, compil
         got = {name: value for more in walk.backward(state) for name, value in more.items()}
     assert got_value.item() == pytest.approx(value.item(), rel=1e-6)
     assert_same_gradients(gradient_tree(model, got), expected)
+
+
+def walked(model, loss, plan, compiled=False):
+    """The value and all gradients of a walk."""
+    walk = BlockWalk(model, compiled=compiled, plan=plan)
+    with walk.forward(loss) as state:
+
+        def tail(hidden):
+            with walk.tail(state, hidden):
+                return loss()
+
+        value, state.cotangent = mx.value_and_grad(tail)(state.hidden)
+        found = {name: value for more in walk.backward(state) for name, value in more.items()}
+    return value, gradient_tree(model, found)
+
+
+class Flagged(nn.Module):
+    """Attention, then one of two matrices: as an argument says, or an array of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.one, self.two = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.constants = (mx.random.normal((WIDTH,)),)
+        self.gate = mx.array(0.0)
+
+    def __call__(self, x, mask=None, cache=None, flag=False):
+        q, k, v = mx.split(self.qkv(x)[:, None], 3, axis=-1)
+        if cache is not None:
+            k, v = cache.update_and_fetch(k, v)
+        out = base.scaled_dot_product_attention(q, k, v, cache=cache, scale=0.3, mask=mask)
+        chosen = self.two if flag or self.gate.item() > 0 else self.one
+        return x + out[:, 0] + mx.tanh(chosen(x)) * self.constants[0]
+
+
+@pytest.mark.parametrize("by", ["argument", "array"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["built anew", "compiled"])
+@pytest.mark.parametrize("plan", [Plan(), Plan(tile_tokens=6)], ids=["whole", "tiles"])
+def test_blocks_of_one_kind_that_are_called_otherwise(plan, compiled, by):
+    class Flags(ToyModel):
+        def loop(self, h):
+            mask = create_attention_mask(h)
+            for index, layer in enumerate(self.layers):
+                h = layer(h, mask, flag=by == "argument" and index % 2 == 1)
+            return h
+
+    model, tokens = Flags(Flagged), mx.arange(1, 23).reshape(1, 22) % 11
+    add_lora(model, keys=["qkv", "one", "two"])
+    if by == "array":
+        for layer in model.layers[1::2]:
+            layer.gate = mx.array(1.0)
+
+    def loss():
+        return mx.logsumexp(model(tokens), axis=-1).mean()
+
+    value, expected = nn.value_and_grad(model, loss)()
+    got_value, got = walked(model, loss, plan, compiled)
+    assert got_value.item() == pytest.approx(value.item(), rel=1e-6)
+    for (name, one), (_, other) in zip(tree_flatten(got), tree_flatten(expected), strict=True):
+        assert mx.allclose(one, other, rtol=1e-4, atol=1e-6).item(), name
+
+
+@pytest.mark.parametrize("plan", [Plan(), Plan(tile_tokens=6)], ids=["whole", "tiles"])
+def test_sinks_that_are_trained(plan):
+    """They go into attention beside queries, keys and values, which is cut off by tiles."""
+    model = build("gpt_oss")
+    add_lora(model)
+    for layer in model.layers:
+        layer.self_attn.unfreeze(keys=["sinks"], recurse=False)
+    tokens = mx.arange(1, 23).reshape(1, 22)
+
+    def loss():
+        return mx.logsumexp(model(tokens), axis=-1).mean()
+
+    _, expected = nn.value_and_grad(model, loss)()
+    _, got = walked(model, loss, plan)
+    assert_same_gradients(got, expected)
 
 
 def test_it_is_known_of_a_function_whether_it_looks_at_values():

@@ -1,5 +1,7 @@
 """The head is found by what it does, and its rows with what lies around give the model's logits."""
 
+from functools import partial
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -8,6 +10,7 @@ from architectures import CONFIGS, build, quantizable
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 from peaks import highest, lowest
 
+from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.memory.meter import DiskMeter, eval_in_step
 from mlx_edgelora.model import head as model_head
 from mlx_edgelora.model.blocks import BlockList
@@ -15,10 +18,12 @@ from mlx_edgelora.model.head import (
     ModelHead,
     ResidentRows,
     StreamedRows,
+    check_rows,
     find_head,
     frozen_matrix,
     stream_embedding,
 )
+from mlx_edgelora.model.loading import _logits
 from mlx_edgelora.model.safetensors import RowReader, read_header
 
 
@@ -212,3 +217,47 @@ def test_looking_up_holds_the_result_and_little_more(tmp_path, monkeypatch, memo
     result = 4 * 2048 * 512
     assert lowest(lambda: above_packed(eval_in_step), 1.1 * result) < 1.1 * result
     assert highest(lambda: above_packed(mx.eval)) > 2 * result  # MLX ahead: nothing in place
+
+
+class Centred(nn.Module):
+    """A norm that looks at the other tokens of the text."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def __call__(self, x):
+        return self.norm(x - x.mean(axis=1, keepdims=True))
+
+
+class Placed(Centred):
+    """And one that knows where a token is."""
+
+    def __call__(self, x):
+        return self.norm(x) * mx.arange(1, 1 + x.shape[1])[:, None]
+
+
+@pytest.mark.parametrize("kind", [Centred, Placed])
+def test_what_follows_the_blocks_is_computed_token_by_token_or_refused(kind):
+    """Labelled tokens alone would get other logits."""
+    model = build("llama", tie_word_embeddings=False)
+    blocks = BlockList(model)
+    head = ModelHead(blocks, model.lm_head, ResidentRows(model.lm_head))
+    head.check_rows()
+    check_rows(blocks, partial(_logits, blocks))
+    model.model.norm = kind(model.model.norm)
+    for check in (head.check_rows, lambda: check_rows(blocks, partial(_logits, blocks))):
+        with pytest.raises(EdgeLoraError, match="what follows the blocks is not computed token by"):
+            check()
+
+
+def test_logits_that_depend_on_the_input_tokens_are_refused():
+    class Biased(type(build("llama"))):
+        def __call__(self, inputs, *args, **kwargs):
+            return super().__call__(inputs, *args, **kwargs) + inputs[..., None]
+
+    model = build("llama", tie_word_embeddings=False)
+    object.__setattr__(model, "__class__", Biased)
+    blocks = BlockList(model)
+    with pytest.raises(EdgeLoraError, match="what follows the blocks is not computed token by"):
+        check_rows(blocks, partial(_logits, blocks))
