@@ -53,7 +53,7 @@ from mlx_edgelora.model.blocks import (
 from mlx_edgelora.model.labelled import LastBlock, put_rows, take_rows
 from mlx_edgelora.model.masks import packed, unpacked
 from mlx_edgelora.model.norms import norms_bounded
-from mlx_edgelora.model.refusals import Refusal, refused
+from mlx_edgelora.model.refusals import Refusal
 from mlx_edgelora.model.sources import ResidentWeights, TogetherWeights, WeightSource
 from mlx_edgelora.model.tiling import Tileable, Tiling
 from mlx_edgelora.model.walkable import EVALUATES, checked_blocks
@@ -86,16 +86,12 @@ class _InOrder:
 
     def __call__(self, index: int, x: mx.array, args: tuple, kwargs: dict) -> mx.array:
         if index != self.due:
-            raise self.refused(index, Refusal.ORDER, due=str(self.due))
+            raise self._blocks.refusal(index, Refusal.ORDER, due=str(self.due))
         if index and x is not self._returned:
-            raise self.refused(index, Refusal.INPUT)
+            raise self._blocks.refusal(index, Refusal.INPUT)
         self._returned = self._handler(index, x, args, kwargs)
         self.due += 1
         return self._returned
-
-    def refused(self, index: int, reason: Refusal, **values: str) -> EdgeLoraError:
-        """The error, about a block."""
-        return refused(self._blocks.model, reason, index, self._blocks.blocks[index], **values)
 
 
 @dataclass
@@ -621,7 +617,7 @@ class BlockWalk:
             except _Reached as reached:
                 return reached.hidden
         if isinstance(handler, _InOrder) and handler.due:
-            raise handler.refused(handler.due, Refusal.NOT_CALLED)
+            raise self.blocks.refusal(handler.due, Refusal.NOT_CALLED)
         raise EdgeLoraError(
             "value_and_grad: the loss returned without calling the model, expected one call; "
             "call the model given to value_and_grad inside the loss"

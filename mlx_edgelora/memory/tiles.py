@@ -187,7 +187,7 @@ class TiledBlock:
         with phase("attention backward"):
             (dx,) = self._vjp(
                 gradients,
-                lambda x: self._keys(x, span),
+                lambda x: self.parts.kept(x, span),
                 [x],
                 [total.astype(dtype) for total, dtype in zip(pair, dtypes, strict=True)],
                 onward,
@@ -277,7 +277,7 @@ class TiledBlock:
         """Of all tokens: [B, Hkv, T, D] and [B, Hkv, T, Dv]."""
         whole: list[mx.array] = []
         for index, span in enumerate(self.spans):
-            pieces = self._keys(tiles.get(index), span)
+            pieces = self.parts.kept(tiles.get(index), span)
             if len(self.spans) == 1:
                 mx.eval(pieces)
                 return tuple(pieces)
@@ -289,12 +289,6 @@ class TiledBlock:
             del pieces, piece
             mx.eval(whole)
         return tuple(whole)
-
-    def _keys(self, x: mx.array, span: Span) -> list[mx.array]:
-        if self.parts.through_cache:
-            return self.parts.cached(x, span)
-        asked = self.parts.before(x, span)
-        return [asked.k, asked.v]
 
     def _queries(self, x: mx.array, place: Place) -> Asked:
         asked = self.parts.before(x, place)

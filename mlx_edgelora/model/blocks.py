@@ -16,6 +16,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.model.refusals import Refusal, refused
 
 # handler(index, x, args, kwargs) -> what the model's loop goes on with
@@ -58,6 +59,10 @@ class BlockList:
             return None
         index, _, rest = name[len(self.prefix) :].partition(".")
         return int(index), rest
+
+    def refusal(self, index: int, reason: Refusal, **values: str) -> EdgeLoraError:
+        """The error of a model that cannot be trained because of one block; see `refused`."""
+        return refused(self.model, reason, index, self.blocks[index], **values)
 
     def modules_outside(self) -> list[nn.Module]:
         """The modules that are part of no block."""

@@ -210,13 +210,28 @@ class BlockParts:
         with _silent(self.block, self.branches[0]):
             return self._call(middle, place, _Position(_offset(place)))
 
-    def cached(self, x: mx.array, span: Span) -> list[mx.array]:
-        """What the tokens of a span give the cache, [B, heads, t, n] twice.
+    def kept(self, x: mx.array, span: Span) -> list[mx.array]:
+        """What other tokens see of those of a span: keys and values, or what they give the cache.
+
+        Returns:
+            [B, heads, t, n] twice.
+
+        Raises:
+            RuntimeError: the block asks neither mlx-lm's attention nor, if it is cut there, its
+                cache.
+        """
+        if self.through_cache:
+            return self.cached(x, span, span.start)
+        asked = self.before(x, span)
+        return [asked.k, asked.v]
+
+    def cached(self, x: mx.array, span: Span, offset: int | mx.array) -> list[mx.array]:
+        """What the tokens of a span give a cache that says where the first of them is.
 
         Raises:
             RuntimeError: nothing.
         """
-        return given_to_cache(lambda cache: self._call(x, span, cache), span.start)
+        return given_to_cache(lambda cache: self._call(x, span, cache), offset)
 
     def finished(self, x: mx.array, span: Span, keys: Span, cached: list[mx.array]) -> mx.array:
         """What the block returns for the tokens of a span, or the middle of a block in halves.
@@ -236,10 +251,6 @@ class BlockParts:
         if cache.calls != 1:
             raise RuntimeError(f"it asks its cache {cache.calls} times, expected once")
         return out
-
-    def called(self, x: mx.array, span: Span, cache: object) -> mx.array:
-        """Call the block for the tokens of a span, with a cache that knows where they are."""
-        return self._call(x, span, cache)
 
     def seen(self, span: Span, tokens: int) -> Span:
         """The tokens, of so many, that those of a span may see."""

@@ -19,7 +19,6 @@ from mlx_edgelora.model.parts import (
     Picked,
     Place,
     Span,
-    given_to_cache,
     mask_at,
     tokens_at,
 )
@@ -105,7 +104,9 @@ class Tiling:
                 if not reason and through_cache and _depends_on_length(*calls[0]):
                     reason = "what a block computes depends on how long the text is"
                 if not reason:
-                    keys = max(array.shape[1] * array.shape[3] for array in _kept(*calls[0]))
+                    x, parts = calls[0]
+                    kept = parts.kept(x, Span(0, TRIAL_SHAPE[1]))  # for its shapes: never computed
+                    keys = max(array.shape[1] * array.shape[3] for array in kept)
                     return Tileable(True, "", _branches(calls, compute), keys, through_cache)
             except MODEL_ERRORS as error:
                 reason = f"a block cannot be called for parts of its tokens: {error}"
@@ -120,21 +121,8 @@ def _depends_on_length(x: mx.array, parts: BlockParts) -> bool:
     it. Picked tokens, whose positions are arrays, show it where a block is cut at attention.
     """
     some = Span(0, 3)
-    return looks_at_values(
-        lambda offset: given_to_cache(
-            lambda c: parts.called(tokens_at(x, 0, some), some, c), offset
-        ),
-        [mx.array(3)],
-    )
-
-
-def _kept(x: mx.array, parts: BlockParts) -> list[mx.array]:
-    """What is kept of all tokens, for its shapes: never computed."""
-    whole = Span(0, TRIAL_SHAPE[1])
-    if parts.through_cache:
-        return parts.cached(x, whole)
-    asked = parts.before(x, whole)
-    return [asked.k, asked.v]
+    mine = tokens_at(x, 0, some)
+    return looks_at_values(lambda offset: parts.cached(mine, some, offset), [mx.array(3)])
 
 
 def _branches(calls: list[tuple[mx.array, BlockParts]], compute: Compute) -> tuple[str, str] | None:
@@ -244,11 +232,7 @@ def _mask_is_computed(x: mx.array, parts: BlockParts) -> bool:
 
 def _keys_and_values(x: mx.array, parts: BlockParts) -> list[mx.array]:
     """Of all tokens, by tiles; or what they give the cache."""
-    if parts.through_cache:
-        pairs = [parts.cached(tokens_at(x, 0, span), span) for span in TRIAL_PLACES[:2]]
-    else:
-        asked = [parts.before(tokens_at(x, 0, span), span) for span in TRIAL_PLACES[:2]]
-        pairs = [(a.k, a.v) for a in asked]
+    pairs = [parts.kept(tokens_at(x, 0, span), span) for span in TRIAL_PLACES[:2]]
     return [mx.concatenate(both, axis=2) for both in zip(*pairs, strict=True)]
 
 

@@ -59,7 +59,7 @@ class OneBlock(nn.Module):
 
     def call(self, tokens: mx.array) -> tuple[tuple, dict]:
         """What the other model calls the block with beside its input."""
-        args, kwargs = recorded_calls(self._others[0], tokens)[self._index]
+        _, args, kwargs = recorded_calls(self._others[0], tokens)[self._index]
         self._count = tokens.shape[1]
         return (
             tuple(map(self._shortened, args)),
@@ -134,25 +134,17 @@ def random_adapter(name: str, value: mx.array) -> mx.array:
     return (size * noise).astype(value.dtype)
 
 
-def recorded_calls(blocks: BlockList, tokens: mx.array) -> list[tuple[tuple, dict]]:
-    """What the model calls each block with beside its input, as the walk learns it."""
+def recorded_calls(blocks: BlockList, tokens: mx.array) -> list[tuple[mx.array, tuple, dict]]:
+    """What the model calls each block with, as the walk learns it: x, args, kwargs."""
     calls = []
 
-    def record(index: int, x: mx.array, args: tuple, kwargs: dict) -> mx.array:
-        calls.append((args, kwargs))
-        return x
+    def record(*call: Any) -> mx.array:
+        calls.append(call[1:])
+        return call[1]
 
     with blocks.intercepted(record):
         blocks.model(tokens)
     return calls
-
-
-def first_input(blocks: BlockList, tokens: mx.array) -> mx.array:
-    """What the first block is called with."""
-    found: list[mx.array] = []
-    with blocks.intercepted(lambda index, x, *_: (found.append(x), x)[1]):
-        blocks.model(tokens)
-    return found[0]
 
 
 def plain_calls(blocks: BlockList, tokens: mx.array) -> dict[int, dict[str, Any]]:

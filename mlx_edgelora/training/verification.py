@@ -36,7 +36,6 @@ from mlx_edgelora.training.plain import (
     OneBlock,
     OnlyBlock,
     RandomAdapters,
-    first_input,
     named_arguments,
     plain_calls,
     plain_classes,
@@ -113,9 +112,9 @@ class _Comparison:
             least = LIGHT_TOKENS_GPU if mx.default_device() == mx.gpu else LIGHT_TOKENS
             rows, tokens = min(rows, LIGHT_ROWS), min(tokens, least)
         self._tokens = mx.zeros((rows, tokens), mx.int32)
-        self._first = first_input(self._blocks, self._tokens)
         with masks_known():
             self._recorded = recorded_calls(self._blocks, self._tokens)
+        self._first = self._recorded[0][0]
 
     def calls(self) -> Verdict:
         """What the model calls its blocks with, beside how it calls them when nobody looks."""
@@ -123,7 +122,7 @@ class _Comparison:
         with masks_known():
             ours = recorded_calls(self._blocks, tokens)
         theirs = plain_calls(self._blocks, tokens)
-        for index, (args, kwargs) in enumerate(ours):
+        for index, (_, args, kwargs) in enumerate(ours):
             if index not in theirs:
                 continue  # called by code that Python does not run
             mine = named_arguments(self._blocks.blocks[index], args, kwargs)
@@ -160,7 +159,7 @@ class _Comparison:
                 way,
                 signature(block),
                 str(shapes),
-                described(*self._recorded[index]),
+                described(*self._recorded[index][1:]),
                 self._windowed[index],
                 index == last,
             )
@@ -340,9 +339,9 @@ def _cross_entropy(logits: mx.array, labels: mx.array, smoothing: float) -> mx.a
     return (whole - target).mean()
 
 
-def _is_windowed(call: tuple[tuple, dict]) -> bool:
+def _is_windowed(call: tuple[mx.array, tuple, dict]) -> bool:
     """Whether a block is called with a mask under which not all earlier keys are seen."""
-    masks = [value for value in (*call[0], *call[1].values()) if isinstance(value, mx.array)]
+    masks = [value for value in (*call[1], *call[2].values()) if isinstance(value, mx.array)]
     return any(band is not None and band.window is not None for band in map(band_of, masks))
 
 

@@ -7,6 +7,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from architectures import CONFIGS, build, quantizable
+from harness import save
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 from peaks import highest, lowest
 
@@ -23,7 +24,7 @@ from mlx_edgelora.model.head import (
     frozen_matrix,
     stream_embedding,
 )
-from mlx_edgelora.model.loading import _logits
+from mlx_edgelora.model.loading import _logits, attach, open_model
 from mlx_edgelora.model.safetensors import RowReader, read_header
 
 
@@ -261,3 +262,15 @@ def test_logits_that_depend_on_the_input_tokens_are_refused():
     blocks = BlockList(model)
     with pytest.raises(EdgeLoraError, match="what follows the blocks is not computed token by"):
         check_rows(blocks, partial(_logits, blocks))
+
+
+@pytest.mark.parametrize("by", ["rows of the head", "whole logits"])
+def test_such_a_model_is_refused_when_its_weights_are_attached(by, tmp_path):
+    folder = save(tmp_path, "llama", False, tie_word_embeddings=False)
+    lazy = open_model(str(folder), streamed=False, quantize=None, cache=tmp_path)
+    lazy.model.model.norm = Centred(lazy.model.model.norm)
+    lazy.model.freeze()
+    if by == "whole logits":  # something behind the blocks is trained
+        lazy.model.model.norm.unfreeze()
+    with pytest.raises(EdgeLoraError, match="what follows the blocks is not computed token by"):
+        attach(lazy, streamed=False, dtype=None, meter=DiskMeter())

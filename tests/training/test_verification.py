@@ -127,7 +127,7 @@ def test_however_a_block_names_its_arguments(kind):
     add_lora(model)
     blocks, tokens = BlockList(model), mx.array([[1, 2, 3]])
     found = plain.plain_calls(blocks, tokens)
-    for index, (args, kwargs) in enumerate(plain.recorded_calls(blocks, tokens)):
+    for index, (_, args, kwargs) in enumerate(plain.recorded_calls(blocks, tokens)):
         mine = plain.named_arguments(blocks.blocks[index], args, kwargs)
         assert list(found[index])[1:] == list(mine)[1:]
 
@@ -362,6 +362,14 @@ def test_a_run_says_so_in_one_line_and_trains_the_same(run):
     others, other = run(verify="off", lora_parameters={"rank": 4, "scale": 9.0, "dropout": 0.3})
     assert not [line for line in others if line.startswith("verified: ")]
     assert result.train_loss == other.train_loss
+
+
+def test_the_option_is_on_or_off_as_yaml_reads_them():
+    assert TrainConfig.from_dict({}).verify == "on"
+    assert TrainConfig.from_dict({"verify": False}).verify == "off"
+    assert TrainConfig.from_dict({"verify": "OFF"}).verify == "off"
+    with pytest.raises(EdgeLoraError, match=r"verify: got 'light', expected on or off"):
+        TrainConfig.from_dict({"verify": "light"})
 
 
 def test_a_run_ends_before_its_first_step_where_gradients_are_wrong(run, tmp_path, monkeypatch):
