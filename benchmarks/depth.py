@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -26,14 +27,14 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
 from mlx_edgelora.data import Batch
-from mlx_edgelora.memory.blockwise import BlockWalk
-from mlx_edgelora.memory.meter import DiskMeter, footprint
-from mlx_edgelora.memory.stores import MappedStore
+from mlx_edgelora.engine.step import Engine
+from mlx_edgelora.engine.trained import ResidentTrained
+from mlx_edgelora.engine.walk import Walk
+from mlx_edgelora.measure.meter import DiskMeter, footprint
 from mlx_edgelora.model.checkpoint import write_model
 from mlx_edgelora.model.loading import attach, open_model
 from mlx_edgelora.model.lora import add_lora, set_kernel
-from mlx_edgelora.training.optimizer import update
-from mlx_edgelora.training.step import Engine
+from mlx_edgelora.storage.stores import MappedStore
 
 MIB = 2**20
 COMMON = {"model_type": "llama", "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
@@ -82,32 +83,33 @@ def measure(mode: str, shape: str, blocks: int, tokens: int, rank: int) -> dict[
         batch = Batch(row, np.array([[0, tokens + 1]], np.int32), (0,))
         optimizer = optimizers.AdamW(1e-4)
         store = MappedStore(folder, meter)
-        engine = Engine(
-            lazy.model, BlockWalk(lazy.model, store, attached.weights), attached.head, meter
-        )
-        gradient = engine.value_and_grad if streamed else plain(lazy.model)
+        walk = Walk(lazy.model, store, attached.weights)
+        trained = ResidentTrained(lazy.model)
+        trained.start(optimizer)
+        engine = Engine(lazy.model, walk, attached.head, meter, trained=trained)
+        step = engine.backward if streamed else plain(lazy.model)
         for _ in range(2):
             mx.reset_peak_memory()
             before, start = meter.snapshot(), time.perf_counter()
-            _, gradients = gradient(batch)
-            update(lazy.model, optimizer, gradients)
+            step(batch, trained.add)
+            trained.update(optimizer, 1)
         after = meter.snapshot()
-        store.close()
-    trained = sum(value.nbytes for _, value in tree_flatten(lazy.model.trainable_parameters()))
+        engine.close()
+    adapters = sum(value.nbytes for value in trained.weights().values())
     return {
         "mode": mode,
         "blocks": blocks,
         "tokens": tokens,
         "peak": mx.get_peak_memory() / MIB,
         "footprint": footprint() / MIB,
-        "adapters": trained / MIB,
+        "adapters": adapters / MIB,
         "read": (after.read_bytes - before.read_bytes) / MIB,
         "written": (after.written_bytes - before.written_bytes) / MIB,
         "seconds": time.perf_counter() - start,
     }
 
 
-def plain(model: nn.Module):  # noqa: ANN201 - a function of a batch, as Engine.value_and_grad
+def plain(model: nn.Module):  # noqa: ANN201 - a function as Engine.backward
     """MLX's own autodiff over the whole model."""
 
     def loss(inputs: mx.array, labels: mx.array) -> mx.array:
@@ -115,10 +117,10 @@ def plain(model: nn.Module):  # noqa: ANN201 - a function of a batch, as Engine.
 
     gradient = nn.value_and_grad(model, loss)
 
-    def run(batch: Batch) -> tuple[mx.array, dict]:
+    def run(batch: Batch, sink: Callable[[dict[str, mx.array]], None]) -> None:
         value, gradients = gradient(mx.array(batch.inputs()), mx.array(batch.labels()))
         mx.eval(value, gradients)
-        return value, gradients
+        sink(dict(tree_flatten(gradients)))
 
     return run
 

@@ -1,4 +1,4 @@
-"""Fit what a phase takes beside what it is known to hold, and write `memory/fitted.py`.
+"""Fit what a phase takes beside what it is known to hold, and write `planner/fitted.py`.
 
     python benchmarks/fit_cost.py --collect 150 --seed 1 --data steps.jsonl
     python benchmarks/fit_cost.py --collect 60 --real --seed 2 --data steps.jsonl
@@ -31,20 +31,21 @@ import mlx.core as mx
 import mlx.optimizers as optimizers
 import numpy as np
 import speed
+from mlx_edgelora.memory import cost, fitted, profile
 from mlx_lm.models import llama, qwen2
 from plans import Case, batch_of
 
 from mlx_edgelora.benchmark.shapes import default_cache
-from mlx_edgelora.memory import cost, fitted, profile
-from mlx_edgelora.memory.machine import machine_here
-from mlx_edgelora.memory.plan import MIB, Plan
-from mlx_edgelora.memory.planner import plan, smallest
-from mlx_edgelora.model import tiling
+from mlx_edgelora.blocks import tiling
+from mlx_edgelora.blocks.checks import checked_blocks
+from mlx_edgelora.engine.build import Settings, assembled
 from mlx_edgelora.model.loading import DTYPES, open_model
 from mlx_edgelora.model.lora import add_lora
-from mlx_edgelora.model.shape import ModelShape, shape_of
-from mlx_edgelora.model.walkable import checked_blocks
-from mlx_edgelora.training.assembly import Settings, assembled
+from mlx_edgelora.planner.machine import machine_here
+from mlx_edgelora.planner.plan import MIB, Plan
+from mlx_edgelora.planner.search import plan, smallest
+from mlx_edgelora.planner.shape import shape_of
+from mlx_edgelora.planner.sizes import ModelShape
 
 # Real widths with a small vocabulary: the head is the same for all, and slow.
 SHAPES = {
@@ -61,7 +62,7 @@ WAYS = ("kept", "kept", "whole", "whole", "tiles", "halves", "halves")
 REAL_TOKENS = {"q05b": 4096, "l1b": 1536, "q3b": 768, "l3b": 512, "llama-3.2-3b": 512}
 # How much more a step of real products counts.
 REAL_WEIGHT = 8
-BACKWARD = (*cost.STAGES["block"], "backward")
+BACKWARD = (*cost.STAGES, "backward")
 # How much more than too much it costs to expect too little.
 TOO_LITTLE = 1.3
 # Kinds that peak at either of two moments, so that the larger of two sums is nearer: over four

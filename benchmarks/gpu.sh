@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The benchmark on a machine with an NVIDIA GPU: a virtual environment with MLX's CUDA build, the
-# suite, and its tables, JSON and pictures in a folder.
+# On a machine with an NVIDIA GPU, in six minutes: the table of peaks and times, at 1024 tokens and at
+# 4096, and the test suite, each with a time limit of its own; logs and tables in a folder.
 #
 #   benchmarks/gpu.sh [FOLDER]        the folder is $OUT, or benchmark-gpu, if it is not named
 #
 # CUDA=cuda13 picks another build (`pip install mlx[cuda13]`). PYTHON names an interpreter that has
-# everything installed already, and nothing is installed then. It goes on where one part fails, and
-# ends with the worst exit status.
+# everything installed already, and nothing is installed then. FULL=1 runs the whole benchmark
+# afterwards, for an hour. It goes on where one part fails, and ends with the worst exit status.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -28,18 +28,30 @@ if ! "$PYTHON" -c 'import sys, mlx.core as mx; sys.exit(mx.default_device() != m
 fi
 
 worst=0
-suite() {
-    local name=$1
-    shift
-    echo "+ $name: $*"
-    "$PYTHON" -m mlx_edgelora.benchmark "$@" --output "$out/$name" 2>"$out/$name.log"
+part() {
+    local name=$1 seconds=$2
+    shift 2
+    echo "+ $name, at most $seconds s: $*"
+    timeout "$seconds" "$@" >"$out/$name.log" 2>&1
     local status=$?
+    echo "  status $status: $(tail -n 1 "$out/$name.log")"
     [ "$status" -le "$worst" ] || worst=$status
 }
 
-suite embedded
-suite llama-3.2-3b --shape llama-3.2-3b --contexts 512 1024 2048 4096
-suite qwen2.5-3b --shape qwen2.5-3b --contexts 512 1024 2048 4096
-suite float32 --shape llama-3.2-3b --blocks 4 --weights float32 --contexts 512 1024
-suite ladder --shape llama-3.2-3b --ladder
+steps() {
+    part "steps-$1" "$2" "$PYTHON" benchmarks/gpu_steps.py --tokens "$1" --output "$out/steps" "${@:3}"
+}
+
+steps 1024 150 --steps 8 --seconds 30
+steps 4096 110 --steps 4 --seconds 30 --budgets plenty 3.7 1.9 1.0
+export MLX_ENABLE_TF32=0
+part tests 95 "$PYTHON" -m pytest -q -n 7 -p no:cacheprovider --tb=line -W default \
+    tests/layers tests/losses tests/engine tests/blocks
+
+if [ -n "${FULL:-}" ]; then
+    for shape in llama-3.2-3b qwen2.5-3b; do
+        part "$shape" 1800 "$PYTHON" -m mlx_edgelora.benchmark --shape "$shape" \
+            --contexts 512 1024 2048 4096 --output "$out/$shape"
+    done
+fi
 exit "$worst"

@@ -28,17 +28,18 @@ import mlx.optimizers as optimizers
 import numpy as np
 
 from mlx_edgelora.benchmark.shapes import default_cache
+from mlx_edgelora.blocks.checks import checked_blocks
 from mlx_edgelora.data import Batch
-from mlx_edgelora.memory.cost import Load
-from mlx_edgelora.memory.machine import Machine, machine_here
-from mlx_edgelora.memory.plan import Plan
-from mlx_edgelora.memory.planner import Choice, plan, smallest
+from mlx_edgelora.engine.build import Settings, assembled
 from mlx_edgelora.model.checkpoint import LazyModel
 from mlx_edgelora.model.loading import DTYPES, open_model
 from mlx_edgelora.model.lora import add_lora
-from mlx_edgelora.model.shape import ModelShape, shape_of
-from mlx_edgelora.model.walkable import checked_blocks
-from mlx_edgelora.training.assembly import Settings, assembled
+from mlx_edgelora.planner.cost import Load
+from mlx_edgelora.planner.machine import Machine, machine_here
+from mlx_edgelora.planner.plan import Plan
+from mlx_edgelora.planner.search import Choice, plan, smallest
+from mlx_edgelora.planner.shape import shape_of
+from mlx_edgelora.planner.sizes import ModelShape
 
 MB = 10**6
 # Budgets of the grid, in multiples of the smallest that works; None is plenty.
@@ -172,7 +173,7 @@ def run_grid(args: argparse.Namespace) -> None:
         kept = choice.plan.kept_blocks
         way = f"{kept} kept" if kept else "whole"
         if choice.plan.tile_tokens is not None:
-            way = f"{choice.plan.tile_tokens} tokens" + ", halves" * choice.plan.halves
+            way = f"{choice.plan.tile_tokens} tokens"
         print(
             f"| {case.shape} | {case.blocks} | {case.rows} x {case.tokens} | {case.rank} | "
             f"{case.dtype}{'*' * case.stands_in} | {name} | {choice.peak / MB:.1f} | "

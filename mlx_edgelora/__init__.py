@@ -6,13 +6,30 @@
 `value_and_grad` is the same for your own loop: a drop-in for `mlx.nn.value_and_grad`.
 """
 
-from mlx_edgelora.config import LoraParameters, TrainConfig
-from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.memory.gradients import value_and_grad
-from mlx_edgelora.memory.stores import MappedStore, RamStore
-from mlx_edgelora.training.callbacks import TrainingCallback
-from mlx_edgelora.training.finetune import finetune
-from mlx_edgelora.training.loop import TrainResult
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlx_edgelora.config import LoraParameters, TrainConfig
+    from mlx_edgelora.engine.gradients import value_and_grad
+    from mlx_edgelora.errors import EdgeLoraError
+    from mlx_edgelora.storage.stores import MappedStore, RamStore
+    from mlx_edgelora.training.callbacks import TrainingCallback
+    from mlx_edgelora.training.finetune import finetune
+    from mlx_edgelora.training.loop import TrainResult
+
+# Looked up when they are asked for: a layer or a loss alone loads neither mlx-lm nor the rest.
+_HOMES = {
+    "EdgeLoraError": "errors",
+    "LoraParameters": "config",
+    "MappedStore": "storage.stores",
+    "RamStore": "storage.stores",
+    "TrainConfig": "config",
+    "TrainResult": "training.loop",
+    "TrainingCallback": "training.callbacks",
+    "finetune": "training.finetune",
+    "value_and_grad": "engine.gradients",
+}
 
 __all__ = [
     "EdgeLoraError",
@@ -25,3 +42,13 @@ __all__ = [
     "finetune",
     "value_and_grad",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

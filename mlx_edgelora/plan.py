@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mlx_edgelora.config import config_from_cli
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.files import write_atomically
+from mlx_edgelora.storage.files import write_atomically
 from mlx_edgelora.training.finetune import plan_report
 
 # Exit statuses.

@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 from hypothesis import settings
 
-from mlx_edgelora import files
+from mlx_edgelora.storage import files
 
 # Helpers that are not tests lie beside them.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -22,6 +22,22 @@ def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def uncompiled():
+    """On a CPU MLX calls a C++ compiler for every fused kernel; tests of compilation ask for it."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+@pytest.fixture
+def compiles():
+    """MLX compiles, for one test."""
+    mx.enable_compile()
+    yield
+    mx.disable_compile()
 
 
 @pytest.fixture(autouse=True)
@@ -62,8 +78,8 @@ def memory():
 @pytest.fixture
 def spill(tmp_path):
     """A mapped store, closed afterwards."""
-    from mlx_edgelora.memory.meter import DiskMeter
-    from mlx_edgelora.memory.stores import MappedStore
+    from mlx_edgelora.measure.meter import DiskMeter
+    from mlx_edgelora.storage.stores import MappedStore
 
     store = MappedStore(tmp_path, DiskMeter())
     yield store

@@ -14,13 +14,13 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model, save_config, save_model
 
 from mlx_edgelora import data
-from mlx_edgelora.memory.blockwise import BlockWalk
-from mlx_edgelora.memory.meter import DiskMeter
-from mlx_edgelora.memory.plan import Plan
-from mlx_edgelora.memory.stores import MappedStore, RamStore
+from mlx_edgelora.engine.step import Engine, Loss
+from mlx_edgelora.engine.walk import Walk
+from mlx_edgelora.measure.meter import DiskMeter
 from mlx_edgelora.model.loading import attach, open_model
 from mlx_edgelora.model.lora import add_lora, set_kernel
-from mlx_edgelora.training.step import Engine, Loss
+from mlx_edgelora.planner.plan import Plan
+from mlx_edgelora.storage.stores import MappedStore, RamStore
 
 
 class Batch(data.Batch):
@@ -85,7 +85,7 @@ def engine(
     lazy.model.train()
     store = MappedStore(folder, meter) if spilled else RamStore()
     _opened.add(store)
-    walk = BlockWalk(
+    walk = Walk(
         lazy.model,
         store,
         attached.weights,

@@ -1,6 +1,7 @@
 """`python -m mlx_edgelora.plan`: what it tells, its exit status, and models that are not here."""
 
 import json
+import re
 import struct
 from types import SimpleNamespace
 
@@ -10,8 +11,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from tiny import LENGTH
 
 from mlx_edgelora import plan
-from mlx_edgelora.memory.plan import Plan
-from mlx_edgelora.model.safetensors import read_header
+from mlx_edgelora.planner.plan import Plan
+from mlx_edgelora.storage.safetensors import read_header
 
 
 @pytest.fixture
@@ -68,8 +69,12 @@ def test_without_a_budget_the_machine_says(told):
 
 
 def test_the_least_memory(told):
-    _, out, _ = told("--memory-budget", "min", "--max-seq-length", 65)
-    assert "for the least memory" in out and "blocks in halves" in out
+    _, out, _ = told("--memory-budget", "min", "--max-seq-length", 4097)
+    assert "for the least memory" in out
+    rows = dict(re.findall(r"^  (\S.*?)  +(.+)$", out, re.MULTILINE))
+    assert rows["tokens"] == "512 at a time"
+    assert rows["inputs of blocks"] == rows["adapters"] == "in a file"
+    assert rows["weights"] == rows["embedding and head"] == "from disk"
 
 
 def test_a_plan_is_written_and_read(told, tmp_path):

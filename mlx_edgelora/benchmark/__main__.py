@@ -10,7 +10,7 @@ from mlx_edgelora.benchmark.options import options_from_cli
 from mlx_edgelora.benchmark.report import Report
 from mlx_edgelora.benchmark.run import run
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.files import Writer, write_atomically
+from mlx_edgelora.storage.files import Writer, write_atomically
 
 # Exit statuses: something that was measured is not valid, or something the user can mend.
 INVALID, WRONG, INTERRUPTED = 1, 2, 130

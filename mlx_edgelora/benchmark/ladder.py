@@ -3,7 +3,7 @@
 The rows of arXiv 2606.19528 hold logits of all tokens up to "+ softmax approximation"; this
 package never holds them, whatever its options, so its first rows are below the published ones
 for that alone. A row that this machine has no room or no time for is computed by the planner's
-model (`memory/cost.py`, docs/planner.md) and says so.
+model (`planner/cost.py`, docs/planner.md) and says so.
 """
 
 from dataclasses import dataclass, replace
@@ -18,26 +18,26 @@ from mlx_edgelora.benchmark.machine import free_memory
 from mlx_edgelora.benchmark.published import ROWS, published
 from mlx_edgelora.benchmark.rounds import Gone, Running, Say
 from mlx_edgelora.benchmark.shapes import SHAPES, random_model
-from mlx_edgelora.memory.cost import Load, Memory
-from mlx_edgelora.memory.duration import seconds
-from mlx_edgelora.memory.machine import Machine
-from mlx_edgelora.memory.plan import FLOOR_TOKENS, MIB, Plan
-from mlx_edgelora.memory.planner import needed
+from mlx_edgelora.blocks.checks import checked_blocks
 from mlx_edgelora.model.lora import add_lora
-from mlx_edgelora.model.shape import ModelShape, shape_of
-from mlx_edgelora.model.walkable import checked_blocks
+from mlx_edgelora.planner.cost import Load, Memory
+from mlx_edgelora.planner.duration import seconds
+from mlx_edgelora.planner.machine import Machine
+from mlx_edgelora.planner.plan import MIB, Plan
+from mlx_edgelora.planner.search import needed
+from mlx_edgelora.planner.shape import shape_of
+from mlx_edgelora.planner.sizes import ModelShape
 
 RANK, NEIGHBOURS, LABELLED = 16, 1000, 0.3
 STEPS = 2
 GB = 10**9
 
-_KEPT = Plan(streamed_blocks=0, head="resident", prefetch=False, kept_blocks=2**20, ram_blocks=None)
+_KEPT = Plan(streamed_blocks=0, head="resident", prefetch=False, kept_blocks=2**20, inputs="memory")
 _CHECKPOINTED = Plan(prefetch=False)
 _TILED = replace(
     _CHECKPOINTED,
-    tile_tokens=FLOOR_TOKENS,
-    halves=True,
-    mlp_bytes=4 * MIB,
+    tile_tokens=512,
+    mlp_bytes=16 * MIB,
     loss_bytes=16 * MIB,
     cache_bytes=16 * MIB,
 )
@@ -75,7 +75,7 @@ LADDER = (
     Technique(ROWS[4], _CHECKPOINTED, labelled=LABELLED, loss="approximate"),
     Technique("exact loss, streamed", _CHECKPOINTED, labelled=LABELLED),
     Technique("+ tiling", _TILED, labelled=LABELLED),
-    Technique("+ paged adapters", Plan.floor(), labelled=LABELLED),
+    Technique("+ paged adapters", replace(_TILED, adapters="paged"), labelled=LABELLED),
 )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_edgelora.memory.machine import default_budget
+from mlx_edgelora.planner.machine import default_budget
 
 PACKAGES = ("mlx", "mlx-lm", "mlx-edgelora", "numpy", "transformers")
 # The reference BLAS multiplies at 2 to 6 GFLOP/s whatever the number of cores, any other at more

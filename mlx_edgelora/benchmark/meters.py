@@ -6,7 +6,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_edgelora.memory.meter import largest_resident_set, process_usage
+from mlx_edgelora.measure.meter import largest_resident_set, process_usage
 
 # struct rusage_info_v4 of macOS's <sys/resource.h>: 16 bytes of uuid, then 64-bit counters, of
 # which these are the 17th, 18th and 29th. A longer buffer than it fills.

@@ -10,7 +10,7 @@ from mlx_edgelora.benchmark.machine import on_cpu
 from mlx_edgelora.benchmark.published import CONTEXTS
 from mlx_edgelora.benchmark.shapes import SHAPES, WEIGHTS, default_cache
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.files import make_folder
+from mlx_edgelora.storage.files import make_folder
 
 # Of the embedded model, whose rows are short.
 EMBEDDED_CONTEXT, EMBEDDED_BATCH = 64, 4

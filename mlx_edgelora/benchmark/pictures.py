@@ -10,7 +10,7 @@ from mlx_edgelora.benchmark.contenders import PLENTY
 from mlx_edgelora.benchmark.published import ROWS, published
 from mlx_edgelora.benchmark.report import Report
 from mlx_edgelora.benchmark.results import Result
-from mlx_edgelora.files import Writer
+from mlx_edgelora.storage.files import Writer
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

@@ -13,7 +13,7 @@ from mlx_edgelora.data.dataset import Dataset
 from mlx_edgelora.data.sources import jsonl_source
 from mlx_edgelora.embedded import DATA_PATH
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.files import make_folder
+from mlx_edgelora.storage.files import make_folder
 
 # Two batches take turns at random: each comes again, which shows that the loss moves.
 BATCHES = 2

@@ -35,13 +35,14 @@ from mlx_edgelora.benchmark.rows import (
     write_rows,
 )
 from mlx_edgelora.benchmark.shapes import SHAPES, add_tokenizer, checkpoint
+from mlx_edgelora.blocks.checks import checked_blocks
 from mlx_edgelora.embedded import DATA_PATH, MODEL_PATH
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.memory.machine import machine_here
+from mlx_edgelora.layers.linear import resolve_kernel
 from mlx_edgelora.model.checkpoint import LazyModel
 from mlx_edgelora.model.loading import open_model
-from mlx_edgelora.model.lora import add_lora, resolve_kernel
-from mlx_edgelora.model.walkable import checked_blocks
+from mlx_edgelora.model.lora import add_lora
+from mlx_edgelora.planner.machine import machine_here
 from mlx_edgelora.training.finetune import plan_report
 
 SCALE = 20.0

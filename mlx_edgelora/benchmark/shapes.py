@@ -12,8 +12,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama, qwen2
 
-from mlx_edgelora.files import write_atomically
 from mlx_edgelora.model.checkpoint import write_model
+from mlx_edgelora.storage.files import write_atomically
 
 COMMON = {"rms_norm_eps": 1e-5, "tie_word_embeddings": True, "rope_theta": 500000.0}
 # Architecture, blocks, hidden, intermediate, heads, heads of keys, vocabulary.

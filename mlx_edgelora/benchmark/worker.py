@@ -19,7 +19,7 @@ from mlx_edgelora.benchmark import contenders  # noqa: F401 - imported before an
 from mlx_edgelora.benchmark.job import Job
 from mlx_edgelora.benchmark.meters import WholePeak, disk_bytes, peak_footprint, whole_peak
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.memory.meter import footprint
+from mlx_edgelora.measure.meter import footprint
 
 # A step that leaves more than this share of its time to be computed later was not finished.
 UNFINISHED = 0.05

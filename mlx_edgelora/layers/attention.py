@@ -40,8 +40,7 @@ import numpy as np
 from mlx_edgelora.layers.fused import Backend, use_fused
 from mlx_edgelora.layers.grid import Band, Grid, Setting, backward, forward
 
-__all__ = ["TILE_BYTES", "Backend", "Band", "attention_backward", "attention_forward"]
-__all__ += ["promoted", "tiled_attention", "use_fused"]
+__all__ = ["TILE_BYTES", "Backend", "Band", "promoted", "tiled_attention", "use_fused"]
 
 # One tile of scores. At 24 heads of 128 and 2048 tokens 1 to 8 MiB took the same time.
 TILE_BYTES = 2**20
@@ -95,56 +94,6 @@ def tiled_attention(
     new = isinstance(mask, Band) and isinstance(mask.positions, np.ndarray)
     function = _attention.__wrapped__(setting) if new else _attention(setting)
     return function(*arrays)[0]
-
-
-def attention_forward(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    *,
-    scale: float,
-    mask: Mask,
-    sinks: mx.array | None,
-    tile_bytes: int | None = None,
-) -> tuple[mx.array, mx.array]:
-    """The same outside of traces, with what `attention_backward` needs.
-
-    Returns:
-        The output, and maximum and sum of the softmax, float32 [B, H, Tq, 2].
-    """
-    _check(q, k, v, mask, sinks, tile_bytes)
-    _check_sight(mask, k.shape[2])
-    return forward(Grid(*_call(q, k, v, scale, mask, sinks, tile_bytes)))
-
-
-def attention_backward(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    forward: tuple[mx.array, mx.array],
-    cotangent: mx.array,
-    *,
-    scale: float,
-    mask: Mask,
-    dq: mx.array | None = None,
-    tile_bytes: int | None = None,
-) -> list[mx.array]:
-    """The gradients of q, k and v through some of the keys a query sees.
-
-    Args:
-        q, k, v, scale, mask, tile_bytes: as of `tiled_attention`; the mask is taken for a
-            constant. Keys and values may be a
-            part of those that made `output`, and the mask is theirs: of a band's queries,
-            whose positions count from the first key of the part, some or all may see
-            nothing. Over all parts the gradients of q add up.
-        dq: those of q through other parts, float32: the sum is returned, in the same memory if
-            nothing else holds it. By default that of this part alone, in the dtype of `q`.
-        forward: output and statistics of `attention_forward` over all keys.
-        cotangent: of the output.
-    """
-    _check(q, k, v, mask, None, tile_bytes)
-    grid = Grid(*_call(q, k, v, scale, mask, None, tile_bytes))
-    return backward(grid, cotangent, *forward, dq)[:3]
 
 
 def promoted(*arrays: mx.array) -> list[mx.array]:

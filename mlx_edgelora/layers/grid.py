@@ -7,7 +7,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlx_edgelora.layers.order import stop, wait
+from mlx_edgelora.layers.order import wait
 
 # So many tiles of a head are more operations than MLX allocates ahead (measured: 1 is not).
 IN_PLACE_TILES = 3
@@ -190,15 +190,9 @@ def backward(
     cotangent: mx.array,
     output: mx.array,
     statistics: mx.array,
-    dq: mx.array | None = None,
 ) -> list[mx.array]:
-    """The gradients of q, k, v and, if there are any, sinks and a floating mask.
-
-    That of q is added to `dq`.
-    """
+    """The gradients of q, k, v and, if there are any, sinks and a floating mask."""
     gradients = [_Joined(x, x.shape[-1]) for x in (grid.q, grid.k, grid.v)]
-    if dq is not None:
-        gradients[0] = _Joined(grid.q, dq.shape[-1], total=dq)
     saved = (grid.q, cotangent, output, statistics)
     after, dsinks = [cotangent], []
     dmask = _MaskGradient(grid.mask) if grid.floats else None
@@ -272,30 +266,17 @@ def _row_backward(
 
 
 class _Joined:
-    """An array like `like` but for its last axis, filled by [heads, rows, size] in turn.
+    """An array like `like` but for its last axis, filled by [heads, rows, size] in turn."""
 
-    With a `total` they are added to it, and in its place if nobody else holds it.
-    """
-
-    def __init__(
-        self,
-        like: mx.array,
-        size: int,
-        dtype: mx.Dtype | None = None,
-        total: mx.array | None = None,
-    ) -> None:
+    def __init__(self, like: mx.array, size: int, dtype: mx.Dtype | None = None) -> None:
         self.shape = (*like.shape[:3], size)
         flat = (self.shape[0] * self.shape[1], *self.shape[2:])
-        self.adds = total is not None
-        self.whole = total.reshape(flat) if self.adds else mx.zeros(flat, dtype or like.dtype)
+        self.whole = mx.zeros(flat, dtype or like.dtype)
         self.filled = 0
 
     def add(self, pieces: list[mx.array], wait: bool) -> mx.array:
         """Write the next heads, given in pieces of their rows; returns what to wait for."""
         heads = mx.concatenate(pieces, axis=1).astype(self.whole.dtype)
-        if self.adds:
-            heads = heads + self.whole[self.filled : self.filled + len(heads)]
-            stop([heads])  # written in place only when nothing reads it any more
         self.whole[self.filled : self.filled + len(heads)] = heads
         self.filled += len(heads)
         return self.whole if wait else heads

@@ -19,15 +19,14 @@ from functools import lru_cache
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.tuner.lora import LoRALinear as MlxLoRALinear
-from mlx_lm.tuner.lora import LoRASwitchLinear as MlxLoRASwitchLinear
 
 from mlx_edgelora.layers.dequantize import dequantize
 from mlx_edgelora.layers.order import wait
 
-# One dequantized tile. MLX allocates some tiles ahead of their use, so the cost is a few of
-# them; at 8192 x 3072 tiles of 2 to 20 MiB took the same time, and 17 to 92 MiB in all.
-TILE_BYTES = 2 * 2**20
+# One dequantized tile. On a CPU MLX allocates some tiles ahead of their use, so the cost is a few
+# of them; at 8192 x 3072 tiles of 2 to 20 MiB took the same time, and 17 to 92 MiB in all. On a
+# GPU each operation takes the host some 8 microseconds, so tiles are whole matrices, or nearly.
+TILE_BYTES = {mx.cpu: 2 * 2**20, mx.gpu: 128 * 2**20}
 
 
 def frozen_matmul(
@@ -39,7 +38,7 @@ def frozen_matmul(
     group_size: int,
     bits: int,
     mode: str = "affine",
-    tile_bytes: int = TILE_BYTES,
+    tile_bytes: int | None = None,
 ) -> mx.array:
     """Multiply by a packed matrix that gets no gradient: `x @ dequantize(weight).T`.
 
@@ -47,13 +46,16 @@ def frozen_matmul(
         x: [..., in], floating.
         weight, scales, biases: as `mx.quantize` returns them for [out, in].
         group_size, bits, mode: how they were packed.
-        tile_bytes: bound on one dequantized tile in float32, at least one row of it. In 16 bits
+        tile_bytes: bound on one dequantized tile in float32, at least one row of it; by default
+            `TILE_BYTES` of the device. In 16 bits
             it has as many rows: what unpacking makes on the way does not shrink by half.
 
     Returns:
         [..., out] in the dtype of `x`, differentiable in `x` only.
     """
     in_dims = x.shape[-1]
+    if tile_bytes is None:
+        tile_bytes = TILE_BYTES[mx.default_device().type]
     rows = max(1, tile_bytes // (4 * in_dims))
     packed = (weight, scales) if biases is None else (weight, scales, biases)
     return _product(group_size, bits, mode, rows)(x, *packed)
@@ -134,36 +136,10 @@ def _frozen_product(layer: nn.Module, x: mx.array) -> mx.array:
     )
 
 
-class LoRALinear(MlxLoRALinear):
-    """mlx-lm's LoRA layer with the low-rank branch in the dtype of the activations.
-
-    mlx-lm multiplies bfloat16 activations by float32 adapters, which makes float32
-    copies of every adapted layer's input and output: about half of a block's
-    backward memory. Adapters and their gradients stay float32 here too. In float32
-    the two layers compute the same.
-    """
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """Map [..., in] to [..., out], in the dtype of `x`."""
-        y = self.linear(x)
-        z = self.dropout(x) @ self.lora_a.astype(x.dtype)
-        return y + ((self.scale * z) @ self.lora_b.astype(x.dtype)).astype(y.dtype)
-
-
-class LoRASwitchLinear(MlxLoRASwitchLinear):
-    """mlx-lm's LoRA layer over experts with the low-rank branch in the activations' dtype."""
-
-    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        """Map [..., 1, in] through the experts named by `indices` to [..., 1, out]."""
-        y = self.linear(x, indices, sorted_indices=sorted_indices)
-        z = self.dropout(x)
-        # MLX's gather_mm knows nothing but float32 on a CPU.
-        dtype = x.dtype if mx.default_device() == mx.gpu else mx.float32
-        for factor in (self.lora_a, self.scale * self.lora_b):
-            z = mx.gather_mm(
-                z,
-                factor.astype(dtype).swapaxes(-1, -2),
-                rhs_indices=indices,
-                sorted_indices=sorted_indices,
-            )
-        return y + z.astype(y.dtype)
+def resolve_kernel(kernel: str) -> tuple[str, str]:
+    """The kernel that "auto" means here, or the one that is named, and the reason."""
+    if kernel != "auto":
+        return kernel, "as asked"
+    on_gpu = mx.default_device() == mx.gpu
+    reason = "the fastest on a GPU" if on_gpu else "much the fastest on a CPU"
+    return "fused" if on_gpu else "dequantize", reason

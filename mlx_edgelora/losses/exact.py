@@ -80,6 +80,16 @@ class CrossEntropy:
             The mean, float32 [], and n.
         """
         check_labels(hidden, head, labels)
+        return self.graph(hidden, head, labels), labels.size
+
+    def graph(
+        self, hidden: mx.array, head: Head, labels: mx.array, weights: mx.array | None = None
+    ) -> mx.array:
+        """As a call, for labels that were checked: nothing is evaluated, so it can be compiled.
+
+        Args:
+            weights: [n], of each token in the loss, a sum in place of the mean; None for the mean.
+        """
         trained = [] if head.adapter is None else [head.adapter.down, head.adapter.up]
 
         @mx.custom_function
@@ -87,14 +97,14 @@ class CrossEntropy:
             adapter = head.adapter
             if trained:
                 adapter = replace(adapter, down=trained[0], up=trained[1])
-            scan = _Scan(self, hidden, head, adapter, labels)
+            scan = _Scan(self, hidden, head, adapter, labels, weights=weights)
             return [scan.loss(), *scan.gradients().arrays()]
 
         @loss.vjp
         def backward(_: object, cotangents: list[mx.array], outputs: list[mx.array]) -> list:
             return [cotangents[0].astype(gradient.dtype) * gradient for gradient in outputs[1:]]
 
-        return loss(hidden, *trained)[0], labels.size
+        return loss(hidden, *trained)[0]
 
     def value(self, hidden: mx.array, head: Head, labels: mx.array) -> tuple[mx.array, int]:
         """The loss alone, evaluated tile by tile; one product with the head. Not for traces."""
@@ -105,11 +115,16 @@ class CrossEntropy:
         return loss, labels.size
 
     def value_and_grad(
-        self, hidden: mx.array, head: Head, labels: mx.array
+        self, hidden: mx.array, head: Head, labels: mx.array, weights: mx.array | None = None
     ) -> tuple[tuple[mx.array, int], Gradients]:
-        """The loss and its gradients, evaluated tile by tile. Not for traces."""
+        """The loss and its gradients, evaluated tile by tile. Not for traces.
+
+        Args:
+            hidden, head, labels: see the class.
+            weights: see `graph`.
+        """
         check_labels(hidden, head, labels)
-        scan = _Scan(self, hidden, head, head.adapter, labels, settle=mx.eval)
+        scan = _Scan(self, hidden, head, head.adapter, labels, settle=mx.eval, weights=weights)
         loss = scan.loss()
         mx.eval(loss)
         return (loss, labels.size), scan.gradients()
@@ -169,6 +184,7 @@ class _Scan:
         hidden, head, adapter, labels: of this batch.
         settle: called with what must exist before the next step.
         gradient: keep what gradients need.
+        weights: [n], of each token; None for 1 / n.
     """
 
     def __init__(
@@ -180,6 +196,7 @@ class _Scan:
         labels: mx.array,
         settle: Callable[[list[mx.array]], None] = lambda arrays: None,
         gradient: bool = True,
+        weights: mx.array | None = None,
     ) -> None:
         self._head, self._adapter, self._settle = head, adapter, settle
         self._gradient, self._smoothing = gradient, settings.label_smoothing
@@ -190,7 +207,9 @@ class _Scan:
         spans = _spans(labels.size, tokens)
         self._hidden = [hidden[start:stop] for start, stop in spans]
         self._labels = [labels[start:stop] for start, stop in spans]
-        self._count = labels.size
+        self._weights = [
+            1 / labels.size if weights is None else weights[start:stop] for start, stop in spans
+        ]
         down = None if adapter is None else adapter.down
         self._inputs = []
         for part in self._hidden:
@@ -206,15 +225,15 @@ class _Scan:
     def loss(self) -> mx.array:
         """The mean loss."""
         total = mx.array(0.0)
-        for state in self._states:
+        for state, weight in zip(self._states, self._weights, strict=True):
             target = _through(self._head.leave, state.product[:, None])[:, 0]
             # Kept apart: added to a large maximum the logarithm would lose its digits.
             losses = (state.peak - target) + mx.log(state.total)
             if self._smoothing:
                 mean = state.summed / self._head.vocabulary
                 losses = losses + self._smoothing * (target - mean)
-            total = total + losses.sum()
-        return total / self._count
+            total = total + (losses * weight).sum()
+        return total
 
     def gradients(self) -> Gradients:
         """Gradients of the mean loss; what the pass kept is used up."""
@@ -318,7 +337,8 @@ class _Scan:
         slope = state.slope / state.total[:, None] - share * rows
         if self._smoothing:
             slope = slope - (self._smoothing / self._head.vocabulary) * state.spread
-        slope = slope / self._count
+        weight = self._weights[index]
+        slope = slope * (weight if isinstance(weight, float) else weight[:, None])
         primals = [hidden] if self._adapter is None else [hidden, self._adapter.down]
         _, gradients = mx.vjp(lambda hidden, down=None: self._enter(hidden, down), primals, [slope])
         return gradients
@@ -336,10 +356,12 @@ class _Scan:
                 errors = chances - (1 - self._smoothing) * hit
                 if self._smoothing:
                     errors = errors - self._smoothing / self._head.vocabulary
+                weight = self._weights[index]
+                errors = errors * (weight if isinstance(weight, float) else weight[:, None])
                 errors = _back(self._head.leave, products, errors)
                 total = total + errors.T @ self._inputs[index][:, self._head.dims :]
                 self._done([total])
-            pieces.append(total / self._count)
+            pieces.append(total)
         return mx.concatenate(pieces).astype(self._adapter.up.dtype)
 
 
@@ -361,7 +383,8 @@ def _spans(count: int, step: int) -> list[tuple[int, int]]:
 
 def _local(labels: mx.array, start: int, rows: int) -> tuple[mx.array, mx.array]:
     """Place of each label in a tile (0 where it has none), and whether it is in it."""
-    local = labels - start
+    # An array, for compiled there would be another kernel for every number.
+    local = labels - mx.arange(start, start + 1)
     inside = (local >= 0) & (local < rows)
     return mx.where(inside, local, 0), inside
 

@@ -19,11 +19,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes, load_model, quantize_model, save_config
 
+from mlx_edgelora.blocks.block_list import BlockList
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.files import Unchanged
-from mlx_edgelora.model.blocks import BlockList
-from mlx_edgelora.model.safetensors import TensorInfo, read_header, write_tensors
-from mlx_edgelora.model.sources import TensorPlace
+from mlx_edgelora.model.weights import TensorPlace
+from mlx_edgelora.storage.files import Unchanged
+from mlx_edgelora.storage.safetensors import TensorInfo, read_header, write_tensors
 
 # Layers all of whose parameters are floating numbers, and those that hold packed ones.
 FLOATING = (nn.Linear, nn.Embedding, nn.RMSNorm, nn.LayerNorm)

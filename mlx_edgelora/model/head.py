@@ -17,16 +17,16 @@ import numpy as np
 from mlx_lm.tuner.lora import LoRAEmbedding
 from mlx_lm.tuner.lora import LoRALinear as MlxLoRALinear
 
+from mlx_edgelora.blocks.block_list import BlockList, bound
+from mlx_edgelora.blocks.dropout import without_dropout
+from mlx_edgelora.blocks.refusals import Refusal, refused
 from mlx_edgelora.layers.dequantize import dequantize
 from mlx_edgelora.layers.linear import DequantizedEmbedding
 from mlx_edgelora.losses.exact import Gradients
 from mlx_edgelora.losses.head import Adapter, Arrays, Tile
-from mlx_edgelora.memory.meter import DiskMeter
-from mlx_edgelora.model.blocks import BlockList, bound
-from mlx_edgelora.model.labelled import without_dropout
-from mlx_edgelora.model.refusals import Refusal, refused
-from mlx_edgelora.model.safetensors import RowReader
-from mlx_edgelora.model.sources import cast
+from mlx_edgelora.measure.meter import DiskMeter
+from mlx_edgelora.model.weights import cast
+from mlx_edgelora.storage.safetensors import RowReader
 
 MATRICES = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
 ADAPTED = (MlxLoRALinear, LoRAEmbedding)
@@ -194,6 +194,11 @@ class ModelHead:
         if isinstance(self._module, LoRAEmbedding):
             return Adapter(b, a, scale)
         return Adapter(a.T, b.T, scale)
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether its rows are in memory."""
+        return isinstance(self._rows, ResidentRows)
 
     def named(self, gradients: Gradients) -> Arrays:
         """Gradients of the adapter by the names of the model's parameters; empty without one."""

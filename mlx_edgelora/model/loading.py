@@ -9,10 +9,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlx_edgelora.blocks.block_list import BlockList, array_slots
+from mlx_edgelora.blocks.checks import checked_blocks
+from mlx_edgelora.blocks.weight_source import WeightSource
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.layers.linear import DequantizedEmbedding
-from mlx_edgelora.memory.meter import DiskMeter
-from mlx_edgelora.model.blocks import BlockList, array_slots
+from mlx_edgelora.measure.meter import DiskMeter
 from mlx_edgelora.model.checkpoint import (
     LazyModel,
     converted,
@@ -32,16 +34,8 @@ from mlx_edgelora.model.head import (
     frozen_matrix,
     stream_embedding,
 )
-from mlx_edgelora.model.safetensors import RowReader
-from mlx_edgelora.model.sources import (
-    ResidentWeights,
-    StreamedWeights,
-    TensorPlace,
-    WeightSource,
-    cast,
-    cast_all,
-)
-from mlx_edgelora.model.walkable import checked_blocks
+from mlx_edgelora.model.weights import ResidentWeights, StreamedWeights, cast, cast_all
+from mlx_edgelora.storage.safetensors import RowReader, TensorInfo
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
@@ -228,10 +222,10 @@ def held(arrays: dict[str, mx.array], blocks: BlockList, dtype: mx.Dtype) -> dic
     return cast_all(inside, dtype) | outside
 
 
-def _block_places(lazy: LazyModel, blocks: BlockList) -> list[dict[str, TensorPlace]]:
+def _block_places(lazy: LazyModel, blocks: BlockList) -> list[dict[str, tuple[Path, TensorInfo]]]:
     return [
         {
-            name: place
+            name: lazy.checkpoint.tensors[place.name]
             for name, (box, key) in array_slots(block).items()
             if (place := lazy.place(box[key]))
         }

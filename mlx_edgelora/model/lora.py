@@ -8,22 +8,17 @@ differently. No attribute changes, so mlx-lm loads, fuses and generates with the
 import difflib
 from collections.abc import Sequence
 
-import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.lora import LoRALinear as MlxLoRALinear
 from mlx_lm.tuner.lora import LoRASwitchLinear as MlxLoRASwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
+from mlx_edgelora.blocks.checks import MODEL_ERRORS
+from mlx_edgelora.blocks.lora_layers import LoRALinear, LoRASwitchLinear
+from mlx_edgelora.blocks.refusals import Refusal, refused
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.layers.linear import (
-    DequantizedEmbedding,
-    DequantizedLinear,
-    LoRALinear,
-    LoRASwitchLinear,
-)
-from mlx_edgelora.model.refusals import Refusal, refused
-from mlx_edgelora.model.walkable import MODEL_ERRORS
+from mlx_edgelora.layers.linear import DequantizedEmbedding, DequantizedLinear, resolve_kernel
 
 LORA_CLASSES = {MlxLoRALinear: LoRALinear, MlxLoRASwitchLinear: LoRASwitchLinear}
 DEQUANTIZED_CLASSES = {
@@ -107,15 +102,6 @@ def set_kernel(model: nn.Module, kernel: str) -> str:
     if kernel == "dequantize":
         _exchange(model, DEQUANTIZED_CLASSES)
     return f"{kernel} ({reason})"
-
-
-def resolve_kernel(kernel: str) -> tuple[str, str]:
-    """The kernel that "auto" means here, or the one that is named, and the reason."""
-    if kernel != "auto":
-        return kernel, "as asked"
-    on_gpu = mx.default_device() == mx.gpu
-    reason = "the fastest on a GPU" if on_gpu else "much the fastest on a CPU"
-    return "fused" if on_gpu else "dequantize", reason
 
 
 def _exchange(model: nn.Module, classes: dict[type, type]) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.losses.head import Head, Tile
 from mlx_edgelora.losses.neighbours import QUERIES, nearest, row_sum
-from mlx_edgelora.model.safetensors import to_numpy
+from mlx_edgelora.storage.safetensors import to_numpy
 
 MAGIC = b"MELNEAR1"
 # magic, vocabulary, k, width, digest of the head

@@ -8,10 +8,10 @@ from typing import BinaryIO
 
 import mlx.core as mx
 
+from mlx_edgelora.engine.finite import first_non_finite
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.files import Unchanged, make_folder, write_atomically
-from mlx_edgelora.model.safetensors import TensorInfo, read_header, write_tensors
-from mlx_edgelora.training.finite import first_non_finite
+from mlx_edgelora.storage.files import Unchanged, make_folder, write_atomically
+from mlx_edgelora.storage.safetensors import TensorInfo, read_header, write_tensors
 from mlx_edgelora.training.text import some
 
 WEIGHTS_FILE = "adapters.safetensors"

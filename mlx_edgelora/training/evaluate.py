@@ -10,8 +10,8 @@ import mlx.nn as nn
 
 from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.data.batches import Batch, iterate_batches
-from mlx_edgelora.memory.meter import DiskMeter
-from mlx_edgelora.training.trained import Arrays, Trained
+from mlx_edgelora.engine.trained import Arrays, Trained
+from mlx_edgelora.measure.meter import DiskMeter
 
 
 class Engine(Protocol):

@@ -16,33 +16,34 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_tokenizer
 
+from mlx_edgelora.blocks.checks import checked_blocks
 from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.data import Dataset, load_datasets
 from mlx_edgelora.embedded import DATA_PATH, MODEL_PATH
+from mlx_edgelora.engine.build import Settings, assembled
+from mlx_edgelora.engine.optimizer import build_optimizer
+from mlx_edgelora.engine.step import Engine
+from mlx_edgelora.engine.trained import Trained
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.files import make_folder, write_atomically
 from mlx_edgelora.losses.exact import CrossEntropy
-from mlx_edgelora.memory.machine import default_budget, wired_limit
-from mlx_edgelora.memory.meter import peak_memory, reset_peak
-from mlx_edgelora.memory.pace import Duty
-from mlx_edgelora.memory.plan import Plan
-from mlx_edgelora.memory.profile import recording
-from mlx_edgelora.memory.stores import spill_folder
+from mlx_edgelora.measure.meter import peak_memory, reset_peak
+from mlx_edgelora.measure.profile import recording
 from mlx_edgelora.model.checkpoint import LazyModel, quantized, reason
 from mlx_edgelora.model.headers import headers_of
 from mlx_edgelora.model.loading import DTYPES, can_stream, open_model
 from mlx_edgelora.model.lora import add_lora, freeze
-from mlx_edgelora.model.walkable import checked_blocks
+from mlx_edgelora.planner.machine import default_budget, wired_limit
+from mlx_edgelora.planner.plan import Plan
+from mlx_edgelora.planner.report import PlanReport, too_small
+from mlx_edgelora.planner.run_plan import RunPlan, asked_plan, gigabytes, searched
+from mlx_edgelora.storage.files import make_folder, write_atomically
+from mlx_edgelora.storage.stores import spill_folder
 from mlx_edgelora.training.adapters import CONFIG_FILE, WEIGHTS_FILE, read_adapter_weights
-from mlx_edgelora.training.assembly import Settings, assembled
 from mlx_edgelora.training.callbacks import TrainingCallback, reporting_callbacks
+from mlx_edgelora.training.duty import Duty
 from mlx_edgelora.training.evaluate import evaluate
 from mlx_edgelora.training.loop import TrainResult, train
-from mlx_edgelora.training.optimizer import build_optimizer
-from mlx_edgelora.training.plan_report import PlanReport, too_small
-from mlx_edgelora.training.planning import RunPlan, asked_plan, gigabytes, searched
-from mlx_edgelora.training.step import Engine
-from mlx_edgelora.training.trained import Trained
+from mlx_edgelora.training.rehearsal import rehearse
 from mlx_edgelora.training.training_loss import check_loss, training_loss
 from mlx_edgelora.training.verdict import Verdict, refuse_wrong
 from mlx_edgelora.training.verification import verify
@@ -95,6 +96,7 @@ def finetune(
                 wanted = training_loss(config, engine.head, train_set, folder, notify, tiles)
                 with wanted as loss, _profiled(config, notify):
                     engine.training_loss = loss
+                    rehearse(engine, chosen, notify)
                     reset_peak()
                     callbacks = [*callbacks, _Watch(engine, chosen, notify)]
                     result = train(engine, optimizer, config, train_set, valid_set, callbacks)
@@ -243,7 +245,7 @@ def _write_plan(config: TrainConfig, chosen: RunPlan) -> None:
 
 
 class _Watch(TrainingCallback):
-    """Compares the peak with what was expected, and has less used where that was too little."""
+    """Compares the peak with the budget, and has less used where that was too little."""
 
     def __init__(self, engine: Engine, chosen: RunPlan, notify: Callable[[str], None]) -> None:
         self._engine, self._chosen, self._notify = engine, chosen, notify
@@ -253,7 +255,7 @@ class _Watch(TrainingCallback):
         peak = peak_memory()
         told = f"MLX took {gigabytes(peak)}, more than was expected"
         try:
-            plan = self._chosen.corrected(peak)
+            plan = self._chosen.corrected(peak, anew=False)
         except EdgeLoraError as error:
             self._notify(f"{told}; the run goes on, but {error}")
             return
@@ -423,6 +425,8 @@ def _profiled(config: TrainConfig, notify: Callable[[str], None]) -> Iterator[No
 def _limits(chosen: RunPlan) -> Iterator[None]:
     """MLX's limits of memory, set from the plan and put back."""
     cache, most = chosen.plan.cache_bytes, chosen.budget.bytes
+    if most is None:  # how far MLX runs ahead is bounded by its limit alone
+        most = chosen.choice.needs
     with ExitStack() as stack:
         before = mx.set_cache_limit(cache)
         stack.callback(mx.set_cache_limit, before)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Self
 
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.files import cannot_write
+from mlx_edgelora.storage.files import cannot_write
 
 
 class RunLog:

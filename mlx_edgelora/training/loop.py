@@ -27,20 +27,20 @@ import mlx.optimizers as optimizers
 from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.data.batches import Batch, iterate_batches
 from mlx_edgelora.data.dataset import Dataset
+from mlx_edgelora.engine.finite import Finite
+from mlx_edgelora.engine.optimizer import clip_factor
+from mlx_edgelora.engine.trained import Arrays
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.files import make_folder
-from mlx_edgelora.memory.meter import peak_memory
-from mlx_edgelora.memory.profile import begin_step, phase
+from mlx_edgelora.measure.meter import peak_memory
+from mlx_edgelora.measure.profile import begin_step, phase
+from mlx_edgelora.storage.files import make_folder
 from mlx_edgelora.training.adapters import WEIGHTS_FILE, save_adapters
 from mlx_edgelora.training.callbacks import TrainingCallback
 from mlx_edgelora.training.evaluate import Engine, evaluate, limit_cache
-from mlx_edgelora.training.finite import first_non_finite
 from mlx_edgelora.training.log import RunLog
-from mlx_edgelora.training.optimizer import clip_factor
 from mlx_edgelora.training.progress import Progress
 from mlx_edgelora.training.report import Report, UsageMeter, Window
 from mlx_edgelora.training.text import some
-from mlx_edgelora.training.trained import Arrays
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class _Run:
         self._window = Window(self._meter)
         self._trained = engine.trained
         self._trained.start(optimizer)
-        self._not_finite: str | None = None  # the first such gradient
+        self._finite = Finite()
         self._accumulated = 0
         self._trained_tokens = 0
         self._iteration = 0
@@ -186,11 +186,9 @@ class _Run:
         self._progress.step(self._make_report("train_loss", self._window, iteration))
 
     def _take(self, gradients: Arrays) -> None:
-        """Add gradients to the sum, up to the first ones that are not finite."""
-        if self._not_finite is None:
-            self._not_finite = first_non_finite(gradients)
-        if self._not_finite is None:
-            self._trained.add(gradients)
+        """Add gradients to the sum, and look whether they are finite."""
+        self._finite.add(gradients)
+        self._trained.add(gradients)
 
     def _update(self, iteration: int) -> None:
         count, self._accumulated = self._accumulated, 0
@@ -285,11 +283,11 @@ class _Run:
                 self.save(self._updated, numbered=False)
 
     def _check_finite(self, iteration: int, batch: Batch, loss: float) -> None:
-        what = None
+        what, bad = None, self._finite.first_bad()
         if not math.isfinite(loss):
             what = f"loss is {loss}"
-        elif self._not_finite is not None:
-            what = f"the gradient of {self._not_finite} holds NaN or infinity"
+        elif bad is not None:
+            what = f"the gradient of {bad} holds NaN or infinity"
         if what is not None:
             rows = some([self._place(index) for index in batch.indices])
             raise EdgeLoraError(

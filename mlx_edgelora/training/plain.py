@@ -11,9 +11,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_edgelora.model.blocks import BlockList, array_slots, bound
-from mlx_edgelora.model.masks import band_of, causal_array
-from mlx_edgelora.model.sources import WeightSource, cast
+from mlx_edgelora.blocks.block_list import BlockList, array_slots, bound
+from mlx_edgelora.blocks.masks import band_of, causal_array
+from mlx_edgelora.blocks.weight_source import WeightSource
+from mlx_edgelora.model.weights import cast
 
 Arrays = dict[str, mx.array]
 
@@ -87,9 +88,9 @@ class OnlyBlock:
     ) -> None:
         self._source, self._index, self._block, self._dtype = source, index, block, dtype
 
-    def block(self, index: int, without: str = "") -> Arrays:
+    def block(self, index: int, lasting: bool = False) -> Arrays:
         """The block's frozen arrays; empty where it has them."""
-        found = self._source.block(self._index, without)
+        found = self._source.block(self._index, lasting)
         if self._dtype is None:
             return found
         trained = {name for name, _ in tree_flatten(self._block.trainable_parameters())}
@@ -97,11 +98,14 @@ class OnlyBlock:
         return {
             name: cast(array, self._dtype)
             for name, array in (held | found).items()
-            if name not in trained and not (without and name.startswith(f"{without}."))
+            if name not in trained
         }
 
     def prefetch(self, index: int) -> None:
         """Nothing follows."""
+
+    def close(self) -> None:
+        """The source is another's."""
 
 
 class RandomAdapters:
@@ -113,18 +117,16 @@ class RandomAdapters:
             for name, value in tree_flatten(block.trainable_parameters())
         }
 
-    def block(self, index: int, without: str = "") -> Arrays:
-        """Evaluated values by their names in the block, but those of the child `without`."""
-        kept = {
-            name: array
-            for name, array in self._arrays.items()
-            if not without or not name.startswith(f"{without}.")
-        }
-        mx.eval(kept)
-        return kept
+    def block(self, index: int, lasting: bool = False) -> Arrays:
+        """Evaluated values by their names in the block."""
+        mx.eval(self._arrays)
+        return dict(self._arrays)
 
     def prefetch(self, index: int) -> None:
         """They are in memory."""
+
+    def close(self) -> None:
+        """They stay."""
 
 
 def random_adapter(name: str, value: mx.array) -> mx.array:

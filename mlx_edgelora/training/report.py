@@ -3,7 +3,7 @@
 import time
 from dataclasses import asdict, dataclass
 
-from mlx_edgelora.memory.meter import DiskMeter, footprint, peak_memory
+from mlx_edgelora.measure.meter import DiskMeter, footprint, peak_memory
 
 
 @dataclass(frozen=True)

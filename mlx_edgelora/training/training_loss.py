@@ -10,12 +10,12 @@ from tqdm import tqdm
 
 from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.data import Dataset
+from mlx_edgelora.engine.step import Loss
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.losses.approximate import ApproximateCrossEntropy
 from mlx_edgelora.losses.exact import TILE_BYTES, CrossEntropy
 from mlx_edgelora.model.head import ModelHead
 from mlx_edgelora.model.neighbour_cache import NeighbourCache
-from mlx_edgelora.training.step import Loss
 
 DEFAULT_K = 1000
 

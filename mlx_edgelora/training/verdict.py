@@ -14,8 +14,8 @@ from functools import cache
 import mlx.core as mx
 import numpy as np
 
+from mlx_edgelora.blocks.checks import MODEL_ERRORS
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.model.walkable import MODEL_ERRORS
 
 Arrays = dict[str, mx.array]
 # Largest relative error, and largest |slope - 1|, that rounding explains at once in float32,

@@ -22,16 +22,18 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlx_edgelora.blocks import attention as attention_hook
+from mlx_edgelora.blocks import norms as norms_hook
+from mlx_edgelora.blocks.attention import masks_known
+from mlx_edgelora.blocks.block_list import BlockList, array_slots, bound, described, signature
+from mlx_edgelora.blocks.checks import different_argument
+from mlx_edgelora.blocks.dropout import generator_restored
+from mlx_edgelora.blocks.masks import band_of
+from mlx_edgelora.engine.step import Engine
+from mlx_edgelora.engine.walk import Walk
 from mlx_edgelora.layers import attention as attention_layer
 from mlx_edgelora.losses.exact import CrossEntropy
-from mlx_edgelora.memory.blockwise import BlockWalk
-from mlx_edgelora.model import attention as attention_hook
-from mlx_edgelora.model import norms as norms_hook
-from mlx_edgelora.model.attention import masks_known
-from mlx_edgelora.model.blocks import BlockList, array_slots, bound, described, signature
-from mlx_edgelora.model.masks import band_of
-from mlx_edgelora.model.sources import cast
-from mlx_edgelora.model.walkable import different_argument
+from mlx_edgelora.model.weights import cast
 from mlx_edgelora.training.plain import (
     OneBlock,
     OnlyBlock,
@@ -42,7 +44,6 @@ from mlx_edgelora.training.plain import (
     random_adapter,
     recorded_calls,
 )
-from mlx_edgelora.training.step import Engine
 from mlx_edgelora.training.verdict import Arrays, Verdict, judged
 
 # Of the light form: rows of a batch, their tokens (MLX's kernels on a GPU want more), tokens of
@@ -81,7 +82,7 @@ def verify(
     Returns:
         A verdict for the blocks' calls, for each kind of block and way, and for the head.
     """
-    with _generator_restored(), _small_tiles(engine, rows * tokens) if light else ExitStack():
+    with generator_restored(), _small_tiles(engine, rows * tokens) if light else ExitStack():
         comparison = _Comparison(engine, rows, tokens, dtype, light)
         while memory is not None and (needed := comparison.plain_peak()) > memory:
             notify(
@@ -217,6 +218,10 @@ class _Comparison:
 
         def walked(dtype: mx.Dtype) -> Arrays:
             some = _SomeRows(head, count)
+            if self._plan.kept_blocks:  # the loss is a part of their graph
+                return self._graph(
+                    some, loss, {"hidden states": hidden.astype(dtype)} | adapter, labels
+                )
             with bound(array_slots(self._blocks.model), adapter):
                 _, gradients = loss.value_and_grad(hidden.astype(dtype), some, labels)
                 return {"hidden states": gradients.hidden} | head.named(gradients)
@@ -235,7 +240,7 @@ class _Comparison:
         choice = self._walk.tile_choice(index, self._tokens.size)
         if choice is None or not choice.possible:
             return "whole"
-        return "by tiles, in halves" if plan.halves and choice.branches else "by tiles"
+        return "by tiles"
 
     def _dtype(self, index: int) -> mx.Dtype:
         """Of the hidden states that reach a block, or the head."""
@@ -249,8 +254,8 @@ class _Comparison:
         """The block's output and gradients, as a step computes them."""
         plan = replace(self._plan, kept_blocks=int(way == "kept"))
         if not way.startswith("by tiles"):
-            plan = replace(plan, tile_tokens=None, halves=False)
-        walk = BlockWalk(
+            plan = replace(plan, tile_tokens=None)
+        walk = Walk(
             one,
             self._walk.store,
             OnlyBlock(self._walk.weights, index, one.layers[0], one.shift.dtype),
@@ -261,9 +266,12 @@ class _Comparison:
             like=self._walk,
         )
         with walk.forward(lambda: one(self._tokens), rows=rows) as state:
-            out, state.hidden = state.hidden, None
-            found = {"output": out}
-            state.cotangent = _cotangent(out.shape, out.dtype)
+            if state.tail is not None:
+                (_, out), found = walk.finish(state, _Projected())
+            else:
+                out, state.hidden, found = state.hidden, None, {}
+                state.cotangent = _cotangent(out.shape, out.dtype)
+            found = found | {"output": out}
             for more in walk.backward(state):
                 found |= {name.removeprefix("layers.0."): value for name, value in more.items()}
         return found
@@ -300,6 +308,20 @@ class _Comparison:
         mx.eval(out, gradients)
         return {"output": out, "shift": gradients[-1]} | dict(zip(own, gradients[:-1], strict=True))
 
+    def _graph(
+        self, head: "_SomeRows", loss: CrossEntropy, values: Arrays, labels: mx.array
+    ) -> Arrays:
+        """The gradients of the loss as a part of a graph."""
+        slots = array_slots(self._blocks.model)
+
+        def function(values: Arrays) -> mx.array:
+            with bound(slots, {n: v for n, v in values.items() if n in slots}):
+                return loss.graph(values["hidden states"], head, labels)
+
+        gradients = mx.grad(function)(values)
+        mx.eval(gradients)
+        return gradients
+
     def _plain_head(self, values: Arrays, labels: mx.array, count: int, smoothing: float) -> Arrays:
         head, slots = self._engine.head, array_slots(self._blocks.model)
 
@@ -312,6 +334,19 @@ class _Comparison:
             gradients = mx.grad(function)(values)
         mx.eval(gradients)
         return gradients
+
+
+class _Projected:
+    """In place of a loss: the last hidden state times a cotangent, summed; see `tail.Loss`."""
+
+    key, arrays = "projected", ()
+
+    def __init__(self) -> None:
+        self.outside: Arrays = {}
+
+    def graph(self, hidden: mx.array, outside: Arrays) -> tuple[mx.array, mx.array]:
+        """That, and the hidden state."""
+        return (hidden * _cotangent(hidden.shape, hidden.dtype)).sum(), hidden
 
 
 class _SomeRows:
@@ -343,16 +378,6 @@ def _is_windowed(call: tuple[mx.array, tuple, dict]) -> bool:
     """Whether a block is called with a mask under which not all earlier keys are seen."""
     masks = [value for value in (*call[1], *call[2].values()) if isinstance(value, mx.array)]
     return any(band is not None and band.window is not None for band in map(band_of, masks))
-
-
-@contextmanager
-def _generator_restored() -> Iterator[None]:
-    """Put MLX's generator back on exit, on error too."""
-    high, low = mx.random.state[0].tolist()
-    try:
-        yield
-    finally:
-        mx.random.seed(high << 32 | low)  # a key is the two halves of a seed
 
 
 @contextmanager

@@ -36,8 +36,8 @@ from mlx_edgelora.data import load_datasets
 from mlx_edgelora.data.batches import iterate_batches
 from mlx_edgelora.embedded import DATA_PATH, MODEL_PATH
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.memory.machine import Machine, Rates
-from mlx_edgelora.model.safetensors import read_header
+from mlx_edgelora.planner.machine import Machine, Rates
+from mlx_edgelora.storage.safetensors import read_header
 
 
 def result_of(*losses, gap=0.0, held=(0, 0, 0), unfinished=False):

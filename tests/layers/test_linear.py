@@ -14,13 +14,8 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.lora import LoRALinear as MlxLoRALinear
 from mlx_lm.tuner.lora import LoRASwitchLinear as MlxLoRASwitchLinear
 
-from mlx_edgelora.layers.linear import (
-    DequantizedEmbedding,
-    DequantizedLinear,
-    LoRALinear,
-    LoRASwitchLinear,
-    frozen_matmul,
-)
+from mlx_edgelora.blocks.lora_layers import LoRALinear, LoRASwitchLinear
+from mlx_edgelora.layers.linear import DequantizedEmbedding, DequantizedLinear, frozen_matmul
 
 MODES = [("affine", group, bits) for group in (32, 64, 128) for bits in (2, 3, 4, 5, 6, 8)]
 MODES += [("mxfp4", 32, 4), ("nvfp4", 16, 4), ("mxfp8", 32, 8)]
@@ -116,7 +111,7 @@ def test_the_obvious_product_holds_a_copy(large, memory):
     assert peak > 64 * MIB
 
 
-def test_compiled_product_is_exact_and_holds_no_copy(large, memory):
+def test_compiled_product_is_exact_and_holds_no_copy(large, memory, compiles):
     arrays, settings, x, cotangent = large
 
     @mx.compile

@@ -332,7 +332,7 @@ def test_mlx_own_holds_tokens_by_tokens(long, memory):
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-def test_compiled_is_exact_and_holds_no_more(memory, dtype):
+def test_compiled_is_exact_and_holds_no_more(memory, compiles, dtype):
     """A compiled graph would merge the backward's tiles with the forward's, and keep them."""
     arrays, cotangent = inputs(1, 2, 2, 1024, 1024, 32, 32, dtype)
     mx.eval(arrays, cotangent)

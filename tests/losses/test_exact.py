@@ -170,6 +170,94 @@ def test_gradients_of_all_that_is_trained(around, adapted, smoothing, budget):
         assert relative_error(also, reference) < 1e-5
 
 
+WEIGHTS = {
+    "mean": [1 / 13] * 13,
+    "some zero": [0.5, 0, 0.25, 2.0, 0, 0, 1.5, 0.125, 3.0, 0, 0.75, 1.0, 0],
+    "one token": [0] * 6 + [0.7] + [0] * 6,
+    "uneven": [0.1 + i for i in range(13)],
+}
+
+
+@pytest.mark.parametrize("budget", [1, 1500, 10**6])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("adapted", [False, True], ids=["frozen", "adapted"])
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("weighting", WEIGHTS)
+def test_a_weighted_sum(weighting, around, adapted, smoothing, budget):
+    """Value and all gradients, in a graph and not, against MLX's autodiff of the whole logits."""
+    keys = iter(mx.random.split(mx.random.key(2), 6))
+    hidden, weight = (mx.random.normal((n, 8), key=next(keys)) for n in (13, 21))
+    bias = mx.random.normal((21,), key=next(keys))
+    down, up = mx.random.normal((3, 8), key=next(keys)), mx.random.normal((21, 3), key=next(keys))
+    labels = mx.array([0, 20, 7, 7, 13, 1, 2, 3, 4, 5, 19, 20, 0])
+    weights, names = mx.array(WEIGHTS[weighting], mx.float32), AROUND[around]
+    enter, leave = (names.get(n, lambda x: x) for n in ("enter", "leave"))
+
+    def whole(hidden, *trained):
+        matrix = weight + 0.7 * trained[1] @ trained[0] if trained else weight
+        logits = leave(enter(hidden) @ matrix.T + bias)
+        losses = nn.losses.cross_entropy(logits, labels, label_smoothing=smoothing)
+        return (losses * weights).sum()
+
+    def head(*trained):
+        adapter = Adapter(*trained, 0.7) if trained else None
+        return MatrixHead(weight, bias, **names, adapter=adapter)
+
+    def tiled(hidden, *trained):
+        return loss.graph(hidden, head(*trained), labels, weights)
+
+    loss, trained = CrossEntropy(budget, smoothing), [down, up] if adapted else []
+    places = tuple(range(1 + len(trained)))
+    expected_loss, expected = grad_of(whole, places)(hidden, *trained)
+    (value, count), found = loss.value_and_grad(hidden, head(*trained), labels, weights)
+    assert count == 13
+    nothing = [i for i, number in enumerate(WEIGHTS[weighting]) if number == 0]
+    for got, gradients in (grad_of(tiled, places)(hidden, *trained), (value, found.arrays())):
+        assert (got.shape, got.dtype) == ((), mx.float32)
+        assert got.item() == pytest.approx(expected_loss.item(), rel=2e-6)
+        assert len(gradients) == len(expected)
+        for mine, reference in zip(gradients, expected, strict=True):
+            assert relative_error(mine, reference) < 1e-5
+        assert not any(gradients[0][i].any().item() for i in nothing)
+
+
+def test_equal_weights_in_a_graph_are_the_mean():
+    hidden, head = mx.random.normal((5, 4)), MatrixHead(mx.random.normal((9, 4)))
+    labels, loss = mx.arange(5), CrossEntropy(100)
+    functions = [
+        lambda h: loss.graph(h, head, labels),
+        lambda h: loss.graph(h, head, labels, mx.full((5,), 0.2)),
+        lambda h: loss(h, head, labels)[0],
+    ]
+    (mean, slope), *others = [mx.value_and_grad(function)(hidden) for function in functions]
+    for value, gradient in others:
+        assert value.item() == pytest.approx(mean.item(), rel=1e-6)
+        assert relative_error(gradient, slope) < 1e-6
+
+
+def test_compiled_labels_and_weights_are_arguments(compiles):
+    """As many tokens with other labels: what was compiled for the first must not serve."""
+    head, loss, traced = MatrixHead(mx.random.normal((9, 4))), CrossEntropy(10**4), []
+
+    def function(hidden, labels, weights):
+        traced.append(1)
+        return mx.value_and_grad(lambda h: loss.graph(h, head, labels, weights))(hidden)
+
+    compiled = mx.compile(function)
+    for seed in range(3):
+        keys = mx.random.split(mx.random.key(seed), 3)
+        arguments = (
+            mx.random.normal((5, 4), key=keys[0]),
+            mx.random.randint(0, 9, (5,), key=keys[1]),
+            mx.random.uniform(shape=(5,), key=keys[2]),
+        )
+        value, gradient = compiled(*arguments)
+        assert len(traced) == 1 + seed
+        expected, slope = function(*arguments)
+        assert value.item() == pytest.approx(expected.item(), rel=2e-6)
+        assert relative_error(gradient, slope) < 1e-5
+
+
 def test_a_loss_inside_a_larger_function():
     """The cotangent is not always one."""
     hidden, weight, labels = mx.random.normal((5, 4)), mx.random.normal((9, 4)), mx.arange(5)

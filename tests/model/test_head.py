@@ -11,10 +11,10 @@ from harness import save
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 from peaks import highest, lowest
 
+from mlx_edgelora.blocks.block_list import BlockList
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.memory.meter import DiskMeter, eval_in_step
+from mlx_edgelora.measure.meter import DiskMeter, eval_in_step
 from mlx_edgelora.model import head as model_head
-from mlx_edgelora.model.blocks import BlockList
 from mlx_edgelora.model.head import (
     ModelHead,
     ResidentRows,
@@ -25,7 +25,7 @@ from mlx_edgelora.model.head import (
     stream_embedding,
 )
 from mlx_edgelora.model.loading import _logits, attach, open_model
-from mlx_edgelora.model.safetensors import RowReader, read_header
+from mlx_edgelora.storage.safetensors import RowReader, read_header
 
 
 def own_head(model):

@@ -21,7 +21,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # of the helpers that are not t
 
 from sweeping import EXCUSED, RUNS, WORKERS, Outcome, Result, configurations, sweep
 
-from mlx_edgelora.model.refusals import Refusal
+from mlx_edgelora.blocks.refusals import Refusal
 
 # From the best to the worst.
 VERDICTS = (

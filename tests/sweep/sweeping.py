@@ -5,7 +5,7 @@ and loaded again with LoRA on all of mlx-lm's default keys. Plain `nn.value_and_
 gradients are on 2 rows of 40 tokens, 40 % of them labelled. The runs are compared with it:
 
     whole       Plan(): whole blocks, streamed from disk, their inputs spilled
-    tiles       Plan.floor() with tiles of 8 tokens, MLP slices of 2 KiB, head tiles of 16 KiB
+    tiles       the least memory, with tiles of 8 tokens, MLP slices of 2 KiB, head tiles of 16 KiB
     kept        the weights resident, all blocks' activations kept
     long        as whole, with attention by tiles, as rows long enough for it have it
     long tiles  as tiles, with the same
@@ -50,12 +50,12 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.utils import load_model, save_config, save_model
 
 from mlx_edgelora import EdgeLoraError, LoraParameters, TrainConfig, value_and_grad
+from mlx_edgelora.blocks import attention
+from mlx_edgelora.engine.build import Settings, assembled
 from mlx_edgelora.layers import attention as layers_attention
-from mlx_edgelora.memory.plan import Plan
-from mlx_edgelora.model import attention, tiling, walkable
 from mlx_edgelora.model.loading import open_model
 from mlx_edgelora.model.lora import add_lora
-from mlx_edgelora.training.assembly import Settings, assembled
+from mlx_edgelora.planner.plan import Plan
 from mlx_edgelora.training.finetune import plan_report
 
 CONFIGS = Path(__file__).parent / "configs.json"
@@ -69,8 +69,10 @@ EXACT, MOST = 1e-5, 1e-2
 
 PLANS = {
     "whole": Plan(),
-    "tiles": replace(Plan.floor(), tile_tokens=8, mlp_bytes=2048, loss_bytes=16 * 1024),
-    "kept": Plan(streamed_blocks=0, head="resident", kept_blocks=10**6, ram_blocks=None),
+    "tiles": Plan(
+        prefetch=False, adapters="paged", tile_tokens=8, mlp_bytes=2048, loss_bytes=16 * 1024
+    ),
+    "kept": Plan(streamed_blocks=0, head="resident", kept_blocks=10**6, inputs="memory"),
 }
 RUNS = ("whole", "tiles", "kept", "long", "long tiles", "drop-in", "plan")
 
@@ -357,23 +359,10 @@ def _told(error: BaseException) -> str:
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Without mx.compile, which takes two thirds of the time of models this small.
-
-    By tracing for mx.compile the package finds out which blocks look at values, and takes all
-    for such where it may not: there alone it may, and nothing is compiled for that.
-    """
-
-    def looks_at_values(*args: Any) -> bool:
-        mx.enable_compile()
-        try:
-            return walkable.looks_at_values(*args)
-        finally:
-            mx.disable_compile()
-
+    """Without mx.compile, which takes two thirds of the time of models this small."""
     mx.disable_compile()
     try:
-        with patch.object(tiling, "looks_at_values", looks_at_values):
-            yield
+        yield
     finally:
         mx.enable_compile()
 
@@ -382,7 +371,7 @@ def uncompiled() -> Iterator[None]:
 def modules_forgotten() -> Iterator[None]:
     """Unload what was imported of mlx-lm's architectures.
 
-    With all of them every search for whoever holds mlx-lm's attention (`model/attention.py`)
+    With all of them every search for whoever holds mlx-lm's attention (`blocks/attention.py`)
     takes a millisecond.
     """
     known = set(sys.modules)

@@ -1,9 +1,19 @@
 import io
 
+import mlx.core as mx
 import pytest
 
 from mlx_edgelora.config import LoraParameters, TrainConfig
 from mlx_edgelora.training.progress import Progress
+
+
+def is_compiling():
+    """Whether `mx.compile` does anything: a function is traced once then, not called twice."""
+    calls = []
+    function = mx.compile(lambda x: calls.append(x) or x)
+    for _ in range(2):
+        function(mx.zeros(1))
+    return len(calls) == 1
 
 
 @pytest.fixture

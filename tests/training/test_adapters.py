@@ -10,9 +10,9 @@ from mlx_lm.models import llama
 from mlx_lm.tuner.utils import load_adapters
 from training_helpers import make_model
 
-from mlx_edgelora import files
 from mlx_edgelora.config import LoraParameters, TrainConfig
 from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.storage import files
 from mlx_edgelora.training.adapters import load_adapter_weights, save_adapters
 
 CONFIG = TrainConfig(num_layers=-1, lora_parameters=LoraParameters(4, scale=8.0)).to_dict()

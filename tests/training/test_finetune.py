@@ -21,8 +21,8 @@ from training_helpers import RECORD_KEYS, Recorder
 
 from mlx_edgelora import EdgeLoraError, TrainConfig, finetune
 from mlx_edgelora.data import iterate_batches, load_datasets
-from mlx_edgelora.memory.plan import Plan
 from mlx_edgelora.model import checkpoint
+from mlx_edgelora.planner.plan import Plan
 from mlx_edgelora.training.finetune import open_engine
 from mlx_edgelora.training.loop import train
 

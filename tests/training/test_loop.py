@@ -10,11 +10,11 @@ from training_helpers import RECORD_KEYS, PlainEngine, Recorder, make_model, mak
 
 from mlx_edgelora.data.batches import iterate_batches
 from mlx_edgelora.data.dataset import Dataset, Row
+from mlx_edgelora.engine.optimizer import build_optimizer
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.training.adapters import load_adapter_weights
 from mlx_edgelora.training.evaluate import evaluate
 from mlx_edgelora.training.loop import TrainResult, train
-from mlx_edgelora.training.optimizer import build_optimizer
 
 WEIGHTS = "adapters.safetensors"
 
@@ -261,6 +261,17 @@ def test_a_gradient_that_is_not_finite_is_named(make_config, quiet):
     ):
         run(make_config(), quiet, engine=engine)
     assert same(parameters(engine.model), start)
+
+
+def test_what_follows_a_bad_gradient_is_added_and_nothing_updated(make_config, quiet, monkeypatch):
+    """Flags are read at the end of a step, also where more steps make one update."""
+    engine = Spoiled(make_model(), step=2, gradient=float("nan"))
+    added, trained = [], engine.trained
+    monkeypatch.setattr(trained, "add", lambda gradients: added.append(sorted(gradients)))
+    monkeypatch.setattr(trained, "update", lambda *_: pytest.fail("there was an update"))
+    with pytest.raises(EdgeLoraError, match=r"step 2: the gradient of .*q_proj\.lora_b holds NaN"):
+        run(make_config(grad_accumulation_steps=4), quiet, engine=engine)
+    assert added == [sorted(parameters(engine.model))] * 2
 
 
 def test_a_validation_loss_that_is_not_finite_ends_the_run(make_config, quiet):

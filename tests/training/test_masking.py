@@ -18,12 +18,11 @@ from harness import (
 from mlx.utils import tree_flatten
 
 from mlx_edgelora import data
+from mlx_edgelora.engine import step
+from mlx_edgelora.engine.functions import rows_of
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.losses.exact import CrossEntropy, tile_shape
 from mlx_edgelora.losses.head import MatrixHead
-from mlx_edgelora.model.labelled import put_rows, take_rows
-
-SPARED, EVERY = "labelled tokens only", "every token"
 
 
 def batch(rows, tokens, labelled, seed=0) -> Batch:
@@ -112,7 +111,7 @@ WHOLE = {("gemma2", 3), ("deepseek_v3", 3), ("qwen3_next", 3), ("olmo_hybrid", 3
 def test_gradients_equal_autodiff_of_the_masked_loss(name, layers, quantized, tmp_path):
     folder = save(tmp_path, name, quantized, num_hidden_layers=layers)
     ours, model = engine(folder, loss=CrossEntropy(16_384)), plain(folder)
-    assert ours._walk.last_block.startswith(EVERY if (name, layers) in WHOLE else SPARED)
+    assert ours.walk.spares_rows == ((name, layers) not in WHOLE)
     try:
         for made in BATCHES.values():
             check(ours, model, made)
@@ -120,17 +119,55 @@ def test_gradients_equal_autodiff_of_the_masked_loss(name, layers, quantized, tm
         ours.close()
 
 
-@pytest.mark.parametrize("halves", [False, True], ids=["whole", "halves"])
+@pytest.mark.parametrize("prefetch", [False, True], ids=["in turn", "ahead"])
 @pytest.mark.parametrize(("name", "layers"), [("llama", 3), ("gemma3_text", 3), ("qwen3_next", 4)])
-def test_by_tiles_of_tokens(name, layers, halves, tmp_path):
+def test_by_tiles_of_tokens(name, layers, prefetch, tmp_path):
     """Behind the last label a tile has no queries, and if it is causal nobody sees its keys."""
     folder = save(tmp_path, name, True, num_hidden_layers=layers)
-    ways = {"tile_tokens": 6, "halves": halves, "prefetch": not halves, "spilled": False}
+    ways = {"tile_tokens": 6, "prefetch": prefetch, "spilled": False}
     ours, model = engine(folder, loss=CrossEntropy(16_384), **ways), plain(folder)
-    assert ours._walk.last_block.startswith(SPARED)
+    assert ours.walk.spares_rows
+    assert ours.walk.tile_choice(layers - 1, 7).possible
     for made in ("one label", "one label of three rows", "a row without labels"):
         check(ours, model, BATCHES[made])
     ours.close()
+
+
+FILLED = {
+    "whole": {},
+    "kept": {"kept_blocks": 2},
+    "tiles": {"tile_tokens": 6},
+    "micro-batches": {"micro_batches": 2, "kept_blocks": 1},
+}
+
+
+@pytest.mark.parametrize("way", FILLED)
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_filled_up_with_tokens_that_carry_no_label(name, way, tmp_path):
+    """As for compiled functions, so that there are few shapes; they have no part in the loss."""
+    folder = save(tmp_path, name, True)
+    ours = engine(folder, loss=CrossEntropy(16_384), compiled=True, **FILLED[way])
+    assert ours.walk.is_compiled  # as far as MLX is asked: it does not here
+    model = plain(folder)
+    for made in BATCHES.values():
+        check(ours, model, made)
+    ours.close()
+
+
+def test_filled_up_there_are_few_numbers_of_rows():
+    sizes = set()
+    for count in range(1, 301):
+        made = batch(3, 100, fill(), count)
+        made.mask().reshape(-1)[np.random.RandomState(count).permutation(300)[:count]] = True
+        (part,) = step._labelled(made, 1, fills=True)
+        rows, weights = np.array(part.rows), np.array(part.weights)
+        assert (np.diff(rows) > 0).all()
+        assert part.count == count
+        assert set(np.flatnonzero(made.mask())) == set(rows[weights > 0])
+        assert weights[weights > 0] == pytest.approx(1 / count)
+        assert np.array_equal(part.labels, made.labels().reshape(-1)[rows])
+        sizes.add(rows.size)
+    assert len(sizes) <= step.FILLED
 
 
 @pytest.mark.parametrize(("name", "layers"), MODELS, ids=str)
@@ -216,10 +253,12 @@ def test_a_whole_last_block_is_the_unmasked_one_bit_for_bit(name, bits, tmp_path
     rows = mx.array(np.flatnonzero(made.mask()))
     cotangent = mx.random.normal((1, rows.size, 64))
     hidden, gradients = walked(ours, made, rows, cotangent)
-    whole, expected = walked(ours, made, None, put_rows(cotangent, rows, (2, 17, 64)))
+    everywhere = mx.zeros((34, 64))
+    everywhere[rows] = cotangent[0]
+    whole, expected = walked(ours, made, None, everywhere.reshape(2, 17, 64))
     ours.close()
     assert gradients.keys() == expected.keys()
-    pairs = [(hidden, take_rows(whole, rows)), *((gradients[n], expected[n]) for n in expected)]
+    pairs = [(hidden, rows_of(whole, rows)), *((gradients[n], expected[n]) for n in expected)]
     assert all(mx.array_equal(a, b).item() for a, b in pairs) == bits
     assert all(relative_error(a, b) < 1e-5 for a, b in pairs)
 
@@ -238,8 +277,7 @@ def test_dropout_in_the_last_block_computes_every_token(tmp_path):
     for training in (True, False, True):
         ours.model.train(training)
         model.train(training)
-        expected = f"{EVERY} (dropout" if training else SPARED
-        assert ours._walk.last_block.startswith(expected)
+        assert ours.walk.spares_rows == (not training)
         mx.random.seed(5)
         _, wanted = plain_value_and_grad(model, made)
         following = mx.random.uniform().item()
@@ -256,7 +294,7 @@ def test_dropout_in_other_blocks_leaves_the_last_one_spared(tmp_path):
     for each in (ours.model, model):
         for layer in dropout_layers(each.layers[-1]):
             layer._p_1 = 1.0
-    assert ours._walk.last_block.startswith(SPARED)
+    assert ours.walk.spares_rows
     mx.random.seed(5)
     _, expected = plain_value_and_grad(model, made)
     mx.random.seed(5)

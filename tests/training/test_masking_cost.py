@@ -11,8 +11,8 @@ from harness import Batch, engine, save
 from mlx_lm.models import base
 from peaks import above, highest, lowest
 
+from mlx_edgelora.engine.walk import Walk
 from mlx_edgelora.losses.exact import CrossEntropy
-from mlx_edgelora.memory.blockwise import BlockWalk
 
 pytestmark = pytest.mark.slow
 
@@ -64,7 +64,7 @@ def test_products_with_the_head_are_made_for_labelled_tokens_only(spied, share):
 
 def test_the_last_mlp_is_computed_for_labelled_tokens_only(tmp_path, monkeypatch):
     ours, seen = engine(save(tmp_path, "llama", True)), []
-    assert ours._walk.last_block.startswith("labelled tokens only")
+    assert ours.walk.spares_rows
     kind = type(ours.model.layers[0].mlp)
     call = kind.__call__
     monkeypatch.setattr(
@@ -141,8 +141,8 @@ def test_peak_of_the_last_block_falls_with_the_labels(places, memory):
     shape = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 8}
     model = build("llama", num_hidden_layers=1, **shape)
     add_lora(model)
-    walk, tokens = BlockWalk(model), mx.zeros((1, 400), mx.int32)
-    assert walk.last_block.startswith("labelled tokens only")
+    walk, tokens = Walk(model), mx.zeros((1, 400), mx.int32)
+    assert walk.spares_rows
 
     def run(rows):
         with walk.forward(lambda: model(tokens), rows=rows) as state:
@@ -197,10 +197,10 @@ class Model(nn.Module):
         return self.head(h)
 
 
-def test_a_compiled_backward_knows_the_rows_of_its_own_batch():
+def test_a_compiled_backward_knows_the_rows_of_its_own_batch(compiles):
     """As many labels at other places: what was compiled for the first must not serve."""
     model, tokens = Model(), mx.random.randint(0, 11, (2, 9))
-    walks = [BlockWalk(model, compiled=compiled) for compiled in (False, True)]
+    walks = [Walk(model, compiled=compiled) for compiled in (False, True)]
 
     def gradients(walk, rows):
         with walk.forward(lambda: model(tokens), rows=mx.array(rows)) as state:
@@ -216,5 +216,6 @@ def test_a_compiled_backward_knows_the_rows_of_its_own_batch():
         for name, value in expected.items():
             assert mx.linalg.norm(value).item() > 0
             assert mx.allclose(got[name], value, rtol=1e-5, atol=1e-6).item(), name
-    # The lower block's, kept for all batches; and the last one's for all of its tokens.
-    assert len(walks[1]._functions) == 2
+    # Forward of all tokens, for both blocks, and of some; backward of the lower block, and of the
+    # last one for some tokens and for all, whose gradient goes on.
+    assert [walk.compiled_functions for walk in walks] == [0, 5]

@@ -7,8 +7,11 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 from training_helpers import make_model
 
+from mlx_edgelora.config import OPTIMIZERS
+from mlx_edgelora.engine.optimizer import BlockUpdate, averaged, build_optimizer, by_block
+from mlx_edgelora.engine.paged import PagedTrained
+from mlx_edgelora.engine.trained import ResidentTrained
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.training.optimizer import build_optimizer, update
 
 SETTINGS = {
     "adam": {"bias_correction": True},
@@ -35,23 +38,157 @@ def flat(tree):
     return dict(tree_flatten(tree))
 
 
+def plain_steps(optimizer, steps):
+    """Parameters and all that the optimizer remembers after `optimizer.update`, by name."""
+    model = make_model()
+    for step in range(steps):
+        optimizer.update(model, random_gradients(model, step))
+        mx.eval(model.parameters(), optimizer.state)
+    return flat(model.trainable_parameters()), flat(optimizer.state)
+
+
+def block_steps(optimizer, steps, compiled, factor=None):
+    """The same by blocks, whose names are those inside them."""
+    model = make_model()
+    update, states = BlockUpdate(optimizer, compiled), {}
+    parameters = flat(model.trainable_parameters())
+    for step in range(steps):
+        gradients = flat(random_gradients(model, step))
+        update.begin()
+        for names in by_block(parameters).values():
+            local = {name.split(".", 3)[-1]: name for name in names}  # model.layers.0. before it
+            given = (
+                {short: source.get(name, {}) for short, name in local.items()}
+                for source in (gradients, parameters, states)
+            )
+            updated, after = update.apply(*given, factor)
+            mx.eval(updated, after)
+            parameters |= {local[short]: value for short, value in updated.items()}
+            states |= {local[short]: value for short, value in after.items()}
+    return parameters, flat(optimizer.state) | flat(states)
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_blockwise_update_is_the_plain_one_bit_for_bit(name):
-    models = [make_model(), make_model()]
-    plain, ours = build_optimizer(config(name)), build_optimizer(config(name))
-    start = flat(models[0].trainable_parameters())
+    start = flat(make_model().trainable_parameters())
+    every = plain_steps(build_optimizer(config(name)), 3)
+    for expected, got in zip(
+        every, block_steps(build_optimizer(config(name)), 3, False), strict=True
+    ):
+        assert got.keys() == expected.keys()
+        assert all(mx.array_equal(got[key], expected[key]) for key in expected)
+    assert not any(mx.array_equal(every[0][key], value) for key, value in start.items())
+
+
+SCHEDULE = {"name": "linear_schedule", "arguments": [1e-2, 1e-3, 4]}
+
+
+def assert_near(got, expected):
+    """Every array within 1e-6 of its norm: compiled, a fused operation may round otherwise."""
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (got[name].dtype, got[name].shape) == (value.dtype, value.shape), name
+        if mx.issubdtype(value.dtype, mx.integer):
+            assert mx.array_equal(got[name], value), name
+        else:
+            assert mx.linalg.norm(got[name] - value) <= 1e-6 * mx.linalg.norm(value), name
+
+
+# Half a minute of a C++ compiler, on a CPU that has not got their kernels yet.
+MANY_KERNELS = {"adafactor", "muon"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n in MANY_KERNELS else []) for n in OPTIMIZERS],
+)
+def test_compiled_it_is_the_plain_update(name, compiles):
+    """Steps and a scheduled rate are arguments: as constants they would be those of the first."""
+    plain, ours = (build_optimizer(config(name, lr_schedule=SCHEDULE)) for _ in range(2))
+    expected, got = plain_steps(plain, 3), block_steps(ours, 3, True)
+    assert ours.step.item() == 3
+    for some, others in zip(got, expected, strict=True):
+        assert_near(some, others)
+
+
+def test_compiled_a_factor_is_an_argument(compiles):
+    got = [
+        block_steps(build_optimizer(config("sgd")), 3, compiled, factor=mx.array(0.25))[0]
+        for compiled in (True, False)
+    ]
+    assert_near(*got)
+    assert_near(got[0], block_steps(quarter_of_the_gradients(), 3, False)[0])
+
+
+def quarter_of_the_gradients():
+    optimizer = build_optimizer(config("sgd"))
+    apply = optimizer.apply_single
+    optimizer.apply_single = lambda gradient, *rest: apply(0.25 * gradient, *rest)
+    return optimizer
+
+
+def counted(optimizer):
+    """How often an array's arithmetic is written down in Python."""
+    apply, calls = optimizer.apply_single, []
+    optimizer.apply_single = lambda *args: calls.append(1) or apply(*args)
+    return calls
+
+
+def test_blocks_of_one_kind_share_one_trace(compiles):
+    """Of four matrices in each of two blocks, whichever step it is."""
+    optimizer = build_optimizer(config(lr_schedule=SCHEDULE))
+    calls = counted(optimizer)
+    block_steps(optimizer, 3, True)
+    one = len(flat(make_model(blocks=1).trainable_parameters()))
+    assert len(calls) == one > 1
+    calls.clear()
+    block_steps(build_optimizer(config()), 3, True)
+    assert calls == []
+
+
+@pytest.mark.parametrize("paged", [False, True], ids=["resident", "paged"])
+def test_in_either_home_blocks_of_one_kind_share_one_trace(paged, compiles, tmp_path):
+    model, optimizer = make_model(blocks=3), build_optimizer(config())
+    trained = (
+        PagedTrained(model, tmp_path, compiled=True) if paged else ResidentTrained(model, True)
+    )
+    calls = counted(optimizer)
+    trained.start(optimizer)
     for step in range(3):
-        plain.update(models[0], random_gradients(models[0], step))
-        mx.eval(models[0].parameters(), plain.state)
-        update(models[1], ours, random_gradients(models[1], step))
-    expected, got = (flat(model.trainable_parameters()) for model in models)
-    assert got.keys() == expected.keys()
-    for key in expected:
-        assert mx.array_equal(got[key], expected[key]), key
-        assert not mx.array_equal(got[key], start[key]), key
-    expected, got = flat(plain.state), flat(ours.state)
-    assert got.keys() == expected.keys()
-    assert all(mx.array_equal(got[key], expected[key]) for key in expected)
+        keys = mx.random.split(mx.random.key(step), 100)
+        shapes = {name: value.shape for name, value in trained.weights().items()}
+        gradients = {
+            n: mx.random.normal(s, key=key)
+            for (n, s), key in zip(shapes.items(), keys, strict=False)
+        }
+        mx.eval(gradients)
+        for names in by_block(shapes).values():
+            trained.add({name: gradients.pop(name) for name in names})
+        trained.update(optimizer, 1)
+    trained.close()
+    assert len(calls) == len(shapes) // 3
+
+
+def test_what_an_update_does_not_see_stays_as_it_was():
+    update = BlockUpdate(build_optimizer(config("adam")), False)
+    update.begin()
+    parameters = {name: mx.ones((2, 2)) for name in "ab"}
+    states = {}
+    updated, after = update.apply({"a": mx.ones((2, 2))}, parameters, states, None)
+    assert (list(updated), list(after), states) == (["a"], ["a"], {})
+    assert all((value == 1).all().item() for value in parameters.values())
+    before = {name: dict(state) for name, state in after.items()}
+    update.apply({"a": mx.ones((2, 2))}, updated, after, None)
+    assert all(after["a"][key] is value for key, value in before["a"].items())
+
+
+def test_gradients_are_averaged_and_let_go():
+    for count in (1, 4):
+        gradients = {"a": mx.array([4.0, 8.0]), "b": mx.array([2.0]).astype(mx.bfloat16)}
+        mean = averaged(gradients, count)
+        assert gradients == {}
+        assert mean["a"].tolist() == [4.0 / count, 8.0 / count]
+        assert mean["b"].dtype == mx.bfloat16
 
 
 class Stack(nn.Module):
@@ -60,34 +197,43 @@ class Stack(nn.Module):
         self.layers = [nn.Linear(size, size, bias=False) for _ in range(blocks)]
 
 
-def peak_of_update(apply):
+def peak_of_update(start):
     blocks, size = 16, 256  # 256 KiB a block
     model, optimizer = Stack(blocks, size), build_optimizer(config())
+    apply = start(model, optimizer)
     for _ in range(2):
         gradients = tree_map(mx.ones_like, model.trainable_parameters())
         mx.eval(model.parameters(), gradients)
         mx.clear_cache()
         mx.reset_peak_memory()
         before = mx.get_active_memory()
-        apply(model, optimizer, gradients)
+        apply(gradients)
         del gradients
     return (mx.get_peak_memory() - before) / (4 * size * size)
 
 
 def test_update_peaks_at_a_few_arrays_whatever_the_depth():
-    def at_once(model, optimizer, gradients):
-        optimizer.update(model, gradients)
-        mx.eval(model.parameters(), optimizer.state)
+    def by_blocks(model, optimizer):
+        trained = ResidentTrained(model)
+        trained.start(optimizer)
 
-    assert peak_of_update(update) < 8
+        def apply(gradients):
+            names = flat(gradients)
+            gradients.clear()
+            trained.add(names)
+            trained.update(optimizer, 1)
+
+        return apply
+
+    def at_once(model, optimizer):
+        def apply(gradients):
+            optimizer.update(model, gradients)
+            mx.eval(model.parameters(), optimizer.state)
+
+        return apply
+
+    assert peak_of_update(by_blocks) < 8
     assert peak_of_update(at_once) > 12  # the measure sees what the blocks save
-
-
-def test_update_empties_what_it_was_given():
-    model, optimizer = make_model(), build_optimizer(config())
-    gradients = random_gradients(model, 0)
-    update(model, optimizer, gradients)
-    assert gradients == {}
 
 
 @pytest.mark.parametrize(
@@ -116,8 +262,11 @@ def test_a_schedule_with_warmup_takes_the_place_of_the_rate():
     schedule = {"name": "cosine_decay", "arguments": [1e-2, 100], "warmup": 4, "warmup_init": 0.0}
     model, optimizer = make_model(), build_optimizer(config(lr_schedule=schedule))
     rates = []
+    trained = ResidentTrained(model)
+    trained.start(optimizer)
     for step in range(5):
-        update(model, optimizer, random_gradients(model, step))
+        trained.add(flat(random_gradients(model, step)))
+        trained.update(optimizer, 1)
         rates.append(optimizer.learning_rate.item())
     assert rates == pytest.approx([0.0, 0.0025, 0.005, 0.0075, 0.01])
 

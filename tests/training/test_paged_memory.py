@@ -11,16 +11,16 @@ from architectures import add_lora, narrow_llama
 from harness import random_batch
 from peaks import Stepped, growth_with_depth, held, nbytes
 
-from mlx_edgelora.memory.blockwise import BlockWalk
-from mlx_edgelora.memory.meter import DiskMeter, footprint
-from mlx_edgelora.memory.page_file import PageFile
-from mlx_edgelora.memory.plan import Plan
-from mlx_edgelora.memory.stores import MappedStore
-from mlx_edgelora.training.finite import first_non_finite
-from mlx_edgelora.training.optimizer import clip_factor
-from mlx_edgelora.training.paged import PagedTrained
-from mlx_edgelora.training.step import Engine
-from mlx_edgelora.training.trained import ResidentTrained
+from mlx_edgelora.engine.finite import first_non_finite
+from mlx_edgelora.engine.optimizer import clip_factor
+from mlx_edgelora.engine.paged import PagedTrained
+from mlx_edgelora.engine.step import Engine
+from mlx_edgelora.engine.trained import ResidentTrained
+from mlx_edgelora.engine.walk import Walk
+from mlx_edgelora.measure.meter import DiskMeter, footprint
+from mlx_edgelora.planner.plan import Plan
+from mlx_edgelora.storage.page_file import PageFile
+from mlx_edgelora.storage.stores import MappedStore
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +39,7 @@ def stepped(tmp_path):
             trained = PagedTrained(model, tmp_path) if paged else ResidentTrained(model)
             opened.callback(trained.close)
             opened.callback((store := MappedStore(tmp_path)).close)
-            walk = BlockWalk(model, store, adapters=trained)
+            walk = Walk(model, store, adapters=trained)
             return step_of(Engine(model, walk, None, DiskMeter(), trained=trained), trained)
 
         yield make
@@ -133,16 +133,17 @@ def test_pages_that_are_kept_would_be_seen(memory, tmp_path, monkeypatch):
     assert resident > 56 * MIB
 
 
-def test_a_half_of_a_block_reads_its_own_adapters(tmp_path):
-    """So a step reads each once in the forward and once in the backward, and holds no others."""
+def test_by_tiles_a_block_reads_its_adapters_once_a_visit(tmp_path):
+    """Not for every tile: a step reads each once in the forward and once in the backward."""
     model, meter = model_of(2), DiskMeter()
     size = nbytes(model.trainable_parameters())
     with (
         closing(PagedTrained(model, tmp_path, meter)) as trained,
         closing(MappedStore(tmp_path)) as store,
     ):
-        plan = Plan(tile_tokens=16, prefetch=False, halves=True)
-        walk = BlockWalk(model, store, adapters=trained, plan=plan)
+        plan = Plan(tile_tokens=16, prefetch=False)
+        walk = Walk(model, store, adapters=trained, plan=plan)
+        assert walk.tile_choice(0, 17).possible
         engine = Engine(model, walk, None, DiskMeter(), trained=trained)
         engine.value_and_grad(random_batch())  # the first one also tries what can be tiled
         before, gradients = meter.read_bytes, {}

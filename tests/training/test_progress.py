@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from training_helpers import RECORD_KEYS
 
-from mlx_edgelora.memory.meter import DiskMeter
+from mlx_edgelora.measure.meter import DiskMeter
 from mlx_edgelora.training.progress import Progress
 from mlx_edgelora.training.report import Report, Usage, UsageMeter, Window
 

@@ -16,25 +16,33 @@ from toy import Block, Toy
 
 from mlx_edgelora import EdgeLoraError, TrainConfig, finetune
 from mlx_edgelora import verify as command
+from mlx_edgelora.blocks import attention as hook
+from mlx_edgelora.blocks import parts
+from mlx_edgelora.blocks.block_list import BlockList
+from mlx_edgelora.engine.hidden import Hidden
+from mlx_edgelora.engine.tail import Tail
+from mlx_edgelora.engine.tiled import _Visit
+from mlx_edgelora.engine.walk import Walk
 from mlx_edgelora.layers import attention as attention_layer
 from mlx_edgelora.layers import grid
 from mlx_edgelora.losses.exact import CrossEntropy
-from mlx_edgelora.memory import tiles
-from mlx_edgelora.memory.blockwise import BlockWalk
-from mlx_edgelora.memory.streams import KeySums, Sums
-from mlx_edgelora.model import attention as hook
-from mlx_edgelora.model.blocks import BlockList
 from mlx_edgelora.training import plain, verification
 from mlx_edgelora.training.verdict import refuse_wrong
 from mlx_edgelora.training.verification import verify
 
-TILES = {"tile_tokens": 16, "halves": True, "prefetch": False}
+TILES = {"tile_tokens": 16, "prefetch": False}
 PLANS = {"whole": {}, "tiles": TILES, "kept": {"kept_blocks": 2}}
 
 
-def problems(folder, light=True, dtype=None, rows=2, tokens=40, **options):
-    """What is wrong with an engine, and whether it is refused."""
+def problems(folder, light=True, dtype=None, rows=2, tokens=40, spoil=lambda: None, **options):
+    """What is wrong with an engine, and whether it is refused.
+
+    `spoil` is called when it was tried which blocks can be computed by tiles: a trial sees much.
+    """
     with closing(engine(folder, dtype=dtype, **options)) as ours:
+        if "tile_tokens" in options and not options.get("dropout"):
+            assert ours.walk.tile_choice(0, rows * tokens).possible
+        spoil()
         kind = None if dtype is None else getattr(mx, dtype)
         found = verify(ours, rows, tokens, kind, light)
     return [f"{verdict}: {verdict.problem}" for verdict in found if verdict.problem]
@@ -137,7 +145,7 @@ def test_however_a_block_names_its_arguments(kind):
 
 def scaled(factor):
     """A walk whose gradients of one matrix are multiplied."""
-    original = BlockWalk.backward
+    original = Walk.backward
 
     def backward(self, state):
         for more in original(self, state):
@@ -152,7 +160,7 @@ def scaled(factor):
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("factor", [1.01, 0.0, float("nan")])
 def test_a_scaled_gradient_is_seen(llama, factor, plan, dtype, monkeypatch):
-    monkeypatch.setattr(BlockWalk, "backward", scaled(factor))
+    monkeypatch.setattr(Walk, "backward", scaled(factor))
     found = problems(llama, dtype=dtype, **PLANS[plan])
     assert len(found) >= 2
     assert all("o_proj.lora_a" in text for text in found)
@@ -160,7 +168,7 @@ def test_a_scaled_gradient_is_seen(llama, factor, plan, dtype, monkeypatch):
 
 @pytest.mark.parametrize("light", [True, False])
 def test_a_small_scale_is_seen_in_float32(llama, light, monkeypatch):
-    monkeypatch.setattr(BlockWalk, "backward", scaled(1.0001))
+    monkeypatch.setattr(Walk, "backward", scaled(1.0001))
     assert problems(llama, light)
 
 
@@ -175,8 +183,10 @@ def test_a_dropped_mask_is_seen(llama, monkeypatch):
 
 
 def test_a_dropped_mask_is_seen_by_tiles(llama, monkeypatch):
-    monkeypatch.setattr(tiles, "mask_at", lambda mask, place, keys: (True, None))
-    assert problems(llama, **TILES)
+    def spoil():
+        monkeypatch.setattr(parts, "mask_at", lambda mask, span, keys: None)
+
+    assert problems(llama, spoil=spoil, **TILES)
 
 
 def test_a_lost_window_is_seen(tmp_path, monkeypatch):
@@ -193,15 +203,86 @@ def test_a_lost_window_is_seen(tmp_path, monkeypatch):
     assert problems(folder, tokens=100)
 
 
+def second_of(visit):
+    return visit._block._context.spans[1]
+
+
 def test_a_skipped_tile_is_seen(llama, monkeypatch):
-    original = KeySums.add
+    """What one tile adds to the gradients of all keys and values."""
+    original = _Visit._add
 
-    def add(self, index, *args):
-        if index != 1:
-            original(self, index, *args)
+    def add(self, seen, pair):
+        if seen.stop != second_of(self).stop:
+            original(self, seen, pair)
 
-    monkeypatch.setattr(KeySums, "add", add)
+    monkeypatch.setattr(_Visit, "_add", add)
     assert problems(llama, **TILES)
+
+
+def test_keys_and_values_of_a_tile_without_a_gradient_are_seen(llama, monkeypatch):
+    original = _Visit.rest
+
+    def rest(self, number, x, dx):
+        if number != 1:
+            return original(self, number, x, dx)
+        self._settle(dx)
+        return dx
+
+    monkeypatch.setattr(_Visit, "rest", rest)
+    found = problems(llama, **TILES)
+    assert found and all("k_proj" in text or "v_proj" in text for text in found)
+
+
+def test_gradients_of_matrices_that_leave_a_tile_out_are_seen(llama, monkeypatch):
+    """The input's gradient is right, and so is that of what other tiles alone reach."""
+    original = _Visit._vjp
+
+    def vjp(self, function, inputs, cotangents):
+        before, first = dict(self._sums), not self._sums
+        found = original(self, function, inputs, cotangents)
+        if not first and inputs[0].shape == cotangents[0].shape and len(inputs) == 3:
+            self._sums = before
+        return found
+
+    monkeypatch.setattr(_Visit, "_vjp", vjp)
+    found = problems(llama, **TILES)
+    assert found and not any("shift is" in text for text in found)
+
+
+@pytest.mark.parametrize("wrong", [lambda tile: 1.01 * tile, mx.zeros_like], ids=["large", "none"])
+def test_a_tile_that_is_kept_wrong_is_seen(llama, wrong, monkeypatch):
+    """Of the input, which every pass reads twice, or of the gradient."""
+    original = Hidden.put
+
+    def put(self, number, tile):
+        original(self, number, wrong(tile) if number == 1 else tile)
+
+    monkeypatch.setattr(Hidden, "put", put)
+    assert problems(llama, **TILES)
+
+
+def test_tiles_in_another_order_are_seen(llama, monkeypatch):
+    original = Hidden.put
+
+    def put(self, number, tile):
+        spans = self._spans
+        lengths = {span.stop - span.start for span in spans}
+        original(self, len(spans) - 1 - number if len(lengths) == 1 else number, tile)
+
+    monkeypatch.setattr(Hidden, "put", put)
+    assert problems(llama, **TILES)
+
+
+def test_a_wrong_gradient_below_the_kept_blocks_is_seen(llama, monkeypatch):
+    original = Tail.value_and_grad
+
+    def value_and_grad(self, x, loss):
+        finished = original(self, x, loss)
+        return finished._replace(dx=None if finished.dx is None else 1.01 * finished.dx)
+
+    monkeypatch.setattr(Tail, "value_and_grad", value_and_grad)
+    found = problems(llama, **PLANS["kept"])
+    assert found and all("kept" in text and "shift is" in text for text in found)
 
 
 def test_a_wrong_head_is_seen(llama, monkeypatch):
@@ -214,6 +295,16 @@ def test_a_wrong_head_is_seen(llama, monkeypatch):
     monkeypatch.setattr(CrossEntropy, "value_and_grad", value_and_grad)
     (found,) = problems(llama)
     assert found.startswith("head and loss")
+
+
+def test_a_wrong_head_is_seen_where_it_is_computed_with_kept_blocks(llama, monkeypatch):
+    original = CrossEntropy.graph
+
+    def graph(self, hidden, *args):
+        return 1.01 * original(self, hidden, *args)
+
+    monkeypatch.setattr(CrossEntropy, "graph", graph)
+    assert problems(llama, **PLANS["kept"])
 
 
 def test_what_plain_mlx_cannot_differentiate_is_no_pass(llama, monkeypatch):
@@ -291,16 +382,18 @@ def test_experts_first_picked_in_a_later_tile_are_seen(tmp_path, monkeypatch):
     monkeypatch.setitem(CONFIGS, "dbrx", DBRX)
     folder = save(tmp_path, "dbrx", True)
     assert problems(folder, **TILES) == []
-    original, first = Sums.add, {}
+    original = _Visit._vjp
 
-    def add(self, names, gradients):
+    def vjp(self, *args):
         """As if only these experts had gradients that had one in the first tile."""
-        experts = {name for name in names if "experts" in name}
-        known = first.setdefault(id(self), experts) if experts else set()
-        kept = [(n, g) for n, g in zip(names, gradients, strict=True) if n not in experts - known]
-        original(self, [n for n, _ in kept], [g for _, g in kept])
+        found = original(self, *args)
+        experts = {name for name in self._sums if "experts" in name}
+        known = self.__dict__.setdefault("known", experts)
+        for name in experts - known:
+            del self._sums[name]
+        return found
 
-    monkeypatch.setattr(Sums, "add", add)
+    monkeypatch.setattr(_Visit, "_vjp", vjp)
     found = problems(folder, **TILES)
     assert found and "ffn.experts" in found[0]
 
@@ -373,7 +466,7 @@ def test_the_option_is_on_or_off_as_yaml_reads_them():
 
 
 def test_a_run_ends_before_its_first_step_where_gradients_are_wrong(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(BlockWalk, "backward", scaled(1.01))
+    monkeypatch.setattr(Walk, "backward", scaled(1.01))
     with pytest.raises(
         EdgeLoraError,
         match=r"^verify: TransformerBlock .*: .*o_proj.lora_a is .* expected the gradients of "
@@ -407,14 +500,14 @@ def test_the_command_prints_a_table(told, tiny):
 
 def test_the_command_takes_a_plan(told, tmp_path):
     plan = tmp_path / "a.plan"
-    plan.write_text(json.dumps({"version": 1, "tile_tokens": 8}))
+    plan.write_text(json.dumps({"version": 2, "tile_tokens": 8}))
     status, out, _ = told("--max-seq-length", 33, "--plan", plan)
     assert status == 0
     assert "by tiles, labelled tokens" in out
 
 
 def test_the_command_exits_with_1_on_a_mismatch(told, monkeypatch):
-    monkeypatch.setattr(BlockWalk, "backward", scaled(1.01))
+    monkeypatch.setattr(Walk, "backward", scaled(1.01))
     status, out, err = told("--max-seq-length", 33)
     assert (status, err) == (1, "")
     assert "WRONG: self_attn.o_proj.lora_a is" in out

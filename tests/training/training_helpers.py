@@ -7,8 +7,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from mlx_edgelora.memory.meter import DiskMeter
-from mlx_edgelora.training.trained import ResidentTrained
+from mlx_edgelora.engine.trained import ResidentTrained
+from mlx_edgelora.measure.meter import DiskMeter
 
 VOCABULARY = 50
 # Of a record of the log, behind `iteration` and the loss.

@@ -1,0 +1,1 @@
+"""What mlx-lm's blocks are, and what they can be made to do."""

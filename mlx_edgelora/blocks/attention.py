@@ -1,0 +1,137 @@
+"""The one place where attention of mlx-lm's models is exchanged: for a while, and undone.
+
+Every architecture of mlx-lm that has standard attention calls one function,
+`mlx_lm.models.base.scaled_dot_product_attention`, which it imported by name. So it is
+replaced wherever a loaded module holds it. An architecture with attention of its own
+never calls it and is not touched: who relies on the replacement must see that it is called.
+So is the one function that makes causal masks: see `blocks/masks.py`.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import mlx.core as mx
+from mlx_lm.models import base
+
+from mlx_edgelora.blocks.masks import knowing, tiled_mask
+from mlx_edgelora.layers.attention import TILE_BYTES, promoted, tiled_attention, use_fused
+from mlx_edgelora.layers.fused import is_floating
+
+# (queries [B, H, Tq, D], keys [B, Hkv, Tk, D], values [B, Hkv, Tk, Dv], cache, scale, mask,
+# sinks=None) -> [B, H, Tq, Dv]; the last four by position or by name.
+Attention = Callable[..., mx.array]
+PACKAGE = "mlx_lm.models."
+
+
+class _Dispatcher:
+    """Stands for mlx-lm's attention and calls the function whose turn it is."""
+
+    def __init__(self, function: Callable[..., mx.array]) -> None:
+        self.function = function
+
+    def __call__(self, *args: object, **kwargs: object) -> mx.array:
+        return self.function(*args, **kwargs)
+
+
+@contextmanager
+def attention_replaced(function: Callable[..., mx.array]) -> Iterator[None]:
+    """Let mlx-lm's architectures call `function` as their attention; undone on exit, on error too.
+
+    Contexts nest: the inner function is given the outer one as what it replaces. They are
+    for one thread: every model of the process sees the replacement. Only the outermost looks
+    through all modules, which takes a millisecond.
+
+    Args:
+        function: called as `function(original, queries, keys, values, ...)`, with whatever
+            mlx-lm gives `scaled_dot_product_attention` behind `original`, which is the
+            function that stood there before.
+    """
+    current = base.scaled_dot_product_attention
+    if isinstance(current, _Dispatcher):
+        before = current.function
+        current.function = partial(function, before)
+        try:
+            yield
+        finally:
+            current.function = before
+        return
+    with _exchanged(current, _Dispatcher(partial(function, current))):
+        yield
+
+
+@contextmanager
+def masks_known() -> Iterator[None]:
+    """Let mlx-lm's causal masks know what they mean (`blocks/masks.py`); undone on exit."""
+    original = base.create_causal_mask
+    with _exchanged(original, knowing(original)):
+        yield
+
+
+@contextmanager
+def attention_bounded() -> Iterator[None]:
+    """Let mlx-lm's architectures attend without tokens x tokens, scores or mask; undone on exit."""
+    with attention_replaced(bounded), masks_known():
+        yield
+
+
+@contextmanager
+def _exchanged(original: Callable, replacement: Callable) -> Iterator[None]:
+    try:
+        _exchange(original, replacement)
+        yield
+    finally:
+        # Looked for again: a module that was imported meanwhile took the replacement.
+        _exchange(replacement, original)
+
+
+def _exchange(old: Callable, new: Callable) -> None:
+    """Put `new` wherever a module of the package holds `old`, under whatever name."""
+    for name, module in list(sys.modules.items()):
+        # None stands for a module that may not be imported.
+        if name.startswith(PACKAGE) and module is not None:
+            for key in [key for key, value in vars(module).items() if value is old]:
+                setattr(module, key, new)
+
+
+def bounded(
+    original: Attention,
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    cache: object,
+    scale: float,
+    mask: mx.array | str | None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """For `attention_replaced`: the same, but tokens x tokens is never held, forward or backward.
+
+    MLX's own where it has a fused gradient, or where all scores are no more than a tile; in
+    tiles elsewhere, where a floating mask gets its gradient as well. Masks that know what they
+    mean are not evaluated where there is more than a tile. With a cache, or what tiles do not
+    know, `original` as it is.
+    """
+    tiled = tiled_mask(mask, queries.shape[2], keys.shape[2])
+    if cache is None and isinstance(tiled, str):
+        mask = tiled
+    # On a GPU MLX's kernels raise where a floating mask is to have a gradient.
+    small = 4 * queries.size // queries.shape[-1] * keys.shape[2] <= TILE_BYTES and not (
+        is_floating(mask) and mx.default_device() == mx.gpu
+    )
+    if (
+        cache is not None
+        or small
+        or not _is_known(mask)
+        or use_fused(queries, keys, values, mask=tiled, sinks=sinks)[0]
+    ):
+        return original(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
+    queries, keys, values = promoted(queries, keys, values)
+    return tiled_attention(queries, keys, values, scale=scale, mask=tiled, sinks=sinks)
+
+
+def _is_known(mask: object) -> bool:
+    """Whether tiles know a mask: MLX takes masks of whole numbers as well."""
+    if isinstance(mask, mx.array):
+        return mask.dtype == mx.bool_ or is_floating(mask)
+    return mask is None or mask == "causal"

@@ -1,0 +1,239 @@
+"""What a block is: finding the list of them in any model, standing in for them, their arrays.
+
+Nothing here names an architecture. The model's own `__call__` does embedding,
+scaling and masks; for the length of a call, calling a block reaches a handler that
+sees the arguments. The list and the blocks in it stay as they are, because a model's
+loop may ask anything of them: their class, their attributes, their identity.
+"""
+
+import hashlib
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_edgelora.blocks.refusals import Refusal, refused
+from mlx_edgelora.errors import EdgeLoraError
+
+# handler(index, x, args, kwargs) -> what the model's loop goes on with
+Handler = Callable[[int, mx.array, tuple, dict], mx.array]
+# Where an array hangs: its container (a module or a plain dict or list) and its key.
+Slot = tuple[Any, Any]
+
+
+class BlockList:
+    """The list of decoder blocks of a model, found by what it holds, not by its name.
+
+    Attributes:
+        model: the model it was found in.
+        blocks: the blocks, first to last.
+        hidden_dtype: of the last block's output, which may be wider than of the first one's
+            input; known once the blocks were checked (`walkable.checked_blocks`).
+        prefix: their names' beginning among the model's parameters, as in
+            `model.layers.`: block 3 owns every parameter under `model.layers.3.`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.hidden_dtype: mx.Dtype | None = None
+        layers = getattr(model, "layers", None)
+        wanted = {id(layer) for layer in layers} if isinstance(layers, Iterable) else set()
+        for path, module in model.named_modules():
+            for key, value in module.items():
+                if isinstance(value, list) and wanted and wanted <= {id(v) for v in value}:
+                    self.blocks: list[nn.Module] = list(value)
+                    self.prefix = ".".join(filter(None, [path, key])) + "."
+                    return
+        raise refused(model, Refusal.NO_LIST)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def local(self, name: str) -> tuple[int, str] | None:
+        """Split a parameter's name into block index and name inside it; None outside the blocks."""
+        if not name.startswith(self.prefix):
+            return None
+        index, _, rest = name[len(self.prefix) :].partition(".")
+        return int(index), rest
+
+    def refusal(self, index: int, reason: Refusal, **values: str) -> EdgeLoraError:
+        """The error of a model that cannot be trained because of one block; see `refused`."""
+        return refused(self.model, reason, index, self.blocks[index], **values)
+
+    def modules_outside(self) -> list[nn.Module]:
+        """The modules that are part of no block."""
+        inside = {id(module) for block in self.blocks for module in block.modules()}
+        return [module for module in self.model.modules() if id(module) not in inside]
+
+    @contextmanager
+    def intercepted(self, handler: Handler) -> Iterator[None]:
+        """Let calls of every block reach `handler` instead; undone on exit, on error too.
+
+        A block that `handler` calls is the block itself. Contexts nest; the inner one counts.
+        """
+        calls = _InterceptedCalls(self.blocks, handler)
+        with ExitStack() as stack:
+            for kind in dict.fromkeys(map(type, self.blocks)):
+                stack.enter_context(calls.of(kind))
+            yield
+
+    @contextmanager
+    def returning(self, hidden: mx.array) -> Iterator[None]:
+        """Skip every block: the last one returns `hidden`, so a call of the model is its tail."""
+        last = len(self.blocks) - 1
+        with self.intercepted(lambda index, x, args, kwargs: hidden if index == last else x):
+            yield
+
+
+class _InterceptedCalls:
+    """Calls of some modules that go to a handler, by exchanging `__call__` of their classes."""
+
+    def __init__(self, blocks: list[nn.Module], handler: Handler) -> None:
+        self._handler = handler
+        self._indices: dict[int, list[int]] = {}
+        for index, block in enumerate(blocks):
+            self._indices.setdefault(id(block), []).append(index)
+        self._next, self._is_handling = 0, False
+
+    @contextmanager
+    def of(self, kind: type[nn.Module]) -> Iterator[None]:
+        """Exchange `__call__` of a class; modules that are no blocks do not notice."""
+        own, call = vars(kind).get("__call__"), kind.__call__
+        first = _second_parameter(call)
+
+        @wraps(call)
+        def replacement(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if self._is_handling or id(module) not in self._indices:
+                return call(module, *args, **kwargs)
+            x, *args = args or (kwargs.pop(first),)
+            return self._handle(module, x, tuple(args), kwargs)
+
+        kind.__call__ = replacement
+        try:
+            yield
+        finally:
+            if own is None:
+                del kind.__call__
+            else:
+                kind.__call__ = own
+
+    def _handle(self, module: nn.Module, x: mx.array, args: tuple, kwargs: dict) -> mx.array:
+        # A module that is in the list twice is the block that is due, if it is one of them.
+        places = self._indices[id(module)]
+        index = next((place for place in places if place >= self._next), places[0])
+        self._next, self._is_handling = index + 1, True
+        try:
+            return self._handler(index, x, args, kwargs)
+        finally:
+            self._is_handling = False
+
+
+def _second_parameter(function: Callable) -> str:
+    """Its name, behind `self`; empty where there is none to be found."""
+    try:
+        return next(iter(list(inspect.signature(function).parameters)[1:]), "")
+    except ValueError:  # it is no Python function
+        return ""
+
+
+def array_slots(module: nn.Module) -> dict[str, Slot]:
+    """Name every array a module holds, private ones (rotary frequencies) included."""
+    slots: dict[str, Slot] = {}
+
+    def visit(container: Any, path: str) -> None:
+        items = container.items() if isinstance(container, dict) else enumerate(container)
+        for key, value in items:
+            name = f"{path}.{key}" if path else str(key)
+            if isinstance(value, mx.array):
+                slots[name] = (container, key)
+            elif isinstance(value, dict | list):
+                visit(value, name)
+
+    visit(module, "")
+    return slots
+
+
+@contextmanager
+def bound(slots: Mapping[str, Slot], values: Mapping[str, mx.array]) -> Iterator[None]:
+    """Put `values` where the slots of the same names are; undone on exit, on error too."""
+    before = {}
+    for name, value in values.items():
+        container, key = slots[name]
+        before[name] = container[key]
+        container[key] = value
+    try:
+        yield
+    finally:
+        # Backwards: one slot may have two names, and what it held first counts.
+        for name, value in reversed(before.items()):
+            container, key = slots[name]
+            container[key] = value
+
+
+def signature(block: nn.Module) -> str:
+    """Hash all that makes two blocks the same function of their arrays.
+
+    Classes, the tree of modules, and every attribute that is not an array. Two
+    blocks of one signature may share one compiled function; an attribute whose
+    value is unknown to us (any object) makes a block differ from all others.
+    """
+    parts = []
+    for path, module in sorted(block.named_modules(), key=lambda item: item[0]):
+        attributes = sorted((key, _fingerprint(value)) for key, value in vars(module).items())
+        children = sorted(
+            (key, _fingerprint(value, child=True))
+            for key, value in module.items()
+            if value is not None
+        )
+        parts.append((path, type(module).__qualname__, id(type(module)), attributes, children))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def described(args: tuple, kwargs: dict) -> str:
+    """What a block is called with, as far as it decides what the block computes.
+
+    Of arrays their types and shapes, of masks that know what they mean the window, of plain values
+    all; of two unknown objects none is like the other.
+    """
+    return _fingerprint([*args, kwargs])
+
+
+def _fingerprint(value: Any, child: bool = False) -> str:
+    """Tell values apart; modules and arrays among a module's children have their own paths."""
+    if child and isinstance(value, nn.Module | mx.array):
+        return type(value).__name__
+    if isinstance(value, mx.array):
+        band = getattr(value, "band", None)
+        return f"{type(value).__name__} {value.shape} {value.dtype} {band and band.window}"
+    if isinstance(value, dict):
+        return repr(sorted((str(key), _fingerprint(item, child)) for key, item in value.items()))
+    if isinstance(value, list | set | frozenset):
+        found = [_fingerprint(item, child) for item in value]
+        return repr((type(value).__name__, found if isinstance(value, list) else sorted(found)))
+    # Neither MLX nor `array_slots` looks into tuples: what is in there is a constant.
+    return _constant(value)
+
+
+def _constant(value: Any) -> str:
+    """A plain value, or an object by its identity."""
+    if isinstance(value, bool | int | float | str | None):
+        return repr(value)
+    if isinstance(value, tuple):
+        return repr((type(value).__name__, [_constant(item) for item in value]))
+    if hasattr(value, "__dataclass_fields__"):
+        found = {name: getattr(value, name, None) for name in value.__dataclass_fields__}
+        if not any(_holds_arrays(item) for item in found.values()):
+            return repr(value)
+    return f"{type(value).__qualname__} at {id(value)}"
+
+
+def _holds_arrays(value: Any) -> bool:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return any(map(_holds_arrays, value))
+    return isinstance(value, mx.array | nn.Module)

@@ -1,0 +1,397 @@
+"""Which models can be walked block by block: proved before training, or refused by name.
+
+The walk knows one way from block to block: the hidden state. A model in which anything
+else leads there (shared keys and values, an input passed around the blocks, a router's
+loss, a trained matrix in two blocks) would get wrong gradients without a word. The reasons
+are listed in `blocks/refusals.py`.
+"""
+
+import itertools
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_edgelora.blocks.block_list import BlockList, Handler, array_slots, bound
+from mlx_edgelora.blocks.dropout import KeyTape, dropout_layers, keyed_dropout
+from mlx_edgelora.blocks.masks import CausalMask, band_of
+from mlx_edgelora.blocks.refusals import Refusal, refused
+
+# What a block is called with: x, args, kwargs.
+Call = tuple[mx.array, tuple, dict]
+# What a model may answer with where it cannot be run with other blocks than its own.
+MODEL_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+TOKENS = (1, 4)
+# Part of what MLX says where a function that it traces wants to know values.
+EVALUATES = "Attempting to eval an array during function transformations"
+
+
+def checked_blocks(model: nn.Module) -> BlockList:
+    """The blocks of a model, adapted or not, once it is proved that it can be walked.
+
+    Every way into training calls this before it looks at a model in any other way. It reads
+    no weights, and takes 5 to 20 milliseconds a block, the more the more blocks there are.
+
+    Raises:
+        EdgeLoraError: names the architecture, the block and the reason.
+    """
+    blocks, tape = BlockList(model), KeyTape()
+    resting = [module for module in model.modules() if not module.training]
+    try:
+        model.train()  # some architectures compute otherwise when they do not train
+        # Dropout must neither look like random numbers of a block nor move MLX's generator.
+        layers = keyed_dropout(dropout_layers(model), tape)
+        with layers, tape.playing(itertools.repeat(mx.random.key(0))):
+            check_walk(blocks)
+    finally:
+        for module in resting:
+            module._training = False
+    return blocks
+
+
+def check_walk(blocks: BlockList) -> None:
+    """Prove that the model can be walked block by block, or refuse it by name.
+
+    The model's loop is run on four tokens with blocks that are not computed: each must be
+    called once, in order, on exactly what the one before returned. A gradient that went
+    another way would be lost, so no other argument may depend on what a block returned or
+    on what is trained before the blocks, and the logits only on the last block. Then the loop
+    is run with the blocks' own graphs, built on zeros: each must be called with the same
+    arguments as before, return one array of its input's shape and change nothing. At last their
+    gradients are built, and none may reach another block's input or what is trained in it. Only
+    such arguments are evaluated, so no weights are read.
+
+    Raises:
+        EdgeLoraError: names the architecture, the block and the reason.
+    """
+    _check_owners(blocks)
+    calls = _placeholder_calls(blocks, lambda index, x: mx.full(x.shape, float("nan"), x.dtype))
+    _check_arguments(blocks, calls, Refusal.SHARED_STATE)
+    trained = tree_flatten(blocks.model.trainable_parameters())
+    entry = {n: mx.full(v.shape, float("nan")) for n, v in trained if blocks.local(n) is None}
+    if entry:
+        with bound(array_slots(blocks.model), entry):
+            # The first block's input may depend on them, so it is not passed on.
+            reached = _placeholder_calls(blocks, lambda index, x: mx.zeros(x.shape, x.dtype))
+            _check_arguments(blocks, reached, Refusal.ENTRY)
+    for index, (x, *arguments) in enumerate(_placeholder_calls(blocks, _marker)):
+        if index and not mx.array_equal(x, _marker(index - 1, x)).item():
+            raise blocks.refusal(index, Refusal.CHANGED_INPUT)
+        if difference := different_argument(calls[index][1:], tuple(arguments)):
+            raise blocks.refusal(index, Refusal.OTHER_CALL, name=difference)
+    _check_tail(blocks, mx.zeros(calls[-1][0].shape, calls[-1][0].dtype))
+    before = list(map(_identity, blocks.blocks))
+    _calls(blocks, lambda *call: _checked_output(blocks, calls, before, *call))
+    _check_crossings(blocks)
+
+
+def _check_owners(blocks: BlockList) -> None:
+    """A trained array that hangs in two blocks would get two gradients, each a part of its own."""
+    slots = array_slots(blocks.model)
+    owners: dict[tuple[int, Any], int | None] = {}
+    for name, _ in tree_flatten(blocks.model.trainable_parameters()):
+        container, key = slots[name]
+        index = (blocks.local(name) or (None,))[0]
+        other = owners.setdefault((id(container), key), index)
+        if other != index:
+            where = "outside the blocks" if None in (other, index) else f"in block {other}"
+            index = index or other or 0
+            raise blocks.refusal(index, Refusal.OWNERS, name=name, where=where)
+
+
+def _marker(index: int, x: mx.array) -> mx.array:
+    return mx.random.normal(x.shape, x.dtype, key=mx.random.key(index))
+
+
+def _calls(blocks: BlockList, handler: Handler) -> list[Call]:
+    """Run the model's own loop on a few tokens; gives what each block was called with.
+
+    Args:
+        blocks: the model's.
+        handler: gives what the loop goes on with where a block is due.
+
+    Raises:
+        EdgeLoraError: blocks are not called once and in order.
+    """
+    calls: list[Call] = []
+
+    def record(index: int, x: mx.array, args: tuple, kwargs: dict) -> mx.array:
+        if index != len(calls):
+            raise blocks.refusal(index, Refusal.ORDER, due=str(len(calls)))
+        calls.append((x, args, kwargs))
+        return handler(index, x, args, kwargs)
+
+    drawn = _generators()
+    try:
+        with blocks.intercepted(record):
+            blocks.model(mx.arange(1, 1 + TOKENS[1])[None])
+    except MODEL_ERRORS as error:
+        last = max(len(calls) - 1, 0)
+        raise blocks.refusal(last, Refusal.SEVERAL_OUTPUTS, error=str(error)) from error
+    if _generators() != drawn:
+        raise refused(blocks.model, Refusal.RANDOM)
+    if len(calls) < len(blocks):
+        raise blocks.refusal(len(calls), Refusal.NOT_CALLED)
+    return calls
+
+
+def _placeholder_calls(
+    blocks: BlockList, output: Callable[[int, mx.array], mx.array]
+) -> list[Call]:
+    """What each block is called with where blocks return `output(index, x)` instead."""
+    returned: list[mx.array] = []
+
+    def handler(index: int, x: mx.array, args: tuple, kwargs: dict) -> mx.array:
+        if index and x is not returned[-1]:
+            raise blocks.refusal(index, Refusal.INPUT)
+        if not isinstance(x, mx.array) or x.ndim != 3 or x.shape[:2] != TOKENS:
+            shape = str(getattr(x, "shape", type(x).__name__))
+            raise blocks.refusal(index, Refusal.HIDDEN, shape=shape)
+        returned.append(output(index, x))
+        return returned[-1]
+
+    return _calls(blocks, handler)
+
+
+def _check_arguments(blocks: BlockList, calls: list[Call], reason: Refusal) -> None:
+    for index, (_, *others) in enumerate(calls):
+        if any(map(_has_nan, _leaves(others))):
+            raise blocks.refusal(index, reason)
+
+
+def _check_tail(blocks: BlockList, hidden: mx.array) -> None:
+    """Find the blocks on whose output the logits depend, by building the gradient."""
+    used: set[int] = set()
+
+    def logits(hidden: mx.array) -> mx.array:
+        with blocks.intercepted(lambda index, *_: watched(lambda: used.add(index))(hidden)):
+            found = blocks.model(mx.arange(1, 1 + TOKENS[1])[None])
+        arrays = [value for _, value in tree_flatten(found) if isinstance(value, mx.array)]
+        return sum(array.sum() for array in arrays if mx.issubdtype(array.dtype, mx.floating))
+
+    try:
+        mx.grad(logits)(hidden)
+    except MODEL_ERRORS as error:
+        raise blocks.refusal(len(blocks) - 1, Refusal.TAIL, error=str(error)) from error
+    early = used - {len(blocks) - 1}
+    if early:
+        raise blocks.refusal(min(early), Refusal.USED_LATER)
+
+
+def watched(when_reached: Callable[[], None]) -> Callable[[mx.array], mx.array]:
+    """An identity that tells when a gradient passes through it; no copy of what is contiguous."""
+
+    @mx.custom_function
+    def identity(x: mx.array) -> mx.array:
+        return mx.contiguous(x)
+
+    @identity.vjp
+    def backward(_: mx.array, cotangent: mx.array, __: mx.array) -> mx.array:
+        when_reached()
+        return cotangent
+
+    return identity
+
+
+def looks_at_values(function: Callable[..., Any], inputs: Sequence[mx.array]) -> bool:
+    """Whether a function decides by the values of its inputs what it computes.
+
+    It is traced by `mx.compile`, where MLX forbids that anything is evaluated; nothing is
+    computed. Where compilation is switched off, it is on for that moment.
+    """
+
+    def raises(function: Callable[..., Any]) -> bool:
+        try:
+            mx.compile(function)(*inputs)
+        except (ValueError, RuntimeError) as error:
+            if EVALUATES not in str(error):
+                raise
+            return True
+        return False
+
+    is_off = not raises(lambda *arrays: [mx.eval(arrays), *arrays][1:])
+    if is_off:
+        mx.enable_compile()
+    try:
+        return raises(function)
+    finally:
+        if is_off:
+            mx.disable_compile()
+
+
+def _checked_output(
+    blocks: BlockList,
+    calls: Sequence[Call],
+    before: Sequence[list],
+    index: int,
+    x: mx.array,
+    args: tuple,
+    kwargs: dict,
+) -> mx.array:
+    """What a block returns for zeros, with zeros for weights, once its call is what it must be.
+
+    Its dtype is that of the hidden states there, which may get wider from block to block.
+    """
+    block, zeros = blocks.blocks[index], mx.zeros(x.shape, x.dtype)
+    if difference := different_argument(calls[index][1:], (args, kwargs)):
+        raise blocks.refusal(index, Refusal.OTHER_CALL, name=difference)
+    if _identity(block) != before[index]:
+        raise blocks.refusal(index, Refusal.SET)
+    slots = array_slots(block)
+    # A block that looks at values must not read its weights for that.
+    empty = {name: mx.zeros(box[key].shape, box[key].dtype) for name, (box, key) in slots.items()}
+    drawn = _generators()
+    with bound(slots, empty):
+        own = _identity(block), list(map(id, _leaves([args, kwargs])))
+        try:
+            out = block(zeros, *args, **kwargs)
+        except MODEL_ERRORS as error:
+            raise blocks.refusal(index, Refusal.FAILS, error=str(error)) from error
+        after = _identity(block), list(map(id, _leaves([args, kwargs])))
+    if not isinstance(out, mx.array):
+        raise blocks.refusal(index, Refusal.NO_ARRAY, kind=type(out).__name__)
+    if out.shape != x.shape:
+        shapes = {"shape": str(x.shape), "other": str(out.shape)}
+        raise blocks.refusal(index, Refusal.OTHER_SHAPE, **shapes)
+    if after != own:
+        raise blocks.refusal(index, Refusal.MUTATES)
+    if _generators() != drawn:
+        raise blocks.refusal(index, Refusal.RANDOM)
+    blocks.hidden_dtype = out.dtype
+    return out
+
+
+def _generators() -> tuple:
+    """The states of all generators of random numbers that a model may draw from."""
+    _, words, position, *_ = np.random.get_state()
+    return mx.random.state[0].tolist(), random.getstate(), words.tobytes(), position
+
+
+def _check_crossings(blocks: BlockList) -> None:
+    """Find ways from block to block beside the hidden state, by what gradients reach.
+
+    The inputs of blocks and all that is trained are cut off and watched. Of half of the blocks at
+    a time the gradients are built: none may reach a watcher of the other half. With halves by every
+    bit of a block's index each pair of blocks is apart once: 2 log2(blocks) graphs.
+    """
+    count = len(blocks)
+    for bit in range(max(1, (count - 1).bit_length())):
+        for value in (0, 1):
+            chosen = {index for index in range(count) if index >> bit & 1 == value}
+            for tag in _reached_tags(blocks, chosen) if chosen else ():
+                if tag is None:
+                    raise blocks.refusal(min(chosen), Refusal.ENTRY)
+                if tag not in chosen:
+                    raise blocks.refusal(max(tag, ~tag), Refusal.CROSSING)
+
+
+def _reached_tags(blocks: BlockList, chosen: set[int]) -> set[int | None]:
+    """Which blocks' inputs, outputs or parameters the gradients of some blocks reach.
+
+    None stands for parameters outside the blocks, ~index for what is handed on behind a block.
+    """
+    slots, reached = array_slots(blocks.model), set()
+    trained = dict(tree_flatten(blocks.model.trainable_parameters()))
+    shared = {id(slots[name][0]) for name in trained}
+
+    def run(start: mx.array) -> list[mx.array]:
+        outputs: list[mx.array] = []
+
+        def cut(tag: int | None, like: mx.array) -> mx.array:
+            zeros = mx.zeros(like.shape, like.dtype) + start.astype(like.dtype)
+            return watched(lambda: reached.add(tag))(zeros)
+
+        def handler(index: int, x: mx.array, args: tuple, kwargs: dict) -> mx.array:
+            block = blocks.blocks[index]
+            own = array_slots(block)
+            zeros = {
+                name: mx.zeros(box[key].shape, box[key].dtype)
+                for name, (box, key) in own.items()
+                if id(box) not in shared
+            }
+            try:
+                with bound(own, zeros):
+                    out = block(cut(index, x), *args, **kwargs)
+            except MODEL_ERRORS as error:
+                raise blocks.refusal(index, Refusal.FAILS, error=str(error)) from error
+            if index in chosen:
+                outputs.append(out.astype(mx.float32).sum())
+            return cut(~index, x)
+
+        values = {n: cut((blocks.local(n) or (None,))[0], v) for n, v in trained.items()}
+        with bound(slots, values), blocks.intercepted(handler):
+            blocks.model(mx.arange(1, 1 + TOKENS[1])[None])
+        return outputs
+
+    try:
+        mx.vjp(run, [mx.zeros(())], [mx.zeros(()) for _ in chosen])
+    except MODEL_ERRORS as error:
+        raise blocks.refusal(min(chosen), Refusal.NO_GRADIENT, error=str(error)) from error
+    return reached
+
+
+def different_argument(expected: tuple[tuple, dict], got: tuple[tuple, dict]) -> str | None:
+    """The first of a call's arguments (args, kwargs) that is not as expected; None if all are.
+
+    Arrays are evaluated, but for masks that know what they mean.
+    """
+    names = [f"argument {number + 2}" for number in range(len(expected[0]))] + list(expected[1])
+    if len(expected[0]) != len(got[0]) or expected[1].keys() != got[1].keys():
+        return "number of arguments"
+    for name, *pair in zip(
+        names, (*expected[0], *expected[1].values()), (*got[0], *got[1].values()), strict=True
+    ):
+        leaves = [tree_flatten(value, is_leaf=_is_module) for value in pair]
+        if [place for place, _ in leaves[0]] != [place for place, _ in leaves[1]]:
+            return name
+        if not all(_same(a, b) for (_, a), (_, b) in zip(*leaves, strict=True)):
+            return name
+    return None
+
+
+def _same(first: Any, second: Any) -> bool:
+    bands = [band_of(mask) if isinstance(mask, CausalMask) else None for mask in (first, second)]
+    if None not in bands:
+        return (first.shape, str(bands[0])) == (second.shape, str(bands[1]))
+    if isinstance(first, mx.array) and isinstance(second, mx.array):
+        same = (first.shape, first.dtype) == (second.shape, second.dtype)
+        return same and mx.array_equal(first, second, equal_nan=True).item()
+    plain = (bool, int, float, str, type(None))
+    return type(first) is type(second) and (not isinstance(first, plain) or first == second)
+
+
+def _leaves(value: Any) -> list:
+    """What nested arguments hold, attributes of objects among them included."""
+    leaves = [leaf for _, leaf in tree_flatten(value, is_leaf=_is_module)]
+    inside = [vars(leaf) for leaf in leaves if hasattr(leaf, "__dict__")]
+    return leaves + [leaf for _, leaf in tree_flatten(inside, is_leaf=_is_module)]
+
+
+def _is_module(value: Any) -> bool:
+    return isinstance(value, nn.Module)
+
+
+def _identity(block: nn.Module) -> list:
+    arrays = [(name, id(box[key])) for name, (box, key) in array_slots(block).items()]
+    plain = [(path, key, id(v)) for path, m in block.named_modules() for key, v in vars(m).items()]
+    return arrays + plain
+
+
+def _has_nan(value: Any) -> bool:
+    return (
+        isinstance(value, mx.array)
+        and mx.issubdtype(value.dtype, mx.floating)
+        and bool(mx.isnan(value).any().item())
+    )

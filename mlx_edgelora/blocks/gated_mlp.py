@@ -1,0 +1,210 @@
+"""Gated MLPs of a model, found by what their own code does, and computed in slices.
+
+A module is one if it holds three linear layers and nothing else, gives its input to two of
+them, and returns what the third makes of some function of their results, entry by entry.
+That function stays the module's own code: it is called with stand-ins for its layers. So
+every activation works, and one that looks across features (a top-k, a norm) is seen in a
+trial and left as it is.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_edgelora.blocks.block_list import BlockList
+from mlx_edgelora.blocks.checks import MODEL_ERRORS
+from mlx_edgelora.blocks.lora_layers import LoRALinear
+from mlx_edgelora.layers.linear import DequantizedLinear
+from mlx_edgelora.layers.mlp import TILE_BYTES, Activation, Packing, Projection, gated_mlp
+
+MATRICES = (nn.Linear, nn.QuantizedLinear, DequantizedLinear)
+# Tokens and features of the trial.
+TRIAL = (2, 8)
+
+
+class Form(NamedTuple):
+    """The names of a gated MLP's layers: those that take its input, and the last one."""
+
+    inputs: tuple[str, str]
+    down: str
+
+
+class _Sliced:
+    """Mixed into a gated MLP's class; what it needs is kept on the class made for it."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Map [..., d] to [..., d] in slices; dropout in an adapter needs all at once."""
+        layers = [self[name] for name in (*self._form.inputs, self._form.down)]
+        if self._tile_bytes is None or any(_drops(layer) for layer in layers):
+            return super().__call__(x)
+        projections = [_projection(layer) for layer in layers]
+        return gated_mlp(x, *projections, self._activation, tile_bytes=self._tile_bytes)
+
+
+def slice_mlps(blocks: BlockList, tile_bytes: int = TILE_BYTES) -> str:
+    """Let every gated MLP in the blocks compute in slices; call it after `add_lora`.
+
+    Args:
+        blocks: the blocks of a model; classes of their modules are exchanged.
+        tile_bytes: see `gated_mlp`.
+
+    Returns:
+        How many there are, of how many blocks.
+    """
+    found = 0
+    with_one: set[int] = set()
+    kinds: dict[tuple, type] = {}
+    for index, block in enumerate(blocks.blocks):
+        for module in block.modules():
+            form = gated_form(module)
+            if form is None:
+                continue
+            found += 1
+            with_one.add(index)
+            # One class for modules of the same settings: a compiled backward serves them all.
+            key = type(module), form, _settings(module)
+            if key not in kinds:
+                members = {
+                    "_form": form,
+                    "_activation": staticmethod(own_activation(module, form)),
+                    "_tile_bytes": tile_bytes,
+                }
+                kinds[key] = type(key[0].__name__, (_Sliced, key[0]), members)
+            object.__setattr__(module, "__class__", kinds[key])
+    return f"{found} gated MLPs that can go in slices, in {len(with_one)} of {len(blocks)} blocks"
+
+
+def set_slices(blocks: BlockList, tile_bytes: int | None, stop: int) -> None:
+    """Change how large slices are from now on, after `slice_mlps`.
+
+    Args:
+        blocks: as of `slice_mlps`.
+        tile_bytes: in the blocks below `stop`; None computes them layer by layer.
+        stop: in this block and those above, MLPs are computed layer by layer.
+    """
+    for index, block in enumerate(blocks.blocks):
+        for module in block.modules():
+            if isinstance(module, _Sliced):
+                object.__setattr__(module, "_tile_bytes", tile_bytes if index < stop else None)
+
+
+def gated_form(module: nn.Module) -> Form | None:
+    """The form of a module if it is a gated MLP that can be sliced, else None.
+
+    Nothing of the model is evaluated: its layers do not take part in the trial.
+    """
+    if isinstance(module, _Sliced) or len(module) != 3 or not all(map(_is_known, module.values())):
+        return None
+    signature = inspect.signature(type(module).__call__)
+    if len(signature.parameters) != 2:
+        return None
+    x = mx.zeros((1, TRIAL[0], 4))
+    calls: list[tuple[str, mx.array]] = []
+    results = {
+        name: mx.random.normal((1, *TRIAL), key=mx.random.key(i)) for i, name in enumerate(module)
+    }
+
+    def answer(name: str) -> Callable[[mx.array], mx.array]:
+        def layer(given: mx.array) -> mx.array:
+            calls.append((name, given))
+            return results[name]
+
+        return layer
+
+    try:
+        out = _stand_in(module, {name: answer(name) for name in module})(x)
+    except MODEL_ERRORS:
+        return None
+    names = [name for name, given in calls if given is x]
+    if len(calls) != 3 or sorted(name for name, _ in calls) != sorted(module) or len(names) != 2:
+        return None
+    down = next(name for name in module if name not in names)
+    if out is not results[down]:
+        return None
+    form = Form((names[0], names[1]), down)
+    parts = [results[name][0] for name in form.inputs]
+    return (
+        form
+        if _is_pointwise(own_activation(module, form), *parts) and _fits(module, form)
+        else None
+    )
+
+
+def own_activation(module: nn.Module, form: Form) -> Activation:
+    """What the module's own code makes of its two inputs' results before the last layer."""
+    results: dict[str, mx.array] = {}
+
+    def last(h: mx.array) -> mx.array:
+        results[form.down] = h
+        return h
+
+    answers: dict[str, Any] = {name: lambda x, name=name: results[name] for name in form.inputs}
+    stand_in = _stand_in(module, answers | {form.down: last})
+
+    def activation(first: mx.array, second: mx.array) -> mx.array:
+        results.update(zip(form.inputs, (first[None], second[None]), strict=True))
+        stand_in(first[None])
+        h = results.pop(form.down)[0]
+        results.clear()
+        return h
+
+    return activation
+
+
+def _settings(module: nn.Module) -> str:
+    """What else its code may look at; of two unknown objects none is like the other."""
+    items = sorted(vars(module).items())
+    plain = (bool, int, float, str, set, type(None))
+    return repr([(key, v if isinstance(v, plain) else id(v)) for key, v in items])
+
+
+def _stand_in(module: nn.Module, answers: dict[str, Callable]) -> nn.Module:
+    """A module of the same class and settings with functions for layers."""
+    copy = type(module).__new__(type(module))
+    nn.Module.__init__(copy)
+    for key, value in {**vars(module), **answers}.items():
+        object.__setattr__(copy, key, value)
+    return copy
+
+
+def _is_pointwise(activation: Activation, first: mx.array, second: mx.array) -> bool:
+    """Whether an entry of the result depends on the same entry of both alone."""
+    whole = activation(first, second)
+    if whole.shape != first.shape:
+        return False
+    for rows, columns in ((slice(0, 1), slice(None)), (slice(None), slice(2, 5))):
+        part = activation(first[rows, columns], second[rows, columns])
+        if not mx.allclose(part, whole[rows, columns], rtol=1e-4, atol=1e-6).item():
+            return False
+    return True
+
+
+def _is_known(layer: object) -> bool:
+    if type(layer) is LoRALinear:
+        layer = layer.linear
+    return type(layer) in MATRICES
+
+
+def _fits(module: nn.Module, form: Form) -> bool:
+    first, second, down = (_projection(module[name]) for name in (*form.inputs, form.down))
+    return (first.out_dims, first.in_dims) == (second.out_dims, second.in_dims) and (
+        down.in_dims == first.out_dims
+    )
+
+
+def _drops(layer: nn.Module) -> bool:
+    return "dropout" in layer and layer.dropout._p_1 < 1 and layer.dropout.training
+
+
+def _projection(layer: nn.Module) -> Projection:
+    lora: dict[str, Any] = {}
+    if isinstance(layer, LoRALinear):
+        lora = {"lora_a": layer.lora_a, "lora_b": layer.lora_b, "scale": layer.scale}
+        layer = layer.linear
+    own = {name: layer.get(name) for name in ("weight", "scales", "biases", "bias")}
+    if own["scales"] is not None:
+        lora["packing"] = Packing(layer.group_size, layer.bits, layer.mode)
+    return Projection(**own, **lora)

@@ -1,0 +1,40 @@
+"""mlx-lm's LoRA layers with the low-rank branch in the dtype of the activations."""
+
+import mlx.core as mx
+from mlx_lm.tuner.lora import LoRALinear as MlxLoRALinear
+from mlx_lm.tuner.lora import LoRASwitchLinear as MlxLoRASwitchLinear
+
+
+class LoRALinear(MlxLoRALinear):
+    """mlx-lm's LoRA layer with the low-rank branch in the dtype of the activations.
+
+    mlx-lm multiplies bfloat16 activations by float32 adapters, which makes float32
+    copies of every adapted layer's input and output: about half of a block's
+    backward memory. Adapters and their gradients stay float32 here too. In float32
+    the two layers compute the same.
+    """
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Map [..., in] to [..., out], in the dtype of `x`."""
+        y = self.linear(x)
+        z = self.dropout(x) @ self.lora_a.astype(x.dtype)
+        return y + ((self.scale * z) @ self.lora_b.astype(x.dtype)).astype(y.dtype)
+
+
+class LoRASwitchLinear(MlxLoRASwitchLinear):
+    """mlx-lm's LoRA layer over experts with the low-rank branch in the activations' dtype."""
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        """Map [..., 1, in] through the experts named by `indices` to [..., 1, out]."""
+        y = self.linear(x, indices, sorted_indices=sorted_indices)
+        z = self.dropout(x)
+        # MLX's gather_mm knows nothing but float32 on a CPU.
+        dtype = x.dtype if mx.default_device() == mx.gpu else mx.float32
+        for factor in (self.lora_a, self.scale * self.lora_b):
+            z = mx.gather_mm(
+                z,
+                factor.astype(dtype).swapaxes(-1, -2),
+                rhs_indices=indices,
+                sorted_indices=sorted_indices,
+            )
+        return y + z.astype(y.dtype)

@@ -1,0 +1,274 @@
+"""Which blocks can be computed a part of their tokens at a time: tried, not assumed."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_edgelora.blocks.attention import masks_known
+from mlx_edgelora.blocks.block_list import BlockList, array_slots, bound, described, signature
+from mlx_edgelora.blocks.checks import MODEL_ERRORS, looks_at_values, watched
+from mlx_edgelora.blocks.dropout import without_dropout
+from mlx_edgelora.blocks.masks import band_of, banded
+from mlx_edgelora.blocks.parts import BlockParts, Span
+from mlx_edgelora.blocks.weight_source import WeightSource
+from mlx_edgelora.layers.fused import is_floating
+
+# What the trial is made of: rows of the batch and tokens, and the tiles they are cut into.
+TRIAL_SHAPE = (2, 7)
+TRIAL_SPANS = (Span(0, 3), Span(3, 7))
+# Of the tokens of both rows some, and of those of the second tile.
+TRIAL_ROWS = (0, 3, 5, 11, 12, 13)
+TRIAL_TILE_ROWS = (0, 3, 5)
+TRIAL_WINDOW = 3
+# Of each row of the batch: a small one sees what a block adds; a large one sees positions where
+# there is no norm before attention, whose scores are the same for all tokens if inputs are small.
+TRIAL_SCALES = (0.01, 1.0)
+# Rows may differ by so much of their norm. Rounding stays below it (TF32 makes 1e-3 of
+# float32); a token at a wrong position or under a wrong mask is off by a tenth and more.
+TOLERANCES = {mx.float32: 5e-3, mx.float16: 2e-2, mx.bfloat16: 5e-2}
+
+
+class Tileable(NamedTuple):
+    """Whether a block can be computed by tiles of tokens, and why not.
+
+    Attributes:
+        keys: how many numbers keys, or values, of a token are, the larger of the two; of a
+            block that is cut at its cache, what it gives the cache.
+        through_cache: see `BlockParts`.
+        by_rows: whether it can be computed for some of a tile's tokens.
+    """
+
+    possible: bool
+    reason: str = ""
+    keys: int = 0
+    through_cache: bool = False
+    by_rows: bool = False
+
+
+class Tiling:
+    """Tells of each block of a model whether it can be computed by tiles of tokens.
+
+    Args:
+        blocks: the model's blocks; they passed `check_walk`.
+        weights: where the blocks' arrays come from; one block of each kind is read some times.
+        like: of other blocks, some of which are these: what was tried there is not tried again.
+    """
+
+    def __init__(
+        self, blocks: BlockList, weights: Sequence[WeightSource], like: "Tiling | None" = None
+    ) -> None:
+        self._blocks, self._weights = blocks, weights
+        self._calls: list[tuple] | None = None
+        self._keys: dict[int, str] = {}
+        self._found: dict[str, Tileable] = {} if like is None else like._found
+
+    def of(self, index: int) -> Tileable:
+        """Whether block `index` can be; not inside an intercepted call.
+
+        The first call for a block of its kind makes a trial: it runs the block
+        on 14 tokens, whole and by parts, and reads it each time.
+        """
+        block = self._blocks.blocks[index]
+        if dropping(block):  # asked anew: it goes on and off with the training mode
+            return Tileable(False, "dropout would draw other masks for parts of the tokens")
+        if index not in self._keys:
+            if self._calls is None:
+                self._calls = block_calls(self._blocks)
+            _, args, kwargs = self._calls[index]
+            self._keys[index] = signature(block) + described(args, kwargs)
+        key = self._keys[index]
+        if key not in self._found:
+            self._found[key] = self._trial(index)
+        return self._found[key]
+
+    def summary(self) -> str:
+        """In words, over all blocks."""
+        found = [self.of(index) for index in range(len(self._blocks))]
+        reasons = sorted({choice.reason for choice in found if not choice.possible})
+        count = sum(choice.possible for choice in found)
+        return f"{count} of {len(found)} blocks" + (f" ({'; '.join(reasons)})" if reasons else "")
+
+    def _trial(self, index: int) -> Tileable:
+        block, reasons = self._blocks.blocks[index], []
+        for through_cache in (False, True):
+            try:
+                calls = list(_trials(block, *self._calls[index], through_cache))
+                reason = self._disagreement(index, calls)
+                if not reason and _depends_on_length(*calls[0]):
+                    reason = "what a block computes depends on how long the text is"
+                if not reason:
+                    x, parts = calls[0]
+                    kept = parts.kept(x, Span(0, TRIAL_SHAPE[1]))  # for its shapes: never computed
+                    keys = max(array.shape[1] * array.shape[3] for array in kept)
+                    by_rows = not through_cache and not self._rows_differ(index, calls)
+                    return Tileable(True, "", keys, through_cache, by_rows)
+            except MODEL_ERRORS as error:
+                reason = f"a block cannot be called for parts of its tokens: {error}"
+            reasons.append(reason)
+        return Tileable(False, reasons[0])
+
+    def _disagreement(self, index: int, calls: list[tuple[mx.array, BlockParts]]) -> str | None:
+        """How the tiles differ from the whole, if they do."""
+        compute = self._computing(index)
+        for x, parts in calls:
+            if not parts.through_cache and _mask_is_computed(x, parts):
+                return "a block adds a mask to its scores that depends on its input"
+            kept = compute(_kept, x, parts)
+            tiles = [compute(_tile, x, parts, span, kept) for span in TRIAL_SPANS]
+            difference = _difference(mx.concatenate(tiles, axis=1), compute(parts.whole, x), x)
+            if not difference <= TOLERANCES[x.dtype]:  # NaN is no agreement
+                return f"computed by parts a block differs by {difference:.1e} of its norm"
+        return None
+
+    def _rows_differ(self, index: int, calls: list[tuple[mx.array, BlockParts]]) -> bool:
+        """Whether a block computed for some tokens gives something else."""
+        compute, span = self._computing(index), TRIAL_SPANS[1]
+        try:
+            for x, parts in calls:
+                whole, kept = compute(parts.whole, x), compute(_kept, x, parts)
+                rows, tile_rows = mx.array(TRIAL_ROWS), mx.array(TRIAL_TILE_ROWS)
+                mine, seen, some = _seen(x, parts, span, kept)
+                pairs = [
+                    (compute(parts.for_rows, x, rows), Span(0, x.shape[1]), rows),
+                    (
+                        compute(parts.finished_at, mine, span, seen, some, tile_rows),
+                        span,
+                        tile_rows,
+                    ),
+                ]
+                for got, part, places in pairs:
+                    expected, before = (
+                        v[:, part.start : part.stop].reshape(1, -1, x.shape[2])[:, places]
+                        for v in (whole, x)
+                    )
+                    if not _difference(got, expected, before) <= TOLERANCES[x.dtype]:
+                        return True
+        except MODEL_ERRORS:
+            return True
+        return False
+
+    def _computing(self, index: int) -> Callable:
+        """Something that calls a function with a block's arrays bound, and evaluates what it gives.
+
+        They are read anew each time. Memory: streamed weights then belong to one graph alone,
+        which reads a matrix where it is multiplied and frees it.
+        """
+        slots = array_slots(self._blocks.blocks[index])
+
+        def compute(function: Callable, *args: Any) -> Any:
+            arrays = {k: v for source in self._weights for k, v in source.block(index).items()}
+            with bound(slots, arrays):
+                made = function(*args)
+            del arrays
+            mx.eval(made)
+            return made
+
+        return compute
+
+
+def _seen(
+    x: mx.array, parts: BlockParts, span: Span, kept: Sequence[mx.array]
+) -> tuple[mx.array, Span, list[mx.array]]:
+    """The tokens of a span, which keys they see, and what is kept of these."""
+    seen = parts.seen(span, x.shape[1])
+    some = [array[:, :, seen.start : seen.stop] for array in kept]
+    return x[:, span.start : span.stop], seen, some
+
+
+def _tile(x: mx.array, parts: BlockParts, span: Span, kept: Sequence[mx.array]) -> mx.array:
+    mine, seen, some = _seen(x, parts, span, kept)
+    return parts.finished(mine, span, seen, some)
+
+
+def _kept(x: mx.array, parts: BlockParts) -> list[mx.array]:
+    """Keys and values of all tokens, by tiles; or what they give the cache."""
+    pairs = [parts.kept(x[:, span.start : span.stop], span) for span in TRIAL_SPANS]
+    return [mx.concatenate(both, axis=2) for both in zip(*pairs, strict=True)]
+
+
+def _difference(got: mx.array, expected: mx.array, before: mx.array) -> float:
+    """The largest difference of a token, over the norm of what the block adds to it.
+
+    Beside a large input, what is added may be rounded away: twice that is allowed for. NaN
+    where nothing is added, so that nothing can be seen.
+    """
+    dtype = expected.dtype
+    got, expected, before = (value.astype(mx.float32) for value in (got, expected, before))
+    off, added, size = (
+        mx.linalg.norm(value, axis=-1) for value in (got - expected, expected - before, before)
+    )
+    rounding = 2 * mx.finfo(dtype).eps / TOLERANCES[dtype] * size
+    return mx.where(added > 0, off / (added + rounding), mx.nan).max().item()
+
+
+def _depends_on_length(x: mx.array, parts: BlockParts) -> bool:
+    """Whether a block decides by the position of its tokens what it computes, in Python.
+
+    As rotary frequencies that change behind some length do: a trial on a few tokens would not see
+    it, and a tile does not know how long the text is.
+    """
+    return looks_at_values(lambda offset: parts.kept(x[:, :3], Span(0, 3), offset), [mx.array(3)])
+
+
+def dropping(module: nn.Module) -> bool:
+    """Whether a layer of dropout is at work in a module."""
+    return any(
+        isinstance(layer, nn.Dropout) and layer.training and layer._p_1 < 1
+        for layer in module.modules()
+    )
+
+
+def block_calls(blocks: BlockList) -> list[tuple]:
+    """What the model calls each block with on the tokens of the trial; nothing is computed."""
+    calls: list[tuple] = []
+
+    def record(index: int, x: mx.array, args: tuple, kwargs: dict) -> mx.array:
+        calls.append(
+            (mx.random.normal(x.shape, key=mx.random.key(index)).astype(x.dtype), args, kwargs)
+        )
+        return x
+
+    with blocks.intercepted(record), masks_known(), without_dropout(blocks.model):
+        blocks.model(mx.zeros(TRIAL_SHAPE, mx.int32))
+    return calls
+
+
+def _trials(
+    block: nn.Module, x: mx.array, args: tuple, kwargs: dict, through_cache: bool
+) -> Iterator[tuple[mx.array, BlockParts]]:
+    """The call at an input of one size in each row, and under a window: long texts may have one."""
+    parts = BlockParts(block, args, kwargs, through_cache)
+    if reason := parts.unsuited(TRIAL_SHAPE[1]):
+        raise ValueError(reason)
+    mask = parts.mask
+    masks, window = [mask], banded(range(TRIAL_SHAPE[1]), TRIAL_SHAPE[1], TRIAL_WINDOW)
+    if band_of(mask) is not None:
+        masks.append(window)
+    scaled = mx.array(TRIAL_SCALES, x.dtype)[:, None, None] * x
+    for mask in masks:
+        yield scaled, parts.with_mask(mask)
+
+
+def _mask_is_computed(x: mx.array, parts: BlockParts) -> bool:
+    """Whether a gradient passes through the mask that a block gives attention.
+
+    It is then made of some tokens where it should be made of all.
+    """
+    reached: list[bool] = []
+    watch = watched(lambda: reached.append(True))
+    trained = dict(tree_flatten(parts.block.trainable_parameters()))
+    slots = array_slots(parts.block)
+
+    def constants(x: mx.array, *values: mx.array) -> list[mx.array]:
+        seen = {name: watch(value) for name, value in zip(trained, values, strict=True)}
+        with bound(slots, seen):
+            asked = parts.asked(watch(x), Span(0, x.shape[1]))
+        return [asked.mask.astype(mx.float32).sum() if is_floating(asked.mask) else mx.array(0.0)]
+
+    # Only the graph is built: nothing is computed, no weights are read.
+    every = list(range(1 + len(trained)))
+    mx.grad(lambda *arrays: sum(constants(*arrays)), argnums=every)(x, *trained.values())
+    return bool(reached)

@@ -1,0 +1,1 @@
+"""The walk over segments of blocks: what is recorded, computed, kept and differentiated."""

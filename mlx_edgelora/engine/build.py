@@ -1,0 +1,104 @@
+"""An engine put together from an adapted model and a plan."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+
+from mlx_edgelora.blocks.gated_mlp import slice_mlps
+from mlx_edgelora.engine.functions import can_compile
+from mlx_edgelora.engine.paged import PagedTrained
+from mlx_edgelora.engine.step import Engine, Loss
+from mlx_edgelora.engine.trained import ResidentTrained, Trained
+from mlx_edgelora.engine.walk import Walk
+from mlx_edgelora.losses.exact import CrossEntropy
+from mlx_edgelora.measure.meter import DiskMeter
+from mlx_edgelora.model.checkpoint import LazyModel
+from mlx_edgelora.model.loading import attach
+from mlx_edgelora.model.lora import set_kernel
+from mlx_edgelora.planner.plan import Plan
+from mlx_edgelora.storage.stores import MappedStore, RamStore
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an engine is made of, beside a model and a plan.
+
+    Attributes:
+        folder: of scratch files; used if the plan writes any.
+        dtype: of frozen floating weights and activations; the checkpoint's own if None.
+        loss: to train with; the exact one by default.
+        load: called with what is trained before the weights are attached.
+        rest: called after every block.
+        compiled: compile where MLX can.
+    """
+
+    folder: str | os.PathLike
+    dtype: str | None = None
+    loss: Loss | None = None
+    load: Callable[[Trained], None] = lambda trained: None
+    rest: Callable[[], None] = lambda: None
+    compiled: bool = True
+
+
+@contextmanager
+def assembled(
+    lazy: LazyModel,
+    plan: Plan,
+    settings: Settings,
+    notify: Callable[[str], None] = lambda line: None,
+) -> Iterator[Engine]:
+    """The engine of an adapted model in training mode; its files are gone on exit.
+
+    Args:
+        lazy: its model went through `add_lora`.
+        plan: is obeyed until the engine is given another one.
+        settings: the rest.
+        notify: gets a line for every choice that was made on the way.
+
+    Raises:
+        EdgeLoraError: the architecture cannot be walked, a file cannot be read or made.
+    """
+    meter, model = DiskMeter(), lazy.model
+    kernel = set_kernel(model, plan.kernel)
+    compiled = settings.compiled and can_compile()
+    with ExitStack() as stack:
+        if plan.adapters == "paged":
+            trained: Trained = PagedTrained(model, settings.folder, meter, compiled)
+        else:
+            trained = ResidentTrained(model, compiled)
+        stack.enter_context(closing(trained))
+        settings.load(trained)
+        attached = attach(
+            lazy,
+            streamed=plan.streams,
+            dtype=settings.dtype,
+            meter=meter,
+            streamed_blocks=plan.streamed_blocks,
+            head_streamed=plan.head == "streamed",
+        )
+        stack.enter_context(closing(attached.weights))
+        lazy.raw.clear()  # it would keep what was cast
+        store = MappedStore(settings.folder, meter) if plan.spills else RamStore()
+        stack.enter_context(closing(store))
+        walk = Walk(
+            model,
+            store,
+            attached.weights,
+            compiled,
+            trained,
+            plan=plan,
+            rest=settings.rest,
+            blocks=attached.blocks,
+        )
+        model.train()
+        sliced = slice_mlps(walk.blocks)
+        loss = settings.loss or CrossEntropy(plan.loss_bytes)
+        engine = Engine(model, walk, attached.head, meter, loss, trained)
+        engine.obey(plan)
+        notify(f"quantized products: {kernel}; {sliced}")
+        which = "labelled tokens" if walk.spares_rows else "all tokens"
+        notify(f"loss over {attached.logits}; last block for {which}")
+        if plan.tile_tokens is not None:
+            notify(f"tiles: {walk.tiling}")
+        yield engine

@@ -1,0 +1,207 @@
+"""A block as a function of all that it depends on, its gradient, and both compiled.
+
+Weights are arguments: what a compiled function captures it keeps for good. One function serves
+all blocks of a kind (`blocks.signature`), and is traced once for each shape.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from mlx_edgelora.blocks.block_list import BlockList, Slot, bound, signature
+from mlx_edgelora.blocks.checks import EVALUATES
+from mlx_edgelora.blocks.dropout import KeyTape
+from mlx_edgelora.blocks.masks import packed, unpacked
+from mlx_edgelora.blocks.parts import BlockParts
+from mlx_edgelora.engine.record import Call
+
+Arrays = dict[str, mx.array]
+Rows = mx.array | None
+# Part of what MLX says of arguments that are neither arrays nor constants.
+NO_TREE = "Function arguments must be trees"
+
+
+class Wanted(NamedTuple):
+    """Which rows of a block's output are needed.
+
+    Attributes:
+        rows: int [n], ascending, of the B * T tokens; None for all.
+        spares: whether the block is computed for these alone.
+    """
+
+    rows: Rows = None
+    spares: bool = False
+
+
+class Functions:
+    """Calls functions, compiled where that is wanted and possible.
+
+    Args:
+        compiles: whether it is wanted.
+    """
+
+    def __init__(self, compiles: bool) -> None:
+        self.compiles = compiles
+        self._known: dict[Hashable, Callable] = {}
+        self._refused: set[Hashable] = set()
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def call(self, key: Hashable, function: Callable, *args: Any) -> Any:
+        """Call a function, or the one that was compiled under this key.
+
+        Args:
+            key: the same for functions that compute the same of their arguments; None for one
+                that is not to be compiled.
+            function: what it captures must be the same for all of one key.
+            args: trees of arrays and constants.
+        """
+        if not self.compiles or key is None or key in self._refused:
+            return function(*args)
+        if key not in self._known:
+            self._known[key] = mx.compile(function)
+        try:
+            return self._known[key](*args)
+        except (ValueError, RuntimeError) as error:
+            if not any(text in str(error) for text in (EVALUATES, NO_TREE)):
+                raise
+            # A function that decides by values what it computes has no one graph, and there are
+            # arguments that MLX does not compile.
+            self._refused.add(key)
+            del self._known[key]
+            return function(*args)
+
+
+class BlockFunctions:
+    """The blocks of a model as functions.
+
+    Args:
+        blocks: of the model.
+        slots: of every block, where its arrays hang.
+        tape: gives dropout its keys.
+        compiles: see `Functions`.
+    """
+
+    def __init__(
+        self,
+        blocks: BlockList,
+        slots: Sequence[dict[str, Slot]],
+        tape: KeyTape,
+        compiles: bool,
+    ) -> None:
+        self.blocks, self.slots, self.tape = blocks, slots, tape
+        self.functions = Functions(compiles)
+        self._signatures: dict[int, str] = {}
+
+    def look_again(self) -> None:
+        """Blocks may have other settings than before."""
+        self._signatures.clear()
+
+    def signature(self, index: int) -> str:
+        """The same for blocks that are the same function of their arrays."""
+        if index not in self._signatures:
+            self._signatures[index] = signature(self.blocks.blocks[index])
+        return self._signatures[index]
+
+    def called(
+        self, index: int, x: mx.array, args: tuple, kwargs: dict, wanted: Wanted
+    ) -> mx.array:
+        """Call a block whose arrays are bound; gives [B, T, D], or [1, n, D] of some rows."""
+        block = self.blocks.blocks[index]
+        if wanted.rows is None:
+            return block(x, *args, **kwargs)
+        if wanted.spares:
+            return BlockParts(block, args, kwargs).for_rows(x, wanted.rows)
+        return rows_of(block(x, *args, **kwargs), wanted.rows)
+
+    def forward(
+        self, index: int, arrays: tuple[Arrays, Arrays], x: mx.array, call: Call, wanted: Wanted
+    ) -> mx.array:
+        """What a block returns, lazy; `call` gets the keys that dropout draws.
+
+        Args:
+            index: of the block.
+            arrays: what is trained of it, and all else that it holds.
+            x: [B, T, D].
+            call: what it is called with.
+            wanted: which rows of what it returns.
+        """
+
+        def function(
+            trained: Arrays, frozen: Arrays, x: mx.array, args: tuple, kwargs: dict, rows: Rows
+        ) -> mx.array:
+            args, kwargs = unpacked(args, kwargs)
+            with bound(self.slots[index], frozen | trained):
+                return self.called(index, x, args, kwargs, wanted._replace(rows=rows))
+
+        key = "forward", self.signature(index), wanted.spares
+        if self.tape.is_used:  # keys are drawn while the graph is built
+            key = None
+        with self.tape.recording() as call.keys:
+            arguments = *packed(call.args, call.kwargs), wanted.rows
+            return self.functions.call(key, function, *arrays, x, *arguments)
+
+    def gradients(
+        self,
+        index: int,
+        arrays: tuple[Arrays, Arrays],
+        x: mx.array,
+        cotangent: mx.array,
+        call: Call,
+        wanted: Wanted,
+        onward: bool,
+    ) -> tuple[Arrays, mx.array | None]:
+        """Gradients of what is trained of a block and, if `onward`, of its input; lazy."""
+
+        def function(
+            trained: Arrays,
+            frozen: Arrays,
+            x: mx.array,
+            cotangent: mx.array,
+            args: tuple,
+            kwargs: dict,
+            keys: list[mx.array],
+            rows: Rows,
+        ) -> list[mx.array]:
+            args, kwargs = unpacked(args, kwargs)
+
+            def forward(*primals: mx.array) -> mx.array:
+                values = frozen | dict(zip(trained, primals[:-1], strict=True))
+                with bound(self.slots[index], values), self.tape.playing(keys):
+                    return self.called(index, primals[-1], args, kwargs, wanted._replace(rows=rows))
+
+            _, gradients = mx.vjp(forward, [*trained.values(), x], [cotangent])
+            return gradients if onward else gradients[:-1]
+
+        key = "gradients", self.signature(index), wanted.spares, onward
+        arguments = *packed(call.args, call.kwargs), call.keys, wanted.rows
+        found = self.functions.call(key, function, *arrays, x, cotangent, *arguments)
+        dx = found.pop() if onward else None
+        return dict(zip(arrays[0], found, strict=True)), dx
+
+
+def rows_of(whole: mx.array, rows: mx.array) -> mx.array:
+    """Some rows, int [n], of [B, T, D] as [1, n, D]; no copy where they are all of them."""
+    flat = whole.reshape(1, -1, whole.shape[-1])
+    return flat if rows.size == flat.shape[1] else flat[:, rows]
+
+
+@cache
+def can_compile() -> bool:
+    """Whether MLX compiles here: not where it is switched off, and on a CPU it needs a compiler."""
+    traced = []
+
+    def probe(x: mx.array) -> mx.array:
+        traced.append(x)
+        return mx.exp(x * x + 1)
+
+    function, one = mx.compile(probe), mx.ones(2)
+    try:
+        for _ in range(2):
+            mx.eval(function(one))
+    except RuntimeError:
+        return False
+    return len(traced) == 1  # switched off, it is called every time

@@ -1,0 +1,112 @@
+"""`value_and_grad` for any loss of any walkable model, and how gradients are arranged."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map_with_path
+
+from mlx_edgelora.blocks.block_list import array_slots, bound
+from mlx_edgelora.blocks.checks import watched
+from mlx_edgelora.blocks.weight_source import WeightSource
+from mlx_edgelora.engine.visits import Arrays
+from mlx_edgelora.engine.walk import Walk
+from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.storage.stores import ActivationStore
+
+
+def value_and_grad(
+    model: nn.Module,
+    loss: Callable[..., Any],
+    *,
+    store: ActivationStore | None = None,
+    weights: WeightSource | None = None,
+    compiled: bool = False,
+) -> Callable[..., tuple[Any, dict]]:
+    """A drop-in for `nn.value_and_grad(model, loss)` whose memory does not grow with depth.
+
+    Args:
+        model: any mlx-lm model whose blocks can be walked; it is left as it was found.
+        loss: calls `model` once and returns a scalar, or a tuple that begins with one.
+        store: where the inputs of blocks wait; in memory by default, which grows with depth.
+        weights, compiled: see `Walk`.
+
+    Returns:
+        A function of the loss's arguments that gives `(value, gradients)`, the gradients
+        evaluated and arranged as `model.trainable_parameters()`.
+
+    Raises:
+        EdgeLoraError: the architecture cannot be walked, or the loss reaches what is trained in
+            blocks by another way than the one call of the model.
+    """
+    walk = Walk(model, store, weights, compiled)
+
+    def run(*args: Any, **kwargs: Any) -> tuple[Any, dict]:
+        walk.look_again()
+        with walk.forward(lambda: loss(*args, **kwargs)) as state:
+            reached: set[str] = set()
+
+            def tail(hidden: mx.array, outside: Arrays, zero: mx.array) -> Any:
+                once = _called_once(walk, hidden, zero, reached)
+                with walk.tail(state, hidden, outside), once:
+                    return loss(*args, **kwargs)
+
+            value, (state.cotangent, gradients, _) = mx.value_and_grad(tail, argnums=(0, 1, 2))(
+                state.hidden, walk.outside(), mx.zeros(())
+            )
+            if reached:
+                raise EdgeLoraError(
+                    f"value_and_grad: the loss depends on {min(reached)} beside what the model "
+                    "returns, which would be left out of the gradient; use mlx.nn.value_and_grad"
+                )
+            state.hidden = None
+            mx.eval(value, state.cotangent, gradients)
+            for more in walk.backward(state):
+                add_into(gradients, more)
+        return value, gradient_tree(model, gradients)
+
+    return run
+
+
+@contextmanager
+def _called_once(walk: Walk, hidden: mx.array, zero: mx.array, reached: set[str]) -> Iterator[None]:
+    """Let the last block return `hidden`, once; `reached` gets what else the loss depends on.
+
+    A gradient passes through that because `zero`, which is differentiated, is added to it.
+    """
+    last, calls = len(walk.blocks) - 1, set()
+
+    def watch(name: str, value: mx.array) -> mx.array:
+        return watched(lambda: reached.add(name))(value + zero.astype(value.dtype))
+
+    def handler(index: int, x: mx.array, args: tuple, kwargs: dict) -> mx.array:
+        if index in calls:
+            raise EdgeLoraError(
+                "value_and_grad: the loss calls the model or a block of it a second time, expected "
+                "one call of the model; put all rows into one batch"
+            )
+        calls.add(index)
+        if index == last:
+            return hidden
+        return watch(f"the output of block {index}", x)
+
+    trained = {
+        name: watch(name, value)
+        for name, value in tree_flatten(walk.model.trainable_parameters())
+        if walk.blocks.local(name)
+    }
+    with bound(array_slots(walk.model), trained), walk.blocks.intercepted(handler):
+        yield
+
+
+def add_into(gradients: Arrays, more: Arrays) -> None:
+    """Add gradients by name in place; a tied head and embedding contribute to one name."""
+    for name, value in more.items():
+        gradients[name] = gradients[name] + value if name in gradients else value
+
+
+def gradient_tree(model: nn.Module, gradients: Mapping[str, mx.array]) -> dict:
+    """Arrange gradients by name as `nn.value_and_grad` returns them."""
+    return tree_map_with_path(lambda name, _: gradients[name], model.trainable_parameters())

@@ -1,0 +1,175 @@
+"""Optimizers of mlx-lm, applied one block of the model at a time.
+
+So only one block's intermediate arrays are alive at once, and a gradient's buffer is free for
+reuse as soon as its block is done. The arithmetic is that of `optimizer.update(model, gradients)`;
+compiled, as mlx-lm compiles it, MLX may round the last bit of a fused operation otherwise.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import mlx.core as mx
+import mlx.optimizers as optimizers
+from mlx_lm.tuner.utils import build_schedule
+
+from mlx_edgelora.config import OPTIMIZERS, TrainConfig
+from mlx_edgelora.errors import EdgeLoraError
+
+
+def build_optimizer(config: TrainConfig) -> optimizers.Optimizer:
+    """The optimizer that `optimizer`, `optimizer_config`, `learning_rate`, `lr_schedule` name.
+
+    As in mlx-lm a schedule, counted in optimizer updates, takes the place of the rate.
+
+    Raises:
+        EdgeLoraError: an unknown optimizer, or arguments that it or the schedule refuses.
+    """
+    name = config.optimizer.lower()
+    if name not in OPTIMIZERS:
+        raise EdgeLoraError(
+            f"optimizer: got {config.optimizer!r}, expected one of {', '.join(OPTIMIZERS)}"
+        )
+    rate = config.learning_rate
+    if config.lr_schedule:
+        rate = _build_schedule(config.lr_schedule)
+    arguments = dict(config.optimizer_config.get(name) or {})
+    try:
+        # A step of a trial one: some arguments are only looked at there.
+        trial = OPTIMIZERS[name](learning_rate=rate, **arguments)
+        mx.eval(trial.apply_gradients({"x": mx.ones((2, 2))}, {"x": mx.ones((2, 2))}))
+        return OPTIMIZERS[name](learning_rate=rate, **arguments)
+    except (IndexError, TypeError, ValueError) as error:
+        raise EdgeLoraError(
+            f"optimizer_config.{name}: got {arguments}, which {OPTIMIZERS[name].__name__} refuses "
+            f"({error}); see its arguments in mlx.optimizers"
+        ) from error
+
+
+def _build_schedule(lr_schedule: dict) -> Callable[[mx.array], mx.array]:
+    try:
+        schedule = build_schedule(lr_schedule)
+        rate = schedule(mx.array(0, mx.uint64))
+        mx.eval(rate)
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+        raise EdgeLoraError(
+            f"lr_schedule: got {lr_schedule}, which cannot be built ({error}); expected name, the "
+            "list arguments of that function in mlx.optimizers.schedulers, and optionally warmup"
+        ) from error
+    return schedule
+
+
+class BlockUpdate:
+    """Applies an optimizer to some arrays at a time, blocks of one kind by one compiled function.
+
+    Args:
+        optimizer: not used yet.
+        compiled: whether the arithmetic is compiled.
+    """
+
+    def __init__(self, optimizer: optimizers.Optimizer, compiled: bool) -> None:
+        self._optimizer = optimizer
+        self._function = mx.compile(self._apply) if compiled else self._apply
+
+    def begin(self) -> None:
+        """Count a step and set what is on a schedule, once for all blocks."""
+        self._optimizer.apply_gradients({}, {})
+
+    def apply(
+        self,
+        gradients: Mapping[str, mx.array],
+        parameters: Mapping[str, mx.array],
+        states: Mapping[str, dict],
+        factor: mx.array | None,
+    ) -> tuple[dict[str, mx.array], dict[str, dict]]:
+        """New parameters and states, by name, lazy.
+
+        Args:
+            gradients: of some parameters.
+            parameters: these; no others are looked at.
+            states: what the optimizer remembers of each; nothing before the first update.
+            factor: gradients are multiplied by it; None for 1.
+        """
+        names = list(gradients)
+        ready: dict[str, dict] = {}
+        for name in names:
+            ready[name] = dict(states.get(name) or {})
+            if not ready[name]:
+                self._optimizer.init_single(parameters[name], ready[name])
+        scalars = {k: v for k, v in self._optimizer.state.items() if isinstance(v, mx.array)}
+        wanted = {name: parameters[name] for name in names}
+        return self._function(dict(gradients), wanted, ready, scalars, factor)
+
+    def _apply(
+        self,
+        gradients: dict[str, mx.array],
+        parameters: dict[str, mx.array],
+        states: dict[str, dict],
+        scalars: dict[str, mx.array],
+        factor: mx.array | None,
+    ) -> tuple[dict[str, mx.array], dict[str, dict]]:
+        # What the optimizer counts and schedules are arguments as well, or they would be constants.
+        state = self._optimizer.state
+        before = {name: state[name] for name in scalars}
+        state.update(scalars)
+        try:
+            updated, after = {}, {}
+            for name, gradient in gradients.items():
+                clipped = gradient
+                if factor is not None:
+                    clipped = (gradient * factor).astype(gradient.dtype)
+                after[name] = dict(states[name])
+                updated[name] = self._optimizer.apply_single(clipped, parameters[name], after[name])
+        finally:
+            state.update(before)
+        return updated, after
+
+
+def averaged(gradients: dict[str, mx.array], count: int) -> dict[str, mx.array]:
+    """Gradients by name divided by `count`, not yet evaluated; empties them."""
+    result = {}
+    for name in list(gradients):
+        gradient = gradients.pop(name)
+        result[name] = gradient / count if count > 1 else gradient
+    return result
+
+
+def squares(gradients: Mapping[str, mx.array], count: int) -> dict[str, mx.array]:
+    """Sum of squares of each gradient divided by `count`: float32 scalars, evaluated."""
+    result = {}
+    for name, gradient in gradients.items():
+        mean = gradient / count if count > 1 else gradient
+        # How an array lies in memory decides in which order it is summed up, and a file has one.
+        result[name] = mx.contiguous(mean.astype(mx.float32).square()).sum()
+    mx.eval(result)
+    return result
+
+
+def global_norm(squares: Mapping[str, mx.array], order: Iterable[str]) -> mx.array:
+    """Root of the sum in this order, as in `mlx.optimizers.clip_grad_norm`; evaluated."""
+    total = mx.array(0.0)
+    for name in order:
+        total = total + squares[name]
+    norm = mx.sqrt(total)
+    mx.eval(norm)
+    return norm
+
+
+def clip_factor(norm: mx.array, max_norm: float) -> mx.array:
+    """What gradients of this norm are multiplied by so that it is `max_norm` at most."""
+    return mx.minimum(max_norm / (norm + 1e-6), 1.0)
+
+
+def by_block(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names of parameters, by what those of a block begin with."""
+    blocks: dict[str, list[str]] = {}
+    for name in names:
+        blocks.setdefault(_block_name(name), []).append(name)
+    return blocks
+
+
+def _block_name(name: str) -> str:
+    """`model.layers.3.mlp.up_proj.lora_a` -> `model.layers.3`; a name without index -> ``."""
+    parts = name.split(".")
+    for position, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[: position + 1])
+    return ""

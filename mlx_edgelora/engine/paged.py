@@ -1,0 +1,264 @@
+"""Trained parameters, gradients and optimizer state in a file, a block in memory at a time.
+
+QLoRA's paged optimizers (arXiv 2305.14314, section 3) let the moments wait outside a GPU's
+memory until a page fault brings them back. Here parameters and gradients wait as well, on
+disk, and the walk over blocks says whose turn it is.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optimizers
+
+from mlx_edgelora.blocks.block_list import BlockList, array_slots
+from mlx_edgelora.engine.optimizer import BlockUpdate, averaged, global_norm, squares
+from mlx_edgelora.engine.trained import Arrays, Update, add_to, names_of
+from mlx_edgelora.measure.meter import DiskMeter
+from mlx_edgelora.storage.page_file import PageFile, Section, Spec
+
+
+class PagedTrained:
+    """The blocks' parameters, gradients and optimizer state in a file.
+
+    In the model stand lazy arrays of NaN that nobody evaluates, of the right shapes. What is
+    trained outside the blocks (adapters of embedding and head) stays in memory.
+
+    Memory: one block's parameters, gradients and state, and the new ones while it is updated.
+    Disk: all blocks'; each step reads parameters three times and writes them once, writes
+    gradients once (and reads them once more for their norm), reads and writes the state.
+
+    Args:
+        model: adapted; its parameters may be lazy, and are evaluated a block at a time.
+        folder: where the file lives.
+        meter: counts what is read and written.
+        compiled: whether the optimizer's arithmetic is compiled.
+
+    Raises:
+        EdgeLoraError: no file can be made there, or the volume is full.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        folder: str | os.PathLike,
+        meter: DiskMeter | None = None,
+        compiled: bool = False,
+    ) -> None:
+        self._compiled, self._outside_states = compiled, {}
+        self._arithmetic: BlockUpdate | None = None
+        self._model, self._meter = model, meter or DiskMeter()
+        self._blocks, self._update = BlockList(model), Update()
+        self._names = names_of(model)
+        self._outside: Arrays = {}  # sums of gradients of what is in memory
+        self._summed: set[int] = set()  # blocks whose sum of gradients has begun
+        self._moved: set[int] = set()  # blocks that were updated
+        self._gradients: dict[int, Section] = {}
+        self._states: dict[int, Section] = {}
+        self._file = PageFile(folder, "adapters", "--adapters resident")
+        try:
+            self._parameters, self._end = self._claim()
+        except BaseException:
+            self.close()
+            raise
+
+    def block(self, index: int, lasting: bool = False) -> Arrays:
+        """Read a block's parameters.
+
+        Raises:
+            EdgeLoraError: an update was broken off.
+        """
+        self._update.check()
+        return self._parameters[index].read() if index in self._parameters else {}
+
+    def prefetch(self, index: int) -> None:
+        """Let the system read ahead."""
+        if index in self._parameters:
+            self._parameters[index].prefetch()
+
+    def load(self, weights: Iterable[tuple[str, mx.array]]) -> None:
+        """Write the values to the file, one at a time."""
+        for name, value in weights:
+            place = self._blocks.local(name)
+            if place is None:
+                self._model.load_weights([(name, value)], strict=False)
+            else:
+                index, local = place
+                mx.eval(value)
+                self._parameters[index].write({local: value})
+
+    def start(self, optimizer: optimizers.Optimizer) -> None:
+        """Take the disk space for gradients and state.
+
+        Raises:
+            EdgeLoraError: the volume is full.
+        """
+        self._outside.clear()
+        self._outside_states.clear()
+        self._arithmetic = BlockUpdate(optimizer, self._compiled)
+        self._summed.clear()
+        self._moved.clear()
+        specs = {index: section.specs() for index, section in self._parameters.items()}
+        self._gradients, end = self._sections(self._end, specs)
+        states = {index: _state_specs(optimizer, arrays) for index, arrays in specs.items()}
+        self._states, end = self._sections(end, states)
+        self._file.reserve(end)
+
+    def add(self, gradients: Arrays) -> None:
+        """Add to the sums in the file, block by block."""
+        for index, arrays in self._by_block(gradients).items():
+            if index is None:
+                add_to(arrays, self._outside)
+                continue
+            total = self._gradients[index].read() if index in self._summed else {}
+            add_to(arrays, total)
+            self._gradients[index].write(total)
+            self._summed.add(index)
+
+    def norm(self, count: int) -> mx.array:
+        """Norm of the mean; reads all gradients once."""
+        every = squares(self._outside, count)
+        for index in sorted(self._summed):
+            prefix = f"{self._blocks.prefix}{index}."
+            of_block = squares(self._gradients[index].read(), count)
+            every |= {prefix + local: value for local, value in of_block.items()}
+        return global_norm(every, self._names)
+
+    def update(
+        self, optimizer: optimizers.Optimizer, count: int, factor: mx.array | None = None
+    ) -> None:
+        """Update a block at a time, after what is in memory."""
+        with self._update.running():
+            self._arithmetic.begin()
+            self._update_outside(count, factor)
+            mx.eval(optimizer.state)
+            order = sorted(self._summed)
+            for index, following in zip(order, [*order[1:], None], strict=True):
+                if following is not None:
+                    self._prefetch_update(following)
+                self._update_block(index, count, factor)
+            self._summed.clear()
+
+    def weights(self) -> Mapping[str, mx.array]:
+        """A view that reads each array from the file when it is looked at."""
+        self._update.check()
+        return _View(self._names, self._array)
+
+    def close(self) -> None:
+        """Free the file's space."""
+        self._file.close()
+
+    def _claim(self) -> tuple[dict[int, Section], int]:
+        """Move the blocks' parameters into the file; placeholders stay in the model."""
+        slots = array_slots(self._model)
+        specs: dict[int, dict[str, Spec]] = {}
+        for name in self._names:
+            if place := self._blocks.local(name):
+                box, key = slots[name]
+                specs.setdefault(place[0], {})[place[1]] = (box[key].dtype, box[key].shape)
+        sections, end = self._sections(0, specs)
+        self._file.reserve(end)
+        nan = mx.array(float("nan"))
+        for index, section in sections.items():
+            prefix = f"{self._blocks.prefix}{index}."
+            boxes = {local: slots[prefix + local] for local in specs[index]}
+            arrays = {local: box[key] for local, (box, key) in boxes.items()}
+            mx.eval(arrays)
+            section.write(arrays)
+            for local, (box, key) in boxes.items():
+                dtype, shape = specs[index][local]
+                box[key] = mx.full(shape, nan, dtype)
+        mx.eval([box[key] for box, key in (slots[name] for name in self._resident())])
+        return sections, end
+
+    def _sections(self, start: int, specs: Mapping[int, Mapping]) -> tuple[dict[int, Section], int]:
+        sections = {}
+        for index in sorted(specs):
+            sections[index] = Section(self._file, start, specs[index], self._meter)
+            start = sections[index].stop
+        return sections, start
+
+    def _update_outside(self, count: int, factor: mx.array | None) -> None:
+        """Update what is in memory."""
+        slots = array_slots(self._model)
+        boxes = {name: slots[name] for name in self._resident()}
+        gradients = averaged(self._outside, count)
+        parameters = {name: box[key] for name, (box, key) in boxes.items()}
+        updated, states = self._arithmetic.apply(
+            gradients, parameters, self._outside_states, factor
+        )
+        mx.eval(updated, states)
+        self._outside_states.update(states)
+        for name, value in updated.items():
+            box, key = boxes[name]
+            box[key] = value
+
+    def _update_block(self, index: int, count: int, factor: mx.array | None) -> None:
+        gradients = averaged(self._gradients[index].read(), count)
+        parameters, states = self._parameters[index].read(), {name: {} for name in gradients}
+        if index in self._moved:
+            for (name, key), value in self._states[index].read().items():
+                states[name][key] = value
+        parameters, states = self._arithmetic.apply(gradients, parameters, states, factor)
+        del gradients
+        mx.eval(parameters, states)
+        self._parameters[index].write(parameters)
+        self._states[index].write(
+            {(name, key): value for name, state in states.items() for key, value in state.items()}
+        )
+        self._moved.add(index)
+
+    def _prefetch_update(self, index: int) -> None:
+        self._parameters[index].prefetch()
+        self._gradients[index].prefetch()
+        if index in self._moved:
+            self._states[index].prefetch()
+
+    def _by_block(self, gradients: Arrays) -> dict[int | None, Arrays]:
+        """Split gradients by block, with local names; those outside keep theirs, under None."""
+        groups: dict[int | None, Arrays] = {}
+        for name in list(gradients):
+            index, local = self._blocks.local(name) or (None, name)
+            groups.setdefault(index, {})[local] = gradients.pop(name)
+        return groups
+
+    def _resident(self) -> list[str]:
+        return [name for name in self._names if self._blocks.local(name) is None]
+
+    def _array(self, name: str) -> mx.array:
+        place = self._blocks.local(name)
+        if place is not None:
+            return self._parameters[place[0]].read_one(place[1])
+        box, key = array_slots(self._model)[name]
+        return box[key]
+
+
+class _View(Mapping[str, mx.array]):
+    """Arrays by name that are read when they are looked at."""
+
+    def __init__(self, names: list[str], read: Callable[[str], mx.array]) -> None:
+        self._names, self._read = dict.fromkeys(names), read
+
+    def __getitem__(self, name: str) -> mx.array:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _state_specs(
+    optimizer: optimizers.Optimizer, parameters: Mapping[str, Spec]
+) -> dict[tuple[str, str], Spec]:
+    """What the optimizer will remember of each parameter; nothing is evaluated."""
+    specs = {}
+    for name, (dtype, shape) in parameters.items():
+        state: Arrays = {}
+        optimizer.init_single(mx.zeros(shape, dtype), state)
+        specs |= {(name, key): (value.dtype, value.shape) for key, value in state.items()}
+    return specs

@@ -1,0 +1,84 @@
+"""What a model calls its blocks with: its own loop, run once, with blocks that compute nothing."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_edgelora.blocks.block_list import BlockList
+from mlx_edgelora.blocks.refusals import Refusal
+from mlx_edgelora.errors import EdgeLoraError
+
+
+@dataclass
+class Call:
+    """What a block is called with beside its input, and the keys that its dropout drew."""
+
+    args: tuple
+    kwargs: dict
+    keys: list[mx.array] = field(default_factory=list)
+
+
+class _Reached(Exception):
+    """Ends the model's loop at the block that was waited for."""
+
+
+def record(blocks: BlockList, run: Callable[[], Any]) -> tuple[mx.array, list[Call]]:
+    """The first block's input, lazy, and the call of every block.
+
+    Each block hands on an array of its input's shape that nobody computes. That blocks are called
+    in order and on what the one before returned is checked here again: a loop may do otherwise
+    with other tokens than those of `check_walk`.
+
+    Args:
+        blocks: of the model.
+        run: calls the model, directly or inside a loss; stopped at the last block.
+
+    Raises:
+        EdgeLoraError: blocks are not called once and in order, or not at all.
+    """
+    calls: list[Call] = []
+    first: list[mx.array] = []
+    returned: list[mx.array] = []
+
+    def handler(index: int, x: mx.array, args: tuple, kwargs: dict) -> mx.array:
+        if index != len(calls):
+            raise blocks.refusal(index, Refusal.ORDER, due=str(len(calls)))
+        if index and x is not returned[-1]:
+            raise blocks.refusal(index, Refusal.INPUT)
+        calls.append(Call(args, kwargs))
+        if index == 0:
+            first.append(x)
+        if index + 1 == len(blocks):
+            raise _Reached
+        returned[:] = [mx.zeros(x.shape, x.dtype)]
+        return returned[0]
+
+    try:
+        with blocks.intercepted(handler):
+            run()
+    except _Reached:
+        return first[0], calls
+    if calls:
+        raise blocks.refusal(len(calls), Refusal.NOT_CALLED)
+    raise EdgeLoraError(
+        "value_and_grad: the loss returned without calling the model, expected one call; "
+        "call the model given to value_and_grad inside the loss"
+    )
+
+
+def first_input(blocks: BlockList, run: Callable[[], Any]) -> mx.array:
+    """The first block's input; the model's loop ends there."""
+    found: list[mx.array] = []
+
+    def handler(index: int, x: mx.array, args: tuple, kwargs: dict) -> mx.array:
+        found.append(x)
+        raise _Reached
+
+    try:
+        with blocks.intercepted(handler):
+            run()
+    except _Reached:
+        pass
+    return found[0]

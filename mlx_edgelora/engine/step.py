@@ -1,0 +1,317 @@
+"""One training step's loss and gradients: the walk over blocks and the masked, tiled loss."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_edgelora.blocks.block_list import bound
+from mlx_edgelora.blocks.gated_mlp import set_slices
+from mlx_edgelora.data import Batch
+from mlx_edgelora.data.batches import PAD_TO
+from mlx_edgelora.engine.gradients import add_into, gradient_tree
+from mlx_edgelora.engine.trained import ResidentTrained, Trained
+from mlx_edgelora.engine.visits import Arrays
+from mlx_edgelora.engine.walk import Pass, Walk
+from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.losses.approximate import ApproximateCrossEntropy
+from mlx_edgelora.losses.chunked import chunked_cross_entropy, in_graph
+from mlx_edgelora.losses.exact import CrossEntropy, check_labels
+from mlx_edgelora.measure.meter import DiskMeter
+from mlx_edgelora.measure.profile import phase
+from mlx_edgelora.model.head import ModelHead
+from mlx_edgelora.planner.plan import Plan
+
+Loss = CrossEntropy | ApproximateCrossEntropy
+
+# Float32 logits of a chunk of tokens, where all logits of a token are made at once.
+LOGITS_BYTES = 4 * 2**20
+# Numbers of labelled tokens that are told apart in batches of one size, where graphs are compiled.
+FILLED = 8
+
+
+class Engine:
+    """Computes losses and gradients of batches, at a bounded peak.
+
+    Tokens that carry no label never reach the final norm and the head, so a masked prompt
+    costs no logits; where the walk can, not even the last block but its keys and values.
+
+    Args:
+        model: the adapted model.
+        walk: the walk over its blocks.
+        head: its head by tiles; None computes whole rows of logits.
+        disk: counts what the weights and the store read and write.
+        training_loss: the exact one by default. Evaluation is always exact, and a head that
+            is None takes no other than an exact one.
+        trained: where trained parameters are, the source of the walk's adapters; by default
+            the model.
+
+    Attributes:
+        plan_of: the plan for a batch, where it is not always that of the last `obey`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        walk: Walk,
+        head: ModelHead | None,
+        disk: DiskMeter,
+        training_loss: Loss | None = None,
+        trained: Trained | None = None,
+    ) -> None:
+        self.model, self.disk = model, disk
+        self.trained = ResidentTrained(model) if trained is None else trained
+        self._walk, self.head = walk, head
+        # The head's tiles are as large in evaluation.
+        tiles = getattr(training_loss, "exact", training_loss) or CrossEntropy()
+        self._exact = CrossEntropy(tiles.tile_bytes)
+        self.training_loss = training_loss or self._exact
+        self._plan = Plan()
+        self.plan_of: Callable[[Batch], Plan] = lambda batch: self._plan
+
+    @property
+    def walk(self) -> Walk:
+        """The walk over the model's blocks."""
+        return self._walk
+
+    @property
+    def plan(self) -> Plan:
+        """What is obeyed now."""
+        return self._plan
+
+    def obey(self, plan: Plan) -> None:
+        """Compute from now on as a plan says; what it leaves in memory or on disk stays there."""
+        self._plan = plan
+        blocks = self._walk.blocks
+        set_slices(blocks, plan.mlp_bytes, len(blocks) - plan.kept_blocks)
+        self._walk.obey(plan)  # which looks at the blocks' settings
+
+    def hold(self, plan: Plan) -> None:
+        """Obey a plan that has fewer blocks' weights in memory than the one before."""
+        if plan.streams:
+            count = len(self._walk.blocks)
+            streamed = count if plan.streamed_blocks is None else plan.streamed_blocks
+            self._walk.weights.hold_from(streamed)
+        self.obey(plan)
+
+    def value_and_grad(self, batch: Batch) -> tuple[tuple[mx.array, int], dict]:
+        """Mean loss over the labelled tokens, their count, and all gradients, evaluated."""
+        gradients: Arrays = {}
+        result = self.backward(batch, lambda more: add_into(gradients, more))
+        return result, gradient_tree(self.model, gradients)
+
+    def backward(self, batch: Batch, sink: Callable[[Arrays], None]) -> tuple[mx.array, int]:
+        """Mean loss over the labelled tokens, and their count; gradients go to `sink`.
+
+        It is called with evaluated gradients by name, of one block at a time from the last
+        one down, and at the end of what lies outside the blocks; where the plan has more
+        micro-batches than one, so often, and the gradients add up. What it does not keep is
+        gone before the next block is computed.
+        """
+        parts = self._parts(batch)
+        count = sum(part.count for part in parts)
+        losses = [self._backward(part, part.count / count, sink) for part in parts]
+        loss = losses[0] if len(losses) == 1 else mx.stack(losses).sum()
+        return loss, count
+
+    def _backward(self, part: "_Part", share: float, sink: Callable[[Arrays], None]) -> mx.array:
+        """A part's share of the mean loss; gradients are multiplied by the share as well."""
+        with self._walk.forward(lambda: self.model(part.tokens), rows=part.rows) as state:
+            if state.tail is not None:
+                loss, outside = self._walk.finish(state, _TailLoss(self, state, part, share))
+            else:
+                hidden, state.hidden = state.hidden[0], None
+                with phase("head"):
+                    loss, piece, outside = self._loss(state, hidden, part, gradient=True)
+                if share != 1:
+                    loss, piece = share * loss, share * piece
+                    outside = {name: share * value for name, value in outside.items()}
+                state.cotangent = piece.astype(hidden.dtype)[None]
+                del hidden, piece
+                mx.eval(state.cotangent)
+            for more in self._walk.backward(state):
+                if self._walk.blocks.local(next(iter(more), "")):
+                    sink(more)
+                else:
+                    add_into(outside, more)
+                del more
+        if outside:
+            mx.eval(outside)
+            sink(outside)
+        return loss
+
+    def loss(self, batch: Batch) -> tuple[mx.array, int]:
+        """Mean loss over the labelled tokens, and their count; nothing is kept or spilled."""
+        total, count = 0.0, 0
+        for part in self._parts(batch, evaluates=True):
+            run = partial(self.model, part.tokens)
+            with self._walk.forward(run, keep=False, rows=part.rows) as state:
+                hidden, state.hidden = state.hidden[0], None
+                loss, _, _ = self._loss(state, hidden, part, gradient=False)
+            total, count = total + part.count * loss, count + part.count
+        return total / count, count
+
+    def _parts(self, batch: Batch, evaluates: bool = False) -> list["_Part"]:
+        """The batch as its plan divides it; that plan is obeyed from now on."""
+        plan = self.plan_of(batch)
+        if plan != self._plan:
+            self.obey(plan)
+        exact = isinstance(self.training_loss, CrossEntropy) and self.head is not None
+        fills = self._walk.is_compiled and exact and not evaluates
+        return _labelled(batch, plan.micro_batches, fills)
+
+    def close(self) -> None:
+        """Give the store's disk space back, and let go of the files that weights are read from."""
+        self._walk.store.close()
+        self._walk.weights.close()
+
+    def _loss(
+        self, state: Pass, hidden: mx.array, part: "_Part", gradient: bool
+    ) -> tuple[mx.array, mx.array | None, Arrays]:
+        if self.head is None:
+            return self._chunked_loss(state, hidden, part.labels, gradient)
+        if not gradient:
+            return self._exact.value(hidden, self.head, part.labels)[0], None, {}
+        weights = [] if part.weights is None else [part.weights]
+        operands = hidden, self.head, part.labels, *weights
+        (loss, _), gradients = self.training_loss.value_and_grad(*operands)
+        return loss, gradients.hidden, self.head.named(gradients)
+
+    def _chunked_loss(
+        self,
+        state: Pass,
+        hidden: mx.array,
+        labels: mx.array,
+        gradient: bool,
+        trained: Arrays | None = None,
+        settle: Callable[..., None] = mx.eval,
+    ) -> tuple[mx.array, mx.array | None, Arrays]:
+        def logits(hidden: mx.array, trained: Arrays) -> mx.array:
+            with self._walk.tail(state, hidden[None], trained):
+                return self.model(mx.zeros((1, hidden.shape[0]), mx.int32))[0]
+
+        trained = self._walk.outside() if trained is None else trained
+        rows = max(1, LOGITS_BYTES // logits(hidden[:1], trained).nbytes)
+        smoothing = self.training_loss.label_smoothing if gradient else 0.0
+        return chunked_cross_entropy(
+            hidden, labels, logits, trained, rows, gradient, smoothing, settle
+        )
+
+
+class _TailLoss:
+    """The training loss as a part of the graph of the last blocks; see `tail.Loss`.
+
+    Args:
+        engine: whose loss.
+        state: the pass that is finished.
+        part: of the batch.
+        share: what the loss is multiplied by.
+    """
+
+    def __init__(self, engine: Engine, state: Pass, part: "_Part", share: float) -> None:
+        self._engine, self._state, self._share = engine, state, share
+        self.outside = engine.walk.outside()
+        loss, head = engine.training_loss, engine.head
+        # What chooses tokens by the labels, or draws keys, is another graph for every batch.
+        compiles = isinstance(loss, CrossEntropy) and head is not None and head.is_resident
+        self.key = ("loss", id(engine), loss) if compiles else None
+        weights = part.weights
+        if weights is None:
+            weights = mx.full(part.labels.shape, 1 / part.count)
+        self.arrays = [part.labels, share * weights]
+        if head is not None:
+            check_labels(mx.zeros((part.labels.size, head.dims)), head, part.labels)
+        exact = isinstance(loss, CrossEntropy) and head is not None
+        # A compiled function keeps what it captures: of this one nothing of the batch.
+        self.graph = partial(_exact_graph, engine.walk, loss, head) if exact else self._any_graph
+
+    def _any_graph(self, hidden: mx.array, outside: Arrays, *arrays: mx.array) -> mx.array:
+        """The part's share of the mean loss."""
+        engine, (labels, _) = self._engine, arrays
+        loss, head, hidden = engine.training_loss, engine.head, hidden.reshape(-1, hidden.shape[-1])
+        if head is None:
+            return self._share * in_graph(
+                lambda hidden, trained: engine._chunked_loss(
+                    self._state, hidden, labels, True, trained, _nothing
+                ),
+                hidden,
+                outside,
+            )
+        with bound(engine.walk.outside_slots, outside):
+            return self._share * loss(hidden, head, labels)[0]
+
+
+def _exact_graph(
+    walk: Walk,
+    loss: CrossEntropy,
+    head: ModelHead,
+    hidden: mx.array,
+    outside: Arrays,
+    labels: mx.array,
+    weights: mx.array,
+) -> mx.array:
+    """The weighted sum of the losses of [1, n, D], with trained parameters outside the blocks."""
+    with bound(walk.outside_slots, outside):
+        return loss.graph(hidden.reshape(-1, hidden.shape[-1]), head, labels, weights)
+
+
+def _nothing(*_: object) -> None:
+    """In place of an evaluation, where a graph is built."""
+
+
+class _Part(NamedTuple):
+    """Some rows of a batch.
+
+    Attributes:
+        tokens: int [B, T].
+        rows: int [n], indices of the B * T tokens, of labelled ones and, if there are `weights`,
+            some others.
+        labels: int [n].
+        count: of labelled tokens.
+        weights: float32 [n], of each in the mean loss, 0 without a label; None if all are equal.
+    """
+
+    tokens: mx.array
+    rows: mx.array
+    labels: mx.array
+    count: int
+    weights: mx.array | None = None
+
+
+def _labelled(batch: Batch, count: int, fills: bool) -> list[_Part]:
+    """A batch in so many parts, fewer where it has not as many rows with labels.
+
+    Args:
+        batch: the whole.
+        count: of parts.
+        fills: add tokens without a label, so that few shapes are compiled.
+    """
+    mask = batch.mask()
+    labelled = np.flatnonzero(mask.any(axis=1))
+    if not labelled.size:
+        raise EdgeLoraError(
+            f"batch of rows {list(batch.indices)}: no token carries a label, expected at least "
+            "one; raise max_seq_length or leave mask_prompt out"
+        )
+    inputs, labels, parts = batch.inputs(), batch.labels(), []
+    pieces = [slice(None)] if count == 1 else np.array_split(labelled, min(count, labelled.size))
+    for piece in pieces:
+        # Of one length, as the batch: a token may depend on later ones, or on how many there are.
+        own = mask[piece].reshape(-1)
+        rows = _filled(own) if fills else np.flatnonzero(own)
+        wanted = labels[piece].reshape(-1)[rows]
+        number, arrays = int(own.sum()), [inputs[piece], rows, wanted]
+        weights = mx.array(own[rows].astype(np.float32) / number) if fills else None
+        parts.append(_Part(*map(mx.array, arrays), number, weights))
+    return parts
+
+
+def _filled(labelled: np.ndarray) -> np.ndarray:
+    """Indices of what is true, and of some of the others: one of a few numbers of them."""
+    step = max(PAD_TO, -(-labelled.size // (FILLED * PAD_TO)) * PAD_TO)
+    rows, others = np.flatnonzero(labelled), np.flatnonzero(~labelled)
+    missing = min(-rows.size % step, others.size)
+    return np.sort(np.concatenate([rows, others[:missing]]))

@@ -1,0 +1,121 @@
+"""The last blocks with the loss as one function of plain autodiff: nothing is computed twice.
+
+They are the first that the backward needs, so theirs are the activations that wait shortest. If
+these are all blocks, a step is plain backpropagation, and compiled one function.
+"""
+
+from collections.abc import Hashable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import mlx.core as mx
+
+from mlx_edgelora.blocks.block_list import bound
+from mlx_edgelora.blocks.masks import packed, unpacked
+from mlx_edgelora.engine.context import Context
+from mlx_edgelora.engine.functions import Wanted
+from mlx_edgelora.engine.hidden import Hidden
+from mlx_edgelora.engine.record import Call
+from mlx_edgelora.engine.visits import Arrays
+from mlx_edgelora.measure.profile import phase
+
+
+class Loss(Protocol):
+    """What is made of the last hidden state.
+
+    Attributes:
+        key: the same for losses that compute the same of their arguments; None if it is not to be
+            compiled.
+        arrays: arguments of `graph`.
+        outside: trained parameters outside the blocks, by name.
+    """
+
+    key: Hashable
+    arrays: Sequence[mx.array]
+    outside: Arrays
+
+    def graph(self, hidden: mx.array, outside: Arrays, *arrays: mx.array) -> mx.array | tuple:
+        """The loss, or a tuple that begins with it, of hidden states [B, T, D] or [1, n, D]."""
+        ...
+
+
+class Finished(NamedTuple):
+    """What a tail gives, evaluated.
+
+    Attributes:
+        value: the loss, or what else `Loss.graph` gives.
+        outside: gradients of `Loss.outside`.
+        by_block: of each block, the last one first, index and gradients by local name.
+        dx: of the tail's input, if it is needed.
+    """
+
+    value: mx.array | tuple
+    outside: Arrays
+    by_block: Iterator[tuple[int, Arrays]]
+    dx: mx.array | None
+
+
+class Tail:
+    """Last blocks, kept.
+
+    Args:
+        context: what the segments of a pass share.
+        indices: of the blocks.
+        calls: what they are called with.
+        wanted: of the last one's output.
+    """
+
+    def __init__(
+        self, context: Context, indices: range, calls: Sequence[Call], wanted: Wanted
+    ) -> None:
+        self._context, self._indices, self._calls, self._wanted = context, indices, calls, wanted
+
+    def value_and_grad(self, x: Hidden, loss: Loss) -> Finished:
+        """Compute the blocks and the loss, forward and backward; `x` is used up."""
+        context, indices, wanted = self._context, self._indices, self._wanted
+        functions, onward = context.functions, context.goes_below(self._indices.start)
+        calls = [packed(call.args, call.kwargs) for call in self._calls]
+        graph, spares = loss.graph, wanted.spares  # a compiled function keeps what it captures
+
+        def function(
+            trained: list[Arrays],
+            outside: Arrays,
+            x: mx.array,
+            frozen: list[Arrays],
+            calls: list[tuple[tuple, dict]],
+            rows: mx.array | None,
+            arrays: list[mx.array],
+        ) -> tuple:
+            def forward(trained: list[Arrays], outside: Arrays, x: mx.array) -> mx.array | tuple:
+                out = x
+                for index, own, others, call in zip(indices, trained, frozen, calls, strict=True):
+                    args, kwargs = unpacked(*call)
+                    part = Wanted(rows, spares) if index == indices[-1] else Wanted()
+                    with bound(context.visits.slots[index], others | own):
+                        out = functions.called(index, out, args, kwargs, part)
+                return graph(out, outside, *arrays)
+
+            which = (0, 1, 2) if onward else (0, 1)
+            return mx.value_and_grad(forward, argnums=which)(trained, outside, x)
+
+        visited = [context.visits.of(index, lasting=True) for index in indices]
+        trained, frozen = ([pair[i] for pair in visited] for i in (0, 1))
+        del visited
+        key = loss.key
+        if key is not None:
+            kinds = tuple(map(functions.signature, indices))
+            key = "tail", indices, kinds, onward, wanted.rows is None, spares, loss.key
+        if functions.tape.is_used:  # keys are drawn while the graph is built
+            key = None
+        with phase("backward", indices.start):
+            array = x.whole()
+            x.forget()
+            arguments = array, frozen, calls, wanted.rows, list(loss.arrays)
+            value, found = functions.functions.call(
+                key, function, trained, loss.outside, *arguments
+            )
+            del arguments, array, frozen, trained
+            by_block, outside, *dx = found
+            del found
+            mx.eval(value, dx, by_block, outside)
+        pairs = zip(reversed(indices), by_block[::-1], strict=True)
+        return Finished(value, outside, pairs, dx[0] if dx else None)

@@ -1,0 +1,271 @@
+"""One block forward and backward, a tile of tokens at a time: nothing of tokens x hidden at all.
+
+A tile is a span of tokens of every row of the batch. Forward: what is kept of each tile (keys
+and values, or what its cache gets; `blocks/parts.py`), then for each tile the block over what
+its tokens see of that. Backward, from the last tile, with one gradient of the block each:
+
+    dx, dW, dK, dV = block'(x, K, V; dy);    sum dK, dV over tiles
+
+and when those of a tile are whole (under a causal mask: at once, for no token before it sees
+it), `dx += kept'(x; dK, dV)`. Hidden states and their gradient are read from and written to a
+store, tile by tile. Memory: T (Dk + Dv) of key heads, their float32 gradients and what one tile
+adds to these; one tile's graph. Time beside a whole block: norm and projections of keys and
+values once more in the forward and twice in the backward. Each tile is evaluated once.
+"""
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_edgelora.blocks.block_list import bound
+from mlx_edgelora.blocks.checks import watched
+from mlx_edgelora.blocks.masks import band_of
+from mlx_edgelora.blocks.parts import BlockParts, Span
+from mlx_edgelora.engine.context import Context
+from mlx_edgelora.engine.functions import Wanted, rows_of
+from mlx_edgelora.engine.hidden import Hidden
+from mlx_edgelora.engine.record import Call
+from mlx_edgelora.engine.visits import Arrays
+from mlx_edgelora.measure.profile import phase
+
+
+class Tiled:
+    """One block. Memory: see the module.
+
+    Args:
+        context: what the segments of a pass share.
+        index: of the block.
+        call: what it is called with.
+        wanted: of its output.
+        through_cache: see `BlockParts`.
+    """
+
+    def __init__(
+        self, context: Context, index: int, call: Call, wanted: Wanted, through_cache: bool
+    ) -> None:
+        self._context, self.index, self._wanted = context, index, wanted
+        block = context.functions.blocks.blocks[index]
+        self._parts = BlockParts(block, call.args, call.kwargs, through_cache)
+        self._input: Hidden | None = None
+        self._places: list[mx.array | None] | None = None  # the wanted rows of each tile
+        self._order: list[np.ndarray] = []  # their places among all wanted ones
+
+    def forward(self, x: Hidden, following: int | None) -> Hidden:
+        """The block's output; see `Segment`."""
+        context, x = self._context, self._context.kept(x)
+        self._find_places(x.tile(0).shape[0])
+        trained, frozen = context.visits.of(self.index, following)
+        out, pieces = Hidden.tiles(context.spans, context.slots), []
+        with phase("forward", self.index), bound(self._slots, frozen | trained):
+            kept = self._kept(x)
+            for number, span in enumerate(context.spans):
+                if self._places is not None and self._places[number] is None:
+                    continue
+                seen = self._parts.seen(span, context.spans[-1].stop)
+                tile = self._finished(x.tile(number), number, seen, _tokens(seen, kept))
+                context.pipeline.submit(tile)
+                if self._places is None:
+                    out.put(number, tile)
+                else:
+                    pieces.append(tile)
+                del tile
+        if self.index >= context.first:
+            self._input = x
+        else:
+            x.forget()
+        return out if self._places is None else Hidden(self._in_order(pieces))
+
+    def backward(self, dy: Hidden, ahead: Callable[[], int | None]) -> tuple[Hidden | None, Arrays]:
+        """Gradients of the input and of what is trained; see `Segment`."""
+        context, x, onward = self._context, self._input, self._context.goes_below(self.index)
+        wanted = None if self._places is None else dy.whole()
+        trained, frozen = context.visits.of(self.index, ahead())
+        visit = _Visit(self, trained, onward)
+        dx = Hidden.tiles(context.spans, context.slots) if onward else None
+        with bound(self._slots, frozen | trained):
+            with phase("recompute", self.index):
+                visit.kept = self._kept(x)
+            with phase("backward", self.index):
+                for number in reversed(range(len(context.spans))):
+                    if wanted is None:
+                        cotangent = dy.tile(number)
+                    elif self._places[number] is None:
+                        cotangent = None
+                    else:
+                        cotangent = wanted[:, mx.array(self._order[number])]
+                    piece = visit.tile(number, x.tile(number), cotangent)
+                    del cotangent
+                    if onward:
+                        dx.put(number, piece)
+                    del piece
+                if not self._is_causal:
+                    for number in range(len(context.spans)):
+                        piece = visit.rest(
+                            number, x.tile(number), dx.tile(number) if onward else None
+                        )
+                        if onward:
+                            dx.put(number, piece)
+        dy.forget()
+        x.forget()
+        return dx, visit.totals()
+
+    def prefetch(self) -> None:
+        """Nothing: tiles are read when they are computed."""
+
+    @property
+    def _slots(self) -> dict:
+        return self._context.visits.slots[self.index]
+
+    @property
+    def _is_causal(self) -> bool:
+        """Whether it is known that no token sees a later one."""
+        return band_of(self._parts.mask) is not None
+
+    def _find_places(self, batch: int) -> None:
+        """Which of the rows that are wanted are in which tile."""
+        if self._wanted.rows is None:
+            return
+        tokens = self._context.spans[-1].stop
+        row, position = np.divmod(np.asarray(self._wanted.rows), tokens)
+        self._places, self._order = [], []
+        for span in self._context.spans:
+            inside = np.flatnonzero((position >= span.start) & (position < span.stop))
+            own = row[inside] * (span.stop - span.start) + position[inside] - span.start
+            self._places.append(mx.array(own) if own.size else None)
+            self._order.append(inside)
+
+    def _in_order(self, pieces: list[mx.array]) -> mx.array:
+        """What was made of the tiles, [1, m, D] each, in the order of the rows that are wanted."""
+        whole = pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=1)
+        order = np.concatenate(self._order)
+        if (np.diff(order) < 0).any():
+            whole = whole[:, mx.array(np.argsort(order))]
+        mx.eval(whole)
+        return whole
+
+    def _kept(self, x: Hidden) -> list[mx.array]:
+        """What is kept of all tokens, [B, heads, T, n] twice."""
+        whole: list[mx.array] = []
+        for number, span in enumerate(self._context.spans):
+            pieces = self._parts.kept(x.tile(number), span)
+            if not whole:
+                tokens = self._context.spans[-1].stop
+                whole = [mx.zeros((*p.shape[:2], tokens, p.shape[3]), p.dtype) for p in pieces]
+            for array, piece in zip(whole, pieces, strict=True):  # in place, not concatenated
+                array[:, :, span.start : span.stop] = piece
+            del pieces, piece
+            mx.eval(whole)
+        return whole
+
+    def _finished(self, x: mx.array, number: int, seen: Span, kept: list[mx.array]) -> mx.array:
+        """The block for a tile: [B, t, D], or [1, m, D] of what is wanted of it."""
+        span = self._context.spans[number]
+        if self._places is None:
+            return self._parts.finished(x, span, seen, kept)
+        rows = self._places[number]
+        if self._wanted.spares:
+            return self._parts.finished_at(x, span, seen, kept, rows)
+        return rows_of(self._parts.finished(x, span, seen, kept), rows)
+
+
+class _Visit:
+    """One backward of a block whose arrays are bound: sums over its tiles.
+
+    Attributes:
+        kept: what is kept of all tokens.
+    """
+
+    def __init__(self, block: Tiled, trained: Arrays, onward: bool) -> None:
+        self._block, self._trained, self._onward = block, trained, onward
+        self._sums: Arrays = {}
+        self._kept_sums: list[mx.array] | None = None
+        self.kept: list[mx.array] = []
+
+    def tile(self, number: int, x: mx.array, cotangent: mx.array | None) -> mx.array | None:
+        """Differentiate a tile; gives the gradient of its input, if it is needed.
+
+        Args:
+            x: [B, t, D].
+            cotangent: of what is wanted of the tile's output; None where that is nothing.
+        """
+        block, spans = self._block, self._block._context.spans
+        seen = block._parts.seen(spans[number], spans[-1].stop)
+        dx = None
+        if cotangent is not None:
+
+            def finished(x: mx.array, *kept: mx.array) -> list[mx.array]:
+                return [block._finished(x, number, seen, list(kept))]
+
+            dx, *pair = self._vjp(finished, [x, *_tokens(seen, self.kept)], [cotangent])
+            self._add(seen, pair)
+        elif self._onward:
+            dx = mx.zeros_like(x)
+        if block._is_causal:
+            return self.rest(number, x, dx)
+        self._settle(dx)
+        return dx
+
+    def rest(self, number: int, x: mx.array, dx: mx.array | None) -> mx.array | None:
+        """Add what reaches a tile's input by its keys and values: their gradients are whole."""
+        block = self._block
+        span = block._context.spans[number]
+        if self._kept_sums is not None:
+            cotangents = [
+                total.astype(kept.dtype)
+                for total, kept in zip(
+                    _tokens(span, self._kept_sums), _tokens(span, self.kept), strict=True
+                )
+            ]
+            (more,) = self._vjp(lambda x: block._parts.kept(x, span), [x], cotangents)
+            dx = dx + more if self._onward else None
+        self._settle(dx)
+        return dx
+
+    def totals(self) -> Arrays:
+        """Gradients of all that is trained; zeros where nothing was reached."""
+        found = {n: self._sums.get(n, mx.zeros_like(v)) for n, v in self._trained.items()}
+        mx.eval(found)
+        return found
+
+    def _settle(self, dx: mx.array | None) -> None:
+        arrays = dx if self._onward else [], self._sums, self._kept_sums or []
+        self._block._context.pipeline.submit(*arrays)
+
+    def _add(self, seen: Span, pair: list[mx.array]) -> None:
+        """Add the gradients of what is kept of the tokens that were seen."""
+        if self._kept_sums is None:
+            self._kept_sums = [mx.zeros(kept.shape) for kept in self.kept]
+        tokens = slice(seen.start, seen.stop)
+        for total, more in zip(self._kept_sums, pair, strict=True):
+            total[:, :, tokens] = total[:, :, tokens] + more
+
+    def _vjp(
+        self,
+        function: Callable[..., list[mx.array]],
+        inputs: list[mx.array],
+        cotangents: list[mx.array],
+    ) -> list[mx.array]:
+        """Differentiate a part of the block: gives gradients of its inputs, sums the others."""
+        reached, count = set(), len(self._trained)
+
+        def bound_function(*primals: mx.array) -> list[mx.array]:
+            seen = {
+                name: watched(lambda name=name: reached.add(name))(value)
+                for name, value in zip(self._trained, primals[:count], strict=True)
+            }
+            with bound(self._block._slots, seen):
+                return function(*primals[count:])
+
+        _, found = mx.vjp(bound_function, [*self._trained.values(), *inputs], cotangents)
+        # Of what a part does not reach the gradients are zeros: not evaluated, not added. Which
+        # arrays these are may be decided by the values of a tile: experts, for one.
+        for name, value in zip(self._trained, found, strict=False):
+            if name in reached:
+                self._sums[name] = self._sums[name] + value if name in self._sums else value
+        return found[count:]
+
+
+def _tokens(span: Span, arrays: list[mx.array]) -> list[mx.array]:
+    """The tokens of a span, of arrays [B, heads, T, n]."""
+    return [array[:, :, span.start : span.stop] for array in arrays]

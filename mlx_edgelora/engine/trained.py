@@ -1,0 +1,177 @@
+"""Where what is trained lives: the model, as in plain MLX, or a file (`engine/paged.py`).
+
+With LoRA, parameters, gradients and an Adam's two moments are four arrays of the adapters'
+size, most of what a step still holds once blocks are walked. Every bit of the result is
+that of `optimizer.update(model, gradients)`, whichever home is chosen.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optimizers
+from mlx.utils import tree_flatten
+
+from mlx_edgelora.blocks.block_list import array_slots
+from mlx_edgelora.blocks.weight_source import WeightSource
+from mlx_edgelora.engine.optimizer import (
+    BlockUpdate,
+    averaged,
+    by_block,
+    global_norm,
+    squares,
+)
+from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.model.weights import ResidentWeights
+
+Arrays = dict[str, mx.array]
+
+
+class Trained(WeightSource, Protocol):
+    """The trained parameters of a model, their gradients and what the optimizer remembers.
+
+    As a `WeightSource` it gives a block's parameters, for those that are not in the model.
+    """
+
+    def load(self, weights: Iterable[tuple[str, mx.array]]) -> None:
+        """Take over values of parameters, by their names in the model."""
+
+    def start(self, optimizer: optimizers.Optimizer) -> None:
+        """Make room for a run with an optimizer that was not used yet; forgets gradients."""
+
+    def add(self, gradients: Arrays) -> None:
+        """Add evaluated gradients to the sum; each name once for a batch. Empties the mapping."""
+
+    def norm(self, count: int) -> mx.array:
+        """Global norm of the gradients' sum divided by `count`: float32 scalar, evaluated."""
+
+    def update(
+        self, optimizer: optimizers.Optimizer, count: int, factor: mx.array | None = None
+    ) -> None:
+        """Apply the gradients' sum divided by `count`, times `factor`; then the sum is empty."""
+
+    def weights(self) -> Mapping[str, mx.array]:
+        """Parameters by name, in the model's order, each evaluated when it is looked at.
+
+        Raises:
+            EdgeLoraError: an update was broken off, so that some are newer than others.
+        """
+
+    def close(self) -> None:
+        """Give disk space back."""
+
+
+class Update:
+    """Knows whether an update was begun and broken off."""
+
+    def __init__(self) -> None:
+        self._broken = False
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Around an update; whatever ends it early leaves it broken off."""
+        self.check()
+        self._broken = True
+        yield
+        self._broken = False
+
+    def check(self) -> None:
+        """Refuse to go on with parameters of which some are newer than others.
+
+        Raises:
+            EdgeLoraError: an update was broken off.
+        """
+        if self._broken:
+            raise EdgeLoraError(
+                "an update of the adapters was broken off half way, expected whole ones; resume "
+                "from the adapter that was saved last"
+            )
+
+
+class ResidentTrained(ResidentWeights):
+    """Everything in memory, parameters in the model. Memory: all of it.
+
+    Args:
+        model: adapted; its parameters are evaluated.
+        compiled: whether the optimizer's arithmetic is compiled.
+    """
+
+    def __init__(self, model: nn.Module, compiled: bool = False) -> None:
+        self._model, self._sum, self._update = model, {}, Update()
+        self._compiled, self._states = compiled, {}
+        self._arithmetic: BlockUpdate | None = None
+        slots = array_slots(model)
+        self._slots = {name: slots[name] for name in names_of(model)}
+        mx.eval(model.trainable_parameters())
+
+    def load(self, weights: Iterable[tuple[str, mx.array]]) -> None:
+        """Put the values into the model."""
+        self._model.load_weights(list(weights), strict=False)
+
+    def start(self, optimizer: optimizers.Optimizer) -> None:
+        """Forget gradients and what an optimizer remembered."""
+        self._sum.clear()
+        self._states.clear()
+        self._arithmetic = BlockUpdate(optimizer, self._compiled)
+
+    def add(self, gradients: Arrays) -> None:
+        """Add to the sum."""
+        add_to(gradients, self._sum)
+
+    def norm(self, count: int) -> mx.array:
+        """Norm of the mean."""
+        return global_norm(squares(self._sum, count), names_of(self._model))
+
+    def update(
+        self, optimizer: optimizers.Optimizer, count: int, factor: mx.array | None = None
+    ) -> None:
+        """Update the model, a block at a time."""
+        with self._update.running():
+            self._arithmetic.begin()
+            for block, names in by_block(self._sum).items():
+                self._update_block(block, names, count, factor)
+            mx.eval(optimizer.state, [box[key] for box, key in self._slots.values()], self._states)
+
+    def _update_block(
+        self, block: str, names: list[str], count: int, factor: mx.array | None
+    ) -> None:
+        # By their names inside the block: blocks of one kind then share a compiled function.
+        local = {name.removeprefix(block): name for name in names}
+        gradients = averaged({own: self._sum.pop(name) for own, name in local.items()}, count)
+        slots = {own: self._slots[name] for own, name in local.items()}
+        parameters = {own: box[key] for own, (box, key) in slots.items()}
+        before = {own: self._states.get(name, {}) for own, name in local.items()}
+        updated, states = self._arithmetic.apply(gradients, parameters, before, factor)
+        for own, (box, key) in slots.items():
+            box[key] = updated[own]
+            self._states[local[own]] = states[own]
+        del gradients, parameters, before
+        if mx.default_device() == mx.gpu:
+            mx.async_eval(updated, states)
+        else:
+            mx.eval(updated, states)
+
+    def weights(self) -> Mapping[str, mx.array]:
+        """The model's own arrays."""
+        self._update.check()
+        return dict(tree_flatten(self._model.trainable_parameters()))
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+def names_of(model: nn.Module) -> list[str]:
+    """Names of the trained parameters, in the model's order."""
+    return [name for name, _ in tree_flatten(model.trainable_parameters())]
+
+
+def add_to(gradients: Arrays, total: Arrays) -> None:
+    """Add to the evaluated `total` in place; `gradients` is emptied."""
+    summed = [name for name in gradients if name in total]
+    for name in list(gradients):
+        more = gradients.pop(name)
+        total[name] = more + total.pop(name) if name in total else more
+        del more
+    mx.eval([total[name] for name in summed])

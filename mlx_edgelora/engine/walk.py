@@ -1,0 +1,411 @@
+"""A step's gradients, walked in segments: memory does not grow with depth.
+
+    calls = record(model)                        # the model's own loop, once
+    for segment in segments: x = segment.forward(x)
+    loss, dy = …                                 # the tail's, or the caller's
+    for segment in reversed(segments): dy, gradients = segment.backward(dy)
+
+It happens outside of any trace: an array that is evaluated while a gradient is traced keeps its
+whole graph, so nothing would be freed. Each segment is differentiated by itself and evaluated,
+and all of its graph is dropped. Segments are blocks computed whole (`Whole`), by tiles of
+tokens (`Tiled`), and the last ones with the loss (`Tail`).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from itertools import repeat
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_edgelora.blocks.attention import attention_bounded
+from mlx_edgelora.blocks.block_list import BlockList, Slot, array_slots, bound
+from mlx_edgelora.blocks.checks import checked_blocks
+from mlx_edgelora.blocks.dropout import KeyTape, dropout_layers, keyed_dropout
+from mlx_edgelora.blocks.norms import norms_bounded
+from mlx_edgelora.blocks.parts import BlockParts, Span
+from mlx_edgelora.blocks.tiling import Tileable, Tiling
+from mlx_edgelora.blocks.weight_source import WeightSource
+from mlx_edgelora.engine.context import Context, Segment
+from mlx_edgelora.engine.functions import BlockFunctions, Wanted
+from mlx_edgelora.engine.hidden import Hidden, Slots, spans_of
+from mlx_edgelora.engine.pipeline import Pipeline
+from mlx_edgelora.engine.record import Call, first_input, record
+from mlx_edgelora.engine.tail import Loss, Tail
+from mlx_edgelora.engine.tiled import Tiled
+from mlx_edgelora.engine.visits import Arrays, Visits
+from mlx_edgelora.engine.whole import Whole
+from mlx_edgelora.measure.meter import eval_in_step
+from mlx_edgelora.model.weights import ResidentWeights, StreamedWeights
+from mlx_edgelora.planner.plan import Plan
+from mlx_edgelora.storage.stores import ActivationStore, RamStore
+
+# For dropout in a pass that only looks at the graph: it must not move MLX's generator.
+_SAME_KEY = repeat(mx.random.key(0))
+
+
+@dataclass
+class Pass:
+    """One forward pass waiting for its backward.
+
+    Attributes:
+        run: what calls the model.
+        context: what its segments share.
+        segments: the blocks below the tail.
+        tail: the last blocks with the loss, not computed yet (`Walk.finish`); None if no block is
+            kept, or nothing is differentiated.
+        rows: of the last block's output, that are needed; None for all.
+        hidden: without a tail the last block's output, [batch, tokens, hidden], or
+            [1, n, hidden] where n rows of it were asked for; whoever is done with it sets it to
+            None, so that its memory is free during the backward.
+        cotangent: the gradient of what the segments return; without a tail set it before
+            `Walk.backward`.
+    """
+
+    run: Callable[[], Any]
+    context: Context
+    segments: list[Segment]
+    tail: Tail | None
+    rows: mx.array | None = None
+    hidden: mx.array | None = None
+    cotangent: mx.array | None = None
+    entry_keys: list[mx.array] | None = None
+    below_tail: Hidden | None = None
+    tail_gradients: Iterator[tuple[int, Arrays]] = field(default_factory=lambda: iter(()))
+
+
+class Walk:
+    """Walks one model forward and backward.
+
+    Args:
+        model: any mlx-lm model that `check_walk` accepts.
+        store: where hidden states wait for the backward; RAM by default.
+        weights: where frozen weights come from; by default they are in the model.
+        compiled: compile one function per kind of segment instead of building each graph anew.
+            MLX fuses more then; on a CPU it calls a C++ compiler for every fused kernel, which
+            takes seconds. What decides by values what it computes is built anew nevertheless, and
+            so is what draws keys for dropout.
+        adapters: where trained parameters of the blocks come from; by default they are in
+            the model. What lies outside the blocks always is.
+        plan: how blocks are computed and where hidden states wait: `prefetch`, `tile_tokens`,
+            `kept_blocks` and `inputs`.
+        rest: called after every block, forward and backward.
+        blocks: the model's, if they were checked already.
+        like: a walk over a model that has these blocks among others: trials that were made of
+            them there are not made again.
+
+    Attributes:
+        ahead: build a segment's graph while the one before is computed, where the plan reads
+            weights ahead as well; on a GPU.
+
+    Raises:
+        EdgeLoraError: the architecture cannot be walked.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        store: ActivationStore | None = None,
+        weights: WeightSource | None = None,
+        compiled: bool = False,
+        adapters: WeightSource | None = None,
+        plan: Plan = Plan(),  # noqa: B008 - frozen
+        rest: Callable[[], None] = lambda: None,
+        blocks: BlockList | None = None,
+        like: "Walk | None" = None,
+    ) -> None:
+        self.ahead = mx.default_device() == mx.gpu
+        self.model, self._rest = model, rest
+        self.blocks = blocks or checked_blocks(model)
+        self.store = RamStore() if store is None else store
+        self.weights = ResidentWeights() if weights is None else weights
+        self.adapters = ResidentWeights() if adapters is None else adapters
+        self._visits = Visits(self.blocks, self.weights, self.adapters)
+        self._tiling = Tiling(self.blocks, (self.weights, self.adapters), like and like._tiling)
+        self._ram, self._dropout = RamStore(), dropout_layers(model)
+        # One for good: a compiled function and the dropout layers must mean the same tape.
+        tape = KeyTape()
+        self._functions = BlockFunctions(self.blocks, self._visits.slots, tape, compiled)
+        self._tape = tape
+        self.look_again()
+        self.obey(plan)
+
+    def look_again(self) -> None:
+        """Find out anew what is trained."""
+        self._visits.look_again()
+        self._functions.slots = self._visits.slots
+        self._functions.look_again()
+        names = [name for name, _ in tree_flatten(self.model.trainable_parameters())]
+        slots = array_slots(self.model)
+        self._outside = {n: slots[n] for n in names if self.blocks.local(n) is None}
+        self._reached: tuple[int, bool] | None = None
+
+    def obey(self, plan: Plan) -> None:
+        """Compute the passes that begin from now on by another plan."""
+        self._plan = plan
+        self._visits.prefetches = plan.prefetch
+        self._functions.look_again()
+
+    @property
+    def _overlaps(self) -> bool:
+        return self.ahead and self._plan.prefetch
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether functions are compiled."""
+        return self._functions.functions.compiles
+
+    @property
+    def compiled_functions(self) -> int:
+        """How many there are so far."""
+        return len(self._functions.functions)
+
+    @property
+    def spares_rows(self) -> bool:
+        """Whether the last block is computed for labelled tokens only, where rows are asked for."""
+        return self._tiling.of(len(self.blocks) - 1).by_rows
+
+    @property
+    def tiling(self) -> str:
+        """Which blocks are computed by tiles of tokens, and why others are not."""
+        if self._plan.tile_tokens is None:
+            return "none: all tokens at once"
+        return f"{self._plan.tile_tokens} tokens at a time in {self._tiling.summary()}"
+
+    def tile_choice(self, index: int, tokens: int) -> Tileable | None:
+        """How a block of a batch of so many tokens is cut; None where the batch is not."""
+        size = self._plan.tile_tokens
+        return None if size is None or tokens <= size else self._tiling.of(index)
+
+    @contextmanager
+    def forward(
+        self, run: Callable[[], Any], keep: bool = True, rows: mx.array | None = None
+    ) -> Iterator[Pass]:
+        """Run the blocks; inside the context the pass can be finished by `backward`.
+
+        Args:
+            run: calls the model, directly or inside a loss; stopped after its last block.
+            keep: keep the blocks' inputs for a backward pass.
+            rows: int [n], ascending: of the batch * tokens rows of the last block's output
+                those that are needed. `hidden` and `cotangent` are then [1, n, hidden],
+                and where it can be the last block is computed for these rows only.
+
+        Raises:
+            ValueError: rows are not what they should be.
+        """
+        layers = keyed_dropout(self._dropout, self._tape)
+        with layers, attention_bounded(), norms_bounded():
+            first, entry = self._reach(run) if keep else (len(self.blocks), False)
+            with self._tape.recording() as entry_keys:
+                x, calls = record(self.blocks, run)
+            eval_in_step(x)
+            if rows is not None:
+                check_rows(rows, x.shape[0] * x.shape[1])
+            state = self._begun(run, x, calls, rows, first, entry)
+            state.entry_keys = entry_keys
+            hidden = Hidden(x)
+            del x
+            for number, segment in enumerate(state.segments):
+                following = state.segments[number + 1 : number + 2]
+                hidden = segment.forward(hidden, following[0].index if following else None)
+                self._rest()
+            state.context.pipeline.drain()
+            if state.tail is None:
+                state.hidden = hidden.whole()
+                hidden.forget()
+            else:
+                state.below_tail = hidden
+            del hidden
+            yield state
+
+    def _begun(
+        self,
+        run: Callable[[], Any],
+        x: mx.array,
+        calls: list[Call],
+        rows: mx.array | None,
+        first: int,
+        entry: bool,
+    ) -> Pass:
+        """A pass whose segments are there, and nothing is computed."""
+        count, (batch, tokens, _) = len(self.blocks), x.shape
+        size, kept_from = self._plan.tile_tokens, count
+        spans = [Span(0, tokens)]
+        if size is not None and batch * tokens > size:
+            spans = spans_of(tokens, max(1, size // batch))
+        if first < count:
+            kept_from = max(first, count - self._plan.kept_blocks)
+        waiting = max(0, kept_from - first) + 2 * (len(spans) > 1)
+        store = self._ram if self._plan.inputs == "memory" else self.store
+        longest = max(span.stop - span.start for span in spans)
+        nbytes = batch * longest * x.shape[2] * x.dtype.size
+        slots = Slots(store, waiting * len(spans), nbytes)
+        pipeline = Pipeline(self._overlaps)
+        if isinstance(self.weights, StreamedWeights):
+            self.weights.in_use = 2 if self._overlaps else 1
+        context = Context(self._visits, self._functions, pipeline, slots, spans, first, entry)
+        if rows is not None and rows.size == batch * tokens:
+            last = Wanted(rows)  # nothing is saved
+        else:
+            spares = rows is not None and self.spares_rows
+            last = Wanted(rows, spares and self._can_cut(count - 1, calls[-1], tokens))
+        segments: list[Segment] = []
+        for index in range(kept_from):
+            wanted = last if index + 1 == count else Wanted()
+            choice = self._tiling.of(index) if len(spans) > 1 else None
+            if choice and choice.possible and self._can_cut(index, calls[index], tokens):
+                segments.append(Tiled(context, index, calls[index], wanted, choice.through_cache))
+            else:
+                segments.append(Whole(context, index, calls[index], wanted))
+        tail = None
+        if kept_from < count:
+            tail = Tail(context, range(kept_from, count), calls[kept_from:], last)
+        return Pass(run, context, segments, tail, rows)
+
+    def _can_cut(self, index: int, call: Call, tokens: int) -> bool:
+        """Whether what a block is called with can be cut into tokens, as in the trial of it."""
+        parts = BlockParts(self.blocks.blocks[index], call.args, call.kwargs)
+        return parts.unsuited(tokens) is None
+
+    def finish(self, state: Pass, loss: Loss) -> tuple[mx.array | tuple, Arrays]:
+        """Compute the tail of a pass that has one, with its gradients.
+
+        Returns:
+            What `loss.graph` gives, and the gradients of `loss.outside`, evaluated.
+        """
+        hidden, state.below_tail = state.below_tail, None
+        finished = state.tail.value_and_grad(hidden, loss)
+        state.cotangent, state.tail_gradients = finished.dx, finished.by_block
+        return finished.value, finished.outside
+
+    @contextmanager
+    def tail(self, state: Pass, hidden: mx.array, outside: Arrays | None = None) -> Iterator[None]:
+        """Make a call of the model start from the last block's output.
+
+        Args:
+            state: the pass that is being finished.
+            hidden: what the last block returns, or any [1, n, hidden] rows of it: what
+                follows the blocks works token by token.
+            outside: values for trained parameters outside the blocks.
+        """
+        # The model's entry is called again, for nothing; its dropout must not draw again.
+        with (
+            self._tape.playing(state.entry_keys),
+            self.blocks.returning(hidden),
+            self._outside_bound(outside or {}),
+        ):
+            yield
+
+    def backward(self, state: Pass) -> Iterator[Arrays]:
+        """Carry `state.cotangent` down to the lowest trained block.
+
+        Yields:
+            Evaluated gradients by parameter name, of a block at a time from the last one
+            down, then of what lies before the blocks; computed as they are asked for, so
+            whoever puts one block's away has no more than these in memory. The pass cannot
+            be used again.
+        """
+        found, state.tail_gradients = state.tail_gradients, iter(())
+        for index, gradients in found:
+            yield self._named(index, gradients)
+        del found
+        dy = None
+        if state.cotangent is not None:
+            by_rows = state.rows is not None and state.tail is None
+            dy = Hidden(state.cotangent) if by_rows else state.context.handed_on(state.cotangent)
+        state.cotangent = None
+        wanted = [s for s in state.segments if s.index >= state.context.first]
+        state.segments = []
+        while wanted:
+            segment = wanted.pop()
+
+            def ahead(following: list[Segment] = wanted) -> int | None:
+                if not following:
+                    return None
+                following[-1].prefetch()
+                return following[-1].index
+
+            dy, gradients = segment.backward(dy, ahead)
+            yield self._named(segment.index, gradients)
+            del gradients, segment
+            self._rest()
+        state.context.pipeline.drain()
+        if state.context.entry:
+            state.cotangent = dy.whole()
+            dy.forget()
+            yield self._entry_backward(state)
+
+    @property
+    def outside_slots(self) -> dict[str, Slot]:
+        """Where trained parameters hang that belong to no block, by name."""
+        return self._outside
+
+    def outside(self) -> Arrays:
+        """Trained parameters that belong to no block, by name."""
+        return {name: box[key] for name, (box, key) in self._outside.items()}
+
+    def _named(self, index: int, gradients: Arrays) -> Arrays:
+        prefix = f"{self.blocks.prefix}{index}."
+        return {prefix + local: value for local, value in gradients.items()}
+
+    def _entry_backward(self, state: Pass) -> Arrays:
+        outside = self.outside()
+        cotangent, state.cotangent = state.cotangent, None
+        with self._tape.playing(state.entry_keys):
+            _, gradients = mx.vjp(
+                lambda *values: self._entry(state.run, dict(zip(outside, values, strict=True))),
+                list(outside.values()),
+                [cotangent],
+            )
+        del cotangent
+        mx.eval(gradients)
+        return dict(zip(outside, gradients, strict=True))
+
+    def _reach(self, run: Callable[[], Any]) -> tuple[int, bool]:
+        """How far down the backward must go: the lowest block, and whether beyond it."""
+        if self._reached is None:
+            with self._tape.playing(_SAME_KEY):
+                entry = bool(self._outside) and self._trains_entry(run, self.outside())
+            self._reached = (0, True) if entry else (self._visits.lowest_trained, False)
+        return self._reached
+
+    def _trains_entry(self, run: Callable[[], Any], outside: Arrays) -> bool:
+        """Whether a parameter outside the blocks has a part in the first block's input."""
+        keys = mx.random.split(mx.random.key(0), len(outside))
+        tangents = [
+            mx.random.normal(value.shape, value.dtype, key=key)
+            for value, key in zip(outside.values(), keys, strict=True)
+        ]
+        _, (tangent,) = mx.jvp(
+            lambda *values: self._entry(run, dict(zip(outside, values, strict=True))),
+            list(outside.values()),
+            tangents,
+        )
+        return bool(mx.any(tangent != 0).item())
+
+    def _entry(self, run: Callable[[], Any], outside: Arrays) -> mx.array:
+        with self._outside_bound(outside):
+            return first_input(self.blocks, run)
+
+    def _outside_bound(self, outside: Arrays) -> AbstractContextManager:
+        return bound(self._outside, outside)
+
+
+def check_rows(rows: mx.array, count: int) -> None:
+    """Evaluate row indices and see that they are ascending ones of `count` rows.
+
+    Raises:
+        ValueError: none, no whole numbers, too large, negative, or not ascending.
+    """
+    indices = np.asarray(rows)
+    bounds = np.concatenate([[-1], indices.reshape(-1), [count]])
+    whole = np.issubdtype(indices.dtype, np.integer)
+    if indices.ndim != 1 or not indices.size or not whole or (np.diff(bounds) < 1).any():
+        raise ValueError(
+            f"rows: got {indices.tolist()}, expected one or more indices of {count} tokens, "
+            "each once and in ascending order"
+        )

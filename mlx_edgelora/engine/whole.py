@@ -1,0 +1,58 @@
+"""A block computed for all tokens at once, and again in the backward (arXiv 1604.06174)."""
+
+from collections.abc import Callable
+
+from mlx_edgelora.engine.context import Context
+from mlx_edgelora.engine.functions import Wanted
+from mlx_edgelora.engine.hidden import Hidden
+from mlx_edgelora.engine.record import Call
+from mlx_edgelora.engine.visits import Arrays
+from mlx_edgelora.measure.profile import phase
+
+
+class Whole:
+    """One block. Memory: its graph; between forward and backward its input, in the store.
+
+    Args:
+        context: what the segments of a pass share.
+        index: of the block.
+        call: what it is called with.
+        wanted: of its output.
+    """
+
+    def __init__(self, context: Context, index: int, call: Call, wanted: Wanted) -> None:
+        self._context, self.index, self._call, self._wanted = context, index, call, wanted
+        self._input: Hidden | None = None
+
+    def forward(self, x: Hidden, following: int | None) -> Hidden:
+        """The block's output; see `Segment`."""
+        context, array = self._context, x.whole()
+        if self.index < context.first:
+            x.forget()
+        arrays = context.visits.of(self.index, following)
+        with phase("forward", self.index):
+            out = context.functions.forward(self.index, arrays, array, self._call, self._wanted)
+            del arrays, array
+            context.pipeline.submit(out)
+        if self.index >= context.first:  # not before, for a file waits for the values
+            self._input = context.kept(x)
+        return Hidden(out) if self._wanted.rows is not None else context.handed_on(out)
+
+    def backward(self, dy: Hidden, ahead: Callable[[], int | None]) -> tuple[Hidden | None, Arrays]:
+        """Gradients of the input and of what is trained; see `Segment`."""
+        context, cotangent = self._context, dy.whole()
+        dy.forget()
+        x, onward = self._input.whole(), context.goes_below(self.index)
+        self._input.forget()
+        arrays = context.visits.of(self.index, ahead())
+        with phase("backward", self.index):
+            gradients, dx = context.functions.gradients(
+                self.index, arrays, x, cotangent, self._call, self._wanted, onward
+            )
+            del arrays, x, cotangent
+            context.pipeline.submit(gradients, dx)
+        return (context.handed_on(dx) if onward else None), gradients
+
+    def prefetch(self) -> None:
+        """Begin to bring the input back."""
+        self._input.prefetch()

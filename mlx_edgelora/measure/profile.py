@@ -1,0 +1,172 @@
+"""Where the memory of a step goes: the allocator's peak of every phase of every block.
+
+Code that does the work names what it does by `phase`; that costs nothing until somebody
+records. Recording starts a new peak at each change of phase, and what lies in between belongs
+to the innermost phase. The whole peak is not lost by it (`meter.lap`).
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import BinaryIO
+
+import mlx.core as mx
+
+from mlx_edgelora.measure.meter import lap
+
+MIB = 2**20
+PHASES = (
+    "load",
+    "forward",
+    "spill",
+    "head",
+    "recompute",
+    "MLP backward",
+    "attention backward",
+    "backward",
+    "update",
+)
+
+
+@dataclass
+class Stretch:
+    """Some time of a step spent in one phase of one block.
+
+    Attributes:
+        phase: what was done.
+        block: its index; None outside the blocks.
+        start_bytes: what MLX's allocator held when it began.
+        peak_bytes: the most it held.
+    """
+
+    phase: str
+    block: int | None
+    start_bytes: int
+    peak_bytes: int
+
+
+class Profile:
+    """The stretches of the last step that was recorded, in order."""
+
+    def __init__(self) -> None:
+        self.stretches: list[Stretch] = []
+        self._stack: list[tuple[str, int | None, int]] = []
+
+    def begin_step(self) -> None:
+        """Forget the step before."""
+        lap()
+        self.stretches.clear()
+
+    def enter(self, phase: str, block: int | None) -> None:
+        """Begin a phase; block None is the block of the phase around it."""
+        self._close()
+        if block is None and self._stack:
+            block = self._stack[-1][1]
+        self._stack.append((phase, block, mx.get_active_memory()))
+
+    def leave(self) -> None:
+        """End the innermost phase."""
+        self._close()
+        self._stack.pop()
+
+    def peak(self) -> Stretch:
+        """The stretch with the most memory; the first of several."""
+        return max(self.stretches, key=lambda stretch: stretch.peak_bytes)
+
+    def by_phase(self) -> dict[str, Stretch]:
+        """Of each phase the stretch with the most memory."""
+        result: dict[str, Stretch] = {}
+        for stretch in self.stretches:
+            best = result.get(stretch.phase)
+            if best is None or stretch.peak_bytes > best.peak_bytes:
+                result[stretch.phase] = stretch
+        return {phase: result[phase] for phase in PHASES if phase in result}
+
+    def table(self) -> str:
+        """A few lines: of each phase its peak, and where the peak of the step stands."""
+        top = self.peak()
+        lines = [f"{'phase':<20}{'peak MiB':>10}{'began at':>10}  block"]
+        for phase, stretch in self.by_phase().items():
+            mark = "  <- the peak of the step" if stretch is top else ""
+            where = "-" if stretch.block is None else stretch.block
+            lines.append(
+                f"{phase:<20}{stretch.peak_bytes / MIB:>10.1f}{stretch.start_bytes / MIB:>10.1f}"
+                f"  {where}{mark}"
+            )
+        return "\n".join(lines)
+
+    def json(self) -> str:
+        """All stretches."""
+        return json.dumps([asdict(stretch) for stretch in self.stretches], indent=1)
+
+    def plot(self, file: BinaryIO) -> None:
+        """Draw the peak of each stretch over the step; needs matplotlib (the `plot` extra)."""
+        import matplotlib  # noqa: PLC0415 - an optional dependency
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot  # noqa: PLC0415
+
+        figure, axis = pyplot.subplots(figsize=(10, 4), layout="constrained")
+        for number, phase in enumerate(self.by_phase()):
+            places = [i for i, s in enumerate(self.stretches) if s.phase == phase]
+            heights = [self.stretches[i].peak_bytes / MIB for i in places]
+            axis.bar(places, heights, width=1.0, color=f"C{number}", label=phase)
+        top = self.peak()
+        axis.axhline(top.peak_bytes / MIB, color="black", linewidth=0.8, linestyle="--")
+        where = "" if top.block is None else f" of block {top.block}"
+        axis.set(
+            title=f"One step: peak {top.peak_bytes / MIB:.0f} MiB, in {top.phase}{where}",
+            xlabel="phases of blocks, in order",
+            ylabel="peak of MLX's allocator, MiB",
+        )
+        axis.legend(fontsize=8, ncols=4, loc="lower center")
+        figure.savefig(file, format="png", dpi=110)
+        pyplot.close(figure)
+
+    def _close(self) -> None:
+        """Count what was held since the last change to the innermost phase."""
+        peak = lap()
+        if not self._stack:
+            return
+        phase, block, start = self._stack[-1]
+        peak = max(peak, start)  # MLX counts anew from nothing until something is allocated
+        last = self.stretches[-1] if self.stretches else None
+        if last is not None and (last.phase, last.block) == (phase, block):
+            last.peak_bytes = max(last.peak_bytes, peak)
+        else:
+            self.stretches.append(Stretch(phase, block, start, peak))
+
+
+_recording: list[Profile] = []
+
+
+@contextmanager
+def recording() -> Iterator[Profile]:
+    """Record all phases from here on, in this process."""
+    profile = Profile()
+    _recording.append(profile)
+    try:
+        yield profile
+    finally:
+        _recording.remove(profile)
+
+
+@contextmanager
+def phase(name: str, block: int | None = None) -> Iterator[None]:
+    """Say that what follows is one of `PHASES`, of a block, or of that of the phase around it."""
+    if not _recording:
+        yield
+        return
+    profile = _recording[-1]
+    profile.enter(name, block)
+    try:
+        yield
+    finally:
+        profile.leave()
+
+
+def begin_step() -> None:
+    """Say that a new step begins."""
+    if _recording:
+        _recording[-1].begin_step()

@@ -1,1 +1,0 @@
-"""Activation stores, block checkpointing, and what a run costs."""

@@ -1,0 +1,241 @@
+"""Where a block's frozen weights come from: memory, or the checkpoint's own shards."""
+
+import fcntl
+import os
+from collections.abc import Hashable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.measure.meter import DiskMeter
+from mlx_edgelora.storage.files import Unchanged
+from mlx_edgelora.storage.safetensors import DTYPES, TensorInfo, to_numpy
+
+Arrays = dict[str, mx.array]
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """Where a parameter lies on disk: a shard, and the tensor's name in it."""
+
+    shard: Path
+    name: str
+
+
+class ResidentWeights:
+    """The weights are in the model and stay there. Memory: all of them."""
+
+    def block(self, index: int, lasting: bool = False) -> Arrays:
+        """Nothing to bind."""
+        return {}
+
+    def prefetch(self, index: int) -> None:
+        """Nothing to read."""
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+
+class StreamedWeights:
+    """Reads each block from its shards for each visit, into memory that is used again.
+
+    Memory: those in use, packed, and the one that a worker thread reads. Reading into fresh
+    memory would take longer than reading: the system makes and clears each page. What `block`
+    gives is overwritten after `in_use` more calls, so whatever is made of it must be evaluated
+    before the last of these.
+
+    Args:
+        blocks: for every block, each tensor by its name inside the block: shard, place in it.
+        dtype: floating tensors are cast to it on the way in; None leaves them.
+        meter: counts the bytes read.
+        files: watches the shards.
+        streamed: so many first blocks; the others stay in memory once they were read. The
+            lower ones wait longer between their two visits. None for all.
+        uncached: keep what is read out of the system's file cache, where that can be asked for: a
+            model larger than memory finds nothing in it, and pushes out what others have there.
+
+    Attributes:
+        in_use: how many blocks, that were given last, are still computed.
+    """
+
+    def __init__(
+        self,
+        blocks: list[Mapping[str, tuple[Path, TensorInfo]]],
+        dtype: mx.Dtype | None,
+        meter: DiskMeter,
+        files: Unchanged,
+        streamed: int | None = None,
+        uncached: bool = False,
+    ) -> None:
+        self._blocks, self._dtype, self._meter, self._files = blocks, dtype, meter, files
+        self._uncached = uncached
+        self._held: dict[int, Arrays] = {}
+        self._held_from = len(blocks) if streamed is None else streamed
+        self._free: dict[Hashable, list[_Buffer]] = {}
+        self._used: list[tuple[Hashable, _Buffer]] = []  # by what `block` gave
+        self.in_use = 1
+        self._ahead: tuple[int, Future] | None = None
+        self._descriptors: dict[Path, int] = {}
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="mlx_edgelora-read")
+
+    def block(self, index: int, lasting: bool = False) -> Arrays:
+        """Give a block's tensors.
+
+        What else is on its way is dropped: ask for a block first, then for the next one.
+
+        Args:
+            index: of the block.
+            lasting: give them memory of their own, that nobody writes into.
+
+        Raises:
+            EdgeLoraError: a shard was removed or changed since training began.
+        """
+        if index >= self._held_from:
+            if index not in self._held:
+                self._held[index] = self._read_anew(index)
+            return dict(self._held[index])
+        if lasting:
+            return self._read_anew(index)
+        ready = self._settled(index)
+        self._release()
+        if ready is None:
+            ready = self._buffer(index)
+            self._fill(index, ready)
+        self._used.append((self._layout(index), ready))
+        self._meter.add_read(ready.nbytes)
+        return self._cast(ready.arrays)
+
+    def hold_from(self, index: int) -> None:
+        """Keep this block and those above it in memory, from their next visit on, and no other."""
+        self._held_from = index
+        for lower in [held for held in self._held if held < index]:
+            del self._held[lower]
+
+    def prefetch(self, index: int) -> None:
+        """Read a block's tensors while the current one computes."""
+        if index >= self._held_from or (self._ahead is not None and self._ahead[0] == index):
+            return
+        self._settled(None)
+        buffer = self._buffer(index)
+        self._ahead = index, self._worker.submit(self._fill, index, buffer)
+
+    def close(self) -> None:
+        """Let go of memory and files."""
+        self._settled(None)
+        self._worker.shutdown()
+        self._used.clear()
+        self._free.clear()
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def _settled(self, index: int | None) -> "_Buffer | None":
+        """Wait for what is on its way, and give it if it is this block's."""
+        if self._ahead is None:
+            return None
+        (ahead, future), self._ahead = self._ahead, None
+        buffer = future.result()
+        if ahead == index:
+            return buffer
+        self._free.setdefault(self._layout(ahead), []).append(buffer)
+        return None
+
+    def _release(self) -> None:
+        """What was given `in_use` calls ago is not used any more."""
+        while len(self._used) >= self.in_use:
+            layout, buffer = self._used.pop(0)
+            self._free.setdefault(layout, []).append(buffer)
+
+    def _layout(self, index: int) -> Hashable:
+        return tuple((n, i.dtype, i.shape) for n, (_, i) in self._blocks[index].items())
+
+    def _buffer(self, index: int) -> "_Buffer":
+        """Memory for a block; of blocks of another kind nothing is kept meanwhile."""
+        layout = self._layout(index)
+        for other in [other for other in self._free if other != layout]:
+            del self._free[other]
+        free = self._free.setdefault(layout, [])
+        return free.pop() if free else _Buffer({n: i for n, (_, i) in self._blocks[index].items()})
+
+    def _read_anew(self, index: int) -> Arrays:
+        buffer = _Buffer({n: i for n, (_, i) in self._blocks[index].items()})
+        self._fill(index, buffer)
+        self._meter.add_read(buffer.nbytes)
+        arrays = self._cast(buffer.arrays)
+        mx.eval(arrays)
+        return arrays
+
+    def _cast(self, arrays: Arrays) -> Arrays:
+        return dict(arrays) if self._dtype is None else cast_all(arrays, self._dtype)
+
+    def _fill(self, index: int, buffer: "_Buffer") -> "_Buffer":
+        for shard in dict.fromkeys(shard for shard, _ in self._blocks[index].values()):
+            # A file that was overwritten in place would be silently wrong.
+            self._files.check(shard)
+        for name, (shard, info) in self._blocks[index].items():
+            self._read(shard, info.start, buffer.views[name])
+        return buffer
+
+    def _read(self, shard: Path, start: int, view: memoryview) -> None:
+        done = 0
+        try:
+            descriptor = self._descriptor(shard)
+            while done < len(view):
+                count = os.preadv(descriptor, [view[done:]], start + done)
+                if not count:
+                    raise EdgeLoraError(
+                        f"{shard}: ends too early; the file was changed while in use, start again"
+                    )
+                done += count
+        except OSError as error:
+            raise EdgeLoraError(
+                f"{shard}: cannot be read any more ({error.strerror}); put the file back and start "
+                "again"
+            ) from error
+
+    def _descriptor(self, shard: Path) -> int:
+        if shard not in self._descriptors:
+            descriptor = self._descriptors[shard] = os.open(shard, os.O_RDONLY)
+            if self._uncached and hasattr(fcntl, "F_NOCACHE"):
+                fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)
+        return self._descriptors[shard]
+
+
+class _Buffer:
+    """Evaluated arrays of a block, and their bytes to write into.
+
+    MLX writes into none of them, for this holds them, too.
+    """
+
+    def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
+        self.arrays = {n: mx.zeros(i.shape, DTYPES[i.dtype][0]) for n, i in tensors.items()}
+        mx.eval(self.arrays)
+        self.views = {
+            name: memoryview(to_numpy(array)).cast("B") if array.size else memoryview(b"")
+            for name, array in self.arrays.items()
+        }
+        self.nbytes = sum(array.nbytes for array in self.arrays.values())
+
+
+def cast_all(arrays: dict[str, mx.array], dtype: mx.Dtype) -> dict[str, mx.array]:
+    """Cast floating arrays to `dtype`, but scales and biases of packed weights to none larger.
+
+    Packed weights are dequantized in the dtype of what they multiply, so wider scales would
+    only take more memory.
+    """
+    packed = {name.removesuffix("scales") for name in arrays if name.endswith("scales")}
+    kept = {
+        name
+        for name, array in arrays.items()
+        if name.removesuffix("scales").removesuffix("biases") in packed
+        and name.endswith(("scales", "biases"))
+        and array.dtype.size < dtype.size
+    }
+    return {n: a if n in kept else cast(a, dtype) for n, a in arrays.items()}
+
+
+def cast(array: mx.array, dtype: mx.Dtype) -> mx.array:
+    """Cast floating arrays to `dtype`; packed weights and indices stay as they are."""
+    return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array

@@ -1,0 +1,235 @@
+"""How fast a machine is at what a step is made of, and how much memory it has to give."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.layers.linear import resolve_kernel
+from mlx_edgelora.measure.meter import footprint
+from mlx_edgelora.storage.files import write_atomically
+from mlx_edgelora.storage.page_file import unlinked_file
+
+MIB = 2**20
+# Of the file that rates are kept in: raise it when they mean something else.
+VERSION = 2
+# A product of so many tokens by a square matrix of so many columns is timed. Of a CPU's packed
+# one, which is slow, with fewer tokens.
+TOKENS, COLUMNS = 512, 2048
+FEW_TOKENS = 32
+# So many in one evaluation on a GPU: alone one takes as long as the call.
+AT_ONCE = 16
+DISK_BYTES = 32 * MIB
+# Of the memory that is free or can be freed, so much is left to other programs.
+MARGIN = 0.2
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What was measured on a machine.
+
+    Attributes:
+        flops: floating-point operations a second in a product of matrices.
+        fused_flops: the same in MLX's product with a packed matrix.
+        dequantized: entries of a packed matrix that are unpacked in a second.
+        moved: bytes a second that operations entry by entry read and write.
+        read, written: bytes a second from and to a file.
+        call: seconds that building and scheduling one small operation takes.
+    """
+
+    flops: float
+    fused_flops: float
+    dequantized: float
+    moved: float
+    read: float
+    written: float
+    call: float
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a plan is carried out.
+
+    Attributes:
+        name: of the device.
+        rates: how fast it is.
+        kernels: ways to multiply packed matrices that a plan may choose from; the first is what
+            "auto" means.
+    """
+
+    name: str
+    rates: Rates
+    kernels: tuple[str, ...] = ("dequantize",)
+
+
+def machine_here(cache: Path, folder: Path, dtype: mx.Dtype) -> Machine:
+    """This machine, measured once per dtype and kept in a file.
+
+    Args:
+        cache: folder of that file.
+        folder: of scratch files, whose disk is measured.
+        dtype: of activations.
+    """
+    device = mx.device_info()
+    name = f"{device.get('device_name', 'unknown')}, {mx.default_device()}"
+    blas = os.environ.get("LD_PRELOAD", "") + os.environ.get("DYLD_INSERT_LIBRARIES", "")
+    key = f"{VERSION} {mx.__version__} {name} {os.cpu_count()} {blas} {dtype} {folder}"
+    file = cache / "machine.json"
+    known = _read(file)
+    rates = known.get(key)
+    if rates is None:
+        rates = measured(folder, dtype)
+        known[key] = rates
+        _write(file, known)
+    # Slow on a CPU, and less exact in 16 bits there (`layers/linear.py`): no plan's choice.
+    kernels = ("fused", "dequantize") if resolve_kernel("auto")[0] == "fused" else ("dequantize",)
+    return Machine(name, rates, kernels)
+
+
+def measured(folder: Path, dtype: mx.Dtype) -> Rates:
+    """Time each operation; takes a second or two, and some 60 MiB."""
+    keys = mx.random.split(mx.random.key(0))  # MLX's own generator is not moved
+    x = mx.random.normal((TOKENS, COLUMNS), key=keys[0]).astype(dtype)
+    dense = mx.random.normal((COLUMNS, COLUMNS), key=keys[1]).astype(dtype)
+    packed = mx.quantize(dense, 64, 4)
+    small = mx.zeros((8,))
+    mx.eval(x, dense, packed, small)
+    on_gpu = mx.default_device() == mx.gpu
+    times, some = (AT_ONCE, x) if on_gpu else (1, x[:FEW_TOKENS])
+    product = 2.0 * TOKENS * COLUMNS * COLUMNS
+
+    def chain() -> mx.array:
+        y = small
+        for _ in range(100):
+            y = y + 1
+        return y
+
+    read, written = _disk(folder)
+    return Rates(
+        flops=product / _seconds(lambda: x @ dense.T, times),
+        fused_flops=product
+        * (some.shape[0] / TOKENS)
+        / _seconds(lambda: mx.quantized_matmul(some, *packed), times),
+        dequantized=dense.size / _seconds(lambda: mx.dequantize(*packed), times),
+        moved=3.0 * x.nbytes / _seconds(lambda: x * x + x, times),
+        read=read,
+        written=written,
+        call=_seconds(chain) / 100,
+    )
+
+
+def _seconds(function: Callable[[], mx.array], times: int = 1, rounds: int = 3) -> float:
+    """Of one of so many in an evaluation, in the fastest of some; the first one warms up."""
+    best = float("inf")
+    for number in range(rounds + 1):
+        start = time.perf_counter()
+        mx.eval([function() for _ in range(times)])
+        spent = (time.perf_counter() - start) / times
+        if number:
+            best = min(best, spent)
+    return max(best, 1e-9)
+
+
+def _disk(folder: Path) -> tuple[float, float]:
+    """Bytes a second read and written, through the system's cache as spilling does."""
+    data, best = bytes(DISK_BYTES), [float("inf"), float("inf")]
+    try:
+        with unlinked_file(folder) as file:
+            for _ in range(2):
+                file.seek(0)
+                start = time.perf_counter()
+                file.write(data)
+                middle = time.perf_counter()
+                file.seek(0)
+                file.read(DISK_BYTES)
+                best = [
+                    min(best[0], time.perf_counter() - middle),
+                    min(best[1], middle - start),
+                ]
+    except OSError as error:
+        raise EdgeLoraError(
+            f"{folder}: cannot be written ({error.strerror}); choose another folder with "
+            "--spill-dir"
+        ) from error
+    return DISK_BYTES / max(best[0], 1e-9), DISK_BYTES / max(best[1], 1e-9)
+
+
+def default_budget() -> tuple[int, str]:
+    """Bytes that MLX may take when nobody says how many, and why so many."""
+    device = mx.device_info()
+    if "free_memory" in device and mx.default_device() == mx.gpu:  # CUDA: the host's is another
+        free = int((1 - MARGIN) * device["free_memory"])
+        return free, f"what is free of the GPU's memory, less {MARGIN:.0%}"
+    most = device.get("max_recommended_working_set_size") if mx.metal.is_available() else None
+    free = _available()
+    left = None if free is None else int((1 - MARGIN) * free)
+    if most is not None and (left is None or most <= left):
+        return int(most), "what the system recommends for the GPU"
+    if left is not None:
+        return left, f"what other programs leave, less {MARGIN:.0%}"
+    return int((1 - MARGIN) * _physical()) - footprint(), f"the machine's memory less {MARGIN:.0%}"
+
+
+def wired_limit(budget: int) -> int:
+    """How much of a budget macOS may keep from being paged out."""
+    most = mx.device_info().get("max_recommended_working_set_size", budget)
+    return min(budget, int(most))
+
+
+def _available() -> int | None:
+    """Bytes that are free or can be freed, as far as the system tells."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = (
+            next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
+        )
+    except (OSError, StopIteration, ValueError, IndexError):
+        return _available_to_mach()
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        try:
+            limit = int(Path("/sys/fs/cgroup", name).read_text())
+        except (OSError, ValueError):
+            continue
+        return max(0, min(free, limit - footprint()))
+    return free
+
+
+def _available_to_mach() -> int | None:
+    """macOS: pages that are free, inactive, speculative or purgeable, by `vm_stat`."""
+    import subprocess  # noqa: PLC0415 - one system's way
+
+    try:
+        text = subprocess.run(["vm_stat"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    lines = text.splitlines()
+    size = int("".join(filter(str.isdigit, lines[0])) or 4096)
+    kinds = ("Pages free", "Pages inactive", "Pages speculative", "Pages purgeable")
+    counts = [line.rpartition(":")[2].strip(" .") for line in lines if line.startswith(kinds)]
+    return size * sum(int(count) for count in counts) if counts else None
+
+
+def _physical() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _read(file: Path) -> dict[str, Rates]:
+    try:
+        known = json.loads(file.read_text())
+        return {key: Rates(**values) for key, values in known.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}  # not there, or of another version: measured again
+
+
+def _write(file: Path, known: dict[str, Rates]) -> None:
+    text = json.dumps({key: asdict(rates) for key, rates in known.items()}, indent=1)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically({file: lambda target: target.write(text.encode())})
+    except (OSError, EdgeLoraError):
+        return  # measured again next time

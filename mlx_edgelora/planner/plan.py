@@ -1,0 +1,178 @@
+"""What a run keeps, spills, streams and tiles: one frozen record, which the engine obeys."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from mlx_edgelora.errors import EdgeLoraError
+
+MIB = 2**20
+# Of the file that a plan is saved in: raise it when what it says changes its meaning.
+VERSION = 2
+
+
+def _choice(default: Any, *values: Any, least: int | None = None) -> Any:
+    """A field that is one of some values, or a whole number of at least `least` (or None)."""
+    return field(default=default, metadata={"values": values, "least": least})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The choices of a run that trade memory for time.
+
+    Attributes:
+        streamed_blocks: the frozen weights of so many first blocks are read from disk for each
+            visit, those of the others stay in memory; None for all blocks.
+        head: "streamed" or "resident", of the token embedding and the vocabulary head; they stay
+            in memory where all blocks do.
+        prefetch: read the next streamed block's weights while one is computed.
+        kept_blocks: so many last blocks form one autodiff segment, whose activations are kept
+            and not computed again.
+        inputs: "file" or "memory", where the inputs of blocks wait for the backward.
+        adapters: "paged" or "resident", of what is trained, its gradients and the optimizer's
+            state.
+        tile_tokens: blocks are computed for so many tokens at a time where a batch has
+            more; None for all at once. Excludes kept_blocks.
+        mlp_bytes: a slice of a gated MLP; None computes it layer by layer.
+        kernel: how packed matrices are multiplied: "fused" is MLX's own kernel, "dequantize"
+            unpacks them a tile at a time, as slices of an MLP always do; "auto" leaves it to the
+            backend.
+        loss_bytes: a tile of the vocabulary head.
+        micro_batches: a batch is computed in so many parts, whose gradients are added.
+        cache_bytes: what MLX may keep of freed buffers: enough for one block's to be used
+            again, where its own default on Metal keeps nearly everything it ever had.
+        reason: why these.
+
+    Raises:
+        EdgeLoraError: naming the choice that is not one, or two that exclude each other.
+    """
+
+    streamed_blocks: int | None = _choice(None, None, least=0)
+    head: str = _choice("streamed", "streamed", "resident")
+    prefetch: bool = _choice(True, True, False)
+    kept_blocks: int = _choice(0, least=0)
+    inputs: str = _choice("file", "file", "memory")
+    adapters: str = _choice("resident", "resident", "paged")
+    tile_tokens: int | None = _choice(None, None, least=1)
+    mlp_bytes: int | None = _choice(None, None, least=1)
+    kernel: str = _choice("auto", "auto", "fused", "dequantize")
+    loss_bytes: int = _choice(40 * MIB, least=1)
+    micro_batches: int = _choice(1, least=1)
+    cache_bytes: int = _choice(64 * MIB, least=0)
+    reason: str = "as given"
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            if item.metadata:
+                _check(item.name, getattr(self, item.name), **item.metadata)
+        if self.kept_blocks and self.tile_tokens is not None:
+            raise EdgeLoraError(
+                f"kept_blocks: got {self.kept_blocks} with tile_tokens {self.tile_tokens}, "
+                "expected one of them: what is computed by tiles is not kept"
+            )
+
+    @property
+    def streams(self) -> bool:
+        """Whether any frozen weights of blocks stay on disk."""
+        return self.streamed_blocks != 0
+
+    @property
+    def spills(self) -> bool:
+        """Whether the inputs of blocks wait in a file."""
+        return self.inputs == "file"
+
+    @classmethod
+    def from_json(cls, text: str, place: str) -> "Plan":
+        """Read what `json` wrote, edited or not.
+
+        Raises:
+            EdgeLoraError: it is no plan; `place` begins the text.
+        """
+        try:
+            values = json.loads(text)
+            if not isinstance(values, dict) or values.pop("version", None) != VERSION:
+                raise ValueError(f"no object with version {VERSION}")
+        except (ValueError, RecursionError) as error:
+            raise EdgeLoraError(
+                f"{place}: not a plan ({error}), expected JSON as --plan-out writes it"
+            ) from error
+        names = [item.name for item in fields(cls)]
+        for key in values:
+            if key not in names:
+                raise EdgeLoraError(
+                    f"{place}: {key}: unknown choice, expected some of {', '.join(names)}"
+                )
+        try:
+            return cls(**values)
+        except EdgeLoraError as error:
+            raise EdgeLoraError(f"{place}: {error}") from None
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Plan":
+        """Read a plan's file, as `from_json`."""
+        try:
+            text = Path(path).read_text()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "no text"
+            raise EdgeLoraError(
+                f"{path}: cannot be read ({reason}), expected a plan as --plan-out writes it"
+            ) from error
+        return cls.from_json(text, str(path))
+
+    def json(self) -> str:
+        """All choices as text, for `from_json`."""
+        return json.dumps({"version": VERSION, **asdict(self)}, indent=1) + "\n"
+
+    def rows(self, blocks: int) -> Mapping[str, str]:
+        """The choices for a model of so many blocks in words, by what they are about."""
+        streamed = blocks if self.streamed_blocks is None else min(self.streamed_blocks, blocks)
+        kept = min(self.kept_blocks, blocks)
+        rows = {
+            "weights": _split(streamed, blocks, "from disk", "in memory")
+            + ", the next block read ahead" * (self.prefetch and streamed > 0),
+            "embedding and head": "from disk" if self.head == "streamed" else "in memory",
+            "activations": _split(blocks - kept, blocks, "computed again", "kept"),
+            "inputs of blocks": "in a file" if self.spills and kept < blocks else "in memory",
+            "adapters": "in memory" if self.adapters == "resident" else "in a file",
+            "tokens": "all at once"
+            if self.tile_tokens is None
+            else f"{self.tile_tokens} at a time",
+            "MLP": "layer by layer"
+            if self.mlp_bytes is None
+            else f"slices of {_mib(self.mlp_bytes)}",
+            "head": f"tiles of {_mib(self.loss_bytes)}",
+        }
+        if self.kernel != "auto":
+            rows["packed matrices"] = "unpacked" if self.kernel == "dequantize" else "MLX's kernel"
+        if self.micro_batches > 1:
+            rows["batch"] = f"in {self.micro_batches} parts"
+        return rows
+
+    def describe(self, blocks: int) -> str:
+        """The choices for a model of so many blocks, and why, in one line."""
+        words = "; ".join(f"{name} {value}" for name, value in self.rows(blocks).items())
+        return f"{words} ({self.reason})"
+
+
+def _check(name: str, value: Any, values: tuple, least: int | None) -> None:
+    if least is not None and type(value) is int and value >= least:  # a bool is no number
+        return
+    if any(value is choice for choice in values) or (isinstance(value, str) and value in values):
+        return
+    choices = [json.dumps(choice) for choice in values]
+    if least is not None:
+        choices.append(f"a whole number of at least {least}")
+    raise EdgeLoraError(f"{name}: got {value!r}, expected {' or '.join(choices)}")
+
+
+def _split(first: int, count: int, one: str, other: str) -> str:
+    """How many of some blocks are one way and how many the other."""
+    if first in (0, count):
+        return other if first == 0 else one
+    return f"{first} of {count} blocks {one}, {count - first} {other}"
+
+
+def _mib(size: int) -> str:
+    return f"{size / MIB:g} MiB"

@@ -1,0 +1,225 @@
+"""What `python -m mlx_edgelora.plan` tells: whether a run fits, how, and what more would buy."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import BinaryIO
+
+from mlx_edgelora.data.batches import PAD_TO
+from mlx_edgelora.planner.cost import Load, Memory
+from mlx_edgelora.planner.run_plan import RunPlan, gigabytes
+from mlx_edgelora.planner.search import Choice, plan, smallest
+from mlx_edgelora.planner.search import most as largest
+
+GB = 10**9
+# No context or batch beyond these is looked for.
+MOST_TOKENS, MOST_ROWS = 2**20, 4096
+# Budgets between the smallest and plenty that the picture has.
+POINTS = 40
+
+
+@dataclass(frozen=True)
+class Bought:
+    """What a larger budget would buy: bytes, and seconds of a step within them."""
+
+    budget: int
+    seconds: float
+
+
+class PlanReport:
+    """Answers about a planned run; nothing is computed but the model of its cost.
+
+    Args:
+        chosen: the run's plan. Where its budget is too small it is the smallest plan.
+        fits: whether the budget was large enough.
+    """
+
+    def __init__(self, chosen: RunPlan, fits: bool) -> None:
+        self._chosen, self.fits = chosen, fits
+        self._arguments = chosen.shape, chosen.load, chosen.machine
+
+    @cached_property
+    def smallest(self) -> Choice:
+        """The plan that takes the least memory."""
+        return smallest(*self._arguments, self._chosen.fixed)
+
+    @cached_property
+    def context(self) -> int:
+        """Tokens of the longest rows that the budget has room for."""
+        shape, load, machine = self._arguments
+
+        def fits(tokens: int) -> bool:
+            share = load.labelled / load.size
+            longer = Load(load.rows, tokens, max(1, round(share * load.rows * tokens)))
+            needs = smallest(shape, longer, machine, self._chosen.fixed).needs
+            return needs <= self._budget
+
+        return largest(fits, PAD_TO, MOST_TOKENS)
+
+    @cached_property
+    def batch(self) -> int:
+        """Rows of the largest batch that the budget has room for in one piece."""
+        shape, load, machine = self._arguments
+        fixed = self._chosen.fixed | {"micro_batches": 1}
+
+        def fits(rows: int) -> bool:
+            share = load.labelled / load.rows
+            larger = Load(rows, load.tokens, max(1, round(share * rows)))
+            return smallest(shape, larger, machine, fixed).needs <= self._budget
+
+        return largest(fits, 1, MOST_ROWS)
+
+    @cached_property
+    def next_gigabytes(self) -> list[Bought]:
+        """What each of the next four would buy, as long as it buys anything."""
+        found, before = [], self._chosen.choice.seconds
+        for more in range(1, 5):
+            budget = max(self._budget, self.smallest.needs) + more * GB
+            spent = plan(*self._arguments, budget, self._chosen.fixed).seconds
+            if spent > before * 0.995:
+                break
+            found.append(Bought(budget, spent))
+            before = spent
+        return found
+
+    def curve(self) -> list[Bought]:
+        """Seconds against budget, from the smallest one to the one that buys nothing more."""
+        low = self.smallest.needs
+        plenty = plan(*self._arguments, 2**50, self._chosen.fixed).needs
+        ratio = (plenty / low) ** (1 / (POINTS - 1))
+        budgets = [round(low * ratio**i) for i in range(POINTS - 1)] + [max(low, plenty)]
+        return [
+            Bought(size, plan(*self._arguments, size, self._chosen.fixed).seconds)
+            for size in budgets
+        ]
+
+    def phases(self) -> dict[str, int]:
+        """The most that each phase is expected to take, in bytes."""
+        shape, load, _ = self._arguments
+        found: dict[str, int] = {}
+        for phase in Memory(shape, load, self._chosen.plan).phases():
+            found[phase.name] = max(found.get(phase.name, 0), phase.bytes)
+        return found
+
+    def table(self) -> str:
+        """All answers in lines."""
+        chosen, choice = self._chosen, self._chosen.choice
+        budget = "the least memory" if self._unlimited else gigabytes(self._budget)
+        verdict = "fits in" if self.fits else "does not fit in"
+        lines = [
+            f"{chosen.load.rows} x {chosen.load.tokens} tokens, {chosen.load.labelled} of them "
+            f"labelled, adapters of rank {chosen.shape.rank} on {chosen.shape.adapted} of "
+            f"{chosen.shape.blocks} blocks",
+            f"{verdict} {budget} ({chosen.budget.why})" if not self._unlimited else f"for {budget}",
+            "",
+            "plan" if self.fits else "smallest plan",
+            *_rows(chosen.plan.rows(chosen.shape.blocks)),
+            "",
+            "expected",
+            *_rows({"peak": gigabytes(choice.peak), "step": duration(choice.seconds)}),
+            *_rows({f"peak of {name}": gigabytes(size) for name, size in self.phases().items()}),
+            "",
+            "smallest budget that works",
+            *_rows({gigabytes(self.smallest.needs): f"{duration(self.smallest.seconds)} a step"}),
+        ]
+        if not self._unlimited:
+            rows = {"longest rows": f"{self.context} tokens", "largest batch": f"{self.batch} rows"}
+            lines += ["", f"in {budget} there is room for", *_rows(rows)]
+        if self.next_gigabytes:
+            lines += ["", "a larger budget buys"]
+            bought = {
+                gigabytes(b.budget): f"{duration(b.seconds)} a step" for b in self.next_gigabytes
+            }
+            lines += _rows(bought)
+        elif not self._unlimited and self.fits:
+            lines += ["", "a larger budget buys nothing"]
+        return "\n".join(lines)
+
+    def json(self) -> str:
+        """The same for programs; sizes in bytes, times in seconds."""
+        chosen, choice = self._chosen, self._chosen.choice
+        answers = {
+            "fits": self.fits,
+            "budget_bytes": None if self._unlimited else self._budget,
+            "budget_reason": chosen.budget.why,
+            "batch": asdict(chosen.load),
+            "plan": json.loads(chosen.plan.json()),
+            "expected_peak_bytes": choice.peak,
+            "expected_step_seconds": choice.seconds,
+            "expected_peak_bytes_by_phase": self.phases(),
+            "smallest_budget_bytes": self.smallest.needs,
+            "smallest_budget_step_seconds": self.smallest.seconds,
+            "longest_context_tokens": None if self._unlimited else self.context,
+            "largest_batch_rows": None if self._unlimited else self.batch,
+            "larger_budgets": [asdict(bought) for bought in self.next_gigabytes],
+        }
+        return json.dumps(answers, indent=1)
+
+    def plot(self, file: BinaryIO) -> None:
+        """Draw memory over one step, and time against budget; needs matplotlib (`plot` extra)."""
+        shape, load, _ = self._arguments
+        phases = list(Memory(shape, load, self._chosen.plan).phases())
+        curve = self.curve()
+        with _figure(file) as (left, right):
+            for number, name in enumerate(dict.fromkeys(phase.name for phase in phases)):
+                places = [i for i, phase in enumerate(phases) if phase.name == name]
+                held = [phases[i].held / GB for i in places]
+                whole = [phases[i].bytes / GB for i in places]
+                left.bar(places, whole, width=1.0, color=f"C{number}", label=name)
+                left.bar(places, held, width=1.0, color="black", alpha=0.25)
+            left.set(
+                title="Expected memory over one step (dark: held throughout)",
+                xlabel="phases of blocks, in order",
+                ylabel="GB of MLX's allocator",
+            )
+            left.legend()
+            right.step([b.budget / GB for b in curve], [b.seconds for b in curve], where="post")
+            if not self._unlimited:
+                right.axvline(self._budget / GB, color="black", linestyle="--", linewidth=0.8)
+            right.set(
+                title="Expected time of a step against the budget",
+                xlabel="memory budget, GB",
+                ylabel="seconds",
+                xscale="log",
+                ylim=(0, None),
+            )
+
+    @property
+    def _unlimited(self) -> bool:
+        return self._chosen.budget.bytes is None
+
+    @property
+    def _budget(self) -> int:
+        return self._chosen.choice.needs if self._unlimited else self._chosen.budget.bytes
+
+
+def duration(spent: float) -> str:
+    """Seconds for people: two digits, or minutes where there are many."""
+    if spent >= 120:
+        return f"{spent / 60:.0f} min"
+    return f"{spent:.3g} s"
+
+
+def too_small(chosen: RunPlan) -> RunPlan:
+    """The run by the smallest plan there is, for a budget that it does not fit."""
+    least = smallest(chosen.shape, chosen.load, chosen.machine, chosen.fixed)
+    return chosen.by(replace(least, plan=replace(least.plan, reason="the least memory")))
+
+
+@contextmanager
+def _figure(file: BinaryIO) -> Iterator[tuple]:
+    import matplotlib  # noqa: PLC0415 - an optional dependency
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot  # noqa: PLC0415
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4), layout="constrained")
+    yield axes
+    figure.savefig(file, format="png", dpi=110)
+    pyplot.close(figure)
+
+
+def _rows(values: dict[str, str]) -> list[str]:
+    return [f"  {name:<22}{value}" for name, value in values.items()]

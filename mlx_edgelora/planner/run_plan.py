@@ -1,0 +1,230 @@
+"""From the options of a run to its plan, and the promise that the plan is kept."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mlx_edgelora.blocks.checks import checked_blocks
+from mlx_edgelora.config import TrainConfig
+from mlx_edgelora.data import Batch
+from mlx_edgelora.data.batches import largest_batch
+from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.model.checkpoint import LazyModel
+from mlx_edgelora.model.loading import DTYPES
+from mlx_edgelora.planner.cost import MOMENTS, Load, Memory
+from mlx_edgelora.planner.duration import seconds
+from mlx_edgelora.planner.machine import Machine, default_budget, machine_here
+from mlx_edgelora.planner.plan import Plan
+from mlx_edgelora.planner.search import Choice, plan, smallest
+from mlx_edgelora.planner.shape import shape_of
+from mlx_edgelora.planner.sizes import ModelShape
+
+# Shorter batches have plans of their own, by so many steps of their length.
+STEPS = 8
+# What stays as it is once a run has begun, whatever a batch is like.
+LASTING = (
+    "streamed_blocks",
+    "head",
+    "prefetch",
+    "adapters",
+    "kernel",
+    "loss_bytes",
+    "cache_bytes",
+)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Most memory for MLX, and why so much; no bytes: none was set."""
+
+    bytes: int | None
+    why: str
+
+
+class RunPlan:
+    """The plan of a run, of its largest batch and of smaller ones.
+
+    Args:
+        shape: of the adapted model.
+        load: the largest batch.
+        machine: where.
+        budget: most memory.
+        choice: the plan of the largest batch; None before it is searched for.
+        fixed: choices that were made by options.
+        varies: whether smaller batches may be computed by other plans.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        load: Load,
+        machine: Machine,
+        budget: Budget,
+        choice: Choice | None,
+        fixed: dict[str, Any],
+        varies: bool,
+    ) -> None:
+        self.shape, self.load, self.machine, self.budget = shape, load, machine, budget
+        self.choice, self.fixed, self._varies = choice, fixed, varies
+        self._variants: dict[Load, Plan] = {}
+        self._correction = 1.0
+        self._highest = budget.bytes or 0  # that nothing more needs to be done about
+
+    @property
+    def plan(self) -> Plan:
+        """Of the largest batch."""
+        return self.choice.plan
+
+    def by(self, choice: Choice) -> "RunPlan":
+        """The same run by another plan."""
+        arguments = self.shape, self.load, self.machine, self.budget
+        return RunPlan(*arguments, choice, self.fixed, self._varies)
+
+    def of(self, batch: Batch) -> Plan:
+        """The plan of a batch: the run's own, or a faster one where a smaller batch allows it."""
+        rows, tokens = batch.tokens.shape[0], batch.tokens.shape[1] - 1
+        step = max(1, -(-self.load.tokens // STEPS))
+        tokens = min(self.load.tokens, -(-tokens // step) * step)
+        if not self._varies or tokens == self.load.tokens:
+            return self.plan
+        labelled = min(self.load.labelled, rows * tokens)
+        load = Load(rows, tokens, labelled)
+        if load not in self._variants:
+            fixed = self.fixed | {name: getattr(self.plan, name) for name in LASTING}
+            arguments = self.shape, load, self.machine, self.budget.bytes
+            try:
+                self._variants[load] = plan(*arguments, fixed, self._correction).plan
+            except EdgeLoraError:  # none is expected to fit; the run's own is right for less
+                self._variants[load] = self.plan
+        return self._variants[load]
+
+    def corrected(self, measured: int, anew: bool = True) -> Plan | None:
+        """A plan that takes less, where a run took more than its budget.
+
+        Args:
+            measured: bytes of MLX's allocator at the peak.
+            anew: whether the peak is that of the present plan; else the highest so far, which
+                may be that of a plan that was corrected.
+
+        Returns:
+            None where the plan keeps its promise.
+        """
+        highest, self._highest = self._highest, max(self._highest, measured)
+        if not self._varies or measured <= (self.budget.bytes if anew else highest):
+            return None
+        correction = self._correction * max(1.02, measured / self.choice.peak)
+        # Weights that are the model's own stay there; those that were read can be let go.
+        lasting = [n for n in LASTING if n != "streamed_blocks" or not self.plan.streams]
+        fixed = self.fixed | {name: getattr(self.plan, name) for name in lasting}
+        arguments = self.shape, self.load, self.machine, self.budget.bytes
+        self.choice = plan(*arguments, fixed, correction)
+        self._correction = correction
+        self._variants.clear()
+        return self.plan
+
+    @property
+    def unseen_bytes(self) -> int:
+        """What a step holds that a forward and a backward alone do not: the optimizer's state."""
+        shape = self.shape
+        blocks = 0 if self.plan.adapters == "paged" else shape.adapted * shape.adapter_bytes
+        return MOMENTS * (blocks + shape.outside_adapter_bytes)
+
+    def table(self) -> str:
+        """What was chosen, for whom and why, in a few lines."""
+        most = self.budget.bytes
+        limit = "no limit" if most is None else f"{gigabytes(most)} at most"
+        lines = [
+            f"plan for {self.load.rows} x {self.load.tokens} tokens: "
+            f"{gigabytes(self.choice.peak)} expected, {limit} ({self.budget.why})"
+        ]
+        rows = self.plan.rows(self.shape.blocks)
+        lines += [f"  {name:<20}{value}" for name, value in rows.items()]
+        return "\n".join(lines)
+
+
+def asked_plan(
+    config: TrainConfig,
+    lazy: LazyModel,
+    datasets: Sequence,
+    cache: Path,
+    folder: Path,
+    labelled: float = 1.0,
+) -> RunPlan:
+    """What is asked for, and the plan where it need not be searched for.
+
+    Args:
+        config: the options of the run.
+        lazy: the adapted model; nothing of it is read.
+        datasets: whose longest batch is planned for; without any, max_seq_length is.
+        cache: folder of what was measured of this machine.
+        folder: of scratch files.
+        labelled: share of tokens with labels, where there are no data sets.
+
+    Raises:
+        EdgeLoraError: a plan's file is none.
+    """
+    dtype = DTYPES[config.dtype] if config.dtype else None
+    blocks = lazy.blocks or checked_blocks(lazy.model)
+    shape = shape_of(blocks, lazy.vocabulary, dtype)
+    tokens, labels = largest_batch(datasets, config.batch_size, config.max_seq_length)
+    if not tokens:
+        tokens = config.max_seq_length - 1
+        labels = max(1, round(labelled * config.batch_size * tokens))
+    load = Load(config.batch_size, tokens, labels)
+    machine = machine_here(cache, folder, dtype or blocks.hidden_dtype)
+    if config.plan or config.memory_budget == "min":
+        if config.plan:
+            choice = expected(shape, load, Plan.read(config.plan), machine)
+            why = f"as {config.plan} says"
+        else:
+            choice, why = smallest(shape, load, machine, _fixed(config)), "the least, as asked"
+            choice = replace(choice, plan=replace(choice.plan, reason=why))
+        return RunPlan(shape, load, machine, Budget(None, why), choice, {}, varies=False)
+    budget = Budget(config.memory_budget, "as asked")
+    if config.memory_budget is None:
+        budget = Budget(*default_budget())
+    return RunPlan(shape, load, machine, budget, None, _fixed(config), varies=True)
+
+
+def searched(asked: RunPlan) -> RunPlan:
+    """The run by the fastest plan within its budget.
+
+    Raises:
+        EdgeLoraError: none fits.
+    """
+    budget = asked.budget.bytes
+    choice = plan(asked.shape, asked.load, asked.machine, budget, asked.fixed)
+    named = replace(choice.plan, reason=f"the fastest within {gigabytes(budget)}")
+    return asked.by(replace(choice, plan=named))
+
+
+def expected(shape: ModelShape, load: Load, given: Plan, machine: Machine) -> Choice:
+    """What a plan that was not searched for is expected to take."""
+    return Choice(given, Memory(shape, load, given).peak(), seconds(shape, load, given, machine))
+
+
+def gigabytes(size: int) -> str:
+    """Decimal, as budgets are written."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
+def _fixed(config: TrainConfig) -> dict[str, Any]:
+    """The choices that options make."""
+    fixed: dict[str, Any] = {}
+    if config.weights is not None:
+        resident = config.weights == "resident"
+        fixed |= {"streamed_blocks": 0 if resident else None, "head": config.weights}
+    if config.activations is not None:
+        fixed["inputs"] = "memory" if config.activations == "ram" else "file"
+        if config.activations == "spill":  # all of them, whatever there is room for
+            fixed["kept_blocks"] = 0
+    if config.adapters is not None:
+        fixed["adapters"] = config.adapters
+    if config.kernel != "auto":
+        fixed["kernel"] = config.kernel
+    if config.kernel == "fused":  # whoever asks for MLX's kernel has it multiply in the MLP as well
+        fixed["mlp_bytes"] = None
+    if config.loss == "approximate":  # its subset is that of all labels of a batch
+        fixed["micro_batches"] = 1
+    return fixed

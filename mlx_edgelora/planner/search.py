@@ -1,0 +1,377 @@
+"""The fastest plan within a budget of memory.
+
+A plan is a way to compute blocks (whole, by tiles, or with the activations of the
+last ones kept), and what stays in memory beside it. The ways are listed; for each of them
+the rest is filled in, as many blocks' weights as fit. Whatever costs more memory is faster by
+the model of `planner/duration.py`, so the search looks at plans from the fastest possible one
+down and stops at the first that nothing left can beat. A larger budget never gives a slower
+plan: its plans are among those that were looked at.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import product
+from math import inf
+from typing import Any
+
+from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.planner.cost import Load, Memory
+from mlx_edgelora.planner.duration import seconds
+from mlx_edgelora.planner.machine import Machine
+from mlx_edgelora.planner.plan import MIB, Plan
+from mlx_edgelora.planner.sizes import ModelShape
+
+# Predictions miss by up to this much (docs/planner.md).
+MARGIN = 0.12
+# What MLX holds besides: scalars, masks, a batch.
+SLACK = 2 * MIB
+TILES = (512, 1024, 2048, 4096)
+# Of a gated MLP, where packed matrices are unpacked.
+SLICE = 16 * MIB
+LOSSES = (16 * MIB, 40 * MIB)
+# On a GPU, which waits for the host where there are many tiles.
+LARGE_LOSSES = (160 * MIB, 640 * MIB)
+# Counts of kept blocks up to the end of this, then every fourth.
+KEPT = 8
+# Rows that are shorter are padded to it.
+SHORTEST = 32
+# A plan must be faster by more than this to be preferred to one that takes less memory.
+CLOSE = 1e-6
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A plan and what is expected of it.
+
+    Attributes:
+        plan: which.
+        peak: bytes that MLX's allocator is expected to hold at most.
+        seconds: expected of a step.
+    """
+
+    plan: Plan
+    peak: int
+    seconds: float
+
+    @property
+    def needs(self) -> int:
+        """The smallest budget that this plan is chosen for."""
+        return needed(self.peak)
+
+
+def needed(peak: int) -> int:
+    """The budget for an expected peak, with a margin for what was not foreseen."""
+    return round(peak * (1 + MARGIN)) + SLACK
+
+
+def plan(
+    shape: ModelShape,
+    load: Load,
+    machine: Machine,
+    budget: int,
+    fixed: Mapping[str, Any] | None = None,
+    correction: float = 1.0,
+) -> Choice:
+    """Choose the fastest plan that fits.
+
+    Args:
+        shape: of the model.
+        load: the largest batch.
+        machine: where.
+        budget: bytes of MLX's allocator.
+        fixed: choices that are made already, by their names in `Plan`.
+        correction: what expected peaks are multiplied by, from a measured one.
+
+    Raises:
+        EdgeLoraError: no plan fits; names the smallest budget that works, and what lowers it.
+    """
+    search = _Search(shape, load, machine, dict(fixed or {}), correction)
+    best = search.best(budget)
+    if best is None:
+        raise EdgeLoraError(_too_small(search, budget))
+    return best
+
+
+def smallest(
+    shape: ModelShape,
+    load: Load,
+    machine: Machine,
+    fixed: Mapping[str, Any] | None = None,
+    correction: float = 1.0,
+) -> Choice:
+    """The plan that takes the least memory, whatever time it takes."""
+    return _Search(shape, load, machine, dict(fixed or {}), correction).least()
+
+
+def most(works: Callable[[int], bool], step: int, limit: int) -> int:
+    """The largest multiple of `step` up to `limit` that works, as all below it do; 0 if none."""
+    low, high = 0, 1
+    while high * step <= limit and works(high * step):
+        low, high = high, 2 * high
+    high = min(high, limit // step + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if works(middle * step) else (low, middle)
+    return low * step
+
+
+class _Search:
+    def __init__(
+        self,
+        shape: ModelShape,
+        load: Load,
+        machine: Machine,
+        fixed: dict[str, Any],
+        correction: float,
+    ) -> None:
+        self.shape, self.load, self.machine = shape, load, machine
+        self.fixed, self.correction = fixed, correction
+
+    def best(self, budget: int) -> Choice | None:
+        """The fastest plan that fits, if any does."""
+        best: Choice | None = None
+        for fastest, way in self.ways:
+            if best is not None and fastest >= best.seconds - CLOSE:
+                break  # nothing that follows can be faster
+            if not self._fits(replace(way, **self._leanest()), budget):
+                continue
+            for base in self._filled(way):
+                slowest = inf if best is None else best.seconds + CLOSE
+                for plan in self._streamed(base, budget, slowest):
+                    found = self.choice(plan)
+                    if best is None or _better(found, best):
+                        best = found
+        return best
+
+    def least(self) -> Choice:
+        """The plan that takes the least memory; of several the fastest."""
+        plans = (replace(way, **self._leanest()) for _, way in self.ways)
+        return min(map(self.choice, plans), key=_least)
+
+    def choice(self, plan: Plan) -> Choice:
+        """What is expected of a plan."""
+        return Choice(plan, self._peak(plan), self._seconds(plan))
+
+    def _peak(self, plan: Plan) -> int:
+        return round(self.correction * Memory(self.shape, self.load, plan).peak())
+
+    def _fits(self, plan: Plan, budget: int) -> bool:
+        return needed(self._peak(plan)) <= budget
+
+    def _seconds(self, plan: Plan) -> float:
+        return seconds(self.shape, self.load, plan, self.machine)
+
+    @cached_property
+    def ways(self) -> list[tuple[float, Plan]]:
+        """The ways to compute, with the seconds they take at best; fastest first."""
+        # Whatever the kernel, memory is the same: of each way the fastest one is enough.
+        kernels = self.machine.kernels if self.shape.packed else ("auto",)
+        if "kernel" in self.fixed:
+            kernels = (self.fixed["kernel"],)
+        found = []
+        for way in filter(self._agrees, self._ways()):
+            ideal = replace(way, **self._richest())
+            times = [self._seconds(replace(ideal, kernel=kernel)) for kernel in kernels]
+            fastest = min(times)
+            found.append((fastest, replace(way, kernel=kernels[times.index(fastest)])))
+        found.sort(key=lambda pair: pair[0])
+        return found
+
+    def _ways(self) -> Iterator[Plan]:
+        sliced = self.shape.gated and self.fixed.get("mlp_bytes", 1) is not None
+        # MLX's own kernel multiplies whole packed matrices, and a GPU has no time for slices.
+        on_cpu = self.machine.kernels[0] != "fused"
+        sliced &= on_cpu
+        slices = (None, SLICE) if sliced else (None,)
+        # Layer by layer a tile would take several times as much, for little time.
+        in_tiles = (SLICE,) if sliced else (None,)
+        for micro in self._micro_batches():
+            size = self.load.part(micro).size
+            for loss_bytes in LOSSES if on_cpu else (*LOSSES, *LARGE_LOSSES):
+                common = {"micro_batches": micro, "loss_bytes": loss_bytes}
+                for mlp_bytes in slices:
+                    for kept in self._kept():
+                        yield Plan(kept_blocks=kept, mlp_bytes=mlp_bytes, **common)
+                for mlp_bytes, tokens in product(in_tiles, TILES):
+                    if tokens < size:
+                        yield Plan(tile_tokens=tokens, mlp_bytes=mlp_bytes, **common)
+
+    def _kept(self) -> list[int]:
+        count = self.shape.adapted
+        return [k for k in range(count + 1) if k <= KEPT or k % 4 == 0 or k == count]
+
+    def _micro_batches(self) -> list[int]:
+        parts, count = [], 1
+        while count < self.load.rows:
+            parts.append(count)
+            count *= 2
+        return [*parts, self.load.rows]
+
+    def _agrees(self, way: Plan) -> bool:
+        later = {*self._leanest(), "kernel"}
+        return all(getattr(way, k) == v for k, v in self.fixed.items() if k not in later)
+
+    def _leanest(self) -> dict[str, Any]:
+        values = {
+            "streamed_blocks": self.shape.blocks,
+            "head": "streamed",
+            "prefetch": False,
+            "inputs": "file",
+            "adapters": "paged",
+            "cache_bytes": 16 * MIB,
+        }
+        return values | {k: v for k, v in self.fixed.items() if k in values}
+
+    def _richest(self) -> dict[str, Any]:
+        values = {
+            "streamed_blocks": 0,
+            "head": "resident",
+            "prefetch": False,
+            "inputs": "memory",
+            "adapters": "resident",
+        }
+        return values | {k: v for k, v in self.fixed.items() if k in values}
+
+    def _filled(self, way: Plan) -> Iterator[Plan]:
+        """A way with what may stay in memory beside blocks' weights."""
+        options = {
+            "head": ("resident", "streamed"),
+            "adapters": ("resident", "paged"),
+            "inputs": ("memory", "file"),
+        }
+        for name, value in self.fixed.items():
+            if name in options:
+                options[name] = (value,)
+        cache = self.fixed.get("cache_bytes", Plan.cache_bytes)
+        for head in options["head"]:
+            for adapters in options["adapters"]:
+                for inputs in options["inputs"]:
+                    yield replace(
+                        way, head=head, adapters=adapters, inputs=inputs, cache_bytes=cache
+                    )
+
+    def _streamed(self, base: Plan, budget: int, slowest: float) -> Iterator[Plan]:
+        """As many blocks as fit stay in memory, with and without one more being read ahead.
+
+        What would take longer than `slowest` is not looked for.
+        """
+        ahead = (True, False)
+        if "prefetch" in self.fixed:
+            ahead = (self.fixed["prefetch"],)
+        for prefetch in ahead:
+            plan = replace(base, prefetch=prefetch)
+            if "streamed_blocks" in self.fixed:
+                candidate = replace(plan, streamed_blocks=self.fixed["streamed_blocks"])
+                if self._fits(candidate, budget):
+                    yield candidate
+                continue
+            streamed = self._fewest(plan, budget, slowest)
+            if streamed == 0:
+                yield replace(plan, streamed_blocks=0, prefetch=False)
+                return
+            if streamed is not None:
+                yield replace(plan, streamed_blocks=streamed)
+
+    def _fewest(self, plan: Plan, budget: int, slowest: float) -> int | None:
+        """The fewest streamed blocks that fit, if any do and take no longer than `slowest`."""
+
+        def streaming(count: int) -> Plan:
+            return replace(plan, streamed_blocks=count)
+
+        low, high = 0, self.shape.blocks
+        if self._seconds(streaming(low)) > slowest or not self._fits(streaming(high), budget):
+            return None
+        while low < high:
+            tried = (low + high) // 2 if low else 0
+            if self._fits(streaming(tried), budget):
+                high = tried
+            else:
+                low = tried + 1
+                if self._seconds(streaming(low)) > slowest:
+                    return None
+        return high
+
+
+def _least(choice: Choice) -> tuple[int, int, float]:
+    """What the smallest plan has least of: of equal peaks smaller tiles of the head decide."""
+    return choice.peak, choice.plan.loss_bytes, choice.seconds
+
+
+def _better(one: Choice, other: Choice) -> bool:
+    """Faster, or as fast and smaller."""
+    if abs(one.seconds - other.seconds) > CLOSE:
+        return one.seconds < other.seconds
+    return one.peak < other.peak
+
+
+def _too_small(search: _Search, budget: int) -> str:
+    """One sentence: the smallest budget that works, which options would lower it, and which not."""
+    shape, load = search.shape, search.load
+    least = search.least().needs
+
+    def needs(shape: ModelShape = shape, **changes: int) -> int:
+        settings = search.machine, search.fixed, search.correction
+        return _Search(shape, replace(load, **changes), *settings).least().needs
+
+    def helps(size: int) -> bool:
+        return _megabytes(size) < _megabytes(least)  # less than what is said is nothing
+
+    ways = []
+    tokens = load.tokens
+    while tokens > SHORTEST:  # rows of more than a tile may take no more than those of one
+        tokens = max(SHORTEST, tokens // 2)
+        labelled = max(1, load.labelled * tokens // load.tokens)
+        size = needs(tokens=tokens, labelled=labelled)
+        if helps(size) or tokens == SHORTEST:
+            ways.append((f"max_seq_length {tokens}", size))
+            break
+    if shape.rank > 4:
+        rank = shape.rank // 2
+        ways.append((f"rank {rank}", needs(_with_rank(shape, rank))))
+    if load.rows > 1:
+        rows = load.rows // 2
+        labelled = max(1, load.labelled * rows // load.rows)
+        ways.append((f"batch_size {rows}", needs(rows=rows, labelled=labelled)))
+    if shape.itemsize > 2:
+        ways.append(("dtype bfloat16", needs(_narrowed(shape))))
+    helping = sorted((way for way in ways if helps(way[1])), key=lambda way: way[1])
+    told = ", ".join(f"{name} needs {_mb(size)}" for name, size in helping)
+    idle = " and ".join(name for name, size in ways if not helps(size))
+    return (
+        f"memory_budget: got {_mb(budget)}, expected at least {_mb(least)} for this model and "
+        f"batch; raise it, or lower what it must hold: {told or 'use a smaller model'}"
+        + (f" ({idle} would change nothing)" if idle else "")
+    )
+
+
+def _narrowed(shape: ModelShape) -> ModelShape:
+    """The same model computed in 16 bits; packed weights are as they were."""
+    return replace(
+        shape,
+        itemsize=2,
+        block_bytes=shape.block_bytes // (1 if shape.packed else 2),
+        mlp_bytes=shape.mlp_bytes // (1 if shape.packed else 2),
+        head_bytes=shape.head_bytes // (1 if shape.head_packed else 2),
+        outside_bytes=shape.outside_bytes // 2,
+    )
+
+
+def _with_rank(shape: ModelShape, rank: int) -> ModelShape:
+    share = rank / shape.rank
+    return replace(
+        shape,
+        rank=rank,
+        adapter_bytes=round(shape.adapter_bytes * share),
+        mlp_adapter_bytes=round(shape.mlp_adapter_bytes * share),
+        outside_adapter_bytes=round(shape.outside_adapter_bytes * share),
+    )
+
+
+def _mb(size: int) -> str:
+    return f"{_megabytes(size)}MB"
+
+
+def _megabytes(size: int) -> int:
+    """Decimal ones, as --memory-budget reads them; rounded up."""
+    return -(-size // 10**6)

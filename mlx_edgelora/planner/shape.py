@@ -1,0 +1,137 @@
+"""The sizes of a model that decide what a step takes, from arrays that nobody has read."""
+
+from collections.abc import Mapping
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_edgelora.blocks.block_list import BlockList
+from mlx_edgelora.blocks.checks import MODEL_ERRORS
+from mlx_edgelora.blocks.gated_mlp import gated_form
+from mlx_edgelora.blocks.parts import BlockParts, Span
+from mlx_edgelora.blocks.tiling import block_calls
+from mlx_edgelora.model.head import MATRICES, find_head, frozen_matrix
+from mlx_edgelora.model.weights import cast, cast_all
+from mlx_edgelora.planner.sizes import ModelShape
+
+
+def shape_of(blocks: BlockList, vocabulary: int, dtype: mx.Dtype | None = None) -> ModelShape:
+    """Measure an adapted model; nothing is evaluated.
+
+    Args:
+        blocks: of a model that went through `add_lora`, checked.
+        vocabulary: number of logits.
+        dtype: what floating weights will be cast to; None for their own.
+    """
+    model = blocks.model
+    trained = {name: value.nbytes for name, value in tree_flatten(model.trainable_parameters())}
+    queries, keys = _attention(blocks)
+    by_block = [_Block(block, dtype) for block in blocks.blocks]
+    largest = max(by_block, key=lambda block: block.frozen + block.trained)
+    adapted = [index for index, block in enumerate(by_block) if block.trained]
+    outside = {n: v for n, v in trained.items() if blocks.local(n) is None}
+    entry = any("embed" in name for name in outside)  # such an adapter is reached through all
+    head = find_head(blocks)
+    matrix = None if head is None else frozen_matrix(head)
+    modules = [m for m in blocks.modules_outside() if isinstance(m, MATRICES)]
+    sizes = {id(m): _frozen_bytes(m, dtype) for m in modules}
+    frozen = {
+        name: value
+        for name, value in tree_flatten(model.parameters())
+        if blocks.local(name) is None and name not in trained
+    }
+    every = sum((v if dtype is None else cast(v, dtype)).nbytes for v in frozen.values())
+    outside_bytes = every - sum(sizes.values())
+    return ModelShape(
+        blocks=len(blocks),
+        adapted=len(blocks) if entry else len(blocks) - min(adapted, default=len(blocks)),
+        hidden=largest.width,
+        queries=queries,
+        keys=keys,
+        intermediate=largest.intermediate,
+        vocabulary=vocabulary,
+        rank=largest.rank,
+        block_bytes=largest.frozen,
+        mlp_bytes=largest.mlp_frozen,
+        block_weights=largest.entries,
+        mlp_weights=largest.mlp_entries,
+        head_bytes=sum(sizes.values()),
+        head_entries=vocabulary * largest.width,
+        packed=largest.packed,
+        head_packed=matrix is not None and "scales" in matrix,
+        outside_bytes=max(0, outside_bytes),
+        adapter_bytes=largest.trained,
+        mlp_adapter_bytes=largest.mlp_trained,
+        outside_adapter_bytes=sum(outside.values()),
+        itemsize=(dtype or blocks.hidden_dtype).size,
+        gated=all(block.gated for block in by_block),
+    )
+
+
+def _attention(blocks: BlockList) -> tuple[int, int]:
+    """The widest block's queries, and keys and values, as its code asks attention for them."""
+    found = [(0, 0)]
+    for block, (x, args, kwargs) in zip(blocks.blocks, block_calls(blocks), strict=True):
+        try:
+            asked = BlockParts(block, args, kwargs).asked(x, Span(0, x.shape[1]))
+        except MODEL_ERRORS:
+            continue  # attention of its own
+        sizes = [a.shape[1] * a.shape[3] for a in (asked.q, asked.k, asked.v)]
+        found.append((sizes[0], sizes[1] + sizes[2]))
+    return max(found)
+
+
+class _Block:
+    """What is measured of one block."""
+
+    def __init__(self, block: nn.Module, dtype: mx.Dtype | None) -> None:
+        trained = dict(tree_flatten(block.trainable_parameters()))
+        arrays = {n: v for n, v in tree_flatten(block.parameters()) if n not in trained}
+        held = _held(arrays, dtype)
+        forms = [(path, module, gated_form(module)) for path, module in block.named_modules()]
+        mlps = [(f"{path}.", module, form) for path, module, form in forms if form]
+        self.gated = bool(mlps)
+        matrices = {
+            f"{path}.": frozen_matrix(module)
+            for path, module in block.named_modules()
+            if isinstance(frozen_matrix(module), MATRICES) and not path.endswith(".linear")
+        }
+        sizes = {path: _dims(matrix) for path, matrix in matrices.items()}
+        inside = [path for path in sizes if any(path.startswith(mlp) for mlp, _, _ in mlps)]
+
+        def in_mlp(name: str) -> bool:
+            return any(name.startswith(path) for path, _, _ in mlps)
+
+        self.frozen = sum(held.values())
+        self.mlp_frozen = sum(size for name, size in held.items() if in_mlp(name))
+        self.trained = sum(value.nbytes for value in trained.values())
+        self.mlp_trained = sum(v.nbytes for name, v in trained.items() if in_mlp(name))
+        self.entries = sum(a * b for a, b in sizes.values())
+        self.mlp_entries = sum(sizes[path][0] * sizes[path][1] for path in inside)
+        norms = [v.shape[0] for n, v in arrays.items() if v.ndim == 1 and n.endswith("norm.weight")]
+        self.width = max(norms, default=max((i for i, _ in sizes.values()), default=1))
+        outs = [out for path, (_, out) in sizes.items() if path not in inside]
+        self.intermediate = max((sizes[path][1] for path in inside), default=max(outs, default=1))
+        self.rank = max(
+            (v.shape[-1] for n, v in trained.items() if n.endswith("lora_a")), default=0
+        )
+        self.packed = any("scales" in matrix for matrix in matrices.values())
+
+
+def _dims(matrix: nn.Module) -> tuple[int, int]:
+    """Inputs and outputs of a matrix, packed or not."""
+    rows, columns = matrix["weight"].shape[-2:]
+    return (columns * 32 // matrix.bits if "scales" in matrix else columns), rows
+
+
+def _held(arrays: Mapping[str, mx.array], dtype: mx.Dtype | None) -> dict[str, int]:
+    """Bytes of arrays once they are read."""
+    kept = arrays if dtype is None else cast_all(dict(arrays), dtype)
+    return {name: value.nbytes for name, value in kept.items()}
+
+
+def _frozen_bytes(module: nn.Module, dtype: mx.Dtype | None) -> int:
+    """Of an embedding or a head, whose scales are cast as well."""
+    own = [value for value in module.values() if isinstance(value, mx.array)]
+    return sum((value if dtype is None else cast(value, dtype)).nbytes for value in own)

@@ -1,0 +1,56 @@
+"""The sizes of a model that decide what a step takes: data, measured by `planner/shape.py`."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of an adapted model; of blocks the largest one's.
+
+    Attributes:
+        blocks: how many there are.
+        adapted: how many last ones a backward reaches.
+        hidden: entries of a hidden state.
+        queries: entries of a token's queries, over all heads.
+        keys: entries of its keys and values together.
+        intermediate: entries between the matrices of an MLP.
+        vocabulary: rows of the head.
+        rank: of the adapters, the largest.
+        block_bytes: frozen weights of a block, as they are held.
+        mlp_bytes: those of its MLP among them.
+        block_weights: entries of a block's matrices.
+        mlp_weights: those of its MLP among them.
+        head_bytes: of embedding and head, as they are held.
+        head_entries: entries of the head.
+        packed: whether weights of blocks are quantized.
+        head_packed: whether the head is.
+        outside_bytes: frozen weights that always stay in memory.
+        adapter_bytes: trained parameters of a block.
+        mlp_adapter_bytes: those of its MLP among them.
+        outside_adapter_bytes: trained parameters outside the blocks.
+        itemsize: bytes of an entry of a hidden state.
+        gated: whether every block's MLP can be computed in slices.
+    """
+
+    blocks: int
+    adapted: int
+    hidden: int
+    queries: int
+    keys: int
+    intermediate: int
+    vocabulary: int
+    rank: int
+    block_bytes: int
+    mlp_bytes: int
+    block_weights: int
+    mlp_weights: int
+    head_bytes: int
+    head_entries: int
+    packed: bool
+    head_packed: bool
+    outside_bytes: int
+    adapter_bytes: int
+    mlp_adapter_bytes: int
+    outside_adapter_bytes: int
+    itemsize: int
+    gated: bool

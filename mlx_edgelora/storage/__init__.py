@@ -1,0 +1,1 @@
+"""Files: checked, replaced whole, mapped, scratch."""

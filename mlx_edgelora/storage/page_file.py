@@ -1,0 +1,230 @@
+"""One scratch file, mapped into memory: private, without a name, its disk space taken beforehand.
+
+What lies in it is the user's text or training in another form, so it is created readable by
+its owner alone and unlinked at once: no name leads to it, and a crash leaves nothing behind.
+Pages are given back to the system after use, so that what is in the file counts neither as
+MLX's memory nor as the process's.
+"""
+
+import errno
+import math
+import mmap
+import os
+import shutil
+import tempfile
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.measure.meter import DiskMeter
+from mlx_edgelora.storage.safetensors import DTYPES, NAMES, to_numpy
+
+# 16 KiB on Apple silicon, 4 KiB elsewhere; Metal wraps only whole pages.
+PAGE = mmap.PAGESIZE
+# What is written at a time where space can only be taken by writing.
+ZEROS_BYTES = 8 * 2**20
+# Arrays begin at multiples of it; more than any dtype asks for.
+ALIGNMENT = 64
+
+# (dtype, shape) of an array
+Spec = tuple[mx.Dtype, tuple[int, ...]]
+
+
+class PageFile:
+    """An unlinked file of mode 0600 that grows, mapped as bytes.
+
+    Args:
+        folder: where it lives; must be on a disk, or nothing is saved.
+        what: what is kept in it, for messages.
+        instead: the option that keeps it in memory, for messages.
+
+    Raises:
+        EdgeLoraError: the folder cannot be written.
+    """
+
+    def __init__(self, folder: str | os.PathLike, what: str, instead: str) -> None:
+        self._folder, self._what, self._instead = Path(folder), what, instead
+        try:
+            self._file = unlinked_file(self._folder)
+        except OSError as error:
+            raise EdgeLoraError(
+                f"{folder}: no spill file can be made there ({error.strerror}); choose a writable "
+                f"folder with --spill-dir, or keep {what} in memory with {instead}"
+            ) from error
+        self.pages: np.ndarray | None = None
+        self._map: np.memmap | None = None
+
+    @property
+    def closed(self) -> bool:
+        """Whether the file's space was given back."""
+        return self._file.closed
+
+    def fileno(self) -> int:
+        """The file's descriptor."""
+        return self._file.fileno()
+
+    def reserve(self, size: int) -> None:
+        """Make the file at least `size` bytes long; all of them are on the disk from now on.
+
+        Raises:
+            EdgeLoraError: the volume is full.
+        """
+        if size <= (0 if self.pages is None else self.pages.size):
+            return
+        try:
+            _preallocate(self.fileno(), size)
+        except OSError as error:
+            raise self._disk_error(size, error) from error
+        self._map = np.memmap(self._file, np.uint8, mode="r+", shape=(size,))
+        self.pages = self._map.view(np.ndarray)  # whose parts are made in a tenth of the time
+
+    def drop(self, start: int, stop: int) -> None:
+        """Give the pages between two bytes back to the system; they stay in the file."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._advise(mmap.MADV_DONTNEED, start, stop)
+
+    def will_need(self, start: int, stop: int) -> None:
+        """Let the system read the pages between two bytes from the disk while we go on."""
+        if hasattr(mmap, "MADV_WILLNEED"):
+            self._advise(mmap.MADV_WILLNEED, start, stop)
+
+    def close(self) -> None:
+        """Free the file's space."""
+        self.pages = self._map = None
+        self._file.close()
+
+    def _advise(self, advice: int, start: int, stop: int) -> None:
+        # The mapping is shared: whatever is said about a page, its bytes stay as they are.
+        first = start // PAGE * PAGE
+        self._map._mmap.madvise(advice, first, stop - first)
+
+    def _disk_error(self, size: int, error: OSError) -> EdgeLoraError:
+        reason = error.strerror
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            reason = f"{shutil.disk_usage(self._folder).free / 2**20:,.0f} MiB are free"
+        return EdgeLoraError(
+            f"{self._folder}: spilling {self._what} needs {size / 2**20:,.0f} MiB there ({reason});"
+            f" free some space, choose another folder with --spill-dir, or use {self._instead}"
+        )
+
+
+@dataclass(frozen=True)
+class _Place:
+    start: int
+    nbytes: int
+    dtype: mx.Dtype
+    shape: tuple[int, ...]
+
+
+class Section:
+    """Named arrays side by side in a `PageFile`, from a page's beginning to a page's end.
+
+    Args:
+        file: holds at least `stop` bytes before anything is written.
+        start: the first byte, a multiple of `PAGE`.
+        specs: dtype and shape by name.
+        meter: counts what is read and written.
+
+    Attributes:
+        stop: the byte behind the last page.
+    """
+
+    def __init__(
+        self, file: PageFile, start: int, specs: Mapping[Hashable, Spec], meter: DiskMeter
+    ) -> None:
+        self._file, self._start, self._meter = file, start, meter
+        self._places: dict[Hashable, _Place] = {}
+        self._views: dict[Hashable, np.ndarray] = {}
+        self._viewed: np.ndarray | None = None  # the mapping that they are parts of
+        at = start
+        for name, (dtype, shape) in specs.items():
+            nbytes = math.prod(shape) * dtype.size
+            self._places[name] = _Place(at, nbytes, dtype, tuple(shape))
+            at += -(-nbytes // ALIGNMENT) * ALIGNMENT
+        self.stop = -(-at // PAGE) * PAGE
+
+    def specs(self) -> dict[Hashable, Spec]:
+        """Dtype and shape by name."""
+        return {name: (place.dtype, place.shape) for name, place in self._places.items()}
+
+    def write(self, arrays: Mapping[Hashable, mx.array]) -> None:
+        """Put evaluated arrays where those of their names are; the others stay.
+
+        Raises:
+            ValueError: an array is not of the dtype and shape that were announced.
+        """
+        for name, array in arrays.items():
+            place = self._places[name]
+            if (array.dtype, array.shape) != (place.dtype, place.shape):
+                raise ValueError(
+                    f"{name}: {array.dtype} {array.shape}, its place in the file is for "
+                    f"{place.dtype} {place.shape}"
+                )
+            self._view(name)[...] = to_numpy(array)
+        self._meter.add_written(sum(self._places[name].nbytes for name in arrays))
+        self._drop()
+
+    def read(self) -> dict[Hashable, mx.array]:
+        """All arrays, evaluated copies. Memory: these."""
+        arrays = {name: self._copy(name) for name in self._places}
+        self._drop()
+        return arrays
+
+    def read_one(self, name: Hashable) -> mx.array:
+        """One array, an evaluated copy."""
+        array = self._copy(name)
+        self._drop()
+        return array
+
+    def prefetch(self) -> None:
+        """Let the system begin to bring the pages from the disk."""
+        self._file.will_need(self._start, self.stop)
+
+    def _copy(self, name: Hashable) -> mx.array:
+        place = self._places[name]
+        self._meter.add_read(place.nbytes)
+        array = mx.array(self._view(name))
+        if array.dtype != place.dtype:  # bfloat16, which NumPy has no name for
+            array = array.view(place.dtype)
+            mx.eval(array)
+        return array
+
+    def _view(self, name: Hashable) -> np.ndarray:
+        """An array's place in the file, in NumPy's dtype of the same width."""
+        if self._viewed is not self._file.pages:  # it grew, and is mapped anew
+            self._views.clear()
+            self._viewed = self._file.pages
+        if name not in self._views:
+            place = self._places[name]
+            flat = self._viewed[place.start : place.start + place.nbytes]
+            self._views[name] = flat.view(DTYPES[NAMES[place.dtype]][1]).reshape(place.shape)
+        return self._views[name]
+
+    def _drop(self) -> None:
+        if self.stop > self._start:
+            self._file.drop(self._start, self.stop)
+
+
+def unlinked_file(folder: Path):  # noqa: ANN201 - BufferedRandom has no public name
+    """An open file in `folder` that only its owner may read and that no name leads to.
+
+    Raises:
+        OSError: the folder takes no file.
+    """
+    descriptor, name = tempfile.mkstemp(prefix="mlx_edgelora-", dir=folder)  # mode 0600
+    os.unlink(name)
+    return os.fdopen(descriptor, "w+b", buffering=0)
+
+
+def _preallocate(descriptor: int, size: int) -> None:
+    """Take the disk space now: a hole found full later would kill the process (SIGBUS)."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+        return
+    zeros, done = bytes(ZEROS_BYTES), os.fstat(descriptor).st_size
+    while done < size:
+        done += os.pwrite(descriptor, zeros[: size - done], done)

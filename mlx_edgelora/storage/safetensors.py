@@ -1,0 +1,255 @@
+"""The safetensors container: checked byte by byte, read by rows, written tensor by tensor.
+
+`mx.load` accepts overlapping offsets, trailing bytes and headers that lie, and
+reads whole tensors. Here a file is validated once before anything trusts it, and
+single rows of a matrix are read without the rest (an embedding's rows, a tile of
+the head). Format: https://github.com/huggingface/safetensors#format
+"""
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.storage.files import Unchanged
+
+# The reference implementation's own cap; a larger header is an attack or an accident.
+MAX_HEADER_BYTES = 100_000_000
+
+# name in the file -> (MLX dtype, NumPy dtype of the same width)
+DTYPES: Mapping[str, tuple[mx.Dtype, type]] = {
+    "BOOL": (mx.bool_, np.uint8),
+    "U8": (mx.uint8, np.uint8),
+    "I8": (mx.int8, np.int8),
+    "U16": (mx.uint16, np.uint16),
+    "I16": (mx.int16, np.int16),
+    "F16": (mx.float16, np.float16),
+    "BF16": (mx.bfloat16, np.uint16),
+    "U32": (mx.uint32, np.uint32),
+    "I32": (mx.int32, np.int32),
+    "F32": (mx.float32, np.float32),
+    "U64": (mx.uint64, np.uint64),
+    "I64": (mx.int64, np.int64),
+    "F8_E4M3": (mx.uint8, np.uint8),
+}
+NAMES = {dtype: name for name, (dtype, _) in DTYPES.items() if name != "F8_E4M3"}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: `start` and `stop` are byte offsets from the file's beginning."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def read_header(path: str | os.PathLike) -> dict[str, TensorInfo]:
+    """Read and validate the header of a safetensors file.
+
+    Returns:
+        Every tensor's dtype name, shape and absolute byte range, in file order.
+
+    Raises:
+        EdgeLoraError: the file is missing, truncated, or its header does not
+            describe exactly the bytes that follow it.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            return _parse_header(path, file, size)
+    except OSError as error:
+        raise EdgeLoraError(
+            f"{path}: cannot be read ({error.strerror}); check the path and its permissions"
+        ) from error
+
+
+def _parse_header(path: Path, file: BinaryIO, size: int) -> dict[str, TensorInfo]:
+    if size < 8:
+        raise _damaged(path, f"{size} bytes long, expected at least 8")
+    (length,) = struct.unpack("<Q", file.read(8))
+    if length > min(MAX_HEADER_BYTES, size - 8):
+        raise _damaged(path, f"its header claims {length} bytes, the file has {size - 8} after it")
+    try:
+        header = json.loads(file.read(length), object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"its header is not JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise _damaged(path, "its header is not a JSON object")
+    header.pop("__metadata__", None)
+    tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in header.items()}
+    at = 8 + length
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if info.start != at:
+            raise _damaged(path, f"tensor {name!r} starts at byte {info.start}, expected {at}")
+        at = info.stop
+    if at != size:
+        raise _damaged(path, f"{size} bytes long, expected {at}")
+    return tensors
+
+
+def _tensor(path: Path, name: str, entry: object, base: int) -> TensorInfo:
+    try:
+        dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (TypeError, KeyError, ValueError) as error:
+        raise _damaged(path, f"tensor {name!r} lacks dtype, shape or data_offsets") from error
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise EdgeLoraError(
+            f"{path}: tensor {name!r} has dtype {dtype!r}, expected one of {', '.join(DTYPES)}; "
+            "convert the file with mlx_lm.convert"
+        )
+    if not isinstance(shape, list) or not all(_is_count(n) for n in [*shape, start, stop]):
+        raise _damaged(path, f"tensor {name!r} has a shape or offsets that are not counts")
+    expected = math.prod(shape) * np.dtype(DTYPES[dtype][1]).itemsize
+    if stop - start != expected:
+        raise _damaged(
+            path, f"tensor {name!r} spans {stop - start} bytes, its shape needs {expected}"
+        )
+    return TensorInfo(dtype, tuple(shape), base + start, base + stop)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62
+
+
+def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return result
+
+
+def _damaged(path: Path, what: str) -> EdgeLoraError:
+    return EdgeLoraError(
+        f"{path}: damaged safetensors file: {what}; download or write the file again"
+    )
+
+
+def to_numpy(array: mx.array) -> np.ndarray:
+    """View an evaluated array's own bytes without a copy; bfloat16 comes as uint16."""
+    if array.dtype == mx.bfloat16:
+        array = array.view(mx.uint16)
+    return np.array(array, copy=False)
+
+
+class RowReader:
+    """Rows of one matrix of a safetensors file, read from disk when asked for.
+
+    Memory: the rows asked for and nothing else: the file is read, not mapped, so
+    that its pages never count as the process's own.
+
+    Args:
+        path: of the file.
+        info: where the matrix is in it.
+        files: watches the file, if it may be read again later.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike, info: TensorInfo, files: Unchanged | None = None
+    ) -> None:
+        self.dtype = DTYPES[info.dtype][0]
+        self.shape = info.shape
+        self.row_bytes = (info.stop - info.start) // max(info.shape[0], 1)
+        self._path, self._files = Path(path), files
+        self._start = info.start
+
+    def take(self, indices: np.ndarray) -> mx.array:
+        """Gather rows: `indices` int [n] -> [n, ...] in the file's dtype."""
+        self._check(indices)
+        out, view = self._allocate(len(indices))
+        with self._open() as file:
+            for row, index in enumerate(indices.tolist()):
+                self._read(file, index, view[row * self.row_bytes : (row + 1) * self.row_bytes])
+        return out
+
+    def slice(self, start: int, stop: int) -> mx.array:
+        """Read rows `start` to `stop` -> [stop - start, ...] in the file's dtype."""
+        self._check(np.array([start, stop - 1]) if start < stop else np.array([], int))
+        out, view = self._allocate(stop - start)
+        with self._open() as file:
+            self._read(file, start, view)
+        return out
+
+    def _check(self, indices: np.ndarray) -> None:
+        # Bytes beyond the rows are other tensors', and would pass for rows of this one.
+        outside = indices[(indices < 0) | (indices >= self.shape[0])]
+        if outside.size:
+            raise EdgeLoraError(
+                f"{self._path}: row {outside[0]} asked, but the tensor has {self.shape[0]}; train "
+                "with the model's own tokenizer, another one has tokens that the model lacks"
+            )
+
+    def _open(self) -> BinaryIO:
+        if self._files is not None:
+            self._files.check(self._path)
+        try:
+            return open(self._path, "rb", buffering=0)
+        except OSError as error:
+            raise EdgeLoraError(
+                f"{self._path}: cannot be read any more ({error.strerror}); put the file back "
+                "and start again"
+            ) from error
+
+    def _allocate(self, rows: int) -> tuple[mx.array, memoryview]:
+        out = mx.zeros((rows, *self.shape[1:]), self.dtype)
+        mx.eval(out)
+        return out, memoryview(to_numpy(out)).cast("B") if out.size else memoryview(b"")
+
+    def _read(self, file: BinaryIO, row: int, view: memoryview) -> None:
+        file.seek(self._start + row * self.row_bytes)
+        done = 0
+        while done < len(view):
+            count = file.readinto(view[done:])
+            if not count:
+                raise EdgeLoraError(
+                    f"{self._path}: ends before row {row}, expected {self.shape[0]} rows; "
+                    "the file was changed while in use, start again"
+                )
+            done += count
+
+
+def write_tensors(
+    file: BinaryIO, specs: Mapping[str, tuple[mx.Dtype, tuple[int, ...]]], arrays: Iterable
+) -> None:
+    """Write a safetensors file one tensor at a time.
+
+    Args:
+        file: opened for writing in binary; naming and syncing stay with the caller.
+        specs: dtype and shape by name, in the order in which tensors come.
+        arrays: yields the tensors in that order; each is evaluated, written and
+            dropped before the next is drawn, so the cost is one tensor.
+    """
+    header, at = {"__metadata__": {"format": "mlx"}}, 0
+    for name, (dtype, shape) in specs.items():
+        size = math.prod(shape) * dtype.size
+        header[name] = {
+            "dtype": NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [at, at + size],
+        }
+        at += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(struct.pack("<Q", len(text)) + text)
+    for array in _evaluated(arrays):
+        file.write(memoryview(to_numpy(array)).cast("B") if array.size else b"")
+        del array
+
+
+def _evaluated(arrays: Iterable) -> Iterator[mx.array]:
+    for array in arrays:
+        dense = mx.contiguous(array)
+        del array
+        mx.eval(dense)
+        yield dense
+        del dense

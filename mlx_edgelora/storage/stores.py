@@ -1,0 +1,289 @@
+"""Where the inputs of blocks wait between the forward and the backward: RAM or a mapped file.
+
+Bytes go out of MLX and into a `PageFile` and back through NumPy views of MLX's own
+buffers, in a worker thread, while the computation goes on. Where MLX can wrap mapped
+memory (Metal, MLX 0.32.4), reading copies nothing.
+"""
+
+import copy
+import math
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.measure.meter import DiskMeter
+from mlx_edgelora.storage.page_file import PAGE, PageFile, unlinked_file
+from mlx_edgelora.storage.safetensors import to_numpy
+
+# Enough to see through a disk's own cache, little enough to take well under a second.
+PROBE_BYTES = 8 * 2**20
+
+
+class ActivationStore(Protocol):
+    """Keeps one array per slot from `put` to `take`."""
+
+    def reserve(self, slots: int, nbytes: int) -> None:
+        """Make room for `slots` arrays of `nbytes` bytes; forgets what is there.
+
+        A larger array that is put later gets more room then.
+        """
+
+    def put(self, slot: int, array: mx.array) -> None:
+        """Keep an evaluated array."""
+
+    def prefetch(self, slot: int) -> None:
+        """Begin to bring an array back."""
+
+    def take(self, slot: int, keep: bool = False) -> mx.array:
+        """Give an array back, and forget it unless it is to be kept."""
+
+    def forget(self, slot: int) -> None:
+        """Forget the array of a slot, if there is one."""
+
+    def close(self) -> None:
+        """Give everything back to the system."""
+
+
+class RamStore:
+    """Keeps the arrays where they are. Memory: all of them."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[int, mx.array] = {}
+
+    def reserve(self, slots: int, nbytes: int) -> None:
+        """Forget what is there."""
+        self._arrays.clear()
+
+    def put(self, slot: int, array: mx.array) -> None:
+        """Keep the array; the copy shares its buffer, and no later `array += 1` reaches it."""
+        self._arrays[slot] = copy.copy(array)
+
+    def prefetch(self, slot: int) -> None:
+        """Nothing to do: the array is here."""
+
+    def take(self, slot: int, keep: bool = False) -> mx.array:
+        """Give the array back."""
+        return self._arrays[slot] if keep else self._arrays.pop(slot)
+
+    def forget(self, slot: int) -> None:
+        """Let the array go."""
+        self._arrays.pop(slot, None)
+
+    def close(self) -> None:
+        """Forget what is there."""
+        self._arrays.clear()
+
+
+@dataclass(frozen=True)
+class _Kept:
+    shape: tuple[int, ...]
+    dtype: mx.Dtype
+    nbytes: int
+
+
+class MappedStore:
+    """Keeps the arrays in one unlinked file. Memory: one array on its way out, one on its way in.
+
+    Args:
+        folder: where the file lives; must be on a disk, or nothing is saved.
+        meter: counts the bytes written and read, for whoever wants to know.
+
+    Raises:
+        EdgeLoraError: the folder cannot be written, or its volume is full.
+    """
+
+    def __init__(self, folder: str | os.PathLike, meter: DiskMeter | None = None) -> None:
+        self._meter = meter or DiskMeter()
+        self._file = PageFile(folder, "activations", "--activations ram")
+        self._slot_bytes = 0
+        # Slots whose array is larger than what was reserved are behind all others: place, size.
+        self._moved: dict[int, tuple[int, int]] = {}
+        self._stop = 0
+        self._kept: dict[int, _Kept] = {}
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="mlx_edgelora-spill")
+        self._writing: Future | None = None
+        self._reading: dict[int, tuple[mx.array, Future]] = {}
+        self._wraps: bool | None = None
+
+    def reserve(self, slots: int, nbytes: int) -> None:
+        """Grow the file to `slots` slots of `nbytes` bytes; forgets what is there."""
+        self._settle()
+        self._kept.clear()
+        self._moved.clear()
+        self._slot_bytes = _pages(nbytes)
+        self._stop = slots * self._slot_bytes
+        self._file.reserve(self._stop)
+        if self._wraps is None:
+            self._wraps = _can_wrap(self._file.pages)
+
+    def put(self, slot: int, array: mx.array) -> None:
+        """Write an evaluated array to its slot; returns while the bytes are on their way."""
+        self._wait_for_write()
+        if array.nbytes > self._place(slot)[1]:
+            self._move(slot, array.nbytes)
+        self._kept[slot] = _Kept(array.shape, array.dtype, array.nbytes)
+        # The copy shares the buffer, and keeps a later `array += 1` from writing into it.
+        source = to_numpy(copy.copy(array)).reshape(-1).view(np.uint8)
+        self._writing = self._worker.submit(self._write, slot, source)
+
+    def prefetch(self, slot: int) -> None:
+        """Begin to read a slot back in the worker thread."""
+        if slot in self._reading or self._wraps or slot not in self._kept:
+            return
+        kept = self._kept[slot]
+        array = mx.zeros(kept.shape, kept.dtype)
+        mx.eval(array)
+        target = to_numpy(array).reshape(-1).view(np.uint8)
+        self._reading[slot] = (array, self._worker.submit(self._read, slot, target))
+
+    def take(self, slot: int, keep: bool = False) -> mx.array:
+        """Give the array of a slot back, waiting for it if need be."""
+        self._wait_for_write()
+        if self._wraps:
+            kept = self._kept[slot]
+            self._meter.add_read(kept.nbytes)
+            region = mx.asarray(self._region(slot, kept.nbytes), copy=False)
+            if not keep:
+                del self._kept[slot]
+            return region.view(kept.dtype).reshape(kept.shape)
+        self.prefetch(slot)
+        array, reading = self._reading.pop(slot)
+        reading.result()
+        if not keep:
+            del self._kept[slot]
+        return array
+
+    def forget(self, slot: int) -> None:
+        """The slot may be written again; its space stays taken."""
+        if slot in self._reading:
+            _, reading = self._reading.pop(slot)
+            reading.result()
+        self._kept.pop(slot, None)
+
+    def close(self) -> None:
+        """Stop the worker and free the file's space."""
+        try:
+            self._settle()
+        finally:
+            self._worker.shutdown()
+            self._file.close()
+
+    def _place(self, slot: int) -> tuple[int, int]:
+        """The first byte of a slot, and how many it has."""
+        return self._moved.get(slot, (slot * self._slot_bytes, self._slot_bytes))
+
+    def _move(self, slot: int, nbytes: int) -> None:
+        """Make room for an array of a wider dtype, say, than the first one's."""
+        self._settle()
+        self._moved[slot] = self._stop, _pages(nbytes)
+        self._stop += _pages(nbytes)
+        self._file.reserve(self._stop)
+
+    def _region(self, slot: int, nbytes: int) -> np.ndarray:
+        start, _ = self._place(slot)
+        return self._file.pages[start : start + nbytes]
+
+    def _write(self, slot: int, source: np.ndarray) -> None:
+        self._region(slot, source.size)[:] = source
+        self._meter.add_written(source.size)
+        self._drop_pages(slot)
+
+    def _read(self, slot: int, target: np.ndarray) -> None:
+        target[:] = self._region(slot, target.size)
+        self._meter.add_read(target.size)
+        self._drop_pages(slot)
+
+    def _drop_pages(self, slot: int) -> None:
+        start, size = self._place(slot)
+        self._file.drop(start, start + size)
+
+    def _wait_for_write(self) -> None:
+        writing, self._writing = self._writing, None
+        if writing:
+            writing.result()
+
+    def _settle(self) -> None:
+        self._wait_for_write()
+        for _, reading in self._reading.values():
+            reading.result()
+        self._reading.clear()
+
+
+def _pages(nbytes: int) -> int:
+    """Bytes of the whole pages that hold so many, one at least."""
+    return max(PAGE, -(-nbytes // PAGE) * PAGE)
+
+
+def spill_folder(candidates: Sequence[str | os.PathLike]) -> tuple[Path, str]:
+    """Choose the fastest local volume among folders that exist or can be made.
+
+    Folders that live in memory (tmpfs) are passed over: spilling there frees nothing.
+    With more than one volume left, each is timed on writing and syncing 8 MiB.
+
+    Returns:
+        The folder, and the reason for it.
+
+    Raises:
+        EdgeLoraError: no candidate is a writable folder on a disk.
+    """
+    volumes: dict[int, Path] = {}
+    for candidate in map(Path, candidates):
+        if _is_writable(candidate) and not _in_memory(candidate):
+            volumes.setdefault(candidate.stat().st_dev, candidate)
+    if not volumes:
+        raise EdgeLoraError(
+            f"spill_dir: none of {', '.join(map(str, candidates))} is a writable folder on a disk; "
+            "name one with --spill-dir, or keep activations in memory with --activations ram"
+        )
+    if len(volumes) == 1:
+        return next(iter(volumes.values())), "the only local volume at hand"
+    seconds, best = min((_write_seconds(folder), folder) for folder in volumes.values())
+    return best, f"the fastest of {len(volumes)} volumes: 8 MiB written in {seconds:.3f} s"
+
+
+def _is_writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
+def _in_memory(folder: Path) -> bool:
+    """Whether Linux's table of mounts says that the folder lives in memory; elsewhere no."""
+    try:
+        mounts = Path("/proc/mounts").read_text().splitlines()
+    except OSError:
+        return False
+    kinds = {fields[1]: fields[2] for fields in map(str.split, mounts)}
+    where = folder.resolve()
+    mount = next((p for p in [where, *where.parents] if str(p) in kinds), None)
+    return mount is not None and kinds[str(mount)] in ("tmpfs", "ramfs")
+
+
+def _write_seconds(folder: Path) -> float:
+    start = time.perf_counter()
+    try:
+        with unlinked_file(folder) as file:
+            file.write(bytes(PROBE_BYTES))
+            os.fsync(file.fileno())
+            return time.perf_counter() - start
+    except OSError:  # full: the last choice
+        return math.inf
+
+
+def _can_wrap(pages: np.ndarray) -> bool:
+    """Whether MLX can use mapped memory in place: Metal can, from 0.32.4 (our least) on."""
+    try:
+        mx.eval(mx.asarray(pages[:PAGE], copy=False))
+        return True
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        return False

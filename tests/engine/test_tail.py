@@ -1,0 +1,84 @@
+"""Last blocks as one autodiff segment: the same gradients, and nothing computed twice."""
+
+from contextlib import closing
+
+import mlx.core as mx
+import pytest
+from harness import (
+    assert_same_gradients,
+    engine,
+    plain,
+    plain_value_and_grad,
+    random_batch,
+    resolution,
+    save,
+)
+
+
+def check(folder, batch, **options):
+    lora = {key: options[key] for key in ("keys", "num_layers", "dropout") if key in options}
+    reference = plain(folder, **lora)
+    mx.random.seed(3)
+    loss, expected = plain_value_and_grad(reference, batch)
+    with closing(engine(folder, **options)) as ours:
+        mx.random.seed(3)
+        (got_loss, _), got = ours.value_and_grad(batch)
+    assert got_loss.item() == pytest.approx(loss, rel=1e-5)
+    assert_same_gradients(got, expected, resolution=resolution(reference, batch))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_layers": 1, "kept_blocks": 2},
+        {"kept_blocks": 3, "keys": ["model.embed_tokens", "self_attn.q_proj"]},
+        {"kept_blocks": 1, "keys": ["model.embed_tokens", "self_attn.q_proj"]},
+        {"kept_blocks": 2, "keys": ["lm_head", "mlp.down_proj"]},
+        {"kept_blocks": 2, "streamed": False, "spilled": False},
+        {"kept_blocks": 1, "inputs": "memory"},
+        {"inputs": "memory"},
+        {"streamed_blocks": 1, "kept_blocks": 1},
+        {"streamed_blocks": 2, "head": "resident"},
+        {"micro_batches": 2},
+        {"micro_batches": 2, "kept_blocks": 2, "keys": ["lm_head", "mlp.down_proj"]},
+        {"micro_batches": 9, "keys": ["model.embed_tokens", "self_attn.q_proj"]},
+        {"inputs": "memory", "tile_tokens": 4},
+    ],
+    ids=str,
+)
+def test_every_way_gives_the_same_gradients(options, tmp_path):
+    check(save(tmp_path, "llama", quantized=True), random_batch(tokens=13), **options)
+
+
+def test_dropout_draws_the_masks_of_plain_mlx(tmp_path):
+    check(save(tmp_path, "llama", quantized=False), random_batch(), kept_blocks=2, dropout=0.3)
+
+
+def test_kept_blocks_run_once(tmp_path, monkeypatch):
+    calls = []
+    with closing(engine(save(tmp_path, "llama", quantized=False), kept_blocks=2)) as ours:
+        for index, block in enumerate(ours.model.layers):
+            kind = type(block)
+
+            def called(self, *args, kind=kind, index=index, **kwargs):
+                calls.append(index)
+                return kind.__call__(self, *args, **kwargs)
+
+            object.__setattr__(block, "__class__", type("Counted", (kind,), {"__call__": called}))
+        ours.value_and_grad(random_batch())  # trials of what can be done come first
+        calls.clear()
+        ours.value_and_grad(random_batch())
+    assert calls == [0, 1, 2, 0]
+
+
+def test_a_tail_of_all_blocks_is_one_compiled_function(tmp_path, compiles):
+    folder = save(tmp_path, "llama", quantized=True, num_hidden_layers=1)
+    batches = [random_batch(seed=seed) for seed in range(2)]
+    options = {"streamed": False, "head": "resident", "kept_blocks": 1, "compiled": True}
+    with closing(engine(folder, **options)) as ours:
+        for batch in batches:
+            (loss, _), got = ours.value_and_grad(batch)
+            expected_loss, expected = plain_value_and_grad(plain(folder), batch)
+            assert loss.item() == pytest.approx(expected_loss, rel=1e-5)
+            assert_same_gradients(got, expected)
+        assert ours.walk.compiled_functions == 1

@@ -1,0 +1,250 @@
+"""Blocks by tiles of tokens: the same gradients, nothing of tokens x hidden."""
+
+from contextlib import closing
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from architectures import CONFIGS, add_lora, build, quantizable
+from harness import (
+    assert_same_gradients,
+    engine,
+    plain,
+    plain_value_and_grad,
+    random_batch,
+    resolution,
+    save,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx import nn
+from peaks import ROUNDS, above, begin, growth, lowest
+
+from mlx_edgelora.blocks.block_list import BlockList, array_slots, bound
+from mlx_edgelora.blocks.gated_mlp import gated_form, slice_mlps
+from mlx_edgelora.blocks.masks import banded
+from mlx_edgelora.blocks.parts import Span, keys_seen, mask_at
+from mlx_edgelora.blocks.tiling import Tiling
+from mlx_edgelora.engine.hidden import spans_of
+from mlx_edgelora.measure.profile import recording
+from mlx_edgelora.model.weights import ResidentWeights
+
+# How many of three blocks can be computed by tiles, for some of a tile's tokens alone, and hold
+# a gated MLP.
+KINDS = {name: (3, 3, 3) for name in CONFIGS} | {
+    "gemma2": (3, 0, 3),  # its own attention: cut at its cache
+    "phi3": (3, 3, 0),  # gate and up in one matrix
+    "qwen3_moe": (3, 3, 1),
+    "qwen3_next": (1, 1, 3),  # linear attention in the others
+    "gpt_oss": (3, 3, 0),
+    "deepseek_v3": (3, 0, 3),  # cut at its cache
+    "olmo_hybrid": (1, 1, 3),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_can_be_tiled(name):
+    """A silent step back to whole blocks would cost memory and no test of gradients sees it."""
+    model = build(name)
+    nn.quantize(model, **quantizable())
+    add_lora(model)
+    blocks = BlockList(model)
+    tiling = Tiling(blocks, [ResidentWeights()])
+    choices = [tiling.of(index) for index in range(3)]
+    tileable, by_rows, gated = KINDS[name]
+    assert sum(choice.possible for choice in choices) == tileable
+    assert sum(choice.by_rows for choice in choices) == by_rows
+    for index, block in enumerate(blocks.blocks):
+        assert bool(choices[index].possible) != bool(choices[index].reason), block
+    lora = sum(type(m).__module__.startswith("mlx_lm") for b in blocks.blocks for m in b.modules())
+    assert lora
+    if gated:
+        model = build(name)
+        assert slice_mlps(BlockList(model)).startswith(f"{gated} gated MLPs")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tiles_of_tokens_and_slices_of_the_mlp_beside_them(name, tmp_path):
+    folder = save(tmp_path, name, True)
+    batches = [random_batch(), random_batch(1, 13, seed=1), random_batch(share=2.0)]
+    reference = plain(folder)
+    with closing(engine(folder, tile_tokens=5, mlp_bytes=20_000, prefetch=False)) as ours:
+        for batch in batches:
+            expected_loss, expected = plain_value_and_grad(reference, batch)
+            (loss, _), got = ours.value_and_grad(batch)
+            assert loss.item() == pytest.approx(expected_loss, rel=1e-5)
+            assert ours.loss(batch)[0].item() == pytest.approx(expected_loss, rel=1e-5)
+            assert_same_gradients(got, expected, resolution=resolution(reference, batch))
+
+
+def test_frequencies_that_change_behind_some_length(tmp_path):
+    """They are those of the whole text, which a tile does not know."""
+    scaling = {"rope_scaling": {"type": "dynamic", "factor": 4.0}, "max_position_embeddings": 9}
+    folder, batch = save(tmp_path, "llama", True, **scaling), random_batch(tokens=19)
+    _, expected = plain_value_and_grad(plain(folder), batch)
+    with closing(engine(folder, tile_tokens=5)) as ours:
+        assert not any(ours.walk.tile_choice(index, 19).possible for index in range(3))
+        _, got = ours.value_and_grad(batch)
+    assert_same_gradients(got, expected)
+
+
+def test_lower_blocks_and_an_embedding_that_is_trained(tmp_path):
+    folder = save(tmp_path, "llama", True)
+    batch = random_batch(tokens=19)
+    for lora in ({"num_layers": 2}, {"keys": ["model.embed_tokens", "self_attn.q_proj"]}):
+        _, expected = plain_value_and_grad(plain(folder, **lora), batch)
+        with closing(engine(folder, tile_tokens=7, **lora)) as ours:
+            _, got = ours.value_and_grad(batch)
+        assert_same_gradients(got, expected)
+
+
+@pytest.mark.parametrize("tile_tokens", [None, 7])
+@pytest.mark.parametrize("inputs", ["file", "memory"])
+@pytest.mark.parametrize("num_layers", [-1, 2])
+def test_after_a_backward_nothing_waits_in_memory(num_layers, inputs, tile_tokens, tmp_path):
+    folder = save(tmp_path, "llama", True)
+    options = {"spilled": False, "num_layers": num_layers}
+    ours = engine(folder, tile_tokens=tile_tokens, inputs=inputs, **options)
+    ours.value_and_grad(random_batch(tokens=19))
+    assert not ours._walk.store._arrays and not ours._walk._ram._arrays
+    ours.loss(random_batch(tokens=19))
+    assert not ours._walk.store._arrays and not ours._walk._ram._arrays
+
+
+def test_dropout_computes_blocks_whole_and_with_one_mask(tmp_path):
+    folder = save(tmp_path, "llama", True)
+    batch, gradients = random_batch(), []
+    for tile_tokens in (None, 5):
+        with closing(engine(folder, tile_tokens=tile_tokens, dropout=0.4)) as ours:
+            mx.random.seed(3)
+            gradients.append(ours.value_and_grad(batch)[1])
+    assert_same_gradients(gradients[1], gradients[0], 1e-6)
+
+
+@given(tokens=st.integers(1, 5000), size=st.integers(1, 5000))
+def test_tiles_are_of_nearly_one_length(tokens, size):
+    spans = spans_of(tokens, size)
+    lengths = [span.stop - span.start for span in spans]
+    assert [span.start for span in spans] == [0, *(span.stop for span in spans[:-1])]
+    assert spans[-1].stop == tokens
+    assert min(lengths) >= 1 and max(lengths) <= size
+    assert len(spans) == -(-tokens // max(lengths)) <= -(-tokens // size)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    tokens=st.integers(1, 12),
+    span=st.tuples(st.integers(0, 11), st.integers(1, 12)),
+    window=st.none() | st.integers(1, 14),
+    more=st.tuples(st.integers(0, 12), st.integers(0, 12)),
+)
+def test_masks_of_tiles_are_those_of_the_whole(tokens, span, window, more):
+    """Over the keys that are seen, and over more of them."""
+    start, stop = min(span[0], tokens - 1), min(max(span[0] + 1, span[1]), tokens)
+    span, mask = Span(start, stop), banded(range(tokens), tokens, window)
+    ago = np.arange(tokens)[:, None] - np.arange(tokens)
+    whole = (ago >= 0) & (ago < (window or tokens))
+    if mask is None:  # a single token
+        assert whole.all()
+        return
+    seen = keys_seen(mask, span, tokens)
+    for keys in (seen, Span(max(0, seen.start - more[0]), min(tokens, seen.stop + more[1]))):
+        expected = whole[span.start : span.stop, keys.start : keys.stop]
+        assert expected.sum() == whole[span.start : span.stop].sum()  # nothing that is seen is lost
+        for every in (mask, mx.array(whole)):  # one that knows what it says, and one that does not
+            part, got = mask_at(every, span, keys), np.ones_like(expected)
+            if isinstance(part, str):  # the last query sees the last key
+                count, across = expected.shape
+                got = np.arange(across) <= np.arange(across - count, across)[:, None]
+            elif part is not None:
+                got = np.array(part)
+            assert (got == expected).all()
+
+
+def test_an_activation_that_looks_across_features_is_left_alone():
+    class MLP(nn.Module):
+        def __init__(self, across):
+            super().__init__()
+            self.w1, self.w3 = nn.Linear(8, 16), nn.Linear(8, 16)
+            self.w2 = nn.Linear(16, 8)
+            self.across = across
+
+        def __call__(self, x):
+            gate = self.w1(x)
+            gate = mx.softmax(gate, axis=-1) if self.across else nn.silu(gate)
+            return self.w2(gate * self.w3(x))
+
+    class Residual(MLP):
+        def __call__(self, x):
+            return x + super().__call__(x)
+
+    assert gated_form(MLP(False)).down == "w2"
+    assert gated_form(MLP(True)) is None
+    assert gated_form(Residual(False)) is None
+
+
+def backward_peak(ours, batch):
+    begin()
+    with recording() as profile:
+        ours.value_and_grad(batch)
+    return max(s.peak_bytes for s in profile.stretches if s.phase in ("recompute", "backward"))
+
+
+@pytest.mark.slow
+def test_nothing_of_tokens_by_hidden_is_held(tmp_path, memory):
+    """Of the whole length only keys and values, and sums of their gradients, are in memory."""
+    shape = {"hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 8}
+    shape |= {"num_key_value_heads": 1, "head_dim": 32, "num_hidden_layers": 3}
+    folder = save(tmp_path, "qwen3", True, **shape)
+    short, long = 1024, 2048
+    one = 4 * (long - short) * 512
+    keys_and_values = 4 * (long - short) * 2 * 32
+    bound = 0.5 * one + keys_and_values
+
+    def grown(rounds=1, **options):
+        with closing(engine(folder, prefetch=False, mlp_bytes=2**18, **options)) as ours:
+            few, many = (random_batch(1, tokens, share=0.05) for tokens in (short, long))
+            ours.value_and_grad(few)  # the first one also tries what can be tiled
+            return growth(
+                lambda: backward_peak(ours, few), lambda: backward_peak(ours, many), bound, rounds
+            )
+
+    assert grown(ROUNDS, tile_tokens=64) < bound
+    # The same measurement, far beyond the bound: tiles kept in memory, and whole blocks.
+    assert grown(tile_tokens=64, spilled=False) > one
+    assert grown(tile_tokens=None) > 4 * one
+
+
+def holding(tiling, index):
+    """In place of `Tiling._computing`: the block's arrays have memory of their own."""
+    slots, arrays = array_slots(tiling._blocks.blocks[index]), {}
+    for source in tiling._weights:
+        arrays |= source.block(index, lasting=True)
+    mx.eval(arrays)
+
+    def compute(function, *args):
+        with bound(slots, arrays):
+            made = function(*args)
+        mx.eval(made)
+        return made
+
+    return compute
+
+
+@pytest.mark.slow
+def test_a_trial_does_not_hold_a_second_block(tmp_path, memory, monkeypatch):
+    """Beside the memory that weights are read into; that would be the peak of a first step."""
+    wide = {"hidden_size": 2048, "intermediate_size": 4096, "num_hidden_layers": 1}
+    wide |= {"num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 128}
+    folder = save(tmp_path, "llama", True, **wide)
+    with closing(engine(folder, tile_tokens=64, mlp_bytes=2**20)) as ours:
+        walk = ours._walk
+        block = sum(array.nbytes for array in walk.weights.block(0).values())
+
+        def trial():
+            walk._tiling._found.clear()
+            assert walk._tiling.of(0).by_rows
+
+        assert lowest(lambda: above(trial), block) < block
+        monkeypatch.setattr(Tiling, "_computing", holding)
+        assert above(trial) > 1.3 * block

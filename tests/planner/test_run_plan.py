@@ -1,0 +1,251 @@
+"""A run keeps to its plan: limits of MLX, batches of other lengths, a prediction too low."""
+
+import time
+from types import SimpleNamespace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tiny import LENGTH, words, write_rows
+
+from mlx_edgelora.config import TrainConfig
+from mlx_edgelora.data import Batch
+from mlx_edgelora.data.batches import iterate_batches, largest_batch
+from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.planner.cost import Load
+from mlx_edgelora.planner.machine import default_budget, machine_here, measured
+from mlx_edgelora.planner.plan import Plan
+from mlx_edgelora.planner.run_plan import Budget
+from mlx_edgelora.planner.search import Choice
+from mlx_edgelora.training import finetune as module
+from mlx_edgelora.training import rehearsal
+from mlx_edgelora.training.callbacks import TrainingCallback
+from mlx_edgelora.training.duty import Duty
+from mlx_edgelora.training.finetune import finetune, open_engine
+
+
+@pytest.fixture
+def options(tiny, tmp_path):
+    def make(**changes):
+        common = {
+            "model": str(tiny / "model"),
+            "data": str(tiny / "data"),
+            "adapter_path": str(tmp_path / "adapters"),
+            "spill_dir": str(tmp_path),
+            "num_layers": -1,
+            "batch_size": 2,
+            "iters": 2,
+            "max_seq_length": LENGTH,
+            "steps_per_report": 1,
+            "val_batches": 0,
+        }
+        return TrainConfig.from_dict(common | changes)
+
+    return make
+
+
+class Limits(TrainingCallback):
+    """MLX's limits while a run goes on."""
+
+    def on_train_loss_report(self, train_info):
+        self.memory, self.cache = mx.set_memory_limit(1 << 40), mx.set_cache_limit(1 << 40)
+        mx.set_memory_limit(self.memory)
+        mx.set_cache_limit(self.cache)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_limits_are_set_and_put_back(options, fails):
+    before = mx.set_memory_limit(123 * 10**9), mx.set_cache_limit(10**9)
+    try:
+        seen = Limits()
+        config = options(memory_budget="900MB", batch_size=100 if fails else 2)
+        if fails:
+            with pytest.raises(EdgeLoraError):
+                finetune(config, [seen], lambda line: None)
+        else:
+            finetune(config, [seen], lambda line: None)
+            assert (seen.memory, seen.cache) == (900 * 10**6, Plan.cache_bytes)
+        assert mx.set_memory_limit(before[0]) == 123 * 10**9
+        assert mx.set_cache_limit(before[1]) == 10**9
+    finally:
+        mx.set_memory_limit(before[0])
+        mx.set_cache_limit(before[1])
+
+
+def test_a_run_tells_its_plan_and_writes_it(options, tmp_path):
+    lines = []
+    file = tmp_path / "plan.json"
+    finetune(options(memory_budget="1GB", plan_out=str(file)), notify=lines.append)
+    assert any(line.startswith("plan for 2 x 12 tokens: ") for line in lines)
+    first = Plan.read(file)
+    assert first.kept_blocks == 3 and first.reason == "the fastest within 1.00 GB"
+    finetune(options(plan=str(file)), notify=lines.append)
+
+
+def test_a_budget_that_is_too_small_is_refused_before_anything_is_written(options, tmp_path):
+    with pytest.raises(EdgeLoraError, match=r"memory_budget: got 1MB, expected at least \d+MB"):
+        finetune(options(memory_budget="1MB", max_seq_length=4096), notify=lambda line: None)
+    assert not (tmp_path / "adapters").exists()
+
+
+def test_shorter_batches_have_faster_plans_where_they_fit(options, tmp_path):
+    data = tmp_path / "mixed"
+    data.mkdir()
+    rng = np.random.default_rng(0)
+    lengths = [20, 20, 700, 700]
+    write_rows(data / "train.jsonl", [{"text": words(rng.integers(0, 100, n))} for n in lengths])
+    config = options(data=str(data), max_seq_length=1024, memory_budget="20MB", iters=4)
+    lines = []
+    finetune(config, notify=lines.append)
+    plans = []
+    with open_engine(config, lambda line: None) as (engine, _, _):
+        for width in (32, 1023):
+            tokens = np.zeros((2, width + 1), np.int32)
+            plans.append(engine.plan_of(Batch(tokens, np.array([[0, width + 1]] * 2), (0, 1))))
+    short, long = plans
+    assert short.kept_blocks > long.kept_blocks
+    assert (short.head, short.adapters) == (long.head, long.adapters)
+
+
+def test_a_prediction_that_was_too_low_is_corrected_once(options, monkeypatch):
+    """As if MLX had taken more than the budget: the plan that follows takes less."""
+    peaks = iter([200 * 10**6, 200 * 10**6, 200 * 10**6])
+    monkeypatch.setattr(module, "peak_memory", lambda: next(peaks))
+    lines = []
+    finetune(options(memory_budget="100MB", iters=3), notify=lines.append)
+    told = [line for line in lines if "more than was expected" in line]
+    assert len(told) == 1
+
+
+def test_a_correction_that_finds_no_plan_changes_nothing(options, monkeypatch):
+    """The run goes on by its plan, and so do batches of other lengths."""
+    lines = []
+    with open_engine(options(memory_budget="12MB", iters=1), notify=lines.append) as (engine, *_):
+        chosen = engine.plan_of.__self__
+        before = chosen.plan
+        with pytest.raises(EdgeLoraError, match="expected at least"):
+            chosen.corrected(10**12)
+        assert (chosen.plan, chosen._correction) == (before, 1.0)
+        for tokens in range(2, chosen.load.tokens, 5):
+            batch = Batch(np.zeros((1, tokens), np.int32), np.array([[1, tokens]]), (0,))
+            assert isinstance(chosen.of(batch), Plan)
+        monkeypatch.setattr("mlx_edgelora.planner.run_plan.plan", refused)
+        chosen._variants.clear()
+        assert chosen.of(batch) == chosen.plan
+
+
+def refused(*_):
+    raise EdgeLoraError("no plan fits")
+
+
+def test_the_largest_batch_is_tried_before_the_first_step(options, monkeypatch):
+    """Nothing of it is seen: the adapter is that of a run that was not tried."""
+    weights, tried = [], []
+    original = rehearsal.synthetic_batch
+
+    def spied(load, vocabulary):
+        tried.append(load)
+        return original(load, vocabulary)
+
+    monkeypatch.setattr(rehearsal, "synthetic_batch", spied)
+    for near in (0.0, 2.0):
+        monkeypatch.setattr(rehearsal, "NEAR", near)
+        config = options(memory_budget="60MB", iters=3, lora_parameters={"dropout": 0.2})
+        result = finetune(config, notify=lambda line: None)
+        weights.append(mx.load(str(result.adapter_path / "adapters.safetensors")))
+    assert len(tried) == 1
+    assert weights[0].keys() == weights[1].keys()
+    for name, value in weights[0].items():
+        assert mx.array_equal(value, weights[1][name]).item(), name
+
+
+def test_a_plan_that_takes_more_than_its_budget_is_replaced(monkeypatch):
+    """As long as it does, three times at most, with the optimizer's state counted in."""
+    peaks = iter([200, 150, 90, 90])
+    monkeypatch.setattr(rehearsal, "peak_memory", lambda: next(peaks))
+
+    class Chosen:
+        budget, choice = Budget(100, "as asked"), Choice(Plan(), 80, 1.0)
+        load, shape, unseen_bytes, seen = Load(2, 8, 3), SimpleNamespace(vocabulary=11), 5, []
+
+        def corrected(self, measured):
+            self.seen.append(measured)
+            return Plan(tile_tokens=measured) if measured > 100 else None
+
+        def table(self):
+            return "plan"
+
+    class Taken:
+        held, batches = [], []
+
+        def backward(self, batch, sink):
+            self.batches.append((batch.inputs().shape, int(batch.mask().sum())))
+
+        def hold(self, plan):
+            self.held.append(plan.tile_tokens)
+
+    lines = []
+    rehearsal.rehearse(Taken(), Chosen(), lines.append)
+    assert Chosen.seen == [205, 155, 95]
+    assert Taken.held == [205, 155]
+    assert Taken.batches == [((2, 8), 4)] * 3  # as many labels in each row as the most
+    assert len(lines) == 2
+
+
+def test_the_largest_batch_is_that_of_the_batches():
+    rng = np.random.default_rng(0)
+    rows = [(list(range(n)), int(rng.integers(0, n - 1))) for n in rng.integers(2, 90, 31)]
+    for size, limit in ((1, 100), (4, 60), (7, 33)):
+        usable = [row for row in rows if row[1] < min(len(row[0]), limit) - 1]
+        batches = list(iterate_batches(usable, size, limit, seed=0))
+        tokens, labels = largest_batch([usable], size, limit)
+        assert tokens == max(batch.inputs().shape[1] for batch in batches)
+        assert labels == max(int(batch.mask().sum()) for batch in batches)
+
+
+def test_half_duty_takes_twice_the_time():
+    duty = Duty(0.5)
+    duty.rest()
+    start = time.perf_counter()
+    for _ in range(3):
+        time.sleep(0.05)
+        duty.rest()
+    assert time.perf_counter() - start > 0.29
+    duty, start = Duty(1.0), time.perf_counter()
+    for _ in range(3):
+        duty.rest()
+    assert time.perf_counter() - start < 0.05
+
+
+def test_a_run_rests_between_blocks(options, monkeypatch):
+    rests = []
+    monkeypatch.setattr(Duty, "rest", lambda duty: rests.append(duty.rest))
+    finetune(options(duty=0.5, activations="spill", iters=1), notify=lambda line: None)
+    assert len(rests) == 6  # three blocks, forward and backward
+
+
+@pytest.mark.slow
+def test_a_machine_is_measured_once(tmp_path, monkeypatch):
+    calls = []
+    real = measured
+
+    def counted(*args):
+        calls.append(args)
+        return real(*args)
+
+    monkeypatch.setattr("mlx_edgelora.planner.machine.measured", counted)
+    start = time.perf_counter()
+    first = machine_here(tmp_path / "cache", tmp_path, mx.float32)
+    assert time.perf_counter() - start < 10
+    assert machine_here(tmp_path / "cache", tmp_path, mx.float32) == first
+    assert len(calls) == 1
+    machine_here(tmp_path / "cache", tmp_path, mx.bfloat16)
+    assert len(calls) == 2
+    (tmp_path / "cache/machine.json").write_text("{]")
+    machine_here(tmp_path / "cache", tmp_path, mx.float32)
+    assert len(calls) == 3
+
+
+def test_the_default_budget_leaves_memory_to_others():
+    size, why = default_budget()
+    assert size > 0 and why
