@@ -52,7 +52,7 @@ GOALS = {
 FLOOR = Plan(
     prefetch=False,
     adapters="paged",
-    tile_tokens=512,
+    tile_tokens=256,
     mlp_bytes=16 * MIB,
     loss_bytes=16 * MIB,
     cache_bytes=16 * MIB,
@@ -138,6 +138,8 @@ def measure(args: argparse.Namespace, blocks: int, tokens: int) -> dict[str, flo
         stand_in(mx.bfloat16)
     run = Run(checkpoint(args.cache, args.shape, blocks), FLOOR, args)
     batch = random_batch(SHAPES[args.shape][-1], tokens, args.labelled)
+    if args.limit:  # as a run has one from its plan
+        mx.set_memory_limit(round(args.limit * MIB))
     for _ in range(args.steps):
         row = run.step(batch)
     run.close()
@@ -176,6 +178,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--labelled", type=float, default=0.3, help="share of the tokens")
+    parser.add_argument("--limit", type=float, help="MLX's memory limit in MiB")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--stand-in", action="store_true", help="for products of bfloat16")
     parser.add_argument("--speed", action="store_true", help="time against keeping everything")
@@ -219,6 +222,7 @@ def cells(args: argparse.Namespace, blocks: int, tokens: int) -> str:
     child += ["--labelled", str(args.labelled), "--steps", str(args.steps)]
     child += ["--cache", str(args.cache)] + ["--speed"] * args.speed
     child += ["--stand-in"] * args.stand_in
+    child += ["--limit", str(args.limit)] if args.limit else []
     out = subprocess.run(child, check=True, stdout=subprocess.PIPE, text=True).stdout
     row = json.loads(out.splitlines()[-1])
     if args.speed:

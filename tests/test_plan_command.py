@@ -72,7 +72,7 @@ def test_the_least_memory(told):
     _, out, _ = told("--memory-budget", "min", "--max-seq-length", 4097)
     assert "for the least memory" in out
     rows = dict(re.findall(r"^  (\S.*?)  +(.+)$", out, re.MULTILINE))
-    assert rows["tokens"] == "512 at a time"
+    assert rows["tokens"] == "256 at a time"
     assert rows["inputs of blocks"] == rows["adapters"] == "in a file"
     assert rows["weights"] == rows["embedding and head"] == "from disk"
 

@@ -26,7 +26,7 @@ from mlx_edgelora.planner.sizes import ModelShape
 MARGIN = 0.12
 # What MLX holds besides: scalars, masks, a batch.
 SLACK = 2 * MIB
-TILES = (512, 1024, 2048, 4096)
+TILES = (256, 512, 1024, 2048, 4096)
 # Of a gated MLP, where packed matrices are unpacked.
 SLICE = 16 * MIB
 LOSSES = (16 * MIB, 40 * MIB)

@@ -61,7 +61,7 @@ def test_a_streamed_block_is_evaluated_a_few_times(tmp_path, evaluations):
 
 
 def test_a_block_by_tiles_is_evaluated_for_each_tile(tmp_path, evaluations):
-    found = evaluations_a_block(tmp_path, evaluations, tile_tokens=512, prefetch=False)
+    found = evaluations_a_block(tmp_path, evaluations, tile_tokens=256, prefetch=False)
     assert found <= 40
 
 
