@@ -54,7 +54,7 @@ class Tiled:
     def forward(self, x: Hidden, following: int | None) -> Hidden:
         """The block's output; see `Segment`."""
         context, x = self._context, self._context.kept(x)
-        self._find_places(x.tile(0).shape[0])
+        self._find_places()
         trained, frozen = context.visits.of(self.index, following)
         out, pieces = Hidden.tiles(context.spans, context.slots), []
         with phase("forward", self.index), bound(self._slots, frozen | trained):
@@ -122,7 +122,7 @@ class Tiled:
         """Whether it is known that no token sees a later one."""
         return band_of(self._parts.mask) is not None
 
-    def _find_places(self, batch: int) -> None:
+    def _find_places(self) -> None:
         """Which of the rows that are wanted are in which tile."""
         if self._wanted.rows is None:
             return

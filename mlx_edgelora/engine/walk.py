@@ -128,9 +128,8 @@ class Walk:
         self._tiling = Tiling(self.blocks, (self.weights, self.adapters), like and like._tiling)
         self._ram, self._dropout = RamStore(), dropout_layers(model)
         # One for good: a compiled function and the dropout layers must mean the same tape.
-        tape = KeyTape()
-        self._functions = BlockFunctions(self.blocks, self._visits.slots, tape, compiled)
-        self._tape = tape
+        self._tape = KeyTape()
+        self._functions = BlockFunctions(self.blocks, self._visits.slots, self._tape, compiled)
         self.look_again()
         self.obey(plan)
 
@@ -178,8 +177,11 @@ class Walk:
 
     def tile_choice(self, index: int, tokens: int) -> Tileable | None:
         """How a block of a batch of so many tokens is cut; None where the batch is not."""
-        size = self._plan.tile_tokens
-        return None if size is None or tokens <= size else self._tiling.of(index)
+        return self._tiling.of(index) if self._cuts(tokens) else None
+
+    def _cuts(self, tokens: int) -> bool:
+        """Whether a batch of so many tokens, over all rows, is computed by tiles."""
+        return self._plan.tile_tokens is not None and tokens > self._plan.tile_tokens
 
     @contextmanager
     def forward(
@@ -233,10 +235,9 @@ class Walk:
     ) -> Pass:
         """A pass whose segments are there, and nothing is computed."""
         count, (batch, tokens, _) = len(self.blocks), x.shape
-        size, kept_from = self._plan.tile_tokens, count
-        spans = [Span(0, tokens)]
-        if size is not None and batch * tokens > size:
-            spans = spans_of(tokens, max(1, size // batch))
+        kept_from, spans = count, [Span(0, tokens)]
+        if self._cuts(batch * tokens):
+            spans = spans_of(tokens, max(1, self._plan.tile_tokens // batch))
         if first < count:
             kept_from = max(first, count - self._plan.kept_blocks)
         waiting = max(0, kept_from - first) + 2 * (len(spans) > 1)

@@ -88,19 +88,6 @@ def lap() -> int:
     return peak
 
 
-def give_back() -> None:
-    """Return freed memory to the system, which C libraries keep for the process.
-
-    Linux with glibc, and macOS; elsewhere nothing. MLX's peak does not show it, the
-    footprint does: a step of a 3B shape left 70 MiB. Takes some milliseconds.
-    """
-    library = ctypes.CDLL(None)
-    if hasattr(library, "malloc_trim"):
-        library.malloc_trim(ctypes.c_size_t(0))
-    elif hasattr(library, "malloc_zone_pressure_relief"):
-        library.malloc_zone_pressure_relief(None, ctypes.c_size_t(0))
-
-
 def eval_in_step(*arrays: mx.array) -> None:
     """Evaluate without MLX allocating ahead of what it computes.
 

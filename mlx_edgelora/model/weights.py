@@ -1,6 +1,5 @@
 """Where a block's frozen weights come from: memory, or the checkpoint's own shards."""
 
-import fcntl
 import os
 from collections.abc import Hashable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -54,8 +53,6 @@ class StreamedWeights:
         files: watches the shards.
         streamed: so many first blocks; the others stay in memory once they were read. The
             lower ones wait longer between their two visits. None for all.
-        uncached: keep what is read out of the system's file cache, where that can be asked for: a
-            model larger than memory finds nothing in it, and pushes out what others have there.
 
     Attributes:
         in_use: how many blocks, that were given last, are still computed.
@@ -68,10 +65,8 @@ class StreamedWeights:
         meter: DiskMeter,
         files: Unchanged,
         streamed: int | None = None,
-        uncached: bool = False,
     ) -> None:
         self._blocks, self._dtype, self._meter, self._files = blocks, dtype, meter, files
-        self._uncached = uncached
         self._held: dict[int, Arrays] = {}
         self._held_from = len(blocks) if streamed is None else streamed
         self._free: dict[Hashable, list[_Buffer]] = {}
@@ -197,9 +192,7 @@ class StreamedWeights:
 
     def _descriptor(self, shard: Path) -> int:
         if shard not in self._descriptors:
-            descriptor = self._descriptors[shard] = os.open(shard, os.O_RDONLY)
-            if self._uncached and hasattr(fcntl, "F_NOCACHE"):
-                fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)
+            self._descriptors[shard] = os.open(shard, os.O_RDONLY)
         return self._descriptors[shard]
 
 

@@ -2,7 +2,7 @@
 
 Bytes are what is held for certain (weights, adapters, inputs that wait, kept activations)
 and what a phase needs on top. The latter is a sum of array sizes, or the larger of two, each size
-times a number that was fitted to steps measured on a CPU (`benchmarks/fit_cost.py`): how many
+times a number that was fitted to steps measured on a CPU (`planner/fitted.py`): how many
 such arrays autodiff keeps and MLX's scheduler has ahead cannot be told from the model.
 """
 

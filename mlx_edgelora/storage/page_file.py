@@ -80,7 +80,7 @@ class PageFile:
         except OSError as error:
             raise self._disk_error(size, error) from error
         self._map = np.memmap(self._file, np.uint8, mode="r+", shape=(size,))
-        self.pages = self._map.view(np.ndarray)  # whose parts are made in a tenth of the time
+        self.pages = self._map.view(np.ndarray)  # whose parts are made in a fifth of the time
 
     def drop(self, start: int, stop: int) -> None:
         """Give the pages between two bytes back to the system; they stay in the file."""

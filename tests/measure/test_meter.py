@@ -2,7 +2,6 @@ import ctypes
 import os
 import resource
 import threading
-import types
 
 import mlx.core as mx
 import numpy as np
@@ -68,25 +67,3 @@ def test_disk_meter_counts_from_many_threads():
         thread.join()
     assert (disk.read_bytes, disk.written_bytes) == (60_000, 40_000)
     assert disk.snapshot() == meter.DiskCounts(60_000, 40_000)
-
-
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="another C library")
-def test_freed_memory_is_given_back():
-    # Below glibc's threshold for a mapping of its own; the last one keeps the heap from shrinking.
-    held = [bytearray(100_000) for _ in range(300)]
-    last = held.pop()
-    del held
-    kept = meter.footprint()
-    meter.give_back()
-    assert kept - meter.footprint() > 20 * 2**20
-    assert len(last) == 100_000
-
-
-def test_giving_back_asks_the_macos_call_where_it_exists(monkeypatch):
-    calls = []
-    library = types.SimpleNamespace(malloc_zone_pressure_relief=lambda *args: calls.append(args))
-    monkeypatch.setattr(ctypes, "CDLL", lambda _: library)
-    meter.give_back()
-    assert len(calls) == 1
-    monkeypatch.setattr(ctypes, "CDLL", lambda _: types.SimpleNamespace())
-    meter.give_back()  # neither: nothing is done
