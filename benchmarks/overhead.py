@@ -27,11 +27,11 @@ from mlx_edgelora.engine.build import Settings, assembled
 from mlx_edgelora.engine.finite import Finite
 from mlx_edgelora.model.loading import open_model
 from mlx_edgelora.model.lora import add_lora
-from mlx_edgelora.planner.cost import Load
 from mlx_edgelora.planner.machine import machine_here
 from mlx_edgelora.planner.plan import MIB, Plan
 from mlx_edgelora.planner.search import smallest
 from mlx_edgelora.planner.shape import shape_of
+from mlx_edgelora.planner.sizes import Load
 
 BLOCKS, TOKENS, RANK = 28, 64, 8
 RESIDENT = Plan(streamed_blocks=0, head="resident", inputs="memory", loss_bytes=160 * MIB)

@@ -34,10 +34,10 @@ from mlx_edgelora.data import Batch
 from mlx_edgelora.engine.build import Settings, assembled
 from mlx_edgelora.model.loading import open_model
 from mlx_edgelora.model.lora import add_lora
-from mlx_edgelora.planner.cost import Load
 from mlx_edgelora.planner.machine import machine_here
 from mlx_edgelora.planner.search import plan
 from mlx_edgelora.planner.shape import shape_of
+from mlx_edgelora.planner.sizes import Load
 
 Step = Callable[[], float]
 checkpoint = partial(shapes.checkpoint, weights="float32")

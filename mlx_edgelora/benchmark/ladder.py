@@ -20,13 +20,11 @@ from mlx_edgelora.benchmark.rounds import Gone, Running, Say
 from mlx_edgelora.benchmark.shapes import SHAPES, random_model
 from mlx_edgelora.blocks.checks import checked_blocks
 from mlx_edgelora.model.lora import add_lora
-from mlx_edgelora.planner.cost import Load, Memory
-from mlx_edgelora.planner.duration import seconds
 from mlx_edgelora.planner.machine import Machine
 from mlx_edgelora.planner.plan import MIB, Plan
-from mlx_edgelora.planner.search import needed
+from mlx_edgelora.planner.search import Choice, expected
 from mlx_edgelora.planner.shape import shape_of
-from mlx_edgelora.planner.sizes import ModelShape
+from mlx_edgelora.planner.sizes import Load, ModelShape
 
 RANK, NEIGHBOURS, LABELLED = 16, 1000, 0.3
 STEPS = 2
@@ -151,23 +149,23 @@ class Climb:
             )
         return self._sizes[weights]
 
-    def expected(self, technique: Technique, context: int) -> tuple[int, float]:
-        """Bytes and seconds by the planner's model."""
+    def expected(self, technique: Technique, context: int) -> Choice:
+        """Bytes and seconds by the planner's formulas."""
         shape = self.sizes(technique.weights)
         load = Load(1, context, max(1, round(technique.labelled * context)))
-        spent = seconds(shape, load, technique.plan, self._machine)
-        return Memory(shape, load, technique.plan).peak(), spent
+        return expected(shape, load, self._machine, technique.plan)
 
     def too_much(self, technique: Technique, context: int) -> str | None:
         """Why a row is computed, if it is."""
-        peak, spent = self.expected(technique, context)
-        if needed(peak) > self._free:
+        choice = self.expected(technique, context)
+        if choice.needs > self._free:
             return "no room"
-        return "too long" if STEPS * spent > self._limit else None
+        return "too long" if STEPS * choice.seconds > self._limit else None
 
     def rung(self, technique: Technique, context: int, job: Job | None) -> Rung:
         """A row, measured by a job or computed without one."""
-        peak, spent = self.expected(technique, context)
+        choice = self.expected(technique, context)
+        peak, spent = choice.peak, choice.seconds
         why = self.too_much(technique, context)
         how = f"computed: {why}"
         if why is None:

@@ -65,11 +65,12 @@ class Functions:
             self._known[key] = mx.compile(function)
         try:
             return self._known[key](*args)
-        except (ValueError, RuntimeError) as error:
-            if not any(text in str(error) for text in (EVALUATES, NO_TREE)):
+        except (ValueError, RuntimeError, IndexError) as error:
+            # A function that decides by values what it computes has no one graph, there are
+            # arguments that MLX does not compile, and graphs that it loses its way in.
+            lost = isinstance(error, IndexError)
+            if not lost and not any(text in str(error) for text in (EVALUATES, NO_TREE)):
                 raise
-            # A function that decides by values what it computes has no one graph, and there are
-            # arguments that MLX does not compile.
             self._refused.add(key)
             del self._known[key]
             return function(*args)

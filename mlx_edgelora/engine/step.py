@@ -23,6 +23,7 @@ from mlx_edgelora.losses.exact import CrossEntropy, check_labels
 from mlx_edgelora.measure.meter import DiskMeter
 from mlx_edgelora.measure.profile import phase
 from mlx_edgelora.model.head import ModelHead
+from mlx_edgelora.model.weights import StreamedWeights
 from mlx_edgelora.planner.plan import Plan
 
 Loss = CrossEntropy | ApproximateCrossEntropy
@@ -90,8 +91,8 @@ class Engine:
         self._walk.obey(plan)  # which looks at the blocks' settings
 
     def hold(self, plan: Plan) -> None:
-        """Obey a plan that has fewer blocks' weights in memory than the one before."""
-        if plan.streams:
+        """Obey a plan that has others of the streamed blocks in memory than the one before."""
+        if isinstance(self._walk.weights, StreamedWeights):
             count = len(self._walk.blocks)
             streamed = count if plan.streamed_blocks is None else plan.streamed_blocks
             self._walk.weights.hold_from(streamed)

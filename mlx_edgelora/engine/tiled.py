@@ -237,8 +237,9 @@ class _Visit:
         if self._kept_sums is None:
             self._kept_sums = [mx.zeros(kept.shape) for kept in self.kept]
         tokens = slice(seen.start, seen.stop)
-        for total, more in zip(self._kept_sums, pair, strict=True):
-            total[:, :, tokens] = total[:, :, tokens] + more
+        sums, self._kept_sums = self._kept_sums, []
+        for more in pair:  # in place: nobody else holds the sum
+            self._kept_sums.append(sums.pop(0).at[:, :, tokens].add(more.astype(mx.float32)))
 
     def _vjp(
         self,

@@ -11,7 +11,7 @@ and all of its graph is dropped. Segments are blocks computed whole (`Whole`), b
 tokens (`Tiled`), and the last ones with the loss (`Tail`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import repeat
@@ -40,6 +40,7 @@ from mlx_edgelora.engine.tiled import Tiled
 from mlx_edgelora.engine.visits import Arrays, Visits
 from mlx_edgelora.engine.whole import Whole
 from mlx_edgelora.measure.meter import eval_in_step
+from mlx_edgelora.measure.profile import phase
 from mlx_edgelora.model.weights import ResidentWeights, StreamedWeights
 from mlx_edgelora.planner.plan import Plan
 from mlx_edgelora.storage.stores import ActivationStore, RamStore
@@ -101,6 +102,8 @@ class Walk:
     Attributes:
         ahead: build a segment's graph while the one before is computed, where the plan reads
             weights ahead as well; on a GPU.
+        sample: of the blocks that are not kept only these are computed; None for all. What
+            comes out is not the model's: it is for measuring.
 
     Raises:
         EdgeLoraError: the architecture cannot be walked.
@@ -119,6 +122,7 @@ class Walk:
         like: "Walk | None" = None,
     ) -> None:
         self.ahead = mx.default_device() == mx.gpu
+        self.sample: Container[int] | None = None
         self.model, self._rest = model, rest
         self.blocks = blocks or checked_blocks(model)
         self.store = RamStore() if store is None else store
@@ -164,6 +168,11 @@ class Walk:
         return len(self._functions.functions)
 
     @property
+    def lowest_trained(self) -> int:
+        """The lowest block in which something is trained; their number if there is none."""
+        return self._visits.lowest_trained
+
+    @property
     def spares_rows(self) -> bool:
         """Whether the last block is computed for labelled tokens only, where rows are asked for."""
         return self._tiling.of(len(self.blocks) - 1).by_rows
@@ -204,7 +213,8 @@ class Walk:
             first, entry = self._reach(run) if keep else (len(self.blocks), False)
             with self._tape.recording() as entry_keys:
                 x, calls = record(self.blocks, run)
-            eval_in_step(x)
+            with phase("load"):
+                eval_in_step(x)
             if rows is not None:
                 check_rows(rows, x.shape[0] * x.shape[1])
             state = self._begun(run, x, calls, rows, first, entry)
@@ -256,6 +266,8 @@ class Walk:
             last = Wanted(rows, spares and self._can_cut(count - 1, calls[-1], tokens))
         segments: list[Segment] = []
         for index in range(kept_from):
+            if self.sample is not None and index not in self.sample:
+                continue
             wanted = last if index + 1 == count else Wanted()
             choice = self._tiling.of(index) if len(spans) > 1 else None
             if choice and choice.possible and self._can_cut(index, calls[index], tokens):

@@ -2,10 +2,12 @@
 
 Code that does the work names what it does by `phase`; that costs nothing until somebody
 records. Recording starts a new peak at each change of phase, and what lies in between belongs
-to the innermost phase. The whole peak is not lost by it (`meter.lap`).
+to the innermost phase, or to the one before where there is none around it. The whole peak is
+not lost by it (`meter.lap`).
 """
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -22,8 +24,6 @@ PHASES = (
     "spill",
     "head",
     "recompute",
-    "MLP backward",
-    "attention backward",
     "backward",
     "update",
 )
@@ -38,12 +38,14 @@ class Stretch:
         block: its index; None outside the blocks.
         start_bytes: what MLX's allocator held when it began.
         peak_bytes: the most it held.
+        seconds: how long it took; on a GPU, which works behind, as far as was waited for it.
     """
 
     phase: str
     block: int | None
     start_bytes: int
     peak_bytes: int
+    seconds: float = 0.0
 
 
 class Profile:
@@ -52,11 +54,17 @@ class Profile:
     def __init__(self) -> None:
         self.stretches: list[Stretch] = []
         self._stack: list[tuple[str, int | None, int]] = []
+        self._changed = time.perf_counter()
 
     def begin_step(self) -> None:
         """Forget the step before."""
         lap()
+        self._changed = time.perf_counter()
         self.stretches.clear()
+
+    def finish(self) -> None:
+        """The step is over: what was done since the last phase belongs to it."""
+        self._close()
 
     def enter(self, phase: str, block: int | None) -> None:
         """Begin a phase; block None is the block of the phase around it."""
@@ -125,17 +133,19 @@ class Profile:
         pyplot.close(figure)
 
     def _close(self) -> None:
-        """Count what was held since the last change to the innermost phase."""
-        peak = lap()
-        if not self._stack:
-            return
-        phase, block, start = self._stack[-1]
-        peak = max(peak, start)  # MLX counts anew from nothing until something is allocated
+        """Count what was held since the last change to the innermost phase, or the one before."""
+        peak, now = lap(), time.perf_counter()
+        spent, self._changed = now - self._changed, now
         last = self.stretches[-1] if self.stretches else None
-        if last is not None and (last.phase, last.block) == (phase, block):
+        if self._stack:
+            phase, block, start = self._stack[-1]
+            peak = max(peak, start)  # MLX counts anew from nothing until something is allocated
+            if last is None or (last.phase, last.block) != (phase, block):
+                last = Stretch(phase, block, start, peak)
+                self.stretches.append(last)
+        if last is not None:
             last.peak_bytes = max(last.peak_bytes, peak)
-        else:
-            self.stretches.append(Stretch(phase, block, start, peak))
+            last.seconds += spent
 
 
 _recording: list[Profile] = []

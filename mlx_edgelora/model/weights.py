@@ -117,12 +117,16 @@ class StreamedWeights:
         buffer = self._buffer(index)
         self._ahead = index, self._worker.submit(self._fill, index, buffer)
 
-    def close(self) -> None:
-        """Let go of memory and files."""
+    def trim(self) -> None:
+        """Let go of memory that is not used at the moment; what was given is not used any more."""
         self._settled(None)
-        self._worker.shutdown()
         self._used.clear()
         self._free.clear()
+
+    def close(self) -> None:
+        """Let go of memory and files."""
+        self.trim()
+        self._worker.shutdown()
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 

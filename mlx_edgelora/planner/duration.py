@@ -1,59 +1,51 @@
-"""How long a step takes by a plan: operations and bytes over measured rates."""
+"""How long a step takes by a plan: what was measured of it, or operations and bytes over rates."""
 
-from mlx_edgelora.planner.cost import FLOAT, Load, Memory
+from functools import partial
+
+from mlx_edgelora.planner.cost import Memory
 from mlx_edgelora.planner.machine import Machine
+from mlx_edgelora.planner.measured import Measured, Way
+from mlx_edgelora.planner.needs import FLOAT
 from mlx_edgelora.planner.plan import Plan
-from mlx_edgelora.planner.sizes import ModelShape
+from mlx_edgelora.planner.sizes import Load, ModelShape
 
 # Small operations of a block, forward and backward, and of one more tile of it.
-BLOCK_CALLS, TILE_CALLS = 600, 400
+FORWARD_CALLS, BACKWARD_CALLS, TILE_CALLS = 150, 450, 200
 # Arrays that operations entry by entry read and write, in a forward and in a backward.
 PASSES = {"hidden": 12, "queries": 8, "intermediate": 8}
 # What is read ahead, or written behind, still takes this share of its time.
 OVERLAPPED = 0.4
 
 
-def seconds(shape: ModelShape, load: Load, plan: Plan, machine: Machine) -> float:
+def seconds(
+    shape: ModelShape, load: Load, plan: Plan, machine: Machine, known: Measured | None = None
+) -> float:
     """Seconds of a whole step: forward, loss, backward and update."""
     part = load.part(plan.micro_batches)
-    step = _Step(shape, part, plan, machine)
+    step = _Step(shape, part, plan, machine, Measured() if known is None else known)
     return min(plan.micro_batches, load.rows) * step.batch() + step.update()
 
 
+# The phases whose time is told by what was measured.
+TIMED = ("forward", "backward", "head", "tail")
+
+
 class _Step:
-    def __init__(self, shape: ModelShape, load: Load, plan: Plan, machine: Machine) -> None:
-        self.shape, self.load, self.plan = shape, load, plan
-        self.rates = machine.rates
-        self.memory = Memory(shape, load, plan)
-        self.tiles = 1
-        if self.memory.by_tiles:
-            self.tiles = -(-load.size // plan.tile_tokens)
-        self.sliced = plan.mlp_bytes is not None and shape.gated
-        kernel = machine.kernels[0] if plan.kernel == "auto" else plan.kernel
-        # Entries of a block that MLX's kernel multiplies as they are; slices are unpacked.
-        self.fused = 0
-        if shape.packed and kernel == "fused":
-            self.fused = shape.block_weights - (shape.mlp_weights if self.sliced else 0)
-        self.dense = shape.block_weights - self.fused
-        # Seconds that unpacking the others takes in one pass over all tokens, and the MLP's share.
-        self.unpack = 0.0
-        if shape.packed:
-            self.unpack = self.tiles * self.dense / self.rates.dequantized
-        self.unpack_mlp = self.unpack * shape.mlp_weights / max(1, self.dense)
+    def __init__(
+        self, shape: ModelShape, load: Load, plan: Plan, machine: Machine, known: Measured
+    ) -> None:
+        self.shape, self.load, self.plan, self.known = shape, load, plan, known
+        self.rates, self.kernels = machine.rates, machine.kernels
+        self.memory = Memory(shape, load, plan, known)
+        known.paced(self._seconds)
 
     def batch(self) -> float:
         """Forward, loss and backward of a batch, or of one part of it."""
-        shape, plan, memory = self.shape, self.plan, self.memory
-        every = shape.blocks
-        last = self._tokens(every - 1) / self.load.size
-        # As many whole blocks: the last one is computed for labelled tokens.
-        forward = (every - 1 + last) * self._forward()
-        adapted = shape.adapted - 1 + last
-        kept = memory.kept - 1 + last if memory.kept else 0
-        backward = adapted * self._backward() + (adapted - kept) * self._again()
-        read = self._disk(shape.block_bytes * self._visits(), self.rates.read, plan.prefetch)
-        calls = (BLOCK_CALLS + TILE_CALLS * (self.tiles - 1)) * self.rates.call
-        return forward + backward + read + self._spill() + self._head() + every * calls
+        shape, memory = self.shape, self.memory
+        below, trained = shape.blocks - memory.kept, shape.adapted - memory.kept
+        spent = below * self._of("forward") + trained * self._of("backward")
+        spent += self._of("tail" if memory.kept else "head")
+        return spent + self.reading() + self._spilling()
 
     def update(self) -> float:
         """The optimizer, and what is trained on its way to a file and back."""
@@ -63,8 +55,101 @@ class _Step:
             spent += 6 * size / self.rates.read + 4 * size / self.rates.written
         return spent
 
-    def _tokens(self, index: int) -> int:
-        return self.load.labelled if index + 1 == self.shape.blocks else self.load.size
+    def reading(self) -> float:
+        """Blocks' weights from disk: streamed ones forward and backward."""
+        memory, shape = self.memory, self.shape
+        again = max(0, min(memory.streamed, shape.blocks - memory.kept) - memory.first)
+        size = shape.block_bytes * (memory.streamed + again)
+        return self._disk(size, self.rates.read, self.plan.prefetch)
+
+    def _spilling(self) -> float:
+        memory = self.memory
+        count = self.shape.blocks - memory.kept - memory.first
+        size = self.plan.spills * count * memory.hidden
+        if memory.by_tiles:  # gradients go through the file, too
+            size = self.plan.spills * self.shape.blocks * memory.hidden * 3
+        spent = self._disk(size, self.rates.written, True)
+        return spent + self._disk(size, self.rates.read, not memory.by_tiles)
+
+    def _of(self, phase: str) -> float:
+        """Seconds of a phase of one block, of the head, or of the last blocks with it."""
+        memory, formula = self.memory, partial(self.formula, phase)
+        return self.known.seconds(memory.kind(phase), memory.ways[phase], self.load, formula)
+
+    def _seconds(self, kind: str, way: Way, load: Load) -> float:
+        """What the formula says of something that was measured; 0 of what it does not know."""
+        phase = kind.removeprefix("tiles ")
+        return self.formula(phase, way, load) if phase in TIMED else 0.0
+
+    def formula(self, kind: str, way: Way, load: Load) -> float:
+        """The same where nothing was measured."""
+        if kind == "head":
+            return self._head(way[0], load, way[1] == "streamed")
+        if kind == "tail":
+            kept, loss_bytes, kernel = way
+            block = _Block(self, (None, None, kernel), load)
+            # Of the last one all but keys and values is computed for labelled tokens.
+            count = kept - 1 + load.labelled / load.size
+            spent = kept * BACKWARD_CALLS * self.rates.call
+            spent += count * (block.forward() + block.backward())
+            return spent + self._head(loss_bytes, load, False)
+        block = _Block(self, way, load)
+        calls = FORWARD_CALLS if kind == "forward" else BACKWARD_CALLS
+        spent = (calls + TILE_CALLS * (block.tiles - 1)) * self.rates.call
+        if kind == "forward":
+            return spent + block.forward()
+        return spent + block.again() + block.backward()
+
+    def _head(self, loss_bytes: int, load: Load, streamed: bool) -> float:
+        shape = self.shape
+        entries = load.labelled * shape.vocabulary
+        spent = 4 * entries * shape.hidden / self.rates.flops
+        if shape.head_packed:
+            spent += shape.head_entries / self.rates.dequantized
+        spent += 6 * FLOAT * entries / self.rates.moved
+        if streamed:
+            spent += shape.head_bytes / self.rates.read
+        tiles = max(1, 16 * shape.head_entries // max(1, loss_bytes))
+        return spent + 60 * tiles * self.rates.call
+
+    @staticmethod
+    def _disk(size: float, rate: float, overlapped: bool) -> float:
+        return (OVERLAPPED if overlapped else 1.0) * size / rate
+
+
+class _Block:
+    """One block, computed in some way."""
+
+    def __init__(self, step: _Step, way: Way, load: Load) -> None:
+        tile_tokens, mlp_bytes, kernel = way
+        self.shape, self.load, self.rates = step.shape, load, step.rates
+        shape = step.shape
+        self.tiles = 1 if tile_tokens is None else -(-load.size // tile_tokens)
+        self.sliced = mlp_bytes is not None and shape.gated
+        kernel = step.kernels[0] if kernel == "auto" else kernel
+        # Entries that MLX's kernel multiplies as they are; slices are unpacked.
+        self.fused = 0
+        if shape.packed and kernel == "fused":
+            self.fused = shape.block_weights - (shape.mlp_weights if self.sliced else 0)
+        self.dense = shape.block_weights - self.fused
+        # Seconds that unpacking the others takes in one pass over all tokens.
+        self.unpack = shape.packed * self.tiles * self.dense / self.rates.dequantized
+
+    def forward(self) -> float:
+        """Seconds without those that the host takes."""
+        return self._product() + self.unpack + self._attention(2) + self._entrywise()
+
+    def again(self) -> float:
+        """The forward in the backward; a sliced MLP is unpacked once for both."""
+        share = self.shape.mlp_weights / max(1, self.dense)
+        twice = 0.0
+        if self.tiles > 1:  # what lies before attention is computed for q, and for k and v
+            twice = 0.25 * (1 - self.shape.mlp_weights / self.shape.block_weights)
+        return self.forward() - self.sliced * share * self.unpack + twice * self._product()
+
+    def backward(self) -> float:
+        """Of the gradient alone."""
+        return self._product() + self.unpack + self._attention(5) + self._entrywise()
 
     def _product(self) -> float:
         dense, fused = self.dense / self.rates.flops, self.fused / self.rates.fused_flops
@@ -84,49 +169,3 @@ class _Step:
         }
         entries = sum(PASSES[name] * size for name, size in sizes.items())
         return self.load.size * entries * shape.itemsize / self.rates.moved
-
-    def _forward(self) -> float:
-        return self._product() + self.unpack + self._attention(2) + self._entrywise()
-
-    def _again(self) -> float:
-        """The forward in the backward; a sliced MLP is unpacked once for both."""
-        shared = self.unpack_mlp if self.sliced else 0.0
-        twice = 0.0
-        if self.memory.by_tiles:  # what lies before attention is computed for q, and for k and v
-            twice = 0.25 * (1 - self.shape.mlp_weights / self.shape.block_weights)
-        return self._forward() - shared + twice * self._product()
-
-    def _backward(self) -> float:
-        return self._product() + self.unpack + self._attention(5) + self._entrywise()
-
-    def _visits(self) -> float:
-        """How often blocks are read: streamed ones forward and backward."""
-        streamed, first = self.memory.streamed, self.memory.first
-        kept_from = self.shape.blocks - self.memory.kept
-        again = max(0, min(streamed, kept_from) - first)
-        return streamed + again
-
-    def _spill(self) -> float:
-        memory = self.memory
-        count = self.shape.blocks - memory.kept - memory.first
-        size = self.plan.spills * count * memory.hidden
-        if memory.by_tiles:  # gradients go through the file, too
-            size = self.plan.spills * self.shape.blocks * memory.hidden * 3
-        spent = self._disk(size, self.rates.written, True)
-        return spent + self._disk(size, self.rates.read, not memory.by_tiles)
-
-    def _head(self) -> float:
-        shape = self.shape
-        entries = self.load.labelled * shape.vocabulary
-        spent = 4 * entries * shape.hidden / self.rates.flops
-        if shape.head_packed:
-            spent += shape.head_entries / self.rates.dequantized
-        spent += 6 * FLOAT * entries / self.rates.moved
-        if self.plan.head == "streamed" and self.plan.streams:
-            spent += shape.head_bytes / self.rates.read
-        tiles = max(1, 16 * shape.head_entries // max(1, self.plan.loss_bytes))
-        return spent + 60 * tiles * self.rates.call
-
-    @staticmethod
-    def _disk(size: float, rate: float, overlapped: bool) -> float:
-        return (OVERLAPPED if overlapped else 1.0) * size / rate

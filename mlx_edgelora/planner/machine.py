@@ -60,11 +60,13 @@ class Machine:
         rates: how fast it is.
         kernels: ways to multiply packed matrices that a plan may choose from; the first is what
             "auto" means.
+        key: what tells it, with the versions that count, from others.
     """
 
     name: str
     rates: Rates
     kernels: tuple[str, ...] = ("dequantize",)
+    key: str = ""
 
 
 def machine_here(cache: Path, folder: Path, dtype: mx.Dtype) -> Machine:
@@ -88,7 +90,7 @@ def machine_here(cache: Path, folder: Path, dtype: mx.Dtype) -> Machine:
         _write(file, known)
     # Slow on a CPU, and less exact in 16 bits there (`layers/linear.py`): no plan's choice.
     kernels = ("fused", "dequantize") if resolve_kernel("auto")[0] == "fused" else ("dequantize",)
-    return Machine(name, rates, kernels)
+    return Machine(name, rates, kernels, key)
 
 
 def measured(folder: Path, dtype: mx.Dtype) -> Rates:

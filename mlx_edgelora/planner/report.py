@@ -8,10 +8,11 @@ from functools import cached_property
 from typing import BinaryIO
 
 from mlx_edgelora.data.batches import PAD_TO
-from mlx_edgelora.planner.cost import Load, Memory
+from mlx_edgelora.planner.cost import Memory
 from mlx_edgelora.planner.run_plan import RunPlan, gigabytes
 from mlx_edgelora.planner.search import Choice, plan, smallest
 from mlx_edgelora.planner.search import most as largest
+from mlx_edgelora.planner.sizes import Load
 
 GB = 10**9
 # No context or batch beyond these is looked for.
@@ -39,11 +40,12 @@ class PlanReport:
     def __init__(self, chosen: RunPlan, fits: bool) -> None:
         self._chosen, self.fits = chosen, fits
         self._arguments = chosen.shape, chosen.load, chosen.machine
+        self._known = chosen.known
 
     @cached_property
     def smallest(self) -> Choice:
         """The plan that takes the least memory."""
-        return smallest(*self._arguments, self._chosen.fixed)
+        return smallest(*self._arguments, self._chosen.fixed, self._known)
 
     @cached_property
     def context(self) -> int:
@@ -53,7 +55,7 @@ class PlanReport:
         def fits(tokens: int) -> bool:
             share = load.labelled / load.size
             longer = Load(load.rows, tokens, max(1, round(share * load.rows * tokens)))
-            needs = smallest(shape, longer, machine, self._chosen.fixed).needs
+            needs = smallest(shape, longer, machine, self._chosen.fixed, self._known).needs
             return needs <= self._budget
 
         return largest(fits, PAD_TO, MOST_TOKENS)
@@ -67,7 +69,7 @@ class PlanReport:
         def fits(rows: int) -> bool:
             share = load.labelled / load.rows
             larger = Load(rows, load.tokens, max(1, round(share * rows)))
-            return smallest(shape, larger, machine, fixed).needs <= self._budget
+            return smallest(shape, larger, machine, fixed, self._known).needs <= self._budget
 
         return largest(fits, 1, MOST_ROWS)
 
@@ -77,7 +79,7 @@ class PlanReport:
         found, before = [], self._chosen.choice.seconds
         for more in range(1, 5):
             budget = max(self._budget, self.smallest.needs) + more * GB
-            spent = plan(*self._arguments, budget, self._chosen.fixed).seconds
+            spent = plan(*self._arguments, budget, self._chosen.fixed, self._known).seconds
             if spent > before * 0.995:
                 break
             found.append(Bought(budget, spent))
@@ -87,11 +89,11 @@ class PlanReport:
     def curve(self) -> list[Bought]:
         """Seconds against budget, from the smallest one to the one that buys nothing more."""
         low = self.smallest.needs
-        plenty = plan(*self._arguments, 2**50, self._chosen.fixed).needs
+        plenty = plan(*self._arguments, 2**50, self._chosen.fixed, self._known).needs
         ratio = (plenty / low) ** (1 / (POINTS - 1))
         budgets = [round(low * ratio**i) for i in range(POINTS - 1)] + [max(low, plenty)]
         return [
-            Bought(size, plan(*self._arguments, size, self._chosen.fixed).seconds)
+            Bought(size, plan(*self._arguments, size, self._chosen.fixed, self._known).seconds)
             for size in budgets
         ]
 
@@ -99,7 +101,7 @@ class PlanReport:
         """The most that each phase is expected to take, in bytes."""
         shape, load, _ = self._arguments
         found: dict[str, int] = {}
-        for phase in Memory(shape, load, self._chosen.plan).phases():
+        for phase in Memory(shape, load, self._chosen.plan, self._known).phases():
             found[phase.name] = max(found.get(phase.name, 0), phase.bytes)
         return found
 
@@ -160,7 +162,7 @@ class PlanReport:
     def plot(self, file: BinaryIO) -> None:
         """Draw memory over one step, and time against budget; needs matplotlib (`plot` extra)."""
         shape, load, _ = self._arguments
-        phases = list(Memory(shape, load, self._chosen.plan).phases())
+        phases = list(Memory(shape, load, self._chosen.plan, self._known).phases())
         curve = self.curve()
         with _figure(file) as (left, right):
             for number, name in enumerate(dict.fromkeys(phase.name for phase in phases)):
@@ -204,7 +206,7 @@ def duration(spent: float) -> str:
 
 def too_small(chosen: RunPlan) -> RunPlan:
     """The run by the smallest plan there is, for a budget that it does not fit."""
-    least = smallest(chosen.shape, chosen.load, chosen.machine, chosen.fixed)
+    least = smallest(chosen.shape, chosen.load, chosen.machine, chosen.fixed, chosen.known)
     return chosen.by(replace(least, plan=replace(least.plan, reason="the least memory")))
 
 

@@ -1,9 +1,13 @@
 """From the options of a run to its plan, and the promise that the plan is kept."""
 
+import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import mlx.core as mx
 
 from mlx_edgelora.blocks.checks import checked_blocks
 from mlx_edgelora.config import TrainConfig
@@ -12,13 +16,13 @@ from mlx_edgelora.data.batches import largest_batch
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.model.checkpoint import LazyModel
 from mlx_edgelora.model.loading import DTYPES
-from mlx_edgelora.planner.cost import MOMENTS, Load, Memory
-from mlx_edgelora.planner.duration import seconds
+from mlx_edgelora.planner.cost import MOMENTS
 from mlx_edgelora.planner.machine import Machine, default_budget, machine_here
+from mlx_edgelora.planner.measured import Measured
 from mlx_edgelora.planner.plan import Plan
-from mlx_edgelora.planner.search import Choice, plan, smallest
+from mlx_edgelora.planner.search import Choice, expected, plan, smallest
 from mlx_edgelora.planner.shape import shape_of
-from mlx_edgelora.planner.sizes import ModelShape
+from mlx_edgelora.planner.sizes import Load, ModelShape
 
 # Shorter batches have plans of their own, by so many steps of their length.
 STEPS = 8
@@ -53,6 +57,8 @@ class RunPlan:
         choice: the plan of the largest batch; None before it is searched for.
         fixed: choices that were made by options.
         varies: whether smaller batches may be computed by other plans.
+        known: what was measured of the model.
+        given: whether the plan was not searched for, and stays.
     """
 
     def __init__(
@@ -64,11 +70,13 @@ class RunPlan:
         choice: Choice | None,
         fixed: dict[str, Any],
         varies: bool,
+        known: Measured,
+        given: bool = False,
     ) -> None:
         self.shape, self.load, self.machine, self.budget = shape, load, machine, budget
-        self.choice, self.fixed, self._varies = choice, fixed, varies
+        self.choice, self.fixed, self._varies, self.known = choice, fixed, varies, known
+        self.given = given
         self._variants: dict[Load, Plan] = {}
-        self._correction = 1.0
         self._highest = budget.bytes or 0  # that nothing more needs to be done about
 
     @property
@@ -79,7 +87,39 @@ class RunPlan:
     def by(self, choice: Choice) -> "RunPlan":
         """The same run by another plan."""
         arguments = self.shape, self.load, self.machine, self.budget
-        return RunPlan(*arguments, choice, self.fixed, self._varies)
+        return RunPlan(*arguments, choice, self.fixed, self._varies, self.known, self.given)
+
+    def searched(self, fixed: dict[str, Any] | None = None) -> Choice:
+        """The plan by what is known now: the fastest within the budget, or the smallest.
+
+        Args:
+            fixed: choices that stay as they are, beside those that options made.
+
+        Raises:
+            EdgeLoraError: none fits.
+        """
+        arguments = self.shape, self.load, self.machine
+        fixed, most = self.fixed | (fixed or {}), self.budget.bytes
+        if most is None:
+            found, reason = smallest(*arguments, fixed, self.known), self.budget.why
+        else:
+            found = plan(*arguments, most, fixed, self.known)
+            reason = f"the fastest within {gigabytes(most)}"
+        return replace(found, plan=replace(found.plan, reason=reason))
+
+    @property
+    def whole(self) -> tuple[object, ...]:
+        """Everything that decides what a step by the present plan takes."""
+        named = asdict(self.plan)
+        named.pop("reason")
+        return tuple(named.values())
+
+    @property
+    def lasting(self) -> dict[str, Any]:
+        """The choices of the present plan that stay once weights are where it has them."""
+        # Weights that are the model's own stay there; those that were read can be let go.
+        names = [n for n in LASTING if n != "streamed_blocks" or not self.plan.streams]
+        return {name: getattr(self.plan, name) for name in names}
 
     def of(self, batch: Batch) -> Plan:
         """The plan of a batch: the run's own, or a faster one where a smaller batch allows it."""
@@ -94,7 +134,7 @@ class RunPlan:
             fixed = self.fixed | {name: getattr(self.plan, name) for name in LASTING}
             arguments = self.shape, load, self.machine, self.budget.bytes
             try:
-                self._variants[load] = plan(*arguments, fixed, self._correction).plan
+                self._variants[load] = plan(*arguments, fixed, self.known).plan
             except EdgeLoraError:  # none is expected to fit; the run's own is right for less
                 self._variants[load] = self.plan
         return self._variants[load]
@@ -113,13 +153,13 @@ class RunPlan:
         highest, self._highest = self._highest, max(self._highest, measured)
         if not self._varies or measured <= (self.budget.bytes if anew else highest):
             return None
-        correction = self._correction * max(1.02, measured / self.choice.peak)
-        # Weights that are the model's own stay there; those that were read can be let go.
-        lasting = [n for n in LASTING if n != "streamed_blocks" or not self.plan.streams]
-        fixed = self.fixed | {name: getattr(self.plan, name) for name in lasting}
-        arguments = self.shape, self.load, self.machine, self.budget.bytes
-        self.choice = plan(*arguments, fixed, correction)
-        self._correction = correction
+        before = self.known.correction
+        self.known.correction = before * max(1.02, measured / self.choice.peak)
+        try:
+            self.choice = self.searched(self.lasting)
+        except EdgeLoraError:
+            self.known.correction = before
+            raise
         self._variants.clear()
         return self.plan
 
@@ -136,11 +176,16 @@ class RunPlan:
         limit = "no limit" if most is None else f"{gigabytes(most)} at most"
         lines = [
             f"plan for {self.load.rows} x {self.load.tokens} tokens: "
-            f"{gigabytes(self.choice.peak)} expected, {limit} ({self.budget.why})"
+            f"{gigabytes(self.choice.peak)} expected{self._by_formula}, {limit} "
+            f"({self.budget.why})"
         ]
         rows = self.plan.rows(self.shape.blocks)
         lines += [f"  {name:<20}{value}" for name, value in rows.items()]
         return "\n".join(lines)
+
+    @property
+    def _by_formula(self) -> str:
+        return ", not measured here" if self.known.is_empty else ""
 
 
 def asked_plan(
@@ -151,7 +196,7 @@ def asked_plan(
     folder: Path,
     labelled: float = 1.0,
 ) -> RunPlan:
-    """What is asked for, and the plan where it need not be searched for.
+    """What is asked for, and the plan where it was given.
 
     Args:
         config: the options of the run.
@@ -173,35 +218,29 @@ def asked_plan(
         labels = max(1, round(labelled * config.batch_size * tokens))
     load = Load(config.batch_size, tokens, labels)
     machine = machine_here(cache, folder, dtype or blocks.hidden_dtype)
-    if config.plan or config.memory_budget == "min":
-        if config.plan:
-            choice = expected(shape, load, Plan.read(config.plan), machine)
-            why = f"as {config.plan} says"
-        else:
-            choice, why = smallest(shape, load, machine, _fixed(config)), "the least, as asked"
-            choice = replace(choice, plan=replace(choice.plan, reason=why))
-        return RunPlan(shape, load, machine, Budget(None, why), choice, {}, varies=False)
+    arguments = shape, load, machine
+    known = _known(lazy, shape, cache / "measured.json", machine)
+    if config.plan:
+        choice = expected(*arguments, Plan.read(config.plan), known)
+        budget = Budget(None, f"as {config.plan} says")
+        return RunPlan(*arguments, budget, choice, {}, False, known, given=True)
+    if config.memory_budget == "min":
+        budget = Budget(None, "the least, as asked")
+        return RunPlan(*arguments, budget, None, _fixed(config), False, known)
     budget = Budget(config.memory_budget, "as asked")
     if config.memory_budget is None:
         budget = Budget(*default_budget())
-    return RunPlan(shape, load, machine, budget, None, _fixed(config), varies=True)
+    return RunPlan(*arguments, budget, None, _fixed(config), True, known)
 
 
-def searched(asked: RunPlan) -> RunPlan:
-    """The run by the fastest plan within its budget.
-
-    Raises:
-        EdgeLoraError: none fits.
-    """
-    budget = asked.budget.bytes
-    choice = plan(asked.shape, asked.load, asked.machine, budget, asked.fixed)
-    named = replace(choice.plan, reason=f"the fastest within {gigabytes(budget)}")
-    return asked.by(replace(choice, plan=named))
-
-
-def expected(shape: ModelShape, load: Load, given: Plan, machine: Machine) -> Choice:
-    """What a plan that was not searched for is expected to take."""
-    return Choice(given, Memory(shape, load, given).peak(), seconds(shape, load, given, machine))
+def _known(lazy: LazyModel, shape: ModelShape, file: Path, machine: Machine) -> Measured:
+    """What earlier runs measured of such a model here."""
+    facts = [lazy.config, asdict(shape), machine.key]
+    text = json.dumps(facts, sort_keys=True, default=str)
+    key = hashlib.sha256(text.encode()).hexdigest()[:32]
+    known = Measured(file, key, mx.default_device() == mx.gpu)
+    known.read()
+    return known
 
 
 def gigabytes(size: int) -> str:

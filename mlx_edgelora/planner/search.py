@@ -16,14 +16,13 @@ from math import inf
 from typing import Any
 
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.planner.cost import Load, Memory
+from mlx_edgelora.planner.cost import Memory
 from mlx_edgelora.planner.duration import seconds
 from mlx_edgelora.planner.machine import Machine
+from mlx_edgelora.planner.measured import Measured
 from mlx_edgelora.planner.plan import MIB, Plan
-from mlx_edgelora.planner.sizes import ModelShape
+from mlx_edgelora.planner.sizes import Load, ModelShape
 
-# Predictions miss by up to this much (docs/planner.md).
-MARGIN = 0.12
 # What MLX holds besides: scalars, masks, a batch.
 SLACK = 2 * MIB
 TILES = (256, 512, 1024, 2048, 4096)
@@ -47,22 +46,23 @@ class Choice:
     Attributes:
         plan: which.
         peak: bytes that MLX's allocator is expected to hold at most.
+        needs: the smallest budget that this plan is chosen for; more, as far as what was expected
+            may miss.
         seconds: expected of a step.
     """
 
     plan: Plan
     peak: int
+    needs: int
     seconds: float
 
-    @property
-    def needs(self) -> int:
-        """The smallest budget that this plan is chosen for."""
-        return needed(self.peak)
 
-
-def needed(peak: int) -> int:
-    """The budget for an expected peak, with a margin for what was not foreseen."""
-    return round(peak * (1 + MARGIN)) + SLACK
+def expected(
+    shape: ModelShape, load: Load, machine: Machine, given: Plan, known: Measured | None = None
+) -> Choice:
+    """What a plan is expected to take."""
+    peak, most = Memory(shape, load, given, known).peak()
+    return Choice(given, peak, most + SLACK, seconds(shape, load, given, machine, known))
 
 
 def plan(
@@ -71,7 +71,7 @@ def plan(
     machine: Machine,
     budget: int,
     fixed: Mapping[str, Any] | None = None,
-    correction: float = 1.0,
+    known: Measured | None = None,
 ) -> Choice:
     """Choose the fastest plan that fits.
 
@@ -81,12 +81,12 @@ def plan(
         machine: where.
         budget: bytes of MLX's allocator.
         fixed: choices that are made already, by their names in `Plan`.
-        correction: what expected peaks are multiplied by, from a measured one.
+        known: what was measured of the model.
 
     Raises:
         EdgeLoraError: no plan fits; names the smallest budget that works, and what lowers it.
     """
-    search = _Search(shape, load, machine, dict(fixed or {}), correction)
+    search = _Search(shape, load, machine, dict(fixed or {}), known)
     best = search.best(budget)
     if best is None:
         raise EdgeLoraError(_too_small(search, budget))
@@ -98,10 +98,10 @@ def smallest(
     load: Load,
     machine: Machine,
     fixed: Mapping[str, Any] | None = None,
-    correction: float = 1.0,
+    known: Measured | None = None,
 ) -> Choice:
     """The plan that takes the least memory, whatever time it takes."""
-    return _Search(shape, load, machine, dict(fixed or {}), correction).least()
+    return _Search(shape, load, machine, dict(fixed or {}), known).least()
 
 
 def most(works: Callable[[int], bool], step: int, limit: int) -> int:
@@ -123,10 +123,10 @@ class _Search:
         load: Load,
         machine: Machine,
         fixed: dict[str, Any],
-        correction: float,
+        known: Measured | None,
     ) -> None:
         self.shape, self.load, self.machine = shape, load, machine
-        self.fixed, self.correction = fixed, correction
+        self.fixed, self.known = fixed, known
 
     def best(self, budget: int) -> Choice | None:
         """The fastest plan that fits, if any does."""
@@ -151,16 +151,14 @@ class _Search:
 
     def choice(self, plan: Plan) -> Choice:
         """What is expected of a plan."""
-        return Choice(plan, self._peak(plan), self._seconds(plan))
-
-    def _peak(self, plan: Plan) -> int:
-        return round(self.correction * Memory(self.shape, self.load, plan).peak())
+        return expected(self.shape, self.load, self.machine, plan, self.known)
 
     def _fits(self, plan: Plan, budget: int) -> bool:
-        return needed(self._peak(plan)) <= budget
+        _, most = Memory(self.shape, self.load, plan, self.known).peak()
+        return most + SLACK <= budget
 
     def _seconds(self, plan: Plan) -> float:
-        return seconds(self.shape, self.load, plan, self.machine)
+        return seconds(self.shape, self.load, plan, self.machine, self.known)
 
     @cached_property
     def ways(self) -> list[tuple[float, Plan]]:
@@ -294,15 +292,15 @@ class _Search:
 
 
 def _least(choice: Choice) -> tuple[int, int, float]:
-    """What the smallest plan has least of: of equal peaks smaller tiles of the head decide."""
-    return choice.peak, choice.plan.loss_bytes, choice.seconds
+    """What the smallest plan has least of: of equal needs smaller tiles of the head decide."""
+    return choice.needs, choice.plan.loss_bytes, choice.seconds
 
 
 def _better(one: Choice, other: Choice) -> bool:
     """Faster, or as fast and smaller."""
     if abs(one.seconds - other.seconds) > CLOSE:
         return one.seconds < other.seconds
-    return one.peak < other.peak
+    return one.needs < other.needs
 
 
 def _too_small(search: _Search, budget: int) -> str:
@@ -311,7 +309,7 @@ def _too_small(search: _Search, budget: int) -> str:
     least = search.least().needs
 
     def needs(shape: ModelShape = shape, **changes: int) -> int:
-        settings = search.machine, search.fixed, search.correction
+        settings = search.machine, search.fixed, search.known
         return _Search(shape, replace(load, **changes), *settings).least().needs
 
     def helps(size: int) -> bool:

@@ -1,11 +1,11 @@
-"""The sizes of a model that decide what a step takes: data, measured by `planner/shape.py`."""
+"""The sizes of a model and a batch that decide what a step takes."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of an adapted model; of blocks the largest one's.
+    """Sizes of an adapted model, found by `planner/shape.py`; of blocks the largest one's.
 
     Attributes:
         blocks: how many there are.
@@ -54,3 +54,28 @@ class ModelShape:
     outside_adapter_bytes: int
     itemsize: int
     gated: bool
+
+
+@dataclass(frozen=True)
+class Load:
+    """A batch, as far as its cost goes.
+
+    Attributes:
+        rows: of the batch.
+        tokens: of a row, padding included.
+        labelled: tokens of the batch that carry a label.
+    """
+
+    rows: int
+    tokens: int
+    labelled: int
+
+    @property
+    def size(self) -> int:
+        """All tokens."""
+        return self.rows * self.tokens
+
+    def part(self, count: int) -> "Load":
+        """The largest of so many parts of the rows."""
+        rows = -(-self.rows // min(count, self.rows))
+        return Load(rows, self.tokens, min(self.labelled, -(-self.labelled * rows // self.rows)))

@@ -35,7 +35,7 @@ from mlx_edgelora.model.lora import add_lora, freeze
 from mlx_edgelora.planner.machine import default_budget, wired_limit
 from mlx_edgelora.planner.plan import Plan
 from mlx_edgelora.planner.report import PlanReport, too_small
-from mlx_edgelora.planner.run_plan import RunPlan, asked_plan, gigabytes, searched
+from mlx_edgelora.planner.run_plan import RunPlan, asked_plan, gigabytes
 from mlx_edgelora.storage.files import make_folder, write_atomically
 from mlx_edgelora.storage.stores import spill_folder
 from mlx_edgelora.training.adapters import CONFIG_FILE, WEIGHTS_FILE, read_adapter_weights
@@ -44,6 +44,7 @@ from mlx_edgelora.training.duty import Duty
 from mlx_edgelora.training.evaluate import evaluate
 from mlx_edgelora.training.loop import TrainResult, train
 from mlx_edgelora.training.rehearsal import rehearse
+from mlx_edgelora.training.sampling import settle
 from mlx_edgelora.training.training_loss import check_loss, training_loss
 from mlx_edgelora.training.verdict import Verdict, refuse_wrong
 from mlx_edgelora.training.verification import verify
@@ -83,16 +84,13 @@ def finetune(
         train_set, valid_set, test_set = _data(config, tokenizer, lazy.vocabulary, notify)
         sets = [dataset for dataset in (train_set, valid_set, test_set) if dataset is not None]
         place = _spill_place(config)
-        chosen = _chosen(config, lazy, sets, place, notify)
-        plan = chosen.plan
-        with _limits(chosen), _engine(config, lazy, plan, place, notify) as engine:
-            engine.plan_of = chosen.of
+        with _settled(config, lazy, sets, place, notify) as (engine, chosen):
             check_loss(config, engine.head)
             result = None
             if config.train and config.verify == "on":
                 notify(_verified(engine, chosen, config))
             if config.train:
-                folder, tiles = _cache(config), plan.loss_bytes
+                folder, tiles = _cache(config), chosen.plan.loss_bytes
                 wanted = training_loss(config, engine.head, train_set, folder, notify, tiles)
                 with wanted as loss, _profiled(config, notify):
                     engine.training_loss = loss
@@ -115,9 +113,7 @@ def open_engine(
     """
     lazy = _adapted(config)
     place = _spill_place(config)
-    chosen = _chosen(config, lazy, (), place, notify)
-    with _engine(config, lazy, chosen.plan, place, notify) as engine:
-        engine.plan_of = chosen.of
+    with _settled(config, lazy, (), place, notify) as (engine, _):
         yield engine, _tokenizer(lazy), lazy.vocabulary
 
 
@@ -145,8 +141,7 @@ def verification(config: TrainConfig, notify: Callable[[str], None] = print) -> 
             found = _data(config, _tokenizer(lazy), lazy.vocabulary, lambda line: None)
             sets = [dataset for dataset in found if dataset is not None]
         place = _spill_place(config)
-        chosen = _chosen(config, lazy, sets, place, notify)
-        with _limits(chosen), _engine(config, lazy, chosen.plan, place, notify) as engine:
+        with _settled(config, lazy, sets, place, notify) as (engine, chosen):
             free, _ = default_budget()
             return verify(engine, *_batch(chosen), _dtype(config), memory=free, notify=notify)
 
@@ -177,7 +172,7 @@ def plan_report(config: TrainConfig, labelled: float = 1.0) -> PlanReport:
         fits = True
         if asked.choice is None:
             try:
-                asked = searched(asked)
+                asked = asked.by(asked.searched())
             except EdgeLoraError:
                 asked, fits = too_small(asked), False
         if config.plan_out is not None and fits:
@@ -222,21 +217,29 @@ def _engine(
         yield engine
 
 
-def _chosen(
+@contextmanager
+def _settled(
     config: TrainConfig,
     lazy: LazyModel,
     sets: Sequence,
     place: tuple[str | Path, str],
     notify: Callable[[str], None],
-) -> RunPlan:
-    """The plan of the run, told and written down."""
-    chosen = asked_plan(config, lazy, sets, _user_cache(), Path(place[0]))
-    if chosen.choice is None:
-        chosen = searched(chosen)
-    notify(chosen.table())
-    if config.plan_out is not None:
-        _write_plan(config, chosen)
-    return chosen
+) -> Iterator[tuple[Engine, RunPlan]]:
+    """The engine and the plan of the run, measured, told and written down; MLX's limits set."""
+    asked = asked_plan(config, lazy, sets, _user_cache(), Path(place[0]))
+    chosen: RunPlan | None = asked if asked.given else asked.by(asked.searched())
+    while chosen is not None:
+        notify(chosen.table())
+        with _limits(chosen), _engine(config, lazy, chosen.plan, place, notify) as engine:
+            another = settle(engine, chosen, notify)
+            if another is None:
+                if config.plan_out is not None:
+                    _write_plan(config, chosen)
+                engine.plan_of = chosen.of
+                yield engine, chosen
+        chosen = another
+        if chosen is not None:
+            lazy = _adapted(config)
 
 
 def _write_plan(config: TrainConfig, chosen: RunPlan) -> None:

@@ -14,6 +14,8 @@ from harness import (
     save,
 )
 
+from mlx_edgelora.blocks.gated_mlp import slice_mlps
+
 
 def check(folder, batch, **options):
     lora = {key: options[key] for key in ("keys", "num_layers", "dropout") if key in options}
@@ -82,3 +84,17 @@ def test_a_tail_of_all_blocks_is_one_compiled_function(tmp_path, compiles):
             assert loss.item() == pytest.approx(expected_loss, rel=1e-5)
             assert_same_gradients(got, expected)
         assert ours.walk.compiled_functions == 1
+
+
+def test_a_graph_that_mlx_cannot_compile_is_built_anew(tmp_path, compiles, monkeypatch):
+    """Two slices of an MLP for two chunks of tokens: mx.compile of 0.32.4 loses its way."""
+    monkeypatch.setattr("mlx_edgelora.layers.mlp.TOKENS", 8)
+    folder = save(tmp_path, "llama", quantized=True, intermediate_size=256)
+    batch, reference = random_batch(tokens=20), plain(folder)
+    loss, expected = plain_value_and_grad(reference, batch)
+    with closing(engine(folder, mlp_bytes=1, compiled=True)) as ours:
+        slice_mlps(ours.walk.blocks)
+        ours.obey(ours.plan)
+        (got_loss, _), got = ours.value_and_grad(batch)
+    assert got_loss.item() == pytest.approx(loss, rel=1e-5)
+    assert_same_gradients(got, expected, resolution=resolution(reference, batch))

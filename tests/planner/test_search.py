@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.planner.cost import Load, Memory
+from mlx_edgelora.planner.cost import Memory
 from mlx_edgelora.planner.duration import seconds
 from mlx_edgelora.planner.machine import Machine, Rates
+from mlx_edgelora.planner.measured import Measured
 from mlx_edgelora.planner.plan import MIB, Plan
-from mlx_edgelora.planner.search import most, needed, plan, smallest
-from mlx_edgelora.planner.sizes import ModelShape
+from mlx_edgelora.planner.search import SLACK, most, plan, smallest
+from mlx_edgelora.planner.sizes import Load, ModelShape
 
 RATES = Rates(3e12, 2e12, 1e11, 1e11, 3e9, 3e9, 2e-6)
 MACHINE = Machine("a machine", RATES)
@@ -74,7 +75,7 @@ def test_larger_budgets_give_faster_plans_that_fit(shape, load, factors):
         budget = round(factor * least.needs)
         found = plan(shape, load, MACHINE, budget)
         assert found.needs <= budget
-        assert found.peak == Memory(shape, load, found.plan).peak()
+        assert (found.peak, found.needs - SLACK) == Memory(shape, load, found.plan).peak()
         assert found.seconds == seconds(shape, load, found.plan, MACHINE)
         assert before is None or found.seconds <= before + 2e-6
         before = found.seconds
@@ -85,7 +86,7 @@ def test_larger_budgets_give_faster_plans_that_fit(shape, load, factors):
 @given(SHAPES, LOADS)
 def test_the_smallest_budget_works_and_none_below_it(shape, load):
     least = smallest(shape, load, MACHINE)
-    assert plan(shape, load, MACHINE, least.needs).peak == least.peak
+    assert plan(shape, load, MACHINE, least.needs).needs == least.needs
     with pytest.raises(EdgeLoraError, match="memory_budget: got"):
         plan(shape, load, MACHINE, least.needs - 1)
 
@@ -106,9 +107,9 @@ def test_no_random_plan_that_fits_is_faster(shape, load, factor, data):
             inputs=data.draw(st.sampled_from(["memory", "file"])),
             adapters=data.draw(st.sampled_from(["resident", "paged"])),
             tile_tokens=tiles,
-            mlp_bytes=data.draw(st.sampled_from([None, 8 * MIB, 16 * MIB])),
+            mlp_bytes=data.draw(st.sampled_from([None, 16 * MIB])),
         )
-        if needed(Memory(shape, load, other).peak()) <= budget:
+        if Memory(shape, load, other).peak()[1] + SLACK <= budget:
             assert seconds(shape, load, other, MACHINE) >= 0.99 * found.seconds
 
 
@@ -166,19 +167,10 @@ def test_slices_of_an_mlp_are_unpacked_whatever_the_kernel():
     assert sliced / layers == pytest.approx(1 - share, rel=0.05)
 
 
-def test_labelled_tokens_by_tiles_are_those_of_a_row():
-    whole, tiled = Plan(), Plan(tile_tokens=512, mlp_bytes=4 * MIB)
-    for labelled, tokens in ((600, {whole: 600, tiled: 128}), (80, {whole: 80, tiled: 20})):
-        for way, expected in tokens.items():
-            phases = Memory(SHAPE, Load(4, 1024, labelled), way).phases({27})
-            sizes = [phase.sizes["rank"] for phase in phases if phase.name == "backward"]
-            assert sizes == [expected * SHAPE.rank * 4] * len(sizes) and sizes
-
-
 def test_a_measured_peak_corrects_the_expected_one():
     first = plan(SHAPE, LOAD, MACHINE, 2 * GB)
-    second = plan(SHAPE, LOAD, MACHINE, 2 * GB, correction=1.5)
-    assert Memory(SHAPE, LOAD, second.plan).peak() < Memory(SHAPE, LOAD, first.plan).peak() / 1.3
+    second = plan(SHAPE, LOAD, MACHINE, 2 * GB, known=Measured(correction=1.5))
+    assert Memory(SHAPE, LOAD, second.plan).peak()[0] < first.peak / 1.3
     assert second.seconds >= first.seconds
 
 

@@ -1,0 +1,183 @@
+"""What parts of a step took on this machine, at the shapes of runs: bytes and seconds.
+
+They are measured with a few blocks before a run's first step (`training/sampling.py`) and kept in
+a file per machine, versions and model. A formula (`planner/needs.py`) stands in for what was not
+measured; what was measured of something like it says how much larger or smaller that is here.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.planner.sizes import Load
+from mlx_edgelora.storage.files import write_atomically
+
+# Of the file: raise it when its numbers mean something else, or the engine takes another amount.
+VERSION = 1
+# So many models are remembered.
+MODELS = 64
+# How much more may be needed than is said: of what was measured as it is, of what was measured
+# with other tokens or another way, and of what is a formula's. See docs/planner.md.
+KNOWN, LIKELY, UNKNOWN = 1.06, 1.2, 1.35
+
+Way = tuple[object, ...]
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What something took: bytes beside what is accounted for, and seconds."""
+
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What is expected, and by how much it may be more."""
+
+    value: float
+    spread: float
+
+
+@dataclass
+class Measured:
+    """Everything that is known of one model on one machine.
+
+    Attributes:
+        file: where it is kept; None for nowhere.
+        key: of machine, versions and model in this file.
+        overlaps: whether the next segment is built while one is computed, on a GPU.
+        correction: what expected peaks are multiplied by, from a whole step that was measured.
+    """
+
+    file: Path | None = None
+    key: str = ""
+    overlaps: bool = False
+    correction: float = 1.0
+    _known: dict[str, dict[Way, dict[Load, Taken]]] = field(default_factory=dict)
+    _count: int = 0
+    _paced: int = 0
+    _pace: float = 1.0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is known."""
+        return not self._known
+
+    def add(self, kind: str, way: Way, load: Load, taken: Taken) -> None:
+        """Remember what one thing took."""
+        self._known.setdefault(kind, {}).setdefault(way, {})[load] = taken
+        self._count += 1
+
+    def of(self, kind: str, way: Way, load: Load) -> Taken | None:
+        """What was measured of exactly this; of a tail of so many blocks, of shorter ones."""
+        ways = self._known.get(kind, {})
+        found = ways.get(way, {}).get(load)
+        if found is not None or kind != "tail":
+            return found
+        known = sorted(w[0] for w, loads in ways.items() if w[1:] == way[1:] and load in loads)
+        if len(known) < 2:
+            return None
+        few, many = known[0], known[-1]
+        low, high = (ways[(count, *way[1:])][load] for count in (few, many))
+        more = (way[0] - few) / (many - few)
+        return Taken(
+            round(low.bytes + more * (high.bytes - low.bytes)),
+            low.seconds + more * (high.seconds - low.seconds),
+        )
+
+    def bytes(
+        self, kind: str, way: Way, load: Load, formula: Callable[[Way, Load], float]
+    ) -> Estimate:
+        """What something needs.
+
+        Args:
+            kind: of phase.
+            way: in which it is computed.
+            load: the tokens.
+            formula: what it needs by way and load where nothing is known.
+        """
+        if (taken := self.of(kind, way, load)) is not None:
+            return Estimate(taken.bytes, KNOWN)
+        expected = formula(way, load)
+        ratios = self._ratios(kind, way, lambda w, n, t: t.bytes / max(1.0, formula(w, n)))
+        if not ratios:
+            return Estimate(expected, UNKNOWN)
+        return Estimate(max(ratios) * expected, LIKELY)
+
+    def seconds(
+        self, kind: str, way: Way, load: Load, formula: Callable[[Way, Load], float]
+    ) -> float:
+        """What something takes, likewise."""
+        if (taken := self.of(kind, way, load)) is not None:
+            return taken.seconds
+        ratios = self._ratios(kind, way, lambda w, n, t: t.seconds / max(1e-9, formula(w, n)))
+        # The least: what seems better than what is known will be measured in its turn.
+        return formula(way, load) * min(ratios, default=self._pace)
+
+    def paced(self, formula: Callable[[str, Way, Load], float]) -> None:
+        """Take the time of kinds of which nothing is known from how far off a formula is of others.
+
+        Args:
+            formula: seconds by kind, way and load.
+        """
+        if self._paced != self._count:
+            pairs = [(t.seconds, formula(k, w, n)) for k, w, n, t in self.rows()]
+            self._pace = min((spent / told for spent, told in pairs if spent and told), default=1.0)
+            self._paced = self._count
+
+    def _ratios(
+        self, kind: str, way: Way, ratio: Callable[[Way, Load, Taken], float]
+    ) -> list[float]:
+        """Of what was measured in the same way, or else in any way, to what a formula says."""
+        ways = self._known.get(kind, {})
+        chosen = {way: ways[way]} if way in ways else ways
+        return [ratio(w, n, t) for w, loads in chosen.items() for n, t in loads.items()]
+
+    def rows(self) -> Iterator[tuple[str, Way, Load, Taken]]:
+        """All of it."""
+        for kind, ways in self._known.items():
+            for way, loads in ways.items():
+                for load, taken in loads.items():
+                    yield kind, way, load, taken
+
+    def read(self) -> None:
+        """Take what the file has; nothing where it is none."""
+        for row in _entries(self.file).get(self.key, []):
+            kind, way, load, taken = row
+            self.add(kind, tuple(way), Load(*load), Taken(*taken))
+
+    def write(self) -> None:
+        """Keep it; whatever cannot be kept is measured again next time."""
+        if self.file is None:
+            return
+        entries = _entries(self.file)
+        entries.pop(self.key, None)
+        own = [
+            [kind, list(way), [n.rows, n.tokens, n.labelled], [taken.bytes, taken.seconds]]
+            for kind, way, n, taken in self.rows()
+        ]
+        kept = dict([*entries.items(), (self.key, own)][-MODELS:])
+        text = json.dumps({"version": VERSION, "models": kept})
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically({self.file: lambda target: target.write(text.encode())})
+        except (OSError, EdgeLoraError):
+            return
+
+
+def _entries(file: Path | None) -> dict[str, list]:
+    if file is None:
+        return {}
+    try:
+        found = json.loads(file.read_text())
+        if found["version"] != VERSION:
+            return {}
+        for rows in found["models"].values():
+            for kind, way, load, taken in rows:
+                hash((kind, tuple(way), Load(*map(int, load)), Taken(*map(float, taken))))
+        return found["models"]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return {}

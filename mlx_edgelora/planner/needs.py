@@ -1,0 +1,125 @@
+"""What a phase needs beside what is accounted for, by a formula of few terms.
+
+How many arrays autodiff keeps, and how many MLX's scheduler has ahead, cannot be told from a model,
+so each term is a size times a number that was fitted to measured phases on a CPU (docs/planner.md).
+On another device it is a guess, until the device is asked (`training/sampling.py`).
+"""
+
+from functools import lru_cache
+
+from mlx_edgelora.layers.mlp import TOKENS, slice_features
+from mlx_edgelora.losses.exact import tile_shape
+from mlx_edgelora.planner.measured import Way
+from mlx_edgelora.planner.sizes import Load, ModelShape
+
+FLOAT = 4
+MIB = 2**20
+
+TERMS: dict[str, dict[str, float]] = {
+    "load": {"every hidden": 0.3, "one": 0.6},
+    "forward": {
+        "hidden": 6.8,
+        "intermediate": 4.9,
+        "slice": 2.9,
+        "slice weights": 1.6,
+        "one": 6.6,
+    },
+    "backward": {
+        "hidden": 12.7,
+        "intermediate": 11.5,
+        "slice": 7.3,
+        "slice weights": 1.7,
+        "one": 6.9,
+    },
+    "tiles forward": {
+        "hidden": 4.9,
+        "intermediate": 5.4,
+        "slice": 3.2,
+        "slice weights": 1.7,
+        "one": 5.9,
+    },
+    "tiles backward": {
+        "hidden": 11.1,
+        "intermediate": 13.1,
+        "slice": 13.2,
+        "slice weights": 1.7,
+        "adapters": 2.4,
+    },
+    "head": {"tile": 1.0, "labelled": 2.6, "read": 0.8},
+    # Of blocks above the last one all tokens, of the last one the labelled.
+    "tail": {
+        "kept hidden": 4.5,
+        "kept intermediate": 6.0,
+        "last intermediate": 8.0,
+        "attention": 3.1,
+        "one": 10.0,
+    },
+    "update": {"adapters": 3.0, "one": 1.0},
+}
+
+
+def need(kind: str, shape: ModelShape, way: Way, load: Load) -> float:
+    """Bytes of a phase.
+
+    Args:
+        kind: one of `TERMS`; "tail" is that of the kept blocks and the head.
+        shape: of the model.
+        way: (tile_tokens, mlp_bytes, kernel) of a block; (loss_bytes, place of the head);
+            (kept blocks, loss_bytes, kernel) of a tail; (placement of adapters,) of an update.
+        load: the tokens.
+    """
+    sizes = sizes_of(kind, shape, way, load)
+    return sum(number * sizes.get(name, 0.0) for name, number in TERMS[kind].items())
+
+
+@lru_cache(maxsize=4096)
+def sizes_of(kind: str, shape: ModelShape, way: Way, load: Load) -> dict[str, float]:
+    """What arrays of a phase are as large as, in bytes."""
+    sizes = {"one": float(MIB), "adapters": float(shape.adapter_bytes)}
+    if kind == "head":
+        loss_bytes, place = way
+        rows, chunk = tile_shape(loss_bytes, shape.hidden, load.labelled, shape.vocabulary)
+        tile = FLOAT * (rows * shape.hidden + 3 * rows * chunk + chunk * shape.hidden)
+        labelled = load.labelled * shape.hidden
+        read = rows * shape.hidden * shape.itemsize if place == "streamed" else 0
+        return sizes | {"tile": tile, "labelled": labelled * FLOAT, "read": read}
+    if kind == "update":
+        paged = way == ("paged",)
+        return sizes | {"adapters": shape.adapter_bytes * (1 if paged else shape.adapted)}
+    every = load.size * shape.hidden * shape.itemsize
+    if kind == "tail":
+        above, inner = way[0] - 1, load.size * shape.intermediate * shape.itemsize
+        return sizes | {
+            "kept hidden": above * every * FLOAT / shape.itemsize,
+            "kept intermediate": above * inner,
+            "last intermediate": inner * load.labelled / load.size,
+            "attention": load.size * (shape.queries + shape.keys) * shape.itemsize,
+        }
+    if kind == "load":
+        return sizes | {"every hidden": every}
+    tile_tokens, mlp_bytes, _ = way
+    tokens = load.size
+    if kind.startswith("tiles"):
+        spans = -(-load.tokens // max(1, tile_tokens // load.rows))
+        tokens = load.rows * -(-load.tokens // spans)
+    entry = shape.itemsize
+    sliced = mlp_bytes is not None and shape.gated
+    sizes |= {
+        "hidden": tokens * shape.hidden * entry,
+        "attention": tokens * (shape.queries + shape.keys) * entry,
+        "attention float": tokens * (shape.queries + shape.keys) * FLOAT,
+        "intermediate": 0 if sliced else tokens * shape.intermediate * entry,
+        "rank": tokens * shape.rank * FLOAT,
+        "keys": load.size * shape.keys * FLOAT,
+        "every hidden": every,
+    }
+    if sliced:
+        group = 64 if shape.packed else 1
+        chunk = min(TOKENS, tokens)
+        features = slice_features(mlp_bytes, 3 * shape.hidden, chunk, shape.intermediate, group)
+        features = min(features, shape.intermediate)
+        sizes |= {
+            "slice": FLOAT * chunk * features,
+            "slice weights": FLOAT * 3 * shape.hidden * features,
+        }
+    return sizes

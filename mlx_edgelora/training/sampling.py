@@ -1,0 +1,253 @@
+"""What a plan takes, measured with a few of its blocks: bytes and seconds for the planner.
+
+The engine computes the largest batch as ever, but of the blocks only one or two of each kind, and
+one or two of those that are kept. What a phase takes beside what is accounted for is the same for
+all of a kind, so the whole is known before it is computed (`planner/cost.py`).
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from math import inf
+from typing import Any
+
+from mlx.utils import tree_flatten
+
+from mlx_edgelora.blocks.dropout import generator_restored
+from mlx_edgelora.engine.step import Engine
+from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.measure.profile import Stretch
+from mlx_edgelora.model.weights import StreamedWeights
+from mlx_edgelora.planner.cost import Memory
+from mlx_edgelora.planner.measured import Taken
+from mlx_edgelora.planner.plan import Plan
+from mlx_edgelora.planner.report import duration
+from mlx_edgelora.planner.run_plan import RunPlan, gigabytes
+from mlx_edgelora.planner.search import Choice
+from mlx_edgelora.planner.sizes import Load
+from mlx_edgelora.training.rehearsal import passed, synthetic_batch
+
+# So often a plan is measured, and replaced by one that is better by what is known then.
+ROUNDS = 4
+# Another engine, that reads its weights anew, must be better by this share.
+WORTH = 0.05
+# Choices that an engine is made by, and cannot obey later.
+ASSEMBLED = {"streamed_blocks", "head", "adapters", "kernel", "loss_bytes"}
+# Where all fits into this share of the budget there is nothing to choose.
+PLENTY = 0.5
+# Kinds of blocks that are measured at most.
+KINDS = 8
+# The first pass compiles. Where it takes longer than this in seconds, it is not repeated.
+LONG = 5.0
+
+
+def settle(engine: Engine, chosen: RunPlan, notify: Callable[[str], None]) -> RunPlan | None:
+    """Measure what the plan of a run takes, and replace it, until the one that is best is known.
+
+    Nothing is done where a plan was given, where there is memory in plenty, or where an earlier
+    run measured it.
+
+    Returns:
+        The run by a plan that this engine cannot obey; None where it obeys the best one.
+
+    Raises:
+        EdgeLoraError: no plan fits.
+    """
+    for _ in range(ROUNDS):
+        if not _is_open(chosen):
+            break
+        spent, before = sample(engine, chosen), chosen.plan
+        best, lasting = chosen.searched(), chosen.lasting
+        if any(getattr(best.plan, name) != lasting[name] for name in ASSEMBLED & lasting.keys()):
+            here = _within(chosen, lasting)
+            if here is None or _better(best, here, chosen.budget.bytes is None):
+                notify(f"measured in {spent:.1f} s; another plan is better")
+                return chosen.by(best)
+            best = here
+        chosen.choice = best
+        told = f"measured in {spent:.1f} s: {gigabytes(best.peak)} expected"
+        if best.plan == before:
+            notify(f"{told}, {duration(best.seconds)} a step")
+        else:
+            engine.hold(best.plan)
+            notify(f"{told}; new {chosen.table()}")
+    return None
+
+
+def _better(best: Choice, here: Choice, least: bool) -> bool:
+    """Whether a plan is so much better that an engine is made for it."""
+    if least:
+        return best.needs < (1 - WORTH) * here.needs
+    return best.seconds < (1 - WORTH) * here.seconds
+
+
+def _within(chosen: RunPlan, lasting: dict[str, Any]) -> Choice | None:
+    try:
+        return chosen.searched(lasting)
+    except EdgeLoraError:
+        return None
+
+
+def _is_open(chosen: RunPlan) -> bool:
+    """Whether something that matters for the choice of this plan is not known."""
+    budget, plan = chosen.budget.bytes, chosen.plan
+    if chosen.given:
+        return False
+    rich = plan.kept_blocks == chosen.shape.adapted and not plan.streams
+    if budget is not None and rich and chosen.choice.needs < PLENTY * budget:
+        return False
+    load, ways = chosen.load.part(plan.micro_batches), {}
+    memory = Memory(chosen.shape, chosen.load, plan, chosen.known)
+    ways = {"tail" if memory.kept else "head"}
+    if memory.kept < chosen.shape.adapted:
+        ways.add("backward")
+    return not all(chosen.known.of(memory.kind(w), memory.ways[w], load) for w in ways)
+
+
+def sample(engine: Engine, chosen: RunPlan) -> float:
+    """Measure what the plan of a run takes, for `chosen.known`; gives the seconds it took."""
+    start = time.perf_counter()
+    plan, shape = chosen.plan, chosen.shape
+    part = chosen.load.part(plan.micro_batches)
+    memory = Memory(shape, chosen.load, plan, chosen.known)
+    below = shape.blocks - memory.kept
+    kinds = _kinds(engine, below)
+    mids = _sampled(kinds, chosen.known.overlaps, bool(memory.kept))
+    tails = [0]
+    if memory.kept:  # of which the last block's is another slope than those above
+        tails = sorted({min(memory.kept, 1), min(memory.kept, 1 + max(1, len(kinds) or 1))})
+    for number, kept in enumerate(tails):
+        own = replace(plan, kept_blocks=kept, micro_batches=1)
+        _measure(engine, chosen, own, part, mids if number + 1 == len(tails) else [])
+    chosen.known.write()
+    return time.perf_counter() - start
+
+
+def _kinds(engine: Engine, below: int) -> list[list[int]]:
+    """Adapted blocks under the kept ones, by their class and the shapes of what they hold."""
+    walk, found = engine.walk, {}
+    for index in range(walk.lowest_trained, below):
+        block = walk.blocks.blocks[index]
+        held = [(n, v.shape, v.dtype) for n, v in tree_flatten(block.parameters())]
+        found.setdefault(repr((type(block), held)), []).append(index)
+    return sorted(found.values(), key=len, reverse=True)[:KINDS]
+
+
+def _sampled(kinds: list[list[int]], overlaps: bool, kept: bool) -> list[int]:
+    """A block of each kind, two where the next one is begun before one is done, and the last."""
+    last = max((max(kind) for kind in kinds), default=-1)
+    count = 2 if overlaps else 1
+    chosen = {index for kind in kinds for index in [i for i in kind if i != last][-count:]}
+    if last >= 0 and (not kept or not chosen):
+        chosen.add(last)
+    return sorted(chosen)
+
+
+def _measure(engine: Engine, chosen: RunPlan, plan: Plan, load: Load, mids: list[int]) -> None:
+    shape, known = chosen.shape, chosen.known
+    kept = plan.kept_blocks
+    streamed = shape.blocks if plan.streamed_blocks is None else plan.streamed_blocks
+    computed = [*mids, *range(shape.blocks - kept, shape.blocks)]
+    small = replace(
+        shape,
+        blocks=len(computed),
+        adapted=len(computed),
+        outside_adapter_bytes=shape.outside_adapter_bytes,
+    )
+    batch = synthetic_batch(load, shape.vocabulary)
+    best: dict[str, list[float]] = {}
+    with _sampling(engine, plan, mids):
+        for index in computed:
+            if streamed <= index < shape.blocks and plan.streams:
+                engine.walk.weights.block(index)  # those that stay in memory are there
+        weights = engine.walk.weights
+        for again in (False, True):
+            if isinstance(weights, StreamedWeights):
+                weights.trim()
+            began = time.perf_counter()
+            stretches, base = passed(engine, batch, plan.adapters == "resident")
+            spent = time.perf_counter() - began
+            if not again:
+                as_small = replace(plan, streamed_blocks=sum(i < streamed for i in computed))
+                memory = Memory(small, load, as_small, known, base)
+                needs = _needs(stretches, memory, computed)
+            for kind, seconds in _seconds(stretches, bool(kept)).items():
+                best.setdefault(kind, []).append(seconds)
+            if spent > LONG:
+                break
+    counts = {"forward": len(mids), "backward": len(mids)}
+    reading = _reading(chosen, plan)
+    for kind, need in needs.items():
+        spent = min(best.get(kind, [0.0])) / max(1, counts.get(kind, 1))
+        if kind in reading:
+            spent = max(0.3 * spent, spent - reading[kind])
+        known.add(memory.kind(kind), memory.ways[kind], load, Taken(max(0, need), spent))
+
+
+def _reading(chosen: RunPlan, plan: Plan) -> dict[str, float]:
+    """Seconds of a visit of a block that its weights take, which are counted apart."""
+    if not plan.streams:
+        return {}
+    share = 0.4 if plan.prefetch else 1.0
+    spent = share * chosen.shape.block_bytes / chosen.machine.rates.read
+    return {"forward": spent, "backward": spent}
+
+
+@contextmanager
+def _sampling(engine: Engine, plan: Plan, mids: list[int]) -> Iterator[None]:
+    before, of = engine.plan, engine.plan_of
+    engine.obey(plan)
+    engine.plan_of, engine.walk.sample = (lambda batch: plan), mids
+    try:
+        with generator_restored():
+            yield
+    finally:
+        engine.plan_of, engine.walk.sample = of, None
+        engine.obey(before)
+
+
+def _parts(stretches: list[Stretch], kept: bool) -> Iterator[tuple[str, int | None, Stretch]]:
+    """Of which phase of which block each stretch is."""
+    kind, block = "load", None
+    turned = False
+    for stretch in stretches:
+        if stretch.phase == "head":
+            kind, block, turned = "head", None, True
+        elif stretch.phase == "update":
+            break
+        elif stretch.block is not None and stretch.phase != "spill":
+            if kept and not turned and stretch.phase == "backward":
+                kind, block, turned = "tail", stretch.block, True
+            elif (kind, block) != ("tail", stretch.block):
+                kind, block = ("backward" if turned else "forward"), stretch.block
+        yield kind, block, stretch
+
+
+def _needs(stretches: list[Stretch], memory: Memory, computed: list[int]) -> dict[str, int]:
+    """What each kind of phase took beside what is accounted for."""
+    held: dict[tuple[str, int | None], int] = {}
+    for phase in memory.phases():
+        name = phase.name
+        block = None if phase.block is None else computed[phase.block]
+        if memory.kept and name == "backward" and phase.block == len(computed) - memory.kept:
+            name = "tail"
+        held[name, block] = phase.held
+    found: dict[str, int] = {}
+    for kind, block, stretch in _parts(stretches, bool(memory.kept)):
+        # Weights of the tail are read in its first phase, of whichever block.
+        place = (
+            next((key for key in held if key[0] == "tail"), None)
+            if kind == "tail"
+            else (kind, block)
+        )
+        if place in held:
+            found[kind] = max(found.get(kind, -inf), stretch.peak_bytes - held[place])
+    return {kind: round(need) for kind, need in found.items()}
+
+
+def _seconds(stretches: list[Stretch], kept: bool) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for kind, _, stretch in _parts(stretches, kept):
+        found[kind] = found.get(kind, 0.0) + stretch.seconds
+    return found

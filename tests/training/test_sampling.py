@@ -1,0 +1,240 @@
+"""A few blocks tell what all of them take, and the plan is replaced by what they told."""
+
+from dataclasses import replace
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+from architectures import build, config
+from mlx.utils import tree_flatten
+from peaks import begin, highest
+
+from mlx_edgelora.blocks.checks import checked_blocks
+from mlx_edgelora.data import Batch
+from mlx_edgelora.engine.build import Settings, assembled
+from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.model.checkpoint import write_model
+from mlx_edgelora.model.loading import open_model
+from mlx_edgelora.model.lora import add_lora
+from mlx_edgelora.planner.machine import Machine, Rates
+from mlx_edgelora.planner.measured import Measured
+from mlx_edgelora.planner.plan import MIB, Plan
+from mlx_edgelora.planner.run_plan import Budget, RunPlan
+from mlx_edgelora.planner.search import expected, smallest
+from mlx_edgelora.planner.shape import shape_of
+from mlx_edgelora.planner.sizes import Load
+from mlx_edgelora.training import sampling
+from mlx_edgelora.training.sampling import sample, settle
+
+MACHINE = Machine("a machine", Rates(5e10, 5e9, 1e9, 4e9, 2e9, 2e9, 2e-6))
+# As wide as Qwen-2.5-0.5B, six blocks, a small vocabulary.
+WIDE = {
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "num_hidden_layers": 6,
+    "vocab_size": 2048,
+}
+TOKENS = 160
+PLANS = {
+    "tiles": Plan(
+        prefetch=False, adapters="paged", tile_tokens=80, mlp_bytes=4 * MIB, loss_bytes=16 * MIB
+    ),
+    "tiles in memory": Plan(
+        tile_tokens=64, mlp_bytes=16 * MIB, inputs="memory", streamed_blocks=3, head="resident"
+    ),
+    "streamed": Plan(adapters="paged", mlp_bytes=8 * MIB),
+    "resident": Plan(streamed_blocks=0, head="resident", inputs="memory", mlp_bytes=16 * MIB),
+    "kept": Plan(streamed_blocks=0, head="resident", kept_blocks=6),
+    "some kept": Plan(streamed_blocks=5, kept_blocks=4, inputs="memory"),
+    "in parts": Plan(micro_batches=2, kept_blocks=1),
+}
+
+
+def saved(folder, name, **changes):
+    model = build(name, **changes)
+    nn.quantize(model, 32, 4)
+    settings = config(name) | changes | {"quantization": {"group_size": 32, "bits": 4}}
+    write_model(folder, tree_flatten(model.parameters()), settings)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("wide"), "qwen2", **WIDE)
+
+
+def opened(folder, rank=16):
+    lazy = open_model(str(folder), streamed=True, quantize=None, cache=folder)
+    add_lora(lazy.model, -1, rank=rank)
+    return lazy
+
+
+def batch_of(rows, tokens):
+    numbers = np.random.RandomState(0).randint(0, 100, (rows, tokens + 1)).astype(np.int32)
+    lengths = np.array([[tokens // 2, tokens + 1]] * rows, np.int32)
+    return Batch(numbers, lengths, tuple(range(rows)))
+
+
+def run_by(lazy, batch, plan=None, budget=None):
+    """The run by a plan, or by what is searched for."""
+    shape = shape_of(checked_blocks(lazy.model), lazy.vocabulary, mx.float32)
+    load = Load(*batch.inputs().shape, int(batch.mask().sum()))
+    known = Measured()
+    arguments = shape, load, MACHINE
+    choice = plan and expected(*arguments, plan, known)
+    run = RunPlan(*arguments, Budget(budget, "as asked"), choice, {}, True, known)
+    return run if choice else run.by(run.searched())
+
+
+def step_peak(engine, batch, most):
+    optimizer = optim.AdamW(1e-4)
+    engine.trained.start(optimizer)
+    # As in a run: how far MLX runs ahead is bounded by its limit alone.
+    before = mx.set_memory_limit(most)
+
+    def step():
+        begin()
+        engine.backward(batch, engine.trained.add)
+        engine.trained.update(optimizer, 1)
+        return mx.get_peak_memory()
+
+    step()
+    peak = highest(step)
+    mx.set_memory_limit(before)
+    return peak
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_few_blocks_tell_what_all_take(wide, name, memory):
+    """Within a tenth of what a whole step takes; before it no more than was said."""
+    lazy, batch = opened(wide), batch_of(2 if name == "in parts" else 1, TOKENS)
+    chosen = run_by(lazy, batch, PLANS[name])
+    guessed = chosen.choice
+    with assembled(lazy, chosen.plan, Settings(wide, "float32")) as engine:
+        sample(engine, chosen)
+        told = expected(chosen.shape, chosen.load, MACHINE, chosen.plan, chosen.known)
+        measured = step_peak(engine, batch, told.needs)
+    assert told.peak == pytest.approx(measured, rel=0.1)
+    assert measured <= told.needs
+    assert measured <= guessed.needs
+
+
+def test_of_blocks_of_several_kinds_each_is_measured(tmp_path):
+    """And nothing of the engine is other than before."""
+    types = ["linear_attention", "full_attention"] * 3 + ["linear_attention"]
+    folder = saved(tmp_path, "olmo_hybrid", num_hidden_layers=7, layer_types=types)
+    lazy = opened(folder, rank=4)
+    chosen = run_by(lazy, batch_of(1, 12), Plan(streamed_blocks=0))
+    visited = []
+    with assembled(lazy, chosen.plan, Settings(folder, "float32")) as engine:
+        kinds = sampling._kinds(engine, 7)
+        assert kinds == [[0, 2, 4, 6], [1, 3, 5]]
+        assert sampling._sampled(kinds, overlaps=False, kept=False) == [4, 5, 6]
+        assert sampling._sampled(kinds, overlaps=True, kept=False) == [2, 3, 4, 5, 6]
+        assert sampling._sampled(kinds, overlaps=False, kept=True) == [4, 5]
+        assert sampling._kinds(engine, 5) == [[0, 2, 4], [1, 3]]
+        called = engine.walk._functions.called
+
+        def spied(index, *arguments):
+            visited.append(index)
+            return called(index, *arguments)
+
+        engine.walk._functions.called = spied
+        state = mx.random.state[0].tolist()
+        sample(engine, chosen)
+        assert mx.random.state[0].tolist() == state
+        assert set(visited) == {4, 5, 6}
+        assert (engine.plan, engine.walk.sample) == (chosen.plan, None)
+        visited.clear()
+        engine.value_and_grad(batch_of(1, 12))
+        assert set(visited) == set(range(7))
+
+
+def test_gradients_after_a_sample_are_those_without(wide):
+    found = []
+    for samples in (False, True):
+        lazy, batch = opened(wide), batch_of(1, 40)
+        mx.random.seed(0)
+        chosen = run_by(lazy, batch, Plan(kept_blocks=2, streamed_blocks=4))
+        with assembled(lazy, chosen.plan, Settings(wide, "float32")) as engine:
+            if samples:
+                sample(engine, chosen)
+            _, gradients = engine.value_and_grad(batch)
+            found.append(dict(tree_flatten(gradients)))
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        assert mx.array_equal(value, found[1][name]).item(), name
+
+
+def test_a_plan_is_replaced_by_what_was_measured(wide, monkeypatch):
+    """Until the best one is known; what needs another engine is handed back."""
+    lazy, batch = opened(wide), batch_of(1, TOKENS)
+    least = smallest(*_sizes(lazy, batch), MACHINE)
+    lines = []
+    chosen, engines = run_by(lazy, batch, budget=2 * least.needs), 0
+    while chosen is not None:
+        with assembled(opened(wide), chosen.plan, Settings(wide, "float32")) as engine:
+            another, engines = settle(engine, chosen, lines.append), engines + 1
+            if another is None:
+                assert engine.plan == chosen.plan
+                assert chosen.choice == chosen.searched(chosen.lasting)
+                peak = step_peak(engine, batch, chosen.budget.bytes)
+                assert peak <= chosen.budget.bytes
+                assert peak == pytest.approx(chosen.choice.peak, rel=0.1)
+                count = len(lines)
+                assert settle(engine, chosen, lines.append) is None and len(lines) == count
+            else:
+                assert another.plan != chosen.plan
+        chosen = another
+    assert engines <= 4 and lines
+    assert all("measured in" in line for line in lines)
+
+
+def test_a_plan_that_was_given_is_not_measured(wide):
+    lazy, batch = opened(wide), batch_of(1, 20)
+    chosen = run_by(lazy, batch, Plan())
+    chosen.given = True
+    assert settle(None, chosen, None) is None
+
+
+def test_nothing_is_measured_where_there_is_plenty(wide):
+    lazy, batch = opened(wide), batch_of(1, 20)
+    chosen = run_by(lazy, batch, budget=10**12)
+    assert chosen.plan.kept_blocks == 6
+    assert settle(None, chosen, None) is None
+
+
+def test_a_budget_that_is_too_small_by_what_was_measured(wide, monkeypatch):
+    lazy, batch = opened(wide), batch_of(1, 20)
+    chosen = run_by(lazy, batch, budget=run_by(lazy, batch).choice.needs)
+
+    def measured(engine, chosen):
+        chosen.known.correction = 3.0
+        return 0.1
+
+    monkeypatch.setattr(sampling, "sample", measured)
+    monkeypatch.setattr(sampling, "PLENTY", 0.0)
+    with pytest.raises(EdgeLoraError, match="memory_budget: got"):
+        settle(None, chosen, print)
+
+
+def _sizes(lazy, batch):
+    chosen = run_by(lazy, batch)
+    return chosen.shape, chosen.load
+
+
+def test_the_least_is_measured_too(wide):
+    lazy, batch = opened(wide), batch_of(1, TOKENS)
+    chosen = run_by(lazy, batch)
+    assert chosen.budget.bytes is None and chosen.plan.adapters == "paged"
+    with assembled(opened(wide), chosen.plan, Settings(wide, "float32")) as engine:
+        assert settle(engine, chosen, print) is None
+        assert step_peak(engine, batch, chosen.choice.needs) == pytest.approx(
+            chosen.choice.peak, rel=0.1
+        )
+        assert replace(chosen.plan, reason="") == replace(engine.plan, reason="")
