@@ -16,7 +16,13 @@ import mlx.core as mx
 from mlx_lm.models import base
 
 from mlx_edgelora.blocks.masks import knowing, tiled_mask
-from mlx_edgelora.layers.attention import TILE_BYTES, promoted, tiled_attention, use_fused
+from mlx_edgelora.layers.attention import (
+    TILE_BYTES,
+    KeySums,
+    promoted,
+    tiled_attention,
+    use_fused,
+)
 from mlx_edgelora.layers.fused import is_floating
 
 # (queries [B, H, Tq, D], keys [B, Hkv, Tk, D], values [B, Hkv, Tk, Dv], cache, scale, mask,
@@ -76,6 +82,20 @@ def attention_bounded() -> Iterator[None]:
         yield
 
 
+# Where tiles add the gradients of keys and values, of the calls of attention that go on.
+_sums: list[KeySums] = []
+
+
+@contextmanager
+def key_gradients_added(sums: KeySums) -> Iterator[None]:
+    """Let `bounded`, where it computes in tiles, add the gradients of keys and values to sums."""
+    _sums.append(sums)
+    try:
+        yield
+    finally:
+        _sums.pop()
+
+
 @contextmanager
 def _exchanged(original: Callable, replacement: Callable) -> Iterator[None]:
     try:
@@ -126,8 +146,8 @@ def bounded(
         or use_fused(queries, keys, values, mask=tiled, sinks=sinks)[0]
     ):
         return original(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
-    queries, keys, values = promoted(queries, keys, values)
-    return tiled_attention(queries, keys, values, scale=scale, mask=tiled, sinks=sinks)
+    operands, sums = promoted(queries, keys, values), _sums[-1] if _sums else None
+    return tiled_attention(*operands, scale=scale, mask=tiled, sinks=sinks, sums=sums)
 
 
 def _is_known(mask: object) -> bool:

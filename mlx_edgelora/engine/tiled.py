@@ -14,10 +14,12 @@ values once more in the forward and twice in the backward. Each tile is evaluate
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_edgelora.blocks.attention import key_gradients_added
 from mlx_edgelora.blocks.block_list import bound
 from mlx_edgelora.blocks.checks import watched
 from mlx_edgelora.blocks.masks import band_of
@@ -27,6 +29,7 @@ from mlx_edgelora.engine.functions import Wanted, rows_of
 from mlx_edgelora.engine.hidden import Hidden
 from mlx_edgelora.engine.record import Call
 from mlx_edgelora.engine.visits import Arrays
+from mlx_edgelora.layers.attention import KeySums
 from mlx_edgelora.measure.profile import phase
 
 
@@ -179,7 +182,7 @@ class _Visit:
     def __init__(self, block: Tiled, trained: Arrays, onward: bool) -> None:
         self._block, self._trained, self._onward = block, trained, onward
         self._sums: Arrays = {}
-        self._kept_sums: list[mx.array] | None = None
+        self._kept_sums: KeySums | None = None
         self.kept: list[mx.array] = []
 
     def tile(self, number: int, x: mx.array, cotangent: mx.array | None) -> mx.array | None:
@@ -197,8 +200,16 @@ class _Visit:
             def finished(x: mx.array, *kept: mx.array) -> list[mx.array]:
                 return [block._finished(x, number, seen, list(kept))]
 
-            dx, *pair = self._vjp(finished, [x, *_tokens(seen, self.kept)], [cotangent])
-            self._add(seen, pair)
+            sums = self._sums_from(seen)
+            with ExitStack() as stack:
+                if (
+                    not block._parts.through_cache
+                ):  # what is kept goes to attention and nowhere else
+                    stack.enter_context(key_gradients_added(sums))
+                dx, *pair = self._vjp(finished, [x, *_tokens(seen, self.kept)], [cotangent])
+            if not sums.used:
+                for index, more in enumerate(pair):
+                    sums.add(index, more.reshape(-1, *more.shape[2:]), 0)
         elif self._onward:
             dx = mx.zeros_like(x)
         if block._is_causal:
@@ -214,7 +225,7 @@ class _Visit:
             cotangents = [
                 total.astype(kept.dtype)
                 for total, kept in zip(
-                    _tokens(span, self._kept_sums), _tokens(span, self.kept), strict=True
+                    _tokens(span, self._kept_sums.arrays), _tokens(span, self.kept), strict=True
                 )
             ]
             (more,) = self._vjp(lambda x: block._parts.kept(x, span), [x], cotangents)
@@ -229,17 +240,17 @@ class _Visit:
         return found
 
     def _settle(self, dx: mx.array | None) -> None:
-        arrays = dx if self._onward else [], self._sums, self._kept_sums or []
+        kept = self._kept_sums.arrays if self._kept_sums else []
+        arrays = dx if self._onward else [], self._sums, kept
         self._block._context.pipeline.submit(*arrays)
 
-    def _add(self, seen: Span, pair: list[mx.array]) -> None:
-        """Add the gradients of what is kept of the tokens that were seen."""
+    def _sums_from(self, seen: Span) -> KeySums:
+        """The sums of the gradients of what is kept, for a tile that sees these tokens."""
         if self._kept_sums is None:
-            self._kept_sums = [mx.zeros(kept.shape) for kept in self.kept]
-        tokens = slice(seen.start, seen.stop)
-        sums, self._kept_sums = self._kept_sums, []
-        for more in pair:  # in place: nobody else holds the sum
-            self._kept_sums.append(sums.pop(0).at[:, :, tokens].add(more.astype(mx.float32)))
+            (batch, heads, tokens, size), other = self.kept[0].shape, self.kept[1].shape[-1]
+            self._kept_sums = KeySums(batch, heads, tokens, (size, other))
+        self._kept_sums.start, self._kept_sums.used = seen.start, False
+        return self._kept_sums
 
     def _vjp(
         self,

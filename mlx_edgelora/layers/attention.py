@@ -38,9 +38,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_edgelora.layers.fused import Backend, use_fused
-from mlx_edgelora.layers.grid import Band, Grid, Setting, backward, forward
+from mlx_edgelora.layers.grid import Band, Grid, KeySums, Setting, backward, forward
 
-__all__ = ["TILE_BYTES", "Backend", "Band", "promoted", "tiled_attention", "use_fused"]
+__all__ = ["TILE_BYTES", "Backend", "Band", "KeySums", "promoted", "tiled_attention", "use_fused"]
 
 # One tile of scores. At 24 heads of 128 and 2048 tokens 1 to 8 MiB took the same time.
 TILE_BYTES = 2**20
@@ -59,6 +59,7 @@ def tiled_attention(
     window: int | None = None,
     sinks: mx.array | None = None,
     tile_bytes: int | None = None,
+    sums: KeySums | None = None,
 ) -> mx.array:
     """Exact attention, as `mx.fast.scaled_dot_product_attention`, in tiles.
 
@@ -75,6 +76,7 @@ def tiled_attention(
         sinks: [H], one more logit for each head that has no value.
         tile_bytes: bound on one tile of float32 scores, at least one score for each query
             head that shares a key head; `TILE_BYTES` if None.
+        sums: where the gradients of `k` and `v` go; zeros are given for them.
 
     Returns:
         [B, H, Tq, Dv] in the dtype of `q`, differentiable in `q`, `k`, `v`, `sinks` and a
@@ -92,7 +94,10 @@ def tiled_attention(
     setting, arrays = _call(q, k, v, scale, mask, sinks, tile_bytes)
     # Arrays of positions are other ones in every batch: not to be remembered.
     new = isinstance(mask, Band) and isinstance(mask.positions, np.ndarray)
-    function = _attention.__wrapped__(setting) if new else _attention(setting)
+    if sums is not None:
+        function = _attention.__wrapped__(setting, sums)
+    else:
+        function = _attention.__wrapped__(setting) if new else _attention(setting)
     return function(*arrays)[0]
 
 
@@ -187,7 +192,7 @@ def _check_array(mask: mx.array, full: tuple[int, ...]) -> None:
 
 
 @lru_cache(maxsize=256)
-def _attention(setting: Setting) -> mx.custom_function:
+def _attention(setting: Setting, sums: KeySums | None = None) -> mx.custom_function:
     @mx.custom_function
     def attention(*arrays: mx.array) -> tuple[mx.array, mx.array]:
         return forward(Grid(setting, arrays))
@@ -197,7 +202,7 @@ def _attention(setting: Setting) -> mx.custom_function:
         primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple
     ) -> list[mx.array]:
         grid = Grid(setting, primals)
-        gradients = backward(grid, cotangents[0], *outputs)
+        gradients = backward(grid, cotangents[0], *outputs, sums)
         if grid.mask is not None and not grid.floats:
             gradients.append(mx.zeros_like(grid.mask))
         return gradients

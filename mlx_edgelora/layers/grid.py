@@ -43,6 +43,44 @@ class Setting:
     tile_bytes: int
 
 
+class KeySums:
+    """Float32 sums of the gradients of keys and values, that calls of attention add to in place.
+
+    Each call would give gradients as large as all its keys and values otherwise. Memory: the sums.
+
+    Args:
+        batch, heads, tokens: of all keys.
+        sizes: of a key and of a value.
+
+    Attributes:
+        start: the first token that the next call sees.
+        used: whether a call has added something since this was last set to False.
+    """
+
+    def __init__(self, batch: int, heads: int, tokens: int, sizes: tuple[int, int]) -> None:
+        self.start, self.used, self._shape = 0, False, (batch, heads, tokens)
+        self._sums = [mx.zeros((batch * heads, tokens, size)) for size in sizes]
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """The sums, [B, Hkv, T, n] twice."""
+        return [total.reshape(*self._shape, -1) for total in self._sums]
+
+    def add(self, index: int, heads: mx.array, first: int) -> mx.array:
+        """Add to some key heads of the keys (0) or values (1); gives what to wait for.
+
+        Args:
+            index: which of the two.
+            heads: [n, tokens, size], of the tokens from `start` on.
+            first: the first of these heads, counted over the batch.
+        """
+        self.used = True
+        total, self._sums[index] = self._sums[index], None  # nobody else holds it: in place
+        place = slice(first, first + len(heads)), slice(self.start, self.start + heads.shape[1])
+        self._sums[index] = total.at[place].add(heads.astype(mx.float32))
+        return self._sums[index]
+
+
 class Grid:
     """The tiles of one call: which key heads, rows of queries and keys are taken together."""
 
@@ -190,9 +228,15 @@ def backward(
     cotangent: mx.array,
     output: mx.array,
     statistics: mx.array,
+    sums_of_keys: KeySums | None = None,
 ) -> list[mx.array]:
-    """The gradients of q, k, v and, if there are any, sinks and a floating mask."""
+    """The gradients of q, k, v and, if there are any, sinks and a floating mask.
+
+    Those of k and v are zeros where they are added to sums.
+    """
     gradients = [_Joined(x, x.shape[-1]) for x in (grid.q, grid.k, grid.v)]
+    if sums_of_keys is not None:
+        gradients[1:] = [_Added(sums_of_keys, 0, grid.k), _Added(sums_of_keys, 1, grid.v)]
     saved = (grid.q, cotangent, output, statistics)
     after, dsinks = [cotangent], []
     dmask = _MaskGradient(grid.mask) if grid.floats else None
@@ -283,6 +327,22 @@ class _Joined:
 
     def result(self) -> mx.array:
         return self.whole.reshape(self.shape)
+
+
+class _Added:
+    """As `_Joined`, but what is filled in is added to sums; the result is zeros of no memory."""
+
+    def __init__(self, sums: KeySums, index: int, like: mx.array) -> None:
+        self._sums, self._index, self._like, self.filled = sums, index, like, 0
+
+    def add(self, pieces: list[mx.array], wait: bool) -> mx.array:
+        heads = mx.concatenate(pieces, axis=1)
+        added = self._sums.add(self._index, heads, self.filled)
+        self.filled += len(heads)
+        return added if wait else heads
+
+    def result(self) -> mx.array:
+        return mx.broadcast_to(mx.zeros((), self._like.dtype), self._like.shape)
 
 
 class _MaskGradient:

@@ -1,6 +1,6 @@
 """Blocks by tiles of tokens: the same gradients, nothing of tokens x hidden."""
 
-from contextlib import closing
+from contextlib import closing, nullcontext
 
 import mlx.core as mx
 import numpy as np
@@ -26,6 +26,7 @@ from mlx_edgelora.blocks.masks import banded
 from mlx_edgelora.blocks.parts import Span, keys_seen, mask_at
 from mlx_edgelora.blocks.tiling import Tiling
 from mlx_edgelora.engine.hidden import spans_of
+from mlx_edgelora.layers.grid import _Added
 from mlx_edgelora.measure.profile import recording
 from mlx_edgelora.model.weights import ResidentWeights
 
@@ -75,6 +76,50 @@ def test_tiles_of_tokens_and_slices_of_the_mlp_beside_them(name, tmp_path):
             assert loss.item() == pytest.approx(expected_loss, rel=1e-5)
             assert ours.loss(batch)[0].item() == pytest.approx(expected_loss, rel=1e-5)
             assert_same_gradients(got, expected, resolution=resolution(reference, batch))
+
+
+TILEABLE = [name for name in CONFIGS if KINDS[name][0]]
+
+
+@pytest.mark.parametrize("name", TILEABLE)
+def test_gradients_of_keys_and_values_are_added_where_attention_makes_them(
+    name, tmp_path, monkeypatch
+):
+    """As in rows of thousands of tokens: attention in its own tiles, of grouped heads, windows."""
+    monkeypatch.setattr("mlx_edgelora.blocks.attention.TILE_BYTES", 0)
+    monkeypatch.setattr("mlx_edgelora.layers.attention.TILE_BYTES", 600)
+    added = []
+    original = _Added.add
+    monkeypatch.setattr(_Added, "add", lambda *args: added.append(1) or original(*args))
+    folder, batch = save(tmp_path, name, True), random_batch(2, 23)
+    reference = plain(folder)
+    _, expected = plain_value_and_grad(reference, batch)
+    with closing(engine(folder, tile_tokens=10)) as ours:
+        through_cache = ours.walk.tile_choice(0, 23).through_cache
+        _, got = ours.value_and_grad(batch)
+    assert bool(added) == (not through_cache)
+    assert_same_gradients(got, expected, resolution=resolution(reference, batch))
+
+
+@pytest.mark.slow
+def test_gradients_of_all_keys_are_held_once(tmp_path, memory, monkeypatch):
+    """Keys, values and their sums, and not what a tile adds to these."""
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8}
+    shape |= {"num_key_value_heads": 8, "head_dim": 128, "num_hidden_layers": 1}
+    folder, tokens = save(tmp_path, "llama", False, **shape), 2048
+    keys_and_values = 4 * tokens * 2 * 8 * 128
+
+    def taken(below=0.0):
+        with closing(engine(folder, prefetch=False, tile_tokens=128)) as ours:
+            batch = random_batch(1, tokens, share=0.05)
+            ours.value_and_grad(batch)
+            return lowest(lambda: backward_peak(ours, batch), below)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mlx_edgelora.engine.tiled.key_gradients_added", nullcontext)
+        twice = taken()
+    bound = twice - 0.7 * keys_and_values
+    assert taken(bound) < bound
 
 
 def test_frequencies_that_change_behind_some_length(tmp_path):
