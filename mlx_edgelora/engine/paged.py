@@ -7,6 +7,7 @@ disk, and the walk over blocks says whose turn it is.
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import zip_longest
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -134,7 +135,7 @@ class PagedTrained:
             self._update_outside(count, factor)
             mx.eval(optimizer.state)
             order = sorted(self._summed)
-            for index, following in zip(order, [*order[1:], None], strict=True):
+            for index, following in zip_longest(order, order[1:]):
                 if following is not None:
                     self._prefetch_update(following)
                 self._update_block(index, count, factor)

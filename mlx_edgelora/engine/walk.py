@@ -102,8 +102,10 @@ class Walk:
     Attributes:
         ahead: build a segment's graph while the one before is computed, where the plan reads
             weights ahead as well; on a GPU.
-        sample: of the blocks that are not kept only these are computed; None for all. What
-            comes out is not the model's: it is for measuring.
+        rest: called after every block.
+        sample: of the blocks that are not kept only these are computed; None for all. The last
+            block must be one of them or kept. What comes out is not the model's: it is for
+            measuring.
 
     Raises:
         EdgeLoraError: the architecture cannot be walked.
@@ -123,7 +125,7 @@ class Walk:
     ) -> None:
         self.ahead = mx.default_device() == mx.gpu
         self.sample: Container[int] | None = None
-        self.model, self._rest = model, rest
+        self.model, self.rest = model, rest
         self.blocks = blocks or checked_blocks(model)
         self.store = RamStore() if store is None else store
         self.weights = ResidentWeights() if weights is None else weights
@@ -166,11 +168,6 @@ class Walk:
     def compiled_functions(self) -> int:
         """How many there are so far."""
         return len(self._functions.functions)
-
-    @property
-    def lowest_trained(self) -> int:
-        """The lowest block in which something is trained; their number if there is none."""
-        return self._visits.lowest_trained
 
     @property
     def spares_rows(self) -> bool:
@@ -224,7 +221,7 @@ class Walk:
             for number, segment in enumerate(state.segments):
                 following = state.segments[number + 1 : number + 2]
                 hidden = segment.forward(hidden, following[0].index if following else None)
-                self._rest()
+                self.rest()
             state.context.pipeline.drain()
             if state.tail is None:
                 state.hidden = hidden.whole()
@@ -345,7 +342,7 @@ class Walk:
             dy, gradients = segment.backward(dy, ahead)
             yield self._named(segment.index, gradients)
             del gradients, segment
-            self._rest()
+            self.rest()
         state.context.pipeline.drain()
         if state.context.entry:
             state.cotangent = dy.whole()

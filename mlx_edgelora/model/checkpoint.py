@@ -90,6 +90,10 @@ class LazyModel:
     streamable: bool = True
     blocks: BlockList | None = None
 
+    def replace_by(self, other: "LazyModel") -> None:
+        """Become another one; whoever holds this holds the old weights no longer."""
+        vars(self).update(vars(other))
+
     def place(self, array: mx.array) -> TensorPlace | None:
         """Where a parameter lies on disk; None where it is computed from what lies there."""
         found = self.raw.get(id(array))

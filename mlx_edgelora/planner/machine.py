@@ -80,13 +80,14 @@ def machine_here(cache: Path, folder: Path, dtype: mx.Dtype) -> Machine:
     device = mx.device_info()
     name = f"{device.get('device_name', 'unknown')}, {mx.default_device()}"
     blas = os.environ.get("LD_PRELOAD", "") + os.environ.get("DYLD_INSERT_LIBRARIES", "")
-    key = f"{VERSION} {mx.__version__} {name} {os.cpu_count()} {blas} {dtype} {folder}"
+    key = f"{VERSION} {mx.__version__} {name} {os.cpu_count()} {blas} {dtype}"
     file = cache / "machine.json"
     known = _read(file)
-    rates = known.get(key)
+    place = f"{key} {folder}"
+    rates = known.get(place)
     if rates is None:
         rates = measured(folder, dtype)
-        known[key] = rates
+        known[place] = rates
         _write(file, known)
     # Slow on a CPU, and less exact in 16 bits there (`layers/linear.py`): no plan's choice.
     kernels = ("fused", "dequantize") if resolve_kernel("auto")[0] == "fused" else ("dequantize",)

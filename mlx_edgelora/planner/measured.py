@@ -16,6 +16,9 @@ from mlx_edgelora.storage.files import write_atomically
 
 # Of the file: raise it when its numbers mean something else, or the engine takes another amount.
 VERSION = 1
+# Of each kind of phase, what names a way to compute it (`cost.ways_of`).
+BLOCK = ("forward", "backward", "tiles forward", "tiles backward")
+LENGTHS = dict.fromkeys(BLOCK, 3) | {"load": 0, "head": 2, "tail": 3, "update": 1}
 # So many models are remembered.
 MODELS = 64
 # How much more may be needed than is said: of what was measured as it is, of what was measured
@@ -102,6 +105,11 @@ class Measured:
         if (taken := self.of(kind, way, load)) is not None:
             return Estimate(taken.bytes, KNOWN)
         expected = formula(way, load)
+        if kind == "tail":
+            for other, loads in self._known.get(kind, {}).items():
+                if other[1:] == way[1:] and load in loads:  # as much more as the formula says
+                    more = expected - formula(other, load)
+                    return Estimate(max(0.0, loads[load].bytes + more), LIKELY)
         ratios = self._ratios(kind, way, lambda w, n, t: t.bytes / max(1.0, formula(w, n)))
         if not ratios:
             return Estimate(expected, UNKNOWN)
@@ -145,8 +153,7 @@ class Measured:
 
     def read(self) -> None:
         """Take what the file has; nothing where it is none."""
-        for row in _entries(self.file).get(self.key, []):
-            kind, way, load, taken = row
+        for kind, way, load, taken in _entries(self.file).get(self.key, []):
             self.add(kind, tuple(way), Load(*load), Taken(*taken))
 
     def write(self) -> None:
@@ -169,15 +176,26 @@ class Measured:
 
 
 def _entries(file: Path | None) -> dict[str, list]:
+    """The rows of each model; none at all where something in the file is not as it was written."""
     if file is None:
         return {}
     try:
         found = json.loads(file.read_text())
         if found["version"] != VERSION:
             return {}
-        for rows in found["models"].values():
-            for kind, way, load, taken in rows:
-                hash((kind, tuple(way), Load(*map(int, load)), Taken(*map(float, taken))))
-        return found["models"]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        rows = [row for rows in found["models"].values() for row in rows]
+        return found["models"] if all(map(_is_row, rows)) else {}
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return {}
+
+
+def _is_row(row: list) -> bool:
+    kind, way, load, (size, spent) = row
+    numbers = [*load, size, spent]
+    return (
+        len(way) == LENGTHS.get(kind, len(way))
+        and not any(isinstance(part, list | dict) for part in [kind, *way])
+        and len(load) == 3
+        and all(type(number) is int and number > 0 for number in load)
+        and all(type(number) in (int, float) and 0 <= number < 2**60 for number in numbers)
+    )

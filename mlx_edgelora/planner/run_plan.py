@@ -107,6 +107,14 @@ class RunPlan:
             reason = f"the fastest within {gigabytes(most)}"
         return replace(found, plan=replace(found.plan, reason=reason))
 
+    def smallest(self) -> Choice:
+        """The plan that takes the least memory."""
+        return smallest(self.shape, self.load, self.machine, self.fixed, self.known)
+
+    def expected(self, plan: Plan) -> Choice:
+        """What another plan is expected to take."""
+        return expected(self.shape, self.load, self.machine, plan, self.known)
+
     @property
     def whole(self) -> tuple[object, ...]:
         """Everything that decides what a step by the present plan takes."""
@@ -219,7 +227,7 @@ def asked_plan(
     load = Load(config.batch_size, tokens, labels)
     machine = machine_here(cache, folder, dtype or blocks.hidden_dtype)
     arguments = shape, load, machine
-    known = _known(lazy, shape, cache / "measured.json", machine)
+    known = _known(config, lazy, shape, cache / "measured.json", machine)
     if config.plan:
         choice = expected(*arguments, Plan.read(config.plan), known)
         budget = Budget(None, f"as {config.plan} says")
@@ -233,9 +241,12 @@ def asked_plan(
     return RunPlan(*arguments, budget, None, _fixed(config), True, known)
 
 
-def _known(lazy: LazyModel, shape: ModelShape, file: Path, machine: Machine) -> Measured:
+def _known(
+    config: TrainConfig, lazy: LazyModel, shape: ModelShape, file: Path, machine: Machine
+) -> Measured:
     """What earlier runs measured of such a model here."""
-    facts = [lazy.config, asdict(shape), machine.key]
+    trained = asdict(config.lora_parameters), config.num_layers, config.loss
+    facts = [lazy.config, asdict(shape), trained, machine.key]
     text = json.dumps(facts, sort_keys=True, default=str)
     key = hashlib.sha256(text.encode()).hexdigest()[:32]
     known = Measured(file, key, mx.default_device() == mx.gpu)

@@ -44,11 +44,13 @@ from mlx_edgelora.training.duty import Duty
 from mlx_edgelora.training.evaluate import evaluate
 from mlx_edgelora.training.loop import TrainResult, train
 from mlx_edgelora.training.rehearsal import rehearse
-from mlx_edgelora.training.sampling import settle
+from mlx_edgelora.training.sampling import begun, settle
 from mlx_edgelora.training.training_loss import check_loss, training_loss
 from mlx_edgelora.training.verdict import Verdict, refuse_wrong
 from mlx_edgelora.training.verification import verify
 
+# So many engines are made at most until the best plan is known.
+ENGINES = 4
 # The largest number that math.exp takes is a little above it.
 MAX_EXPONENT = 700.0
 # One of these holds the words of any tokenizer; without one transformers makes up an empty one.
@@ -227,19 +229,23 @@ def _settled(
 ) -> Iterator[tuple[Engine, RunPlan]]:
     """The engine and the plan of the run, measured, told and written down; MLX's limits set."""
     asked = asked_plan(config, lazy, sets, _user_cache(), Path(place[0]))
-    chosen: RunPlan | None = asked if asked.given else asked.by(asked.searched())
+    chosen: RunPlan | None = asked if asked.given else begun(asked)
+    left = ENGINES
     while chosen is not None:
         notify(chosen.table())
         with _limits(chosen), _engine(config, lazy, chosen.plan, place, notify) as engine:
-            another = settle(engine, chosen, notify)
+            left -= 1
+            another = settle(engine, chosen, notify, stays=not left) if config.train else None
             if another is None:
+                _set_limit(chosen)
                 if config.plan_out is not None:
                     _write_plan(config, chosen)
                 engine.plan_of = chosen.of
                 yield engine, chosen
         chosen = another
         if chosen is not None:
-            lazy = _adapted(config)
+            del engine
+            lazy.replace_by(_adapted(config))
 
 
 def _write_plan(config: TrainConfig, chosen: RunPlan) -> None:
@@ -427,17 +433,25 @@ def _profiled(config: TrainConfig, notify: Callable[[str], None]) -> Iterator[No
 @contextmanager
 def _limits(chosen: RunPlan) -> Iterator[None]:
     """MLX's limits of memory, set from the plan and put back."""
-    cache, most = chosen.plan.cache_bytes, chosen.budget.bytes
-    if most is None:  # how far MLX runs ahead is bounded by its limit alone
-        most = chosen.choice.needs
+    cache = chosen.plan.cache_bytes
     with ExitStack() as stack:
         before = mx.set_cache_limit(cache)
         stack.callback(mx.set_cache_limit, before)
         mx.set_cache_limit(min(before, cache))
-        if most is not None:
-            before = mx.set_memory_limit(most)
-            stack.callback(mx.set_memory_limit, before)
-            mx.set_memory_limit(min(before, most))
-            if mx.metal.is_available():
-                stack.callback(mx.set_wired_limit, mx.set_wired_limit(wired_limit(most)))
+        before = mx.set_memory_limit(2**62)
+        stack.callback(mx.set_memory_limit, before)
+        mx.set_memory_limit(before)
+        most = _set_limit(chosen)
+        if mx.metal.is_available():
+            stack.callback(mx.set_wired_limit, mx.set_wired_limit(wired_limit(most)))
         yield
+
+
+def _set_limit(chosen: RunPlan) -> int:
+    """MLX's memory limit for a plan, none above the one that was set."""
+    most = chosen.budget.bytes
+    if most is None:  # how far MLX runs ahead is bounded by its limit alone
+        most = chosen.choice.needs
+    before = mx.set_memory_limit(most)
+    mx.set_memory_limit(min(before, most))
+    return most

@@ -34,6 +34,8 @@ ROUNDS = 4
 WORTH = 0.05
 # Choices that an engine is made by, and cannot obey later.
 ASSEMBLED = {"streamed_blocks", "head", "adapters", "kernel", "loss_bytes"}
+# A budget of less than this share of what the smallest plan is expected to take is too small.
+SURE = 0.5
 # Where all fits into this share of the budget there is nothing to choose.
 PLENTY = 0.5
 # Kinds of blocks that are measured at most.
@@ -42,11 +44,19 @@ KINDS = 8
 LONG = 5.0
 
 
-def settle(engine: Engine, chosen: RunPlan, notify: Callable[[str], None]) -> RunPlan | None:
+def settle(
+    engine: Engine, chosen: RunPlan, notify: Callable[[str], None], stays: bool = False
+) -> RunPlan | None:
     """Measure what the plan of a run takes, and replace it, until the one that is best is known.
 
     Nothing is done where a plan was given, where there is memory in plenty, or where an earlier
     run measured it.
+
+    Args:
+        engine: by the present plan.
+        chosen: its plan is replaced.
+        notify: gets a line for what was measured.
+        stays: whether only plans come into question that this engine can obey.
 
     Returns:
         The run by a plan that this engine cannot obey; None where it obeys the best one.
@@ -55,11 +65,14 @@ def settle(engine: Engine, chosen: RunPlan, notify: Callable[[str], None]) -> Ru
         EdgeLoraError: no plan fits.
     """
     for _ in range(ROUNDS):
-        if not _is_open(chosen):
+        if not is_open(chosen):
             break
-        spent, before = sample(engine, chosen), chosen.plan
-        best, lasting = chosen.searched(), chosen.lasting
-        if any(getattr(best.plan, name) != lasting[name] for name in ASSEMBLED & lasting.keys()):
+        spent, before, lasting = sample(engine, chosen), chosen.plan, chosen.lasting
+        best = chosen.searched(lasting if stays else None)
+        names = ASSEMBLED & lasting.keys()
+        if best.plan.streams != before.streams or any(
+            getattr(best.plan, name) != lasting[name] for name in names
+        ):
             here = _within(chosen, lasting)
             if here is None or _better(best, here, chosen.budget.bytes is None):
                 notify(f"measured in {spent:.1f} s; another plan is better")
@@ -75,6 +88,23 @@ def settle(engine: Engine, chosen: RunPlan, notify: Callable[[str], None]) -> Ru
     return None
 
 
+def begun(asked: RunPlan) -> RunPlan:
+    """The run by the plan that is best by what is known now.
+
+    Where none fits by a formula alone, but not for certain, it is the smallest, to be measured.
+
+    Raises:
+        EdgeLoraError: none fits.
+    """
+    try:
+        return asked.by(asked.searched())
+    except EdgeLoraError:
+        least = asked.by(asked.smallest())
+        if not is_open(least) or asked.budget.bytes < SURE * least.choice.peak:
+            raise
+        return least
+
+
 def _better(best: Choice, here: Choice, least: bool) -> bool:
     """Whether a plan is so much better that an engine is made for it."""
     if least:
@@ -83,21 +113,26 @@ def _better(best: Choice, here: Choice, least: bool) -> bool:
 
 
 def _within(chosen: RunPlan, lasting: dict[str, Any]) -> Choice | None:
+    """The best plan that the engine of the present one can obey, if any fits."""
     try:
-        return chosen.searched(lasting)
+        found = chosen.searched(lasting)
     except EdgeLoraError:
         return None
+    if chosen.plan.streams and not found.plan.streams:
+        # An engine that reads blocks reads one of them, and the head.
+        found = chosen.expected(replace(found.plan, streamed_blocks=1))
+    return found
 
 
-def _is_open(chosen: RunPlan) -> bool:
+def is_open(chosen: RunPlan) -> bool:
     """Whether something that matters for the choice of this plan is not known."""
     budget, plan = chosen.budget.bytes, chosen.plan
-    if chosen.given:
+    if chosen.given or not chosen.shape.adapted:
         return False
     rich = plan.kept_blocks == chosen.shape.adapted and not plan.streams
     if budget is not None and rich and chosen.choice.needs < PLENTY * budget:
         return False
-    load, ways = chosen.load.part(plan.micro_batches), {}
+    load = chosen.load.part(plan.micro_batches)
     memory = Memory(chosen.shape, chosen.load, plan, chosen.known)
     ways = {"tail" if memory.kept else "head"}
     if memory.kept < chosen.shape.adapted:
@@ -111,12 +146,12 @@ def sample(engine: Engine, chosen: RunPlan) -> float:
     plan, shape = chosen.plan, chosen.shape
     part = chosen.load.part(plan.micro_batches)
     memory = Memory(shape, chosen.load, plan, chosen.known)
-    below = shape.blocks - memory.kept
-    kinds = _kinds(engine, below)
+    first, last = shape.blocks - shape.adapted, shape.blocks - memory.kept
+    kinds = _kinds(engine, first, last)
     mids = _sampled(kinds, chosen.known.overlaps, bool(memory.kept))
     tails = [0]
-    if memory.kept:  # of which the last block's is another slope than those above
-        tails = sorted({min(memory.kept, 1), min(memory.kept, 1 + max(1, len(kinds) or 1))})
+    if memory.kept:  # the last block, which is computed for labelled tokens, and one of each kind
+        tails = sorted({1, min(memory.kept, 1 + len(_kinds(engine, first, shape.blocks)))})
     for number, kept in enumerate(tails):
         own = replace(plan, kept_blocks=kept, micro_batches=1)
         _measure(engine, chosen, own, part, mids if number + 1 == len(tails) else [])
@@ -124,11 +159,11 @@ def sample(engine: Engine, chosen: RunPlan) -> float:
     return time.perf_counter() - start
 
 
-def _kinds(engine: Engine, below: int) -> list[list[int]]:
-    """Adapted blocks under the kept ones, by their class and the shapes of what they hold."""
-    walk, found = engine.walk, {}
-    for index in range(walk.lowest_trained, below):
-        block = walk.blocks.blocks[index]
+def _kinds(engine: Engine, first: int, stop: int) -> list[list[int]]:
+    """Some blocks by their class and the shapes of what they hold."""
+    found: dict[str, list[int]] = {}
+    for index in range(first, stop):
+        block = engine.walk.blocks.blocks[index]
         held = [(n, v.shape, v.dtype) for n, v in tree_flatten(block.parameters())]
         found.setdefault(repr((type(block), held)), []).append(index)
     return sorted(found.values(), key=len, reverse=True)[:KINDS]
@@ -145,23 +180,19 @@ def _sampled(kinds: list[list[int]], overlaps: bool, kept: bool) -> list[int]:
 
 
 def _measure(engine: Engine, chosen: RunPlan, plan: Plan, load: Load, mids: list[int]) -> None:
-    shape, known = chosen.shape, chosen.known
-    kept = plan.kept_blocks
+    """Measure one way in which blocks, the last ones kept or not, are computed."""
+    shape, known, kept = chosen.shape, chosen.known, plan.kept_blocks
     streamed = shape.blocks if plan.streamed_blocks is None else plan.streamed_blocks
     computed = [*mids, *range(shape.blocks - kept, shape.blocks)]
-    small = replace(
-        shape,
-        blocks=len(computed),
-        adapted=len(computed),
-        outside_adapter_bytes=shape.outside_adapter_bytes,
-    )
+    small = replace(shape, blocks=len(computed), adapted=len(computed))
+    as_small = replace(plan, streamed_blocks=sum(index < streamed for index in computed))
     batch = synthetic_batch(load, shape.vocabulary)
     best: dict[str, list[float]] = {}
     with _sampling(engine, plan, mids):
-        for index in computed:
-            if streamed <= index < shape.blocks and plan.streams:
-                engine.walk.weights.block(index)  # those that stay in memory are there
         weights = engine.walk.weights
+        for index in computed:
+            if index >= streamed:
+                weights.block(index)  # what stays in memory is there before
         for again in (False, True):
             if isinstance(weights, StreamedWeights):
                 weights.trim()
@@ -169,7 +200,6 @@ def _measure(engine: Engine, chosen: RunPlan, plan: Plan, load: Load, mids: list
             stretches, base = passed(engine, batch, plan.adapters == "resident")
             spent = time.perf_counter() - began
             if not again:
-                as_small = replace(plan, streamed_blocks=sum(i < streamed for i in computed))
                 memory = Memory(small, load, as_small, known, base)
                 needs = _needs(stretches, memory, computed)
             for kind, seconds in _seconds(stretches, bool(kept)).items():
@@ -196,14 +226,16 @@ def _reading(chosen: RunPlan, plan: Plan) -> dict[str, float]:
 
 @contextmanager
 def _sampling(engine: Engine, plan: Plan, mids: list[int]) -> Iterator[None]:
-    before, of = engine.plan, engine.plan_of
+    """The engine computes these blocks by this plan, without a rest."""
+    walk = engine.walk
+    before, of, rest = engine.plan, engine.plan_of, walk.rest
     engine.obey(plan)
-    engine.plan_of, engine.walk.sample = (lambda batch: plan), mids
+    engine.plan_of, walk.sample, walk.rest = (lambda batch: plan), mids, lambda: None
     try:
         with generator_restored():
             yield
     finally:
-        engine.plan_of, engine.walk.sample = of, None
+        engine.plan_of, walk.sample, walk.rest = of, None, rest
         engine.obey(before)
 
 

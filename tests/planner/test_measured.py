@@ -51,6 +51,13 @@ def test_a_long_tail_is_told_by_two_short_ones():
     assert known.of("tail", (28, 16, "fused"), LONGER) is None
 
 
+def test_of_one_tail_another_takes_as_much_more_as_the_formula_says():
+    known = Measured()
+    known.add("tail", (1, 16, "fused"), LOAD, Taken(10**6, 1.0))
+    told = known.bytes("tail", (28, 16, "fused"), LOAD, lambda way, load: 100 * way[0])
+    assert told == Estimate(10**6 + 2700, LIKELY)
+
+
 def test_it_is_kept_by_model(tmp_path):
     file = tmp_path / "new" / "measured.json"
     known = Measured(file, "a model")
@@ -83,7 +90,13 @@ def test_it_is_kept_by_model(tmp_path):
         '{"version": 1, "models": {"a model": [1]}}',
         '{"version": 1, "models": {"a model": [["forward", [[]], [1, 2, 3], [4, 5]]]}}',
         '{"version": 1, "models": {"a model": [["forward", [], [1, 2], [4, 5]]]}}',
-        '{"version": 1, "models": {"a model": [["forward", [], [1, 2, 3], ["x", 5]]]}}',
+        '{"version": 1, "models": {"a model": [["load", [], [1, 2, 3], ["x", 5]]]}}',
+        '{"version": 1, "models": {"a model": [["load", [], ["1", 2, 3], [4, 5]]]}}',
+        '{"version": 1, "models": {"a model": [["load", [], [0, 2, 3], [4, 5]]]}}',
+        '{"version": 1, "models": {"a model": [["load", [], [1, 2, Infinity], [4, 5]]]}}',
+        '{"version": 1, "models": {"a model": [["load", [], [1, 2, 3], [NaN, 5]]]}}',
+        '{"version": 1, "models": {"a model": [["load", [], [1, 2, 3], [4, Infinity]]]}}',
+        '{"version": 1, "models": {"a model": [["forward", [1, 2], [1, 2, 3], [4, 5]]]}}',
     ],
 )
 def test_a_file_that_is_none_is_as_good_as_no_file(text, tmp_path):

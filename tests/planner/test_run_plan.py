@@ -230,7 +230,6 @@ def test_half_duty_takes_twice_the_time():
 
 def test_a_run_rests_between_blocks(options, monkeypatch):
     rests = []
-    monkeypatch.setattr(module, "settle", lambda *args: None)
     monkeypatch.setattr(Duty, "rest", lambda duty: rests.append(duty.rest))
     finetune(options(duty=0.5, activations="spill", iters=1), notify=lambda line: None)
     assert len(rests) == 6  # three blocks, forward and backward

@@ -1,5 +1,7 @@
 """A few blocks tell what all of them take, and the plan is replaced by what they told."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import mlx.core as mx
@@ -10,8 +12,10 @@ import pytest
 from architectures import build, config
 from mlx.utils import tree_flatten
 from peaks import begin, highest
+from tiny import LENGTH
 
 from mlx_edgelora.blocks.checks import checked_blocks
+from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.data import Batch
 from mlx_edgelora.engine.build import Settings, assembled
 from mlx_edgelora.errors import EdgeLoraError
@@ -25,7 +29,9 @@ from mlx_edgelora.planner.run_plan import Budget, RunPlan
 from mlx_edgelora.planner.search import expected, smallest
 from mlx_edgelora.planner.shape import shape_of
 from mlx_edgelora.planner.sizes import Load
+from mlx_edgelora.training import finetune as module
 from mlx_edgelora.training import sampling
+from mlx_edgelora.training.finetune import finetune
 from mlx_edgelora.training.sampling import sample, settle
 
 MACHINE = Machine("a machine", Rates(5e10, 5e9, 1e9, 4e9, 2e9, 2e9, 2e-6))
@@ -132,12 +138,12 @@ def test_of_blocks_of_several_kinds_each_is_measured(tmp_path):
     chosen = run_by(lazy, batch_of(1, 12), Plan(streamed_blocks=0))
     visited = []
     with assembled(lazy, chosen.plan, Settings(folder, "float32")) as engine:
-        kinds = sampling._kinds(engine, 7)
+        kinds = sampling._kinds(engine, 0, 7)
         assert kinds == [[0, 2, 4, 6], [1, 3, 5]]
         assert sampling._sampled(kinds, overlaps=False, kept=False) == [4, 5, 6]
         assert sampling._sampled(kinds, overlaps=True, kept=False) == [2, 3, 4, 5, 6]
         assert sampling._sampled(kinds, overlaps=False, kept=True) == [4, 5]
-        assert sampling._kinds(engine, 5) == [[0, 2, 4], [1, 3]]
+        assert sampling._kinds(engine, 0, 5) == [[0, 2, 4], [1, 3]]
         called = engine.walk._functions.called
 
         def spied(index, *arguments):
@@ -238,3 +244,111 @@ def test_the_least_is_measured_too(wide):
             chosen.choice.peak, rel=0.1
         )
         assert replace(chosen.plan, reason="") == replace(engine.plan, reason="")
+
+
+@pytest.mark.parametrize("keys", [["model.embed_tokens"], ["lm_head"]])
+def test_adapters_outside_the_blocks_alone(keys, tmp_path):
+    """All blocks carry the gradient of the one, none that of the other."""
+    folder = saved(tmp_path, "llama")
+    lazy = open_model(str(folder), streamed=True, quantize=None, cache=folder)
+    add_lora(lazy.model, -1, rank=4, keys=keys)
+    chosen = run_by(lazy, batch_of(2, 20))
+    assert sampling.is_open(chosen) == (keys == ["model.embed_tokens"])
+    with assembled(lazy, chosen.plan, Settings(folder, "float32")) as engine:
+        assert settle(engine, chosen, print) is None
+        assert not sampling.is_open(chosen)
+        step_peak(engine, batch_of(2, 20), 10**9)
+
+
+def test_a_rest_is_no_part_of_what_is_measured(wide):
+    lazy, batch, rests = opened(wide), batch_of(1, 20), []
+    chosen = run_by(lazy, batch, Plan())
+    resting = Settings(wide, "float32", rest=lambda: rests.append(1))
+    with assembled(lazy, chosen.plan, resting) as engine:
+        sample(engine, chosen)
+        assert not rests
+        engine.value_and_grad(batch)
+    assert len(rests) == 12
+
+
+@pytest.fixture
+def run(tiny, tmp_path):
+    """A run within a budget that has something to choose; gives the lines that were told."""
+
+    def run(**changes):
+        common = {
+            "model": str(tiny / "model"),
+            "data": str(tiny / "data"),
+            "adapter_path": str(tmp_path / "adapters"),
+            "spill_dir": str(tmp_path),
+            "num_layers": -1,
+            "batch_size": 2,
+            "iters": 2,
+            "max_seq_length": LENGTH,
+            "val_batches": 0,
+            "memory_budget": "25MB",
+            "activations": "spill",
+        }
+        lines = []
+        finetune(TrainConfig.from_dict(common | changes), notify=lines.append)
+        return lines
+
+    return run
+
+
+def test_a_run_remembers_what_another_measured_of_the_same(run):
+    def runs_until_all_is_known(**options):
+        """Of ways that seem better than what is known some may be left for the next run."""
+        for count in range(5):
+            if not any("measured in" in line for line in run(**options)):
+                return count
+        return None
+
+    assert runs_until_all_is_known()
+    assert runs_until_all_is_known(iters=1, learning_rate=1e-3) == 0
+    for other in ({"lora_parameters": {"dropout": 0.1}}, {"batch_size": 1}, {"dtype": "bfloat16"}):
+        assert runs_until_all_is_known(**other)
+        assert runs_until_all_is_known(**other) == 0
+
+
+def test_the_model_of_an_engine_that_was_given_up_is_gone(run, monkeypatch):
+    """And nothing but the time of it is lost."""
+    models, settled = [], []
+
+    def settle_twice(engine, chosen, notify, stays):
+        models.append(weakref.ref(engine.model))
+        settled.append(stays)
+        return chosen if len(settled) == 1 else None
+
+    monkeypatch.setattr(module, "settle", settle_twice)
+    original = module.train
+
+    def train(*args):
+        gc.collect()
+        assert models[0]() is None and models[1]() is not None
+        return original(*args)
+
+    monkeypatch.setattr(module, "train", train)
+    run()
+    assert settled == [False, False]
+
+
+def test_engines_are_not_made_without_end(run, monkeypatch):
+    settled = []
+
+    def never(engine, chosen, notify, stays):
+        settled.append(stays)
+        return None if stays else chosen
+
+    monkeypatch.setattr(module, "settle", never)
+    run()
+    assert settled == [False, False, False, True]
+
+
+def test_a_budget_that_may_do_is_tried(run):
+    """A formula says of so small a model that it takes some ten MB; it takes two."""
+    options = {"lora_parameters": {"rank": 3}, "activations": None}
+    lines = run(memory_budget="8MB", **options)
+    assert any("measured in" in line for line in lines)
+    with pytest.raises(EdgeLoraError, match="memory_budget: got 1MB"):
+        run(memory_budget="1MB", **options)
