@@ -74,7 +74,9 @@ class Memory:
         self.streamed = streamed
         self.hidden = self.load.size * shape.hidden * shape.itemsize
         self.paged = plan.adapters == "paged"
-        self.ways = ways_of(plan, self.by_tiles, self.kept)
+        # MLX runs farther ahead where there are no weights to wait for.
+        resident = streamed < count - self.kept
+        self.ways = ways_of(plan, self.by_tiles, self.kept, resident)
         self.base = (self._base() if base is None else base) + self._ring()
 
     @property
@@ -177,9 +179,17 @@ class Memory:
         return held + self.paged * self.kept * self.shape.adapter_bytes
 
 
-def ways_of(plan: Plan, by_tiles: bool, kept: int) -> dict[str, Way]:
-    """How a plan computes each kind of phase, as far as that decides what is needed."""
-    block = (plan.tile_tokens if by_tiles else None, plan.mlp_bytes, plan.kernel)
+def ways_of(plan: Plan, by_tiles: bool, kept: int, resident: bool) -> dict[str, Way]:
+    """How a plan computes each kind of phase, as far as that decides what is needed.
+
+    Args:
+        plan: which.
+        by_tiles: whether the batch is larger than a tile.
+        kept: blocks at the end.
+        resident: whether the weights of others stay in memory.
+    """
+    tile_tokens = plan.tile_tokens if by_tiles else None
+    block = (tile_tokens, plan.mlp_bytes, plan.kernel, resident)
     place = "resident" if plan.head == "resident" or not plan.streams else "streamed"
     return {
         "load": (),

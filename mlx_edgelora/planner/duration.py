@@ -87,7 +87,7 @@ class _Step:
             return self._head(way[0], load, way[1] == "streamed")
         if kind == "tail":
             kept, loss_bytes, kernel = way
-            block = _Block(self, (None, None, kernel), load)
+            block = _Block(self, (None, None, kernel, True), load)
             # Of the last one all but keys and values is computed for labelled tokens.
             count = kept - 1 + load.labelled / load.size
             spent = kept * BACKWARD_CALLS * self.rates.call
@@ -121,7 +121,7 @@ class _Block:
     """One block, computed in some way."""
 
     def __init__(self, step: _Step, way: Way, load: Load) -> None:
-        tile_tokens, mlp_bytes, kernel = way
+        tile_tokens, mlp_bytes, kernel, _ = way
         self.shape, self.load, self.rates = step.shape, load, step.rates
         shape = step.shape
         self.tiles = 1 if tile_tokens is None else -(-load.size // tile_tokens)

@@ -18,7 +18,7 @@ from mlx_edgelora.storage.files import write_atomically
 VERSION = 1
 # Of each kind of phase, what names a way to compute it (`cost.ways_of`).
 BLOCK = ("forward", "backward", "tiles forward", "tiles backward")
-LENGTHS = dict.fromkeys(BLOCK, 3) | {"load": 0, "head": 2, "tail": 3, "update": 1}
+LENGTHS = dict.fromkeys(BLOCK, 4) | {"load": 0, "head": 2, "tail": 3, "update": 1}
 # So many models are remembered.
 MODELS = 64
 # How much more may be needed than is said: of what was measured as it is, of what was measured
@@ -106,10 +106,14 @@ class Measured:
             return Estimate(taken.bytes, KNOWN)
         expected = formula(way, load)
         if kind == "tail":
-            for other, loads in self._known.get(kind, {}).items():
-                if other[1:] == way[1:] and load in loads:  # as much more as the formula says
-                    more = expected - formula(other, load)
-                    return Estimate(max(0.0, loads[load].bytes + more), LIKELY)
+            # As much more as the formula says, than what was measured of as many blocks or so.
+            others = {
+                w: loads[load] for w, loads in self._known.get(kind, {}).items() if load in loads
+            }
+            if others:
+                nearest = min(others, key=lambda other: abs(other[0] - way[0]))
+                more = expected - formula(nearest, load)
+                return Estimate(max(0.0, others[nearest].bytes + more), LIKELY)
         ratios = self._ratios(kind, way, lambda w, n, t: t.bytes / max(1.0, formula(w, n)))
         if not ratios:
             return Estimate(expected, UNKNOWN)

@@ -64,7 +64,7 @@ def need(kind: str, shape: ModelShape, way: Way, load: Load) -> float:
     Args:
         kind: one of `TERMS`; "tail" is that of the kept blocks and the head.
         shape: of the model.
-        way: (tile_tokens, mlp_bytes, kernel) of a block; (loss_bytes, place of the head);
+        way: (tile_tokens, mlp_bytes, kernel, resident) of a block; (loss_bytes, place of the head);
             (kept blocks, loss_bytes, kernel) of a tail; (placement of adapters,) of an update.
         load: the tokens.
     """
@@ -97,7 +97,7 @@ def sizes_of(kind: str, shape: ModelShape, way: Way, load: Load) -> dict[str, fl
         }
     if kind == "load":
         return sizes | {"every hidden": every}
-    tile_tokens, mlp_bytes, _ = way
+    tile_tokens, mlp_bytes, *_ = way
     tokens = load.size
     if kind.startswith("tiles"):
         spans = -(-load.tokens // max(1, tile_tokens // load.rows))

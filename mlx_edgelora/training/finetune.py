@@ -237,7 +237,7 @@ def _settled(
             left -= 1
             another = settle(engine, chosen, notify, stays=not left) if config.train else None
             if another is None:
-                _set_limit(chosen)
+                _limit_memory(chosen)
                 if config.plan_out is not None:
                     _write_plan(config, chosen)
                 engine.plan_of = chosen.of
@@ -438,20 +438,19 @@ def _limits(chosen: RunPlan) -> Iterator[None]:
         before = mx.set_cache_limit(cache)
         stack.callback(mx.set_cache_limit, before)
         mx.set_cache_limit(min(before, cache))
-        before = mx.set_memory_limit(2**62)
-        stack.callback(mx.set_memory_limit, before)
-        mx.set_memory_limit(before)
-        most = _set_limit(chosen)
+        stack.callback(mx.set_memory_limit, _limit_memory(chosen))
         if mx.metal.is_available():
-            stack.callback(mx.set_wired_limit, mx.set_wired_limit(wired_limit(most)))
+            stack.callback(mx.set_wired_limit, mx.set_wired_limit(wired_limit(_most(chosen))))
         yield
 
 
-def _set_limit(chosen: RunPlan) -> int:
-    """MLX's memory limit for a plan, none above the one that was set."""
-    most = chosen.budget.bytes
-    if most is None:  # how far MLX runs ahead is bounded by its limit alone
-        most = chosen.choice.needs
-    before = mx.set_memory_limit(most)
-    mx.set_memory_limit(min(before, most))
-    return most
+def _limit_memory(chosen: RunPlan) -> int:
+    """Set MLX's memory limit for a plan, not above the one that was set; gives that one."""
+    before = mx.set_memory_limit(_most(chosen))
+    mx.set_memory_limit(min(before, _most(chosen)))
+    return before
+
+
+def _most(chosen: RunPlan) -> int:
+    """How far MLX runs ahead is bounded by its limit alone, so there is always one."""
+    return chosen.choice.needs if chosen.budget.bytes is None else chosen.budget.bytes

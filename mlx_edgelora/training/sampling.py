@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from math import inf
 from typing import Any
 
 from mlx.utils import tree_flatten
@@ -212,7 +211,7 @@ def _measure(engine: Engine, chosen: RunPlan, plan: Plan, load: Load, mids: list
         spent = min(best.get(kind, [0.0])) / max(1, counts.get(kind, 1))
         if kind in reading:
             spent = max(0.3 * spent, spent - reading[kind])
-        known.add(memory.kind(kind), memory.ways[kind], load, Taken(max(0, need), spent))
+        known.add(memory.kind(kind), memory.ways[kind], load, Taken(need, spent))
 
 
 def _reading(chosen: RunPlan, plan: Plan) -> dict[str, float]:
@@ -239,47 +238,43 @@ def _sampling(engine: Engine, plan: Plan, mids: list[int]) -> Iterator[None]:
         engine.obey(before)
 
 
-def _parts(stretches: list[Stretch], kept: bool) -> Iterator[tuple[str, int | None, Stretch]]:
-    """Of which phase of which block each stretch is."""
-    kind, block = "load", None
-    turned = False
+# Which phase of which block; the last blocks that are kept are one, "tail".
+Place = tuple[str, int | None]
+
+
+def _places(stretches: list[Stretch], kept: bool) -> Iterator[tuple[Place, Stretch]]:
+    """Where in a step each stretch is: reading and spilling belong to what they are done for."""
+    place, turned = ("load", None), False
     for stretch in stretches:
         if stretch.phase == "head":
-            kind, block, turned = "head", None, True
-        elif stretch.phase == "update":
-            break
+            place, turned = ("head", None), True
         elif stretch.block is not None and stretch.phase != "spill":
             if kept and not turned and stretch.phase == "backward":
-                kind, block, turned = "tail", stretch.block, True
-            elif (kind, block) != ("tail", stretch.block):
-                kind, block = ("backward" if turned else "forward"), stretch.block
-        yield kind, block, stretch
+                place, turned = ("tail", None), True
+            else:
+                place = "backward" if turned else "forward", stretch.block
+        yield place, stretch
 
 
 def _needs(stretches: list[Stretch], memory: Memory, computed: list[int]) -> dict[str, int]:
     """What each kind of phase took beside what is accounted for."""
-    held: dict[tuple[str, int | None], int] = {}
+    held: dict[Place, int] = {}
     for phase in memory.phases():
-        name = phase.name
-        block = None if phase.block is None else computed[phase.block]
-        if memory.kept and name == "backward" and phase.block == len(computed) - memory.kept:
-            name = "tail"
-        held[name, block] = phase.held
+        if memory.kept and phase.block == len(computed) - memory.kept:
+            held["tail", None] = phase.held
+        else:
+            block = None if phase.block is None else computed[phase.block]
+            held[phase.name, block] = phase.held
     found: dict[str, int] = {}
-    for kind, block, stretch in _parts(stretches, bool(memory.kept)):
-        # Weights of the tail are read in its first phase, of whichever block.
-        place = (
-            next((key for key in held if key[0] == "tail"), None)
-            if kind == "tail"
-            else (kind, block)
-        )
-        if place in held:
-            found[kind] = max(found.get(kind, -inf), stretch.peak_bytes - held[place])
-    return {kind: round(need) for kind, need in found.items()}
+    for place, stretch in _places(stretches, bool(memory.kept)):
+        if place in held:  # the weights of kept blocks are read before
+            need = max(0, stretch.peak_bytes - held[place])
+            found[place[0]] = max(found.get(place[0], 0), need)
+    return found
 
 
 def _seconds(stretches: list[Stretch], kept: bool) -> dict[str, float]:
     found: dict[str, float] = {}
-    for kind, _, stretch in _parts(stretches, kept):
+    for (kind, _), stretch in _places(stretches, kept):
         found[kind] = found.get(kind, 0.0) + stretch.seconds
     return found
