@@ -69,7 +69,7 @@ def test_without_a_budget_the_machine_says(told):
 
 
 def test_the_least_memory(told):
-    _, out, _ = told("--memory-budget", "min", "--max-seq-length", 4097)
+    _, out, _ = told("--memory-budget", "min", "--max-seq-length", 16385, "--labelled", 0.02)
     assert "for the least memory" in out
     rows = dict(re.findall(r"^  (\S.*?)  +(.+)$", out, re.MULTILINE))
     assert rows["tokens"] == "256 at a time"

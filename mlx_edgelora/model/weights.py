@@ -126,6 +126,7 @@ class StreamedWeights:
     def close(self) -> None:
         """Let go of memory and files."""
         self.trim()
+        self._held.clear()
         self._worker.shutdown()
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])

@@ -1,6 +1,7 @@
 """A whole run: model, adapters, data, engine, loop. What the command line and users call."""
 
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -246,6 +247,7 @@ def _settled(
         if chosen is not None:
             del engine
             lazy.replace_by(_adapted(config))
+            gc.collect()  # engines hold themselves; two would not fit
 
 
 def _write_plan(config: TrainConfig, chosen: RunPlan) -> None:
