@@ -43,7 +43,7 @@ from mlx_edgelora.planner.run_plan import Budget, RunPlan
 from mlx_edgelora.planner.search import Choice, expected, plan, smallest
 from mlx_edgelora.planner.shape import shape_of
 from mlx_edgelora.planner.sizes import Load, ModelShape
-from mlx_edgelora.training.sampling import settle
+from mlx_edgelora.training.sampling import begun, settle
 
 MB = 10**6
 # Budgets of the grid, in multiples of the smallest that works; None is plenty.
@@ -109,26 +109,28 @@ class Planned:
     def settled(self, times: float | None) -> Iterator[tuple[RunPlan, int, Engine]]:
         """The run within a budget, what was expected by the formula, and its engine."""
         budget = 10**12 if times is None else round(times * self._least())
-        asked = self._run(Budget(budget, "as asked"))
-        chosen: RunPlan | None = asked.by(asked.searched())
+        with self._by(Budget(budget, "as asked")) as settled:
+            yield settled
+
+    def _least(self) -> int:
+        """The smallest budget that works, by what is known once the plan for it was measured."""
+        if self._smallest is None:
+            with self._by(Budget(None, "the least")) as (chosen, _, _):
+                self._smallest = chosen.choice.needs
+        return self._smallest
+
+    @contextmanager
+    def _by(self, budget: Budget) -> Iterator[tuple[RunPlan, int, Engine]]:
+        chosen: RunPlan | None = begun(self._run(budget))
         while chosen is not None:
             first = expected(*self._arguments, chosen.plan).peak
             with self._assembled(chosen.plan) as engine:
                 another = settle(engine, chosen, lambda line: None)
                 if another is None:
                     yield chosen, first, engine
+            del engine
+            gc.collect()  # engines hold themselves
             chosen = another
-
-    def _least(self) -> int:
-        """The smallest budget that works, by what is known once the plan for it was measured."""
-        if self._smallest is None:
-            asked = self._run(Budget(None, "the least"))
-            chosen: RunPlan | None = asked.by(asked.searched())
-            while chosen is not None:
-                with self._assembled(chosen.plan) as engine:
-                    another = settle(engine, chosen, lambda line: None)
-                self._smallest, chosen = chosen.choice.needs, another
-        return self._smallest
 
     def _run(self, budget: Budget) -> RunPlan:
         return RunPlan(*self._arguments, budget, None, {}, True, self.known)

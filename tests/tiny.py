@@ -50,3 +50,18 @@ def words(numbers) -> str:
 
 def write_rows(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def run_options(tiny: Path, folder: Path) -> dict:
+    """Options of a run of two steps on the tiny model, without validation."""
+    return {
+        "model": str(tiny / "model"),
+        "data": str(tiny / "data"),
+        "adapter_path": str(folder / "adapters"),
+        "spill_dir": str(folder),
+        "num_layers": -1,
+        "batch_size": 2,
+        "iters": 2,
+        "max_seq_length": LENGTH,
+        "val_batches": 0,
+    }

@@ -202,9 +202,8 @@ class _Visit:
 
             sums = self._sums_from(seen)
             with ExitStack() as stack:
-                if (
-                    not block._parts.through_cache
-                ):  # what is kept goes to attention and nowhere else
+                # What is kept goes to attention then, and nowhere else.
+                if not block._parts.through_cache:
                     stack.enter_context(key_gradients_added(sums))
                 dx, *pair = self._vjp(finished, [x, *_tokens(seen, self.kept)], [cotangent])
             if not sums.used:

@@ -106,12 +106,7 @@ def sizes_of(kind: str, shape: ModelShape, way: Way, load: Load) -> dict[str, fl
     sliced = mlp_bytes is not None and shape.gated
     sizes |= {
         "hidden": tokens * shape.hidden * entry,
-        "attention": tokens * (shape.queries + shape.keys) * entry,
-        "attention float": tokens * (shape.queries + shape.keys) * FLOAT,
         "intermediate": 0 if sliced else tokens * shape.intermediate * entry,
-        "rank": tokens * shape.rank * FLOAT,
-        "keys": load.size * shape.keys * FLOAT,
-        "every hidden": every,
     }
     if sliced:
         group = 64 if shape.packed else 1

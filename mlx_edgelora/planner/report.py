@@ -45,7 +45,7 @@ class PlanReport:
     @cached_property
     def smallest(self) -> Choice:
         """The plan that takes the least memory."""
-        return smallest(*self._arguments, self._chosen.fixed, self._known)
+        return self._chosen.smallest()
 
     @cached_property
     def context(self) -> int:
@@ -206,7 +206,7 @@ def duration(spent: float) -> str:
 
 def too_small(chosen: RunPlan) -> RunPlan:
     """The run by the smallest plan there is, for a budget that it does not fit."""
-    least = smallest(chosen.shape, chosen.load, chosen.machine, chosen.fixed, chosen.known)
+    least = chosen.smallest()
     return chosen.by(replace(least, plan=replace(least.plan, reason="the least memory")))
 
 

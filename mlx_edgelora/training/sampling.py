@@ -19,6 +19,7 @@ from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.measure.profile import Stretch
 from mlx_edgelora.model.weights import StreamedWeights
 from mlx_edgelora.planner.cost import Memory
+from mlx_edgelora.planner.duration import OVERLAPPED
 from mlx_edgelora.planner.measured import Taken
 from mlx_edgelora.planner.plan import Plan
 from mlx_edgelora.planner.report import duration
@@ -37,6 +38,8 @@ ASSEMBLED = {"streamed_blocks", "head", "adapters", "kernel", "loss_bytes"}
 SURE = 0.5
 # Where all fits into this share of the budget there is nothing to choose.
 PLENTY = 0.5
+# Of the time of a visit so much is computing, however fast its weights should be read.
+COMPUTING = 0.3
 # Kinds of blocks that are measured at most.
 KINDS = 8
 # The first pass compiles. Where it takes longer than this in seconds, it is not repeated.
@@ -73,7 +76,8 @@ def settle(
             getattr(best.plan, name) != lasting[name] for name in names
         ):
             here = _within(chosen, lasting)
-            if here is None or _better(best, here, chosen.budget.bytes is None):
+            worth = here is None or _better(best, here, chosen.budget.bytes is None)
+            if worth and not stays:
                 notify(f"measured in {spent:.1f} s; another plan is better")
                 return chosen.by(best)
             best = here
@@ -209,18 +213,15 @@ def _measure(engine: Engine, chosen: RunPlan, plan: Plan, load: Load, mids: list
     reading = _reading(chosen, plan)
     for kind, need in needs.items():
         spent = min(best.get(kind, [0.0])) / max(1, counts.get(kind, 1))
-        if kind in reading:
-            spent = max(0.3 * spent, spent - reading[kind])
+        if kind in counts:
+            spent = max(COMPUTING * spent, spent - reading)
         known.add(memory.kind(kind), memory.ways[kind], load, Taken(need, spent))
 
 
-def _reading(chosen: RunPlan, plan: Plan) -> dict[str, float]:
+def _reading(chosen: RunPlan, plan: Plan) -> float:
     """Seconds of a visit of a block that its weights take, which are counted apart."""
-    if not plan.streams:
-        return {}
-    share = 0.4 if plan.prefetch else 1.0
-    spent = share * chosen.shape.block_bytes / chosen.machine.rates.read
-    return {"forward": spent, "backward": spent}
+    share = OVERLAPPED if plan.prefetch else 1.0
+    return plan.streams * share * chosen.shape.block_bytes / chosen.machine.rates.read
 
 
 @contextmanager

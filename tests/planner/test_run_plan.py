@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
-from tiny import LENGTH, words, write_rows
+from tiny import run_options, words, write_rows
 
 from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.data import Batch
@@ -28,18 +28,7 @@ from mlx_edgelora.training.finetune import finetune, open_engine
 @pytest.fixture
 def options(tiny, tmp_path):
     def make(**changes):
-        common = {
-            "model": str(tiny / "model"),
-            "data": str(tiny / "data"),
-            "adapter_path": str(tmp_path / "adapters"),
-            "spill_dir": str(tmp_path),
-            "num_layers": -1,
-            "batch_size": 2,
-            "iters": 2,
-            "max_seq_length": LENGTH,
-            "steps_per_report": 1,
-            "val_batches": 0,
-        }
+        common = run_options(tiny, tmp_path) | {"steps_per_report": 1}
         return TrainConfig.from_dict(common | changes)
 
     return make

@@ -11,7 +11,7 @@ import pytest
 from architectures import build, config
 from mlx.utils import tree_flatten
 from peaks import begin, highest
-from tiny import LENGTH
+from tiny import run_options
 
 from mlx_edgelora.blocks.checks import checked_blocks
 from mlx_edgelora.config import TrainConfig
@@ -200,6 +200,19 @@ def test_a_plan_is_replaced_by_what_was_measured(wide, monkeypatch):
     assert all("measured in" in line for line in lines)
 
 
+def test_an_engine_that_stays_is_not_given_up(wide, monkeypatch):
+    """Not even for a plan without weights on disk, which seems better."""
+    monkeypatch.setattr(sampling, "_better", lambda *args: True)
+    lazy, batch = opened(wide), batch_of(1, 20)
+    for stays in (False, True):
+        chosen = run_by(lazy, batch, budget=10**9)
+        chosen.choice = chosen.expected(Plan(kept_blocks=1))
+        with assembled(opened(wide), chosen.plan, Settings(wide, "float32")) as engine:
+            found = settle(engine, chosen, print, stays=stays)
+        assert (found is None) == stays
+    assert chosen.plan.streams
+
+
 def test_a_plan_that_was_given_is_not_measured(wide):
     lazy, batch = opened(wide), batch_of(1, 20)
     chosen = run_by(lazy, batch, Plan())
@@ -275,21 +288,11 @@ def run(tiny, tmp_path):
     """A run within a budget that has something to choose; gives the lines that were told."""
 
     def run(**changes):
-        common = {
-            "model": str(tiny / "model"),
-            "data": str(tiny / "data"),
-            "adapter_path": str(tmp_path / "adapters"),
-            "spill_dir": str(tmp_path),
-            "num_layers": -1,
-            "batch_size": 2,
-            "iters": 2,
-            "max_seq_length": LENGTH,
-            "val_batches": 0,
-            "memory_budget": "25MB",
-            "activations": "spill",
-        }
+        own = {"memory_budget": "25MB", "activations": "spill"}
         lines = []
-        finetune(TrainConfig.from_dict(common | changes), notify=lines.append)
+        finetune(
+            TrainConfig.from_dict(run_options(tiny, tmp_path) | own | changes), notify=lines.append
+        )
         return lines
 
     return run
