@@ -6,6 +6,7 @@ import mlx.core as mx
 import pytest
 from hypothesis import settings
 
+from mlx_edgelora.engine.functions import can_compile
 from mlx_edgelora.storage import files
 
 # Helpers that are not tests lie beside them.
@@ -16,28 +17,33 @@ settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
 
 
+# On a CPU MLX calls a C++ compiler for every fused kernel; tests of compilation ask for it.
+mx.disable_compile()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def cache(tmp_path_factory):
     """What is measured of the machine is measured once, and not kept in the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
 
 
-@pytest.fixture(autouse=True, scope="session")
-def uncompiled():
-    """On a CPU MLX calls a C++ compiler for every fused kernel; tests of compilation ask for it."""
+@pytest.fixture(autouse=True)
+def alone(cache):
+    """No test finds what another one measured of a model, or compiles because another one does."""
+    for file in cache.rglob("measured.json"):
+        file.unlink()
     mx.disable_compile()
-    yield
-    mx.enable_compile()
+    can_compile.cache_clear()
 
 
 @pytest.fixture
-def compiles():
+def compiles(alone):
     """MLX compiles, for one test."""
     mx.enable_compile()
-    yield
-    mx.disable_compile()
+    can_compile.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -82,11 +82,7 @@ def train_with_mlx_lm(config):
     np.random.seed(args.seed)
     model, tokenizer = load(args.model)
     train_set, valid_set, _ = load_dataset(args, tokenizer)
-    mx.disable_compile()  # the same arithmetic, without a C++ compiler's seconds
-    try:
-        mlx_lm_lora.train_model(args, model, train_set, valid_set, recorder)
-    finally:
-        mx.enable_compile()
+    mlx_lm_lora.train_model(args, model, train_set, valid_set, recorder)
     return [report["train_loss"] for report in recorder.train]
 
 
