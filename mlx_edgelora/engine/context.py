@@ -76,6 +76,6 @@ class Segment(Protocol):
         """
         ...
 
-    def prefetch(self) -> None:
-        """Begin to bring back what `backward` needs."""
+    def prefetch(self) -> int | None:
+        """Begin to bring back what `backward` needs; gives the block whose weights it reads."""
         ...

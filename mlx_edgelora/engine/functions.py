@@ -154,8 +154,19 @@ class BlockFunctions:
         call: Call,
         wanted: Wanted,
         onward: bool,
-    ) -> tuple[Arrays, mx.array | None]:
-        """Gradients of what is trained of a block and, if `onward`, of its input; lazy."""
+        first: bool = False,
+    ) -> tuple[mx.array | None, Arrays, mx.array | None]:
+        """Gradients of what is trained of a block and, if `onward`, of its input; lazy.
+
+        Args:
+            index, arrays, x, call, wanted: as of `forward`.
+            cotangent: of what the block returns.
+            onward: whether the gradient of the input is needed.
+            first: what the block returns is wanted too, which was not computed before.
+
+        Returns:
+            That or None, gradients by local name, and that of the input or None.
+        """
 
         def function(
             trained: Arrays,
@@ -174,14 +185,17 @@ class BlockFunctions:
                 with bound(self.slots[index], values), self.tape.playing(keys):
                     return self.called(index, primals[-1], args, kwargs, wanted._replace(rows=rows))
 
-            _, gradients = mx.vjp(forward, [*trained.values(), x], [cotangent])
-            return gradients if onward else gradients[:-1]
+            out, gradients = mx.vjp(forward, [*trained.values(), x], [cotangent])
+            return [*out[:first], *(gradients if onward else gradients[:-1])]
 
-        key = "gradients", self.signature(index), wanted.spares, onward
+        key = "gradients", self.signature(index), wanted.spares, onward, first
+        if first and self.tape.is_used:
+            key = None
         arguments = *packed(call.args, call.kwargs), call.keys, wanted.rows
         found = self.functions.call(key, function, *arrays, x, cotangent, *arguments)
+        out = found.pop(0) if first else None
         dx = found.pop() if onward else None
-        return dict(zip(arrays[0], found, strict=True)), dx
+        return out, dict(zip(arrays[0], found, strict=True)), dx
 
 
 def rows_of(whole: mx.array, rows: mx.array) -> mx.array:

@@ -54,11 +54,15 @@ class Visits:
         slots, names = self.slots[index], self._trained[index]
         with phase("load", index):
             frozen, own = self.weights.block(index, lasting), self.adapters.block(index)
-            if following is not None and self.prefetches:
-                self.weights.prefetch(following)
+            self.ahead(following)
         held = {name: box[key] for name, (box, key) in slots.items()}
         trained = {name: own.get(name, held[name]) for name in names}
         return trained, {n: frozen.get(n, v) for n, v in held.items() if n not in trained}
+
+    def ahead(self, following: int | None) -> None:
+        """Begin to read the weights of the block that is visited next; None for none."""
+        if following is not None and self.prefetches:
+            self.weights.prefetch(following)
 
 
 def _trained(block: nn.Module) -> list[str]:

@@ -8,7 +8,8 @@
 It happens outside of any trace: an array that is evaluated while a gradient is traced keeps its
 whole graph, so nothing would be freed. Each segment is differentiated by itself and evaluated,
 and all of its graph is dropped. Segments are blocks computed whole (`Whole`), by tiles of
-tokens (`Tiled`), and the last ones with the loss (`Tail`).
+tokens (`Tiled`), or once with their activations kept (`Kept`), and the last ones with the loss as
+one (`Tail`).
 """
 
 from collections.abc import Callable, Container, Iterator
@@ -33,6 +34,7 @@ from mlx_edgelora.blocks.weight_source import WeightSource
 from mlx_edgelora.engine.context import Context, Segment
 from mlx_edgelora.engine.functions import BlockFunctions, Wanted
 from mlx_edgelora.engine.hidden import Hidden, Slots, spans_of
+from mlx_edgelora.engine.kept import Kept
 from mlx_edgelora.engine.pipeline import Pipeline
 from mlx_edgelora.engine.record import Call, first_input, record
 from mlx_edgelora.engine.tail import Loss, Tail
@@ -262,18 +264,22 @@ class Walk:
             spares = rows is not None and self.spares_rows
             last = Wanted(rows, spares and self._can_cut(count - 1, calls[-1], tokens))
         segments: list[Segment] = []
-        for index in range(kept_from):
-            if self.sample is not None and index not in self.sample:
+        # A head that is read by tiles cannot be a part of the kept blocks' graph.
+        tail_from = count if self._plan.reads_head else kept_from
+        for index in range(tail_from):
+            if self.sample is not None and index < kept_from and index not in self.sample:
                 continue
             wanted = last if index + 1 == count else Wanted()
             choice = self._tiling.of(index) if len(spans) > 1 else None
-            if choice and choice.possible and self._can_cut(index, calls[index], tokens):
+            if index >= kept_from:
+                segments.append(Kept(context, index, calls[index], wanted))
+            elif choice and choice.possible and self._can_cut(index, calls[index], tokens):
                 segments.append(Tiled(context, index, calls[index], wanted, choice.through_cache))
             else:
                 segments.append(Whole(context, index, calls[index], wanted))
         tail = None
-        if kept_from < count:
-            tail = Tail(context, range(kept_from, count), calls[kept_from:], last)
+        if tail_from < count:
+            tail = Tail(context, range(tail_from, count), calls[tail_from:], last)
         return Pass(run, context, segments, tail, rows)
 
     def _can_cut(self, index: int, call: Call, tokens: int) -> bool:
@@ -334,10 +340,7 @@ class Walk:
             segment = wanted.pop()
 
             def ahead(following: list[Segment] = wanted) -> int | None:
-                if not following:
-                    return None
-                following[-1].prefetch()
-                return following[-1].index
+                return following[-1].prefetch() if following else None
 
             dy, gradients = segment.backward(dy, ahead)
             yield self._named(segment.index, gradients)

@@ -46,13 +46,14 @@ class Whole:
         self._input.forget()
         arrays = context.visits.of(self.index, ahead())
         with phase("backward", self.index):
-            gradients, dx = context.functions.gradients(
+            _, gradients, dx = context.functions.gradients(
                 self.index, arrays, x, cotangent, self._call, self._wanted, onward
             )
             del arrays, x, cotangent
             context.pipeline.submit(gradients, dx)
         return (context.handed_on(dx) if onward else None), gradients
 
-    def prefetch(self) -> None:
-        """Begin to bring the input back."""
+    def prefetch(self) -> int:
+        """Begin to bring the input back; see `Segment`."""
         self._input.prefetch()
+        return self.index

@@ -90,18 +90,9 @@ class StreamedWeights:
         """
         if index >= self._held_from:
             if index not in self._held:
-                self._held[index] = self._read_anew(index)
+                self._held[index] = self._taken(index, lasting=True)
             return dict(self._held[index])
-        if lasting:
-            return self._read_anew(index)
-        ready = self._settled(index)
-        self._release()
-        if ready is None:
-            ready = self._buffer(index)
-            self._fill(index, ready)
-        self._used.append((self._layout(index), ready))
-        self._meter.add_read(ready.nbytes)
-        return self._cast(ready.arrays)
+        return self._taken(index, lasting)
 
     def hold_from(self, index: int) -> None:
         """Keep this block and those above it in memory, from their next visit on, and no other."""
@@ -131,6 +122,20 @@ class StreamedWeights:
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
+    def _taken(self, index: int, lasting: bool) -> Arrays:
+        ready = self._settled(index)
+        self._release()
+        if ready is None:
+            ready = self._buffer(index)
+            self._fill(index, ready)
+        self._meter.add_read(ready.nbytes)
+        arrays = self._cast(ready.arrays)
+        if lasting:
+            mx.eval(arrays)
+        else:
+            self._used.append((self._layout(index), ready))
+        return arrays
+
     def _settled(self, index: int | None) -> "_Buffer | None":
         """Wait for what is on its way, and give it if it is this block's."""
         if self._ahead is None:
@@ -158,14 +163,6 @@ class StreamedWeights:
             del self._free[other]
         free = self._free.setdefault(layout, [])
         return free.pop() if free else _Buffer({n: i for n, (_, i) in self._blocks[index].items()})
-
-    def _read_anew(self, index: int) -> Arrays:
-        buffer = _Buffer({n: i for n, (_, i) in self._blocks[index].items()})
-        self._fill(index, buffer)
-        self._meter.add_read(buffer.nbytes)
-        arrays = self._cast(buffer.arrays)
-        mx.eval(arrays)
-        return arrays
 
     def _cast(self, arrays: Arrays) -> Arrays:
         return dict(arrays) if self._dtype is None else cast_all(arrays, self._dtype)

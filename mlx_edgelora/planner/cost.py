@@ -79,13 +79,9 @@ class Memory:
         self.ways = ways_of(plan, self.by_tiles, self.kept, resident)
         self.base = (self._base() if base is None else base) + self._ring()
 
-    @property
-    def _reads_head(self) -> bool:
-        return self.plan.head == "streamed" and self.plan.streams
-
     def _base(self) -> int:
         shape = self.shape
-        base = shape.outside_bytes + (0 if self._reads_head else shape.head_bytes)
+        base = shape.outside_bytes + (0 if self.plan.reads_head else shape.head_bytes)
         base += (shape.blocks - self.streamed) * shape.block_bytes
         base += shape.outside_adapter_bytes * (1 + MOMENTS)
         if not self.paged:
@@ -120,6 +116,7 @@ class Memory:
         held = self.base + self._waiting(last)
         if self.kept:
             held += self._input() + self._kept_weights()
+            held += self.paged * self.kept * shape.adapter_bytes
             yield Phase("backward", last, held, self._need("tail"))
         else:
             labelled = self.load.labelled * shape.hidden * shape.itemsize
@@ -172,11 +169,11 @@ class Memory:
         return self.paged * self.shape.adapter_bytes
 
     def _kept_weights(self) -> int:
-        """Of all kept blocks and the head, as far as they do not stay in memory."""
+        """Of kept blocks, beside the ring, as far as they do not stay in memory."""
         first = self.shape.blocks - self.kept
         held = max(0, self.streamed - first) * self.shape.block_bytes
-        held += self._reads_head * self.shape.head_bytes  # as a part of a graph it is read whole
-        return held + self.paged * self.kept * self.shape.adapter_bytes
+        # They take the ring's memory, and one more block is begun at the end.
+        return held - max(0, min(held, self._ring()) - self.plan.prefetch * self.shape.block_bytes)
 
 
 def ways_of(plan: Plan, by_tiles: bool, kept: int, resident: bool) -> dict[str, Way]:
@@ -190,12 +187,12 @@ def ways_of(plan: Plan, by_tiles: bool, kept: int, resident: bool) -> dict[str, 
     """
     tile_tokens = plan.tile_tokens if by_tiles else None
     block = (tile_tokens, plan.mlp_bytes, plan.kernel, resident)
-    place = "resident" if plan.head == "resident" or not plan.streams else "streamed"
+    place = "streamed" if plan.reads_head else "resident"
     return {
         "load": (),
         "forward": block,
         "backward": block,
         "head": (plan.loss_bytes, place),
-        "tail": (kept, plan.loss_bytes, plan.kernel),
+        "tail": (kept, plan.loss_bytes, plan.kernel, place),
         "update": (plan.adapters,),
     }

@@ -86,13 +86,13 @@ class _Step:
         if kind == "head":
             return self._head(way[0], load, way[1] == "streamed")
         if kind == "tail":
-            kept, loss_bytes, kernel = way
+            kept, loss_bytes, kernel, place = way
             block = _Block(self, (None, None, kernel, True), load)
             # Of the last one all but keys and values is computed for labelled tokens.
             count = kept - 1 + load.labelled / load.size
             spent = kept * BACKWARD_CALLS * self.rates.call
             spent += count * (block.forward() + block.backward())
-            return spent + self._head(loss_bytes, load, False)
+            return spent + self._head(loss_bytes, load, place == "streamed")
         block = _Block(self, way, load)
         calls = FORWARD_CALLS if kind == "forward" else BACKWARD_CALLS
         spent = (calls + TILE_CALLS * (block.tiles - 1)) * self.rates.call

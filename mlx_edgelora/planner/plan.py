@@ -28,8 +28,8 @@ class Plan:
         head: "streamed" or "resident", of the token embedding and the vocabulary head; they stay
             in memory where all blocks do.
         prefetch: read the next streamed block's weights while one is computed.
-        kept_blocks: so many last blocks form one autodiff segment, whose activations are kept
-            and not computed again.
+        kept_blocks: of so many last blocks the activations are kept and not computed again;
+            with a head that is in memory they and the loss are one graph.
         inputs: "file" or "memory", where the inputs of blocks wait for the backward.
         adapters: "paged" or "resident", of what is trained, its gradients and the optimizer's
             state.
@@ -77,6 +77,11 @@ class Plan:
     def streams(self) -> bool:
         """Whether any frozen weights of blocks stay on disk."""
         return self.streamed_blocks != 0
+
+    @property
+    def reads_head(self) -> bool:
+        """Whether the embedding and the head stay on disk."""
+        return self.head == "streamed" and self.streams
 
     @property
     def spills(self) -> bool:

@@ -205,16 +205,16 @@ def _measure(engine: Engine, chosen: RunPlan, plan: Plan, load: Load, mids: list
             if not again:
                 memory = Memory(small, load, as_small, known, base)
                 needs = _needs(stretches, memory, computed)
-            for kind, seconds in _seconds(stretches, bool(kept)).items():
+            for kind, seconds in _seconds(stretches, computed[-kept] if kept else None).items():
                 best.setdefault(kind, []).append(seconds)
             if spent > LONG:
                 break
     counts = {"forward": len(mids), "backward": len(mids)}
+    visits = {"forward": 1, "backward": 1, "tail": max(0, streamed - (shape.blocks - kept))}
     reading = _reading(chosen, plan)
     for kind, need in needs.items():
         spent = min(best.get(kind, [0.0])) / max(1, counts.get(kind, 1))
-        if kind in counts:
-            spent = max(COMPUTING * spent, spent - reading)
+        spent = max(COMPUTING * spent, spent - visits.get(kind, 0) * reading)
         known.add(memory.kind(kind), memory.ways[kind], load, Taken(need, spent))
 
 
@@ -243,17 +243,18 @@ def _sampling(engine: Engine, plan: Plan, mids: list[int]) -> Iterator[None]:
 Place = tuple[str, int | None]
 
 
-def _places(stretches: list[Stretch], kept: bool) -> Iterator[tuple[Place, Stretch]]:
+def _places(stretches: list[Stretch], kept_from: int | None) -> Iterator[tuple[Place, Stretch]]:
     """Where in a step each stretch is: reading and spilling belong to what they are done for."""
     place, turned = ("load", None), False
     for stretch in stretches:
-        if stretch.phase == "head":
+        if kept_from is not None and (
+            stretch.phase == "head" or (stretch.block is not None and stretch.block >= kept_from)
+        ):
+            place, turned = ("tail", None), True
+        elif stretch.phase == "head":
             place, turned = ("head", None), True
         elif stretch.block is not None and stretch.phase != "spill":
-            if kept and not turned and stretch.phase == "backward":
-                place, turned = ("tail", None), True
-            else:
-                place = "backward" if turned else "forward", stretch.block
+            place = "backward" if turned else "forward", stretch.block
         yield place, stretch
 
 
@@ -267,15 +268,16 @@ def _needs(stretches: list[Stretch], memory: Memory, computed: list[int]) -> dic
             block = None if phase.block is None else computed[phase.block]
             held[phase.name, block] = phase.held
     found: dict[str, int] = {}
-    for place, stretch in _places(stretches, bool(memory.kept)):
-        if place in held:  # the weights of kept blocks are read before
+    kept_from = computed[-memory.kept] if memory.kept else None
+    for place, stretch in _places(stretches, kept_from):
+        if place in held:
             need = max(0, stretch.peak_bytes - held[place])
             found[place[0]] = max(found.get(place[0], 0), need)
     return found
 
 
-def _seconds(stretches: list[Stretch], kept: bool) -> dict[str, float]:
+def _seconds(stretches: list[Stretch], kept_from: int | None) -> dict[str, float]:
     found: dict[str, float] = {}
-    for (kind, _), stretch in _places(stretches, kept):
+    for (kind, _), stretch in _places(stretches, kept_from):
         found[kind] = found.get(kind, 0.0) + stretch.seconds
     return found

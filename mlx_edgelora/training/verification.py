@@ -218,7 +218,7 @@ class _Comparison:
 
         def walked(dtype: mx.Dtype) -> Arrays:
             some = _SomeRows(head, count)
-            if self._plan.kept_blocks:  # the loss is a part of their graph
+            if self._plan.kept_blocks and not self._plan.reads_head:  # the loss is a part of their graph
                 return self._graph(
                     some, loss, {"hidden states": hidden.astype(dtype)} | adapter, labels
                 )

@@ -17,12 +17,16 @@ from harness import (
 SEGMENTS = {
     "whole": {},
     "tiles of 5 tokens": {"tile_tokens": 10},  # of each of two rows; the last tile has 2
-    "tail of 1 block": {"kept_blocks": 1},
-    "tail of all blocks": {"kept_blocks": 3},
+    "1 kept block": {"kept_blocks": 1},
+    "all blocks kept": {"kept_blocks": 3},
+    "tail of 1 block": {"kept_blocks": 1, "head": "resident"},
+    "tail of all blocks": {"kept_blocks": 3, "head": "resident"},
 }
 CONSISTS = {
     "whole": lambda kinds: kinds == ["Whole"] * 3,
     "tiles of 5 tokens": lambda kinds: len(kinds) == 3 and "Tiled" in kinds,
+    "1 kept block": lambda kinds: kinds == ["Whole", "Whole", "Kept"],
+    "all blocks kept": lambda kinds: kinds == ["Kept"] * 3,
     "tail of 1 block": lambda kinds: kinds == ["Whole", "Whole", "Tail"],
     "tail of all blocks": lambda kinds: kinds == ["Tail"],
 }

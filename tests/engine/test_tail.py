@@ -1,4 +1,4 @@
-"""Last blocks as one autodiff segment: the same gradients, and nothing computed twice."""
+"""Last blocks that are kept, alone or as one graph with the loss: nothing is computed twice."""
 
 from contextlib import closing
 
@@ -13,8 +13,10 @@ from harness import (
     resolution,
     save,
 )
+from peaks import highest, lowest, peak
 
 from mlx_edgelora.blocks.gated_mlp import slice_mlps
+from mlx_edgelora.losses.exact import CrossEntropy
 
 
 def check(folder, batch, **options):
@@ -29,6 +31,10 @@ def check(folder, batch, **options):
     assert_same_gradients(got, expected, resolution=resolution(reference, batch))
 
 
+HEADS = pytest.mark.parametrize("head", ["streamed", "resident"])
+
+
+@HEADS
 @pytest.mark.parametrize(
     "options",
     [
@@ -40,7 +46,7 @@ def check(folder, batch, **options):
         {"kept_blocks": 1, "inputs": "memory"},
         {"inputs": "memory"},
         {"streamed_blocks": 1, "kept_blocks": 1},
-        {"streamed_blocks": 2, "head": "resident"},
+        {"streamed_blocks": 2},
         {"micro_batches": 2},
         {"micro_batches": 2, "kept_blocks": 2, "keys": ["lm_head", "mlp.down_proj"]},
         {"micro_batches": 9, "keys": ["model.embed_tokens", "self_attn.q_proj"]},
@@ -48,17 +54,21 @@ def check(folder, batch, **options):
     ],
     ids=str,
 )
-def test_every_way_gives_the_same_gradients(options, tmp_path):
-    check(save(tmp_path, "llama", quantized=True), random_batch(tokens=13), **options)
+def test_every_way_gives_the_same_gradients(options, head, tmp_path):
+    batch = random_batch(tokens=13)
+    check(save(tmp_path, "llama", quantized=True), batch, head=head, **options)
 
 
-def test_dropout_draws_the_masks_of_plain_mlx(tmp_path):
-    check(save(tmp_path, "llama", quantized=False), random_batch(), kept_blocks=2, dropout=0.3)
+@HEADS
+def test_dropout_draws_the_masks_of_plain_mlx(head, tmp_path):
+    folder = save(tmp_path, "llama", quantized=False)
+    check(folder, random_batch(), kept_blocks=2, dropout=0.3, head=head)
 
 
-def test_kept_blocks_run_once(tmp_path, monkeypatch):
-    calls = []
-    with closing(engine(save(tmp_path, "llama", quantized=False), kept_blocks=2)) as ours:
+@HEADS
+def test_kept_blocks_run_once(head, tmp_path, monkeypatch):
+    calls, folder = [], save(tmp_path, "llama", quantized=False)
+    with closing(engine(folder, kept_blocks=2, head=head)) as ours:
         for index, block in enumerate(ours.model.layers):
             kind = type(block)
 
@@ -71,6 +81,33 @@ def test_kept_blocks_run_once(tmp_path, monkeypatch):
         calls.clear()
         ours.value_and_grad(random_batch())
     assert calls == [0, 1, 2, 0]
+
+
+def test_kept_blocks_are_compiled(tmp_path, compiles):
+    folder = save(tmp_path, "llama", quantized=True)
+    with closing(engine(folder, kept_blocks=3, compiled=True)) as ours:
+        for seed in range(2):
+            batch = random_batch(seed=seed)
+            (loss, _), got = ours.value_and_grad(batch)
+            expected_loss, expected = plain_value_and_grad(plain(folder), batch)
+            assert loss.item() == pytest.approx(expected_loss, rel=1e-5)
+            assert_same_gradients(got, expected)
+        # The first, those between, and the last one, which is computed for labelled tokens.
+        assert ours.walk.compiled_functions == 3
+
+
+def test_a_head_on_disk_is_not_read_whole_beside_kept_blocks(tmp_path):
+    folder = save(tmp_path, "llama", quantized=False, vocab_size=20000)
+    batch, matrix = random_batch(), 20000 * 64 * 4
+
+    def stepped(head):
+        options = {"kept_blocks": 2, "streamed_blocks": 1, "loss": CrossEntropy(2**16)}
+        with closing(engine(folder, head=head, **options)) as ours:
+            ours.value_and_grad(batch)
+            return peak(lambda: ours.value_and_grad(batch))
+
+    whole = highest(lambda: stepped("resident"))
+    assert lowest(lambda: stepped("streamed"), whole - 0.8 * matrix) < whole - 0.8 * matrix
 
 
 def test_a_tail_of_all_blocks_is_one_compiled_function(tmp_path, compiles):

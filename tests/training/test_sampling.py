@@ -114,6 +114,7 @@ def step_peak(engine, batch, most):
     return peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLANS)
 def test_a_few_blocks_tell_what_all_take(wide, name, memory):
     """Within a tenth of what a whole step takes; before it no more than was said."""
@@ -176,6 +177,7 @@ def test_gradients_after_a_sample_are_those_without(wide):
         assert mx.array_equal(value, found[1][name]).item(), name
 
 
+@pytest.mark.slow
 def test_a_plan_is_replaced_by_what_was_measured(wide, monkeypatch):
     """Until the best one is known; what needs another engine is handed back."""
     lazy, batch = opened(wide), batch_of(1, TOKENS)
@@ -187,7 +189,8 @@ def test_a_plan_is_replaced_by_what_was_measured(wide, monkeypatch):
             another, engines = settle(engine, chosen, lines.append), engines + 1
             if another is None:
                 assert engine.plan == chosen.plan
-                assert chosen.choice == chosen.searched(chosen.lasting)
+                # Another engine is made for what is better by more.
+                assert chosen.choice.seconds <= chosen.searched().seconds / (1 - sampling.WORTH)
                 peak = step_peak(engine, batch, chosen.budget.bytes)
                 assert peak <= chosen.budget.bytes
                 assert peak == pytest.approx(chosen.choice.peak, rel=0.1)
@@ -246,6 +249,7 @@ def _sizes(lazy, batch):
     return chosen.shape, chosen.load
 
 
+@pytest.mark.slow
 def test_the_least_is_measured_too(wide):
     lazy, batch = opened(wide), batch_of(1, TOKENS)
     chosen = run_by(lazy, batch)
@@ -298,6 +302,7 @@ def run(tiny, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_a_run_remembers_what_another_measured_of_the_same(run):
     def runs_until_all_is_known(**options):
         """Of ways that seem better than what is known some may be left for the next run."""

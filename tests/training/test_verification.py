@@ -29,10 +29,16 @@ from mlx_edgelora.layers.grid import KeySums
 from mlx_edgelora.losses.exact import CrossEntropy
 from mlx_edgelora.training import plain, verification
 from mlx_edgelora.training.verdict import refuse_wrong
+from mlx_edgelora.storage.promise import Promise
 from mlx_edgelora.training.verification import verify
 
 TILES = {"tile_tokens": 16, "prefetch": False}
-PLANS = {"whole": {}, "tiles": TILES, "kept": {"kept_blocks": 2}}
+PLANS = {
+    "whole": {},
+    "tiles": TILES,
+    "kept": {"kept_blocks": 2},
+    "tail": {"kept_blocks": 2, "head": "resident"},
+}
 
 
 def problems(folder, light=True, dtype=None, rows=2, tokens=40, spoil=lambda: None, **options):
@@ -281,8 +287,15 @@ def test_a_wrong_gradient_below_the_kept_blocks_is_seen(llama, monkeypatch):
         return finished._replace(dx=None if finished.dx is None else 1.01 * finished.dx)
 
     monkeypatch.setattr(Tail, "value_and_grad", value_and_grad)
-    found = problems(llama, **PLANS["kept"])
+    found = problems(llama, **PLANS["tail"])
     assert found and all("kept" in text and "shift is" in text for text in found)
+
+
+def test_a_wrong_gradient_of_a_kept_block_is_seen(llama, monkeypatch):
+    original = Promise.keep
+    monkeypatch.setattr(Promise, "keep", lambda self, value: original(self, 1.01 * value))
+    found = problems(llama, **PLANS["kept"])
+    assert found and all("kept" in text for text in found)
 
 
 def test_a_wrong_head_is_seen(llama, monkeypatch):
@@ -297,14 +310,14 @@ def test_a_wrong_head_is_seen(llama, monkeypatch):
     assert found.startswith("head and loss")
 
 
-def test_a_wrong_head_is_seen_where_it_is_computed_with_kept_blocks(llama, monkeypatch):
+def test_a_wrong_head_is_seen_where_it_is_a_part_of_a_tail(llama, monkeypatch):
     original = CrossEntropy.graph
 
     def graph(self, hidden, *args):
         return 1.01 * original(self, hidden, *args)
 
     monkeypatch.setattr(CrossEntropy, "graph", graph)
-    assert problems(llama, **PLANS["kept"])
+    assert problems(llama, **PLANS["tail"])
 
 
 def test_what_plain_mlx_cannot_differentiate_is_no_pass(llama, monkeypatch):

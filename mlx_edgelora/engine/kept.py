@@ -1,0 +1,66 @@
+"""A block whose activations are kept: its graph waits for the gradient of what it returns."""
+
+from collections.abc import Callable
+
+from mlx_edgelora.engine.context import Context
+from mlx_edgelora.engine.functions import Wanted
+from mlx_edgelora.engine.hidden import Hidden
+from mlx_edgelora.engine.record import Call
+from mlx_edgelora.engine.visits import Arrays
+from mlx_edgelora.measure.profile import phase
+from mlx_edgelora.storage.promise import Promise
+
+
+class Kept:
+    """One block that is not computed twice, below a head that is no part of its graph.
+
+    Memory, from its forward to its backward: what autodiff keeps of it, and its weights.
+
+    Args:
+        context: what the segments of a pass share.
+        index: of the block.
+        call: what it is called with.
+        wanted: of its output.
+    """
+
+    def __init__(self, context: Context, index: int, call: Call, wanted: Wanted) -> None:
+        self._context, self.index, self._call, self._wanted = context, index, call, wanted
+        self._promise: Promise | None = None
+        self._found: tuple = ()
+
+    def forward(self, x: Hidden, following: int | None) -> Hidden:
+        """The block's output; see `Segment`."""
+        context, array, rows = self._context, x.whole(), self._wanted.rows
+        x.forget()
+        arrays = context.visits.of(self.index, following, lasting=True)
+        with phase("forward", self.index):
+            shape = array.shape if rows is None else (1, rows.size, array.shape[-1])
+            self._promise = Promise(shape, array.dtype)
+            out, *self._found = context.functions.gradients(
+                self.index,
+                arrays,
+                array,
+                self._promise.array,
+                self._call,
+                self._wanted,
+                context.goes_below(self.index),
+                first=True,
+            )
+            del arrays, array
+            context.pipeline.submit(out)
+        return Hidden(out)
+
+    def backward(self, dy: Hidden, ahead: Callable[[], int | None]) -> tuple[Hidden | None, Arrays]:
+        """Gradients of the input and of what is trained; see `Segment`."""
+        context, cotangent = self._context, dy.whole()
+        dy.forget()
+        context.visits.ahead(ahead())
+        with phase("backward", self.index):
+            self._promise.keep(cotangent)
+            del cotangent
+            (gradients, dx), self._found = self._found, ()
+            context.pipeline.submit(gradients, dx)
+        return (Hidden(dx) if dx is not None else None), gradients
+
+    def prefetch(self) -> None:
+        """Nothing is needed: all of it is there."""
