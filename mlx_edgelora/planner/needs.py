@@ -65,7 +65,8 @@ def need(kind: str, shape: ModelShape, way: Way, load: Load) -> float:
         kind: one of `TERMS`; "tail" is that of the kept blocks and the head.
         shape: of the model.
         way: (tile_tokens, mlp_bytes, kernel, resident) of a block; (loss_bytes, place of the head);
-            (kept blocks, loss_bytes, kernel, place of the head) of a tail; (placement of adapters,) of an update.
+            (kept blocks, loss_bytes, kernel, place of the head) of a tail; (placement of
+            adapters,) of an update.
         load: the tokens.
     """
     sizes = sizes_of(kind, shape, way, load)

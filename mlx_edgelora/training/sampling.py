@@ -185,6 +185,9 @@ def _sampled(kinds: list[list[int]], overlaps: bool, kept: bool) -> list[int]:
 def _measure(engine: Engine, chosen: RunPlan, plan: Plan, load: Load, mids: list[int]) -> None:
     """Measure one way in which blocks, the last ones kept or not, are computed."""
     shape, known, kept = chosen.shape, chosen.known, plan.kept_blocks
+    # Of the whole, not of the few blocks that are computed.
+    ways = Memory(shape, chosen.load, chosen.plan, known).ways
+    ways = ways | {"tail": Memory(shape, load, plan, known).ways["tail"]}
     streamed = shape.blocks if plan.streamed_blocks is None else plan.streamed_blocks
     computed = [*mids, *range(shape.blocks - kept, shape.blocks)]
     small = replace(shape, blocks=len(computed), adapted=len(computed))
@@ -215,7 +218,7 @@ def _measure(engine: Engine, chosen: RunPlan, plan: Plan, load: Load, mids: list
     for kind, need in needs.items():
         spent = min(best.get(kind, [0.0])) / max(1, counts.get(kind, 1))
         spent = max(COMPUTING * spent, spent - visits.get(kind, 0) * reading)
-        known.add(memory.kind(kind), memory.ways[kind], load, Taken(need, spent))
+        known.add(memory.kind(kind), ways[kind], load, Taken(need, spent))
 
 
 def _reading(chosen: RunPlan, plan: Plan) -> float:

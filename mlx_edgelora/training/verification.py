@@ -218,7 +218,8 @@ class _Comparison:
 
         def walked(dtype: mx.Dtype) -> Arrays:
             some = _SomeRows(head, count)
-            if self._plan.kept_blocks and not self._plan.reads_head:  # the loss is a part of their graph
+            # Of a tail the loss is a part.
+            if self._plan.kept_blocks and not self._plan.reads_head:
                 return self._graph(
                     some, loss, {"hidden states": hidden.astype(dtype)} | adapter, labels
                 )

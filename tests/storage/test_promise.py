@@ -29,7 +29,7 @@ def test_a_graph_is_built_before_the_values_are_known(dtype):
 
 def test_nobody_gets_values_before_they_are_known():
     promise = Promise((3, 4), mx.float32)
-    with pytest.raises(RuntimeError, match="[Rr]ead"):
+    with pytest.raises(RuntimeError, match="read"):
         mx.eval(promise.array + 1)
 
 

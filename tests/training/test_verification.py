@@ -27,9 +27,9 @@ from mlx_edgelora.layers import attention as attention_layer
 from mlx_edgelora.layers import grid
 from mlx_edgelora.layers.grid import KeySums
 from mlx_edgelora.losses.exact import CrossEntropy
+from mlx_edgelora.storage.promise import Promise
 from mlx_edgelora.training import plain, verification
 from mlx_edgelora.training.verdict import refuse_wrong
-from mlx_edgelora.storage.promise import Promise
 from mlx_edgelora.training.verification import verify
 
 TILES = {"tile_tokens": 16, "prefetch": False}
