@@ -96,7 +96,7 @@ class Planned:
     def __init__(self, args: argparse.Namespace, case: Case) -> None:
         self._folder = floor.checkpoint(args.cache, case.shape, case.blocks)
         self._case, self._cache = case, args.cache
-        lazy = self._lazy()
+        lazy = self.lazy()
         dtype = DTYPES[case.dtype]
         self.shape: ModelShape = shape_of(checked_blocks(lazy.model), lazy.vocabulary, dtype)
         self.batch = batch_of(case, lazy.vocabulary)
@@ -136,7 +136,7 @@ class Planned:
         return RunPlan(*self._arguments, budget, None, {}, True, self.known)
 
     def _assembled(self, chosen: Plan) -> AbstractContextManager[Engine]:
-        return assembled(self._lazy(), chosen, Settings(self._cache, self._case.dtype))
+        return assembled(self.lazy(), chosen, Settings(self._cache, self._case.dtype))
 
     @contextmanager
     def stepping(self, chosen: Plan) -> Iterator[Callable[[], tuple[int, float]]]:
@@ -170,7 +170,8 @@ class Planned:
         mx.set_memory_limit(before)
         return peak
 
-    def _lazy(self) -> LazyModel:
+    def lazy(self) -> LazyModel:
+        """The model with adapters, weights not read."""
         lazy = open_model(str(self._folder), streamed=True, quantize=None, cache=self._folder)
         mx.random.seed(1)
         add_lora(lazy.model, -1, rank=self._case.rank)
