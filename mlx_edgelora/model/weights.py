@@ -70,8 +70,8 @@ class StreamedWeights:
         self._held: dict[int, Arrays] = {}
         self._held_from = len(blocks) if streamed is None else streamed
         self._free: dict[Hashable, list[_Buffer]] = {}
-        self._used: list[tuple[Hashable, _Buffer]] = []  # by what `block` gave
-        self.in_use = 1
+        self._used: list[tuple[int, Hashable, _Buffer]] = []  # by the call that gave it
+        self._calls, self.in_use = 0, 1
         self._ahead: tuple[int, Future] | None = None
         self._descriptors: dict[Path, int] = {}
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="mlx_edgelora-read")
@@ -88,17 +88,22 @@ class StreamedWeights:
         Raises:
             EdgeLoraError: a shard was removed or changed since training began.
         """
-        if index >= self._held_from:
-            if index not in self._held:
-                self._held[index] = self._taken(index, lasting=True)
+        ready = self._settled(index)
+        self._release()
+        if index in self._held:
             return dict(self._held[index])
-        return self._taken(index, lasting)
+        holds = index >= self._held_from
+        arrays = self._taken(index, ready, lasting or holds)
+        if holds:
+            self._held[index] = dict(arrays)
+        return arrays
 
     def hold_from(self, index: int) -> None:
         """Keep this block and those above it in memory, from their next visit on, and no other."""
         self._held_from = index
         for lower in [held for held in self._held if held < index]:
             del self._held[lower]
+        self.trim()
 
     def prefetch(self, index: int) -> None:
         """Read a block's tensors while the current one computes."""
@@ -122,9 +127,7 @@ class StreamedWeights:
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
-    def _taken(self, index: int, lasting: bool) -> Arrays:
-        ready = self._settled(index)
-        self._release()
+    def _taken(self, index: int, ready: "_Buffer | None", lasting: bool) -> Arrays:
         if ready is None:
             ready = self._buffer(index)
             self._fill(index, ready)
@@ -133,7 +136,7 @@ class StreamedWeights:
         if lasting:
             mx.eval(arrays)
         else:
-            self._used.append((self._layout(index), ready))
+            self._used.append((self._calls, self._layout(index), ready))
         return arrays
 
     def _settled(self, index: int | None) -> "_Buffer | None":
@@ -149,8 +152,9 @@ class StreamedWeights:
 
     def _release(self) -> None:
         """What was given `in_use` calls ago is not used any more."""
-        while len(self._used) >= self.in_use:
-            layout, buffer = self._used.pop(0)
+        self._calls += 1
+        while self._used and self._calls - self._used[0][0] >= self.in_use:
+            _, layout, buffer = self._used.pop(0)
             self._free.setdefault(layout, []).append(buffer)
 
     def _layout(self, index: int) -> Hashable:

@@ -159,9 +159,11 @@ class Memory:
 
     def _ring(self) -> int:
         """The memory into which blocks' weights are read, again and again."""
-        # On a GPU the block before is still computed while the next one is read.
-        buffers = 1 + self.plan.prefetch * (2 if self.known.overlaps else 1)
-        return min(self.streamed, self.shape.blocks - self.kept, buffers) * self.shape.block_bytes
+        # On a GPU the block before is still computed while the next one is read, be it the same.
+        more = self.known.overlaps and self.plan.prefetch
+        buffers = 1 + self.plan.prefetch + more
+        visited = min(self.streamed, self.shape.blocks - self.kept)
+        return min(visited and visited + more, buffers) * self.shape.block_bytes
 
     @property
     def _paged_block(self) -> int:

@@ -26,6 +26,7 @@ from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.losses.exact import CrossEntropy
 from mlx_edgelora.model import weights as sources
 from mlx_edgelora.model.weights import StreamedWeights
+from mlx_edgelora.storage.safetensors import to_numpy
 from mlx_edgelora.storage.stores import MappedStore
 
 
@@ -256,6 +257,26 @@ def test_adapters_load_in_mlx_lm_with_the_same_logits(tmp_path):
     tokens = mx.array([[5, 7, 11, 13, 17]])
     assert mx.abs(theirs(tokens) - ours.model(tokens)).max().item() < 1e-5
     ours.close()
+
+
+@pytest.mark.parametrize("in_use", [1, 2])
+@pytest.mark.parametrize("streamed", [1, 2, 3])
+def test_weights_are_read_into_as_many_buffers_as_are_in_use(streamed, in_use, tmp_path):
+    """And one for what is read ahead, however many blocks stay in memory between two visits."""
+    folder = save(tmp_path, "llama", True)
+    with closing(engine(folder, streamed_blocks=streamed, spilled=False)) as ours:
+        weights, buffers = ours.walk.weights, set()
+        weights.in_use = in_use
+        forward = [(0, 1), (1, 2), (2, None)]
+        backward = [(2, 1), (1, 0), (0, None)]
+        for step in range(4):
+            for index, following in forward + backward:
+                arrays = weights.block(index)
+                if following is not None:
+                    weights.prefetch(following)
+                if step and index < streamed:
+                    buffers.add(to_numpy(next(iter(arrays.values()))).ctypes.data)
+    assert len(buffers) <= min(streamed + in_use - 1, in_use + 1)
 
 
 def test_blocks_that_stay_in_memory_are_read_once(tmp_path):
