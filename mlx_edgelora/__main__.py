@@ -1,12 +1,53 @@
-"""`python -m mlx_edgelora` lists the commands."""
+"""The console command `mlx-edgelora`, which is `python -m mlx_edgelora` as well."""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
 
 COMMANDS = {
-    "train": "fine-tune a model",
-    "plan": "tell whether a run fits into memory, and how",
-    "verify": "compare a run's gradients with those of plain MLX",
-    "benchmark": "compare memory and time with mlx-lm",
+    "train": ("train", "Fine-tune a model."),
+    "plan": ("plan", "Tell whether a run fits into memory, and how it would be computed."),
+    "verify": ("verify", "Compare the gradients of a run with those of plain MLX."),
+    "benchmark": ("benchmark.__main__", "Compare memory and time with mlx-lm."),
 }
+USAGE = """usage: mlx-edgelora COMMAND [options]
 
-print("Commands (--help lists the options of each):")
-for name, text in COMMANDS.items():
-    print(f"  python -m mlx_edgelora.{name:<10}  {text}")
+LoRA fine-tuning of language models on MLX within a memory budget.
+
+commands:
+{commands}
+
+Each command runs without options and shows what it is for;
+mlx-edgelora COMMAND --help lists its options.
+`python -m mlx_edgelora.COMMAND` is the same."""
+
+
+def usage() -> str:
+    """All commands, with a line for each."""
+    lines = [f"  {name:<11}{text}" for name, (_, text) in COMMANDS.items()]
+    return USAGE.format(commands="\n".join(lines))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit status, 2 where there is no such command."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(f"mlx-edgelora {version('mlx-edgelora')}")
+        return 0
+    if argv[0] not in COMMANDS:
+        print(
+            f"error: got {argv[0]!r}, expected one of the commands {', '.join(COMMANDS)}; "
+            "mlx-edgelora --help describes them",
+            file=sys.stderr,
+        )
+        return 2
+    module, _ = COMMANDS[argv[0]]
+    return import_module(f"mlx_edgelora.{module}").main(argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

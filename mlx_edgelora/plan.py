@@ -7,6 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from mlx_edgelora.config import config_from_cli
+from mlx_edgelora.config.yaml_file import read_yaml
+from mlx_edgelora.embedded import DEFAULT_CONFIG
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.storage.files import write_atomically
 from mlx_edgelora.training.finetune import plan_report
@@ -18,16 +20,24 @@ FITS, DOES_NOT_FIT, WRONG = 0, 1, 2
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 0 where the run fits, 1 where not, 2 for what the user can mend."""
     parser = argparse.ArgumentParser(
-        prog="python -m mlx_edgelora.plan",
-        description="Tell whether a run fits into memory and how, without reading any weights. "
-        "Takes every option of mlx_edgelora.train as well; without --data all rows have "
-        "--max-seq-length tokens.",
+        prog="mlx-edgelora plan",
+        usage="%(prog)s [options] [options of mlx-edgelora train]",
+        description="Tell whether a training run fits into memory, and how it would be computed. "
+        "No weights are read: of a model on the Hub only the configuration and the headers are "
+        "downloaded. Takes every option of mlx-edgelora train as well. Without --data every row "
+        "has --max-seq-length tokens. Exits with 1 if the run does not fit.",
         allow_abbrev=False,
     )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--plot", metavar="FILE", help="write a picture (with the plot extra)")
+    parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
     parser.add_argument(
-        "--labelled", type=float, default=1.0, metavar="SHARE", help="of tokens, without --data"
+        "--plot", metavar="FILE", help="Draw peak and time by budget (needs the plot extra)."
+    )
+    parser.add_argument(
+        "--labelled",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="Without --data: fraction of the tokens with a label. Default: 1.0.",
     )
     try:
         own, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
@@ -39,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise EdgeLoraError(
                 "--plot: matplotlib is not installed, expected it; install mlx_edgelora[plot]"
             )
-        config = config_from_cli(rest)
+        config = config_from_cli(rest, preset=read_yaml(DEFAULT_CONFIG))
         report = plan_report(config, own.labelled)
         print(report.json() if own.json else report.table())
         if own.plot:

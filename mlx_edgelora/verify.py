@@ -18,12 +18,12 @@ RIGHT, MISMATCH, WRONG = 0, 1, 2
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 0 where all agree, 1 where not, 2 for what the user can mend."""
     parser = argparse.ArgumentParser(
-        prog="python -m mlx_edgelora.verify",
-        description="Compare the gradients of a training run with those of plain MLX: one block "
-        "of each kind, as the run's plan would compute it and as MLX's own autodiff does, and the "
-        "head with the loss. Weights are read block by block, so the model need not fit into "
-        "memory. Takes every option of mlx_edgelora.train; without --data all rows have "
-        "--max-seq-length tokens. Exits with 1 if gradients differ.",
+        prog="mlx-edgelora verify",
+        usage="%(prog)s [options of mlx-edgelora train]",
+        description="Compare the gradients of a training run with those of plain MLX on this "
+        "machine: a block of each kind, and the head with the loss. Weights are read block by "
+        "block, so the model need not fit into memory. Takes every option of mlx-edgelora train. "
+        "Without --data every row has --max-seq-length tokens. Exits with 1 if gradients differ.",
         allow_abbrev=False,
     )
     try:

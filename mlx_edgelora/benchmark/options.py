@@ -51,60 +51,116 @@ def options_from_cli(argv: Sequence[str]) -> argparse.Namespace:
 
 def _parser() -> _Parser:
     parser = _Parser(
-        prog="python -m mlx_edgelora.benchmark",
-        description="Compare this package with mlx-lm on one model: memory, time, and whether they "
-        "compute the same. Without a model the embedded one is taken.",
+        prog="mlx-edgelora benchmark",
+        usage="%(prog)s [options]",
+        description="Compare memory and time of a training step with mlx-lm on one model, and see "
+        "whether both compute the same. Without --model or --shape the tiny model that comes with "
+        "the package is taken.",
         allow_abbrev=False,
     )
-    parser.add_argument("--model", metavar="NAME", help="folder or Hugging Face name of a model")
-    parser.add_argument("--shape", choices=SHAPES, help="a random model of this shape instead")
-    parser.add_argument("--blocks", type=_count, help="of the shape; all of them if absent")
-    parser.add_argument(
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model", metavar="MODEL", help="A local folder or a Hugging Face name of a model."
+    )
+    model.add_argument(
+        "--shape",
+        choices=SHAPES,
+        metavar="SHAPE",
+        help=f"A random model of this shape instead: {', '.join(SHAPES)}.",
+    )
+    model.add_argument(
+        "--blocks", type=_count, metavar="N", help="Blocks of that shape. Default: all."
+    )
+    model.add_argument(
         "--weights",
         choices=WEIGHTS,
-        help="of the shape; float32 on a CPU if absent, where mlx-lm's quantized products are "
-        "much slower than any others, and 4bit elsewhere",
+        metavar="|".join(WEIGHTS),
+        help="Weights of that shape. Default: float32 on a CPU, where mlx-lm's quantized products "
+        "are much slower than any others, and 4bit elsewhere.",
     )
-    parser.add_argument("--contexts", type=_count, nargs="+", metavar="TOKENS", help="of a row")
-    parser.add_argument("--batch", type=_count, help="rows of a step")
-    parser.add_argument("--data", type=Path, metavar="FOLDER", help="rows to train on: train.jsonl")
-    parser.add_argument(
-        "--labelled", type=_share, metavar="SHARE", help="of the tokens of synthetic rows"
+    work = parser.add_argument_group("training step")
+    work.add_argument(
+        "--contexts",
+        type=_count,
+        nargs="+",
+        metavar="TOKENS",
+        help=f"Tokens of a row; several are measured in turn. Default: {CONTEXT}, or "
+        f"{EMBEDDED_CONTEXT} of the tiny model.",
     )
-    parser.add_argument("--steps", type=_count, default=LEAST_STEPS, help="that are timed")
-    parser.add_argument("--rank", type=_count, default=8, help="of the adapters")
-    parser.add_argument("--learning-rate", type=float, default=1e-4, help="of AdamW")
-    parser.add_argument(
+    work.add_argument(
+        "--batch",
+        type=_count,
+        metavar="N",
+        help=f"Rows of a batch. Default: {BATCH}, or {EMBEDDED_BATCH} of the tiny model.",
+    )
+    work.add_argument(
+        "--data",
+        type=Path,
+        metavar="FOLDER",
+        help="Folder with train.jsonl. Default: random tokens, or the data of the tiny model.",
+    )
+    work.add_argument(
+        "--labelled",
+        type=_share,
+        metavar="SHARE",
+        help=f"Fraction of random tokens that have a label. Default: {LABELLED}.",
+    )
+    work.add_argument(
+        "--rank", type=_count, default=8, metavar="N", help="Rank of the adapters. Default: 8."
+    )
+    work.add_argument(
+        "--learning-rate",
+        type=float,
+        default=1e-4,
+        metavar="RATE",
+        help="Learning rate of AdamW. Default: 0.0001.",
+    )
+    how = parser.add_argument_group("comparison")
+    how.add_argument(
+        "--steps",
+        type=_count,
+        default=LEAST_STEPS,
+        metavar="N",
+        help=f"Timed steps of each contender. Default: {LEAST_STEPS}.",
+    )
+    how.add_argument(
         "--kernel",
         choices=("same", "auto"),
         default="same",
-        help="how this package multiplies quantized weights: as mlx-lm does, or as it likes",
+        metavar="same|auto",
+        help="How this package multiplies quantized weights: as mlx-lm does (same), or as its plan "
+        "says (auto). Default: same.",
     )
-    parser.add_argument(
+    how.add_argument(
         "--also",
         action="append",
         default=[],
         metavar="MODULE:FUNCTION",
-        help="one more contender, as mlx_edgelora/benchmark/contenders.py describes",
+        help="One more contender; mlx_edgelora/benchmark/contenders.py describes the function.",
     )
-    parser.add_argument(
+    how.add_argument(
         "--ladder",
         action="store_true",
-        help="the published table's techniques one at a time, in place of the comparison",
+        help="Add the techniques of the published table one at a time instead.",
     )
-    parser.add_argument(
+    how.add_argument(
         "--row-seconds",
         type=float,
         default=120,
-        help="rows of the ladder that are expected to take longer are computed",
+        metavar="SECONDS",
+        help="Rows of --ladder that are expected to take longer are estimated, not measured. "
+        "Default: 120.",
     )
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="for tables and pictures")
-    parser.add_argument(
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="Folder for tables and pictures."
+    )
+    output.add_argument(
         "--cache",
         type=Path,
         default=default_cache(),
         metavar="FOLDER",
-        help="of random models, and of scratch files",
+        help="Folder for random models and scratch files. Default: the user's cache.",
     )
     return parser
 

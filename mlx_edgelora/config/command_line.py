@@ -18,29 +18,117 @@ class _Parser(argparse.ArgumentParser):
         raise EdgeLoraError(f"command line: {message}; --help lists the options")
 
 
+# What --help lists together: flags, with what stands for their values where it is not a choice.
+GROUPS: dict[str, dict[str, str | None]] = {
+    "model and data": {
+        "config": "FILE",
+        "model": "MODEL",
+        "data": "DATA",
+        "mask_prompt": None,
+        "max_seq_length": "TOKENS",
+        "prompt_feature": "NAME",
+        "completion_feature": "NAME",
+        "text_feature": "NAME",
+        "chat_feature": "NAME",
+        "quantize": None,
+    },
+    "LoRA": {
+        "num_layers": "N",
+        "adapter_path": "FOLDER",
+        "resume_adapter_file": "FILE",
+        "fine_tune_type": None,
+    },
+    "optimization": {
+        "iters": "N",
+        "batch_size": "N",
+        "grad_accumulation_steps": "N",
+        "learning_rate": "RATE",
+        "optimizer": None,
+        "max_grad_norm": "NORM",
+        "loss": None,
+        "loss_k": "N",
+        "loss_max_subset": "N",
+        "loss_tail_correction": None,
+        "label_smoothing": "SHARE",
+        "seed": "N",
+    },
+    "evaluation": {
+        "train": None,
+        "test": None,
+        "val_batches": "N",
+        "test_batches": "N",
+        "steps_per_eval": "N",
+    },
+    "memory": {
+        "memory_budget": "SIZE",
+        "dtype": None,
+        "weights": None,
+        "activations": None,
+        "adapters": None,
+        "spill_dir": "FOLDER",
+        "plan": "FILE",
+        "plan_out": "FILE",
+        "memory_profile": "FOLDER",
+    },
+    "output": {
+        "steps_per_report": "N",
+        "save_every": "N",
+        "log": "FILE",
+        "report_to": "NAMES",
+        "project_name": "NAME",
+    },
+    "advanced": {
+        "kernel": None,
+        "verify": None,
+        "duty": "SHARE",
+        "cache_dir": "FOLDER",
+        "clear_cache_threshold": "SIZE",
+        "grad_checkpoint": None,
+        "trust_remote_code": None,
+    },
+}
+# Options that only a file can hold, for the end of --help.
+IN_FILE = "Only in a config file: lora_parameters, optimizer_config, lr_schedule, hf_dataset."
+
+
 def build_parser() -> argparse.ArgumentParser:
     """A parser with a flag for every option that is one value, named as in mlx-lm."""
     parser = _Parser(
-        prog="python -m mlx_edgelora.train",
-        description="Fine-tune a language model with LoRA in little memory.",
+        prog="mlx-edgelora train",
+        usage="%(prog)s [options]",
+        description="Fine-tune a language model with LoRA within a memory budget. Without options "
+        "it trains a tiny model that comes with the package.",
+        epilog=IN_FILE,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    for field in dataclasses.fields(TrainConfig):
-        kind, text = field.metadata["kind"], field.metadata["help"]
-        flags = [_flag(field)]
-        if field.name == "config":
-            flags.insert(0, "-c")
-        if _takes_file_only(field):
-            continue
-        if kind.parse is bool:
-            parser.add_argument(*flags, action=argparse.BooleanOptionalAction, help=text)
-            continue
-        if field.default is not None:
-            text += f" (default: {field.default})"
-        metavar = "|".join(map(str, kind.choices)) or kind.parse.__name__.upper()
-        parser.add_argument(*flags, metavar=metavar, help=text)
+    options = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    for title, names in GROUPS.items():
+        group = parser.add_argument_group(title)
+        for name, metavar in names.items():
+            _add(group, options[name], metavar)
     return parser
+
+
+def _add(group: argparse._ArgumentGroup, field: dataclasses.Field, metavar: str | None) -> None:
+    kind, text, flags = field.metadata["kind"], field.metadata["help"], [_flag(field)]
+    if field.name == "config":
+        flags.insert(0, "-c")
+    if kind.parse is bool:
+        if field.default is not None:
+            text = f"{text} Default: {'yes' if field.default else 'no'}."
+        group.add_argument(*flags, action=argparse.BooleanOptionalAction, help=_escaped(text))
+        return
+    if field.default is not None:
+        text = f"{text} Default: {field.default}."
+    group.add_argument(
+        *flags, metavar=metavar or "|".join(map(str, kind.choices)), help=_escaped(text)
+    )
+
+
+def _escaped(text: str) -> str:
+    """For argparse, which formats help texts."""
+    return text.replace("%", "%%")
 
 
 def config_from_cli(argv: Sequence[str], preset: Mapping[str, Any] | None = None) -> TrainConfig:

@@ -38,6 +38,8 @@ from mlx_edgelora.config.yaml_file import read_yaml
 from mlx_edgelora.errors import EdgeLoraError
 
 REPORTERS = ("wandb", "swanlab")
+# So many last blocks are adapted by default, as in mlx-lm, or all of a model that has fewer.
+MOST_LAYERS = 16
 
 _NAME = text("text that is not empty", bool)
 _REPORT_TO = text(
@@ -72,54 +74,72 @@ class TrainConfig:
     """
 
     config: str | None = option(
-        None, "YAML file of options; the command line wins over it.", text()
+        None, "YAML file with options; the command line takes precedence.", text()
     )
     model: str | None = option(
-        None, "Folder or Hugging Face name of the model; the embedded one if absent.", _NAME
+        None,
+        "Model to fine-tune: a local folder or a Hugging Face name. Default: the tiny model that "
+        "comes with the package.",
+        _NAME,
     )
     data: str | None = option(
         None,
-        "Folder with {train,valid,test}.jsonl or name of a Hugging Face data set; the embedded "
-        "one if absent.",
+        "Folder with train.jsonl, valid.jsonl and test.jsonl, or the name of a Hugging Face data "
+        "set. Default: the example data of the tiny model.",
         _NAME,
     )
     hf_dataset: tuple[HubDataset, ...] | None = option(
         None, "Hugging Face data sets with splits and features, in place of data.", HUB
     )
-    prompt_feature: str = option("prompt", "Key of the prompt in a row.", text())
-    completion_feature: str = option("completion", "Key of the completion in a row.", text())
-    text_feature: str = option("text", "Key of the text in a row.", text())
-    chat_feature: str = option("messages", "Key of the messages in a row.", text())
-    mask_prompt: bool = option(False, "Train on completions only, not on prompts.", FLAG)
-    max_seq_length: int = option(2048, "Longer rows are truncated to so many tokens.", whole(2))
+    prompt_feature: str = option("prompt", "Name of the prompt column.", text())
+    completion_feature: str = option("completion", "Name of the completion column.", text())
+    text_feature: str = option("text", "Name of the text column.", text())
+    chat_feature: str = option("messages", "Name of the column with chat messages.", text())
+    mask_prompt: bool = option(False, "Compute the loss on completions only, not on prompts.", FLAG)
+    max_seq_length: int = option(
+        2048, "Maximum number of tokens in a row; longer rows are truncated.", whole(2)
+    )
 
-    train: bool | None = option(None, "Train; the default unless test is given.", FLAG)
+    train: bool | None = option(None, "Train. Default: yes, unless --test is given.", FLAG)
     test: bool = option(False, "Evaluate on the test set, after training if any.", FLAG)
-    seed: int = option(0, "Seed of all random numbers.", whole(0, 2**32 - 1))
+    seed: int = option(0, "Random seed.", whole(0, 2**32 - 1))
 
-    fine_tune_type: str = option("lora", "Only lora is done here.", _FINE_TUNE_TYPE)
-    num_layers: int = option(16, "Number of last blocks to adapt, -1 for all.", _NUM_LAYERS)
+    fine_tune_type: str = option("lora", "Only lora is supported.", _FINE_TUNE_TYPE)
+    num_layers: int | None = option(
+        None,
+        f"Number of blocks to adapt, counted from the last; -1 for all. Default: {MOST_LAYERS}, or "
+        "all blocks of a smaller model.",
+        _NUM_LAYERS,
+    )
     lora_parameters: LoraParameters = field(
         default_factory=LoraParameters, metadata=about("Rank, scale, ... of adapters.", LORA)
     )
-    resume_adapter_file: str | None = option(None, "Adapter file to start from.", _NAME)
-    adapter_path: str = option("adapters", "Folder of the adapter, to write or to test.", text())
+    resume_adapter_file: str | None = option(
+        None, "Adapter to start from: an adapters.safetensors file.", _NAME
+    )
+    adapter_path: str = option(
+        "adapters", "Folder of the adapter: written by training, read by a test alone.", text()
+    )
 
-    batch_size: int = option(4, "Rows per step.", whole(1))
-    iters: int = option(1000, "Steps to train for.", whole(1))
-    grad_accumulation_steps: int = option(1, "Steps per update of the adapters.", whole(1))
+    batch_size: int = option(4, "Rows in a batch.", whole(1))
+    iters: int = option(1000, "Number of training steps.", whole(1))
+    grad_accumulation_steps: int = option(
+        1, "Number of steps whose gradients are averaged before an update.", whole(1)
+    )
     max_grad_norm: float | None = option(
         None,
-        "Clip the gradients of an update to this global norm; not if absent.",
+        "Clip gradients to this global norm. Default: no clipping.",
         number("a number above 0", lambda x: x > 0),
     )
-    optimizer: str = option("adam", "The optimizer.", one_of(*OPTIMIZERS))
+    optimizer: str = option("adam", "Optimizer.", one_of(*OPTIMIZERS))
     optimizer_config: dict[str, dict[str, Any]] = field(
         default_factory=lambda: {name: {} for name in OPTIMIZERS},
         metadata=about("Arguments by optimizer.", OPTIMIZER_CONFIG),
     )
     learning_rate: float = option(
-        1e-5, "Learning rate, without lr_schedule.", number("a number above 0", lambda x: x > 0)
+        1e-5,
+        "Learning rate; lr_schedule in a config file replaces it.",
+        number("a number above 0", lambda x: x > 0),
     )
     lr_schedule: dict[str, Any] | None = field(
         default=None, metadata=about("Schedule of the learning rate, in its place.", SCHEDULE)
@@ -127,104 +147,125 @@ class TrainConfig:
 
     loss: str = option(
         "exact",
-        "Cross-entropy over the whole vocabulary, or over the tokens near the labels.",
+        "Cross-entropy over the whole vocabulary (exact), or over the tokens nearest to the labels "
+        "(approximate).",
         one_of("exact", "approximate"),
     )
     loss_k: int | None = option(
-        None, "Nearest tokens per label, for approximate; 1000 if absent.", whole(1)
+        None, "For the approximate loss: nearest tokens per label. Default: 1000.", whole(1)
     )
     loss_max_subset: int | None = option(
-        None, "Most tokens in the loss, for approximate; no limit if absent.", whole(1)
+        None, "For the approximate loss: maximum number of tokens. Default: no limit.", whole(1)
     )
     loss_tail_correction: bool | None = option(
-        None, "Add what the tokens left out weigh, for approximate; on if absent.", FLAG
+        None,
+        "For the approximate loss: add an estimate for the tokens left out. Default: yes.",
+        FLAG,
     )
     label_smoothing: float = option(
         0.0,
-        "Share of the target spread over the whole vocabulary, for exact.",
+        "For the exact loss: fraction of the target that is spread over the vocabulary.",
         number("a number from 0 to below 1", lambda x: 0 <= x < 1),
     )
 
     val_batches: int = option(
-        25, "Batches per validation; -1 for all, 0 for no validation.", whole(0, also=-1)
+        25,
+        "Batches per validation; -1 for the whole set, 0 for no validation.",
+        whole(0, also=-1),
     )
-    test_batches: int = option(500, "Batches to test on, -1 for all.", whole(1, also=-1))
-    steps_per_report: int = option(10, "Steps between reports of the loss.", whole(1))
+    test_batches: int = option(500, "Batches to test on; -1 for the whole set.", whole(1, also=-1))
+    steps_per_report: int = option(10, "Steps between reports of the training loss.", whole(1))
     steps_per_eval: int = option(200, "Steps between validations.", whole(1))
-    save_every: int = option(100, "Steps between saves of the adapter.", whole(1))
-    report_to: str | None = option(None, "Services to report to: wandb, swanlab.", _REPORT_TO)
-    project_name: str | None = option(None, "Name of the project at these services.", text())
-    log: str | None = option(None, "JSONL file that gets one record per report.", _NAME)
+    save_every: int = option(100, "Steps between saved adapters.", whole(1))
+    report_to: str | None = option(
+        None, "Services to log to, separated by a comma: wandb, swanlab.", _REPORT_TO
+    )
+    project_name: str | None = option(None, "Name of the project for --report-to.", text())
+    log: str | None = option(
+        None, "JSONL file to which every report is appended as one record.", _NAME
+    )
 
     weights: str | None = option(
         None,
-        "Where frozen weights stay: on disk, read block by block, or in memory; as the plan says "
-        "if absent.",
+        "Where frozen weights are kept: read from disk block by block (streamed) or in memory "
+        "(resident). Default: the memory budget decides.",
         one_of("streamed", "resident"),
     )
     quantize: int | None = option(
-        None, "Bits to quantize an unquantized model to, once.", one_of(2, 3, 4, 5, 6, 8)
+        None,
+        "Quantize an unquantized model to this many bits, once; the result is cached.",
+        one_of(2, 3, 4, 5, 6, 8),
     )
     dtype: str | None = option(
         None,
-        "Computing dtype; the checkpoint's own if absent.",
+        "Data type to compute in. Default: that of the checkpoint.",
         one_of("float32", "bfloat16", "float16"),
     )
     kernel: str = option(
         "auto",
-        "How quantized weights multiply; auto: as the plan says.",
+        "How quantized weights are multiplied: by MLX's kernel (fused) or unpacked first "
+        "(dequantize).",
         one_of("auto", "fused", "dequantize"),
     )
     activations: str | None = option(
         None,
-        "Where the inputs of blocks wait: in a file or in memory; as the plan says if absent.",
+        "Where block inputs are kept until the backward pass: in a file (spill) or in memory "
+        "(ram). Default: the memory budget decides.",
         one_of("spill", "ram"),
     )
     adapters: str | None = option(
         None,
-        "Where adapters, their gradients and the optimizer's state wait: in memory or in a file; "
-        "as the plan says if absent.",
+        "Where adapters, gradients and optimizer state are kept: in memory (resident) or in a file "
+        "(paged). Default: the memory budget decides.",
         one_of("resident", "paged"),
     )
     memory_budget: str | int | None = option(
         None,
-        "Most memory for MLX (4GB, 800MB), kept by the fastest plan that fits; min for the least "
-        "there is. What the machine has to give, less a margin, if absent.",
+        "Memory limit for MLX, such as 4GB or 800MB; the fastest plan that fits is used. min: as "
+        "little as possible. Default: what is free, less 20 %.",
         BUDGET,
     )
     plan: str | None = option(
-        None, "File of a plan to follow, as plan_out wrote it; in place of a budget.", _NAME
+        None, "Plan to follow in place of a budget: a file from --plan-out.", _NAME
     )
-    plan_out: str | None = option(None, "File that the plan is written to.", _NAME)
+    plan_out: str | None = option(None, "JSON file to write the plan to.", _NAME)
     duty: float = option(
         1.0,
-        "Share of the time to compute in: 0.5 rests as long as it computes, block by block.",
+        "Fraction of the time to compute in; 0.5 pauses after each block for as long as the block "
+        "took.",
         number("a number above 0 and at most 1", lambda x: 0 < x <= 1),
     )
     verify: str = option(
         "on",
-        "Compare the gradients of each kind of block with plain MLX's before the first step.",
+        "Before training, compare the gradients of each kind of block with plain MLX.",
         SWITCH,
     )
     memory_profile: str | None = option(
         None,
-        "Folder that gets where the memory of the last step went: memory.json, and memory.png with "
-        "the plot extra.",
+        "Folder to write the memory use of the last step to: memory.json, and memory.png with the "
+        "plot extra.",
         _NAME,
     )
     spill_dir: str | None = option(
-        None, "Folder of these files; the system's temporary one if absent.", _NAME
+        None,
+        "Folder for scratch files (block inputs, paged adapters). Default: the faster of the "
+        "temporary folder and the user's cache.",
+        _NAME,
     )
     cache_dir: str | None = option(
-        None, "Folder of converted models; the user's cache if absent.", _NAME
+        None, "Folder for converted models. Default: the user's cache.", _NAME
     )
     clear_cache_threshold: int = option(
-        0, "Empty MLX's cache after a step if it holds more (500MB, 4GB).", SIZE
+        0, "Empty MLX's buffer cache after a step if it holds more than this (500MB, 4GB).", SIZE
     )
     grad_checkpoint: bool = option(
-        False, "Taken for mlx-lm's sake: blocks are always checkpointed, results agree.", FLAG
+        False,
+        "Accepted for mlx-lm's sake and ignored: the memory budget decides what is recomputed.",
+        FLAG,
     )
-    trust_remote_code: bool = option(False, "Only false is accepted.", _NO_REMOTE_CODE)
+    trust_remote_code: bool = option(
+        False, "Accepted for mlx-lm's sake: only false is allowed.", _NO_REMOTE_CODE
+    )
 
     def __post_init__(self) -> None:
         check_options(self)

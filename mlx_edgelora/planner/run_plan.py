@@ -245,7 +245,7 @@ def _known(
     config: TrainConfig, lazy: LazyModel, shape: ModelShape, file: Path, machine: Machine
 ) -> Measured:
     """What earlier runs measured of such a model here."""
-    trained = asdict(config.lora_parameters), config.num_layers, config.loss
+    trained = asdict(config.lora_parameters), config.loss
     facts = [lazy.config, asdict(shape), trained, machine.key]
     text = json.dumps(facts, sort_keys=True, default=str)
     key = hashlib.sha256(text.encode()).hexdigest()[:32]

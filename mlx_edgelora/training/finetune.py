@@ -19,6 +19,7 @@ from mlx_lm.utils import load_tokenizer
 
 from mlx_edgelora.blocks.checks import checked_blocks
 from mlx_edgelora.config import TrainConfig
+from mlx_edgelora.config.train_config import MOST_LAYERS
 from mlx_edgelora.data import Dataset, load_datasets
 from mlx_edgelora.embedded import DATA_PATH, MODEL_PATH
 from mlx_edgelora.engine.build import Settings, assembled
@@ -83,6 +84,7 @@ def finetune(
     callbacks = [*callbacks, *reporting_callbacks(config)]
     with _memory_told(config):
         lazy = _adapted(config)
+        config = _with_layers(config, lazy, notify)
         tokenizer = _tokenizer(lazy)
         train_set, valid_set, test_set = _data(config, tokenizer, lazy.vocabulary, notify)
         sets = [dataset for dataset in (train_set, valid_set, test_set) if dataset is not None]
@@ -347,10 +349,27 @@ def _adapt(lazy: LazyModel, config: TrainConfig) -> None:
     """Add what is trained; then, before anything else looks at it, see that it can be walked."""
     lora, model = config.lora_parameters, lazy.model
     if config.train or config.resume_adapter_file is not None:
-        add_lora(model, config.num_layers, lora.rank, lora.scale, lora.dropout, lora.keys)
+        count = _default_layers(model) if config.num_layers is None else config.num_layers
+        add_lora(model, count, lora.rank, lora.scale, lora.dropout, lora.keys)
     else:
         freeze(model)
     lazy.blocks = checked_blocks(model)
+
+
+def _default_layers(model: nn.Module) -> int:
+    return min(MOST_LAYERS, len(model.layers))
+
+
+def _with_layers(
+    config: TrainConfig, lazy: LazyModel, notify: Callable[[str], None]
+) -> TrainConfig:
+    """The number of adapted blocks as a number, which the adapter's configuration holds."""
+    if config.num_layers is not None or not config.train:
+        return config
+    count = _default_layers(lazy.model)
+    if count < MOST_LAYERS:
+        notify(f"num_layers: all {count} blocks are adapted (by default the last {MOST_LAYERS})")
+    return dataclasses.replace(config, num_layers=count)
 
 
 def _resume(trained: Trained, model: nn.Module, config: TrainConfig) -> None:

@@ -1,0 +1,86 @@
+"""The console command: its list of commands, their help, and each without options."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+from importlib.metadata import entry_points
+
+import pytest
+
+from mlx_edgelora.__main__ import COMMANDS, main
+from mlx_edgelora.config import TrainConfig
+from mlx_edgelora.config.command_line import GROUPS, IN_FILE
+
+
+def test_the_console_command_is_the_module():
+    (script,) = entry_points(group="console_scripts", name="mlx-edgelora")
+    assert script.load() is main
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"], ["help"]], ids=str)
+def test_all_commands_are_listed(argv, capsys):
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    for name, (_, text) in COMMANDS.items():
+        assert re.search(rf"^  {name} +{re.escape(text)}$", out, re.MULTILINE)
+
+
+def test_the_version(capsys):
+    assert main(["--version"]) == 0
+    assert re.fullmatch(r"mlx-edgelora \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
+def test_no_such_command(capsys):
+    assert main(["trian"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("error: got 'trian', expected one of")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_fits_a_terminal_and_names_the_command(name):
+    command = [sys.executable, "-m", "mlx_edgelora", name, "--help"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert found.stderr == "" and found.stdout.startswith(f"usage: mlx-edgelora {name} ")
+    assert max(map(len, found.stdout.splitlines())) <= 80
+
+
+def test_every_option_is_in_one_group_of_the_help():
+    named = [name for names in GROUPS.values() for name in names]
+    options = {field.name: field.metadata["kind"] for field in dataclasses.fields(TrainConfig)}
+    in_file = [name for name, kind in options.items() if kind.parse is None]
+    assert sorted(named + in_file) == sorted(options)
+    assert all(name in IN_FILE for name in in_file)
+
+
+def test_every_help_text_is_a_sentence_with_its_default():
+    for field in dataclasses.fields(TrainConfig):
+        kind, text = field.metadata["kind"], field.metadata["help"]
+        assert text[0].isupper() or text.startswith("min"), text
+        assert text.endswith("."), text
+        if kind.parse is not None and field.default is None and field.name not in NO_DEFAULT:
+            assert "Default: " in text, field.name
+
+
+# Nothing happens without them.
+NO_DEFAULT = {
+    "config",
+    "resume_adapter_file",
+    "report_to",
+    "project_name",
+    "log",
+    "quantize",
+    "plan",
+    "plan_out",
+    "memory_profile",
+}
+
+
+def test_plan_without_options_is_of_the_embedded_run(capsys):
+    assert main(["plan"]) == 0
+    assert "adapters of rank 8 on 4 of 4 blocks" in capsys.readouterr().out
+
+
+def test_verify_without_options_is_of_the_embedded_run(capsys):
+    assert main(["verify"]) == 0
+    assert "head and loss" in capsys.readouterr().out
