@@ -576,7 +576,7 @@ def test_a_good_run_as_a_process(command, tmp_path):
     process = command(test=True, train=True, log=tmp_path / "run.jsonl")
     stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stderr) == (0, "")
-    assert "step 2/2: adapter saved in" in stdout
+    assert "2/2  adapter saved in" in stdout
     assert "test loss " in stdout
     assert len((tmp_path / "run.jsonl").read_text().splitlines()) == 3
     assert (tmp_path / "adapters" / "adapter_config.json").exists()

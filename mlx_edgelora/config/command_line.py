@@ -76,6 +76,7 @@ GROUPS: dict[str, dict[str, str | None]] = {
         "log": "FILE",
         "report_to": "NAMES",
         "project_name": "NAME",
+        "verbose": None,
     },
     "advanced": {
         "kernel": None,

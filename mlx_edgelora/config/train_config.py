@@ -185,6 +185,10 @@ class TrainConfig:
         None, "JSONL file to which every report is appended as one record.", _NAME
     )
 
+    verbose: bool = option(
+        False, "Also print the memory of the process and what a step reads and writes.", FLAG
+    )
+
     weights: str | None = option(
         None,
         "Where frozen weights are kept: read from disk block by block (streamed) or in memory "

@@ -92,7 +92,7 @@ def train(
     make_folder(Path(config.adapter_path))
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(RunLog(config.log)) if config.log else None
-        progress = stack.enter_context(progress or Progress(config.iters))
+        progress = stack.enter_context(progress or Progress(config.iters, verbose=config.verbose))
         run = _Run(engine, optimizer, config, train_set, callbacks, progress, log)
         validates = valid_set and config.val_batches != 0
         engine.model.train()

@@ -1,4 +1,4 @@
-"""What a person sees while the model trains: a live line on a terminal, plain lines elsewhere."""
+"""What a person sees while the model trains: a table, and on a terminal a live line under it."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -8,24 +8,48 @@ from typing import Self, TextIO
 
 from tqdm import tqdm
 
+from mlx_edgelora.measure.units import clock, size
 from mlx_edgelora.training.report import Report
 
 
+# Columns of the table: title, and its width. Together with a space between them 72.
+COLUMNS = {
+    "step": 11,
+    "train loss": 10,
+    "val loss": 9,
+    "tok/s": 7,
+    "peak": 8,
+    "left": 9,
+    "lr": 9,
+}
+# What --verbose adds: the whole process, and what a step reads and writes.
+MORE = {"process": 8, "read": 8, "written": 8}
+
+
 class Progress:
-    """Shows a run: every report as a line, and a live line under them on a terminal.
+    """Shows a run: a table of reports, and a live line under it on a terminal.
 
     Args:
         iters: steps of the run.
-        lines: where reports go; standard output by default.
+        lines: where the table goes; standard output by default.
         live: where the live line goes if it is a terminal; standard error by default,
-            so that reports can be redirected to a file while the live line stays.
+            so that the table can be redirected to a file while the live line stays.
+        verbose: more columns.
     """
 
-    def __init__(self, iters: int, lines: TextIO | None = None, live: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        iters: int,
+        lines: TextIO | None = None,
+        live: TextIO | None = None,
+        verbose: bool = False,
+    ) -> None:
         self._iters = iters
         self._lines = sys.stdout if lines is None else lines
         self._live = sys.stderr if live is None else live
         self._bar: tqdm | None = None
+        self._columns = COLUMNS | (MORE if verbose else {})
+        self._titled = False
 
     def __enter__(self) -> Self:
         if self._live.isatty():
@@ -40,7 +64,10 @@ class Progress:
     def step(self, window: Report) -> None:
         """Move the live line one step on, with the figures of the window so far."""
         if self._bar is not None:
-            self._bar.set_postfix_str(_live_figures(window), refresh=False)
+            peak = size(window.usage.peak_memory_bytes)
+            speed = f"{window.tokens_per_second:.0f} tok/s"
+            figures = f"loss {window.loss:.3f}, {speed}, peak {peak}"
+            self._bar.set_postfix_str(figures, refresh=False)
             self._bar.update()
 
     @contextmanager
@@ -53,28 +80,43 @@ class Progress:
             yield lambda: bar.update() and None
 
     def report(self, report: Report) -> None:
-        """Print a training or validation report as one line."""
+        """Print a training or validation report as a row of the table."""
+        usage = report.usage
+        row = {
+            "step": f"{report.iteration}/{self._iters}",
+            "peak": size(usage.peak_memory_bytes),
+            "process": size(usage.footprint_bytes),
+        }
         if report.kind == "val_loss":
-            self.note(
-                f"step {report.iteration}/{self._iters}: validation loss {report.loss:.3f}, "
-                f"took {report.seconds:.1f} s"
-            )
-            return
-        left = (self._iters - report.iteration) * report.seconds / report.batches
-        self.note(
-            f"step {report.iteration}/{self._iters}: loss {report.loss:.3f}, "
-            f"learning rate {report.learning_rate:.3e}, {_costs(report)}, "
-            f"{tqdm.format_interval(left)} left"
-        )
+            row |= {"val loss": f"{report.loss:.3f}"}
+        else:
+            left = (self._iters - report.iteration) * report.seconds / report.batches
+            row |= {
+                "train loss": f"{report.loss:.3f}",
+                "tok/s": f"{report.tokens_per_second:.0f}",
+                "left": clock(left),
+                "lr": f"{report.learning_rate:.2e}",
+                "read": size(report.read_bytes / report.batches),
+                "written": size(report.written_bytes / report.batches),
+            }
+        if not self._titled:
+            self._titled = True
+            self.note(self._row({name: name for name in self._columns}))
+        self.note(self._row(row))
 
     def saved(self, iteration: int, folder: Path) -> None:
         """Tell that the adapter of a step is on disk."""
-        self.note(f"step {iteration}/{self._iters}: adapter saved in {folder}")
+        where = f"{iteration}/{self._iters}".rjust(COLUMNS["step"])
+        self.note(f"{where}  adapter saved in {folder}")
 
     def note(self, text: str) -> None:
         """Print a line without disturbing the live one."""
         tqdm.write(text, file=self._lines)
         self._lines.flush()
+
+    def _row(self, row: dict[str, str]) -> str:
+        cells = [row.get(name, "").rjust(width) for name, width in self._columns.items()]
+        return " ".join(cells).rstrip()
 
     def _make_bar(self, total: int, label: str, position: int) -> tqdm:
         return tqdm(
@@ -85,31 +127,5 @@ class Progress:
             leave=False,
             position=position,
             miniters=1,
-            bar_format="{desc} {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}",
+            bar_format="{desc} {n_fmt}/{total_fmt} |{bar:10}| {elapsed}<{remaining}{postfix}",
         )
-
-
-def _costs(report: Report) -> str:
-    """Speed, memory and disk traffic; MLX's peak beside what the system sees."""
-    usage = report.usage
-    return (
-        f"{report.tokens_per_second:.0f} tokens/s, "
-        f"peak {_size(usage.peak_memory_bytes)}, footprint {_size(usage.footprint_bytes)}, "
-        f"read {_size(report.read_bytes / report.batches)} and "
-        f"written {_size(report.written_bytes / report.batches)} a step"
-    )
-
-
-def _live_figures(report: Report) -> str:
-    """Loss and costs in the some 60 columns that a narrow terminal leaves for them."""
-    usage = report.usage
-    return (
-        f"loss {report.loss:.3f}, {report.tokens_per_second:.0f} tok/s, "
-        f"peak {_size(usage.peak_memory_bytes)}, process {_size(usage.footprint_bytes)}, "
-        f"r {_size(report.read_bytes / report.batches)} "
-        f"w {_size(report.written_bytes / report.batches)}"
-    )
-
-
-def _size(count: float) -> str:
-    return tqdm.format_sizeof(count, "B")

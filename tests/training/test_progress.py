@@ -2,6 +2,7 @@ import io
 import re
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from training_helpers import RECORD_KEYS
@@ -36,7 +37,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_plain_lines_when_not_a_terminal():
+def test_a_table_when_not_a_terminal():
     lines, live = io.StringIO(), io.StringIO()
     with Progress(100, lines, live) as progress:
         progress.step(REPORT)
@@ -44,12 +45,32 @@ def test_plain_lines_when_not_a_terminal():
             advance()
         progress.report(replace(REPORT, kind="val_loss", iteration=0))
         progress.report(REPORT)
+        progress.saved(20, Path("adapters"))
     assert live.getvalue() == ""
     assert lines.getvalue().splitlines() == [
-        "step 0/100: validation loss 2.500, took 4.0 s",
-        "step 20/100: loss 2.500, learning rate 1.000e-04, 250 tokens/s, peak 1.20GB, "
-        "footprint 1.50GB, read 5.00MB and written 2.00MB a step, 00:32 left",
+        "       step train loss  val loss   tok/s     peak      left        lr",
+        "      0/100                2.500          1.20 GB",
+        "     20/100      2.500               250  1.20 GB      0:32  1.00e-04",
+        "     20/100  adapter saved in adapters",
     ]
+
+
+def test_verbose_has_more_columns():
+    lines = io.StringIO()
+    with Progress(100, lines, io.StringIO(), verbose=True) as progress:
+        progress.report(REPORT)
+    title, row = lines.getvalue().splitlines()
+    assert title.endswith("  process     read  written") and len(title) == len(row)
+    assert row.endswith("  1.50 GB  5.00 MB  2.00 MB")
+
+
+def test_no_row_is_wider_than_a_terminal():
+    lines = io.StringIO()
+    usage = replace(REPORT.usage, peak_memory_bytes=10**12)
+    long = replace(REPORT, iteration=10**5, loss=123.456, tokens=10**8, seconds=10**3, usage=usage)
+    with Progress(10**5, lines, io.StringIO()) as progress:
+        progress.report(long)
+    assert max(map(len, lines.getvalue().splitlines())) <= 80
 
 
 def test_a_live_line_on_a_terminal():
@@ -59,10 +80,10 @@ def test_a_live_line_on_a_terminal():
         time.sleep(0.11)  # tqdm draws at most ten times a second
         progress.step(replace(REPORT, loss=1.25))
         progress.report(REPORT)
-        assert "step 20/2: loss 2.500" in lines.getvalue()
+        assert "20/2      2.500" in lines.getvalue()
     shown = live.getvalue()
-    assert "loss 1.250, 250 tok/s, peak 1.20GB, process 1.50GB, r 5.00MB w 2.00MB" in shown
-    assert re.search(r"step 2/2 00:00<00:00, loss", shown)
+    assert "loss 1.250, 250 tok/s, peak 1.20 GB" in shown
+    assert re.search(r"step 2/2 \|.*\| 00:00<00:00, loss", shown)
 
 
 def test_validation_has_its_own_progress_on_a_terminal():
