@@ -155,6 +155,30 @@ class Plan:
             rows["batch"] = f"in {self.micro_batches} parts"
         return rows
 
+    def summary(self, blocks: int) -> str:
+        """The choices that matter for a model of so many blocks, in a sentence."""
+        streamed = blocks if self.streamed_blocks is None else min(self.streamed_blocks, blocks)
+        kept = min(self.kept_blocks, blocks)
+        words = ["weights " + _split(streamed, blocks, "from disk", "in memory")]
+        if self.reads_head and streamed < blocks:
+            words.append("embedding and head from disk")
+        words.append("activations " + _split(blocks - kept, blocks, "recomputed", "kept"))
+        if self.tile_tokens is not None:
+            words.append(f"{self.tile_tokens} tokens at a time")
+        if self.micro_batches > 1:
+            words.append(f"batches in {self.micro_batches} parts")
+        files = [
+            name
+            for name, waits in (
+                ("block inputs", self.spills and kept < blocks),
+                ("adapters", self.adapters == "paged"),
+            )
+            if waits
+        ]
+        if files:
+            words.append(f"{' and '.join(files)} in a scratch file")
+        return "; ".join(words)
+
     def describe(self, blocks: int) -> str:
         """The choices for a model of so many blocks, and why, in one line."""
         words = "; ".join(f"{name} {value}" for name, value in self.rows(blocks).items())

@@ -1,0 +1,115 @@
+"""The header of a run: what is trained, on what, how, and within which memory."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mlx.utils import tree_flatten
+from mlx_lm.utils import get_total_parameters
+
+from mlx_edgelora.config import TrainConfig
+from mlx_edgelora.data import Dataset
+from mlx_edgelora.embedded import DATA_PATH, MODEL_PATH
+from mlx_edgelora.measure.units import duration, size
+from mlx_edgelora.model.checkpoint import LazyModel
+from mlx_edgelora.planner.run_plan import RunPlan
+
+# Of a line; what is longer goes on below.
+COLUMNS = 80
+NAMES = 11
+
+
+def facts(config: TrainConfig, lazy: LazyModel, sets: Sequence[Dataset | None]) -> str:
+    """Lines about the model, the data, the adapters and the optimizer.
+
+    Args:
+        config: of the run.
+        lazy: its adapted model.
+        sets: training, validation and test set, as far as they are there.
+    """
+    rows = {"model": _model(lazy), "data": _data(config, sets)}
+    if config.train:
+        rows |= {"adapters": _adapters(config, lazy), "optimizer": _optimizer(config)}
+    return _lines(rows)
+
+
+def memory(chosen: RunPlan) -> str:
+    """Lines about the budget, what is expected within it, and the plan."""
+    choice, most = chosen.choice, chosen.budget.bytes
+    limit = "no limit" if most is None else size(most)
+    measured = ", by formula" if chosen.known.is_empty else ""
+    expected = f"{size(choice.peak)} and {duration(choice.seconds)} a step expected{measured}"
+    return _lines(
+        {
+            "memory": f"{limit} ({chosen.budget.why}); {expected}",
+            "plan": chosen.plan.summary(chosen.shape.blocks),
+        }
+    )
+
+
+def _model(lazy: LazyModel) -> str:
+    path = lazy.checkpoint.path
+    name = "the tiny model of this package" if path == MODEL_PATH else _short(path)
+    bits = (lazy.config.get("quantization") or {}).get("bits")
+    packed = f", {bits}-bit" if bits else ""
+    total = _count(get_total_parameters(lazy.model))
+    return f"{name} ({len(lazy.model.layers)} blocks, {total} parameters{packed})"
+
+
+def _data(config: TrainConfig, sets: Sequence[Dataset | None]) -> str:
+    found = []
+    for name, rows in zip(("training", "validation", "test"), sets, strict=False):
+        if rows is not None:
+            found.append(f"{len(rows):,} rows for {name}")
+    longest = max((rows.report.longest for rows in sets if rows is not None), default=0)
+    place = config.data if config.data and config.data != str(DATA_PATH) else None
+    where = f"{_short(Path(place))}: " if place else ""
+    return f"{where}{', '.join(found)}; longest {min(longest, config.max_seq_length):,} tokens"
+
+
+def _adapters(config: TrainConfig, lazy: LazyModel) -> str:
+    trained = sum(value.size for _, value in tree_flatten(lazy.model.trainable_parameters()))
+    total, blocks = get_total_parameters(lazy.model), len(lazy.model.layers)
+    count = blocks if config.num_layers == -1 else min(config.num_layers or 0, blocks)
+    where = f"all {blocks} blocks" if count == blocks else f"the last {count} blocks"
+    return (
+        f"rank {config.lora_parameters.rank} on {where}; trainable {100 * trained / total:.2g} % "
+        f"({_count(trained)} of {_count(total)})"
+    )
+
+
+def _optimizer(config: TrainConfig) -> str:
+    rate = "scheduled" if config.lr_schedule else f"{config.learning_rate:g}"
+    parts = "" if config.grad_accumulation_steps == 1 else f" x {config.grad_accumulation_steps}"
+    return (
+        f"{config.optimizer}, learning rate {rate}; {config.iters} steps of "
+        f"{config.batch_size}{parts} rows"
+    )
+
+
+def _count(number: int) -> str:
+    """Parameters as people say them: 83,968, 1.15 M, 3.21 B."""
+    for unit, one in (("B", 10**9), ("M", 10**6)):
+        if number >= one:
+            return f"{number / one:.3g} {unit}"
+    return f"{number:,}"
+
+
+def _short(path: Path) -> str:
+    """Below the home folder, its name is not needed."""
+    home = Path.home()
+    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
+
+
+def _lines(rows: dict[str, str]) -> str:
+    lines = []
+    for name, text in rows.items():
+        head, words = name.ljust(NAMES), text.split(" ")
+        line = head + words[0]
+        for word in words[1:]:
+            if len(line) + 1 + len(word) > COLUMNS:
+                lines.append(line)
+                line = " " * NAMES + word
+            else:
+                line += f" {word}"
+        lines.append(line)
+    return "\n".join(lines)
