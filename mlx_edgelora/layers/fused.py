@@ -55,6 +55,26 @@ def _macos() -> tuple[int, ...]:
     return tuple(int(part) for part in platform.mac_ver()[0].split(".") if part.isdigit())
 
 
+# What `BLOCK_VARIABLE` was before anybody here set it.
+_before: list[str | None] = []
+
+
+def gradient_blocks(size: int | None) -> None:
+    """Let MLX's gradient of attention on Metal make so many queries' and keys' scores at a time.
+
+    It holds three such blocks for every head and row. None puts back what was there before.
+    """
+    if size is not None:
+        if not _before:
+            _before.append(os.environ.get(BLOCK_VARIABLE))
+        os.environ[BLOCK_VARIABLE] = str(size)
+    elif _before:
+        value = _before.pop()
+        os.environ.pop(BLOCK_VARIABLE, None)
+        if value is not None:
+            os.environ[BLOCK_VARIABLE] = value
+
+
 def is_floating(mask: object) -> bool:
     """Whether a mask is added to the scores, so that a gradient may pass through it."""
     return isinstance(mask, mx.array) and mx.issubdtype(mask.dtype, mx.floating)
