@@ -85,7 +85,8 @@ def machine_here(cache: Path, folder: Path, dtype: mx.Dtype) -> Machine:
     device = mx.device_info()
     name = f"{device.get('device_name', 'unknown')}, {mx.default_device()}"
     blas = os.environ.get("LD_PRELOAD", "") + os.environ.get("DYLD_INSERT_LIBRARIES", "")
-    key = f"{VERSION} {mx.__version__} {name} {os.cpu_count()} {blas} {dtype}"
+    bits = os.environ.get("MLX_ENABLE_TF32", "")  # of a product of float32 on some GPUs
+    key = f"{VERSION} {mx.__version__} {name} {os.cpu_count()} {blas}{bits} {dtype}"
     file = cache / "machine.json"
     known = _read(file)
     place = f"{key} {folder}"
