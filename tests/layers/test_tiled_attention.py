@@ -470,6 +470,7 @@ MACS = {
     "M5, macOS 26.1": ("applegpu_g17s", (26, 1)),
     "A18": ("applegpu_g17p", (26, 2)),
 }
+LENGTHS = (9, 9), (1000, 1000), (1024, 4096), (2047, 2047), (2048, 2048), (2048, 4096)
 
 
 @pytest.mark.parametrize("mac", MACS)
@@ -480,7 +481,7 @@ def test_without_a_gradient_mlx_makes_scores_of_large_heads_on_metal(mac, dtype)
     backend = METAL._replace(architecture=architecture, macos=macos)
     assert backend.has_matrix_unit == (mac == "M5")
     for size in (64, 72, 80, 96, 128, 192, 256):
-        for rows, keys in ((9, 9), (1000, 1000), (1024, 4096), (2047, 2047), (2048, 2048)):
+        for rows, keys in LENGTHS:
             for mask in (None, "causal"):
                 arguments = backend, rows, keys, size, size, dtype
                 is_fused, why = choice(*arguments, traced=False, mask=mask)
