@@ -1,10 +1,15 @@
 """The command line of the benchmark."""
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+
+# As in the contenders' processes (`worker.py`), which plan with what is measured of the machine
+# here.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 from mlx_edgelora.benchmark.options import options_from_cli
 from mlx_edgelora.benchmark.report import Report

@@ -22,7 +22,7 @@ from mlx_edgelora.benchmark.machine import (
     versions,
 )
 from mlx_edgelora.benchmark.report import Context, Report
-from mlx_edgelora.benchmark.results import TOLERANCES, movement
+from mlx_edgelora.benchmark.results import movement, tolerance_of
 from mlx_edgelora.benchmark.rounds import Comparison, Gone, Running, Say
 from mlx_edgelora.benchmark.rows import (
     BATCHES,
@@ -140,7 +140,7 @@ class _Bench:
         share = sum(labelled for *_, labelled in steps) / sum(tokens for _, tokens, _ in steps)
         found = Context(tokens, size, share)
         self._say(f"{_name(options)}, {tokens} tokens")
-        tolerance = TOLERANCES[self._dtype]
+        tolerance = tolerance_of(self._dtype)
         try:
             found.results = Comparison(job, self._folder, tolerance, self._say).run(self._rivals)
         except EdgeLoraError as error:

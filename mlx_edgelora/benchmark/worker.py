@@ -13,6 +13,9 @@ import time
 from collections.abc import Callable, Mapping
 from typing import IO, Any
 
+# Float32 is what it says, on CUDA and on an M5 as well; MLX must know before its first product.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
+
 import mlx.core as mx
 
 from mlx_edgelora.benchmark import contenders  # noqa: F401 - imported before anything is counted

@@ -82,6 +82,20 @@ def attention_bounded() -> Iterator[None]:
         yield
 
 
+# Whether a gradient is traced where blocks call attention: what MLX does then is not the same.
+_traced = [False]
+
+
+@contextmanager
+def gradient_traced() -> Iterator[None]:
+    """Let `bounded` know that a gradient is traced of what is called; undone on exit."""
+    before, _traced[0] = _traced[0], True
+    try:
+        yield
+    finally:
+        _traced[0] = before
+
+
 # Where tiles add the gradients of keys and values, of the calls of attention that go on.
 _sums: list[KeySums] = []
 
@@ -127,7 +141,7 @@ def bounded(
 ) -> mx.array:
     """For `attention_replaced`: the same, but tokens x tokens is never held, forward or backward.
 
-    MLX's own where it has a fused gradient, or where all scores are no more than a tile; in
+    MLX's own where it is fused (`use_fused`), or where all scores are no more than a tile; in
     tiles elsewhere, where a floating mask gets its gradient as well. Masks that know what they
     mean are not evaluated where there is more than a tile. With a cache, or what tiles do not
     know, `original` as it is.
@@ -143,7 +157,7 @@ def bounded(
         cache is not None
         or small
         or not _is_known(mask)
-        or use_fused(queries, keys, values, mask=tiled, sinks=sinks)[0]
+        or use_fused(queries, keys, values, traced=_traced[0], mask=tiled, sinks=sinks)[0]
     ):
         return original(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
     operands, sums = promoted(queries, keys, values), _sums[-1] if _sums else None

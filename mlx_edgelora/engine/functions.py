@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from mlx_edgelora.blocks.attention import gradient_traced
 from mlx_edgelora.blocks.block_list import BlockList, Slot, bound, signature
 from mlx_edgelora.blocks.checks import EVALUATES
 from mlx_edgelora.blocks.dropout import KeyTape
@@ -182,7 +183,7 @@ class BlockFunctions:
 
             def forward(*primals: mx.array) -> mx.array:
                 values = frozen | dict(zip(trained, primals[:-1], strict=True))
-                with bound(self.slots[index], values), self.tape.playing(keys):
+                with gradient_traced(), bound(self.slots[index], values), self.tape.playing(keys):
                     return self.called(index, primals[-1], args, kwargs, wanted._replace(rows=rows))
 
             out, gradients = mx.vjp(forward, [*trained.values(), x], [cotangent])

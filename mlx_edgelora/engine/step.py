@@ -17,6 +17,7 @@ from mlx_edgelora.engine.trained import ResidentTrained, Trained
 from mlx_edgelora.engine.visits import Arrays
 from mlx_edgelora.engine.walk import Pass, Walk
 from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.layers.fused import gradient_blocks
 from mlx_edgelora.losses.approximate import ApproximateCrossEntropy
 from mlx_edgelora.losses.chunked import chunked_cross_entropy, in_graph
 from mlx_edgelora.losses.exact import CrossEntropy, check_labels
@@ -86,6 +87,7 @@ class Engine:
     def obey(self, plan: Plan) -> None:
         """Compute from now on as a plan says; what it leaves in memory or on disk stays there."""
         self._plan = plan
+        gradient_blocks(plan.attention_block)
         blocks = self._walk.blocks
         set_slices(blocks, plan.mlp_bytes, len(blocks) - plan.kept_blocks)
         self._walk.obey(plan)  # which looks at the blocks' settings
@@ -168,6 +170,7 @@ class Engine:
         """Give the store's disk space back, and let go of the files that weights are read from."""
         self._walk.store.close()
         self._walk.weights.close()
+        gradient_blocks(None)
 
     def _loss(
         self, state: Pass, hidden: mx.array, part: "_Part", gradient: bool

@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 
+from mlx_edgelora.blocks.attention import gradient_traced
 from mlx_edgelora.blocks.block_list import bound
 from mlx_edgelora.blocks.masks import packed, unpacked
 from mlx_edgelora.engine.context import Context
@@ -90,7 +91,7 @@ class Tail:
                 for index, own, others, call in zip(indices, trained, frozen, calls, strict=True):
                     args, kwargs = unpacked(*call)
                     part = Wanted(rows, spares) if index == indices[-1] else Wanted()
-                    with bound(context.visits.slots[index], others | own):
+                    with gradient_traced(), bound(context.visits.slots[index], others | own):
                         out = functions.called(index, out, args, kwargs, part)
                 return graph(out, outside, *arrays)
 

@@ -19,7 +19,7 @@ from contextlib import ExitStack
 import mlx.core as mx
 import numpy as np
 
-from mlx_edgelora.blocks.attention import key_gradients_added
+from mlx_edgelora.blocks.attention import gradient_traced, key_gradients_added
 from mlx_edgelora.blocks.block_list import bound
 from mlx_edgelora.blocks.checks import watched
 from mlx_edgelora.blocks.masks import band_of
@@ -265,7 +265,7 @@ class _Visit:
                 name: watched(lambda name=name: reached.add(name))(value)
                 for name, value in zip(self._trained, primals[:count], strict=True)
             }
-            with bound(self._block._slots, seen):
+            with gradient_traced(), bound(self._block._slots, seen):
                 return function(*primals[count:])
 
         _, found = mx.vjp(bound_function, [*self._trained.values(), *inputs], cotangents)

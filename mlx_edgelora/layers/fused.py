@@ -1,5 +1,9 @@
 """Where MLX's own attention has a fused kernel forward *and* backward."""
 
+import os
+import platform
+import re
+from functools import cache
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -8,6 +12,11 @@ from mlx_edgelora.layers.grid import Band
 
 # Head sizes (of q and k, of v) for which MLX's Metal kernels have a backward.
 METAL_SIZES = {(size, size) for size in (64, 72, 80, 96, 128, 192, 256)} | {(96, 64)}
+# Head sizes whose fused kernel MLX mostly leaves out where no gradient is traced.
+SCORED_SIZES = (192, 256)
+# Names the queries, and the keys, whose scores MLX's gradient of attention on Metal holds at a
+# time. MLX reads it at every call.
+BLOCK_VARIABLE, BLOCK = "MLX_SDPA_VJP_BLOCK", 1024
 
 
 class Backend(NamedTuple):
@@ -16,6 +25,17 @@ class Backend(NamedTuple):
     name: str
     mlx: tuple[int, ...]
     compute_capability: int = 0  # CUDA's major one
+    architecture: str = ""  # Metal's, as applegpu_g13s
+    macos: tuple[int, ...] = ()
+    tf32: bool = True  # whether MLX may multiply float32 in fewer bits
+
+    @property
+    def has_matrix_unit(self) -> bool:
+        """Whether MLX multiplies by the matrix unit of an M5 or later (`is_nax_available`)."""
+        found = re.search(r"_g(\d+)(\w*)", self.architecture)
+        if found is None or self.macos < (26, 2):
+            return False
+        return int(found[1]) >= (18 if found[2].endswith("p") else 17)
 
     @classmethod
     def here(cls) -> "Backend":
@@ -24,8 +44,35 @@ class Backend(NamedTuple):
         if mx.default_device() != mx.gpu:
             return cls("cpu", version)
         if mx.metal.is_available():
-            return cls("metal", version)
+            architecture = str(mx.device_info().get("architecture", ""))
+            tf32 = os.environ.get("MLX_ENABLE_TF32", "1") != "0"
+            return cls("metal", version, 0, architecture, _macos(), tf32)
         return cls("cuda", version, int(mx.device_info().get("compute_capability_major", 0)))
+
+
+@cache
+def _macos() -> tuple[int, ...]:
+    return tuple(int(part) for part in platform.mac_ver()[0].split(".") if part.isdigit())
+
+
+# What `BLOCK_VARIABLE` was before anybody here set it.
+_before: list[str | None] = []
+
+
+def gradient_blocks(size: int | None) -> None:
+    """Let MLX's gradient of attention on Metal make so many queries' and keys' scores at a time.
+
+    It holds three such blocks for every head and row. None puts back what was there before.
+    """
+    if size is not None:
+        if not _before:
+            _before.append(os.environ.get(BLOCK_VARIABLE))
+        os.environ[BLOCK_VARIABLE] = str(size)
+    elif _before:
+        value = _before.pop()
+        os.environ.pop(BLOCK_VARIABLE, None)
+        if value is not None:
+            os.environ[BLOCK_VARIABLE] = value
 
 
 def is_floating(mask: object) -> bool:
@@ -38,15 +85,20 @@ def use_fused(
     k: mx.array,
     v: mx.array,
     *,
+    traced: bool,
     mask: str | mx.array | Band | None = None,
     window: int | None = None,
     sinks: mx.array | None = None,
     backend: Backend | None = None,
 ) -> tuple[bool, str]:
-    """Whether MLX's own attention has a fused forward *and* backward here, and why (not).
+    """Whether MLX's own attention never holds tokens x tokens scores here, and why (not).
 
     Arguments as of `tiled_attention`; only shapes and dtypes are looked at. Where this is
-    False MLX's gradient may build tokens x tokens scores without a word.
+    False MLX may build tokens x tokens scores without a word, in its gradient if not before.
+
+    Args:
+        traced: whether a gradient is traced where attention is called: MLX on Metal then takes
+            fused kernels that it leaves out of a forward alone.
     """
     backend = backend or Backend.here()
     if backend.name not in ("metal", "cuda"):
@@ -65,6 +117,9 @@ def use_fused(
             "the fused backward takes no array mask": mask is not None and not causal,
             f"head sizes {sizes}": sizes not in METAL_SIZES,
             f"{rows} queries, not more than 8": rows <= 8,
+            f"without a gradient MLX makes scores of heads of {sizes[0]}": not traced
+            and sizes[0] in SCORED_SIZES
+            and not _is_fused_untraced(backend, q, keys, causal),
         }
     else:
         refusals |= {
@@ -78,3 +133,14 @@ def use_fused(
         if refused:
             return False, reason
     return True, f"MLX's fused attention on {backend.name} has this gradient"
+
+
+def _is_fused_untraced(backend: Backend, q: mx.array, keys: int, causal: bool) -> bool:
+    """Whether MLX 0.32.4 takes its Metal kernel for large heads where no gradient is traced."""
+    rows, size = q.shape[2], q.shape[3]
+    if size != 256 or not causal:
+        return False
+    in_16_bits = q.dtype != mx.float32
+    if backend.has_matrix_unit and rows >= 1024 and (in_16_bits or backend.tf32):
+        return True
+    return in_16_bits and rows >= 2048 and rows == keys

@@ -188,13 +188,13 @@ def ways_of(plan: Plan, by_tiles: bool, kept: int, resident: bool) -> dict[str, 
         resident: whether the weights of others stay in memory.
     """
     tile_tokens = plan.tile_tokens if by_tiles else None
-    block = (tile_tokens, plan.mlp_bytes, plan.kernel, resident)
+    block = (tile_tokens, plan.mlp_bytes, plan.kernel, resident, plan.attention_block)
     place = "streamed" if plan.reads_head else "resident"
     return {
         "load": (),
         "forward": block,
         "backward": block,
         "head": (plan.loss_bytes, place),
-        "tail": (kept, plan.loss_bytes, plan.kernel, place),
+        "tail": (kept, plan.loss_bytes, plan.kernel, place, plan.attention_block),
         "update": (plan.adapters,),
     }

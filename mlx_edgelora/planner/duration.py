@@ -2,6 +2,7 @@
 
 from functools import partial
 
+from mlx_edgelora.layers.fused import BLOCK
 from mlx_edgelora.planner.cost import Memory
 from mlx_edgelora.planner.machine import Machine
 from mlx_edgelora.planner.measured import Measured, Way
@@ -11,6 +12,8 @@ from mlx_edgelora.planner.sizes import Load, ModelShape
 
 # Small operations of a block, forward and backward, and of one more tile of it.
 FORWARD_CALLS, BACKWARD_CALLS, TILE_CALLS = 150, 450, 200
+# Of a block of scores in MLX's gradient of attention on Metal: a guess, so that fewer are better.
+SCORE_CALLS = 10
 # Arrays that operations entry by entry read and write, in a forward and in a backward.
 PASSES = {"hidden": 12, "queries": 8, "intermediate": 8}
 # What is read ahead, or written behind, still takes this share of its time.
@@ -24,6 +27,24 @@ def seconds(
     part = load.part(plan.micro_batches)
     step = _Step(shape, part, plan, machine, Measured() if known is None else known)
     return min(plan.micro_batches, load.rows) * step.batch() + step.update()
+
+
+def longest_operation(shape: ModelShape, load: Load, plan: Plan, machine: Machine) -> float:
+    """Seconds of the longest operation of a block that nothing divides.
+
+    A product with its largest matrix, or MLX's gradient of attention on Metal.
+    """
+    part = load.part(plan.micro_batches)
+    tokens = part.size if plan.tile_tokens is None else min(part.size, plan.tile_tokens)
+    kernel = machine.kernels[0] if plan.kernel == "auto" else plan.kernel
+    fused = shape.packed and kernel == "fused"
+    rate = machine.rates.fused_flops if fused else machine.rates.flops
+    product = 2 * tokens * shape.hidden * max(shape.intermediate, shape.queries) / rate
+    if not shape.blocked_heads:
+        return product
+    # Five products; of the last tokens, which see nearly all.
+    pairs = tokens * (part.tokens - tokens / part.rows / 2)
+    return max(product, 5 * 2 * pairs * shape.queries / machine.rates.flops)
 
 
 # The phases whose time is told by what was measured.
@@ -86,15 +107,18 @@ class _Step:
         if kind == "head":
             return self._head(way[0], load, way[1] == "streamed")
         if kind == "tail":
-            kept, loss_bytes, kernel, place = way
-            block = _Block(self, (None, None, kernel, True), load)
+            kept, loss_bytes, kernel, place, attention_block = way
+            block = _Block(self, (None, None, kernel, True, attention_block), load)
             # Of the last one all but keys and values is computed for labelled tokens.
             count = kept - 1 + load.labelled / load.size
-            spent = kept * BACKWARD_CALLS * self.rates.call
+            calls = BACKWARD_CALLS + SCORE_CALLS * block.score_blocks
+            spent = kept * calls * self.rates.call
             spent += count * (block.forward() + block.backward())
             return spent + self._head(loss_bytes, load, place == "streamed")
         block = _Block(self, way, load)
-        calls = FORWARD_CALLS if kind == "forward" else BACKWARD_CALLS
+        calls = FORWARD_CALLS
+        if kind == "backward":
+            calls = BACKWARD_CALLS + SCORE_CALLS * block.score_blocks
         spent = (calls + TILE_CALLS * (block.tiles - 1)) * self.rates.call
         if kind == "forward":
             return spent + block.forward()
@@ -121,7 +145,7 @@ class _Block:
     """One block, computed in some way."""
 
     def __init__(self, step: _Step, way: Way, load: Load) -> None:
-        tile_tokens, mlp_bytes, kernel, _ = way
+        tile_tokens, mlp_bytes, kernel, _, attention_block = way
         self.shape, self.load, self.rates = step.shape, load, step.rates
         shape = step.shape
         self.tiles = 1 if tile_tokens is None else -(-load.size // tile_tokens)
@@ -132,6 +156,10 @@ class _Block:
         if shape.packed and kernel == "fused":
             self.fused = shape.block_weights - (shape.mlp_weights if self.sliced else 0)
         self.dense = shape.block_weights - self.fused
+        self.score_blocks = 0
+        if shape.blocked_heads:
+            size, queries = attention_block or BLOCK, -(-load.tokens // self.tiles)
+            self.score_blocks = self.tiles * -(-queries // size) * -(-load.tokens // size)
         # Seconds that unpacking the others takes in one pass over all tokens.
         self.unpack = shape.packed * self.tiles * self.dense / self.rates.dequantized
 

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from math import inf
 from pathlib import Path
 
 import mlx.core as mx
@@ -27,6 +28,8 @@ AT_ONCE = 16
 DISK_BYTES = 32 * MIB
 # Of the memory that is free or can be freed, so much is left to other programs.
 MARGIN = 0.2
+# macOS ends what holds the GPU for some seconds, sooner where it draws the display.
+LONGEST = 0.5
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,14 @@ class Machine:
         kernels: ways to multiply packed matrices that a plan may choose from; the first is what
             "auto" means.
         key: what tells it, with the versions that count, from others.
+        longest: seconds that a plan lets one operation take, where there is a choice.
     """
 
     name: str
     rates: Rates
     kernels: tuple[str, ...] = ("dequantize",)
     key: str = ""
+    longest: float = inf
 
 
 def machine_here(cache: Path, folder: Path, dtype: mx.Dtype) -> Machine:
@@ -80,7 +85,8 @@ def machine_here(cache: Path, folder: Path, dtype: mx.Dtype) -> Machine:
     device = mx.device_info()
     name = f"{device.get('device_name', 'unknown')}, {mx.default_device()}"
     blas = os.environ.get("LD_PRELOAD", "") + os.environ.get("DYLD_INSERT_LIBRARIES", "")
-    key = f"{VERSION} {mx.__version__} {name} {os.cpu_count()} {blas} {dtype}"
+    bits = os.environ.get("MLX_ENABLE_TF32", "")  # of a product of float32 on some GPUs
+    key = f"{VERSION} {mx.__version__} {name} {os.cpu_count()} {blas}{bits} {dtype}"
     file = cache / "machine.json"
     known = _read(file)
     place = f"{key} {folder}"
@@ -91,7 +97,8 @@ def machine_here(cache: Path, folder: Path, dtype: mx.Dtype) -> Machine:
         _write(file, known)
     # Slow on a CPU, and less exact in 16 bits there (`layers/linear.py`): no plan's choice.
     kernels = ("fused", "dequantize") if resolve_kernel("auto")[0] == "fused" else ("dequantize",)
-    return Machine(name, rates, kernels, key)
+    on_metal = mx.default_device() == mx.gpu and mx.metal.is_available()
+    return Machine(name, rates, kernels, key, LONGEST if on_metal else inf)
 
 
 def measured(folder: Path, dtype: mx.Dtype) -> Rates:

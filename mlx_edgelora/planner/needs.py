@@ -7,6 +7,7 @@ On another device it is a guess, until the device is asked (`training/sampling.p
 
 from functools import lru_cache
 
+from mlx_edgelora.layers.fused import BLOCK
 from mlx_edgelora.layers.mlp import TOKENS, slice_features
 from mlx_edgelora.losses.exact import tile_shape
 from mlx_edgelora.planner.measured import Way
@@ -30,6 +31,7 @@ TERMS: dict[str, dict[str, float]] = {
         "slice": 7.3,
         "slice weights": 1.7,
         "one": 6.9,
+        "scores": 1.0,
     },
     "tiles forward": {
         "hidden": 4.9,
@@ -44,6 +46,7 @@ TERMS: dict[str, dict[str, float]] = {
         "slice": 13.2,
         "slice weights": 1.7,
         "adapters": 2.4,
+        "scores": 1.0,
     },
     "head": {"tile": 1.0, "labelled": 2.6, "read": 0.8},
     # Of blocks above the last one all tokens, of the last one the labelled.
@@ -53,6 +56,7 @@ TERMS: dict[str, dict[str, float]] = {
         "last intermediate": 8.0,
         "attention": 3.1,
         "one": 10.0,
+        "scores": 1.0,
     },
     "update": {"adapters": 3.0, "one": 1.0},
 }
@@ -64,9 +68,9 @@ def need(kind: str, shape: ModelShape, way: Way, load: Load) -> float:
     Args:
         kind: one of `TERMS`; "tail" is that of the kept blocks and the head.
         shape: of the model.
-        way: (tile_tokens, mlp_bytes, kernel, resident) of a block; (loss_bytes, place of the head);
-            (kept blocks, loss_bytes, kernel, place of the head) of a tail; (placement of
-            adapters,) of an update.
+        way: (tile_tokens, mlp_bytes, kernel, resident, attention_block) of a block; (loss_bytes,
+            place of the head); (kept blocks, loss_bytes, kernel, place of the head,
+            attention_block) of a tail; (placement of adapters,) of an update.
         load: the tokens.
     """
     sizes = sizes_of(kind, shape, way, load)
@@ -95,10 +99,11 @@ def sizes_of(kind: str, shape: ModelShape, way: Way, load: Load) -> dict[str, fl
             "kept intermediate": above * inner,
             "last intermediate": inner * load.labelled / load.size,
             "attention": load.size * (shape.queries + shape.keys) * shape.itemsize,
+            "scores": _scores(shape, load, load.tokens, way[4]),
         }
     if kind == "load":
         return sizes | {"every hidden": every}
-    tile_tokens, mlp_bytes, *_ = way
+    tile_tokens, mlp_bytes, _, _, attention_block = way
     tokens = load.size
     if kind.startswith("tiles"):
         spans = -(-load.tokens // max(1, tile_tokens // load.rows))
@@ -108,6 +113,7 @@ def sizes_of(kind: str, shape: ModelShape, way: Way, load: Load) -> dict[str, fl
     sizes |= {
         "hidden": tokens * shape.hidden * entry,
         "intermediate": 0 if sliced else tokens * shape.intermediate * entry,
+        "scores": _scores(shape, load, tokens // load.rows, attention_block),
     }
     if sliced:
         group = 64 if shape.packed else 1
@@ -119,3 +125,13 @@ def sizes_of(kind: str, shape: ModelShape, way: Way, load: Load) -> dict[str, fl
             "slice weights": FLOAT * 3 * shape.hidden * features,
         }
     return sizes
+
+
+def _scores(shape: ModelShape, load: Load, queries: int, block: int | None) -> int:
+    """What MLX's gradient of attention on Metal makes of so many queries of each row.
+
+    Three blocks of every head, by reading `sdpa_vjp_blocked` of MLX 0.32.4; not fitted.
+    """
+    most = BLOCK if block is None else block
+    block_scores = min(most, queries) * min(most, load.tokens)
+    return 3 * load.rows * shape.blocked_heads * block_scores * shape.itemsize

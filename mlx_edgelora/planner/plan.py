@@ -40,6 +40,8 @@ class Plan:
             unpacks them a tile at a time, as slices of an MLP always do; "auto" leaves it to the
             backend.
         loss_bytes: a tile of the vocabulary head.
+        attention_block: MLX's gradient of attention on Metal takes the scores of so many queries
+            and keys at a time; None leaves it to MLX, which elsewhere has no such gradient.
         micro_batches: a batch is computed in so many parts, whose gradients are added.
         cache_bytes: what MLX may keep of freed buffers: enough for one block's to be used
             again, where its own default on Metal keeps nearly everything it ever had.
@@ -59,6 +61,7 @@ class Plan:
     mlp_bytes: int | None = _choice(None, None, least=1)
     kernel: str = _choice("auto", "auto", "fused", "dequantize")
     loss_bytes: int = _choice(40 * MIB, least=1)
+    attention_block: int | None = _choice(None, None, least=1)
     micro_batches: int = _choice(1, least=1)
     cache_bytes: int = _choice(64 * MIB, least=0)
     reason: str = "as given"
@@ -151,6 +154,9 @@ class Plan:
         }
         if self.kernel != "auto":
             rows["packed matrices"] = "unpacked" if self.kernel == "dequantize" else "MLX's kernel"
+        if self.attention_block is not None:
+            block = self.attention_block
+            rows["attention's gradient"] = f"{block} x {block} scores at a time"
         if self.micro_batches > 1:
             rows["batch"] = f"in {self.micro_batches} parts"
         return rows

@@ -17,7 +17,7 @@ from typing import Any
 
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.planner.cost import Memory
-from mlx_edgelora.planner.duration import seconds
+from mlx_edgelora.planner.duration import longest_operation, seconds
 from mlx_edgelora.planner.machine import Machine
 from mlx_edgelora.planner.measured import Measured
 from mlx_edgelora.planner.plan import MIB, Plan
@@ -31,6 +31,8 @@ SLICE = 16 * MIB
 LOSSES = (16 * MIB, 40 * MIB)
 # On a GPU, which waits for the host where there are many tiles.
 LARGE_LOSSES = (160 * MIB, 640 * MIB)
+# Of scores in MLX's gradient of attention on Metal: MLX's own, and 1/16 of its memory.
+ATTENTION_BLOCKS = (1024, 256)
 # Counts of kept blocks up to the end of this, then every fourth.
 KEPT = 8
 # Rows that are shorter are padded to it.
@@ -168,7 +170,7 @@ class _Search:
         if "kernel" in self.fixed:
             kernels = (self.fixed["kernel"],)
         found = []
-        for way in filter(self._agrees, self._ways()):
+        for way in self._short(list(filter(self._agrees, self._ways()))):
             ideal = replace(way, **self._richest())
             times = [self._seconds(replace(ideal, kernel=kernel)) for kernel in kernels]
             fastest = min(times)
@@ -195,6 +197,19 @@ class _Search:
                     if tokens < size:
                         yield Plan(tile_tokens=tokens, mlp_bytes=mlp_bytes, **common)
 
+    def _short(self, ways: list[Plan]) -> list[Plan]:
+        """Those without an operation that takes too long, or with the shortest ones."""
+        if self.machine.longest == inf:
+            return ways
+        arguments = self.shape, self.load
+        longest = [longest_operation(*arguments, way, self.machine) for way in ways]
+        most = max(self.machine.longest, min(longest, default=0.0))
+        return [way for way, spent in zip(ways, longest, strict=True) if spent <= most]
+
+    @property
+    def _attention_blocks(self) -> tuple[int | None, ...]:
+        return ATTENTION_BLOCKS if self.shape.blocked_heads else (None,)
+
     def _kept(self) -> list[int]:
         count = self.shape.adapted
         return [k for k in range(count + 1) if k <= KEPT or k % 4 == 0 or k == count]
@@ -218,6 +233,7 @@ class _Search:
             "inputs": "file",
             "adapters": "paged",
             "cache_bytes": 16 * MIB,
+            "attention_block": self._attention_blocks[-1],
         }
         return values | {k: v for k, v in self.fixed.items() if k in values}
 
@@ -228,6 +244,7 @@ class _Search:
             "prefetch": False,
             "inputs": "memory",
             "adapters": "resident",
+            "attention_block": self._attention_blocks[0],
         }
         return values | {k: v for k, v in self.fixed.items() if k in values}
 
@@ -237,17 +254,14 @@ class _Search:
             "head": ("resident", "streamed"),
             "adapters": ("resident", "paged"),
             "inputs": ("memory", "file"),
+            "attention_block": self._attention_blocks,
         }
         for name, value in self.fixed.items():
             if name in options:
                 options[name] = (value,)
         cache = self.fixed.get("cache_bytes", Plan.cache_bytes)
-        for head in options["head"]:
-            for adapters in options["adapters"]:
-                for inputs in options["inputs"]:
-                    yield replace(
-                        way, head=head, adapters=adapters, inputs=inputs, cache_bytes=cache
-                    )
+        for values in product(*options.values()):
+            yield replace(way, cache_bytes=cache, **dict(zip(options, values, strict=True)))
 
     def _streamed(self, base: Plan, budget: int, slowest: float) -> Iterator[Plan]:
         """As many blocks as fit stay in memory, with and without one more being read ahead.

@@ -9,11 +9,16 @@ from mlx.utils import tree_flatten
 from mlx_edgelora.blocks.block_list import BlockList
 from mlx_edgelora.blocks.checks import MODEL_ERRORS
 from mlx_edgelora.blocks.gated_mlp import gated_form
-from mlx_edgelora.blocks.parts import BlockParts, Span
+from mlx_edgelora.blocks.masks import tiled_mask
+from mlx_edgelora.blocks.parts import Asked, BlockParts, Span
 from mlx_edgelora.blocks.tiling import block_calls
+from mlx_edgelora.layers.fused import Backend, use_fused
 from mlx_edgelora.model.head import MATRICES, find_head, frozen_matrix
 from mlx_edgelora.model.weights import cast, cast_all
 from mlx_edgelora.planner.sizes import ModelShape
+
+# Tokens of a text that MLX has fused attention for.
+LONG = 1024
 
 
 def shape_of(blocks: BlockList, vocabulary: int, dtype: mx.Dtype | None = None) -> ModelShape:
@@ -26,7 +31,7 @@ def shape_of(blocks: BlockList, vocabulary: int, dtype: mx.Dtype | None = None) 
     """
     model = blocks.model
     trained = {name: value.nbytes for name, value in tree_flatten(model.trainable_parameters())}
-    queries, keys = _attention(blocks)
+    queries, keys, blocked_heads = _attention(blocks)
     by_block = [_Block(block, dtype) for block in blocks.blocks]
     largest = max(by_block, key=lambda block: block.frozen + block.trained)
     adapted = [index for index, block in enumerate(by_block) if block.trained]
@@ -66,12 +71,16 @@ def shape_of(blocks: BlockList, vocabulary: int, dtype: mx.Dtype | None = None) 
         outside_adapter_bytes=sum(outside.values()),
         itemsize=(dtype or blocks.hidden_dtype).size,
         gated=all(block.gated for block in by_block),
+        blocked_heads=blocked_heads,
     )
 
 
-def _attention(blocks: BlockList) -> tuple[int, int]:
-    """The widest block's queries, and keys and values, as its code asks attention for them."""
-    found = [(0, 0)]
+def _attention(blocks: BlockList) -> tuple[int, int, int]:
+    """The widest block's queries, and keys and values, as its code asks attention for them.
+
+    And the most heads of which MLX's gradient on Metal makes blocks of scores.
+    """
+    found, heads, backend = [(0, 0)], 0, Backend.here()
     for block, (x, args, kwargs) in zip(blocks.blocks, block_calls(blocks), strict=True):
         try:
             asked = BlockParts(block, args, kwargs).asked(x, Span(0, x.shape[1]))
@@ -79,7 +88,17 @@ def _attention(blocks: BlockList) -> tuple[int, int]:
             continue  # attention of its own
         sizes = [a.shape[1] * a.shape[3] for a in (asked.q, asked.k, asked.v)]
         found.append((sizes[0], sizes[1] + sizes[2]))
-    return max(found)
+        if backend.name == "metal" and _is_blocked(asked, backend):
+            heads = max(heads, asked.q.shape[1])
+    return *max(found), heads
+
+
+def _is_blocked(asked: Asked, backend: Backend) -> bool:
+    """Whether MLX's fused gradient is taken, in texts longer than a trial's."""
+    mask = tiled_mask(asked.mask, asked.q.shape[2], asked.k.shape[2])
+    # Never evaluated.
+    arrays = [mx.zeros((*a.shape[:2], LONG, a.shape[3]), a.dtype) for a in asked[:3]]
+    return use_fused(*arrays, traced=True, mask=mask, sinks=asked.sinks, backend=backend)[0]
 
 
 class _Block:

@@ -30,6 +30,8 @@ class ModelShape:
         outside_adapter_bytes: trained parameters outside the blocks.
         itemsize: bytes of an entry of a hidden state.
         gated: whether every block's MLP can be computed in slices.
+        blocked_heads: of queries, where MLX's fused gradient on Metal makes blocks of their scores;
+            0 where attention is computed otherwise.
     """
 
     blocks: int
@@ -54,6 +56,7 @@ class ModelShape:
     outside_adapter_bytes: int
     itemsize: int
     gated: bool
+    blocked_heads: int = 0
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ from mlx_edgelora.training.plain import (
     random_adapter,
     recorded_calls,
 )
-from mlx_edgelora.training.verdict import Arrays, Verdict, judged
+from mlx_edgelora.training.verdict import Arrays, Verdict, judged, unit
 
 # Of the light form: rows of a batch, their tokens (MLX's kernels on a GPU want more), tokens of
 # a tile (so few that not every expert is picked in each) and bytes of a tile of scores.
@@ -411,7 +411,7 @@ def _cotangent(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
 
 
 def _nudged(arrays: Arrays, seed: int | None) -> Arrays:
-    """Float32 arrays changed by one unit in the last place, up or down at random."""
+    """Float32 arrays changed by one unit of their products, up or down at random."""
     if seed is None:
         return arrays
     rng = np.random.RandomState(seed)
@@ -420,7 +420,7 @@ def _nudged(arrays: Arrays, seed: int | None) -> Arrays:
         if value.dtype != mx.float32:
             return value
         signs = rng.choice(np.float32([-1, 1]), value.shape)
-        return value * mx.array(1 + signs * np.float32(2**-23))
+        return value * mx.array(1 + signs * np.float32(unit()))
 
     return {name: nudged(value) for name, value in arrays.items()}
 

@@ -1,6 +1,9 @@
 """The parts of the benchmark that need no other process."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -20,6 +23,7 @@ from mlx_edgelora.benchmark.results import (
     adapter_gap,
     judge,
     movement,
+    tolerance_of,
 )
 from mlx_edgelora.benchmark.rows import (
     batches,
@@ -52,6 +56,45 @@ def judged(result):
 
 def test_a_result_without_fault():
     assert judged(result_of(4.0, 3.0001)) == []
+
+
+def test_small_losses_are_compared_as_differences_of_large_numbers():
+    for own, faults in ((1.5e-4, 0), (3e-4, 1)):
+        result = result_of(own)
+        judge(result, result_of(1e-5), TOLERANCES["float32"])
+        assert len(result.faults) == faults
+
+
+@pytest.mark.parametrize(("asked", "exact"), [(None, True), ("0", True), ("1", False)])
+def test_what_is_multiplied_in_fewer_bits_is_judged_as_such(asked, exact, monkeypatch):
+    monkeypatch.delenv("MLX_ENABLE_TF32", raising=False)
+    if asked:
+        monkeypatch.setenv("MLX_ENABLE_TF32", asked)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    assert tolerance_of("float32") == TOLERANCES["float32" if exact else "float16"]
+    assert tolerance_of("bfloat16") == TOLERANCES["bfloat16"]
+    monkeypatch.setattr(mx, "default_device", lambda: mx.cpu)
+    assert tolerance_of("float32") == TOLERANCES["float32"]
+
+
+@pytest.mark.parametrize("module", ["benchmark.worker", "benchmark.__main__"])
+@pytest.mark.parametrize("asked", [None, "1"])
+def test_the_benchmark_multiplies_float32_in_all_of_its_bits(module, asked):
+    """Said before MLX is imported; whoever says otherwise is heard."""
+    text = f"""if True:
+        import os, sys
+        class Spy:
+            def find_spec(self, name, *rest):
+                if name == "mlx.core":
+                    print(os.environ.get("MLX_ENABLE_TF32"))
+        sys.meta_path.insert(0, Spy())
+        import mlx_edgelora.{module}"""
+    environment = {k: v for k, v in os.environ.items() if k != "MLX_ENABLE_TF32"}
+    environment |= {} if asked is None else {"MLX_ENABLE_TF32": asked}
+    ran = subprocess.run(
+        [sys.executable, "-c", text], env=environment, capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.split() == [asked or "0"]
 
 
 @pytest.mark.parametrize(

@@ -262,7 +262,7 @@ def test_a_mask_that_hides_nothing_more_than_the_word_is_the_word(monkeypatch):
         seen.append(mask)
         return original(*args, mask=mask, **kwargs)
 
-    monkeypatch.setattr(attention, "use_fused", lambda *_, mask, sinks: (mask == "causal", ""))
+    monkeypatch.setattr(attention, "use_fused", lambda *_, mask, **__: (mask == "causal", ""))
     monkeypatch.setattr(attention, "TILE_BYTES", 0)
     with attention_replaced(spy), attention_replaced(bounded), masks_known():
         attended(9, base.create_attention_mask(hidden(9), return_array=True))

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx import nn
 from peaks import ROUNDS, above, begin, growth, lowest
+from tf32 import tf32
 
 from mlx_edgelora.blocks.block_list import BlockList, array_slots, bound
 from mlx_edgelora.blocks.gated_mlp import gated_form, slice_mlps
@@ -62,6 +63,19 @@ def test_what_can_be_tiled(name):
     if gated:
         model = build(name)
         assert slice_mlps(BlockList(model)).startswith(f"{gated} gated MLPs")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_products_in_fewer_bits_do_not_look_like_other_tokens(name):
+    """Of the whole trial, whose tiles are so short that a GPU multiplies them in all bits."""
+    model = build(name)
+    nn.quantize(model, **quantizable())
+    add_lora(model)
+    with tf32(least=4):
+        tiling = Tiling(BlockList(model), [ResidentWeights()])
+        choices = [tiling.of(index) for index in range(3)]
+    found = [sum(getattr(choice, kind) for choice in choices) for kind in ("possible", "by_rows")]
+    assert tuple(found) == KINDS[name][:2]
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_edgelora.layers import fused
 from mlx_edgelora.layers.attention import TILE_BYTES, Backend, tiled_attention, use_fused
 
 MIB = 2**20
@@ -402,11 +403,13 @@ METAL = Backend("metal", (0, 32, 4))
 CUDA = Backend("cuda", (0, 32, 4), 9)
 
 
-def choice(backend, rows=256, keys=256, size=128, v_size=128, dtype=mx.bfloat16, **options):
+def choice(
+    backend, rows=256, keys=256, size=128, v_size=128, dtype=mx.bfloat16, traced=True, **options
+):
     q, k, v = (
         mx.zeros((1, 2, *shape), dtype) for shape in ((rows, size), (keys, size), (keys, v_size))
     )
-    return use_fused(q, k, v, backend=backend, **options)
+    return use_fused(q, k, v, backend=backend, traced=traced, **options)
 
 
 @pytest.mark.parametrize("mask", [None, "causal"])
@@ -457,6 +460,66 @@ def test_not_fused_elsewhere_and_why(backend, options, reason):
     assert re.search(reason, why), why
 
 
+# By name: what MLX says of a Mac's GPU, and its macOS.
+MACS = {
+    "M1": ("applegpu_g13g", (15, 6)),
+    "M2": ("applegpu_g14s", (26, 3)),
+    "M3": ("applegpu_g15c", (26, 3)),
+    "M4": ("applegpu_g16d", (26, 3)),
+    "M5": ("applegpu_g17s", (26, 2)),
+    "M5, macOS 26.1": ("applegpu_g17s", (26, 1)),
+    "A18": ("applegpu_g17p", (26, 2)),
+}
+LENGTHS = (9, 9), (1000, 1000), (1024, 4096), (2047, 2047), (2048, 2048), (2048, 4096)
+
+
+@pytest.mark.parametrize("mac", MACS)
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_without_a_gradient_mlx_makes_scores_of_large_heads_on_metal(mac, dtype):
+    """The table of `ScaledDotProductAttention::use_fallback` in MLX 0.32.4."""
+    architecture, macos = MACS[mac]
+    backend = METAL._replace(architecture=architecture, macos=macos)
+    assert backend.has_matrix_unit == (mac == "M5")
+    for size in (64, 72, 80, 96, 128, 192, 256):
+        for rows, keys in LENGTHS:
+            for mask in (None, "causal"):
+                arguments = backend, rows, keys, size, size, dtype
+                is_fused, why = choice(*arguments, traced=False, mask=mask)
+                large = size == 256 and mask == "causal"
+                whole = rows >= 2048 and rows == keys and dtype != mx.float32
+                expected = size < 192 or (large and (whole or (mac == "M5" and rows >= 1024)))
+                assert is_fused == expected, (size, rows, keys, mask)
+                assert is_fused or f"without a gradient MLX makes scores of heads of {size}" in why
+                assert choice(*arguments, mask=mask)[0]
+
+
+def test_float32_of_a_matrix_unit_needs_tf32():
+    backend = METAL._replace(architecture="applegpu_g17d", macos=(26, 4))
+    arguments = {"rows": 1024, "keys": 1024, "size": 256, "v_size": 256, "mask": "causal"}
+    for tf32, dtype in ((True, mx.float32), (False, mx.bfloat16)):
+        assert choice(backend._replace(tf32=tf32), dtype=dtype, traced=False, **arguments)[0]
+    exact = backend._replace(tf32=False)
+    assert not choice(exact, dtype=mx.float32, traced=False, **arguments)[0]
+
+
+def test_cuda_does_not_ask_whether_a_gradient_is_traced():
+    assert choice(CUDA, traced=False) == choice(CUDA)
+
+
+def test_a_mac_says_which_gpu_and_macos_it_has(monkeypatch):
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda: {"architecture": "applegpu_g17g"})
+    monkeypatch.setattr(fused, "_macos", lambda: (26, 2, 1))
+    for value, tf32 in ((None, True), ("1", True), ("0", False)):
+        monkeypatch.delenv("MLX_ENABLE_TF32", raising=False)
+        if value is not None:
+            monkeypatch.setenv("MLX_ENABLE_TF32", value)
+        here = Backend.here()
+        assert here._replace(mlx=()) == ("metal", (), 0, "applegpu_g17g", (26, 2, 1), tf32)
+        assert here.has_matrix_unit
+
+
 def test_cuda_takes_a_mask_of_bool_but_gives_no_gradient_to_a_floating_one():
     assert choice(CUDA, mask=mx.ones((256, 256), mx.bool_))[0]
     assert choice(CUDA, mask=mx.zeros((256, 256))) == (
@@ -471,4 +534,4 @@ def test_backend_is_that_of_the_default_device():
     assert (here.name == "cpu") == (mx.default_device() == mx.cpu)
     if here.name == "cpu":
         arrays, _ = inputs(1, 1, 1, 256, 256, 64, 64)
-        assert not use_fused(*arrays)[0]
+        assert not use_fused(*arrays, traced=True)[0]

@@ -1,5 +1,6 @@
 """The head is found by what it does, and its rows with what lies around give the model's logits."""
 
+from dataclasses import replace
 from functools import partial
 
 import mlx.core as mx
@@ -10,6 +11,7 @@ from architectures import CONFIGS, build, quantizable
 from harness import save
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 from peaks import highest, lowest
+from tf32 import rounded
 
 from mlx_edgelora.blocks.block_list import BlockList
 from mlx_edgelora.errors import EdgeLoraError
@@ -218,6 +220,57 @@ def test_looking_up_holds_the_result_and_little_more(tmp_path, monkeypatch, memo
     result = 4 * 2048 * 512
     assert lowest(lambda: above_packed(eval_in_step), 1.1 * result) < 1.1 * result
     assert highest(lambda: above_packed(mx.eval)) > 2 * result  # MLX ahead: nothing in place
+
+
+def separable_in_tf32(head, monkeypatch):
+    """For how many of 60 inputs, where products of tiles round theirs to 10 bits."""
+    unpack, enter, key = head.unpack, head.enter, mx.random.key
+
+    def rounded_tile(rows):
+        tile = unpack(rows)
+        return replace(tile, weight=rounded(tile.weight))
+
+    monkeypatch.setattr(head, "unpack", rounded_tile)
+    monkeypatch.setattr(head, "enter", lambda *args: rounded(enter(*args)))
+    found = 0
+    for number in range(60):
+        monkeypatch.setattr(mx.random, "key", lambda _, number=number: key(number))
+        found += head.is_separable()
+    return found
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "granite"])
+def test_no_head_is_inseparable_because_of_rounding(name, monkeypatch):
+    """As on an M5, where the model's own product with a packed head is exact and ours is not."""
+    model = build(name, hidden_size=256)
+    nn.quantize(model, **quantizable())
+    blocks = BlockList(model)
+    module = find_head(blocks)
+    head = ModelHead(blocks, module, ResidentRows(module))
+    assert separable_in_tf32(head, monkeypatch) == 60
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [
+        partial(mx.softmax, axis=-1),
+        lambda y: y - mx.logsumexp(y, axis=-1, keepdims=True),
+        lambda y: y / mx.linalg.norm(y, axis=-1, keepdims=True),
+        lambda y: y - y.mean(axis=-1, keepdims=True),
+    ],
+    ids=["softmax", "log-softmax", "norm", "mean"],
+)
+def test_a_head_is_inseparable_where_logits_are_mixed_behind_it(behind, monkeypatch):
+    class Mixed(type(build("llama"))):
+        def __call__(self, *args, **kwargs):
+            return behind(super().__call__(*args, **kwargs))
+
+    model = build("llama")
+    object.__setattr__(model, "__class__", Mixed)
+    blocks = BlockList(model)
+    head = ModelHead(blocks, model.lm_head, ResidentRows(model.lm_head))
+    assert not head.is_separable()
+    assert separable_in_tf32(head, monkeypatch) == 0
 
 
 class Centred(nn.Module):

@@ -8,7 +8,7 @@ from mlx_edgelora.planner.measured import KNOWN, LIKELY, MODELS, UNKNOWN, Estima
 from mlx_edgelora.planner.sizes import Load
 
 LOAD, LONGER = Load(2, 100, 30), Load(2, 400, 120)
-WAY, OTHER = (None, None, "fused", True), (512, None, "fused", True)
+WAY, OTHER = (None, None, "fused", True, None), (512, None, "fused", True, None)
 
 
 def formula(way, load):

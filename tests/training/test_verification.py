@@ -12,6 +12,7 @@ from architectures import CONFIGS, add_lora, build, config
 from harness import engine, random_batch, save
 from mlx.utils import tree_flatten
 from mlx_lm.utils import save_config, save_model
+from tf32 import tf32
 from toy import Block, Toy
 
 from mlx_edgelora import EdgeLoraError, TrainConfig, finetune
@@ -28,7 +29,7 @@ from mlx_edgelora.layers import grid
 from mlx_edgelora.layers.grid import KeySums
 from mlx_edgelora.losses.exact import CrossEntropy
 from mlx_edgelora.storage.promise import Promise
-from mlx_edgelora.training import plain, verification
+from mlx_edgelora.training import plain, verdict, verification
 from mlx_edgelora.training.verdict import refuse_wrong
 from mlx_edgelora.training.verification import verify
 
@@ -89,6 +90,35 @@ def test_at_full_length(llama, plan):
 @pytest.mark.parametrize("plan", PLANS)
 def test_in_16_bits_rounding_is_no_error(llama, plan, dtype):
     assert problems(llama, dtype=dtype, **PLANS[plan]) == []
+
+
+@pytest.fixture(params=[10, 8])
+def in_fewer_bits(request, monkeypatch):
+    """The walk multiplies float32 as TF32 does, or worse; the reference happens not to."""
+    walked = verification._Comparison._walked
+
+    def rounding(*args):
+        with tf32(bits=request.param):
+            return walked(*args)
+
+    with tf32(bits=request.param):
+        error = verdict._rounding.__wrapped__()
+    assert error > verdict.EXACT > verdict._rounding()
+    monkeypatch.setattr(verdict, "_rounding", lambda: error)
+    monkeypatch.setattr(verification._Comparison, "_walked", rounding)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_fewer_bits_of_float32_are_no_error(llama, plan, in_fewer_bits):
+    assert problems(llama, **PLANS[plan]) == []
+
+
+@pytest.mark.parametrize("factor", [1.1, 0.0, float("nan")])
+def test_what_is_wrong_is_seen_in_fewer_bits(llama, factor, in_fewer_bits, monkeypatch):
+    monkeypatch.setattr(Walk, "backward", scaled(factor))
+    for plan in PLANS.values():
+        found = problems(llama, **plan)
+        assert found and all("o_proj.lora_a" in text for text in found)
 
 
 @pytest.mark.parametrize(

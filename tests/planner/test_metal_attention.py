@@ -1,0 +1,188 @@
+"""What MLX's gradient of attention takes on Metal, and how long one operation may: faked Macs."""
+
+import os
+from dataclasses import replace
+from math import inf
+
+import mlx.core as mx
+import pytest
+from architectures import build
+from harness import engine, random_batch, save
+from test_search import LOAD, RATES, SHAPE
+
+from mlx_edgelora.blocks.checks import checked_blocks
+from mlx_edgelora.layers.fused import BLOCK_VARIABLE, Backend, gradient_blocks
+from mlx_edgelora.model.lora import add_lora
+from mlx_edgelora.planner.cost import Memory
+from mlx_edgelora.planner.duration import longest_operation, seconds
+from mlx_edgelora.planner.machine import LONGEST, Machine, Rates, machine_here
+from mlx_edgelora.planner.measured import Measured, Taken
+from mlx_edgelora.planner.needs import need
+from mlx_edgelora.planner.plan import Plan
+from mlx_edgelora.planner.search import plan, smallest
+from mlx_edgelora.planner.shape import shape_of
+from mlx_edgelora.planner.sizes import Load
+
+METAL = Backend("metal", (0, 32, 4), architecture="applegpu_g13g", macos=(15, 6))
+ON_METAL = replace(SHAPE, blocked_heads=24)
+KERNELS = ("fused", "dequantize")
+GPU = Machine("a GPU", RATES, KERNELS)
+# Eight cores of an M1.
+M1 = Machine("M1", Rates(1.8e12, 1.8e12, 1e10, 6e10, 3e9, 3e9, 5e-6), KERNELS, "", LONGEST)
+
+
+def scores(load, **choices):
+    """Bytes that blocks of scores add to a backward by a plan, by phase."""
+    found = {}
+    for shape in (SHAPE, ON_METAL):
+        for phase in Memory(shape, load, Plan(**choices)).phases():
+            known = found.setdefault((phase.name, phase.block), [])
+            known.append(phase.need.value)
+    return {key: round(more - less) for key, (less, more) in found.items() if more != less}
+
+
+@pytest.mark.parametrize(
+    ("load", "choices", "size"),
+    [
+        (Load(1, 2048, 600), {}, 150_994_944),
+        (Load(4, 2048, 600), {"attention_block": 1024}, 603_979_776),
+        (Load(4, 2048, 600), {"micro_batches": 4}, 150_994_944),
+        (Load(1, 2048, 600), {"attention_block": 256}, 9_437_184),
+        (Load(1, 2048, 600), {"tile_tokens": 512}, 75_497_472),
+        (Load(2, 2048, 600), {"tile_tokens": 512}, 75_497_472),
+        (Load(1, 96, 96), {}, 3 * 24 * 96 * 96 * 2),
+    ],
+)
+def test_the_cost_of_blocks_of_scores(load, choices, size):
+    """3 x B x H x block^2 values, in every backward of a block."""
+    found = scores(load, **choices)
+    assert set(found) == {("backward", index) for index in range(28)}
+    assert set(found.values()) == {size}
+
+
+def test_kept_blocks_have_them_once():
+    found = scores(Load(1, 2048, 600), kept_blocks=28, streamed_blocks=0)
+    assert found == {("backward", 0): 150_994_944}
+
+
+def test_elsewhere_nothing_changes():
+    for machine in (GPU, replace(GPU, kernels=("dequantize",))):
+        choice = plan(SHAPE, LOAD, machine, 10**9)
+        assert choice.plan.attention_block is None
+        assert "attention's gradient" not in choice.plan.rows(28)
+        other = replace(choice.plan, attention_block=256)
+        assert Memory(SHAPE, LOAD, other).peak() == Memory(SHAPE, LOAD, choice.plan).peak()
+        assert seconds(SHAPE, LOAD, other, machine) == choice.seconds
+
+
+def test_blocks_are_small_where_the_budget_is():
+    least = smallest(ON_METAL, LOAD, GPU)
+    assert least.plan.attention_block == 256
+    assert plan(ON_METAL, LOAD, GPU, least.needs).plan.attention_block == 256
+    rich = plan(ON_METAL, LOAD, GPU, 10**11)
+    assert rich.plan.attention_block == 1024
+    assert rich.plan.rows(28)["attention's gradient"] == "1024 x 1024 scores at a time"
+    asked = plan(ON_METAL, LOAD, GPU, 10**11, {"attention_block": 512})
+    assert asked.plan.attention_block == 512 and asked.seconds >= rich.seconds
+
+
+@pytest.mark.parametrize("choices", [{}, {"tile_tokens": 512}, {"kept_blocks": 4}])
+def test_what_was_measured_with_other_blocks_is_told_apart(choices):
+    small, large = (Plan(attention_block=size, **choices) for size in (256, 1024))
+    memory = Memory(ON_METAL, LOAD, large)
+    name = "tail" if choices.get("kept_blocks") else "backward"
+    known, kind, way = Measured(), memory.kind(name), memory.ways[name]
+    known.add(kind, way, LOAD, Taken(10**9, 1.0))
+    assert known.of(kind, Memory(ON_METAL, LOAD, small).ways[name], LOAD) is None
+    assert known.of(kind, way, LOAD) == Taken(10**9, 1.0)
+    assert need(kind, ON_METAL, way, LOAD) > need(kind, SHAPE, way, LOAD)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "heads"),
+    [
+        ("llama", {"head_dim": 64}, 4),
+        ("llama", {"head_dim": 16}, 0),  # MLX has no kernel for such heads
+        ("gpt_oss", {"head_dim": 64}, 0),  # nor a gradient of sinks
+    ],
+)
+def test_the_shape_of_a_model_says_whether_there_are_any(name, changes, heads, monkeypatch):
+    model = build(name, **changes)
+    model.set_dtype(mx.bfloat16)  # for which CUDA has a fused gradient, without blocks
+    model.freeze()
+    add_lora(model, -1, 4)
+    blocks = checked_blocks(model)
+    assert shape_of(blocks, 101).blocked_heads == 0
+    monkeypatch.setattr(Backend, "here", classmethod(lambda cls: METAL))
+    assert shape_of(blocks, 101).blocked_heads == heads
+    cuda = Backend("cuda", (0, 32, 4), 9)
+    monkeypatch.setattr(Backend, "here", classmethod(lambda cls: cuda))
+    assert shape_of(blocks, 101).blocked_heads == 0
+
+
+@pytest.mark.parametrize("before", [None, "777"])
+def test_the_engine_sets_the_block_before_a_gradient_and_puts_it_back(
+    before, tmp_path, monkeypatch
+):
+    monkeypatch.delenv(BLOCK_VARIABLE, raising=False)
+    if before is not None:
+        monkeypatch.setenv(BLOCK_VARIABLE, before)
+    seen, vjp = [], mx.vjp
+
+    def spy(*args):
+        seen.append(os.environ.get(BLOCK_VARIABLE))
+        return vjp(*args)
+
+    monkeypatch.setattr(mx, "vjp", spy)
+    ours = engine(save(tmp_path, "llama", False), attention_block=256)
+    seen.clear()  # those of the model's checks: nothing is computed there
+    ours.value_and_grad(random_batch())
+    assert seen and set(seen) == {"256"}
+    seen.clear()
+    for size, value in ((1024, "1024"), (None, before)):
+        ours.plan_of = lambda batch, size=size: Plan(attention_block=size)
+        ours.value_and_grad(random_batch())
+        assert set(seen) == {value}
+        seen.clear()
+    ours.obey(Plan(attention_block=256))
+    ours.close()
+    assert os.environ.get(BLOCK_VARIABLE) == before
+    gradient_blocks(None)
+    assert os.environ.get(BLOCK_VARIABLE) == before
+
+
+def test_long_operations_are_made_shorter_by_tiles_on_metal_alone():
+    """Of 16k tokens of a 3B model on an M1 one gradient of attention would take 2.3 s."""
+    load, budget = Load(1, 16384, 4000), 10**12
+    whole = Plan(kept_blocks=28, streamed_blocks=0)
+    assert longest_operation(ON_METAL, load, whole, M1) == pytest.approx(2.3, abs=0.05)
+    assert longest_operation(SHAPE, load, whole, M1) == pytest.approx(0.46, abs=0.01)
+    found = plan(ON_METAL, load, M1, budget).plan
+    assert found.tile_tokens == 1024
+    assert longest_operation(ON_METAL, load, found, M1) <= LONGEST
+    assert longest_operation(ON_METAL, load, replace(found, tile_tokens=2048), M1) > LONGEST
+    for shape, machine in ((SHAPE, replace(M1, longest=inf)), (ON_METAL, GPU)):
+        assert plan(shape, load, machine, budget).plan.kept_blocks == 28
+    # Products alone: 8k tokens of a 70B model.
+    large = replace(SHAPE, hidden=8192, queries=8192, intermediate=28672)
+    assert plan(large, Load(1, 8192, 800), M1, budget).plan.tile_tokens == 1024
+    # Where no way is short enough the shortest ones are left.
+    slow = replace(M1, rates=replace(M1.rates, flops=1e9, fused_flops=1e9))
+    assert plan(ON_METAL, load, slow, budget).plan.tile_tokens == 256
+
+
+def test_short_texts_on_a_mac_are_computed_as_elsewhere():
+    load = Load(1, 2048, 600)
+    free = replace(M1, longest=inf)
+    for budget in (10**9, 10**12):
+        assert plan(ON_METAL, load, M1, budget) == plan(ON_METAL, load, free, budget)
+
+
+def test_only_a_mac_has_a_longest_operation(tmp_path, monkeypatch):
+    assert machine_here(tmp_path, tmp_path, mx.float32).longest == inf
+    on_gpu = mx.default_device() == mx.gpu
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    assert machine_here(tmp_path, tmp_path, mx.float32).longest == (LONGEST if on_gpu else inf)
+    if not on_gpu:
+        monkeypatch.setattr(mx, "gpu", mx.cpu)
+        assert machine_here(tmp_path, tmp_path, mx.float32).longest == LONGEST
