@@ -218,8 +218,11 @@ class TrainConfig:
     cache_dir: str | None = option(
         None, "Folder of converted models; the user's cache if absent.", _NAME
     )
-    clear_cache_threshold: int = option(
-        0, "Empty MLX's cache after a step if it holds more (500MB, 4GB).", SIZE
+    clear_cache_threshold: int | None = option(
+        None,
+        "Empty MLX's cache of freed memory after a step if it holds more (500MB, 4GB); by default "
+        "after every step where the budget is tight.",
+        SIZE,
     )
     grad_checkpoint: bool = option(
         False, "Taken for mlx-lm's sake: blocks are always checkpointed, results agree.", FLAG

@@ -41,8 +41,9 @@ class Plan:
             backend.
         loss_bytes: a tile of the vocabulary head.
         micro_batches: a batch is computed in so many parts, whose gradients are added.
-        cache_bytes: what MLX may keep of freed buffers: enough for one block's to be used
-            again, where its own default on Metal keeps nearly everything it ever had.
+        cache_bytes: what MLX may keep of freed buffers at least: enough for one block's to be
+            used again. It may keep more where the budget leaves room (`RunPlan.cache_bytes`); its
+            own default on Metal keeps nearly everything it ever had.
         reason: why these.
 
     Raises:
