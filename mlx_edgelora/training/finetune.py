@@ -239,7 +239,6 @@ def _settled(
         notify(chosen.table())
         with limits(chosen) as limit, _engine(config, lazy, chosen, place, notify) as engine:
             left -= 1
-            _reserve(config, engine, chosen)
             another = settle(engine, chosen, notify, stays=not left) if config.train else None
             if another is None:
                 _reserve(config, engine, chosen)
