@@ -71,7 +71,8 @@ def write(tmp_path):
 
 def test_names_and_defaults_are_those_of_mlx_lm():
     ours = TrainConfig().to_dict()
-    differing = {"model": None, "data": None, "train": True, "num_layers": None}
+    nones = ("model", "data", "num_layers", "clear_cache_threshold")
+    differing = dict.fromkeys(nones) | {"train": True}
     for name, default in mlx_lm.lora.CONFIG_DEFAULTS.items():
         assert ours[name] == differing.get(name, default), name
 

@@ -259,8 +259,11 @@ class TrainConfig:
     cache_dir: str | None = option(
         None, "Folder for converted models. Default: the user's cache.", _NAME
     )
-    clear_cache_threshold: int = option(
-        0, "Empty MLX's buffer cache after a step if it holds more than this (500MB, 4GB).", SIZE
+    clear_cache_threshold: int | None = option(
+        None,
+        "Empty MLX's buffer cache after a step if it holds more than this (500MB, 4GB). Default: "
+        "after every step where the budget is tight.",
+        SIZE,
     )
     grad_checkpoint: bool = option(
         False,

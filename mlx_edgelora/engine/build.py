@@ -31,6 +31,7 @@ class Settings:
         load: called with what is trained before the weights are attached.
         rest: called after every block.
         compiled: compile where MLX can.
+        file_cache: bytes that the system can keep of files; None if that is not known.
     """
 
     folder: str | os.PathLike
@@ -39,6 +40,7 @@ class Settings:
     load: Callable[[Trained], None] = lambda trained: None
     rest: Callable[[], None] = lambda: None
     compiled: bool = True
+    file_cache: int | None = None
 
 
 @contextmanager
@@ -76,6 +78,7 @@ def assembled(
             meter=meter,
             streamed_blocks=plan.streamed_blocks,
             head_streamed=plan.head == "streamed",
+            file_cache=settings.file_cache,
         )
         stack.enter_context(closing(attached.weights))
         lazy.raw.clear()  # it would keep what was cast

@@ -53,6 +53,8 @@ class Engine:
 
     Attributes:
         plan_of: the plan for a batch, where it is not always that of the last `obey`.
+        empties_cache: whether MLX's cache of freed buffers is emptied after every step, where no
+            option says when.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Engine:
         self.training_loss = training_loss or self._exact
         self._plan = Plan()
         self.plan_of: Callable[[Batch], Plan] = lambda batch: self._plan
+        self.empties_cache = True
 
     @property
     def walk(self) -> Walk:

@@ -243,17 +243,8 @@ class Walk:
         entry: bool,
     ) -> Pass:
         """A pass whose segments are there, and nothing is computed."""
-        count, (batch, tokens, _) = len(self.blocks), x.shape
-        kept_from, spans = count, [Span(0, tokens)]
-        if self._cuts(batch * tokens):
-            spans = spans_of(tokens, max(1, self._plan.tile_tokens // batch))
-        if first < count:
-            kept_from = max(first, count - self._plan.kept_blocks)
-        waiting = max(0, kept_from - first) + 2 * (len(spans) > 1)
-        store = self._ram if self._plan.inputs == "memory" else self.store
-        longest = max(span.stop - span.start for span in spans)
-        nbytes = batch * longest * x.shape[2] * x.dtype.size
-        slots = Slots(store, waiting * len(spans), nbytes)
+        count, (batch, tokens, width) = len(self.blocks), x.shape
+        kept_from, spans, slots = self._room(batch, tokens, width * x.dtype.size, first)
         pipeline = Pipeline(self._overlaps)
         if isinstance(self.weights, StreamedWeights):
             self.weights.in_use = 2 if self._overlaps else 1
@@ -281,6 +272,33 @@ class Walk:
         if tail_from < count:
             tail = Tail(context, range(tail_from, count), calls[tail_from:], last)
         return Pass(run, context, segments, tail, rows)
+
+    def reserve(self, rows: int, tokens: int, nbytes: int) -> None:
+        """Take the disk space for a batch now, so that none that is smaller lets the file grow.
+
+        Args:
+            rows, tokens: of the batch.
+            nbytes: of a token's hidden state.
+
+        Raises:
+            EdgeLoraError: the volume is full, or cannot be used.
+        """
+        first = 0 if self._outside else self._visits.lowest_trained
+        self._room(rows, tokens, nbytes, first)
+
+    def _room(
+        self, batch: int, tokens: int, nbytes: int, first: int
+    ) -> tuple[int, list[Span], Slots]:
+        """For a pass: the first kept block, the tiles of tokens, and where these wait."""
+        kept_from, spans = len(self.blocks), [Span(0, tokens)]
+        if self._cuts(batch * tokens):
+            spans = spans_of(tokens, max(1, self._plan.tile_tokens // batch))
+        if first < kept_from:
+            kept_from = max(first, kept_from - self._plan.kept_blocks)
+        waiting = max(0, kept_from - first) + 2 * (len(spans) > 1)
+        store = self._ram if self._plan.inputs == "memory" else self.store
+        longest = max(span.stop - span.start for span in spans)
+        return kept_from, spans, Slots(store, waiting * len(spans), batch * longest * nbytes)
 
     def _can_cut(self, index: int, call: Call, tokens: int) -> bool:
         """Whether what a block is called with can be cut into tokens, as in the trial of it."""

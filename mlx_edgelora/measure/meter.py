@@ -51,6 +51,27 @@ def process_usage(flavor: int, words: int) -> ctypes.Array | None:
     return None if proc_pid_rusage(os.getpid(), flavor, ctypes.byref(found)) else found
 
 
+def sysctl(name: str) -> int | None:
+    """A whole number that macOS knows by this name; None if it does not, and elsewhere."""
+    if sys.platform != "darwin":
+        return None
+    try:
+        by_name = ctypes.CDLL(None).sysctlbyname
+    except (AttributeError, OSError):
+        return None
+    value, size = ctypes.c_int64(0), ctypes.c_size_t(8)
+    failed = by_name(
+        name.encode(), ctypes.byref(value), ctypes.byref(size), None, ctypes.c_size_t(0)
+    )
+    return None if failed else value.value
+
+
+def memory_pressure() -> str | None:
+    """How macOS calls its shortage of memory: "warning" or "critical"; None without one."""
+    level = sysctl("kern.memorystatus_vm_pressure_level")
+    return {2: "warning", 4: "critical"}.get(level)
+
+
 def _phys_footprint() -> int | None:
     words = process_usage(_RUSAGE_INFO_V0, _RUSAGE_INFO_V0_WORDS)
     return None if words is None else words[_PHYS_FOOTPRINT_WORD]
@@ -92,8 +113,12 @@ def eval_in_step(*arrays: mx.array) -> None:
     """Evaluate without MLX allocating ahead of what it computes.
 
     Then each array of a chain can take the memory of the one before. MLX's wait is a busy
-    spin, so this is for short work.
+    spin, so this is for short work. On a GPU it is a plain evaluation: Metal frees nothing
+    before a command buffer is done, and a limit would empty the cache of freed buffers.
     """
+    if mx.default_device() == mx.gpu:
+        mx.eval(*arrays)
+        return
     before = mx.set_memory_limit(1)
     try:
         mx.eval(*arrays)

@@ -95,6 +95,7 @@ def attach(
     meter: DiskMeter,
     streamed_blocks: int | None = None,
     head_streamed: bool = True,
+    file_cache: int | None = None,
 ) -> Attached:
     """Settle where every frozen weight comes from; call it after `add_lora`.
 
@@ -111,6 +112,9 @@ def attach(
         meter: counts what is read.
         streamed_blocks: of streamed blocks so many first ones; None for all.
         head_streamed: whether embedding and head stay on disk, too.
+        file_cache: bytes that the system can keep of files, if that is known. Where the streamed
+            blocks are larger it would drop each of them before its next visit, and other
+            programs' files with it, so they are read past it.
 
     Raises:
         EdgeLoraError: the architecture cannot be walked, or a file cannot be read.
@@ -134,7 +138,7 @@ def attach(
     source: WeightSource = ResidentWeights()
     if streamed:
         places, files = _block_places(lazy, blocks), lazy.checkpoint.files
-        source = StreamedWeights(places, kind, meter, files, streamed_blocks)
+        source = StreamedWeights(places, kind, meter, files, streamed_blocks, file_cache)
     if head is None:
         check_rows(blocks, partial(_logits, blocks))
         return Attached(blocks, source, None, f"whole rows of logits: {why}")

@@ -1,5 +1,6 @@
 """Where a block's frozen weights come from: memory, or the checkpoint's own shards."""
 
+import fcntl
 import os
 from collections.abc import Hashable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -53,6 +54,8 @@ class StreamedWeights:
         files: watches the shards.
         streamed: so many first blocks; the others stay in memory once they were read. The
             lower ones wait longer between their two visits. None for all.
+        file_cache: bytes that the system can keep of files; where these blocks are larger they
+            are read past that, if it lets us. None if it is not known.
 
     Attributes:
         in_use: how many blocks, that were given last, are still computed.
@@ -65,10 +68,13 @@ class StreamedWeights:
         meter: DiskMeter,
         files: Unchanged,
         streamed: int | None = None,
+        file_cache: int | None = None,
     ) -> None:
         self._blocks, self._dtype, self._meter, self._files = blocks, dtype, meter, files
         self._held: dict[int, Arrays] = {}
         self._held_from = len(blocks) if streamed is None else streamed
+        size = sum(i.stop - i.start for block in blocks[:streamed] for _, i in block.values())
+        self._uncached = file_cache is not None and size > file_cache
         self._free: dict[Hashable, list[_Buffer]] = {}
         self._used: list[tuple[int, Hashable, _Buffer]] = []  # by the call that gave it
         self._calls, self.in_use = 0, 1
@@ -198,7 +204,9 @@ class StreamedWeights:
 
     def _descriptor(self, shard: Path) -> int:
         if shard not in self._descriptors:
-            self._descriptors[shard] = os.open(shard, os.O_RDONLY)
+            descriptor = self._descriptors[shard] = os.open(shard, os.O_RDONLY)
+            if self._uncached and hasattr(fcntl, "F_NOCACHE"):  # macOS
+                fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)
         return self._descriptors[shard]
 
 

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.layers.linear import resolve_kernel
-from mlx_edgelora.measure.meter import footprint
+from mlx_edgelora.measure.meter import footprint, sysctl
 from mlx_edgelora.storage.files import write_atomically
 from mlx_edgelora.storage.page_file import unlinked_file
 
@@ -30,6 +30,8 @@ DISK_BYTES = 32 * MIB
 MARGIN = 0.2
 # macOS ends what holds the GPU for some seconds, sooner where it draws the display.
 LONGEST = 0.5
+# Seconds that a program of the system may take to answer.
+SOON = 5
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ def default_budget() -> tuple[int, str]:
         free = int((1 - MARGIN) * device["free_memory"])
         return free, f"what is free of the GPU's memory, less {MARGIN:.0%}"
     most = device.get("max_recommended_working_set_size") if mx.metal.is_available() else None
-    free = _available()
+    free = free_memory()
     left = None if free is None else int((1 - MARGIN) * free)
     if most is not None and (left is None or most <= left):
         return int(most), "what the system recommends for the GPU"
@@ -185,13 +187,7 @@ def default_budget() -> tuple[int, str]:
     return int((1 - MARGIN) * _physical()) - footprint(), f"the machine's memory less {MARGIN:.0%}"
 
 
-def wired_limit(budget: int) -> int:
-    """How much of a budget macOS may keep from being paged out."""
-    most = mx.device_info().get("max_recommended_working_set_size", budget)
-    return min(budget, int(most))
-
-
-def _available() -> int | None:
+def free_memory() -> int | None:
     """Bytes that are free or can be freed, as far as the system tells."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -199,7 +195,7 @@ def _available() -> int | None:
             next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
         )
     except (OSError, StopIteration, ValueError, IndexError):
-        return _available_to_mach()
+        return _free_to_mach()
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
         try:
             limit = int(Path("/sys/fs/cgroup", name).read_text())
@@ -209,19 +205,28 @@ def _available() -> int | None:
     return free
 
 
-def _available_to_mach() -> int | None:
-    """macOS: pages that are free, inactive, speculative or purgeable, by `vm_stat`."""
+def _free_to_mach() -> int | None:
+    """macOS: pages that are free, inactive or speculative, by `vm_stat`.
+
+    Purgeable pages are among them already. The kernel's own share of memory that it can give
+    is a bound.
+    """
     import subprocess  # noqa: PLC0415 - one system's way
 
     try:
-        text = subprocess.run(["vm_stat"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
+        text = subprocess.run(
+            ["vm_stat"], capture_output=True, text=True, check=True, timeout=SOON
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
         return None
     lines = text.splitlines()
-    size = int("".join(filter(str.isdigit, lines[0])) or 4096)
-    kinds = ("Pages free", "Pages inactive", "Pages speculative", "Pages purgeable")
+    size = int("".join(filter(str.isdigit, lines[0] if lines else "")) or 4096)
+    kinds = ("Pages free:", "Pages inactive:", "Pages speculative:")
     counts = [line.rpartition(":")[2].strip(" .") for line in lines if line.startswith(kinds)]
-    return size * sum(int(count) for count in counts) if counts else None
+    if not counts or not all(map(str.isdigit, counts)):
+        return None
+    free, level = size * sum(map(int, counts)), sysctl("kern.memorystatus_level")
+    return free if level is None else min(free, _physical() * level // 100)
 
 
 def _physical() -> int:

@@ -43,8 +43,9 @@ class Plan:
         attention_block: MLX's gradient of attention on Metal takes the scores of so many queries
             and keys at a time; None leaves it to MLX, which elsewhere has no such gradient.
         micro_batches: a batch is computed in so many parts, whose gradients are added.
-        cache_bytes: what MLX may keep of freed buffers: enough for one block's to be used
-            again, where its own default on Metal keeps nearly everything it ever had.
+        cache_bytes: what MLX may keep of freed buffers at least: enough for one block's to be
+            used again. It may keep more where the budget leaves room (`RunPlan.cache_bytes`); its
+            own default on Metal keeps nearly everything it ever had.
         reason: why these.
 
     Raises:

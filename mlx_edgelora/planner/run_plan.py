@@ -172,6 +172,22 @@ class RunPlan:
         return self.plan
 
     @property
+    def most_bytes(self) -> int:
+        """MLX's memory limit: nothing else bounds how far it allocates ahead, so there is one."""
+        return self.choice.needs if self.budget.bytes is None else self.budget.bytes
+
+    @property
+    def cache_bytes(self) -> int:
+        """What MLX may keep of freed buffers: what the budget leaves above the expected peak."""
+        spare = 0 if self.budget.bytes is None else self.budget.bytes - self.choice.peak
+        return max(self.plan.cache_bytes, spare)
+
+    @property
+    def is_tight(self) -> bool:
+        """Whether the budget leaves next to nothing."""
+        return not self.given and self.cache_bytes == self.plan.cache_bytes
+
+    @property
     def unseen_bytes(self) -> int:
         """What a step holds that a forward and a backward alone do not: the optimizer's state."""
         shape = self.shape

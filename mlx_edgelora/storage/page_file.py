@@ -2,15 +2,19 @@
 
 What lies in it is the user's text or training in another form, so it is created readable by
 its owner alone and unlinked at once: no name leads to it, and a crash leaves nothing behind.
-Pages are given back to the system after use, so that what is in the file counts neither as
-MLX's memory nor as the process's.
+The system is told of pages that are not needed any more. Linux takes them out of the process at
+once. macOS lets them lie until it needs the memory: they count as cached files, not as the
+process's footprint.
 """
 
 import errno
+import fcntl
 import math
 import mmap
 import os
 import shutil
+import struct
+import sys
 import tempfile
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
@@ -29,6 +33,11 @@ PAGE = mmap.PAGESIZE
 ZEROS_BYTES = 8 * 2**20
 # Arrays begin at multiples of it; more than any dtype asks for.
 ALIGNMENT = 64
+# macOS's <sys/fcntl.h>: the command that takes disk space for a file, which Python has no name
+# for; "all of it or nothing"; counted from where the space of the file ends. Then the struct
+# fstore: these two, offset, length, and what was taken.
+F_PREALLOCATE, F_ALLOCATEALL, F_PEOFPOSMODE = 42, 4, 3
+FSTORE = struct.Struct("=Iiqqq")
 
 # (dtype, shape) of an array
 Spec = tuple[mx.Dtype, tuple[int, ...]]
@@ -70,8 +79,10 @@ class PageFile:
     def reserve(self, size: int) -> None:
         """Make the file at least `size` bytes long; all of them are on the disk from now on.
 
+        Every time that it grows it is mapped anew, for which macOS syncs the whole file.
+
         Raises:
-            EdgeLoraError: the volume is full.
+            EdgeLoraError: the volume is full, or no file can be mapped there.
         """
         if size <= (0 if self.pages is None else self.pages.size):
             return
@@ -79,11 +90,17 @@ class PageFile:
             _preallocate(self.fileno(), size)
         except OSError as error:
             raise self._disk_error(size, error) from error
-        self._map = np.memmap(self._file, np.uint8, mode="r+", shape=(size,))
-        self.pages = self._map.view(np.ndarray)  # whose parts are made in a fifth of the time
+        is_new = self.pages is None
+        try:
+            self._map = np.memmap(self._file, np.uint8, mode="r+", shape=(size,))
+            self.pages = self._map.view(np.ndarray)  # whose parts are made in a fifth of the time
+            if is_new:
+                self._try_mapping()
+        except OSError as error:
+            raise self._unmapped(error.strerror) from error
 
     def drop(self, start: int, stop: int) -> None:
-        """Give the pages between two bytes back to the system; they stay in the file."""
+        """Tell the system that pages between two bytes may go; they stay in the file."""
         if hasattr(mmap, "MADV_DONTNEED"):
             self._advise(mmap.MADV_DONTNEED, start, stop)
 
@@ -101,6 +118,22 @@ class PageFile:
         # The mapping is shared: whatever is said about a page, its bytes stay as they are.
         first = start // PAGE * PAGE
         self._map._mmap.madvise(advice, first, stop - first)
+
+    def _try_mapping(self) -> None:
+        """See that bytes of the mapping get into the file, as not every volume may have it."""
+        count = min(PAGE, self.pages.size)
+        sent = bytes(n % 251 for n in range(count))
+        self.pages[:count] = np.frombuffer(sent, np.uint8)
+        self._map._mmap.flush(0, count)
+        if os.pread(self.fileno(), count, 0) != sent:
+            raise self._unmapped("what is written to memory does not reach the file")
+        self.pages[:count] = 0
+
+    def _unmapped(self, reason: str) -> EdgeLoraError:
+        return EdgeLoraError(
+            f"{self._folder}: a file there cannot be used as memory ({reason}); choose another "
+            f"folder with --spill-dir, or keep {self._what} in memory with {self._instead}"
+        )
 
     def _disk_error(self, size: int, error: OSError) -> EdgeLoraError:
         reason = error.strerror
@@ -226,5 +259,18 @@ def _preallocate(descriptor: int, size: int) -> None:
         os.posix_fallocate(descriptor, 0, size)
         return
     zeros, done = bytes(ZEROS_BYTES), os.fstat(descriptor).st_size
+    if sys.platform == "darwin" and _preallocated(descriptor, size - done):
+        os.ftruncate(descriptor, size)
+        return
     while done < size:
         done += os.pwrite(descriptor, zeros[: size - done], done)
+
+
+def _preallocated(descriptor: int, more: int) -> bool:
+    """macOS: take so many bytes behind the end of a file; False where the volume cannot."""
+    wanted = FSTORE.pack(F_ALLOCATEALL, F_PEOFPOSMODE, 0, more, 0)
+    try:
+        taken = FSTORE.unpack(fcntl.fcntl(descriptor, F_PREALLOCATE, wanted))[-1]
+    except OSError:
+        return False  # writing says why, if that does not work either
+    return taken >= more

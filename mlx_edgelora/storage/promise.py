@@ -3,7 +3,8 @@
 The gradient of a loss with respect to the last hidden state is known only when these are
 computed and the head has been read; autodiff wants it when the graph is built. MLX reads an
 array from a safetensors file when it is evaluated, not before: so the graph gets an array of
-a file, and the file its values later. It has no name, and stays in the system's cache.
+a file, and the file its values later. It has no name, and stays in the system's cache: of all
+files only this one, a hidden state at most, is read while a GPU waits.
 """
 
 import json

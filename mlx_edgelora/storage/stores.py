@@ -25,6 +25,10 @@ from mlx_edgelora.storage.safetensors import to_numpy
 
 # Enough to see through a disk's own cache, little enough to take well under a second.
 PROBE_BYTES = 8 * 2**20
+# Entries of the longest array that MLX wraps: its shapes are 32-bit.
+LARGEST = 2**31 - 1
+# What MLX raises where it cannot wrap memory; another backend has no such function.
+REFUSALS = (AttributeError, TypeError, ValueError, RuntimeError)
 
 
 class ActivationStore(Protocol):
@@ -111,7 +115,8 @@ class MappedStore:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="mlx_edgelora-spill")
         self._writing: Future | None = None
         self._reading: dict[int, tuple[mx.array, Future]] = {}
-        self._wraps: bool | None = None
+        self._wraps = True  # until MLX refuses a length
+        self._tried: set[int] = set()
 
     def reserve(self, slots: int, nbytes: int) -> None:
         """Grow the file to `slots` slots of `nbytes` bytes; forgets what is there."""
@@ -121,8 +126,9 @@ class MappedStore:
         self._slot_bytes = _pages(nbytes)
         self._stop = slots * self._slot_bytes
         self._file.reserve(self._stop)
-        if self._wraps is None:
-            self._wraps = _can_wrap(self._file.pages)
+        if self._wraps and nbytes not in self._tried:
+            self._tried.add(nbytes)
+            self._wraps = _can_wrap(self._file.pages[: self._slot_bytes], nbytes)
 
     def put(self, slot: int, array: mx.array) -> None:
         """Write an evaluated array to its slot; returns while the bytes are on their way."""
@@ -147,16 +153,11 @@ class MappedStore:
     def take(self, slot: int, keep: bool = False) -> mx.array:
         """Give the array of a slot back, waiting for it if need be."""
         self._wait_for_write()
-        if self._wraps:
-            kept = self._kept[slot]
-            self._meter.add_read(kept.nbytes)
-            region = mx.asarray(self._region(slot, kept.nbytes), copy=False)
-            if not keep:
-                del self._kept[slot]
-            return region.view(kept.dtype).reshape(kept.shape)
-        self.prefetch(slot)
-        array, reading = self._reading.pop(slot)
-        reading.result()
+        array = self._in_place(slot, self._kept[slot]) if self._wraps else None
+        if array is None:
+            self.prefetch(slot)
+            array, reading = self._reading.pop(slot)
+            reading.result()
         if not keep:
             del self._kept[slot]
         return array
@@ -186,6 +187,18 @@ class MappedStore:
         self._moved[slot] = self._stop, _pages(nbytes)
         self._stop += _pages(nbytes)
         self._file.reserve(self._stop)
+
+    def _in_place(self, slot: int, kept: _Kept) -> mx.array | None:
+        """The array of a slot, without a copy; None if MLX refuses, from then on for good."""
+        start, size = self._place(slot)
+        pages = self._file.pages[start : start + size]
+        try:
+            found = _wrapped(pages, kept.dtype.size, kept.nbytes)
+        except REFUSALS:
+            self._wraps = False
+            return None
+        self._meter.add_read(kept.nbytes)
+        return found.view(kept.dtype).reshape(kept.shape)
 
     def _region(self, slot: int, nbytes: int) -> np.ndarray:
         start, _ = self._place(slot)
@@ -280,10 +293,33 @@ def _write_seconds(folder: Path) -> float:
         return math.inf
 
 
-def _can_wrap(pages: np.ndarray) -> bool:
-    """Whether MLX can use mapped memory in place: Metal can, from 0.32.4 (our least) on."""
+def _wrapped(pages: np.ndarray, itemsize: int, nbytes: int) -> mx.array:
+    """The first bytes of whole mapped pages as unsigned integers [n], without a copy.
+
+    Metal asks for whole pages, so all of them are wrapped and then cut.
+
+    Raises:
+        ValueError: there are too many entries, or MLX refuses (others of `REFUSALS` as well).
+    """
+    entries = pages.view(f"u{itemsize}")
+    if entries.size > LARGEST:
+        raise ValueError(f"{entries.size} entries, MLX takes {LARGEST} at most")
+    return mx.asarray(entries, copy=False)[: nbytes // itemsize]
+
+
+def _can_wrap(pages: np.ndarray, nbytes: int) -> bool:
+    """Whether MLX can use so many bytes of a slot in place, and computes with the right ones.
+
+    Metal can, from 0.32.4 (our least) on. The slot's first and last bytes are overwritten.
+    """
+    itemsize = next(size for size in (4, 2, 1) if nbytes % size == 0)
+    used = pages[:nbytes].view(f"u{itemsize}")
+    ends = [slice(0, PAGE), slice(max(0, used.size - PAGE), used.size)]
+    for number, end in enumerate(ends):
+        used[end] = np.arange(used[end].size) + 7 * number
     try:
-        mx.eval(mx.asarray(pages[:PAGE], copy=False))
-        return True
-    except (AttributeError, TypeError, ValueError, RuntimeError):
+        array = _wrapped(pages, itemsize, nbytes)
+        found = mx.concatenate([array[end] for end in ends]) + 1
+        return np.array_equal(np.array(found) - 1, np.concatenate([used[end] for end in ends]))
+    except REFUSALS:
         return False

@@ -20,6 +20,7 @@ class Engine(Protocol):
     model: nn.Module
     disk: DiskMeter
     trained: Trained
+    empties_cache: bool
 
     def backward(self, batch: Batch, sink: Callable[[Arrays], None]) -> tuple[mx.array, int]:
         """(mean loss over the labelled tokens, their number).
@@ -61,7 +62,7 @@ def evaluate(
             loss, tokens = engine.loss(batch)
             losses.append(loss.item() * tokens)
             counts.append(tokens)
-            limit_cache(config.clear_cache_threshold)
+            limit_cache(engine, config)
             advance()
             if done == num_batches:
                 break
@@ -78,7 +79,10 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def limit_cache(threshold: int) -> None:
-    """Give the allocator's cache back to the system if it holds more than `threshold` bytes."""
-    if mx.get_cache_memory() > threshold:
+def limit_cache(engine: Engine, config: TrainConfig) -> None:
+    """Give MLX's cache of freed buffers back to the system, if it holds more than it should."""
+    threshold = config.clear_cache_threshold
+    if threshold is None and engine.empties_cache:
+        threshold = 0
+    if threshold is not None and mx.get_cache_memory() > threshold:
         mx.clear_cache()

@@ -8,7 +8,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -34,8 +34,7 @@ from mlx_edgelora.model.checkpoint import LazyModel, quantized, reason
 from mlx_edgelora.model.headers import headers_of
 from mlx_edgelora.model.loading import DTYPES, can_stream, open_model
 from mlx_edgelora.model.lora import add_lora, freeze
-from mlx_edgelora.planner.machine import default_budget, wired_limit
-from mlx_edgelora.planner.plan import Plan
+from mlx_edgelora.planner.machine import default_budget, free_memory
 from mlx_edgelora.planner.report import PlanReport, too_small
 from mlx_edgelora.planner.run_plan import RunPlan, asked_plan, gigabytes
 from mlx_edgelora.storage.files import make_folder, write_atomically
@@ -44,6 +43,7 @@ from mlx_edgelora.training.adapters import CONFIG_FILE, WEIGHTS_FILE, read_adapt
 from mlx_edgelora.training.callbacks import TrainingCallback, reporting_callbacks
 from mlx_edgelora.training.duty import Duty
 from mlx_edgelora.training.evaluate import evaluate
+from mlx_edgelora.training.limits import PressureWatch, limits
 from mlx_edgelora.training.loop import TrainResult, train
 from mlx_edgelora.training.rehearsal import rehearse
 from mlx_edgelora.training.sampling import begun, settle
@@ -101,7 +101,8 @@ def finetune(
                     engine.training_loss = loss
                     rehearse(engine, chosen, notify)
                     reset_peak()
-                    callbacks = [*callbacks, _Watch(engine, chosen, notify)]
+                    watches = _Watch(engine, chosen, notify), PressureWatch(notify)
+                    callbacks = [*callbacks, *watches]
                     result = train(engine, optimizer, config, train_set, valid_set, callbacks)
             if config.test:
                 notify(_tested(*evaluate(engine, test_set, config, config.test_batches)))
@@ -200,10 +201,11 @@ def _adapted(config: TrainConfig, streamed: bool = False) -> LazyModel:
 def _engine(
     config: TrainConfig,
     lazy: LazyModel,
-    plan: Plan,
+    chosen: RunPlan,
     place: tuple[str | Path, str],
     notify: Callable[[str], None],
 ) -> Iterator[Engine]:
+    plan, free = chosen.plan, free_memory()
     if plan.streams and not lazy.streamable:
         lazy = _adapted(config, streamed=True)
     folder, why = place
@@ -213,6 +215,7 @@ def _engine(
         CrossEntropy(plan.loss_bytes),
         load=lambda trained: _resume(trained, lazy.model, config),
         rest=Duty(config.duty).rest,
+        file_cache=None if free is None else max(0, free - chosen.choice.peak),
     )
     count = sum(value.size for _, value in tree_flatten(lazy.model.trainable_parameters()))
     notify(f"model {lazy.checkpoint.path}, {count:,} trained parameters")
@@ -236,11 +239,13 @@ def _settled(
     left = ENGINES
     while chosen is not None:
         notify(chosen.table())
-        with _limits(chosen), _engine(config, lazy, chosen.plan, place, notify) as engine:
+        with limits(chosen) as limit, _engine(config, lazy, chosen, place, notify) as engine:
             left -= 1
             another = settle(engine, chosen, notify, stays=not left) if config.train else None
             if another is None:
-                _limit_memory(chosen)
+                _reserve(config, engine, chosen)
+                limit(chosen)
+                engine.empties_cache = chosen.is_tight
                 if config.plan_out is not None:
                     _write_plan(config, chosen)
                 engine.plan_of = chosen.of
@@ -250,6 +255,14 @@ def _settled(
             del engine
             lazy.replace_by(_adapted(config))
             gc.collect()  # engines hold themselves; two would not fit
+
+
+def _reserve(config: TrainConfig, engine: Engine, chosen: RunPlan) -> None:
+    """Take the disk space of the largest batch at once, where there is a backward."""
+    if not config.train:
+        return
+    load = chosen.load.part(chosen.plan.micro_batches)
+    engine.walk.reserve(load.rows, load.tokens, chosen.shape.hidden * chosen.shape.itemsize)
 
 
 def _write_plan(config: TrainConfig, chosen: RunPlan) -> None:
@@ -449,29 +462,3 @@ def _profiled(config: TrainConfig, notify: Callable[[str], None]) -> Iterator[No
         writers[folder / "memory.png"] = profile.plot
     write_atomically(writers)
     notify(f"memory of the last step ({', '.join(map(str, writers))}):\n{profile.table()}")
-
-
-@contextmanager
-def _limits(chosen: RunPlan) -> Iterator[None]:
-    """MLX's limits of memory, set from the plan and put back."""
-    cache = chosen.plan.cache_bytes
-    with ExitStack() as stack:
-        before = mx.set_cache_limit(cache)
-        stack.callback(mx.set_cache_limit, before)
-        mx.set_cache_limit(min(before, cache))
-        stack.callback(mx.set_memory_limit, _limit_memory(chosen))
-        if mx.metal.is_available():
-            stack.callback(mx.set_wired_limit, mx.set_wired_limit(wired_limit(_most(chosen))))
-        yield
-
-
-def _limit_memory(chosen: RunPlan) -> int:
-    """Set MLX's memory limit for a plan, not above the one that was set; gives that one."""
-    before = mx.set_memory_limit(_most(chosen))
-    mx.set_memory_limit(min(before, _most(chosen)))
-    return before
-
-
-def _most(chosen: RunPlan) -> int:
-    """How far MLX runs ahead is bounded by its limit alone, so there is always one."""
-    return chosen.choice.needs if chosen.budget.bytes is None else chosen.budget.bytes

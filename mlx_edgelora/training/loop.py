@@ -180,7 +180,7 @@ class _Run:
             self._update(iteration)
             self._updated = iteration
         self._iteration = iteration
-        limit_cache(self._config.clear_cache_threshold)
+        limit_cache(self._engine, self._config)
         self._trained_tokens += tokens
         self._window.add(loss, tokens, time.perf_counter() - start)
         self._progress.step(self._make_report("train_loss", self._window, iteration))

@@ -67,3 +67,13 @@ def test_disk_meter_counts_from_many_threads():
         thread.join()
     assert (disk.read_bytes, disk.written_bytes) == (60_000, 40_000)
     assert disk.snapshot() == meter.DiskCounts(60_000, 40_000)
+
+
+@pytest.mark.parametrize(("device", "limits"), [(mx.cpu, [1, 1 << 40]), (mx.gpu, [])])
+def test_the_limit_of_one_evaluation_is_a_cpu_s(monkeypatch, device, limits):
+    """A GPU would empty its cache of freed buffers for it."""
+    found, x = [], mx.zeros((3,)) + 1
+    monkeypatch.setattr(mx, "default_device", lambda: device)
+    monkeypatch.setattr(mx, "set_memory_limit", lambda size: found.append(size) or 1 << 40)
+    meter.eval_in_step(x)
+    assert found == limits and x.tolist() == [1, 1, 1]

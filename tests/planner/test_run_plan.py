@@ -20,7 +20,6 @@ from mlx_edgelora.planner.search import Choice
 from mlx_edgelora.planner.sizes import Load
 from mlx_edgelora.training import finetune as module
 from mlx_edgelora.training import rehearsal
-from mlx_edgelora.training.callbacks import TrainingCallback
 from mlx_edgelora.training.duty import Duty
 from mlx_edgelora.training.finetune import finetune, open_engine
 
@@ -32,34 +31,6 @@ def options(tiny, tmp_path):
         return TrainConfig.from_dict(common | changes)
 
     return make
-
-
-class Limits(TrainingCallback):
-    """MLX's limits while a run goes on."""
-
-    def on_train_loss_report(self, train_info):
-        self.memory, self.cache = mx.set_memory_limit(1 << 40), mx.set_cache_limit(1 << 40)
-        mx.set_memory_limit(self.memory)
-        mx.set_cache_limit(self.cache)
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_limits_are_set_and_put_back(options, fails):
-    before = mx.set_memory_limit(123 * 10**9), mx.set_cache_limit(10**9)
-    try:
-        seen = Limits()
-        config = options(memory_budget="900MB", batch_size=100 if fails else 2)
-        if fails:
-            with pytest.raises(EdgeLoraError):
-                finetune(config, [seen], lambda line: None)
-        else:
-            finetune(config, [seen], lambda line: None)
-            assert (seen.memory, seen.cache) == (900 * 10**6, Plan.cache_bytes)
-        assert mx.set_memory_limit(before[0]) == 123 * 10**9
-        assert mx.set_cache_limit(before[1]) == 10**9
-    finally:
-        mx.set_memory_limit(before[0])
-        mx.set_cache_limit(before[1])
 
 
 def test_a_run_tells_its_plan_and_writes_it(options, tmp_path):

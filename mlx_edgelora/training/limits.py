@@ -1,0 +1,51 @@
+"""MLX's limits of memory while a run goes on, and whether the system is short of it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import mlx.core as mx
+
+from mlx_edgelora.measure.meter import memory_pressure
+from mlx_edgelora.planner.run_plan import RunPlan
+from mlx_edgelora.training.callbacks import TrainingCallback
+
+
+@contextmanager
+def limits(chosen: RunPlan) -> Iterator[Callable[[RunPlan], None]]:
+    """Set MLX's memory and cache limits by a plan, and put them back at the end.
+
+    Gives what sets them by another plan. Neither is set above what it was before. The wired
+    limit stays as it is: with one, macOS commits every buffer that comes or goes.
+    """
+    before: dict[Callable[[int], int], int] = {}
+
+    def keep(chosen: RunPlan) -> None:
+        wanted = {mx.set_cache_limit: chosen.cache_bytes, mx.set_memory_limit: chosen.most_bytes}
+        for change, value in wanted.items():
+            found = change(value)
+            change(min(before.setdefault(change, found), value))
+
+    keep(chosen)
+    try:
+        yield keep
+    finally:
+        for change, value in before.items():
+            change(value)
+
+
+class PressureWatch(TrainingCallback):
+    """Says once that the system is short of memory, where it tells."""
+
+    def __init__(self, notify: Callable[[str], None]) -> None:
+        self._notify, self._told = notify, False
+
+    def on_train_loss_report(self, train_info: dict) -> None:
+        """Called at every report."""
+        level = None if self._told else memory_pressure()
+        if level is not None:
+            self._told = True
+            self._notify(
+                f"warning: macOS is short of memory (pressure: {level}), so this run and other "
+                "programs slow down; close some of them, or start again with a smaller "
+                "--memory-budget"
+            )
