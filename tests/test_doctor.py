@@ -95,7 +95,9 @@ def test_names_are_those_of_the_version(ran):
     for row in found["steps"]["steps"]:
         assert {"kind", "way", "load", "bytes", "seconds"} in [set(p) for p in row["phases"]]
     call = {"head_size", "block", "gradient", "peak_bytes", "seconds"}
-    assert [set(row) for row in found["attention"]["calls"]] == [call] * 4
+    assert [set(row) for row in found["attention"]["calls"]] == [call] * (
+        8 if probes.on_gpu() else 4
+    )
     assert [row["dtype"] for row in found["rates"]["rates"]] == ["float32"]
     assert found["rates"]["rates"][0]["flops"] > 0
     assert {"what", "seconds"} == set(found["disk"]["times"][0])
@@ -159,6 +161,7 @@ def test_a_part_that_fails_leaves_the_others_of_its_section(told, monkeypatch):
         return own(q, *args, **rest)
 
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", fails)
+    monkeypatch.setattr(probes, "on_gpu", lambda: False)
     status, printed, found = told(attention=probes.attention)
     calls = found["sections"]["attention"]["found"]["calls"]
     assert [row.get("error") for row in calls] == [None] * 2 + ["RuntimeError: no kernel"] * 2
@@ -219,7 +222,7 @@ def test_nothing_private_is_in_it(told, tmp_path, monkeypatch):
 
     def careless(job):
         raise OSError(
-            f"{home}/Library/x and {work}/y and {job.folder}/z of Zaphod Beeblebrox "
+            f"{home}/Library/x and {work}/y and {job.folder}/z of Zaphod Beeblebrox, zaphod.b "
             "(zbeeble@golden, heart-of-gold.local alias heart-of-gold)"
         )
 
@@ -228,8 +231,8 @@ def test_nothing_private_is_in_it(told, tmp_path, monkeypatch):
     _, printed, _ = told("--report", str(tmp_path / "r.json"), careless=careless, **cheap)
     text = (tmp_path / "r.json").read_text()
     assert json.loads(text)["sections"]["careless"]["error"] == (
-        "OSError: ~/Library/x and <here>/y and <scratch>/z of <user> (<user>@<host>, <host> alias "
-        "<host>)"
+        "OSError: ~/Library/x and <here>/y and <scratch>/z of <user>, <user> "
+        "(<user>@<host>, <host> alias <host>)"
     )
     assert json.loads(text)["sections"]["versions"]["found"]["settings"]["MLX_METALLIB"] == (
         "~/kernels"
@@ -355,7 +358,9 @@ def test_too_much_memory_and_wrong_gradients_are_told(told):
         endless=lambda job: {"figure": float("nan")},
     )
     assert status == 1
-    assert printed.out.count("steps: least took 2.0MB of 1.0MB") == 1
+    assert [line for line in printed.out.splitlines() if "took" in line] == [
+        "  steps: least took 2.0MB of 1.0MB"
+    ]
     assert "verify: WRONG: TransformerBlock 0, whole: scaled" in printed.out
     assert found["sections"]["endless"]["found"] == {"figure": "nan"}  # JSON has no such number
 
