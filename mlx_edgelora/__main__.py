@@ -10,6 +10,7 @@ COMMANDS = {
     "plan": ("plan", "Tell whether a run fits into memory, and how it would be computed."),
     "verify": ("verify", "Compare the gradients of a run with those of plain MLX."),
     "benchmark": ("benchmark.__main__", "Compare memory and time with mlx-lm."),
+    "doctor": ("doctor", "Measure what this machine can do, and write a report of it."),
 }
 USAGE = """usage: mlx-edgelora COMMAND [options]
 

@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from mlx_edgelora.planner.machine import default_budget
 
-PACKAGES = ("mlx", "mlx-lm", "mlx-edgelora", "numpy", "transformers")
+PACKAGES = ("mlx", "mlx-metal", "mlx-lm", "mlx-edgelora", "numpy", "transformers", "tokenizers")
 # The reference BLAS multiplies at 2 to 6 GFLOP/s whatever the number of cores, any other at more
 # than 15 on one of them. Speed is looked at, not the library's name: it may be linked in.
 SLOW_FLOPS = 8e9

@@ -19,6 +19,7 @@ COMMON = {"rms_norm_eps": 1e-5, "tie_word_embeddings": True, "rope_theta": 50000
 # Architecture, blocks, hidden, intermediate, heads, heads of keys, vocabulary.
 SHAPES = {
     "small": (llama, 4, 256, 1024, 8, 2, 1024),
+    "medium": (llama, 8, 512, 2048, 8, 2, 8192),
     "llama-3.2-3b": (llama, 28, 3072, 8192, 24, 8, 128256),
     "llama-3.2-1b": (llama, 16, 2048, 8192, 32, 8, 128256),
     "llama-3.1-8b": (llama, 32, 4096, 14336, 32, 8, 128256),

@@ -123,6 +123,17 @@ def open_engine(
         yield engine, _tokenizer(lazy), lazy.vocabulary
 
 
+@contextmanager
+def open_planned(
+    config: TrainConfig, notify: Callable[[str], None] = print
+) -> Iterator[tuple[Engine, RunPlan]]:
+    """As `open_engine`, of a run whose rows all have max_seq_length tokens; gives its plan too."""
+    with _memory_told(config):
+        lazy = _adapted(config)
+        with _settled(config, lazy, (), _spill_place(config), notify) as settled:
+            yield settled
+
+
 def verification(config: TrainConfig, notify: Callable[[str], None] = print) -> list[Verdict]:
     """Compare the gradients of a run with those of plain MLX, at the run's own lengths.
 

@@ -1,0 +1,230 @@
+"""A checkup's report: its sections one by one, as text and as JSON without private data."""
+
+import gc
+import getpass
+import json
+import math
+import os
+import platform
+import pwd
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from textwrap import wrap
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_edgelora.checkup import probes, system, training
+from mlx_edgelora.checkup.job import Found, Job, tried
+
+SCHEMA = "mlx-edgelora-report"
+# Raise it when a name in it goes, or means something else.
+VERSION = 1
+WIDTH = 80
+UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
+SECTIONS: dict[str, Callable[[Job], Found]] = {
+    "versions": system.versions,
+    "device": system.device,
+    "memory": system.memory,
+    "precision": probes.precision,
+    "disk": probes.disk,
+    "verify": training.verify,
+    "steps": training.steps,
+    "attention": probes.attention,
+    "rates": probes.rates,
+    "wrap": probes.wrap,  # late: a Mac in Metal's validation mode ends the process there
+    "footprint": system.footprint,
+}
+
+
+def made(job: Job, keep: Callable[[Found], None]) -> Found:
+    """Go through all sections; what fails is told in its place, and the others go on.
+
+    Args:
+        job: the checkup.
+        keep: gets the report after each section, so that one exists if the process dies.
+
+    Returns:
+        {"schema", "version", "complete", "seconds", "sections": {name: {"seconds", "error",
+        "found"}}}; "complete" is false in one that is kept before the last section.
+    """
+    clean = Cleaner(job.folder)
+    sections: Found = {}
+    report: Found = {"schema": SCHEMA, "version": VERSION, "complete": False, "seconds": 0.0}
+    report["sections"] = sections
+    for name, section in SECTIONS.items():
+        start = time.monotonic()
+        gc.collect()
+        mx.clear_cache()
+        found = clean(tried(section, job))
+        error = found.pop("error", None)
+        now = time.monotonic()
+        sections[name] = {"seconds": round(now - start, 2), "error": error, "found": found}
+        report["seconds"] = round(now - job.began, 2)
+        report["complete"] = len(sections) == len(SECTIONS)
+        keep(report)
+    return report
+
+
+def problems(report: Mapping[str, Any]) -> list[str]:
+    """A line for everything that failed or is not as it should be."""
+    lines = []
+    for name, section in report["sections"].items():
+        found = section["found"]
+        if section["error"]:
+            lines.append(f"{name}: {section['error']}")
+        for key, rows in found.items():
+            # MLX on a CPU wraps nothing; what refuses is told in its row.
+            if key != "wraps":
+                lines += [f"{name}: {row['error']}" for row in _tables(rows) if "error" in row]
+        lines += [f"{name}: WRONG: {text}" for text in found.get("wrong", [])]
+        lines += [
+            f"{name}: WRONG: {row['bytes']} bytes from {row['start']}"
+            for row in found.get("wraps", [])
+            if row.get("right") is False
+        ]
+        lines += [
+            f"{name}: {row['name']} took {shown('bytes', row['measured_bytes'])} of "
+            f"{shown('bytes', row['budget_bytes'])}"
+            for row in _tables(found.get("steps"))
+            if row.get("measured_bytes", 0) > row.get("budget_bytes", 0)
+        ]
+    return lines
+
+
+def as_json(report: Mapping[str, Any]) -> bytes:
+    """The report as a file."""
+    return (json.dumps(report, indent=1, allow_nan=False) + "\n").encode()
+
+
+def lines_of(name: str, section: Mapping[str, Any]) -> Iterator[str]:
+    """A section in lines of at most 80 columns."""
+    yield f"{name} ({section['seconds']:.1f} s)"
+    if section["error"]:
+        yield from wrap(f"failed: {section['error']}", WIDTH - 2, **_indents(2, 2))
+    yield from _lines(section["found"], 2)
+
+
+def _lines(found: Mapping[str, Any], indent: int) -> Iterator[str]:
+    width = max((len(label(key)) for key in found), default=0)
+    for key, value in found.items():
+        if rows := _tables(value):
+            yield from _table(rows, indent)
+            continue
+        if isinstance(value, Mapping):
+            if value:
+                yield " " * indent + label(key)
+                yield from _lines(value, indent + 2)
+            continue
+        head = f"{label(key):<{width}}  "
+        for text in value if isinstance(value, list) else [shown(key, value)]:
+            yield from wrap(head + text, WIDTH - 1, **_indents(indent, indent + width + 2))
+            head = " " * len(head)
+
+
+def _indents(first: int, other: int) -> dict[str, Any]:
+    return {"initial_indent": " " * first, "subsequent_indent": " " * other}
+
+
+def _table(rows: list[Mapping[str, Any]], indent: int) -> Iterator[str]:
+    """Rows in columns, or a row at a time where these are too wide; its error follows a row."""
+    names = list(
+        dict.fromkeys(k for row in rows for k, v in row.items() if isinstance(v, str | float | int))
+    )
+    names = [name for name in names if name != "error"]
+    cells = [[shown(n, row[n]) if n in row else "" for n in names] for row in rows]
+    heads = list(map(label, names))
+    widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
+    in_columns = indent + sum(widths) + len(widths) <= WIDTH
+    if in_columns:
+        yield " " * indent + _row(heads, widths)
+    for line, row in zip(cells, rows, strict=True):
+        if in_columns:
+            yield " " * indent + _row(line, widths)
+        else:
+            pairs = ", ".join(f"{h} {c}" for h, c in zip(heads, line, strict=True) if c)
+            yield from wrap(pairs, WIDTH - 1, **_indents(indent, indent + 2))
+        if "error" in row:
+            yield from wrap(row["error"], WIDTH - 1, **_indents(indent + 4, indent + 4))
+
+
+def _row(cells: list[str], widths: list[int]) -> str:
+    return " ".join(c.rjust(width) for c, width in zip(cells, widths, strict=True)).rstrip()
+
+
+def label(key: str) -> str:
+    """A name of JSON for readers; units are with the values."""
+    short = key.removesuffix("_bytes").removesuffix("_seconds").replace("_", " ")
+    return f"{short} time" if key.endswith("_seconds") else short
+
+
+def shown(key: str, value: Any) -> str:
+    """A value for readers."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "-"}[value]
+    if key.endswith("bytes") and isinstance(value, int):
+        unit, name = next((u for u in UNITS if abs(value) >= u[0]), UNITS[-1])
+        return f"{value}B" if unit == 1 else f"{value / unit:.1f}{name}"
+    if key.endswith("seconds"):
+        return f"{value:.2f}s" if value >= 1 else f"{1e3 * value:.3g}ms"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _tables(value: Any) -> list[Mapping[str, Any]]:
+    """The value where it is rows of a table; else nothing."""
+    is_table = isinstance(value, list) and all(isinstance(row, Mapping) for row in value)
+    return value if is_table else []
+
+
+class Cleaner:
+    """Makes JSON of what was found, and takes out who and where: home, user, host, folders.
+
+    Args:
+        folder: of scratch files.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        places = [(folder, "<scratch>"), (Path.home(), "~"), (Path.cwd(), "<here>")]
+        places += [(path.resolve(), text) for path, text in places]
+        places.sort(key=lambda place: -len(str(place[0])))
+        self._texts = [
+            (re.compile(re.escape(str(path)) + r"(?![\w-])"), text)
+            for path, text in places
+            if len(path.parts) > 1
+        ]
+        for names, text in ((_users(), "<user>"), (_hosts(), "<host>")):
+            for name in sorted(filter(None, names), key=len, reverse=True):
+                self._texts.append((re.compile(rf"(?<!\w){re.escape(name)}(?!\w)"), text))
+
+    def __call__(self, value: Any) -> Any:
+        """The value as JSON has it."""
+        if isinstance(value, Mapping):
+            return {str(key): self(part) for key, part in value.items()}
+        if isinstance(value, list | tuple):
+            return [self(part) for part in value]
+        if value is None or isinstance(value, bool | int):
+            return value
+        if isinstance(value, float) and math.isfinite(value):
+            return value
+        text = str(value)
+        for pattern, stand_in in self._texts:
+            text = pattern.sub(stand_in, text)
+        return text
+
+
+def _users() -> set[str]:
+    names = {Path.home().name}
+    for name in (getpass.getuser, lambda: pwd.getpwuid(os.getuid()).pw_gecos.partition(",")[0]):
+        try:
+            names.add(name())
+        except (KeyError, OSError, ImportError):
+            continue  # nobody the system knows
+    return names
+
+
+def _hosts() -> set[str]:
+    names = {socket.gethostname(), platform.node()}
+    return names | {name.partition(".")[0] for name in names}

@@ -1,0 +1,109 @@
+"""Of training: gradients beside plain MLX's, and steps within budgets beside what was expected."""
+
+import gc
+import time
+from dataclasses import asdict
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_edgelora.benchmark.shapes import checkpoint
+from mlx_edgelora.checkup.job import Found, Job, tried
+from mlx_edgelora.checkup.probes import on_gpu
+from mlx_edgelora.config import TrainConfig
+from mlx_edgelora.config.yaml_file import read_yaml
+from mlx_edgelora.embedded import DEFAULT_CONFIG
+from mlx_edgelora.engine.optimizer import build_optimizer
+from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.measure.meter import footprint, peak_memory, reset_peak
+from mlx_edgelora.planner.machine import default_budget
+from mlx_edgelora.training.finetune import open_planned, verification
+from mlx_edgelora.training.rehearsal import rehearse, synthetic_batch
+
+
+def verify(job: Job) -> Found:
+    """Gradients of the embedded model beside those of plain MLX."""
+    job.check_time()
+    places = {"spill_dir": str(job.folder), "cache_dir": str(job.folder)}
+    config = TrainConfig.from_layers((read_yaml(DEFAULT_CONFIG), None), (places, None))
+    verdicts = verification(config, _quiet)
+    return {
+        "comparisons": len(verdicts),
+        "largest_error": max(verdict.error for verdict in verdicts),
+        "wrong": [f"{verdict}: {verdict.problem}" for verdict in verdicts if verdict.problem],
+    }
+
+
+def steps(job: Job) -> Found:
+    """Steps of a small random model within the least memory, twice as much, and plenty."""
+    sizes = job.sizes
+    options = {
+        "model": str(checkpoint(job.folder, sizes.shape, sizes.blocks)),
+        "spill_dir": str(job.folder),
+        "cache_dir": str(job.folder),
+        "num_layers": -1,
+        "batch_size": sizes.rows,
+        "max_seq_length": sizes.row_tokens + 1,
+        "optimizer": "adamw",
+        # Else the checkpoint's own, bfloat16, which a CPU is slow at.
+        "dtype": None if on_gpu() else "float32",
+    }
+    least = tried(_stepped, job, options, "min")
+    twice = tried(_doubled, job, options, least)
+    plenty = tried(_stepped, job, options, default_budget()[0])
+    rows = {"least": least, "twice": twice, "plenty": plenty}
+    return {
+        "model": f"{sizes.shape}, {sizes.blocks} blocks, 4 bits",
+        "batch": f"{sizes.rows} x {sizes.row_tokens} tokens",
+        "dtype": options["dtype"] or "bfloat16",
+        "steps": [{"name": name} | row for name, row in rows.items()],
+    }
+
+
+def _doubled(job: Job, options: dict[str, Any], least: Found) -> Found:
+    if "error" in least:
+        raise EdgeLoraError("left out: the least is not known")
+    return _stepped(job, options, 2 * least["needs_bytes"])
+
+
+def _stepped(job: Job, options: dict[str, Any], budget: int | str) -> Found:
+    """Some steps within a budget, as a run makes them."""
+    job.check_time()
+    gc.collect()  # engines hold themselves
+    config = TrainConfig.from_dict(options | {"memory_budget": budget})
+    with open_planned(config, _quiet) as (engine, chosen):
+        rehearse(engine, chosen, _quiet)
+        optimizer, choice = build_optimizer(config), chosen.choice
+        engine.trained.start(optimizer)
+        batch, spent = synthetic_batch(chosen.load, chosen.shape.vocabulary), []
+        gc.collect()
+        mx.synchronize()
+        reset_peak()
+        for _ in range(job.sizes.steps):
+            start = time.perf_counter()
+            loss, _ = engine.backward(batch, engine.trained.add)
+            engine.trained.update(optimizer, 1)
+            mx.eval(loss)
+            spent.append(time.perf_counter() - start)
+        return {
+            # Of the least there is none: what it needs takes its place, as MLX's limit too.
+            "budget_bytes": chosen.budget.bytes or choice.needs,
+            "expected_bytes": choice.peak,
+            "needs_bytes": choice.needs,
+            "measured_bytes": peak_memory(),
+            "expected_seconds": choice.seconds,
+            "seconds": min(spent[1:]),
+            "footprint_bytes": footprint(),
+            "plan": asdict(choice.plan),
+            "shape": asdict(chosen.shape),
+            # What phases of a step took beside what is accounted for: `benchmarks/needs.py` fits
+            # the planner's formula to such rows.
+            "phases": [
+                {"kind": kind, "way": way, "load": asdict(load), **asdict(taken)}
+                for kind, way, load, taken in chosen.known.rows()
+            ],
+        }
+
+
+def _quiet(line: str) -> None:
+    """What a run tells its user is not asked for."""

@@ -1,0 +1,118 @@
+"""`python -m mlx_edgelora.doctor`: what a machine can do, for a report; in two minutes."""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mlx_edgelora.checkup.job import Job, Sizes, setting
+from mlx_edgelora.checkup.report import as_json, lines_of, made, problems
+from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.measure.meter import footprint
+from mlx_edgelora.storage.files import make_folder, write_atomically
+
+FILE = "mlx-edgelora-report.json"
+# Exit statuses.
+WELL, UNWELL, WRONG, INTERRUPTED = 0, 1, 2, 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One sentence, as everything else that is wrong."""
+        raise EdgeLoraError(f"command line: {message}; --help lists what there is")
+
+
+def main(argv: Sequence[str] | None = None, sizes: Sizes | None = None) -> int:
+    """Run the command; returns 0, 1 where something failed, 2 for what the user can mend."""
+    try:
+        options = _parser().parse_args(sys.argv[1:] if argv is None else argv)
+        file = None if options.report is None else Path(options.report)
+        if file is not None:
+            _check_file(file)
+        with _scratch(options.spill_dir) as folder:
+            job = Job(folder, sizes or Sizes(), footprint())
+            print("Checking this machine. It takes about two minutes, and nothing is sent.")
+            report = made(job, lambda report: _kept(report, file))
+    except EdgeLoraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return WRONG
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    found = problems(report)
+    print(f"\n{'Not as it should be:' if found else 'Nothing failed.'}")
+    for line in found:
+        print(f"  {line}")
+    print(f"\n{_where(file)}")
+    return UNWELL if found else WELL
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="python -m mlx_edgelora.doctor",
+        description="Measure what this machine can do, and whether training on it gives the "
+        "gradients and keeps the memory budgets that it should. It takes about two minutes and no "
+        "network. No names of users, hosts or folders are in the report. Exits with 1 if something "
+        "failed.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--report",
+        nargs="?",
+        const=FILE,
+        metavar="FILE",
+        help=f"write the report to this file as well (default: {FILE} in this folder)",
+    )
+    parser.add_argument(
+        "--spill-dir",
+        default=tempfile.gettempdir(),
+        metavar="FOLDER",
+        help="folder on the disk that is measured (default: the system's temporary one)",
+    )
+    return parser
+
+
+def _check_file(file: Path) -> None:
+    """Better before two minutes than after them."""
+    if file.is_dir():
+        raise EdgeLoraError(f"--report: {file} is a folder, expected a file; name one in it")
+    if not file.parent.is_dir():
+        raise EdgeLoraError(f"--report: {file.parent} is no folder; choose one that exists")
+    make_folder(file.parent)
+
+
+@contextmanager
+def _scratch(folder: str) -> Iterator[Path]:
+    """A folder that goes afterwards. What earlier runs measured of this machine is not used."""
+    try:
+        scratch = tempfile.TemporaryDirectory(prefix="mlx_edgelora-", dir=folder)
+    except OSError as error:
+        raise EdgeLoraError(
+            f"--spill-dir: {folder} cannot be written ({error.strerror}); choose another folder"
+        ) from error
+    with scratch as name, setting("XDG_CACHE_HOME", name):
+        yield Path(name)
+
+
+def _kept(report: Mapping[str, Any], file: Path | None) -> None:
+    """Print the last section, and write all of them."""
+    name, section = list(report["sections"].items())[-1]
+    print("\n" + "\n".join(lines_of(name, section)), flush=True)
+    if file is not None:
+        write_atomically({file: lambda target: target.write(as_json(report))})
+
+
+def _where(file: Path | None) -> str:
+    if file is None:
+        return "For a report that can be given to the project: --report."
+    return (
+        f"The report is in {file}\n"
+        "Please open an issue of the project and paste it there, or add it to\n"
+        "benchmarks/results/macs/ in a pull request."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
