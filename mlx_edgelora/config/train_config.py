@@ -201,6 +201,9 @@ class TrainConfig:
         "Share of the time to compute in: 0.5 rests as long as it computes, block by block.",
         number("a number above 0 and at most 1", lambda x: 0 < x <= 1),
     )
+    caffeinate: bool = option(
+        True, "On macOS, keep the system awake while the run lasts; the display may sleep.", FLAG
+    )
     verify: str = option(
         "on",
         "Compare the gradients of each kind of block with plain MLX's before the first step.",
