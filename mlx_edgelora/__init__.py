@@ -6,6 +6,8 @@
 `value_and_grad` is the same for your own loop: a drop-in for `mlx.nn.value_and_grad`.
 """
 
+import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,10 @@ if TYPE_CHECKING:
     from mlx_edgelora.training.callbacks import TrainingCallback
     from mlx_edgelora.training.finetune import finetune
     from mlx_edgelora.training.loop import TrainResult
+
+if sys.platform == "darwin":
+    # Metal's driver reads it when the GPU is first used: it ends long computations less eagerly.
+    os.environ.setdefault("AGX_RELAX_CDM_CTXSTORE_TIMEOUT", "1")
 
 # Looked up when they are asked for: a layer or a loss alone loads neither mlx-lm nor the rest.
 _HOMES = {

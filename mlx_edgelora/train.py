@@ -8,6 +8,7 @@ from mlx_edgelora.config import config_from_cli
 from mlx_edgelora.config.yaml_file import read_yaml
 from mlx_edgelora.embedded import DEFAULT_CONFIG, demonstrate
 from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.training.failures import failures_told
 from mlx_edgelora.training.finetune import finetune
 
 
@@ -23,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = finetune(config)
         if result is not None and config.model is None and config.data is None:
             print("\nWhat the adapter changed, asked through mlx-lm:")
-            print(demonstrate(result.adapter_path))
+            with failures_told(f"the adapter is in {result.adapter_path}"):
+                print(demonstrate(result.adapter_path))
     except EdgeLoraError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama, qwen2
 
 from mlx_edgelora.model.checkpoint import write_model
-from mlx_edgelora.storage.files import write_atomically
+from mlx_edgelora.storage.files import user_cache, write_atomically
 
 COMMON = {"rms_norm_eps": 1e-5, "tie_word_embeddings": True, "rope_theta": 500000.0}
 # Architecture, blocks, hidden, intermediate, heads, heads of keys, vocabulary.
@@ -38,7 +38,7 @@ TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}"
 
 def default_cache() -> Path:
     """Where models are written if nobody says otherwise."""
-    return Path(tempfile.gettempdir(), "edgelora-floor")
+    return user_cache() / "random-models"
 
 
 def config_of(shape: str, blocks: int) -> tuple[ModuleType, dict]:

@@ -14,6 +14,7 @@ from mlx_edgelora.blocks.dropout import without_dropout
 from mlx_edgelora.blocks.masks import band_of, banded
 from mlx_edgelora.blocks.parts import BlockParts, Span
 from mlx_edgelora.blocks.weight_source import WeightSource
+from mlx_edgelora.errors import is_killed
 from mlx_edgelora.layers.fused import is_floating
 
 # What the trial is made of: rows of the batch and tokens, and the tiles they are cut into.
@@ -106,6 +107,8 @@ class Tiling:
                     by_rows = not through_cache and not self._rows_differ(index, calls)
                     return Tileable(True, "", keys, through_cache, by_rows)
             except MODEL_ERRORS as error:
+                if is_killed(error):
+                    raise
                 reason = f"a block cannot be called for parts of its tokens: {error}"
             reasons.append(reason)
         return Tileable(False, reasons[0])
@@ -146,7 +149,9 @@ class Tiling:
                     )
                     if not _difference(got, expected, before) <= TOLERANCES[x.dtype]:
                         return True
-        except MODEL_ERRORS:
+        except MODEL_ERRORS as error:
+            if is_killed(error):
+                raise
             return True
         return False
 

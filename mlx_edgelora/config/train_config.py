@@ -239,6 +239,9 @@ class TrainConfig:
         "took.",
         number("a number above 0 and at most 1", lambda x: 0 < x <= 1),
     )
+    caffeinate: bool = option(
+        True, "On macOS, keep the system awake while the run lasts; the display may sleep.", FLAG
+    )
     verify: str = option(
         "on",
         "Before training, compare the gradients of each kind of block with plain MLX.",

@@ -3,12 +3,16 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import mlx.core as mx
 import numpy as np
 
 from mlx_edgelora.data.dataset import Dataset, count_targets
 from mlx_edgelora.errors import EdgeLoraError
 
 PAD_TO = 32  # inputs are padded to multiples of it, so that few shapes are compiled
+# On a GPU longer inputs are padded to multiples of this: a graph is built anew for every length,
+# and kept. A CPU has nothing from it but padding to compute.
+LONG, LONG_PAD_TO = 512, 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,9 +100,15 @@ def largest_batch(
         order = np.argsort(lengths, kind="stable")[: len(rows) // batch_size * batch_size]
         if order.size:
             labels = max(labels, int(counts[order].reshape(-1, batch_size).sum(axis=1).max()))
-            width = -(-int(lengths[order].max()) // PAD_TO) * PAD_TO
+            width = padded(int(lengths[order].max()))
             tokens = max(tokens, min(width, max_seq_length - 1))
     return tokens, labels
+
+
+def padded(tokens: int) -> int:
+    """To how many tokens a batch is padded whose longest row has so many."""
+    step = LONG_PAD_TO if tokens > LONG and mx.default_device() == mx.gpu else PAD_TO
+    return -(-tokens // step) * step
 
 
 def check_batch_size(dataset: Sequence, batch_size: int) -> None:
@@ -130,7 +140,7 @@ def _make_batch(
 ) -> Batch:
     rows = [dataset[index] for index in indices]
     lengths = [min(len(tokens), max_seq_length) for tokens, _ in rows]
-    width = min(1 + -(-max(lengths) // PAD_TO) * PAD_TO, max_seq_length)
+    width = min(1 + padded(max(lengths)), max_seq_length)
     tokens = np.zeros((len(rows), width), np.int32)
     for i, ((row, _), length) in enumerate(zip(rows, lengths, strict=True)):
         tokens[i, :length] = row[:length]

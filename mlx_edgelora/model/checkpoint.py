@@ -22,7 +22,7 @@ from mlx_lm.utils import _get_classes, load_model, quantize_model, save_config
 from mlx_edgelora.blocks.block_list import BlockList
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.model.weights import TensorPlace
-from mlx_edgelora.storage.files import Unchanged
+from mlx_edgelora.storage.files import Unchanged, sync, sync_folder
 from mlx_edgelora.storage.safetensors import TensorInfo, read_header, write_tensors
 
 # Layers all of whose parameters are floating numbers, and those that hold packed ones.
@@ -266,6 +266,7 @@ def converted(lazy: LazyModel, cache: Path, quantize: int | None = None) -> Path
             checkpoint.files.check()
             os.replace(building, folder)
             os.mkdir(building)  # TemporaryDirectory removes what it made
+        sync_folder(cache)
     except OSError as error:
         if (folder / "config.json").exists():  # another run was faster
             return folder
@@ -290,10 +291,11 @@ def write_model(folder: Path, parameters: list[tuple[str, mx.array]], config: di
     with open(folder / "model.safetensors", "wb") as file:
         write_tensors(file, specs, _drain(parameters))
         file.flush()
-        os.fsync(file.fileno())
+        sync(file.fileno())
     save_config(config, folder / "config.json")
     with open(folder / "config.json", "rb+") as file:
-        os.fsync(file.fileno())
+        sync(file.fileno())
+    sync_folder(folder)
 
 
 def _drain(parameters: list[tuple[str, mx.array]]) -> Iterator[mx.array]:

@@ -2,6 +2,9 @@
 
 import json
 import os
+import platform
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -26,6 +29,12 @@ FEW_TOKENS = 32
 # So many in one evaluation on a GPU: alone one takes as long as the call.
 AT_ONCE = 16
 DISK_BYTES = 32 * MIB
+# So long in seconds a GPU computes before it is timed: one that was idle is slow at first.
+WARM_UP = 0.2
+# So long in seconds rates are kept: a machine may have been hot, or busy, when it was measured.
+KEPT = 30 * 24 * 3600
+# What Metal calls the GPUs of M1 and M2, which have no bfloat16 and convert it.
+CONVERTS_BFLOAT16 = ("applegpu_g13", "applegpu_g14")
 # Of the memory that is free or can be freed, so much is left to other programs.
 MARGIN = 0.2
 # macOS ends what holds the GPU for some seconds, sooner where it draws the display.
@@ -77,7 +86,7 @@ class Machine:
 
 
 def machine_here(cache: Path, folder: Path, dtype: mx.Dtype) -> Machine:
-    """This machine, measured once per dtype and kept in a file.
+    """This machine, measured per dtype and kept in a file for a month.
 
     Args:
         cache: folder of that file.
@@ -88,19 +97,38 @@ def machine_here(cache: Path, folder: Path, dtype: mx.Dtype) -> Machine:
     name = f"{device.get('device_name', 'unknown')}, {mx.default_device()}"
     blas = os.environ.get("LD_PRELOAD", "") + os.environ.get("DYLD_INSERT_LIBRARIES", "")
     bits = os.environ.get("MLX_ENABLE_TF32", "")  # of a product of float32 on some GPUs
-    key = f"{VERSION} {mx.__version__} {name} {os.cpu_count()} {blas}{bits} {dtype}"
+    key = f"{VERSION} {mx.__version__} {name} {os.cpu_count()} {blas}{bits} {dtype}" + _conditions()
     file = cache / "machine.json"
     known = _read(file)
     place = f"{key} {folder}"
-    rates = known.get(place)
-    if rates is None:
-        rates = measured(folder, dtype)
-        known[place] = rates
+    if place not in known:
+        known[place] = measured(folder, dtype), time.time()
         _write(file, known)
+    rates, _ = known[place]
     # Slow on a CPU, and less exact in 16 bits there (`layers/linear.py`): no plan's choice.
     kernels = ("fused", "dequantize") if resolve_kernel("auto")[0] == "fused" else ("dequantize",)
     on_metal = mx.default_device() == mx.gpu and mx.metal.is_available()
     return Machine(name, rates, kernels, key, LONGEST if on_metal else inf)
+
+
+def converts(dtype: mx.Dtype) -> bool:
+    """Whether the GPU has to convert numbers of this type, which takes time."""
+    architecture = str(mx.device_info().get("architecture", ""))
+    return dtype == mx.bfloat16 and architecture.startswith(CONVERTS_BFLOAT16)
+
+
+def _conditions() -> str:
+    """On macOS its version and the power mode, as far as they can be told: rates depend on them."""
+    if sys.platform != "darwin":
+        return ""
+    command = ["pmset", "-g"]
+    try:
+        text = subprocess.run(command, capture_output=True, text=True, timeout=2, check=True).stdout
+    except (OSError, subprocess.SubprocessError, ValueError):
+        text = ""
+    # lowpowermode is 0 or 1; in its place some Macs have powermode, which is 2 for high power.
+    modes = [" ".join(line.split()[:2]) for line in text.splitlines() if "powermode" in line]
+    return " ".join(["", "macOS", platform.mac_ver()[0], *modes])
 
 
 def measured(folder: Path, dtype: mx.Dtype) -> Rates:
@@ -114,6 +142,10 @@ def measured(folder: Path, dtype: mx.Dtype) -> Rates:
     on_gpu = mx.default_device() == mx.gpu
     times, some = (AT_ONCE, x) if on_gpu else (1, x[:FEW_TOKENS])
     product = 2.0 * TOKENS * COLUMNS * COLUMNS
+    if on_gpu:
+        begun = time.perf_counter()
+        while time.perf_counter() - begun < WARM_UP:
+            mx.eval(x @ dense.T)
 
     def chain() -> mx.array:
         y = small
@@ -233,16 +265,22 @@ def _physical() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _read(file: Path) -> dict[str, Rates]:
+def _read(file: Path) -> dict[str, tuple[Rates, float]]:
+    """Rates that are not too old, and when they were measured, in seconds since 1970."""
     try:
-        known = json.loads(file.read_text())
-        return {key: Rates(**values) for key, values in known.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        known = {
+            key: (Rates(**entry["rates"]), float(entry["measured"]))
+            for key, entry in json.loads(file.read_text()).items()
+        }
+    except (OSError, ValueError, TypeError, AttributeError, LookupError):
         return {}  # not there, or of another version: measured again
+    now = time.time()
+    return {key: entry for key, entry in known.items() if 0 <= now - entry[1] < KEPT}
 
 
-def _write(file: Path, known: dict[str, Rates]) -> None:
-    text = json.dumps({key: asdict(rates) for key, rates in known.items()}, indent=1)
+def _write(file: Path, known: dict[str, tuple[Rates, float]]) -> None:
+    entries = {key: {"rates": asdict(r), "measured": when} for key, (r, when) in known.items()}
+    text = json.dumps(entries, indent=1)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically({file: lambda target: target.write(text.encode())})

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -20,6 +21,14 @@ Writer = Callable[[BinaryIO], None]
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOTTY)
+
+
+def user_cache() -> Path:
+    """The folder of what is kept from run to run: converted models, what was measured."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    if not base:
+        base = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+    return Path(base) / "mlx_edgelora"
 
 
 class Unchanged:
@@ -80,11 +89,11 @@ def write_atomically(writers: Mapping[Path, Writer]) -> None:
             with open(temporaries[path], "wb") as file:
                 writer(file)
                 file.flush()
-                _sync(file.fileno())
+                sync(file.fileno())
         for path in writers:
             os.replace(temporaries[path], path)
         for folder in {path.parent for path in writers}:
-            _sync_folder(folder)
+            sync_folder(folder)
     except OSError as error:
         raise cannot_write(path, error) from error
     finally:
@@ -121,7 +130,8 @@ def cannot_write(path: Path, error: OSError) -> EdgeLoraError:
     return EdgeLoraError(f"{path}: cannot be written ({reason}); {advice}")
 
 
-def _sync(descriptor: int) -> None:
+def sync(descriptor: int) -> None:
+    """Wait until what was written to a file is on the medium."""
     # On macOS fsync stops at the drive's cache; only F_FULLFSYNC reaches the medium,
     # and network volumes refuse it.
     full_sync = getattr(fcntl, "F_FULLFSYNC", None)
@@ -135,7 +145,8 @@ def _sync(descriptor: int) -> None:
     os.fsync(descriptor)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the medium."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

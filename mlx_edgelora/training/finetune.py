@@ -4,11 +4,10 @@ import dataclasses
 import gc
 import json
 import math
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -34,15 +33,17 @@ from mlx_edgelora.model.checkpoint import LazyModel, quantized, reason
 from mlx_edgelora.model.headers import headers_of
 from mlx_edgelora.model.loading import DTYPES, can_stream, open_model
 from mlx_edgelora.model.lora import add_lora, freeze
-from mlx_edgelora.planner.machine import default_budget, free_memory
+from mlx_edgelora.planner.machine import converts, default_budget, free_memory
 from mlx_edgelora.planner.report import PlanReport, too_small
 from mlx_edgelora.planner.run_plan import RunPlan, asked_plan, gigabytes
-from mlx_edgelora.storage.files import make_folder, write_atomically
+from mlx_edgelora.storage.files import make_folder, user_cache, write_atomically
 from mlx_edgelora.storage.stores import spill_folder
 from mlx_edgelora.training.adapters import CONFIG_FILE, WEIGHTS_FILE, read_adapter_weights
+from mlx_edgelora.training.awake import awake
 from mlx_edgelora.training.callbacks import TrainingCallback, reporting_callbacks
 from mlx_edgelora.training.duty import Duty
 from mlx_edgelora.training.evaluate import evaluate
+from mlx_edgelora.training.failures import failures_told
 from mlx_edgelora.training.limits import PressureWatch, limits
 from mlx_edgelora.training.loop import TrainResult, train
 from mlx_edgelora.training.rehearsal import rehearse
@@ -55,6 +56,11 @@ from mlx_edgelora.training.verification import verify
 ENGINES = 4
 # The largest number that math.exp takes is a little above it.
 MAX_EXPONENT = 700.0
+# For whoever trains on a GPU without bfloat16.
+BFLOAT16 = (
+    "note: the GPUs of M1 and M2 have no bfloat16 and convert it; --dtype float16 is faster, where "
+    "the model bears numbers up to 65504 (a run that meets larger ones ends)"
+)
 # One of these holds the words of any tokenizer; without one transformers makes up an empty one.
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 
@@ -82,9 +88,11 @@ def finetune(
         config = _as_trained(config)
     optimizer = build_optimizer(config)  # refuses what it cannot use before anything slow
     callbacks = [*callbacks, *reporting_callbacks(config)]
-    with _memory_told(config):
+    with _memory_told(config), awake(config.caffeinate):
         lazy = _adapted(config)
         config = _with_layers(config, lazy, notify)
+        if converts(_dtype(config) or lazy.blocks.hidden_dtype):
+            notify(BFLOAT16)
         tokenizer = _tokenizer(lazy)
         train_set, valid_set, test_set = _data(config, tokenizer, lazy.vocabulary, notify)
         sets = [dataset for dataset in (train_set, valid_set, test_set) if dataset is not None]
@@ -176,7 +184,7 @@ def plan_report(config: TrainConfig, labelled: float = 1.0) -> PlanReport:
     sets: Sequence = ()
     if config.data or config.hf_dataset or config.model is None:
         config = _with_embedded(config)
-    with headers_of(config.model) as path:
+    with _memory_told(config), headers_of(config.model) as path:
         lazy = open_model(str(path), streamed=False, quantize=None, cache=_cache(config))
         if config.quantize is not None:
             quantized(lazy, config.quantize)
@@ -185,7 +193,7 @@ def plan_report(config: TrainConfig, labelled: float = 1.0) -> PlanReport:
             found = _data(config, _tokenizer(lazy), lazy.vocabulary, lambda line: None)
             sets = [dataset for dataset in found if dataset is not None]
         folder = Path(_spill_place(config)[0])
-        asked = asked_plan(config, lazy, sets, _user_cache(), folder, labelled)
+        asked = asked_plan(config, lazy, sets, user_cache(), folder, labelled)
         fits = True
         if asked.choice is None:
             try:
@@ -245,7 +253,7 @@ def _settled(
     notify: Callable[[str], None],
 ) -> Iterator[tuple[Engine, RunPlan]]:
     """The engine and the plan of the run, measured, told and written down; MLX's limits set."""
-    asked = asked_plan(config, lazy, sets, _user_cache(), Path(place[0]))
+    asked = asked_plan(config, lazy, sets, user_cache(), Path(place[0]))
     chosen: RunPlan | None = asked if asked.given else begun(asked)
     left = ENGINES
     while chosen is not None:
@@ -431,31 +439,18 @@ def _spill_place(config: TrainConfig) -> tuple[str | Path, str]:
     """The folder of scratch files, and why it is this one."""
     if config.spill_dir:
         return config.spill_dir, "as asked"
-    return spill_folder([tempfile.gettempdir(), _user_cache()])
+    return spill_folder([tempfile.gettempdir(), user_cache()])
 
 
 def _cache(config: TrainConfig) -> Path:
-    return Path(config.cache_dir) if config.cache_dir else _user_cache()
+    return Path(config.cache_dir) if config.cache_dir else user_cache()
 
 
-def _user_cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "mlx_edgelora"
-
-
-@contextmanager
-def _memory_told(config: TrainConfig) -> Iterator[None]:
-    """MLX says that memory is used up by a RuntimeError with as little as `[malloc]` in it."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        text = str(error).lower()
-        if isinstance(error, RuntimeError) and "malloc" not in text and "memory" not in text:
-            raise
-        raise EdgeLoraError(
-            f"out of memory ({reason(error)}); lower batch_size or max_seq_length, or close other "
-            f"programs; an adapter saved before stands in {config.adapter_path or 'its folder'}"
-        ) from error
+def _memory_told(config: TrainConfig) -> AbstractContextManager:
+    """For what comes before and after training, which knows itself what is on disk."""
+    return failures_told(
+        f"an adapter saved before is untouched in {config.adapter_path or 'its folder'}"
+    )
 
 
 @contextmanager

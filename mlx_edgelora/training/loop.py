@@ -37,6 +37,7 @@ from mlx_edgelora.storage.files import make_folder
 from mlx_edgelora.training.adapters import WEIGHTS_FILE, save_adapters
 from mlx_edgelora.training.callbacks import TrainingCallback
 from mlx_edgelora.training.evaluate import Engine, evaluate, limit_cache
+from mlx_edgelora.training.failures import explained
 from mlx_edgelora.training.log import RunLog
 from mlx_edgelora.training.progress import Progress
 from mlx_edgelora.training.report import Report, UsageMeter, Window
@@ -86,7 +87,8 @@ def train(
 
     Raises:
         EdgeLoraError: a loss or gradient is NaN or infinite, or a file cannot be
-            written; the last saved adapter stands.
+            written; the last saved adapter stands. Or memory or the GPU's time ran out; then
+            the steps since the last save are saved, if that is possible.
         KeyboardInterrupt: after telling which adapter stands.
     """
     make_folder(Path(config.adapter_path))
@@ -99,6 +101,7 @@ def train(
         batches = iterate_batches(
             train_set, config.batch_size, config.max_seq_length, loop=True, seed=config.seed
         )
+        iteration = 0
         try:
             interrupted = stack.enter_context(_interrupts())
             for iteration, batch in zip(range(1, config.iters + 1), batches, strict=False):
@@ -114,6 +117,10 @@ def train(
         except KeyboardInterrupt:
             progress.note(f"interrupted; {run.standing()}")
             raise
+        except (RuntimeError, MemoryError) as error:
+            if (told := explained(error)) is None:
+                raise
+            raise EdgeLoraError(f"step {iteration}: {told}; {run.rescued()}") from error
     return run.result()
 
 
@@ -236,6 +243,16 @@ class _Run:
         save_adapters(folder, weights, self._config.to_dict(), iteration if numbered else None)
         self._saved = iteration
         self._progress.saved(iteration, folder)
+
+    def rescued(self) -> str:
+        """Save the steps since the last save if the machine still can; tells what is on disk."""
+        failures = EdgeLoraError, RuntimeError, MemoryError
+        if self._updated > self._saved:
+            with contextlib.suppress(*failures):
+                mx.synchronize()  # raises what else of the step was ended, for the last time
+            with contextlib.suppress(*failures):
+                self.save(self._updated, numbered=False)
+        return self.standing()
 
     def standing(self) -> str:
         """Which adapter is on disk, for messages."""

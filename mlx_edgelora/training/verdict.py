@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_edgelora.blocks.checks import MODEL_ERRORS
-from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.errors import EdgeLoraError, is_killed
 
 Arrays = dict[str, mx.array]
 # Largest relative error, and largest |slope - 1|, that rounding explains at once in float32,
@@ -103,6 +103,8 @@ def judged(
     try:
         expected = plain(mx.float32, None)
     except MODEL_ERRORS as error:
+        if is_killed(error):
+            raise
         return Verdict(kind, blocks, way, np.inf, f"plain MLX cannot differentiate it ({error})")
     errors, slopes = _differences(walked(mx.float32), expected)
     limits = dict.fromkeys(expected, _bound()), dict.fromkeys(expected, _bound())

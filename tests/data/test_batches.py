@@ -9,6 +9,7 @@ from mlx_lm.tuner import trainer
 from mlx_lm.tuner.datasets import CacheDataset
 
 from mlx_edgelora.data import Dataset, Row, iterate_batches
+from mlx_edgelora.data.batches import largest_batch
 from mlx_edgelora.errors import EdgeLoraError
 
 
@@ -110,6 +111,21 @@ def test_every_batch_holds_its_rows_and_labels_real_tokens_only(shapes, batch_si
             assert batch.labels()[i][batch.mask()[i]].tolist() == kept[max(offset, 1) :]
         seen += batch.indices
     assert len(seen) == len(set(seen)) == len(rows) // batch_size * batch_size
+
+
+@pytest.mark.parametrize(("device", "most"), [(mx.cpu, 64), (mx.gpu, 28)])
+def test_batches_have_few_lengths(monkeypatch, device, most):
+    """The more so on a GPU, where every length costs a graph; short ones differ little there."""
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(device))
+    rows = make_rows(range(2, 2049))
+    widths = {batch.inputs().shape[1] for batch in iterate_batches(rows, 1, 2049, seed=0)}
+    assert len(widths) == most
+    assert sorted(widths)[:16] == list(range(32, 513, 32))
+    for length in (40, 513, 700, 1990):
+        (batch,) = iterate_batches(rows[length - 2 : length - 1], 1, 1990)
+        tokens = batch.inputs().shape[1]
+        assert largest_batch([rows[length - 2 : length - 1]], 1, 1990) == (tokens, length - 1)
+        assert length <= tokens + 1 <= 1990 and tokens - length < 128
 
 
 def test_defect_1_of_mlx_lm_a_padded_row_trains_no_padding_here():

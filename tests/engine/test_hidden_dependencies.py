@@ -163,3 +163,28 @@ def test_the_next_segment_is_built_while_one_is_computed(name, plan, tmp_path, m
             (got_loss, _), got = ours.value_and_grad(batch)
             assert got_loss.item() == pytest.approx(loss, rel=1e-5)
             assert_same_gradients(got, expected)
+
+
+@pytest.mark.parametrize("kept", [0, 3])
+def test_batches_of_other_label_counts_leave_nothing(tmp_path, compiles, kept):
+    """What is compiled for one number of labelled tokens serves all that are padded to it."""
+    folder, tokens = save(tmp_path, "llama", True), 64
+    choices = {"head": "resident", "streamed": False, "kept_blocks": kept}
+
+    def batch(labels):
+        ids = np.random.RandomState(labels).randint(0, 101, (1, tokens + 1)).astype(np.int32)
+        return Batch(ids, np.arange(tokens)[None] < labels)
+
+    with closing(engine(folder, compiled=True, **choices)) as ours:
+
+        def active_after(labels):
+            ours.value_and_grad(batch(labels))
+            mx.synchronize()
+            gc.collect()
+            return mx.get_active_memory()
+
+        for labels in (1, 33):  # both numbers that they are padded to
+            active_after(labels)
+        functions = ours.walk.compiled_functions
+        assert len({active_after(labels) for labels in range(3, 63, 3)}) == 1
+        assert ours.walk.compiled_functions == functions > 0

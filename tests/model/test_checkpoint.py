@@ -16,6 +16,7 @@ from mlx_lm.utils import load_model, quantize_model
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.model import checkpoint
 from mlx_edgelora.model.checkpoint import converted, load_lazily, read_checkpoint, resolve
+from mlx_edgelora.storage import files
 
 MIB = 2**20
 
@@ -255,6 +256,7 @@ def test_copy_is_made_once_for_what_it_depends_on(tmp_path, folder, monkeypatch)
     assert set((tmp_path / "cache").iterdir()) == copies
 
 
+@pytest.mark.usefixtures("plain_fsync")
 @pytest.mark.parametrize("moment", ["write", "fsync", "replace"])
 def test_failed_copy_leaves_nothing_behind(tmp_path, folder, monkeypatch, moment):
     def full(*_):
@@ -273,6 +275,22 @@ def test_failed_copy_leaves_nothing_behind(tmp_path, folder, monkeypatch, moment
             convert(folder, tmp_path)
     assert list((tmp_path / "cache").iterdir()) == []
     assert load_model(convert(folder, tmp_path))[0] is not None
+
+
+def test_a_copy_reaches_the_medium(tmp_path, folder, monkeypatch):
+    """Its shard and configuration as on macOS, then its folder, then the name of that folder."""
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(files.fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(files.fcntl, "fcntl", lambda fd, code: synced.append((inode(fd), code)))
+    monkeypatch.setattr(files.os, "fsync", lambda fd: synced.append((inode(fd), None)) or fsync(fd))
+    copy = convert(folder, tmp_path)
+    expected = [(copy / "model.safetensors", 51), (copy / "config.json", 51)]
+    expected += [(copy, None), (copy.parent, None)]
+    assert synced == [(path.stat().st_ino, code) for path, code in expected]
+
+
+def inode(descriptor):
+    return os.fstat(descriptor).st_ino
 
 
 def test_cache_that_is_no_folder_is_named(tmp_path, folder):

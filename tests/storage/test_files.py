@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from mlx_edgelora.benchmark.shapes import default_cache
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.storage import files
 from mlx_edgelora.storage.files import make_folder, write_atomically
@@ -133,6 +134,26 @@ def test_a_folder_that_cannot_be_synced_is_no_failure(tmp_path, monkeypatch):
     monkeypatch.setattr(files.os, "fsync", fsync)
     write_atomically({tmp_path / "a": write(b"a")})
     assert (tmp_path / "a").read_bytes() == b"a"
+
+
+@pytest.mark.parametrize(
+    ("system", "variable", "expected"),
+    [
+        ("darwin", None, "home/Library/Caches"),
+        ("linux", None, "home/.cache"),
+        ("linux", "", "home/.cache"),
+        ("linux", "elsewhere", "elsewhere"),
+        ("darwin", "elsewhere", "elsewhere"),
+    ],
+)
+def test_caches_are_where_the_system_has_them(tmp_path, monkeypatch, system, variable, expected):
+    monkeypatch.setattr(files.sys, "platform", system)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    if variable is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", variable and str(tmp_path / variable))
+    assert files.user_cache() == tmp_path / expected / "mlx_edgelora"
+    assert default_cache() == files.user_cache() / "random-models"
 
 
 CHILD = """

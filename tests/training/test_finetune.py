@@ -451,6 +451,32 @@ def raising(error):
     return call
 
 
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "told"),
+    [
+        ("applegpu_g14g", "bfloat16", True),
+        ("applegpu_g14g", "float16", False),
+        ("applegpu_g14g", None, False),
+        ("applegpu_g16s", "bfloat16", False),
+    ],
+)
+def test_bfloat16_on_a_gpu_that_has_none_is_told(options, monkeypatch, architecture, dtype, told):
+    device = mx.device_info() | {"architecture": architecture}
+    monkeypatch.setattr(mx, "device_info", lambda: device)
+    _, _, lines = run(options(iters=1) if dtype is None else options(iters=1, dtype=dtype))
+    assert sum("float16 is faster" in line for line in lines) == told
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_a_checkpoint_in_float16_is_computed_in_it(options, tmp_path, quantized):
+    folder = make_model(tmp_path / "model", quantized=quantized)
+    tensors = mx.load(str(folder / "model.safetensors"))
+    half = {n: v.astype(mx.float16) if v.dtype == mx.float32 else v for n, v in tensors.items()}
+    mx.save_safetensors(str(folder / "model.safetensors"), half)
+    with open_engine(options(model=str(folder)), lambda line: None) as (engine, _, _):
+        assert engine.walk.blocks.hidden_dtype == mx.float16
+
+
 def test_a_resume_file_for_a_test_alone_is_refused(options):
     with pytest.raises(EdgeLoraError, match=r"resume_adapter_file: got 'a.safetensors' for a test"):
         run(options(test=True, resume_adapter_file="a.safetensors"))

@@ -22,6 +22,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import save_config
 from peaks import highest, lowest, peak
 
+from mlx_edgelora.data import iterate_batches
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.losses.exact import CrossEntropy
 from mlx_edgelora.model import weights as sources
@@ -49,6 +50,27 @@ def check(folder, batch, tolerance=1e-5, **options):
 def test_streamed_spilled_gradients_equal_mlx_lm(name, quantized, tmp_path):
     # Several tiles of these small vocabularies.
     check(save(tmp_path, name, quantized), random_batch(), loss=CrossEntropy(16_384))
+
+
+@pytest.mark.parametrize("options", [{}, {"tile_tokens": 256}], ids=["whole", "tiles"])
+def test_more_padding_changes_nothing(options, tmp_path, monkeypatch):
+    """Long batches are padded further on a GPU."""
+    folder, rng = save(tmp_path, "llama", True), np.random.RandomState(0)
+    rows = [(rng.randint(1, 101, length).tolist(), 400) for length in (515, 520)]
+    batches = []
+    for device in (mx.cpu, mx.gpu):
+        with monkeypatch.context() as patch:
+            patch.setattr(mx, "default_device", lambda device=device: mx.Device(device))
+            batches += iterate_batches(rows, 2, 2048, seed=0)
+    assert [batch.inputs().shape[1] for batch in batches] == [544, 640]
+    with closing(engine(folder, **options)) as ours:
+        (loss, count), expected = ours.value_and_grad(batches[0])
+        (padded_loss, padded_count), got = ours.value_and_grad(batches[1])
+        again = [ours.loss(batch)[0].item() for batch in batches]
+    assert padded_count == count == 235
+    assert padded_loss.item() == pytest.approx(loss.item(), rel=1e-6)
+    assert again == pytest.approx([loss.item()] * 2, rel=1e-6)
+    assert_same_gradients(got, expected)
 
 
 WAYS = [
