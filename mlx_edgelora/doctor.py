@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None, sizes: Sizes | None = None) -> int:
 
 def _parser() -> _Parser:
     parser = _Parser(
-        prog="python -m mlx_edgelora.doctor",
+        prog="mlx-edgelora doctor",
         description="Measure what this machine can do, and whether training on it gives the "
         "gradients and keeps the memory budgets that it should. It takes about two minutes and no "
         "network. No names of users, hosts or folders are in the report. Exits with 1 if something "

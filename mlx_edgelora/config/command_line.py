@@ -82,6 +82,7 @@ GROUPS: dict[str, dict[str, str | None]] = {
         "kernel": None,
         "verify": None,
         "duty": "SHARE",
+        "caffeinate": None,
         "cache_dir": "FOLDER",
         "clear_cache_threshold": "SIZE",
         "grad_checkpoint": None,

@@ -37,6 +37,7 @@ KEPT = 30 * 24 * 3600
 CONVERTS_BFLOAT16 = ("applegpu_g13", "applegpu_g14")
 # Of the memory that is free or can be freed, so much is left to other programs.
 MARGIN = 0.2
+SHARE = f"{1 - MARGIN:.0%}".replace("%", " %")
 # macOS ends what holds the GPU for some seconds, sooner where it draws the display.
 LONGEST = 0.5
 # Seconds that a program of the system may take to answer.
@@ -208,15 +209,15 @@ def default_budget() -> tuple[int, str]:
     device = mx.device_info()
     if "free_memory" in device and mx.default_device() == mx.gpu:  # CUDA: the host's is another
         free = int((1 - MARGIN) * device["free_memory"])
-        return free, f"what is free of the GPU's memory, less {MARGIN:.0%}"
+        return free, f"{SHARE} of the GPU's free memory"
     most = device.get("max_recommended_working_set_size") if mx.metal.is_available() else None
     free = free_memory()
     left = None if free is None else int((1 - MARGIN) * free)
     if most is not None and (left is None or most <= left):
         return int(most), "what the system recommends for the GPU"
     if left is not None:
-        return left, f"what other programs leave, less {MARGIN:.0%}"
-    return int((1 - MARGIN) * _physical()) - footprint(), f"the machine's memory less {MARGIN:.0%}"
+        return left, f"{SHARE} of what is free"
+    return int((1 - MARGIN) * _physical()) - footprint(), f"{SHARE} of the memory"
 
 
 def free_memory() -> int | None:

@@ -8,8 +8,9 @@ from functools import cached_property
 from typing import BinaryIO
 
 from mlx_edgelora.data.batches import PAD_TO
+from mlx_edgelora.measure.units import duration, size
 from mlx_edgelora.planner.cost import Memory
-from mlx_edgelora.planner.run_plan import RunPlan, gigabytes
+from mlx_edgelora.planner.run_plan import RunPlan
 from mlx_edgelora.planner.search import Choice, plan, smallest
 from mlx_edgelora.planner.search import most as largest
 from mlx_edgelora.planner.sizes import Load
@@ -108,7 +109,7 @@ class PlanReport:
     def table(self) -> str:
         """All answers in lines."""
         chosen, choice = self._chosen, self._chosen.choice
-        budget = "the least memory" if self._unlimited else gigabytes(self._budget)
+        budget = "the least memory" if self._unlimited else size(self._budget)
         verdict = "fits in" if self.fits else "does not fit in"
         lines = [
             f"{chosen.load.rows} x {chosen.load.tokens} tokens, {chosen.load.labelled} of them "
@@ -120,20 +121,18 @@ class PlanReport:
             *_rows(chosen.plan.rows(chosen.shape.blocks)),
             "",
             "expected",
-            *_rows({"peak": gigabytes(choice.peak), "step": duration(choice.seconds)}),
-            *_rows({f"peak of {name}": gigabytes(size) for name, size in self.phases().items()}),
+            *_rows({"peak": size(choice.peak), "step": duration(choice.seconds)}),
+            *_rows({f"peak of {name}": size(most) for name, most in self.phases().items()}),
             "",
             "smallest budget that works",
-            *_rows({gigabytes(self.smallest.needs): f"{duration(self.smallest.seconds)} a step"}),
+            *_rows({size(self.smallest.needs): f"{duration(self.smallest.seconds)} a step"}),
         ]
         if not self._unlimited:
             rows = {"longest rows": f"{self.context} tokens", "largest batch": f"{self.batch} rows"}
             lines += ["", f"in {budget} there is room for", *_rows(rows)]
         if self.next_gigabytes:
             lines += ["", "a larger budget buys"]
-            bought = {
-                gigabytes(b.budget): f"{duration(b.seconds)} a step" for b in self.next_gigabytes
-            }
+            bought = {size(b.budget): f"{duration(b.seconds)} a step" for b in self.next_gigabytes}
             lines += _rows(bought)
         elif not self._unlimited and self.fits:
             lines += ["", "a larger budget buys nothing"]
@@ -195,13 +194,6 @@ class PlanReport:
     @property
     def _budget(self) -> int:
         return self._chosen.choice.needs if self._unlimited else self._chosen.budget.bytes
-
-
-def duration(spent: float) -> str:
-    """Seconds for people: two digits, or minutes where there are many."""
-    if spent >= 120:
-        return f"{spent / 60:.0f} min"
-    return f"{spent:.3g} s"
 
 
 def too_small(chosen: RunPlan) -> RunPlan:

@@ -14,6 +14,7 @@ from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.data import Batch
 from mlx_edgelora.data.batches import largest_batch
 from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.measure.units import size
 from mlx_edgelora.model.checkpoint import LazyModel
 from mlx_edgelora.model.loading import DTYPES
 from mlx_edgelora.planner.cost import MOMENTS
@@ -104,7 +105,7 @@ class RunPlan:
             found, reason = smallest(*arguments, fixed, self.known), self.budget.why
         else:
             found = plan(*arguments, most, fixed, self.known)
-            reason = f"the fastest within {gigabytes(most)}"
+            reason = f"the fastest within {size(most)}"
         return replace(found, plan=replace(found.plan, reason=reason))
 
     def smallest(self) -> Choice:
@@ -197,10 +198,10 @@ class RunPlan:
     def table(self) -> str:
         """What was chosen, for whom and why, in a few lines."""
         most = self.budget.bytes
-        limit = "no limit" if most is None else f"{gigabytes(most)} at most"
+        limit = "no limit" if most is None else f"{size(most)} at most"
         lines = [
             f"plan for {self.load.rows} x {self.load.tokens} tokens: "
-            f"{gigabytes(self.choice.peak)} expected{self._by_formula}, {limit} "
+            f"{size(self.choice.peak)} expected{self._by_formula}, {limit} "
             f"({self.budget.why})"
         ]
         rows = self.plan.rows(self.shape.blocks)
@@ -249,9 +250,9 @@ def asked_plan(
         budget = Budget(None, f"as {config.plan} says")
         return RunPlan(*arguments, budget, choice, {}, False, known, given=True)
     if config.memory_budget == "min":
-        budget = Budget(None, "the least, as asked")
+        budget = Budget(None, "as little as possible")
         return RunPlan(*arguments, budget, None, _fixed(config), False, known)
-    budget = Budget(config.memory_budget, "as asked")
+    budget = Budget(config.memory_budget, "as given")
     if config.memory_budget is None:
         budget = Budget(*default_budget())
     return RunPlan(*arguments, budget, None, _fixed(config), True, known)
@@ -268,11 +269,6 @@ def _known(
     known = Measured(file, key, mx.default_device() == mx.gpu)
     known.read()
     return known
-
-
-def gigabytes(size: int) -> str:
-    """Decimal, as budgets are written."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
 def _fixed(config: TrainConfig) -> dict[str, Any]:

@@ -381,9 +381,9 @@ def _with_rank(shape: ModelShape, rank: int) -> ModelShape:
 
 
 def _mb(size: int) -> str:
-    return f"{_megabytes(size)}MB"
+    return f"{_megabytes(size)} MB"
 
 
 def _megabytes(size: int) -> int:
-    """Decimal ones, as --memory-budget reads them; rounded up."""
+    """Decimal ones; rounded up, for this is what a budget must be."""
     return -(-size // 10**6)

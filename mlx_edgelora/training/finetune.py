@@ -29,15 +29,17 @@ from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.losses.exact import CrossEntropy
 from mlx_edgelora.measure.meter import peak_memory, reset_peak
 from mlx_edgelora.measure.profile import recording
+from mlx_edgelora.measure.units import size
 from mlx_edgelora.model.checkpoint import LazyModel, quantized, reason
 from mlx_edgelora.model.headers import headers_of
 from mlx_edgelora.model.loading import DTYPES, can_stream, open_model
 from mlx_edgelora.model.lora import add_lora, freeze
 from mlx_edgelora.planner.machine import converts, default_budget, free_memory
 from mlx_edgelora.planner.report import PlanReport, too_small
-from mlx_edgelora.planner.run_plan import RunPlan, asked_plan, gigabytes
+from mlx_edgelora.planner.run_plan import RunPlan, asked_plan
 from mlx_edgelora.storage.files import make_folder, user_cache, write_atomically
 from mlx_edgelora.storage.stores import spill_folder
+from mlx_edgelora.training import summary
 from mlx_edgelora.training.adapters import CONFIG_FILE, WEIGHTS_FILE, read_adapter_weights
 from mlx_edgelora.training.awake import awake
 from mlx_edgelora.training.callbacks import TrainingCallback, reporting_callbacks
@@ -95,6 +97,7 @@ def finetune(
             notify(BFLOAT16)
         tokenizer = _tokenizer(lazy)
         train_set, valid_set, test_set = _data(config, tokenizer, lazy.vocabulary, notify)
+        notify(summary.facts(config, lazy, (train_set, valid_set, test_set)))
         sets = [dataset for dataset in (train_set, valid_set, test_set) if dataset is not None]
         place = _spill_place(config)
         with _settled(config, lazy, sets, place, notify) as (engine, chosen):
@@ -236,12 +239,15 @@ def _engine(
         rest=Duty(config.duty).rest,
         file_cache=None if free is None else max(0, free - chosen.choice.peak),
     )
-    count = sum(value.size for _, value in tree_flatten(lazy.model.trainable_parameters()))
-    notify(f"model {lazy.checkpoint.path}, {count:,} trained parameters")
+    details = notify if config.verbose else _silent
     if plan.spills or plan.adapters == "paged":
-        notify(f"scratch files in {folder} ({why})")
-    with assembled(lazy, plan, settings, notify) as engine:
+        details(f"scratch files in {folder} ({why})")
+    with assembled(lazy, plan, settings, details) as engine:
         yield engine
+
+
+def _silent(line: str) -> None:
+    """Where details are not asked for."""
 
 
 @contextmanager
@@ -257,7 +263,7 @@ def _settled(
     chosen: RunPlan | None = asked if asked.given else begun(asked)
     left = ENGINES
     while chosen is not None:
-        notify(chosen.table())
+        notify(chosen.table() if config.verbose else summary.memory(chosen))
         with limits(chosen) as limit, _engine(config, lazy, chosen, place, notify) as engine:
             left -= 1
             another = settle(engine, chosen, notify, stays=not left) if config.train else None
@@ -298,7 +304,7 @@ class _Watch(TrainingCallback):
     def on_train_loss_report(self, train_info: dict) -> None:
         """Called at every report."""
         peak = peak_memory()
-        told = f"MLX took {gigabytes(peak)}, more than was expected"
+        told = f"MLX took {size(peak)}, more than was expected"
         try:
             plan = self._chosen.corrected(peak, anew=False)
         except EdgeLoraError as error:
@@ -306,7 +312,7 @@ class _Watch(TrainingCallback):
             return
         if plan is not None:
             self._engine.hold(plan)
-            self._notify(f"{told}; new {self._chosen.table()}")
+            self._notify(f"{told}; from here on\n{summary.memory(self._chosen)}")
 
 
 def _with_embedded(config: TrainConfig) -> TrainConfig:
@@ -319,11 +325,9 @@ def _verified(engine: Engine, chosen: RunPlan, config: TrainConfig) -> str:
     start = time.perf_counter()
     verdicts = verify(engine, *_batch(chosen), _dtype(config), light=True)
     refuse_wrong(verdicts)
-    return (
-        f"verified: gradients are plain MLX's in {len(verdicts)} comparisons (largest relative "
-        f"error {max(verdict.error for verdict in verdicts):.0e}, "
-        f"{time.perf_counter() - start:.1f} s)"
-    )
+    error, spent = max(verdict.error for verdict in verdicts), time.perf_counter() - start
+    told = f"{len(verdicts)} comparisons with plain MLX (error {error:.0e}, {spent:.1f} s)"
+    return summary.line("gradients", f"equal in {told}")
 
 
 def _batch(chosen: RunPlan) -> tuple[int, int]:

@@ -14,9 +14,11 @@ from mlx_edgelora.engine.step import Engine
 from mlx_edgelora.engine.visits import Arrays
 from mlx_edgelora.measure.meter import peak_memory, reset_peak
 from mlx_edgelora.measure.profile import Stretch, recording
+from mlx_edgelora.measure.units import size
 from mlx_edgelora.planner.measured import Taken
-from mlx_edgelora.planner.run_plan import RunPlan, gigabytes
+from mlx_edgelora.planner.run_plan import RunPlan
 from mlx_edgelora.planner.sizes import Load
+from mlx_edgelora.training import summary
 
 # A plan that is expected to take less than this share of its budget is not tried.
 NEAR = 0.5
@@ -50,7 +52,9 @@ def rehearse(engine: Engine, chosen: RunPlan, notify: Callable[[str], None]) -> 
         if plan is None:
             return
         engine.hold(plan)
-        notify(f"a first try took {gigabytes(peak)}; new {chosen.table()}")
+        told = f"the largest batch took {size(peak)}: another plan is due"
+        told = summary.line("rehearsed", told)
+        notify(f"{told}\n{summary.memory(chosen)}")
 
 
 def passed(engine: Engine, batch: Batch, keeps: bool) -> tuple[list[Stretch], int]:

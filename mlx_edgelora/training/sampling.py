@@ -17,15 +17,16 @@ from mlx_edgelora.blocks.dropout import generator_restored
 from mlx_edgelora.engine.step import Engine
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.measure.profile import Stretch
+from mlx_edgelora.measure.units import duration, size
 from mlx_edgelora.model.weights import StreamedWeights
 from mlx_edgelora.planner.cost import Memory
 from mlx_edgelora.planner.duration import OVERLAPPED
 from mlx_edgelora.planner.measured import Taken
 from mlx_edgelora.planner.plan import Plan
-from mlx_edgelora.planner.report import duration
-from mlx_edgelora.planner.run_plan import RunPlan, gigabytes
+from mlx_edgelora.planner.run_plan import RunPlan
 from mlx_edgelora.planner.search import Choice
 from mlx_edgelora.planner.sizes import Load
+from mlx_edgelora.training import summary
 from mlx_edgelora.training.rehearsal import passed, synthetic_batch
 
 # So often a plan is measured, and replaced by one that is better by what is known then.
@@ -78,16 +79,19 @@ def settle(
             here = _within(chosen, lasting)
             worth = here is None or _better(best, here, chosen.budget.bytes is None)
             if worth and not stays:
-                notify(f"measured in {spent:.1f} s; another plan is better")
+                text = f"a few blocks, in {spent:.1f} s: another plan is better"
+                notify(summary.line("measured", text))
                 return chosen.by(best)
             best = here
         chosen.choice = best
-        told = f"measured in {spent:.1f} s: {gigabytes(best.peak)} expected"
+        told = f"a few blocks, in {spent:.1f} s"
         if best.plan == before:
-            notify(f"{told}, {duration(best.seconds)} a step")
+            told += f": {size(best.peak)} and {duration(best.seconds)} a step expected"
+            notify(summary.line("measured", told))
         else:
             engine.hold(best.plan)
-            notify(f"{told}; new {chosen.table()}")
+            told = summary.line("measured", f"{told}: another plan is better")
+            notify(f"{told}\n{summary.memory(chosen)}")
     return None
 
 

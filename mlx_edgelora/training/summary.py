@@ -32,6 +32,11 @@ def facts(config: TrainConfig, lazy: LazyModel, sets: Sequence[Dataset | None]) 
     return _lines(rows)
 
 
+def line(name: str, text: str) -> str:
+    """One more line under the header, of the same form."""
+    return _lines({name: text})
+
+
 def memory(chosen: RunPlan) -> str:
     """Lines about the budget, what is expected within it, and the plan."""
     choice, most = chosen.choice, chosen.budget.bytes

@@ -136,4 +136,4 @@ def test_the_budget_leaves_a_fifth_to_others(mac, monkeypatch):
     )
     size, why = machine.default_budget()
     assert size == int(0.8 * EXPECTED["macOS 14"][1])
-    assert why == "what other programs leave, less 20%"
+    assert why == "80 % of what is free"

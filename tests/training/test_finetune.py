@@ -196,7 +196,6 @@ def test_a_test_of_the_base_model_needs_no_adapter(options, tmp_path, tiny):
     base = options(test=True, adapter_path="", num_layers=16)  # three blocks is what it has
     _, _, lines = run(base)
     assert lines[-1] == expected_test_line(*load(str(tiny / "model")), base)
-    assert any(" 0 trained parameters" in line for line in lines)
 
 
 def expected_test_line(model, tokenizer, config):

@@ -96,6 +96,7 @@ def test_a_run_is_the_resident_one_bit_for_bit(run, changes):
 def test_resuming_and_testing_go_through_the_file(run):
     _, _, start = run("resident", "start")
     changes = {"resume_adapter_file": str(start / WEIGHTS), "iters": 2, "train": True, "test": True}
+    changes["verbose"] = True
     expected, said, kept = run("resident", **changes)
     got, told, folder = run("paged", **changes)
     assert got == expected
