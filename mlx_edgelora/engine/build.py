@@ -11,6 +11,7 @@ from mlx_edgelora.engine.paged import PagedTrained
 from mlx_edgelora.engine.step import Engine, Loss
 from mlx_edgelora.engine.trained import ResidentTrained, Trained
 from mlx_edgelora.engine.walk import Walk
+from mlx_edgelora.layers.fused import gradient_blocks
 from mlx_edgelora.losses.exact import CrossEntropy
 from mlx_edgelora.measure.meter import DiskMeter
 from mlx_edgelora.model.checkpoint import LazyModel
@@ -65,6 +66,7 @@ def assembled(
     kernel = set_kernel(model, plan.kernel)
     compiled = settings.compiled and can_compile()
     with ExitStack() as stack:
+        stack.callback(gradient_blocks, None)  # of the plans that are obeyed
         if plan.adapters == "paged":
             trained: Trained = PagedTrained(model, settings.folder, meter, compiled)
         else:

@@ -157,7 +157,7 @@ class Plan:
             rows["packed matrices"] = "unpacked" if self.kernel == "dequantize" else "MLX's kernel"
         if self.attention_block is not None:
             block = self.attention_block
-            rows["attention's gradient"] = f"{block} x {block} scores at a time"
+            rows["attention gradient"] = f"{block} x {block} scores at a time"
         if self.micro_batches > 1:
             rows["batch"] = f"in {self.micro_batches} parts"
         return rows

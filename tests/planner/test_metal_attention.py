@@ -10,7 +10,10 @@ from architectures import build
 from harness import engine, random_batch, save
 from test_search import LOAD, RATES, SHAPE
 
+from mlx_edgelora import TrainConfig, finetune
 from mlx_edgelora.blocks.checks import checked_blocks
+from mlx_edgelora.engine.step import Engine
+from mlx_edgelora.layers import fused
 from mlx_edgelora.layers.fused import BLOCK_VARIABLE, Backend, gradient_blocks
 from mlx_edgelora.model.lora import add_lora
 from mlx_edgelora.planner.cost import Memory
@@ -69,7 +72,7 @@ def test_elsewhere_nothing_changes():
     for machine in (GPU, replace(GPU, kernels=("dequantize",))):
         choice = plan(SHAPE, LOAD, machine, 10**9)
         assert choice.plan.attention_block is None
-        assert "attention's gradient" not in choice.plan.rows(28)
+        assert "attention gradient" not in choice.plan.rows(28)
         other = replace(choice.plan, attention_block=256)
         assert Memory(SHAPE, LOAD, other).peak() == Memory(SHAPE, LOAD, choice.plan).peak()
         assert seconds(SHAPE, LOAD, other, machine) == choice.seconds
@@ -81,7 +84,7 @@ def test_blocks_are_small_where_the_budget_is():
     assert plan(ON_METAL, LOAD, GPU, least.needs).plan.attention_block == 256
     rich = plan(ON_METAL, LOAD, GPU, 10**11)
     assert rich.plan.attention_block == 1024
-    assert rich.plan.rows(28)["attention's gradient"] == "1024 x 1024 scores at a time"
+    assert rich.plan.rows(28)["attention gradient"] == "1024 x 1024 scores at a time"
     asked = plan(ON_METAL, LOAD, GPU, 10**11, {"attention_block": 512})
     assert asked.plan.attention_block == 512 and asked.seconds >= rich.seconds
 
@@ -149,6 +152,28 @@ def test_the_engine_sets_the_block_before_a_gradient_and_puts_it_back(
     assert os.environ.get(BLOCK_VARIABLE) == before
     gradient_blocks(None)
     assert os.environ.get(BLOCK_VARIABLE) == before
+
+
+@pytest.mark.parametrize("budget", ["min", "20MB", None])
+def test_a_run_on_a_mac(budget, tmp_path, monkeypatch):
+    """But for what MLX computes: the plan says the block, gradients have it, nothing is left."""
+    monkeypatch.setattr(Backend, "here", classmethod(lambda cls: METAL))
+    sizes = fused.METAL_SIZES | {(16, 16), (32, 32)}  # those of the embedded model
+    monkeypatch.setattr(fused, "METAL_SIZES", sizes)
+    monkeypatch.delenv(BLOCK_VARIABLE, raising=False)
+    seen, said, backward = set(), [], Engine.backward
+
+    def spy(engine, *args):
+        seen.add((engine.plan.attention_block, os.environ[BLOCK_VARIABLE]))
+        return backward(engine, *args)
+
+    monkeypatch.setattr(Engine, "backward", spy)
+    options = {"iters": 2, "num_layers": -1, "batch_size": 2, "adapter_path": str(tmp_path)}
+    finetune(TrainConfig.from_dict(options | {"memory_budget": budget}), [], said.append)
+    block = 256 if budget == "min" else 1024
+    assert seen == {(block, str(block))}
+    assert any(f"attention gradient  {block} x {block} scores" in line for line in said)
+    assert BLOCK_VARIABLE not in os.environ
 
 
 def test_long_operations_are_made_shorter_by_tiles_on_metal_alone():
