@@ -359,7 +359,7 @@ def test_too_much_memory_and_wrong_gradients_are_told(told):
     )
     assert status == 1
     assert [line for line in printed.out.splitlines() if "took" in line] == [
-        "  steps: least took 2.0MB of 1.0MB"
+        "  steps: least took 2.00 MB of 1.00 MB"
     ]
     assert "verify: WRONG: TransformerBlock 0, whole: scaled" in printed.out
     assert found["sections"]["endless"]["found"] == {"figure": "nan"}  # JSON has no such number

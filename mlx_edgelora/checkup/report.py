@@ -19,12 +19,12 @@ import mlx.core as mx
 
 from mlx_edgelora.checkup import probes, system, training
 from mlx_edgelora.checkup.job import Found, Job, tried
+from mlx_edgelora.measure.units import duration, size
 
 SCHEMA = "mlx-edgelora-report"
 # Raise it when a name in it goes, or means something else.
 VERSION = 1
 WIDTH = 80
-UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
 SECTIONS: dict[str, Callable[[Job], Found]] = {
     "versions": system.versions,
     "device": system.device,
@@ -166,10 +166,9 @@ def shown(key: str, value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "-"}[value]
     if key.endswith("bytes") and isinstance(value, int):
-        unit, name = next((u for u in UNITS if abs(value) >= u[0]), UNITS[-1])
-        return f"{value}B" if unit == 1 else f"{value / unit:.1f}{name}"
+        return size(value)
     if key.endswith("seconds"):
-        return f"{value:.2f}s" if value >= 1 else f"{1e3 * value:.3g}ms"
+        return duration(value)
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 

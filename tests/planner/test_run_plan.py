@@ -44,7 +44,7 @@ def test_a_run_tells_its_plan_and_writes_it(options, tmp_path):
 
 
 def test_a_budget_that_is_too_small_is_refused_before_anything_is_written(options, tmp_path):
-    with pytest.raises(EdgeLoraError, match=r"memory_budget: got 1MB, expected at least \d+MB"):
+    with pytest.raises(EdgeLoraError, match=r"memory_budget: got 1 MB, expected at least \d+ MB"):
         finetune(options(memory_budget="1MB", max_seq_length=4096), notify=lambda line: None)
     assert not (tmp_path / "adapters").exists()
 
@@ -126,8 +126,13 @@ def test_a_plan_that_takes_more_than_its_budget_is_replaced(monkeypatch):
     monkeypatch.setattr(rehearsal, "peak_memory", lambda: next(peaks))
 
     class Chosen:
-        budget, choice = Budget(100, "as asked"), Choice(Plan(), 80, 90, 1.0)
-        load, shape, unseen_bytes, seen = Load(2, 8, 3), SimpleNamespace(vocabulary=11), 5, []
+        budget, choice = Budget(100, "as given"), Choice(Plan(), 80, 90, 1.0)
+        load, shape, unseen_bytes, seen = (
+            Load(2, 8, 3),
+            SimpleNamespace(vocabulary=11, blocks=4),
+            5,
+            [],
+        )
         plan, known = Plan(), Measured()
 
         @property
@@ -140,9 +145,6 @@ def test_a_plan_that_takes_more_than_its_budget_is_replaced(monkeypatch):
                 return None
             self.plan = Plan(tile_tokens=measured)
             return self.plan
-
-        def table(self):
-            return "plan"
 
     class Taken:
         held, batches = [], []

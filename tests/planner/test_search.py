@@ -180,7 +180,7 @@ def test_a_budget_that_is_too_small_names_what_would_help():
         plan(SHAPE, LOAD, MACHINE, 20 * 10**6, fixed)
     text = str(caught.value)
     least = smallest(SHAPE, LOAD, MACHINE, fixed).needs
-    assert text.startswith(f"memory_budget: got 20MB, expected at least {-(-least // 10**6)}MB")
+    assert text.startswith(f"memory_budget: got 20 MB, expected at least {-(-least // 10**6)} MB")
     for option in ("max_seq_length 1024 needs", "rank 8 needs", "batch_size 2 needs"):
         assert option in text
     assert "\n" not in text
@@ -198,7 +198,7 @@ def test_less_than_a_megabyte_helps_nothing():
     assert halved < least < halved + 10**6 / 2
     assert text.endswith("(rank 8 and batch_size 2 would change nothing)")
     # Rows are halved further until it can be seen.
-    tokens, size = map(int, re.search(r"max_seq_length (\d+) needs (\d+)MB", text).groups())
+    tokens, size = map(int, re.search(r"max_seq_length (\d+) needs (\d+) MB", text).groups())
     longer = Load(LOAD.rows, 2 * tokens, LOAD.labelled * 2 * tokens // LOAD.tokens)
     needs = smallest(shape, longer, MACHINE).needs
     assert needs < least and -(-needs // 10**6) == -(-least // 10**6) > size

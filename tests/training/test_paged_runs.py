@@ -102,8 +102,8 @@ def test_resuming_and_testing_go_through_the_file(run):
     assert got == expected
     assert choices(told) == choices(said)  # for the walk among them
     assert files(folder) == files(kept) != files(start)
-    assert "adapters            in memory" in said[0]
-    assert "adapters            in a file" in told[0]
+    assert "adapters            in memory" in said[1]
+    assert "adapters            in a file" in told[1]
     assert f"scratch files in {folder.parent} (as asked)" in told
     again = [
         run(adapters, "paged", train=False, test=True)[1][-1] for adapters in ("resident", "paged")
