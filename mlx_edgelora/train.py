@@ -1,12 +1,13 @@
 """`python -m mlx_edgelora.train`: fine-tune a model from the command line."""
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 
 from mlx_edgelora.config import config_from_cli
 from mlx_edgelora.config.yaml_file import read_yaml
-from mlx_edgelora.embedded import DEFAULT_CONFIG, demonstrate
+from mlx_edgelora.embedded import DEFAULT_CONFIG, MODEL_PATH, demonstrate
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.training.failures import failures_told
 from mlx_edgelora.training.finetune import finetune
@@ -26,6 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("\nWhat the adapter changed, asked through mlx-lm:")
             with failures_told(f"the adapter is in {result.adapter_path}"):
                 print(demonstrate(result.adapter_path))
+        elif result is not None:
+            command = ["--model", config.model or MODEL_PATH, "--adapter-path", result.adapter_path]
+            words = shlex.join(["mlx_lm.generate", *map(str, command)])
+            print(f"\nTry it:\n  {words} --prompt \"...\"")
     except EdgeLoraError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
