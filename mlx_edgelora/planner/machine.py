@@ -31,6 +31,8 @@ AT_ONCE = 16
 DISK_BYTES = 32 * MIB
 # So long in seconds a GPU computes before it is timed: one that was idle is slow at first.
 WARM_UP = 0.2
+# What takes longer in seconds is timed once: 16 bits on a CPU.
+SLOW = 0.5
 # So long in seconds rates are kept: a machine may have been hot, or busy, when it was measured.
 KEPT = 30 * 24 * 3600
 # What Metal calls the GPUs of M1 and M2, which have no bfloat16 and convert it.
@@ -174,9 +176,11 @@ def _seconds(function: Callable[[], mx.array], times: int = 1, rounds: int = 3) 
     for number in range(rounds + 1):
         start = time.perf_counter()
         mx.eval([function() for _ in range(times)])
-        spent = (time.perf_counter() - start) / times
-        if number:
-            best = min(best, spent)
+        spent = time.perf_counter() - start
+        if number or spent > SLOW:
+            best = min(best, spent / times)
+        if spent > SLOW:
+            break
     return max(best, 1e-9)
 
 

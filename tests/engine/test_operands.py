@@ -66,8 +66,9 @@ def test_operands_are_there_before_the_graph(folder, loads, case, ahead):
 def test_a_weight_that_is_still_in_its_file_is_seen(folder, loads, monkeypatch):
     taken = StreamedWeights._taken
 
-    def lazy(source, index, lasting):
-        arrays, (shard, _) = taken(source, index, lasting), next(iter(source._blocks[0].values()))
+    def lazy(source, index, ready, lasting):
+        arrays = taken(source, index, ready, lasting)
+        shard, _ = next(iter(source._blocks[0].values()))
         file = mx.load(str(shard))
         names = {name: f"model.layers.{index}.{name.replace('.linear.', '.')}" for name in arrays}
         return {name: file[own] for name, own in names.items()}

@@ -168,7 +168,7 @@ def test_a_run_on_a_mac(budget, tmp_path, monkeypatch):
         return backward(engine, *args)
 
     monkeypatch.setattr(Engine, "backward", spy)
-    options = {"iters": 2, "num_layers": -1, "batch_size": 2, "adapter_path": str(tmp_path)}
+    options = {"iters": 2, "batch_size": 2, "adapter_path": str(tmp_path), "verbose": True}
     finetune(TrainConfig.from_dict(options | {"memory_budget": budget}), [], said.append)
     block = 256 if budget == "min" else 1024
     assert seen == {(block, str(block))}
