@@ -278,7 +278,7 @@ def holding(tiling, index):
     """In place of `Tiling._computing`: the block's arrays have memory of their own."""
     slots, arrays = array_slots(tiling._blocks.blocks[index]), {}
     for source in tiling._weights:
-        arrays |= source.block(index, lasting=True)
+        arrays |= {name: value + 0 for name, value in source.block(index).items()}
     mx.eval(arrays)
 
     def compute(function, *args):
