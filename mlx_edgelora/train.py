@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif result is not None:
             command = ["--model", config.model or MODEL_PATH, "--adapter-path", result.adapter_path]
             words = shlex.join(["mlx_lm.generate", *map(str, command)])
-            print(f"\nTry it:\n  {words} --prompt \"...\"")
+            print(f'\nTry it:\n  {words} --prompt "..."')
     except EdgeLoraError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,6 +1,7 @@
 """The console command: its list of commands, their help, and each without options."""
 
 import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from importlib.metadata import entry_points
 
 import pytest
 
+from mlx_edgelora import EdgeLoraError, finetune
 from mlx_edgelora.__main__ import COMMANDS, main
 from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.config.command_line import GROUPS, IN_FILE
@@ -84,3 +86,16 @@ def test_plan_without_options_is_of_the_embedded_run(capsys):
 def test_verify_without_options_is_of_the_embedded_run(capsys):
     assert main(["verify"]) == 0
     assert "head and loss" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("asked", "count"), [(None, 4), (2, 2)])
+def test_the_default_number_of_layers_is_up_to_16(asked, count, tmp_path):
+    """A number that is given stays strict; the adapter says what was adapted."""
+    lines, options = [], {"iters": 1, "val_batches": 0, "adapter_path": str(tmp_path)}
+    config = TrainConfig.from_dict(options | ({} if asked is None else {"num_layers": asked}))
+    finetune(config, notify=lines.append)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["num_layers"] == count
+    assert any("all 4 blocks are adapted" in line for line in lines) == (asked is None)
+    with pytest.raises(EdgeLoraError, match="num_layers: 5 asked, but the model has 4 blocks"):
+        finetune(dataclasses.replace(config, num_layers=5), notify=lines.append)
