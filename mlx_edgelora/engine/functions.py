@@ -6,6 +6,7 @@ all blocks of a kind (`blocks.signature`), and is traced once for each shape.
 
 from collections.abc import Callable, Hashable, Sequence
 from functools import cache
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -22,6 +23,8 @@ Arrays = dict[str, mx.array]
 Rows = mx.array | None
 # Part of what MLX says of arguments that are neither arrays nor constants.
 NO_TREE = "Function arguments must be trees"
+# For dropout where only a graph is looked at: it must not move MLX's generator.
+SAME_KEY = repeat(mx.random.key(0))
 
 
 class Wanted(NamedTuple):
@@ -97,10 +100,12 @@ class BlockFunctions:
         self.blocks, self.slots, self.tape = blocks, slots, tape
         self.functions = Functions(compiles)
         self._signatures: dict[int, str] = {}
+        self._dtypes: dict[tuple[int, mx.Dtype], mx.Dtype] = {}
 
     def look_again(self) -> None:
         """Blocks may have other settings than before."""
         self._signatures.clear()
+        self._dtypes.clear()
 
     def signature(self, index: int) -> str:
         """The same for blocks that are the same function of their arrays."""
@@ -145,6 +150,18 @@ class BlockFunctions:
         with self.tape.recording() as call.keys:
             arguments = *packed(call.args, call.kwargs), wanted.rows
             return self.functions.call(key, function, *arrays, x, *arguments)
+
+    def dtype(
+        self, index: int, arrays: tuple[Arrays, Arrays], x: mx.array, call: Call, wanted: Wanted
+    ) -> mx.Dtype:
+        """Of what a block returns, whose graph is built for it once; as `forward` otherwise."""
+        key = index, x.dtype
+        if key not in self._dtypes:
+            args, kwargs = unpacked(*packed(call.args, call.kwargs))
+            trained, frozen = arrays
+            with bound(self.slots[index], frozen | trained), self.tape.playing(SAME_KEY):
+                self._dtypes[key] = self.called(index, x, args, kwargs, wanted).dtype
+        return self._dtypes[key]
 
     def gradients(
         self,

@@ -35,7 +35,8 @@ class Kept:
         arrays = context.visits.of(self.index, following, lasting=True)
         with phase("forward", self.index):
             shape = array.shape if rows is None else (1, rows.size, array.shape[-1])
-            self._promise = Promise(shape, array.dtype)
+            dtype = context.functions.dtype(self.index, arrays, array, self._call, self._wanted)
+            self._promise = Promise(shape, dtype)
             out, *self._found = context.functions.gradients(
                 self.index,
                 arrays,

@@ -15,7 +15,6 @@ one (`Tail`).
 from collections.abc import Callable, Container, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from itertools import repeat
 from typing import Any
 
 import mlx.core as mx
@@ -32,7 +31,7 @@ from mlx_edgelora.blocks.parts import BlockParts, Span
 from mlx_edgelora.blocks.tiling import Tileable, Tiling
 from mlx_edgelora.blocks.weight_source import WeightSource
 from mlx_edgelora.engine.context import Context, Segment
-from mlx_edgelora.engine.functions import BlockFunctions, Wanted
+from mlx_edgelora.engine.functions import SAME_KEY, BlockFunctions, Wanted
 from mlx_edgelora.engine.hidden import Hidden, Slots, spans_of
 from mlx_edgelora.engine.kept import Kept
 from mlx_edgelora.engine.pipeline import Pipeline
@@ -46,9 +45,6 @@ from mlx_edgelora.measure.profile import phase
 from mlx_edgelora.model.weights import ResidentWeights, StreamedWeights
 from mlx_edgelora.planner.plan import Plan
 from mlx_edgelora.storage.stores import ActivationStore, RamStore
-
-# For dropout in a pass that only looks at the graph: it must not move MLX's generator.
-_SAME_KEY = repeat(mx.random.key(0))
 
 
 @dataclass
@@ -399,7 +395,7 @@ class Walk:
     def _reach(self, run: Callable[[], Any]) -> tuple[int, bool]:
         """How far down the backward must go: the lowest block, and whether beyond it."""
         if self._reached is None:
-            with self._tape.playing(_SAME_KEY):
+            with self._tape.playing(SAME_KEY):
                 entry = bool(self._outside) and self._trains_entry(run, self.outside())
             self._reached = (0, True) if entry else (self._visits.lowest_trained, False)
         return self._reached
