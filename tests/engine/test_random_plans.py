@@ -61,7 +61,7 @@ def known(request, tmp_path_factory):
     return folder, found
 
 
-@settings(deadline=None, max_examples=20, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=12, suppress_health_check=list(HealthCheck))
 @given(plans=st.lists(WHOLE | TILED, min_size=1, max_size=3))
 def test_gradients_equal_mlx_lm(known, plans):
     """Of the first plan, and of others that the same engine is given between batches."""

@@ -50,14 +50,10 @@ PLANS = {
     "tiles": Plan(
         prefetch=False, adapters="paged", tile_tokens=80, mlp_bytes=4 * MIB, loss_bytes=16 * MIB
     ),
-    "tiles in memory": Plan(
-        tile_tokens=64, mlp_bytes=16 * MIB, inputs="memory", streamed_blocks=3, head="resident"
-    ),
     "streamed": Plan(adapters="paged", mlp_bytes=8 * MIB),
     "resident": Plan(streamed_blocks=0, head="resident", inputs="memory", mlp_bytes=16 * MIB),
-    "kept": Plan(streamed_blocks=0, head="resident", kept_blocks=6),
     "some kept": Plan(streamed_blocks=5, kept_blocks=4, inputs="memory"),
-    "in parts": Plan(micro_batches=2, kept_blocks=1),
+    "in parts": Plan(streamed_blocks=0, head="resident", micro_batches=2, kept_blocks=2),
 }
 
 
