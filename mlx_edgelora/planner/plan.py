@@ -134,10 +134,14 @@ class Plan:
         """All choices as text, for `from_json`."""
         return json.dumps({"version": VERSION, **asdict(self)}, indent=1) + "\n"
 
+    def _counts(self, blocks: int) -> tuple[int, int]:
+        """How many of a model's blocks are streamed, and how many are kept."""
+        streamed = blocks if self.streamed_blocks is None else min(self.streamed_blocks, blocks)
+        return streamed, min(self.kept_blocks, blocks)
+
     def rows(self, blocks: int) -> Mapping[str, str]:
         """The choices for a model of so many blocks in words, by what they are about."""
-        streamed = blocks if self.streamed_blocks is None else min(self.streamed_blocks, blocks)
-        kept = min(self.kept_blocks, blocks)
+        streamed, kept = self._counts(blocks)
         rows = {
             "weights": _split(streamed, blocks, "from disk", "in memory")
             + ", the next block read ahead" * (self.prefetch and streamed > 0),
@@ -164,8 +168,7 @@ class Plan:
 
     def summary(self, blocks: int) -> str:
         """The choices that matter for a model of so many blocks, in a sentence."""
-        streamed = blocks if self.streamed_blocks is None else min(self.streamed_blocks, blocks)
-        kept = min(self.kept_blocks, blocks)
+        streamed, kept = self._counts(blocks)
         words = ["weights " + _split(streamed, blocks, "from disk", "in memory")]
         if self.reads_head and streamed < blocks:
             words.append("embedding and head from disk")

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from mlx_edgelora.measure.units import clock, size
 from mlx_edgelora.training.report import Report
 
-# Columns of the table: title, and its width. Together with a space between them 72.
+# Columns of the table: title, and its width. With a space between them a line has 69.
 COLUMNS = {
     "step": 11,
     "train loss": 10,

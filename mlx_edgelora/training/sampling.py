@@ -190,8 +190,10 @@ def _measure(engine: Engine, chosen: RunPlan, plan: Plan, load: Load, mids: list
     """Measure one way in which blocks, the last ones kept or not, are computed."""
     shape, known, kept = chosen.shape, chosen.known, plan.kept_blocks
     # Of the whole, not of the few blocks that are computed.
-    ways = Memory(shape, chosen.load, chosen.plan, known).ways
-    ways = ways | {"tail": Memory(shape, load, plan, known).ways["tail"]}
+    ways = Memory(shape, chosen.load, chosen.plan, known).ways | {
+        "tail": Memory(shape, load, plan, known).ways["tail"]
+    }
+    kept_from = shape.blocks - kept if kept else None
     streamed = shape.blocks if plan.streamed_blocks is None else plan.streamed_blocks
     computed = [*mids, *range(shape.blocks - kept, shape.blocks)]
     small = replace(shape, blocks=len(computed), adapted=len(computed))
@@ -211,8 +213,8 @@ def _measure(engine: Engine, chosen: RunPlan, plan: Plan, load: Load, mids: list
             spent = time.perf_counter() - began
             if not again:
                 memory = Memory(small, load, as_small, known, base)
-                needs = _needs(stretches, memory, computed)
-            for kind, seconds in _seconds(stretches, computed[-kept] if kept else None).items():
+                needs = _needs(stretches, memory, computed, kept_from)
+            for kind, seconds in _seconds(stretches, kept_from).items():
                 best.setdefault(kind, []).append(seconds)
             if spent > LONG:
                 break
@@ -265,7 +267,9 @@ def _places(stretches: list[Stretch], kept_from: int | None) -> Iterator[tuple[P
         yield place, stretch
 
 
-def _needs(stretches: list[Stretch], memory: Memory, computed: list[int]) -> dict[str, int]:
+def _needs(
+    stretches: list[Stretch], memory: Memory, computed: list[int], kept_from: int | None
+) -> dict[str, int]:
     """What each kind of phase took beside what is accounted for."""
     held: dict[Place, int] = {}
     for phase in memory.phases():
@@ -275,7 +279,6 @@ def _needs(stretches: list[Stretch], memory: Memory, computed: list[int]) -> dic
             block = None if phase.block is None else computed[phase.block]
             held[phase.name, block] = phase.held
     found: dict[str, int] = {}
-    kept_from = computed[-memory.kept] if memory.kept else None
     for place, stretch in _places(stretches, kept_from):
         if place in held:
             need = max(0, stretch.peak_bytes - held[place])

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 
 from mlx.utils import tree_flatten
 from mlx_lm.utils import get_total_parameters
@@ -106,15 +107,14 @@ def _short(path: Path) -> str:
 
 
 def _lines(rows: dict[str, str]) -> str:
-    lines = []
-    for name, text in rows.items():
-        head, words = name.ljust(NAMES), text.split(" ")
-        line = head + words[0]
-        for word in words[1:]:
-            if len(line) + 1 + len(word) > COLUMNS:
-                lines.append(line)
-                line = " " * NAMES + word
-            else:
-                line += f" {word}"
-        lines.append(line)
-    return "\n".join(lines)
+    return "\n".join(
+        fill(
+            text,
+            COLUMNS,
+            initial_indent=name.ljust(NAMES),
+            subsequent_indent=" " * NAMES,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for name, text in rows.items()
+    )

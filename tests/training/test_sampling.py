@@ -127,6 +127,21 @@ def test_a_few_blocks_tell_what_all_take(wide, name, memory):
     assert measured <= guessed.needs
 
 
+@pytest.mark.parametrize(
+    "plan",
+    [Plan(streamed_blocks=1, kept_blocks=4), Plan(streamed_blocks=1, kept_blocks=1), Plan()],
+    ids=["all in memory but one", "some recomputed", "none kept"],
+)
+def test_what_was_measured_is_known(plan, tmp_path):
+    """By the ways of the whole run: of the few blocks that are computed none may be on disk."""
+    lazy = opened(saved(tmp_path, "llama", num_hidden_layers=4), rank=4)
+    chosen = run_by(lazy, batch_of(1, 40), plan)
+    assert sampling.is_open(chosen)
+    with assembled(lazy, plan, Settings(tmp_path, "float32")) as engine:
+        sample(engine, chosen)
+    assert not sampling.is_open(chosen)
+
+
 def test_of_blocks_of_several_kinds_each_is_measured(tmp_path):
     """And nothing of the engine is other than before."""
     types = ["linear_attention", "full_attention"] * 3 + ["linear_attention"]
