@@ -122,7 +122,7 @@ def test_a_gpu_is_warmed_up_before_it_is_timed(monkeypatch, tmp_path, device, wa
     monkeypatch.setattr(machine, "_disk", lambda folder: (1.0, 1.0))
     monkeypatch.setattr(machine.time, "perf_counter", tick)
     monkeypatch.setattr(machine, "_seconds", seconds)
-    machine.measured(tmp_path, mx.float32)
+    machine.measure_rates(tmp_path, mx.float32)
     assert (timed[0] >= 0.2) == warm
 
 
