@@ -16,17 +16,18 @@ WIDTH, HEIGHT = 760, 400
 LEFT, RIGHT, TOP, BOTTOM = 66, 24, 64, 56
 # What the benchmark calls a contender, what the picture does, and where the text goes.
 OTHERS = {
-    "mlx-lm": ("mlx-lm", -14, -14, "middle"),
+    "mlx-lm": ("mlx-lm", -14, 2, "end"),
     "mlx-lm, checkpointing": ("mlx-lm, gradient checkpointing", 0, 26, "middle"),
 }
 OURS = {
     "edgelora, plenty": ("no limit", 14, -2, "start"),
     "edgelora, half of it": ("half of mlx-lm's peak", 14, 2, "start"),
-    "edgelora, a quarter": ("a quarter", 14, 2, "start"),
-    "edgelora, min": ("--memory-budget min", 0, -16, "middle"),
+    "edgelora, a quarter": ("a quarter", 12, -9, "start"),
+    "edgelora, min": ("minimum", 14, 2, "start"),
 }
 STYLE = """
-    text { font: 15px system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-serif; fill: #1f2328; }
+    text { font: 15px system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-serif; }
+    text { fill: #1f2328; }
     .small { font-size: 13px; fill: #57606a; }
     .page { fill: #ffffff; stroke: #d0d7de; }
     .grid { stroke: #e3e7ec; }
@@ -84,7 +85,8 @@ def drawn(report: dict) -> str:
         time = quarter / 4
         parts.append(
             f'<path class="grid" d="M{x(time)} {y(0)} V{y(last_peak)}"/>'
-            f'<text class="small" x="{x(time)}" y="{y(0) + 19}" text-anchor="middle">{time:g}</text>'
+            f'<text class="small" x="{x(time)}" y="{y(0) + 19}" text-anchor="middle">'
+            f"{time:g}</text>"
         )
     parts.append(
         f'<text class="small" x="{(x(0) + x(last_time)) / 2}" y="{HEIGHT - 12}" '
@@ -96,10 +98,11 @@ def drawn(report: dict) -> str:
         for name, (label, right, down, anchor) in names.items():
             if name in found:
                 time, peak = found[name]
+                told = f"{peak:.1f} GB" if peak >= 1 else f"{peak:.2f} GB"
                 parts.append(
                     f'<circle class="{kind}" cx="{x(time)}" cy="{y(peak)}" r="6.5"/>'
                     f'<text x="{x(time) + right}" y="{y(peak) + down + 4}" '
-                    f'text-anchor="{anchor}">{label} <tspan class="small">{peak:.2g} GB</tspan></text>'
+                    f'text-anchor="{anchor}">{label} <tspan class="small">{told}</tspan></text>'
                 )
     body = "\n  ".join(parts)
     return (
