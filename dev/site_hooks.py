@@ -45,10 +45,10 @@ def help_texts() -> str:
 
 
 def printed(*arguments: str) -> str:
-    """What a command prints, in 90 columns and without colours."""
+    """What a command prints, in 80 columns and without colours."""
     done = subprocess.run(
         [sys.executable, "-m", "mlx_edgelora", *arguments],
-        env=os.environ | {"COLUMNS": "90", "NO_COLOR": "1"},
+        env=os.environ | {"COLUMNS": "80", "NO_COLOR": "1"},
         cwd=ROOT,
         capture_output=True,
         text=True,
