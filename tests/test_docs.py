@@ -138,6 +138,13 @@ def test_files_that_pages_name_exist(page):
         assert any((ROOT / top / name).exists() for top in ("", "mlx_edgelora", "docs")), name
 
 
+def test_classes_that_the_architecture_names_exist():
+    sources = (path.read_text("utf-8") for path in (ROOT / "mlx_edgelora").rglob("*.py"))
+    classes = {name for text in sources for name in re.findall(r"^class (\w+)", text, re.MULTILINE)}
+    text = (ROOT / "docs/architecture.md").read_text("utf-8")
+    assert set(re.findall(r"`([A-Z]\w*[a-z]\w*)`", text)) <= classes
+
+
 @pytest.mark.parametrize("page", WRITTEN, ids=ids)
 def test_lines_are_wrapped(page):
     lines = prose(page.read_text("utf-8")).splitlines()
