@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import mlx.core as mx
 
@@ -104,9 +104,13 @@ class Profile:
             )
         return "\n".join(lines)
 
+    def rows(self) -> list[dict[str, Any]]:
+        """All stretches as JSON values."""
+        return [asdict(stretch) for stretch in self.stretches]
+
     def json(self) -> str:
-        """All stretches."""
-        return json.dumps([asdict(stretch) for stretch in self.stretches], indent=1)
+        """All stretches as text."""
+        return json.dumps(self.rows(), indent=1)
 
     def plot(self, file: BinaryIO) -> None:
         """Draw the peak of each stretch over the step; needs matplotlib (the `plot` extra)."""
