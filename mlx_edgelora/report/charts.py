@@ -11,7 +11,7 @@ from mlx_edgelora.measure.profile import Stretch
 # The SVG's own units; it is stretched to the width and height of its place on the page.
 SIDE = 1000
 # A line across the chart that lies higher than so many times the curves would flatten them.
-MOST_HEADROOM = 3
+MOST_HEADROOM = 4
 # Bars that a phone can show; of more the highest of neighbours are kept.
 MOST_BARS = 300
 # Classes of `page.css`, for phases in their order.
@@ -41,6 +41,7 @@ def curves(
     shown: Callable[[float], str],
     from_zero: bool = False,
     limit: tuple[str, float] | None = None,
+    above: str | None = None,
 ) -> str:
     """A chart of curves over steps.
 
@@ -50,6 +51,7 @@ def curves(
         shown: writes a value with its unit.
         from_zero: whether the axis begins at 0.
         limit: a value to draw across the chart, with its name.
+        above: what is too high to be drawn, for the legend.
 
     Returns:
         A `figure`; nothing where no line has points.
@@ -71,11 +73,13 @@ def curves(
             paths.append(_path(f"line {line.style}", f"M{'L'.join(map(_pair, places))}"))
         if line.dotted or len(places) == 1:
             paths.append(_path(f"dots {line.style}", "".join(f"M{_pair(p)}h0" for p in places)))
-    legend = {line.name: line.style for line in lines if len(lines) > 1}
+    legend = {line.name: line.style for line in lines if len(lines) > 1 or limit}
     if across:
         paths.append(_path("limit", f"M0 {SIDE - y(limit[1]):.4g}H{SIDE}"))
     if limit is not None:
         legend[limit[0] if across else f"{limit[0]}, above this chart"] = "limit"
+    if above is not None:
+        legend[f"{above}, above this chart"] = "c2"
     described = "; ".join(
         f"{line.name}: {shown(line.points[0][1])} at step {line.points[0][0]:g}, "
         f"{shown(line.points[-1][1])} at step {line.points[-1][0]:g}"
@@ -115,6 +119,7 @@ def phases(title: str, stretches: Sequence[Stretch], shown: Callable[[float], st
     paths = "".join(_path(style, "".join(path)) for style, path in bars.items() if path)
     peaks = {n: max(s.peak_bytes for s in stretches if s.phase == n) for n in names}
     legend = {f"{name} {shown(peak)}": styles[name] for name, peak in peaks.items()}
+    legend |= {"darker: held before": "held"} if any(s.start_bytes for s in stretches) else {}
     described = "; ".join(f"{name}: {shown(peak)}" for name, peak in peaks.items())
     left_ticks = [(y(tick) / SIDE, shown(tick)) for tick in ticks]
     return _figure(title, legend, described, _area(paths, hints, left_ticks), [])

@@ -11,7 +11,7 @@ from typing import Any
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.measure.profile import Stretch
 from mlx_edgelora.measure.units import clock, duration, size
-from mlx_edgelora.report.charts import Line, curves, phases
+from mlx_edgelora.report.charts import MOST_HEADROOM, Line, curves, phases
 from mlx_edgelora.report.run import Run, number, read_run
 from mlx_edgelora.storage.files import make_folder, write_atomically
 
@@ -74,13 +74,8 @@ def page(run: Run) -> str:
     budget = number(run.event("plan").get("budget_bytes"))
     loss = Line("training", "c0", run.train_loss.points)
     validation = Line("validation", "c1", run.val_loss.points, dotted=True)
-    memory = [
-        Line("peak of MLX", "c0", run.peak.points),
-        Line("whole process", "c2", run.process.points),
-    ]
-    limit = None if budget is None else (f"budget of MLX {_size(budget)}", budget)
     pair = curves("Tokens per second", [Line("training", "c0", run.speed.points)], _speed, True)
-    pair += curves("Memory", memory, _size, True, limit)
+    pair += _memory(run, budget)
     parts = [
         _head(run, name),
         _tiles(run, budget),
@@ -124,7 +119,7 @@ def _head(run: Run, name: str) -> str:
 
 def _tiles(run: Run, budget: float | None) -> str:
     """The figures that matter, large."""
-    tiles = []
+    tiles, speed = [], 0.0
     for name, curve in (("Validation loss", run.val_loss), ("Training loss", run.train_loss)):
         if curve:
             tiles.append((name, f"{curve.last:.3f}", f"from {curve.first:.3f}", None))
@@ -135,11 +130,12 @@ def _tiles(run: Run, budget: float | None) -> str:
         of = "" if budget is None else f"budget {_size(budget)}"
         tiles.append(("Peak memory", size(run.peak.high), of, budget and run.peak.high / budget))
     if run.speed:
-        middle = statistics.median(value for _, value in run.speed.points)
+        speed = statistics.median(value for _, value in run.speed.points)
         more = f"{run.tokens:,.0f} tokens" if run.tokens else "median"
-        tiles.append(("Tokens per second", f"{middle:,.0f}", more, None))
+        tiles.append(("Tokens per second", f"{speed:,.0f}", more, None))
     if run.seconds:
-        more = f"{duration(run.seconds / run.step)} a step" if run.step > 0 else ""
+        steps = run.step if speed > 0 and run.tokens > 0 else 0
+        more = f"{duration(run.tokens / steps / speed)} a step" if steps > 0 else ""
         tiles.append(("Time", clock(run.seconds), more, None))
     return f'<section class="tiles">{"".join(map(_tile, tiles))}</section>' if tiles else ""
 
@@ -151,6 +147,17 @@ def _tile(tile: tuple[str, str, str, float | None]) -> str:
         f'<div class="card tile"><h3>{escape(name)}</h3><strong>{escape(value)}</strong>'
         f"<span>{escape(more)}</span>{bar}</div>"
     )
+
+
+def _memory(run: Run, budget: float | None) -> str:
+    """Memory over the run; the process is only named where it would flatten the rest."""
+    peak = Line("peak of MLX", "c0", run.peak.points)
+    process = Line("whole process", "c2", run.process.points)
+    limit = None if budget is None else (f"MLX budget {_size(budget)}", budget)
+    if run.peak and run.process and run.process.high > MOST_HEADROOM * run.peak.high:
+        above = f"whole process {_size(run.process.high)}"
+        return curves("Memory", [peak], _size, True, limit, above)
+    return curves("Memory", [peak, process], _size, True, limit)
 
 
 def _facts(title: str, facts: Any, more: str = "") -> str:
@@ -183,6 +190,8 @@ def _step_memory(run: Run) -> str:
         )
         for row in rows
     ]
+    # What reads nothing, say, has nothing to show.
+    stretches = [s for s in stretches if s.peak_bytes > s.start_bytes]
     return phases(title, stretches, _size) if stretches else ""
 
 

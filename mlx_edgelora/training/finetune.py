@@ -128,7 +128,7 @@ def finetune(
                     watches = _Watch(engine, chosen, notify, note), PressureWatch(notify)
                     callbacks = [*first, *callbacks, *watches]
                     both = train_set, valid_set
-                    result = train(engine, optimizer, config, *both, callbacks, log=records)
+                    result = train(engine, optimizer, config, *both, callbacks, None, records)
             if config.test:
                 loss, tokens = evaluate(engine, test_set, config, config.test_batches)
                 notify(_tested(loss, tokens))

@@ -73,7 +73,8 @@ def test_a_whole_run():
     for words in (
         "finished, step 100 of 100",
         "trainable 0.38 %",
-        "budget of MLX 4 GB",
+        "MLX budget 4 GB",
+        "2.48 s a step",
         "Expected: 3.70 GB and 2.5 s a step.",
         "computed again",
         "0% before, 95% after",
@@ -206,3 +207,10 @@ def test_targets_that_cannot_be(tmp_path):
         check_target(tmp_path)
     with pytest.raises(EdgeLoraError, match="none is no folder; choose one that exists"):
         check_target(tmp_path / "none" / "run.html")
+
+
+def test_a_process_far_above_is_named_but_not_drawn():
+    """The interpreter alone takes many times what a tiny model does."""
+    text, tree = drawn([loss_record(step, footprint_bytes=10**11) for step in (5, 10)])
+    assert "whole process 100 GB, above this chart" in text
+    assert len([a for a in tree.of("path") if a["class"] == "line c2"]) == 0
