@@ -132,7 +132,7 @@ def _tiles(run: Run, budget: float | None) -> str:
     if run.speed:
         speed = statistics.median(value for _, value in run.speed.points)
         more = f"{run.tokens:,.0f} tokens" if run.tokens else "median"
-        tiles.append(("Tokens per second", f"{speed:,.0f}", more, None))
+        tiles.append(("Tokens/s", f"{speed:,.0f}", more, None))
     if run.seconds:
         steps = run.step if speed > 0 and run.tokens > 0 else 0
         more = f"{duration(run.tokens / steps / speed)} a step" if steps > 0 else ""

@@ -176,6 +176,7 @@ def test_axes_hold_every_value(values, from_zero):
     places = [float(n) for n in re.findall(r"-?[\d.]+(?:e[-+]\d+)?", paths)]
     assert places and all(-1e-6 <= place <= 1000 for place in places)
     assert 2 <= text.count('style="bottom:') <= 8
+    assert not from_zero or re.search(r">-?0\.0<", text)
 
 
 def test_a_budget_far_above_is_named_but_not_drawn():
