@@ -62,9 +62,8 @@ def curves(
     steps = [x for line in lines for x, _ in line.points]
     values = [y for line in lines for _, y in line.points]
     across = limit is not None and limit[1] <= MOST_HEADROOM * max(values)
-    ticks = _ticks(
-        min([0, *values] if from_zero else values), max([*values, limit[1]] if across else values)
-    )
+    held = [*values, *([0] if from_zero else []), *([limit[1]] if across else [])]
+    ticks = _ticks(min(held), max(held))
     x, y = _Scale(min(steps), max(steps)), _Scale(ticks[0], ticks[-1])
     paths = []
     for line in lines:
