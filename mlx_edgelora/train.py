@@ -10,7 +10,7 @@ from mlx_edgelora.config import TrainConfig, config_from_cli
 from mlx_edgelora.config.yaml_file import read_yaml
 from mlx_edgelora.embedded import DEFAULT_CONFIG, MODEL_PATH, demonstrate
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.training.failures import failures_told
+from mlx_edgelora.training.failures import explain_failures
 from mlx_edgelora.training.finetune import finetune
 from mlx_edgelora.training.log import recorded
 
@@ -21,7 +21,7 @@ def run(config: TrainConfig) -> None:
         result = finetune(config, log=log)
         if result is not None and config.model is None and config.data is None:
             print("\nWhat the adapter changed, asked through mlx-lm:")
-            with failures_told(f"the adapter is in {result.adapter_path}"):
+            with explain_failures(f"the adapter is in {result.adapter_path}"):
                 shown = demonstrate(result.adapter_path)
             print(shown)
             if log is not None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from mlx_edgelora.measure.profile import Stretch
+from mlx_edgelora.measure.profile import PhasePeak
 
 # The SVG's own units; it is stretched to the width and height of its place on the page.
 SIDE = 1000
@@ -90,35 +90,35 @@ def curves(
     return _figure(title, legend, described, area, bottom)
 
 
-def phases(title: str, stretches: Sequence[Stretch], shown: Callable[[float], str]) -> str:
+def phases(title: str, entries: Sequence[PhasePeak], shown: Callable[[float], str]) -> str:
     """A chart of one step: a bar for the peak of each phase of each block, in order.
 
     The part that was held when the phase began is darker.
     """
-    stretches = _few(stretches)
-    names = list(dict.fromkeys(stretch.phase for stretch in stretches))
+    entries = _few(entries)
+    names = list(dict.fromkeys(entry.phase for entry in entries))
     styles = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(names)}
-    ticks = _ticks(0, max(stretch.peak_bytes for stretch in stretches))
-    y, width = _Scale(0, ticks[-1]), SIDE / len(stretches)
+    ticks = _ticks(0, max(entry.peak_bytes for entry in entries))
+    y, width = _Scale(0, ticks[-1]), SIDE / len(entries)
     bars: dict[str, list[str]] = {f"bars {style}": [] for style in styles.values()}
     bars["held"] = []
     hints = []
-    for place, stretch in enumerate(stretches):
+    for place, entry in enumerate(entries):
         left, right = place * width, (place + 1) * width
         for style, top in (
-            (f"bars {styles[stretch.phase]}", stretch.peak_bytes),
-            ("held", min(stretch.start_bytes, stretch.peak_bytes)),
+            (f"bars {styles[entry.phase]}", entry.peak_bytes),
+            ("held", min(entry.start_bytes, entry.peak_bytes)),
         ):
             height = SIDE - y(top)
             bars[style].append(f"M{left:.5g} {SIDE}V{height:.4g}H{right:.5g}V{SIDE}Z")
-        where = "" if stretch.block is None else f", block {stretch.block}"
-        words = f"{stretch.phase}{where}: {shown(stretch.peak_bytes)}"
-        held = f", {shown(stretch.start_bytes)} held before" * (stretch.start_bytes > 0)
+        where = "" if entry.block is None else f", block {entry.block}"
+        words = f"{entry.phase}{where}: {shown(entry.peak_bytes)}"
+        held = f", {shown(entry.start_bytes)} held before" * (entry.start_bytes > 0)
         hints.append(((left + right) / 2 / SIDE, words + held))
     paths = "".join(_path(style, "".join(path)) for style, path in bars.items() if path)
-    peaks = {n: max(s.peak_bytes for s in stretches if s.phase == n) for n in names}
+    peaks = {n: max(e.peak_bytes for e in entries if e.phase == n) for n in names}
     legend = {f"{name} {shown(peak)}": styles[name] for name, peak in peaks.items()}
-    legend |= {"darker: held before": "held"} if any(s.start_bytes for s in stretches) else {}
+    legend |= {"darker: held before": "held"} if any(e.start_bytes for e in entries) else {}
     described = "; ".join(f"{name}: {shown(peak)}" for name, peak in peaks.items())
     left_ticks = [(y(tick) / SIDE, shown(tick)) for tick in ticks]
     return _figure(title, legend, described, _area(paths, hints, left_ticks), [])
@@ -147,10 +147,10 @@ def _ticks(low: float, high: float, count: int = 5, inside: bool = False) -> lis
     return [step * number for number in range(first, max(last, first + (not inside)) + 1)]
 
 
-def _few(stretches: Sequence[Stretch]) -> list[Stretch]:
-    group = -(-len(stretches) // MOST_BARS)
-    groups = (stretches[i : i + group] for i in range(0, len(stretches), group))
-    return [max(some, key=lambda stretch: stretch.peak_bytes) for some in groups]
+def _few(entries: Sequence[PhasePeak]) -> list[PhasePeak]:
+    group = -(-len(entries) // MOST_BARS)
+    groups = (entries[i : i + group] for i in range(0, len(entries), group))
+    return [max(some, key=lambda entry: entry.peak_bytes) for some in groups]
 
 
 def _hints(

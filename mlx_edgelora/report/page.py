@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.measure.profile import Stretch
+from mlx_edgelora.measure.profile import PhasePeak
 from mlx_edgelora.measure.units import clock, duration, size
 from mlx_edgelora.report.charts import MOST_HEADROOM, Line, curves, phases
 from mlx_edgelora.report.run import Run, number, read_run
@@ -181,8 +181,8 @@ def _step_memory(run: Run) -> str:
         expected = run.event("plan").get("phases")
         pairs = expected.items() if isinstance(expected, Mapping) else ()
         rows = [{"phase": phase, "peak_bytes": peak} for phase, peak in pairs]
-    stretches = [
-        Stretch(
+    entries = [
+        PhasePeak(
             str(row.get("phase")),
             None if number(row.get("block")) is None else int(row["block"]),
             number(row.get("start_bytes")) or 0,
@@ -191,8 +191,8 @@ def _step_memory(run: Run) -> str:
         for row in rows
     ]
     # What reads nothing, say, has nothing to show.
-    stretches = [s for s in stretches if s.peak_bytes > s.start_bytes]
-    return phases(title, stretches, _size) if stretches else ""
+    entries = [e for e in entries if e.peak_bytes > e.start_bytes]
+    return phases(title, entries, _size) if entries else ""
 
 
 def _plan(run: Run) -> str:
