@@ -81,5 +81,6 @@ def synthetic_batch(batch_shape: BatchShape, vocabulary: int) -> Batch:
     shape = batch_shape.rows, batch_shape.tokens + 1
     tokens = np.random.RandomState(0).randint(0, vocabulary, shape).astype(np.int32)
     labelled = min(batch_shape.tokens, -(-batch_shape.labelled // batch_shape.rows))
-    lengths = np.array([[shape[1] - labelled, shape[1]]] * batch_shape.rows, np.int32)
-    return Batch(tokens, lengths, tuple(range(batch_shape.rows)))
+    mask = np.zeros((batch_shape.rows, batch_shape.tokens), bool)
+    mask[:, batch_shape.tokens - labelled :] = True
+    return Batch(tokens, mask, tuple(range(batch_shape.rows)))
