@@ -1,7 +1,6 @@
 """The planner as a pure function: what fits, the fastest of it, and words where nothing does."""
 
 import re
-import time
 from dataclasses import replace
 
 import pytest
@@ -117,13 +116,6 @@ def test_plenty_is_plain_backpropagation():
     found = plan(SHAPE, LOAD, MACHINE, 10**12).plan
     assert found.kept_blocks == 28 and found.streamed_blocks == 0 and found.head == "resident"
     assert (found.adapters, found.tile_tokens, found.micro_batches) == ("resident", None, 1)
-
-
-def test_the_search_takes_less_than_a_second():
-    start = time.process_time()  # other processes may run beside
-    for budget in (GB // 2, 2 * GB, 8 * GB):
-        plan(replace(SHAPE, blocks=80, adapted=80), LOAD, MACHINE, budget)
-    assert (time.process_time() - start) / 3 < 1
 
 
 def test_the_search_looks_at_few_of_many_plans(monkeypatch):

@@ -154,7 +154,7 @@ def test_what_else_was_ended_in_the_step_does_not_stop_the_save(run, at_step, mo
 @pytest.mark.parametrize(
     ("owner", "name", "changes"),
     [
-        (machine, "measured", {"dtype": "bfloat16"}),  # where it was not measured before
+        (machine, "measured", {}),
         (finetuning, "settle", {}),
         (rehearsal, "passed", {"memory_budget": "60MB"}),
         (verdict, "_differences", {"verify": "on"}),
@@ -163,6 +163,7 @@ def test_what_else_was_ended_in_the_step_does_not_stop_the_save(run, at_step, mo
 )
 def test_before_the_first_step(run, monkeypatch, tmp_path, owner, name, changes):
     monkeypatch.setattr(rehearsal, "NEAR", 0.0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     calls = failing(monkeypatch, owner, name, lambda: True)
     status, sentence = run(**changes)
     assert (status, len(calls)) == (2, 1)
@@ -177,9 +178,10 @@ def test_while_the_test_set_is_evaluated(run, monkeypatch, tmp_path):
     assert adapter(tmp_path)
 
 
-def test_the_command_that_plans(run, monkeypatch):
+def test_the_command_that_plans(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     failing(monkeypatch, machine, "measured", lambda: True)
-    status, sentence = run(plan, dtype="bfloat16")
+    status, sentence = run(plan)
     assert status == 2 and sentence.startswith(ENDED)
 
 

@@ -12,6 +12,7 @@ from architectures import add_lora, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from pairwise import pairwise
 
 from mlx_edgelora.config import OPTIMIZERS
 from mlx_edgelora.engine.optimizer import clip_factor
@@ -57,7 +58,10 @@ def parameters(model):
     return dict(tree_flatten(model.trainable_parameters()))
 
 
-@pytest.fixture(params=["resident", "paged"])
+HOMES = "resident", "paged"
+
+
+@pytest.fixture(params=HOMES)
 def home(request, tmp_path):
     """home(model) -> that model's trained parameters in a home, closed afterwards."""
     made = []
@@ -126,9 +130,11 @@ def reference_step(model, optimizer, batches, max_norm=None):
     return norm
 
 
-@pytest.mark.parametrize(("batches", "max_norm"), [(1, None), (3, None), (1, 2.0), (3, 2.0)])
-@pytest.mark.parametrize("scheduled", [False, True], ids=["rate", "schedule"])
-@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize(
+    ("home", "name", "scheduled", "batches", "max_norm"),
+    pairwise(HOMES, MAKE, [False, True], [1, 3], [None, 2.0]),
+    indirect=["home"],
+)
 def test_steps_are_those_of_mlx_bit_for_bit(home, name, scheduled, batches, max_norm):
     rate = optimizers.linear_schedule(1e-2, 1e-3, 3) if scheduled else 1e-2
     plain, ours = MAKE[name](rate), MAKE[name](rate)
