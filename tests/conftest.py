@@ -45,7 +45,7 @@ def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("XDG_CACHE_HOME", str(folder))
-        patch.setattr(machine, "measured", lambda folder, dtype: RATES)
+        patch.setattr(machine, "measure_rates", lambda folder, dtype: RATES)
         yield folder
 
 
