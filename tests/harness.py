@@ -17,7 +17,7 @@ from mlx_lm.utils import load_model, save_config, save_model
 
 from mlx_edgelora import data
 from mlx_edgelora.engine import build as build_module
-from mlx_edgelora.engine.build import Settings, assembled
+from mlx_edgelora.engine.build import Settings, build_engine
 from mlx_edgelora.engine.step import Engine, Loss
 from mlx_edgelora.model.loading import open_model
 from mlx_edgelora.model.lora import add_lora
@@ -83,7 +83,7 @@ def engine(
         if compiled:
             patch.setattr(build_module, "can_compile", lambda: True)
         made = stack.enter_context(
-            assembled(lazy, plan, Settings(folder, dtype, loss, compiled=compiled))
+            build_engine(lazy, plan, Settings(folder, dtype, loss, compiled=compiled))
         )
     made.close = stack.close
     _opened.add(made)
