@@ -109,13 +109,13 @@ WHOLE = {("gemma2", 3), ("deepseek_v3", 3), ("qwen3_next", 3), ("olmo_hybrid", 3
 @pytest.mark.parametrize("quantized", [False, True], ids=["float", "4bit"])
 @pytest.mark.parametrize(("name", "layers"), MODELS, ids=str)
 def test_gradients_equal_autodiff_of_the_masked_loss(name, layers, quantized, tmp_path):
-    """Of a model's batches its floats meet every second one, and its packed weights the others."""
+    """Of a model's batches its floats meet some, and its packed weights others."""
     turn = MODELS.index((name, layers)) + quantized
     folder = save(tmp_path, name, quantized, num_hidden_layers=layers)
     ours, model = engine(folder, loss=CrossEntropy(16_384)), plain(folder)
     assert ours.walk.computes_rows_only == ((name, layers) not in WHOLE)
     try:
-        for made in list(BATCHES.values())[turn % 2 :: 2]:
+        for made in list(BATCHES.values())[turn % 3 :: 3]:
             check(ours, model, made)
     finally:
         ours.close()
