@@ -70,15 +70,15 @@ def test_shorter_batches_have_faster_plans_where_they_fit(options, tmp_path):
 def test_a_prediction_that_was_too_low_is_corrected_once(options, monkeypatch):
     """As if MLX had taken more than the budget: the plan that follows takes less."""
     monkeypatch.setattr(module, "peak_memory", lambda: 105 * 10**6)
-    lines, found, corrected = [], [], RunPlan.corrected
+    lines, found, replan = [], [], RunPlan.replan
 
     def spied(chosen, *args, **how):
-        before, after = chosen.plan, corrected(chosen, *args, **how)
+        before, after = chosen.plan, replan(chosen, *args, **how)
         if after is not None:
             found.append([chosen.expected(plan).peak for plan in (before, after)])
         return after
 
-    monkeypatch.setattr(RunPlan, "corrected", spied)
+    monkeypatch.setattr(RunPlan, "replan", spied)
     finetune(options(memory_budget="100MB", iters=3), notify=lines.append)
     messages = [line for line in lines if "more than was expected" in line]
     assert len(messages) == len(found) == 1
