@@ -186,7 +186,10 @@ class TrainConfig:
     )
 
     verbose: bool = option(
-        False, "Also print the memory of the process and what a step reads and writes.", FLAG
+        False,
+        "Print more: every choice of the plan, the memory of the process, and what a step reads "
+        "and writes.",
+        FLAG,
     )
 
     weights: str | None = option(
@@ -208,7 +211,7 @@ class TrainConfig:
     kernel: str = option(
         "auto",
         "How quantized weights are multiplied: by MLX's kernel (fused) or unpacked first "
-        "(dequantize).",
+        "(dequantize). auto: fused on a GPU, dequantize on a CPU.",
         one_of("auto", "fused", "dequantize"),
     )
     activations: str | None = option(
@@ -226,7 +229,8 @@ class TrainConfig:
     memory_budget: str | int | None = option(
         None,
         "Memory limit for MLX, such as 4GB or 800MB; the fastest plan that fits is used. min: as "
-        "little as possible. Default: what is free, less 20 %.",
+        "little as possible. Default: 80 % of the free memory, on a Mac at most what Metal "
+        "recommends.",
         BUDGET,
     )
     plan: str | None = option(

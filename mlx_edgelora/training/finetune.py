@@ -29,6 +29,7 @@ from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.losses.exact import CrossEntropy
 from mlx_edgelora.measure.meter import peak_memory, reset_peak
 from mlx_edgelora.measure.profile import recording
+from mlx_edgelora.measure.text import say
 from mlx_edgelora.measure.units import size
 from mlx_edgelora.model.checkpoint import LazyModel, quantized, reason
 from mlx_edgelora.model.headers import headers_of
@@ -70,7 +71,7 @@ TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken
 def finetune(
     config: TrainConfig,
     callbacks: Sequence[TrainingCallback] = (),
-    notify: Callable[[str], None] = print,
+    notify: Callable[[str], None] = say,
 ) -> TrainResult | None:
     """Fine-tune a model, test it, or both, as `config` says.
 
@@ -122,7 +123,7 @@ def finetune(
 
 @contextmanager
 def open_engine(
-    config: TrainConfig, notify: Callable[[str], None] = print
+    config: TrainConfig, notify: Callable[[str], None] = say
 ) -> Iterator[tuple[Engine, object, int]]:
     """Load and adapt the model that `config` names and settle where everything lives.
 
@@ -136,7 +137,7 @@ def open_engine(
 
 @contextmanager
 def open_planned(
-    config: TrainConfig, notify: Callable[[str], None] = print
+    config: TrainConfig, notify: Callable[[str], None] = say
 ) -> Iterator[tuple[Engine, RunPlan]]:
     """As `open_engine`, of a run whose rows all have max_seq_length tokens; gives its plan too."""
     with _memory_told(config):
@@ -145,7 +146,7 @@ def open_planned(
             yield settled
 
 
-def verification(config: TrainConfig, notify: Callable[[str], None] = print) -> list[Verdict]:
+def verification(config: TrainConfig, notify: Callable[[str], None] = say) -> list[Verdict]:
     """Compare the gradients of a run with those of plain MLX, at the run's own lengths.
 
     Args:
@@ -159,7 +160,7 @@ def verification(config: TrainConfig, notify: Callable[[str], None] = print) -> 
     Raises:
         EdgeLoraError: as `finetune`.
     """
-    with_data = bool(config.data or config.hf_dataset or config.model is None)
+    with_data = has_data(config)
     if with_data:
         config = _with_embedded(config)
     with _memory_told(config):
@@ -185,7 +186,7 @@ def plan_report(config: TrainConfig, labelled: float = 1.0) -> PlanReport:
         EdgeLoraError: as `finetune`, but not where the budget is too small.
     """
     sets: Sequence = ()
-    if config.data or config.hf_dataset or config.model is None:
+    if has_data(config):
         config = _with_embedded(config)
     with _memory_told(config), headers_of(config.model) as path:
         lazy = open_model(str(path), streamed=False, quantize=None, cache=_cache(config))
@@ -313,6 +314,11 @@ class _Watch(TrainingCallback):
         if plan is not None:
             self._engine.hold(plan)
             self._notify(f"{told}; from here on\n{summary.memory(self._chosen)}")
+
+
+def has_data(config: TrainConfig) -> bool:
+    """Whether there are rows: those that are named, or those of the embedded model."""
+    return bool(config.data or config.hf_dataset or config.model is None)
 
 
 def _with_embedded(config: TrainConfig) -> TrainConfig:

@@ -27,7 +27,7 @@ import mlx.optimizers as optimizers
 from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.data.batches import Batch, iterate_batches
 from mlx_edgelora.data.dataset import Dataset
-from mlx_edgelora.engine.finite import Finite
+from mlx_edgelora.engine.finite import Magnitudes
 from mlx_edgelora.engine.optimizer import clip_factor
 from mlx_edgelora.engine.trained import Arrays
 from mlx_edgelora.errors import EdgeLoraError
@@ -161,8 +161,9 @@ class _Run:
         self._window = Window(self._meter)
         self._trained = engine.trained
         self._trained.start(optimizer)
-        self._finite = Finite()
+        self._magnitudes = Magnitudes()
         self._accumulated = 0
+        self._grad_norm: float | None = None  # of the last update, before clipping
         self._trained_tokens = 0
         self._iteration = 0
         self._updated = 0  # last step that changed the parameters
@@ -193,12 +194,14 @@ class _Run:
         self._progress.step(self._make_report("train_loss", self._window, iteration))
 
     def _take(self, gradients: Arrays) -> None:
-        """Add gradients to the sum, and look whether they are finite."""
-        self._finite.add(gradients)
-        self._trained.add(gradients)
+        """Add gradients to the sum, and look at what it has become."""
+        self._trained.add(gradients, self._magnitudes.add)
 
     def _update(self, iteration: int) -> None:
         count, self._accumulated = self._accumulated, 0
+        norm = self._magnitudes.norm()
+        self._grad_norm = None if norm is None else norm / count
+        self._magnitudes.clear()
         with phase("update"):
             self._trained.update(self._optimizer, count, self._clipping(iteration, count))
 
@@ -274,7 +277,8 @@ class _Run:
 
     def _make_report(self, kind: str, window: Window, iteration: int) -> Report:
         rate = self._optimizer.learning_rate.item()
-        return window.report(kind, iteration, rate, self._trained_tokens)
+        norm = self._grad_norm if kind == "train_loss" else None
+        return window.report(kind, iteration, rate, self._trained_tokens, norm)
 
     def _publish(self, report: Report) -> None:
         self._last[report.kind] = report.loss
@@ -300,7 +304,7 @@ class _Run:
                 self.save(self._updated, numbered=False)
 
     def _check_finite(self, iteration: int, batch: Batch, loss: float) -> None:
-        what, bad = None, self._finite.first_bad()
+        what, bad = None, self._magnitudes.first_bad()
         if not math.isfinite(loss):
             what = f"loss is {loss}"
         elif bad is not None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from textwrap import fill
 
 from mlx.utils import tree_flatten
 from mlx_lm.utils import get_total_parameters
@@ -10,12 +9,11 @@ from mlx_lm.utils import get_total_parameters
 from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.data import Dataset
 from mlx_edgelora.embedded import DATA_PATH, MODEL_PATH
+from mlx_edgelora.measure.text import named_rows
 from mlx_edgelora.measure.units import duration, size
 from mlx_edgelora.model.checkpoint import LazyModel
 from mlx_edgelora.planner.run_plan import RunPlan
 
-# Of a line; what is longer goes on below.
-COLUMNS = 80
 NAMES = 11
 
 
@@ -107,14 +105,4 @@ def _short(path: Path) -> str:
 
 
 def _lines(rows: dict[str, str]) -> str:
-    return "\n".join(
-        fill(
-            text,
-            COLUMNS,
-            initial_indent=name.ljust(NAMES),
-            subsequent_indent=" " * NAMES,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-        for name, text in rows.items()
-    )
+    return "\n".join(named_rows(rows, NAMES))

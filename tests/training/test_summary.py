@@ -35,7 +35,7 @@ def test_long_lines_go_on_below(embedded, monkeypatch):
     place = f"/home/someone/{'a/long folder of data/' * 4}"
     lines = summary.facts(replace(config, data=place), lazy, sets).splitlines()
     assert lines[1].startswith("data       ~/a/long folder")
-    assert lines[2].startswith(" " * summary.NAMES) and max(map(len, lines)) <= summary.COLUMNS
+    assert lines[2].startswith(" " * summary.NAMES) and max(map(len, lines)) <= 80
 
 
 @pytest.mark.parametrize(
