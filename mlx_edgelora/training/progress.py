@@ -73,7 +73,7 @@ class Progress:
         if self._bars.disable:
             return
         left = (self._iters - window.iteration) * window.seconds / window.batches
-        figures = f"loss {window.loss:.3f}  {window.tokens_per_second:.0f} tok/s"
+        figures = f" loss {window.loss:.3f}  {window.tokens_per_second:.0f} tok/s"
         figures += f"  {size(window.usage.peak_memory_bytes)}"
         self._bars.update(self._task, advance=1, figures=figures, left=_Left(left))
 

@@ -105,7 +105,7 @@ def test_a_bar_under_the_table_on_a_terminal(terminal):
         "20/20       2.500                250  1.20 GB      0:00  1.00e-04      0.719",
         "a note [of brackets]",
     ]
-    assert re.fullmatch(r"step 1/20 .* 0:08 left loss 2\.500  250 tok/s  1\.20 GB", shown[3])
+    assert re.fullmatch(r"step 1/20 .* 0:08 left  loss 2\.500  250 tok/s  1\.20 GB", shown[3])
     assert len(shown[3]) <= 80
     after, state = screen.lines()
     assert not any("step 1/20" in line for line in after)
