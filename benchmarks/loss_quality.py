@@ -29,6 +29,7 @@ from unittest import mock
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
+import numpy as np
 from mlx_lm import lora
 from mlx_lm.tuner.datasets import CacheDataset
 from mlx_lm.tuner.trainer import default_loss
@@ -70,7 +71,9 @@ def our_batches(order: int, dataset: CacheDataset, **options: object) -> Iterato
     options |= {"seed": order}
     options.pop("comm_group")
     for batch in iterate_batches(dataset, **options):
-        yield mx.array(batch.tokens), mx.array(batch.lengths)
+        # Rows have one labelled span each, which ends with them.
+        first = 1 + batch.mask.argmax(axis=1)
+        yield mx.array(batch.tokens), mx.array(np.stack([first, first + batch.mask.sum(axis=1)], 1))
 
 
 def arms() -> list[Arm]:
@@ -116,8 +119,8 @@ def judge(folder: Path, step: int, rows: list[dict[str, str]]) -> tuple[float, f
     total, count = 0.0, 0
     for row in rows:
         asked = [{"role": "user", "content": row["prompt"]}]
-        told = [*asked, {"role": "assistant", "content": row["completion"]}]
-        tokens = tokenizer.apply_chat_template(told)
+        messages = [*asked, {"role": "assistant", "content": row["completion"]}]
+        tokens = tokenizer.apply_chat_template(messages)
         start = len(tokenizer.apply_chat_template(asked, add_generation_prompt=True))
         logits = model(mx.array([tokens[:-1]]))[0, start - 1 :].astype(mx.float32)
         losses = nn.losses.cross_entropy(logits, mx.array(tokens[start:]), reduction="sum")

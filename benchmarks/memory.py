@@ -50,7 +50,7 @@ from mlx_edgelora.benchmark.meters import peak_footprint
 from mlx_edgelora.benchmark.published import ROWS, published
 from mlx_edgelora.benchmark.shapes import SHAPES, checkpoint, default_cache
 from mlx_edgelora.data import Batch
-from mlx_edgelora.engine.build import Settings, assembled
+from mlx_edgelora.engine.build import Settings, build_engine
 from mlx_edgelora.layers.attention import tiled_attention
 from mlx_edgelora.measure.units import size
 from mlx_edgelora.model.loading import open_model
@@ -103,8 +103,8 @@ class Run:
         add_lora(lazy.model, -1, rank=args.rank)
         self._stack = ExitStack()
         settings = Settings(args.cache, args.dtype)
-        self._engine = self._stack.enter_context(assembled(lazy, plan, settings))
-        self._meter, self._trained = self._engine.disk, self._engine.trained
+        self._engine = self._stack.enter_context(build_engine(lazy, plan, settings))
+        self._meter, self._trained = self._engine.disk, self._engine.adapters
         self._optimizer = optimizers.AdamW(1e-4)
         self._trained.start(self._optimizer)
         is_plain = plan == PLANS["plain MLX"]
@@ -143,11 +143,11 @@ def plain(model: nn.Module) -> Callable:
     gradient = nn.value_and_grad(model, loss)
 
     def run(batch: Batch, sink: Callable[[dict[str, mx.array]], None]) -> tuple[mx.array, int]:
-        arrays = map(mx.array, (batch.inputs(), batch.labels(), batch.mask()))
+        arrays = map(mx.array, (batch.inputs(), batch.labels(), batch.mask))
         value, gradients = gradient(*arrays)
         mx.eval(value, gradients)
         sink(dict(tree_flatten(gradients)))
-        return value, int(batch.mask().sum())
+        return value, int(batch.mask.sum())
 
     return run
 
@@ -163,8 +163,8 @@ def reset_footprint() -> None:
 def random_batch(vocabulary: int, tokens: int, labelled: float) -> Batch:
     """One row of random tokens, the last share of them labelled."""
     row = np.random.RandomState(0).randint(0, vocabulary, (1, tokens + 1)).astype(np.int32)
-    first = tokens + 1 - max(1, round(labelled * tokens))
-    return Batch(row, np.array([[first, tokens + 1]], np.int32), (0,))
+    first = tokens - max(1, round(labelled * tokens))
+    return Batch(row, np.arange(tokens)[None] >= first, (0,))
 
 
 def measured(args: argparse.Namespace, blocks: int, tokens: int) -> dict[str, float]:

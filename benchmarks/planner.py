@@ -45,20 +45,20 @@ import planner_needs
 from mlx_edgelora.benchmark.shapes import SHAPES, checkpoint, default_cache
 from mlx_edgelora.blocks.checks import checked_blocks
 from mlx_edgelora.data import Batch
-from mlx_edgelora.engine.build import Settings, assembled
+from mlx_edgelora.engine.build import Settings, build_engine
 from mlx_edgelora.engine.step import Engine
 from mlx_edgelora.measure.units import size
 from mlx_edgelora.model.checkpoint import LazyModel
 from mlx_edgelora.model.loading import DTYPES, open_model
 from mlx_edgelora.model.lora import add_lora
-from mlx_edgelora.planner.machine import Machine, machine_here
-from mlx_edgelora.planner.measured import Measured
+from mlx_edgelora.planner.machine import Machine, this_machine
+from mlx_edgelora.planner.measured import Measurements
 from mlx_edgelora.planner.plan import Plan
 from mlx_edgelora.planner.run_plan import Budget, RunPlan
 from mlx_edgelora.planner.search import Choice, expected, plan, smallest
 from mlx_edgelora.planner.shape import shape_of
-from mlx_edgelora.planner.sizes import Load, ModelShape
-from mlx_edgelora.training.sampling import begun, settle
+from mlx_edgelora.planner.sizes import BatchShape, ModelShape
+from mlx_edgelora.training.sampling import first_plan, measure_and_replan
 
 MB = 10**6
 # Budgets of the grid, in multiples of the smallest that works; None is plenty.
@@ -66,7 +66,7 @@ BUDGETS = (1.03, 1.25, 1.6, 2.5, 4.0, None)
 # Of `fits`: blocks that are made of each shape, budgets in bytes, and the batch.
 MADE = {"llama-3.2-1b": 4, "llama-3.2-3b": 3, "llama-3.1-8b": 1, "llama-3.3-70b": 1}
 BYTES = (4 * 10**9, 10 * 10**9, 22 * 10**9)
-LOAD = Load(1, 2048, 1024)
+LOAD = BatchShape(1, 2048, 1024)
 
 
 @dataclass(frozen=True)
@@ -119,10 +119,10 @@ class Planned:
         dtype = DTYPES[case.dtype]
         self.shape: ModelShape = shape_of(checked_blocks(lazy.model), lazy.vocabulary, dtype)
         self.batch = batch_of(case, lazy.vocabulary)
-        self.load = Load(case.rows, case.tokens, int(self.batch.mask().sum()))
-        self.machine: Machine = machine_here(args.cache, args.cache, dtype)
-        self._arguments = self.shape, self.load, self.machine
-        self.known, self._smallest = Measured(overlaps=mx.default_device() == mx.gpu), None
+        self.batch_shape = BatchShape(case.rows, case.tokens, int(self.batch.mask.sum()))
+        self.machine: Machine = this_machine(args.cache, args.cache, dtype)
+        self._arguments = self.shape, self.batch_shape, self.machine
+        self.known, self._smallest = Measurements(overlaps=mx.default_device() == mx.gpu), None
 
     @contextmanager
     def settled(self, times: float | None) -> Iterator[tuple[RunPlan, int, Engine]]:
@@ -140,11 +140,11 @@ class Planned:
 
     @contextmanager
     def _by(self, budget: Budget) -> Iterator[tuple[RunPlan, int, Engine]]:
-        chosen: RunPlan | None = begun(self._run(budget))
+        chosen: RunPlan | None = first_plan(self._run(budget))
         while chosen is not None:
             first = expected(*self._arguments, chosen.plan).peak
             with self._assembled(chosen.plan) as engine:
-                another = settle(engine, chosen, lambda line: None)
+                another = measure_and_replan(engine, chosen, lambda line: None)
                 if another is None:
                     yield chosen, first, engine
             del engine
@@ -155,7 +155,7 @@ class Planned:
         return RunPlan(*self._arguments, budget, None, {}, True, self.known)
 
     def _assembled(self, chosen: Plan) -> AbstractContextManager[Engine]:
-        return assembled(self.lazy(), chosen, Settings(self._cache, self._case.dtype))
+        return build_engine(self.lazy(), chosen, Settings(self._cache, self._case.dtype))
 
     @contextmanager
     def stepping(self, chosen: Plan) -> Iterator[Callable[[], tuple[int, float]]]:
@@ -166,15 +166,15 @@ class Planned:
     def step_of(self, engine: Engine) -> Callable[[], tuple[int, float]]:
         """A function that makes a step and gives its peak and seconds."""
         optimizer = optimizers.AdamW(1e-4)
-        engine.trained.start(optimizer)
+        engine.adapters.start(optimizer)
 
         def step() -> tuple[int, float]:
             gc.collect()
             mx.synchronize()
             mx.reset_peak_memory()
             start = time.perf_counter()
-            loss, _ = engine.backward(self.batch, engine.trained.add)
-            engine.trained.update(optimizer, 1)
+            loss, _ = engine.backward(self.batch, engine.adapters.add)
+            engine.adapters.update(optimizer, 1)
             mx.eval(loss)
             return mx.get_peak_memory(), time.perf_counter() - start
 
@@ -201,9 +201,10 @@ def batch_of(case: Case, vocabulary: int) -> Batch:
     """Random tokens, the last share of every row labelled."""
     shape = case.rows, case.tokens + 1
     rows = np.random.RandomState(0).randint(0, vocabulary, shape).astype(np.int32)
-    first = case.tokens + 1 - max(1, round(case.labelled * case.tokens))
-    lengths = np.array([[first, case.tokens + 1]] * case.rows, np.int32)
-    return Batch(rows, lengths, tuple(range(case.rows)))
+    first = case.tokens - max(1, round(case.labelled * case.tokens))
+    mask = np.zeros((case.rows, case.tokens), bool)
+    mask[:, first:] = True
+    return Batch(rows, mask, tuple(range(case.rows)))
 
 
 def grid_of_plans(args: argparse.Namespace) -> None:
@@ -265,7 +266,7 @@ def budgets(args: argparse.Namespace) -> None:
     """Time distinct plans in turn."""
     case = Case(args.shape, args.blocks, args.tokens, 1, 16, "float32", args.labelled, None)
     planned = Planned(args, case)
-    arguments = planned.shape, planned.load, planned.machine
+    arguments = planned.shape, planned.batch_shape, planned.machine
     low = smallest(*arguments).needs
     plenty = plan(*arguments, 10**12).needs
     choices: list[Choice] = []
@@ -332,8 +333,8 @@ def fits(args: argparse.Namespace) -> None:
         shape = replace(planned.shape, blocks=blocks, adapted=blocks)
         for budget in BYTES:
             choice = plan(shape, LOAD, planned.machine, budget)
-            told = f"{size(choice.peak)} expected; {choice.plan.summary(blocks)}"
-            print(f"{name}, {size(budget)}: {told}", flush=True)
+            text = f"{size(choice.peak)} expected; {choice.plan.summary(blocks)}"
+            print(f"{name}, {size(budget)}: {text}", flush=True)
 
 
 def collect(args: argparse.Namespace) -> None:

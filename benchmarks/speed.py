@@ -53,22 +53,22 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model
 
 from mlx_edgelora.benchmark import contenders, rows, shapes
-from mlx_edgelora.benchmark.job import Job
+from mlx_edgelora.benchmark.job import TrainingJob
 from mlx_edgelora.benchmark.machine import commit
 from mlx_edgelora.benchmark.run import write_start
 from mlx_edgelora.blocks.checks import checked_blocks
 from mlx_edgelora.data import Batch
-from mlx_edgelora.engine.build import Settings, assembled
+from mlx_edgelora.engine.build import Settings, build_engine
 from mlx_edgelora.engine.finite import Magnitudes
 from mlx_edgelora.measure.meter import DiskMeter
 from mlx_edgelora.measure.units import size
 from mlx_edgelora.model.loading import attach, open_model
 from mlx_edgelora.model.lora import add_lora
-from mlx_edgelora.planner.machine import machine_here
+from mlx_edgelora.planner.machine import this_machine
 from mlx_edgelora.planner.plan import MIB, Plan
 from mlx_edgelora.planner.search import smallest
 from mlx_edgelora.planner.shape import shape_of
-from mlx_edgelora.planner.sizes import Load
+from mlx_edgelora.planner.sizes import BatchShape
 
 RIVALS = ("mlx-lm", "mlx-lm, checkpointing")
 RANK = 8
@@ -83,7 +83,7 @@ PLANS = {
 PACKING = {"group_size": 64, "bits": 4}
 
 
-def job_of(args: argparse.Namespace, work: Path) -> Job:
+def job_of(args: argparse.Namespace, work: Path) -> TrainingJob:
     """Steps of one contender on random rows."""
     folder = shapes.checkpoint(args.cache, args.shape, args.blocks, args.weights)
     shapes.add_tokenizer(folder, shapes.SHAPES[args.shape][-1])
@@ -97,7 +97,7 @@ def job_of(args: argparse.Namespace, work: Path) -> Job:
         words = {"plenty": contenders.PLENTY, "min": "min"}
         budget = words.get(args.row) or round(float(args.row) * 1e9)
         options = {"memory_budget": budget, "spill_dir": str(work)}
-    return Job(
+    return TrainingJob(
         model=str(folder),
         data=str(work / "data"),
         start=str(work / "start.safetensors"),
@@ -212,7 +212,9 @@ def theirs(folder: Path, batch: Batch, checkpointing: bool) -> Callable[[], floa
         optimizer.update(model, gradients)
         return loss
 
-    tokens, lengths = mx.array(batch.tokens), mx.array(batch.lengths)
+    tokens = mx.array(batch.tokens)
+    first = int(batch.mask.argmax())  # of the only row, whose labels are its last tokens
+    lengths = mx.array([[first + 1, batch.tokens.shape[1]]])
 
     def run() -> float:
         loss = step(tokens, lengths)
@@ -232,21 +234,21 @@ def ours(folder: Path, plan: Plan | None, batch: Batch, stack: ExitStack) -> Cal
     add_lora(lazy.model, -1, rank=RANK)
     if plan is None:
         shape = shape_of(checked_blocks(lazy.model), shapes.SHAPES["thin"][-1])
-        load = Load(1, TOKENS, int(batch.mask().sum()))
-        plan = smallest(shape, load, machine_here(folder, folder, mx.float32)).plan
-    engine = stack.enter_context(assembled(lazy, plan, Settings(folder)))
+        load = BatchShape(1, TOKENS, int(batch.mask.sum()))
+        plan = smallest(shape, load, this_machine(folder, folder, mx.float32)).plan
+    engine = stack.enter_context(build_engine(lazy, plan, Settings(folder)))
     optimizer, magnitudes = optimizers.AdamW(1e-5), Magnitudes()
-    engine.trained.start(optimizer)
+    engine.adapters.start(optimizer)
 
     def take(gradients: dict[str, mx.array]) -> None:
-        engine.trained.add(gradients, magnitudes.add)
+        engine.adapters.add(gradients, magnitudes.add)
 
     def step() -> float:
         loss, _ = engine.backward(batch, take)
         value = loss.item()
         assert magnitudes.first_bad() is None
         magnitudes.clear()
-        engine.trained.update(optimizer, 1)
+        engine.adapters.update(optimizer, 1)
         return value
 
     step()

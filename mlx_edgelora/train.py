@@ -11,7 +11,7 @@ from mlx_edgelora.config.yaml_file import read_yaml
 from mlx_edgelora.embedded import DEFAULT_CONFIG, MODEL_PATH, demonstrate
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.measure.text import COLUMNS, wrapped
-from mlx_edgelora.training.failures import failures_told
+from mlx_edgelora.training.failures import explain_failures
 from mlx_edgelora.training.finetune import finetune
 
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if result is not None:
             if config.model is None and config.data is None:
                 print("\nWhat the adapter changed, asked through mlx-lm:")
-                with failures_told(f"the adapter is in {result.adapter_path}"):
+                with explain_failures(f"the adapter is in {result.adapter_path}"):
                     print(wrapped(str(demonstrate(result.adapter_path))))
             print(f"\nThe adapter is in {result.adapter_path}. Try it:")
             print(command_to_try(config.model or str(MODEL_PATH), result.adapter_path))

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mlx_edgelora.benchmark.contenders import PLENTY
-from mlx_edgelora.benchmark.ladder import Rung
+from mlx_edgelora.benchmark.ladder import TableRow
 from mlx_edgelora.benchmark.results import Result
 from mlx_edgelora.measure.text import wrapped
 from mlx_edgelora.measure.units import duration, size
@@ -29,7 +29,7 @@ COLUMNS = (
 
 
 @dataclass
-class Context:
+class ContextResults:
     """The results at one context.
 
     Attributes:
@@ -50,7 +50,7 @@ class Context:
 
 
 @dataclass
-class Report:
+class BenchmarkReport:
     """Everything that one run of the benchmark found.
 
     Attributes:
@@ -70,8 +70,8 @@ class Report:
     commit: str | None
     settings: dict[str, Any]
     notes: list[str] = field(default_factory=list)
-    contexts: list[Context] = field(default_factory=list)
-    ladder: list[Rung] = field(default_factory=list)
+    contexts: list[ContextResults] = field(default_factory=list)
+    ladder: list[TableRow] = field(default_factory=list)
 
     @property
     def valid(self) -> bool:
@@ -83,8 +83,8 @@ class Report:
     def json(self) -> str:
         """All of it, with the figures that the tables show."""
         values = asdict(self)
-        for context, told in zip(self.contexts, values["contexts"], strict=True):
-            for result, row in zip(context.results, told["results"], strict=True):
+        for context, shown in zip(self.contexts, values["contexts"], strict=True):
+            for result, row in zip(context.results, shown["results"], strict=True):
                 row["valid"] = not result.faults and result.absent is None
                 if result.timed:
                     row["median_seconds"] = result.seconds
@@ -115,7 +115,7 @@ class Report:
             parts.append(drawn([COLUMNS, *(row(result, context) for result in context.results)]))
         if self.ladder:
             parts.append("The published table, one technique at a time (docs/benchmarks.md):")
-            parts.append(drawn([Rung.COLUMNS, *(rung.row() for rung in self.ladder)]))
+            parts.append(drawn([TableRow.COLUMNS, *(table_row.row() for table_row in self.ladder)]))
         notes = [note for context in self.contexts for note in remarks(context)]
         if measured := [context for context in self.contexts if context.results]:
             notes += legend(measured)
@@ -124,7 +124,7 @@ class Report:
             parts.append("\n".join(f"- {note}" for note in dict.fromkeys(notes)))
         return parts
 
-    def _heading(self, context: Context) -> str:
+    def _heading(self, context: ContextResults) -> str:
         """A line above a table."""
         model, dtype = self.settings.get("model"), self.settings.get("dtype")
         rows = self.settings.get("batch", 1)
@@ -132,7 +132,7 @@ class Report:
         return f"{model}, {dtype}; {shape}, {100 * context.labelled:.0f} % of them labelled"
 
 
-def row(result: Result, context: Context) -> tuple[str, ...]:
+def row(result: Result, context: ContextResults) -> tuple[str, ...]:
     """The figures of a contender: multiples of mlx-lm's, then as they are."""
     budget = _budget(result.budget)
     if result.absent is not None:
@@ -155,7 +155,7 @@ def ratio(result: Result) -> str:
     return f"{statistics.median(result.ratios):.2f}"
 
 
-def remarks(context: Context) -> list[str]:
+def remarks(context: ContextResults) -> list[str]:
     """What is wrong with some rows, and what the check of losses is worth."""
     lines = []
     for result in context.results:
@@ -169,7 +169,7 @@ def remarks(context: Context) -> list[str]:
     return lines
 
 
-def legend(contexts: Sequence[Context]) -> list[str]:
+def legend(contexts: Sequence[ContextResults]) -> list[str]:
     """What the columns are, and how far the contenders agree."""
     results = [result for context in contexts for result in context.results]
     bare = max(context.results[0].bare for context in contexts)
@@ -190,7 +190,7 @@ def legend(contexts: Sequence[Context]) -> list[str]:
     return lines
 
 
-def agreement(context: Context) -> tuple[float, float] | None:
+def agreement(context: ContextResults) -> tuple[float, float] | None:
     """The largest relative distance of losses, and of adapters; None where somebody is invalid."""
     first, *others = context.results
     others = [result for result in others if result.absent is None]

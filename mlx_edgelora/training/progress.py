@@ -13,7 +13,7 @@ from rich.progress import Progress as Bars
 
 from mlx_edgelora.measure.text import COLUMNS, wrapped
 from mlx_edgelora.measure.units import clock, size
-from mlx_edgelora.training.report import Report
+from mlx_edgelora.training.report import LossReport
 
 # Columns of the table after the first: title and width.
 TABLE = {
@@ -68,7 +68,7 @@ class Progress:
     def __exit__(self, *_exception) -> None:
         self._bars.stop()
 
-    def step(self, window: Report) -> None:
+    def step(self, window: LossReport) -> None:
         """Move the bar one step on, with the figures of the window so far."""
         if self._bars.disable:
             return
@@ -86,7 +86,7 @@ class Progress:
         finally:
             self._bars.remove_task(task)
 
-    def report(self, report: Report) -> None:
+    def report(self, report: LossReport) -> None:
         """Print a training or validation report as a row of the table."""
         usage = report.usage
         row = {"step": f"{report.iteration}/{self._iters}", "peak": size(usage.peak_memory_bytes)}
@@ -175,7 +175,7 @@ def _fitting(widths: dict[str, int], columns: int) -> dict[str, int]:
     return fitting
 
 
-def _details(report: Report) -> str:
+def _details(report: LossReport) -> str:
     """The whole process, and what a step reads and writes."""
     read, written = (
         size(count / report.batches) for count in (report.read_bytes, report.written_bytes)

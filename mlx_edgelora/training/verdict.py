@@ -87,7 +87,7 @@ def table(verdicts: Sequence[Verdict]) -> str:
     return wrapped("\n".join(lines))
 
 
-def judged(
+def compare_gradients(
     walked: Callable[[mx.Dtype], Arrays],
     plain: Callable[[mx.Dtype, int | None], Arrays],
     dtype: mx.Dtype,

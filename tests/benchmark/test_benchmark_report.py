@@ -1,6 +1,6 @@
 """What the report of a comparison shows."""
 
-from mlx_edgelora.benchmark.report import COLUMNS, Context, Report
+from mlx_edgelora.benchmark.report import COLUMNS, BenchmarkReport, ContextResults
 from mlx_edgelora.benchmark.results import Result, Step
 
 
@@ -10,9 +10,9 @@ def measured(name, peak, losses=(3.0, 2.5), **values):
 
 
 def report_of(*results, movement=0.5):
-    context = Context(512, 512, 0.3, movement, list(results))
+    context = ContextResults(512, 512, 0.3, movement, list(results))
     settings = {"model": "random smollm2-135m, 6 of 30 blocks", "dtype": "float32"}
-    return Report("", "", {}, {}, None, settings, contexts=[context])
+    return BenchmarkReport("", "", {}, {}, None, settings, contexts=[context])
 
 
 def test_multiples_come_first_and_notes_once_below():

@@ -124,7 +124,7 @@ def test_evaluate_is_exact_repeatable_and_limited(make_config):
     config = make_config(batch_size=2)
     rows, engine = make_rows(6, [4, 4, 9, 9, 16, 16]), PlainEngine(make_model())
     batches = list(iterate_batches(rows, 2, 16, loop=False, seed=0))
-    losses = [(engine.loss(batch)[0].item(), int(batch.mask().sum())) for batch in batches]
+    losses = [(engine.loss(batch)[0].item(), int(batch.mask.sum())) for batch in batches]
     for count in (-1, 1, 2, 99):
         part = losses if count == -1 else losses[:count]
         tokens = sum(number for _, number in part)
@@ -266,7 +266,7 @@ def test_a_gradient_that_is_not_finite_is_named(make_config, quiet):
 def test_what_follows_a_bad_gradient_is_added_and_nothing_updated(make_config, quiet, monkeypatch):
     """Squares are read at the end of a step, also where more steps make one update."""
     engine = Spoiled(make_model(), step=2, gradient=float("nan"))
-    added, trained = [], engine.trained
+    added, trained = [], engine.adapters
     add = trained.add
 
     def noted(gradients, look):

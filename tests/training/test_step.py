@@ -38,7 +38,7 @@ def check(folder, batch, tolerance=1e-5, **options):
     with closing(engine(folder, **options)) as ours:
         (loss, count), got = ours.value_and_grad(batch)
         again, _ = ours.loss(batch)
-    assert count == batch.mask().sum()
+    assert count == batch.mask.sum()
     assert loss.item() == pytest.approx(expected_loss, rel=1e-5)
     assert again.item() == pytest.approx(expected_loss, rel=1e-5)
     assert_same_gradients(got, expected, tolerance, resolution(reference, batch))
@@ -169,7 +169,7 @@ def test_a_block_is_read_once_per_visit_and_ahead_of_it(
         monkeypatch.setattr(StreamedWeights, name, spied(letter, getattr(StreamedWeights, name)))
     monkeypatch.setattr(sources, "ThreadPoolExecutor", InTurn)
     ours = engine(save(tmp_path, "llama", True), num_layers=num_layers)
-    assert ours.walk.spares_rows
+    assert ours.walk.computes_rows_only
     assert set(events) == {"b2", "r2"}  # for its trial
     events.clear()
     ours.value_and_grad(random_batch())
@@ -205,8 +205,8 @@ def test_an_input_is_on_its_way_while_the_block_above_computes(
 def test_logits_are_made_for_labelled_rows_only(tmp_path):
     folder = save(tmp_path, "llama", False)
     batch = random_batch(2, 17)
-    batch.mask()[:] = False
-    batch.mask()[1, 4:7] = True
+    batch.mask[:] = False
+    batch.mask[1, 4:7] = True
     rows = []
 
     class Counted(CrossEntropy):
@@ -312,7 +312,7 @@ def test_blocks_that_stay_in_memory_are_read_once(tmp_path):
         weights = ours._walk.weights
         assert not weights.block(2).keys() - weights.block(1).keys()
         assert read[1] == read[2] < read[0]
-        weights.hold_from(3)  # a plan that was corrected
+        weights.set_resident_from(3)  # a plan that was corrected
         before = ours.disk.read_bytes
         ours.value_and_grad(random_batch())
         assert ours.disk.read_bytes - before > read[2]

@@ -7,7 +7,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from mlx_edgelora.engine.trained import ResidentTrained
+from mlx_edgelora.engine.adapter_state import ResidentAdapterState
 from mlx_edgelora.measure.meter import DiskMeter
 
 VOCABULARY = 50
@@ -55,7 +55,7 @@ class PlainEngine:
     def __init__(self, model):
         self.model = model
         self.disk = DiskMeter()
-        self.trained = ResidentTrained(model)
+        self.adapters = ResidentAdapterState(model)
         self._value_and_grad = nn.value_and_grad(model, self._mean_loss)
 
     def _mean_loss(self, tokens, mask):
@@ -64,7 +64,7 @@ class PlainEngine:
         return losses.sum() / mask.sum()
 
     def value_and_grad(self, batch):
-        mask = batch.mask()
+        mask = batch.mask
         loss, gradients = self._value_and_grad(mx.array(batch.tokens), mx.array(mask))
         mx.eval(loss, gradients)
         self.disk.add_read(1000)
@@ -77,7 +77,7 @@ class PlainEngine:
         return result
 
     def loss(self, batch):
-        mask = batch.mask()
+        mask = batch.mask
         return self._mean_loss(mx.array(batch.tokens), mx.array(mask)), int(mask.sum())
 
 
