@@ -96,8 +96,10 @@ def finetune(
         if converts(_dtype(config) or lazy.blocks.hidden_dtype):
             notify(BFLOAT16)
         tokenizer = _tokenizer(lazy)
-        train_set, valid_set, test_set = _data(config, tokenizer, lazy.vocabulary, notify)
-        notify(summary.facts(config, lazy, (train_set, valid_set, test_set)))
+        about_rows: list[str] = []
+        found = _data(config, tokenizer, lazy.vocabulary, notify, about_rows.append)
+        train_set, valid_set, test_set = found
+        notify(summary.facts(config, lazy, found, about_rows))
         sets = [dataset for dataset in (train_set, valid_set, test_set) if dataset is not None]
         place = _spill_place(config)
         with _settled(config, lazy, sets, place, notify) as (engine, chosen):
@@ -415,11 +417,13 @@ def _resume(trained: Trained, model: nn.Module, config: TrainConfig) -> None:
 
 
 def _data(
-    config: TrainConfig, tokenizer: object, vocabulary: int, notify: Callable[[str], None]
+    config: TrainConfig,
+    tokenizer: object,
+    vocabulary: int,
+    notify: Callable[[str], None],
+    about: Callable[[str], None] | None = None,
 ) -> tuple[Dataset | None, Dataset | None, Dataset | None]:
-    sets = load_datasets(config, tokenizer)
-    if config.train and config.val_batches and sets[1] is None:
-        notify("no valid set, so no validation")
+    sets = load_datasets(config, tokenizer, about)
     for dataset in sets:
         if dataset is None:
             continue
