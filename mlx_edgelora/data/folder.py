@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ class Files(NamedTuple):
     """What a folder holds.
 
     Attributes:
-        splits: the files of each set, of which some may have none.
+        splits: the files of each wanted set, of which some may have none.
         others: names of data files that belong to no set, or of other entries without any.
     """
 
@@ -39,8 +39,12 @@ class Files(NamedTuple):
         return f"{split}.jsonl in the folder (or {names}; .json, .csv, .parquet, ...{share}){found}"
 
 
-def find_files(folder: Path) -> Files:
+def find_files(folder: Path, wanted: Sequence[str] = tuple(SPLITS)) -> Files:
     """The files of the sets: `train.jsonl` before others, then the only one of a known name.
+
+    Args:
+        folder: to look into.
+        wanted: the sets that are looked for.
 
     Raises:
         EdgeLoraError: the folder cannot be read, several files could be the same set, or a part
@@ -50,7 +54,7 @@ def find_files(folder: Path) -> Files:
         names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     except OSError as error:
         raise EdgeLoraError(f"data: {folder} cannot be read ({error.strerror})") from error
-    splits = {split: _files_of(split, folder, names) for split in SPLITS}
+    splits = {split: _files_of(split, folder, names) for split in wanted}
     taken = {path.name for paths in splits.values() for path in paths}
     rest = [name for name in names if name not in taken]
     return Files(splits, [name for name in rest if data_suffix(Path(name))] or rest)
