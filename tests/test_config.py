@@ -13,6 +13,7 @@ from mlx_lm.models import llama
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
 from mlx_edgelora.config import LoraParameters, TrainConfig, build_parser, config_from_cli
+from mlx_edgelora.config.hints import HINTS
 from mlx_edgelora.errors import EdgeLoraError
 
 MLX_LM_FILE = """
