@@ -137,9 +137,9 @@ def _find_sources(
         )
     splits = hub_sources(data)
     names = {split: find_split(split, splits) for split in wanted}
-    return {split: [splits[name]] for split, name in names.items() if name}, lambda split: (
-        f"a split called {' or '.join(SPLITS[split])}, found {', '.join(splits)}"
-    )
+    return {
+        split: [splits[name]] for split, name in names.items() if name
+    }, lambda split: f"a split called {' or '.join(SPLITS[split])}, found {', '.join(splits)}"
 
 
 def _missing_beside_file(split: str) -> str:

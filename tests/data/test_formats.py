@@ -9,6 +9,7 @@ from mlx_edgelora.data.conversation import RowError
 from mlx_edgelora.data.formats import encoder
 from mlx_edgelora.data.row_kinds import Features, find_kind
 
+
 def find_encoder(first, tokenizer, features, mask_prompt):
     """The function row -> (tokens, offset) for rows like the first one."""
     kind, encode = find_kind([first], features), encoder(tokenizer, mask_prompt)
@@ -111,7 +112,11 @@ def test_a_prompt_that_does_not_begin_its_conversation_is_refused(make_tokenizer
         ({"text": "a"}, {"txt": "a"}, r"got the keys 'txt', expected 'text' as in other rows"),
         ({"text": "a"}, {}, r"got the keys of an empty object, expected 'text'"),
         ({"prompt": "a", "completion": "b"}, {"prompt": "a"}, r"expected 'completion' as in"),
-        ({"prompt": "a", "completion": "b"}, {"text": "a"}, r"keys 'text', expected 'prompt'"),
+        (
+            {"prompt": "a", "completion": "b"},
+            {"text": "a"},
+            r"keys 'text', expected 'prompt' as in",
+        ),
         (
             {"prompt": "a", "completion": "b"},
             {"prompt": None, "completion": "b"},

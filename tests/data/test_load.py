@@ -209,7 +209,9 @@ def test_splits_of_the_hub_have_other_names_too(tokenizer, hub):
         "named train for training, named validation for validation: "
         "completions (prompt, completion)"
     ]
-    with pytest.raises(EdgeLoraError, match=r"no test set, .* called test or testing, found train,"):
+    with pytest.raises(
+        EdgeLoraError, match=r"no test set, .* called test or testing, found train,"
+    ):
         load(tokenizer, "someone/named", test=True)
 
 
