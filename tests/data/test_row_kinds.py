@@ -217,8 +217,21 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
-@given(st.lists(st.dictionaries(KEYS, VALUES, max_size=4), min_size=1, max_size=3))
+COLUMNS = st.sampled_from([["messages"], ["prompt", "completion"], ["instruction", "output"]])
+MESSAGES = st.fixed_dictionaries(
+    {"role": TEXTS | VALUES, "content": TEXTS | VALUES},
+    optional={"tool_calls": VALUES, "thinking": TEXTS | VALUES, "name": VALUES},
+)
+CELLS = TEXTS | VALUES | st.lists(MESSAGES, min_size=1, max_size=2)
+ANY_ROWS = COLUMNS.flatmap(
+    lambda names: st.fixed_dictionaries(
+        dict.fromkeys(names, CELLS), optional={"tools": CELLS, "system": CELLS, "input": CELLS}
+    )
+)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.lists(st.dictionaries(KEYS, VALUES, max_size=4) | ANY_ROWS, min_size=1, max_size=3))
 def test_any_row_is_read_or_refused(rows):
     for row in rows:
         try:

@@ -90,16 +90,15 @@ def test_near_misses_are_named(tmp_path):
     (tmp_path / "README.md").write_text("")
     with pytest.raises(
         EdgeLoraError,
-        match=r"has no train set, expected train\.jsonl in the folder \(or training; \.json, .*\), "
+        match=r"has no train set, expected train\.jsonl in the folder \(or train\.csv, training\.json, \.\.\.\), "
         r"found my_train\.jsonl$",
     ):
         sets(tmp_path)
     write(tmp_path, "train.jsonl", "val_data.jsonl")
     (tmp_path / "valid.jsonl").unlink()
     assert sets(tmp_path).about[1] == (
-        "no valid set, so no validation (expected valid.jsonl in the folder (or validation, val, "
-        "dev, eval, evaluation; .json, .csv, .parquet, ...; or --val-split 0.05), found "
-        "my_train.jsonl, val_data.jsonl)"
+        "no valid set, so no validation (expected --val-split 0.05, or valid.jsonl in the folder "
+        "(or valid.csv, validation.json, ...), found my_train.jsonl, val_data.jsonl)"
     )
 
 
@@ -108,6 +107,11 @@ def test_a_run_is_told_which_file_is_which_set_and_of_which_kind(tmp_path):
     found = sets(tmp_path)
     assert found.about == ["train.jsonl for training, dev.csv for validation: text (text)"]
     assert texts(found.train) == texts(found.valid) == [row["text"] for row in TEXT]
+    (tmp_path / "dev.csv").rename(tmp_path / "rows.csv")
+    write(tmp_path, "valid.jsonl")
+    assert sets(tmp_path).about == ["text (text)"]
+    (tmp_path / "valid.jsonl").unlink()
+    (tmp_path / "rows.csv").rename(tmp_path / "dev.csv")
     write(tmp_path, "train.jsonl", rows=PAIRS)
     assert sets(tmp_path).about == [
         "train.jsonl for training: qa (question, answer); dev.csv for validation: text (text)"
@@ -118,7 +122,7 @@ def test_one_file_is_the_training_set_or_what_is_tested(tmp_path):
     write(tmp_path, "rows.csv")
     found = sets(tmp_path / "rows.csv")
     assert (len(texts(found.train)), found.valid, found.test) == (40, [], [])
-    assert "expected --val-split 0.05 or another share of the file" in found.about[1]
+    assert "expected --val-split 0.05, or a folder with valid.jsonl" in found.about[1]
     tested = sets(tmp_path / "rows.csv", test=True)
     assert (tested.train, len(texts(tested.test))) == ([], 40)
     assert tested.about == ["rows.csv for the test: text (text)"]
