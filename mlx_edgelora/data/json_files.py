@@ -65,7 +65,7 @@ def _parse_line(place: str, line: bytes) -> Mapping[str, Any]:
         row = json.loads(text, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
         raise EdgeLoraError(
-            f"{place}: is not JSON ({error.msg} at column {error.colno}), expected one object "
+            f"{place}: is not JSON ({_reason(error)} at column {error.colno}), expected one object "
             "per line"
         ) from error
     except (ValueError, RecursionError) as error:
@@ -127,8 +127,8 @@ class _Scanner:
                     continue
                 line = self._line + self._text.count("\n", self._at, error.pos)
                 raise EdgeLoraError(
-                    f"{self._path}: line {line}: is not JSON ({error.msg}); correct it, or write "
-                    "one object per line into a .jsonl file"
+                    f"{self._path}: line {line}: is not JSON ({_reason(error)}); "
+                    "correct it, or write one object per line into a .jsonl file"
                 ) from error
             except (ValueError, RecursionError) as error:
                 raise _not_parsed(self.place(), error) from error
@@ -235,6 +235,10 @@ def _keys(scanner: _Scanner) -> Iterator[str]:
 def _end(scanner: _Scanner, what: str) -> None:
     if found := scanner.peek():
         raise EdgeLoraError(f"{scanner.place()}: got {found!r} after {what}, expected nothing more")
+
+
+def _reason(error: json.JSONDecodeError) -> str:
+    return error.msg.removesuffix(" at")  # a column
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

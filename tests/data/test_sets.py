@@ -90,7 +90,8 @@ def test_near_misses_are_named(tmp_path):
     (tmp_path / "README.md").write_text("")
     with pytest.raises(
         EdgeLoraError,
-        match=r"has no train set, expected train\.jsonl in the folder \(or train\.csv, training\.json, \.\.\.\), "
+        match=r"has no train set, expected train\.jsonl in the folder "
+        r"\(or train\.csv, training\.json, \.\.\.\), "
         r"found my_train\.jsonl$",
     ):
         sets(tmp_path)
