@@ -88,6 +88,10 @@ def read_document(path: Path) -> Rows:
             yield number, _checked(f"{path}: row {number}", row, text)
 
 
+class _KeyTwiceError(ValueError):
+    """A key that an object has twice."""
+
+
 class _Scanner:
     """JSON values one after another, of which no more than one is in memory."""
 
@@ -245,7 +249,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the key {twice!r} is there twice")
+        raise _KeyTwiceError(twice)
     return result
 
 
@@ -253,7 +257,9 @@ def _not_parsed(place: str, error: Exception) -> EdgeLoraError:
     """The error for a number of thousands of digits, a key given twice, or deep nesting."""
     if isinstance(error, RecursionError):
         return EdgeLoraError(f"{place}: is nested too deeply, expected a JSON object")
-    return EdgeLoraError(f"{place}: is not JSON that can be read ({error})")
+    if isinstance(error, _KeyTwiceError):
+        return EdgeLoraError(f"{place}: has the key {str(error)!r} twice; keep one of them")
+    return EdgeLoraError(f"{place}: is not JSON ({error}), expected an object")
 
 
 def _checked(place: str, row: Any, text: str) -> Mapping[str, Any]:
