@@ -80,7 +80,7 @@ def measure(mode: str, shape: str, blocks: int, tokens: int, rank: int) -> dict[
         lazy.model.train()
         vocabulary = SHAPES[shape]["vocab_size"]
         row = np.random.RandomState(0).randint(0, vocabulary, (1, tokens + 1)).astype(np.int32)
-        batch = Batch(row, np.array([[0, tokens + 1]], np.int32), (0,))
+        batch = Batch(row, np.ones((1, tokens), bool), (0,))
         optimizer = optimizers.AdamW(1e-4)
         store = MappedStore(folder, meter)
         walk = Walk(lazy.model, store, attached.weights)

@@ -127,8 +127,8 @@ def reset_footprint() -> None:
 def random_batch(vocabulary: int, tokens: int, labelled: float) -> Batch:
     """One row of random tokens, the last share of them labelled."""
     row = np.random.RandomState(0).randint(0, vocabulary, (1, tokens + 1)).astype(np.int32)
-    first = tokens + 1 - max(1, round(labelled * tokens))
-    return Batch(row, np.array([[first, tokens + 1]], np.int32), (0,))
+    first = tokens - max(1, round(labelled * tokens))
+    return Batch(row, np.arange(tokens)[None] >= first, (0,))
 
 
 def measure(args: argparse.Namespace, blocks: int, tokens: int) -> dict[str, float]:

@@ -30,6 +30,7 @@ from unittest import mock
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
+import numpy as np
 from mlx_lm import lora
 from mlx_lm.tuner.datasets import CacheDataset
 from mlx_lm.tuner.trainer import default_loss
@@ -71,7 +72,9 @@ def our_batches(order: int, dataset: CacheDataset, **options: object) -> Iterato
     options |= {"seed": order}
     options.pop("comm_group")
     for batch in iterate_batches(dataset, **options):
-        yield mx.array(batch.tokens), mx.array(batch.lengths)
+        # Rows have one labelled span each, which ends with them.
+        first = 1 + batch.mask.argmax(axis=1)
+        yield mx.array(batch.tokens), mx.array(np.stack([first, first + batch.mask.sum(axis=1)], 1))
 
 
 def arms() -> list[Arm]:

@@ -49,7 +49,7 @@ def ours(folder: Path, plan: Plan | None, batch: object, stack: ExitStack) -> Ca
     add_lora(lazy.model, -1, rank=RANK)
     if plan is None:
         shape = shape_of(checked_blocks(lazy.model), shapes.SHAPES["thin"][-1])
-        load = Load(1, TOKENS, int(batch.mask().sum()))
+        load = Load(1, TOKENS, int(batch.mask.sum()))
         plan = smallest(shape, load, machine_here(folder, folder, mx.float32)).plan
     engine = stack.enter_context(assembled(lazy, plan, Settings(folder)))
     optimizer, finite = optimizers.AdamW(1e-5), Finite()

@@ -100,7 +100,7 @@ class Planned:
         dtype = DTYPES[case.dtype]
         self.shape: ModelShape = shape_of(checked_blocks(lazy.model), lazy.vocabulary, dtype)
         self.batch = batch_of(case, lazy.vocabulary)
-        self.load = Load(case.rows, case.tokens, int(self.batch.mask().sum()))
+        self.load = Load(case.rows, case.tokens, int(self.batch.mask.sum()))
         self.machine: Machine = machine_here(args.cache, args.cache, dtype)
         self._arguments = self.shape, self.load, self.machine
         self.known, self._smallest = Measured(overlaps=mx.default_device() == mx.gpu), None
@@ -182,9 +182,10 @@ def batch_of(case: Case, vocabulary: int) -> Batch:
     """Random tokens, the last share of every row labelled."""
     shape = case.rows, case.tokens + 1
     rows = np.random.RandomState(0).randint(0, vocabulary, shape).astype(np.int32)
-    first = case.tokens + 1 - max(1, round(case.labelled * case.tokens))
-    lengths = np.array([[first, case.tokens + 1]] * case.rows, np.int32)
-    return Batch(rows, lengths, tuple(range(case.rows)))
+    first = case.tokens - max(1, round(case.labelled * case.tokens))
+    mask = np.zeros((case.rows, case.tokens), bool)
+    mask[:, first:] = True
+    return Batch(rows, mask, tuple(range(case.rows)))
 
 
 def run_grid(args: argparse.Namespace) -> None:

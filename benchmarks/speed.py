@@ -63,7 +63,9 @@ def theirs(folder: Path, rank: int, batch: Batch, checkpointing: bool) -> Step:
         optimizer.update(model, gradients)
         return loss, count
 
-    tokens, lengths = mx.array(batch.tokens), mx.array(batch.lengths)
+    tokens = mx.array(batch.tokens)
+    first = int(batch.mask.argmax())  # of the only row, whose labels are its last tokens
+    lengths = mx.array([[first + 1, batch.tokens.shape[1]]])
 
     def run() -> float:
         loss, _ = step(tokens, lengths)
@@ -81,7 +83,7 @@ def ours(folder: Path, rank: int, batch: Batch, budget: int, stack: ExitStack) -
     lazy = open_model(str(folder), streamed=True, quantize=None, cache=folder)
     add_lora(lazy.model, -1, rank=rank)
     shape = shape_of(checked_blocks(lazy.model), lazy.vocabulary)
-    load = Load(*batch.inputs().shape, int(batch.mask().sum()))
+    load = Load(*batch.inputs().shape, int(batch.mask.sum()))
     machine = machine_here(folder.parent, folder.parent, mx.float32)
     choice = plan(shape, load, machine, budget)
     settings = Settings(folder.parent)

@@ -26,12 +26,8 @@ from mlx_edgelora.storage.stores import MappedStore, RamStore
 class Batch(data.Batch):
     """A batch with any mask, not only what follows a prompt."""
 
-    def __init__(self, tokens, labelled):
-        super().__init__(tokens, lengths=None, indices=tuple(range(len(tokens))))
-        object.__setattr__(self, "_labelled", labelled)
-
-    def mask(self):
-        return self._labelled
+    def __init__(self, tokens, mask):
+        super().__init__(tokens, mask, indices=tuple(range(len(tokens))))
 
 
 def random_batch(rows=2, tokens=17, vocabulary=101, share=0.4, seed=0) -> Batch:
@@ -130,7 +126,7 @@ def plain(folder: Path, num_layers: int = -1, **lora) -> nn.Module:
 def plain_value_and_grad(model: nn.Module, batch: Batch):
     """MLX's own autodiff of the masked mean cross-entropy."""
     inputs, targets = mx.array(batch.inputs()), mx.array(batch.labels())
-    labelled = mx.array(batch.mask())
+    labelled = mx.array(batch.mask)
 
     def loss(model):
         logits = model(inputs).astype(mx.float32)

@@ -139,5 +139,5 @@ def batches(
     )
     found = []
     for _, batch in zip(range(steps), order, strict=False):
-        found.append((batch.indices, batch.inputs().size, int(batch.mask().sum())))
+        found.append((batch.indices, batch.inputs().size, int(batch.mask.sum())))
     return found

@@ -6,13 +6,17 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlx_edgelora.data.dataset import Dataset, count_targets
+from mlx_edgelora.data.dataset import Dataset
+from mlx_edgelora.data.spans import Labelled, count_labels, label_mask, spans_of
 from mlx_edgelora.errors import EdgeLoraError
 
 PAD_TO = 32  # inputs are padded to multiples of it, so that few shapes are compiled
 # On a GPU longer inputs are padded to multiples of this: a graph is built anew for every length,
 # and kept. A CPU has nothing from it but padding to compute.
 LONG, LONG_PAD_TO = 512, 128
+
+# The tokens of a row, and which of them are labelled.
+LabelledRow = tuple[Sequence[int], Labelled]
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,13 +25,12 @@ class Batch:
 
     Attributes:
         tokens: int32 [B, T + 1].
-        lengths: int32 [B, 2], per row the position of its first token to train on and the
-            number of its tokens.
+        mask: bool [B, T], which labels train: those of labelled spans, never padding.
         indices: the rows in the data set, for messages.
     """
 
     tokens: np.ndarray
-    lengths: np.ndarray
+    mask: np.ndarray
     indices: tuple[int, ...]
 
     def inputs(self) -> np.ndarray:
@@ -38,14 +41,9 @@ class Batch:
         """The token that follows each input: int32 [B, T]."""
         return self.tokens[:, 1:]
 
-    def mask(self) -> np.ndarray:
-        """Which labels train: bool [B, T], the real tokens after the prompt, no padding."""
-        steps = np.arange(1, self.tokens.shape[1])
-        return (steps >= self.lengths[:, :1]) & (steps < self.lengths[:, 1:])
-
 
 def iterate_batches(
-    dataset: Sequence[tuple[Sequence[int], int]],
+    dataset: Sequence[LabelledRow],
     batch_size: int,
     max_seq_length: int,
     loop: bool = False,
@@ -58,7 +56,8 @@ def iterate_batches(
     `np.random.seed(seed)`, without a change to numpy's global state.
 
     Args:
-        dataset: a `Dataset`, or any sequence of (tokens, offset). Rows are cut to the limit.
+        dataset: a `Dataset`, or any sequence of (tokens, offset of the first labelled one) or
+            (tokens, labelled spans). Rows are cut to the limit.
         batch_size: rows per batch.
         max_seq_length: limit of tokens per row; T + 1 is no larger.
         loop: go on forever instead of ending after one epoch.
@@ -70,9 +69,9 @@ def iterate_batches(
     """
     lengths = np.empty(len(dataset), np.int32)
     for index in range(len(dataset)):
-        tokens, offset = dataset[index]
+        tokens, labelled = dataset[index]
         lengths[index] = min(len(tokens), max_seq_length)
-        if count_targets(lengths[index], offset) == 0:
+        if not len(spans_of(labelled, lengths[index])):
             raise EdgeLoraError(
                 f"{_place(dataset, index)}: has no token to train on within max_seq_length "
                 f"{max_seq_length}; leave it out or raise the limit"
@@ -84,7 +83,7 @@ def iterate_batches(
 
 
 def largest_batch(
-    datasets: Iterable[Sequence[tuple[Sequence[int], int]]], batch_size: int, max_seq_length: int
+    datasets: Iterable[Sequence[LabelledRow]], batch_size: int, max_seq_length: int
 ) -> tuple[int, int]:
     """The most tokens of a row, padding included, and labels of a batch of `iterate_batches`.
 
@@ -95,7 +94,10 @@ def largest_batch(
         rows = [dataset[index] for index in range(len(dataset))]
         lengths = np.array([min(len(row), max_seq_length) for row, _ in rows], np.int64)
         counts = np.array(
-            [count_targets(n, offset) for n, (_, offset) in zip(lengths, rows, strict=True)]
+            [
+                count_labels(spans_of(labelled, n))
+                for n, (_, labelled) in zip(lengths, rows, strict=True)
+            ]
         )
         order = np.argsort(lengths, kind="stable")[: len(rows) // batch_size * batch_size]
         if order.size:
@@ -122,7 +124,7 @@ def check_batch_size(dataset: Sequence, batch_size: int) -> None:
 
 
 def _generate(
-    dataset: Sequence[tuple[Sequence[int], int]],
+    dataset: Sequence[LabelledRow],
     groups: np.ndarray,
     max_seq_length: int,
     loop: bool,
@@ -136,7 +138,7 @@ def _generate(
 
 
 def _make_batch(
-    dataset: Sequence[tuple[Sequence[int], int]], indices: list[int], max_seq_length: int
+    dataset: Sequence[LabelledRow], indices: list[int], max_seq_length: int
 ) -> Batch:
     rows = [dataset[index] for index in indices]
     lengths = [min(len(tokens), max_seq_length) for tokens, _ in rows]
@@ -144,8 +146,8 @@ def _make_batch(
     tokens = np.zeros((len(rows), width), np.int32)
     for i, ((row, _), length) in enumerate(zip(rows, lengths, strict=True)):
         tokens[i, :length] = row[:length]
-    offsets = [offset for _, offset in rows]
-    return Batch(tokens, np.array([offsets, lengths], np.int32).T.copy(), tuple(indices))
+    spans = [spans_of(labelled, n) for n, (_, labelled) in zip(lengths, rows, strict=True)]
+    return Batch(tokens, label_mask(spans, width), tuple(indices))
 
 
 def _place(dataset: Sequence, index: int) -> str:

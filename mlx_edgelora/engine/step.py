@@ -296,7 +296,7 @@ def _labelled(batch: Batch, count: int, fills: bool) -> list[_Part]:
         count: of parts.
         fills: add tokens without a label, so that few shapes are compiled.
     """
-    mask = batch.mask()
+    mask = batch.mask
     labelled = np.flatnonzero(mask.any(axis=1))
     if not labelled.size:
         raise EdgeLoraError(

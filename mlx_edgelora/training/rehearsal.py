@@ -81,5 +81,6 @@ def synthetic_batch(load: Load, vocabulary: int) -> Batch:
     shape = load.rows, load.tokens + 1
     tokens = np.random.RandomState(0).randint(0, vocabulary, shape).astype(np.int32)
     labelled = min(load.tokens, -(-load.labelled // load.rows))
-    lengths = np.array([[shape[1] - labelled, shape[1]]] * load.rows, np.int32)
-    return Batch(tokens, lengths, tuple(range(load.rows)))
+    mask = np.zeros((load.rows, load.tokens), bool)
+    mask[:, load.tokens - labelled :] = True
+    return Batch(tokens, mask, tuple(range(load.rows)))

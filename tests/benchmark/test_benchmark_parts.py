@@ -155,7 +155,7 @@ def _same_batches(job, tokenizer):
         np.testing.assert_array_equal(np.array(tokens), batch.tokens)
         steps, bounds = np.arange(1, tokens.shape[1]), np.array(lengths)
         mask = (steps >= bounds[:, :1]) & (steps <= bounds[:, 1:])
-        np.testing.assert_array_equal(mask, batch.mask())
+        np.testing.assert_array_equal(mask, batch.mask)
 
 
 def test_rows_of_all_lengths_make_the_same_batches(job, tmp_path):

@@ -67,10 +67,20 @@ def test_rows_that_reach_the_limit_come_as_in_mlx_lm(wrap, lengths):
     for batch, (tokens, lengths_and_offsets) in zip(ours, take(theirs, 17), strict=True):
         assert batch.tokens.dtype == np.int32
         assert np.array_equal(batch.tokens, np.array(tokens))
-        assert np.array_equal(batch.lengths, np.array(lengths_and_offsets))
-        steps = np.arange(1, tokens.shape[1])
-        theirs_mask = (steps >= batch.lengths[:, :1]) & (steps <= batch.lengths[:, 1:])
-        assert np.array_equal(batch.mask(), theirs_mask)
+        steps, bounds = np.arange(1, tokens.shape[1]), np.array(lengths_and_offsets)
+        theirs_mask = (steps >= bounds[:, :1]) & (steps <= bounds[:, 1:])
+        assert np.array_equal(batch.mask, theirs_mask)
+
+
+def test_several_spans_of_a_row_are_labels_and_what_is_between_is_not():
+    (tokens, _), spans = make_rows([40])[0], [(0, 3), (10, 12), (39, 40)]
+    for rows in ([(tokens, spans)], make_dataset([(tokens, spans)])):
+        (batch,) = iterate_batches(rows, 1, 64)
+        assert batch.tokens.shape == (1, 65) and batch.mask.shape == (1, 64)
+        assert np.flatnonzero(batch.mask[0]).tolist() == [0, 1, 9, 10, 38]
+        assert largest_batch([rows], 1, 64) == (64, 5)
+    with pytest.raises(EdgeLoraError, match=r"^row 0: has no token to train on within"):
+        iterate_batches([(tokens, [(20, 30)])], 1, 16)
 
 
 def test_the_global_random_state_is_left_alone():
@@ -101,14 +111,14 @@ def test_every_batch_holds_its_rows_and_labels_real_tokens_only(shapes, batch_si
     seen = []
     for batch in iterate_batches(rows, batch_size, limit, seed=0):
         width = batch.tokens.shape[1]
-        longest = batch.lengths[:, 1].max()
+        longest = max(min(len(rows[index][0]), limit) for index in batch.indices)
         assert width == limit or ((width - 1) % 32 == 0 and 0 < width - longest <= 32)
-        assert batch.inputs().shape == batch.labels().shape == batch.mask().shape
+        assert batch.inputs().shape == batch.labels().shape == batch.mask.shape
         for i, index in enumerate(batch.indices):
             tokens, offset = rows[index]
             kept = tokens[:limit]
             assert batch.tokens[i].tolist() == kept + [0] * (width - len(kept))
-            assert batch.labels()[i][batch.mask()[i]].tolist() == kept[max(offset, 1) :]
+            assert batch.labels()[i][batch.mask[i]].tolist() == kept[max(offset, 1) :]
         seen += batch.indices
     assert len(seen) == len(set(seen)) == len(rows) // batch_size * batch_size
 
@@ -130,8 +140,8 @@ def test_batches_have_few_lengths(monkeypatch, device, most):
 
 def test_defect_1_of_mlx_lm_a_padded_row_trains_no_padding_here():
     batch = next(iterate_batches(make_rows([6], offset=2), 1, 64, seed=0))
-    assert batch.mask().sum() == 4
-    assert 0 not in batch.labels()[batch.mask()]
+    assert batch.mask.sum() == 4
+    assert 0 not in batch.labels()[batch.mask]
     assert their_mask([2, 6], batch.tokens.shape[1]) == 5
 
 
@@ -157,7 +167,7 @@ def test_defect_3_of_mlx_lm_a_prompt_as_long_as_the_limit_is_no_nan_here():
     rows = [*make_rows([20] * 4, offset=5), *make_rows([20] * 4, offset=16, seed=1)]
     dataset = make_dataset(rows, max_seq_length=16)
     assert len(dataset) == 4
-    assert all(batch.mask().any(axis=1).all() for batch in iterate_batches(dataset, 2, 16, seed=0))
+    assert all(batch.mask.any(axis=1).all() for batch in iterate_batches(dataset, 2, 16, seed=0))
     tokens, lengths = next(trainer.iterate_batches(rows[4:], 2, 16, seed=0))
     loss, _ = trainer.default_loss(lambda inputs: mx.zeros((*inputs.shape, 99)), tokens, lengths)
     assert np.isnan(loss.item())

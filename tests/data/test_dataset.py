@@ -2,8 +2,11 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mlx_edgelora.data import Dataset, Row
+from mlx_edgelora.data.spans import count_labels, label_mask, spans_of
 from mlx_edgelora.errors import EdgeLoraError
 
 
@@ -13,8 +16,9 @@ def make_dataset(*rows, limit=4, name="train.jsonl"):
 
 def test_rows_come_back_as_int32():
     dataset = make_dataset(([1, 2, 3], 0), ([4, 5], 1))
-    tokens, offset = dataset[1]
-    assert (tokens.dtype, tokens.tolist(), offset) == (np.int32, [4, 5], 1)
+    tokens, spans = dataset[1]
+    assert (tokens.dtype, tokens.tolist()) == (np.int32, [4, 5])
+    assert (spans.dtype, spans.tolist()) == (np.int32, [[1, 2]])
     assert [tokens.tolist() for tokens, _ in dataset] == [[1, 2, 3], [4, 5]]
     with pytest.raises(IndexError, match="row 2 of 2"):
         dataset[2]
@@ -65,5 +69,31 @@ def test_nothing_to_train_at_all_names_the_data_set():
 
 def test_a_row_costs_little_more_than_its_tokens():
     dataset = make_dataset(*[([1] * 50, 0)] * 1000, limit=64)
-    stored = (dataset._tokens, dataset._starts, dataset._offsets, dataset._numbers)
-    assert sum(len(part) * part.itemsize for part in stored) <= 1000 * (50 * 4 + 20) + 8
+    names = ("_tokens", "_starts", "_numbers", "_spans", "_span_starts")
+    stored = [getattr(dataset, name) for name in names]
+    assert sum(len(part) * part.itemsize for part in stored) <= 1000 * (50 * 4 + 24 + 8) + 16
+
+
+def test_labelled_spans_come_back_cut_to_the_row():
+    dataset = make_dataset(([1, 2, 3, 4, 5, 6], [(0, 2), (3, 6)]), ([7, 8, 9], np.int32([[2, 3]])))
+    assert [spans.tolist() for _, spans in dataset] == [[[1, 2], [3, 4]], [[2, 3]]]
+    assert dataset.labels().tolist() == [2, 4, 9]
+    dropped = make_dataset(([1, 2], []), ([1, 2, 3, 4, 5], [(4, 5)]), ([1, 2], [(1, 2)]))
+    assert (len(dropped), dropped.report.dropped) == (1, 2)
+
+
+@given(st.lists(st.tuples(st.integers(-2, 12), st.integers(-2, 12)), max_size=5), st.integers(0, 9))
+def test_spans_are_in_order_apart_and_cover_what_was_given(pairs, length):
+    spans = spans_of(pairs, length)
+    assert spans.dtype == np.int32 and spans.shape[1] == 2
+    expected = {i for start, stop in pairs for i in range(max(start, 1), min(stop, length))}
+    assert count_labels(spans) == len(expected)
+    mask = label_mask([spans], max(length, 1))
+    assert set(np.flatnonzero(mask[0]) + 1) == expected
+    flat = spans.reshape(-1).tolist()
+    assert flat == sorted(set(flat))
+
+
+def test_an_offset_is_one_span_to_the_end():
+    assert [spans_of(offset, 4).tolist() for offset in (0, 1, 3)] == [[[1, 4]], [[1, 4]], [[3, 4]]]
+    assert spans_of(4, 4).shape == spans_of(0, 1).shape == spans_of(0, 0).shape == (0, 2)

@@ -46,9 +46,9 @@ def test_prompts_are_masked_and_features_renamed(tokenizer, folder):
     train, _, _ = load(
         tokenizer, folder(train=rows), mask_prompt=True, prompt_feature="q", completion_feature="a"
     )
-    tokens, offset = train[0]
+    tokens, spans = train[0]
     assert tokenizer.decode(tokens.tolist()) == "<user> w0 </s> <assistant> w1 w3 </s>"
-    assert offset == 4
+    assert spans.tolist() == [[4, 7]]
 
 
 def test_rows_longer_than_the_limit_are_truncated_with_one_warning(tokenizer, folder):

@@ -40,7 +40,7 @@ def case(request, tmp_path_factory):
     name, kind = request.param
     quantized, share = KINDS[kind]
     folder, batch = tmp_path_factory.mktemp(name), random_batch(2, 17, share=share)
-    assert batch.mask().all() == (share > 1)
+    assert batch.mask.all() == (share > 1)
     reference = plain(save(folder, name, quantized))
     loss, gradients = plain_value_and_grad(reference, batch)
     return folder, batch, loss, gradients, resolution(reference, batch)
@@ -69,7 +69,7 @@ def test_gradients_equal_plain_mlx(case, segment, monkeypatch):
         alone, _ = ours.loss(batch)
     # Which blocks of an architecture are tiled is tested in `test_tiled.py`; here, that one is.
     assert CONSISTS[segment](kinds[0]), kinds[0]
-    assert count == batch.mask().sum()
+    assert count == batch.mask.sum()
     assert loss.item() == pytest.approx(expected_loss, rel=1e-5)
     assert alone.item() == pytest.approx(expected_loss, rel=1e-5)
     assert_same_gradients(got, expected, resolution=moves)

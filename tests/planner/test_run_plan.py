@@ -62,7 +62,7 @@ def test_shorter_batches_have_faster_plans_where_they_fit(options, tmp_path):
     with open_engine(config, lambda line: None) as (engine, _, _):
         for width in (32, 1023):
             tokens = np.zeros((2, width + 1), np.int32)
-            plans.append(engine.plan_of(Batch(tokens, np.array([[0, width + 1]] * 2), (0, 1))))
+            plans.append(engine.plan_of(Batch(tokens, np.ones((2, width), bool), (0, 1))))
     short, long = plans
     assert short.kept_blocks > long.kept_blocks
     assert (short.head, short.adapters) == (long.head, long.adapters)
@@ -88,7 +88,7 @@ def test_a_correction_that_finds_no_plan_changes_nothing(options, monkeypatch):
             chosen.corrected(10**12)
         assert (chosen.plan, chosen.known.correction) == (before, 1.0)
         for tokens in range(2, chosen.load.tokens, 5):
-            batch = Batch(np.zeros((1, tokens), np.int32), np.array([[1, tokens]]), (0,))
+            batch = Batch(np.zeros((1, tokens), np.int32), np.ones((1, tokens - 1), bool), (0,))
             assert isinstance(chosen.of(batch), Plan)
         monkeypatch.setattr("mlx_edgelora.planner.run_plan.plan", refused)
         chosen._variants.clear()
@@ -150,7 +150,7 @@ def test_a_plan_that_takes_more_than_its_budget_is_replaced(monkeypatch):
         held, batches = [], []
 
         def backward(self, batch, sink):
-            self.batches.append((batch.inputs().shape, int(batch.mask().sum())))
+            self.batches.append((batch.inputs().shape, int(batch.mask.sum())))
 
         def hold(self, plan):
             self.held.append(plan.tile_tokens)
@@ -173,7 +173,7 @@ def test_the_largest_batch_is_that_of_the_batches():
         batches = list(iterate_batches(usable, size, limit, seed=0))
         tokens, labels = largest_batch([usable], size, limit)
         assert tokens == max(batch.inputs().shape[1] for batch in batches)
-        assert labels == max(int(batch.mask().sum()) for batch in batches)
+        assert labels == max(int(batch.mask.sum()) for batch in batches)
 
 
 def test_half_duty_takes_twice_the_time():

@@ -280,7 +280,7 @@ def _walked(case: Case, plan: Plan, notify: Callable[[str], None]) -> Outcome:
 def _dropped_in(case: Case) -> Outcome:
     model = plain(case.folder, keys=case.keys)
     inputs, targets = mx.array(case.batch.inputs()), mx.array(case.batch.labels())
-    labelled = mx.array(case.batch.mask())
+    labelled = mx.array(case.batch.mask)
 
     def loss() -> mx.array:
         logits = model(inputs).astype(mx.float32)

@@ -123,7 +123,7 @@ def test_evaluate_is_exact_repeatable_and_limited(make_config):
     config = make_config(batch_size=2)
     rows, engine = make_rows(6, [4, 4, 9, 9, 16, 16]), PlainEngine(make_model())
     batches = list(iterate_batches(rows, 2, 16, loop=False, seed=0))
-    losses = [(engine.loss(batch)[0].item(), int(batch.mask().sum())) for batch in batches]
+    losses = [(engine.loss(batch)[0].item(), int(batch.mask.sum())) for batch in batches]
     for count in (-1, 1, 2, 99):
         part = losses if count == -1 else losses[:count]
         tokens = sum(number for _, number in part)

@@ -28,8 +28,8 @@ from mlx_edgelora.losses.head import MatrixHead
 def batch(rows, tokens, labelled, seed=0) -> Batch:
     """A random batch with labels where `labelled` says, a function of a bool [rows, tokens]."""
     made = random_batch(rows, tokens, seed=seed)
-    made.mask()[:] = False
-    labelled(made.mask())
+    made.mask[:] = False
+    labelled(made.mask)
     return made
 
 
@@ -90,7 +90,7 @@ def assert_same(got, expected, nothing=(), moves=None) -> None:
 def check(ours, model, made):
     expected_loss, expected = plain_value_and_grad(model, made)
     (loss, count), got = ours.value_and_grad(made)
-    assert count == made.mask().sum()
+    assert count == made.mask.sum()
     assert loss.item() == pytest.approx(expected_loss, rel=1e-5)
     assert_same(got, expected, moves=resolution(model, made))
 
@@ -158,12 +158,12 @@ def test_filled_up_there_are_few_numbers_of_rows():
     sizes = set()
     for count in range(1, 301):
         made = batch(3, 100, fill(), count)
-        made.mask().reshape(-1)[np.random.RandomState(count).permutation(300)[:count]] = True
+        made.mask.reshape(-1)[np.random.RandomState(count).permutation(300)[:count]] = True
         (part,) = step._labelled(made, 1, fills=True)
         rows, weights = np.array(part.rows), np.array(part.weights)
         assert (np.diff(rows) > 0).all()
         assert part.count == count
-        assert set(np.flatnonzero(made.mask())) == set(rows[weights > 0])
+        assert set(np.flatnonzero(made.mask)) == set(rows[weights > 0])
         assert weights[weights > 0] == pytest.approx(1 / count)
         assert np.array_equal(part.labels, made.labels().reshape(-1)[rows])
         sizes.add(rows.size)
@@ -192,7 +192,7 @@ def test_a_gradient_of_the_wrong_row_is_seen(tmp_path):
     folder = save(tmp_path, "llama", False)
     ours, model = engine(folder), plain(folder)
     made, moved = batch(3, 17, scattered, 4), batch(3, 17, scattered, 4)
-    moved.mask()[-1, -2:] = False, True
+    moved.mask[-1, -2:] = False, True
     ours.value_and_grad(moved)
     _, expected = plain_value_and_grad(model, made)
     _, got = ours.value_and_grad(moved)
@@ -250,7 +250,7 @@ def walked(ours, made, rows, cotangent):
 def test_a_whole_last_block_is_the_unmasked_one_bit_for_bit(name, bits, tmp_path):
     """Where it is computed for labelled tokens only, products have other shapes: rounding."""
     ours, made = engine(save(tmp_path, name, True)), batch(2, 17, scattered, 3)
-    rows = mx.array(np.flatnonzero(made.mask()))
+    rows = mx.array(np.flatnonzero(made.mask))
     cotangent = mx.random.normal((1, rows.size, 64))
     hidden, gradients = walked(ours, made, rows, cotangent)
     everywhere = mx.zeros((34, 64))
@@ -310,9 +310,7 @@ def test_a_batch_without_labels_is_named(tmp_path):
     """Its prompts leave nothing; and the engine goes on with the next batch."""
     folder = save(tmp_path, "llama", True)
     ours, model = engine(folder), plain(folder)
-    lengths = np.array([[9, 9], [8, 8]], np.int32)
-    empty = data.Batch(np.ones((2, 9), np.int32), lengths, indices=(7, 3))
-    assert not empty.mask().any()
+    empty = data.Batch(np.ones((2, 9), np.int32), np.zeros((2, 8), bool), indices=(7, 3))
     for method in (ours.value_and_grad, ours.loss):
         with pytest.raises(
             EdgeLoraError, match=r"batch of rows \[7, 3\]: no token carries a label"

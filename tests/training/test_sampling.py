@@ -78,14 +78,14 @@ def opened(folder, rank=16):
 
 def batch_of(rows, tokens):
     numbers = np.random.RandomState(0).randint(0, 100, (rows, tokens + 1)).astype(np.int32)
-    lengths = np.array([[tokens // 2, tokens + 1]] * rows, np.int32)
-    return Batch(numbers, lengths, tuple(range(rows)))
+    mask = np.tile(np.arange(1, tokens + 1) >= tokens // 2, (rows, 1))
+    return Batch(numbers, mask, tuple(range(rows)))
 
 
 def run_by(lazy, batch, plan=None, budget=None):
     """The run by a plan, or by what is searched for."""
     shape = shape_of(checked_blocks(lazy.model), lazy.vocabulary, mx.float32)
-    load = Load(*batch.inputs().shape, int(batch.mask().sum()))
+    load = Load(*batch.inputs().shape, int(batch.mask.sum()))
     known = Measured()
     arguments = shape, load, MACHINE
     choice = plan and expected(*arguments, plan, known)

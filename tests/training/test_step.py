@@ -38,7 +38,7 @@ def check(folder, batch, tolerance=1e-5, **options):
     with closing(engine(folder, **options)) as ours:
         (loss, count), got = ours.value_and_grad(batch)
         again, _ = ours.loss(batch)
-    assert count == batch.mask().sum()
+    assert count == batch.mask.sum()
     assert loss.item() == pytest.approx(expected_loss, rel=1e-5)
     assert again.item() == pytest.approx(expected_loss, rel=1e-5)
     assert_same_gradients(got, expected, tolerance, resolution(reference, batch))
@@ -205,8 +205,8 @@ def test_an_input_is_on_its_way_while_the_block_above_computes(
 def test_logits_are_made_for_labelled_rows_only(tmp_path):
     folder = save(tmp_path, "llama", False)
     batch = random_batch(2, 17)
-    batch.mask()[:] = False
-    batch.mask()[1, 4:7] = True
+    batch.mask[:] = False
+    batch.mask[1, 4:7] = True
     rows = []
 
     class Counted(CrossEntropy):

@@ -59,7 +59,7 @@ class PlainEngine:
         return losses.sum() / mask.sum()
 
     def value_and_grad(self, batch):
-        mask = batch.mask()
+        mask = batch.mask
         loss, gradients = self._value_and_grad(mx.array(batch.tokens), mx.array(mask))
         mx.eval(loss, gradients)
         self.disk.add_read(1000)
@@ -72,7 +72,7 @@ class PlainEngine:
         return result
 
     def loss(self, batch):
-        mask = batch.mask()
+        mask = batch.mask
         return self._mean_loss(mx.array(batch.tokens), mx.array(mask)), int(mask.sum())
 
 
