@@ -39,8 +39,6 @@ from mlx_edgelora.config.yaml_file import read_yaml
 from mlx_edgelora.errors import EdgeLoraError
 
 REPORTERS = ("wandb", "swanlab")
-# Kinds of rows: mlx-lm's names, and those of other tools.
-DATA_FORMATS = ("chat", "completions", "text", "alpaca", "sharegpt", "qa")
 # So many last blocks are adapted by default, as in mlx-lm, or all of a model that has fewer.
 MOST_LAYERS = 16
 
@@ -100,7 +98,7 @@ class TrainConfig:
     data_format: str | None = option(
         None,
         "Kind of the rows. Default: found from their columns.",
-        one_of(*DATA_FORMATS),
+        one_of("chat", "completions", "text", "alpaca", "sharegpt", "qa"),
     )
     val_split: float | None = option(
         None,
@@ -353,6 +351,12 @@ def _check_together(config: TrainConfig) -> None:
     """Refuse options that contradict each other."""
     if not config.train and not config.test:
         raise EdgeLoraError("train: got false without test, expected one of the two to be true")
+    has_other = "val_batches 0" if config.val_batches == 0 else config.hf_dataset and "hf_dataset"
+    if config.train and config.val_split is not None and has_other:
+        raise EdgeLoraError(
+            f"val_split: got {config.val_split:g} with {has_other}, expected no val_split there: "
+            "nothing is validated, or valid_split says on what; leave one of them out"
+        )
     if config.train and not config.adapter_path:
         raise EdgeLoraError("adapter_path: got no name, expected a folder to write the adapter to")
     if config.loss == "exact":
@@ -366,12 +370,6 @@ def _check_together(config: TrainConfig) -> None:
         raise EdgeLoraError(
             f"label_smoothing: got {config.label_smoothing} with the approximate loss, expected "
             "0: a target over the whole vocabulary needs the exact one"
-        )
-    has_other = "val_batches 0" if config.val_batches == 0 else config.hf_dataset and "hf_dataset"
-    if config.train and config.val_split is not None and has_other:
-        raise EdgeLoraError(
-            f"val_split: got {config.val_split:g} with {has_other}, expected no val_split there: "
-            "nothing is validated, or valid_split says on what; leave one of them out"
         )
     _check_memory(config)
     if config.memory_profile is not None and not config.train:
