@@ -104,8 +104,11 @@ def finetune(
         if converts_dtype(_dtype(config) or lazy.blocks.hidden_dtype):
             notify(BFLOAT16)
         tokenizer = _tokenizer(lazy)
-        train_set, valid_set, test_set = _data(config, tokenizer, lazy.vocabulary, notify)
-        facts = summary.facts(config, lazy, (train_set, valid_set, test_set))
+        about_rows: list[str] = []
+        found = train_set, valid_set, test_set = _data(
+            config, tokenizer, lazy.vocabulary, notify, about_rows.append
+        )
+        facts = summary.facts(config, lazy, found, about_rows)
         notify(summary.lines(facts))
         note("run", summary.run_record(config, facts))
         sets = [dataset for dataset in (train_set, valid_set, test_set) if dataset is not None]
@@ -451,11 +454,13 @@ def _resume(trained: AdapterState, model: nn.Module, config: TrainConfig) -> Non
 
 
 def _data(
-    config: TrainConfig, tokenizer: object, vocabulary: int, log: Callable[[str], None]
+    config: TrainConfig,
+    tokenizer: object,
+    vocabulary: int,
+    log: Callable[[str], None],
+    about: Callable[[str], None] | None = None,
 ) -> tuple[Dataset | None, Dataset | None, Dataset | None]:
-    sets = load_datasets(config, tokenizer)
-    if config.train and config.val_batches and sets[1] is None:
-        log("no valid set, so no validation")
+    sets = load_datasets(config, tokenizer, about)
     for dataset in sets:
         if dataset is None:
             continue

@@ -22,15 +22,23 @@ NAMES = 11
 EMBEDDED = "the tiny model of this package"
 
 
-def facts(config: TrainConfig, lazy: LazyModel, sets: Sequence[Dataset | None]) -> dict[str, str]:
+def facts(
+    config: TrainConfig,
+    lazy: LazyModel,
+    sets: Sequence[Dataset | None],
+    about_rows: Sequence[str] = (),
+) -> dict[str, str]:
     """Words about the model, the data, the adapters and the optimizer.
 
     Args:
         config: of the run.
         lazy: its adapted model.
         sets: training, validation and test set, as far as they are there.
+        about_rows: lines about where they come from.
     """
     rows = {"model": _model(lazy), "data": _data(config, sets)}
+    if about_rows:
+        rows["rows"] = "; ".join(about_rows)
     if config.train:
         rows |= {"adapters": _adapters(config, lazy), "optimizer": _optimizer(config)}
     return rows
