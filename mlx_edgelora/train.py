@@ -4,13 +4,35 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 
-from mlx_edgelora.config import config_from_cli
+from mlx_edgelora.config import TrainConfig, config_from_cli
 from mlx_edgelora.config.yaml_file import read_yaml
 from mlx_edgelora.embedded import DEFAULT_CONFIG, MODEL_PATH, demonstrate
 from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.measure.text import COLUMNS, wrapped
 from mlx_edgelora.training.failures import explain_failures
 from mlx_edgelora.training.finetune import finetune
+from mlx_edgelora.training.log import recorded
+
+
+def run(config: TrainConfig) -> None:
+    """Do what the options say; then print what was gained, or the command that tries it."""
+    with recorded(config) as log:
+        result = finetune(config, log=log)
+        if result is not None and config.model is None and config.data is None:
+            print("\nWhat the adapter changed, asked through mlx-lm:")
+            with explain_failures(f"the adapter is in {result.adapter_path}"):
+                shown = demonstrate(result.adapter_path)
+            print(wrapped(str(shown)))
+            if log is not None:
+                log.note("answers", asdict(shown))
+        if result is not None:
+            print(f"\nThe adapter is in {result.adapter_path}. Try it:")
+            print(command_to_try(config.model or str(MODEL_PATH), result.adapter_path))
+    if config.report is not None:
+        print(f"\nThe report is in {config.report}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,15 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = config_from_cli(
             sys.argv[1:] if argv is None else argv, preset=read_yaml(DEFAULT_CONFIG)
         )
-        result = finetune(config)
-        if result is not None and config.model is None and config.data is None:
-            print("\nWhat the adapter changed, asked through mlx-lm:")
-            with explain_failures(f"the adapter is in {result.adapter_path}"):
-                print(demonstrate(result.adapter_path))
-        elif result is not None:
-            command = ["--model", config.model or MODEL_PATH, "--adapter-path", result.adapter_path]
-            words = shlex.join(["mlx_lm.generate", *map(str, command)])
-            print(f'\nTry it:\n  {words} --prompt "..."')
+        run(config)
     except EdgeLoraError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -41,6 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     return 0
+
+
+def command_to_try(model: str, adapter_path: Path) -> str:
+    """The command that answers a prompt with the adapter; where it is long on several lines."""
+    options = [f"--model {shlex.quote(model)}", f"--adapter-path {shlex.quote(str(adapter_path))}"]
+    words = ["mlx_lm.generate", *options, '--prompt "..."']
+    command = f"  {' '.join(words)}"
+    return command if len(command) <= COLUMNS else "  " + " \\\n      ".join(words)
 
 
 if __name__ == "__main__":

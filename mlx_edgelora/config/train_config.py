@@ -8,8 +8,9 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from mlx_edgelora.config import hints
 from mlx_edgelora.config.kinds import (
     BUDGET,
     FLAG,
@@ -37,13 +38,13 @@ from mlx_edgelora.config.nested import (
 from mlx_edgelora.config.yaml_file import read_yaml
 from mlx_edgelora.errors import EdgeLoraError
 
-REPORTERS = ("wandb", "swanlab")
+REPORTERS = ("wandb", "swanlab", "tensorboard")
 # So many last blocks are adapted by default, as in mlx-lm, or all of a model that has fewer.
 MOST_LAYERS = 16
 
 _NAME = text("text that is not empty", bool)
 _REPORT_TO = text(
-    f"{' or '.join(REPORTERS)}, or both with a comma",
+    f"some of {', '.join(REPORTERS)}, separated by a comma",
     lambda value: all(name.strip().lower() in ("", *REPORTERS) for name in value.split(",")),
 )
 _FINE_TUNE_TYPE = dataclasses.replace(
@@ -73,6 +74,8 @@ class TrainConfig:
         EdgeLoraError: naming the option, the value it got and what it expects.
     """
 
+    HINTS: ClassVar[dict[str, str]] = hints.HINTS
+
     config: str | None = option(
         None, "YAML file with options; the command line takes precedence.", text()
     )
@@ -84,12 +87,27 @@ class TrainConfig:
     )
     data: str | None = option(
         None,
-        "Folder with train.jsonl, valid.jsonl and test.jsonl, or the name of a Hugging Face data "
-        "set. Default: the example data of the tiny model.",
+        "Folder with train.jsonl, valid.jsonl and test.jsonl, a file of training rows (.jsonl, "
+        ".json, .csv, .tsv, .parquet, .txt), or the name of a Hugging Face data set. Default: the "
+        "example data of the tiny model.",
         _NAME,
     )
     hf_dataset: tuple[HubDataset, ...] | None = option(
         None, "Hugging Face data sets with splits and features, in place of data.", HUB
+    )
+    data_format: str | None = option(
+        None,
+        "Kind of the rows. Default: found from their columns.",
+        one_of("chat", "completions", "text", "alpaca", "sharegpt", "qa"),
+    )
+    val_split: float | None = option(
+        None,
+        "Share of the training rows that is split off for validation, such as 0.05; drawn by the "
+        "seed. Default: none.",
+        number("a number above 0 and below 1", lambda x: 0 < x < 1),
+    )
+    system_prompt: str | None = option(
+        None, "System message for conversations that have none. Default: none.", _NAME
     )
     prompt_feature: str = option("prompt", "Name of the prompt column.", text())
     completion_feature: str = option("completion", "Name of the completion column.", text())
@@ -182,15 +200,23 @@ class TrainConfig:
     steps_per_eval: int = option(200, "Steps between validations.", integer(1))
     save_every: int = option(100, "Steps between saved adapters.", integer(1))
     report_to: str | None = option(
-        None, "Services to log to, separated by a comma: wandb, swanlab.", _REPORT_TO
+        None, f"Services to log to, separated by a comma: {', '.join(REPORTERS)}.", _REPORT_TO
     )
     project_name: str | None = option(None, "Name of the project for --report-to.", text())
     log: str | None = option(
         None, "JSONL file to which every report is appended as one record.", _NAME
     )
+    report: str | None = option(
+        None,
+        "HTML file about the run, written when it ends: loss, speed, memory and plan.",
+        _NAME,
+    )
 
     verbose: bool = option(
-        False, "Also print the memory of the process and what a step reads and writes.", FLAG
+        False,
+        "Print more: every choice of the plan, the memory of the process, and what a step reads "
+        "and writes.",
+        FLAG,
     )
 
     weights: str | None = option(
@@ -212,7 +238,7 @@ class TrainConfig:
     kernel: str = option(
         "auto",
         "How quantized weights are multiplied: by MLX's kernel (fused) or unpacked first "
-        "(dequantize).",
+        "(dequantize). auto: fused on a GPU, dequantize on a CPU.",
         one_of("auto", "fused", "dequantize"),
     )
     activations: str | None = option(
@@ -230,7 +256,8 @@ class TrainConfig:
     memory_budget: str | int | None = option(
         None,
         "Memory limit for MLX, such as 4GB or 800MB; the fastest plan that fits is used. min: as "
-        "little as possible. Default: what is free, less 20 %.",
+        "little as possible. Default: 80 % of the free memory, on a Mac at most what Metal "
+        "recommends.",
         BUDGET,
     )
     plan: str | None = option(
@@ -337,6 +364,12 @@ def _check_together(config: TrainConfig) -> None:
     """Refuse options that contradict each other."""
     if not config.train and not config.test:
         raise EdgeLoraError("train: got false without test, expected one of the two to be true")
+    has_other = "val_batches 0" if config.val_batches == 0 else config.hf_dataset and "hf_dataset"
+    if config.train and config.val_split is not None and has_other:
+        raise EdgeLoraError(
+            f"val_split: got {config.val_split:g} with {has_other}, expected no val_split there: "
+            "nothing is validated, or valid_split says on what; leave one of them out"
+        )
     if config.train and not config.adapter_path:
         raise EdgeLoraError("adapter_path: got no name, expected a folder to write the adapter to")
     if config.loss == "exact":

@@ -28,10 +28,10 @@ from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.data.batches import Batch, iterate_batches
 from mlx_edgelora.data.dataset import Dataset
 from mlx_edgelora.engine.adapter_state import Arrays
-from mlx_edgelora.engine.finite import FiniteCheck
+from mlx_edgelora.engine.finite import Magnitudes
 from mlx_edgelora.engine.optimizer import clip_factor
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.measure.meter import peak_memory
+from mlx_edgelora.measure.meter import peak_memory, recent_peak
 from mlx_edgelora.measure.profile import begin_step, phase
 from mlx_edgelora.storage.files import make_folder
 from mlx_edgelora.training.adapters import WEIGHTS_FILE, save_adapters
@@ -73,6 +73,7 @@ def train(
     valid_set: Sequence | None = None,
     callbacks: Sequence[TrainingCallback] = (),
     progress: Progress | None = None,
+    log: RunLog | None = None,
 ) -> TrainResult:
     """Train the model's trainable parameters for `config.iters` steps.
 
@@ -84,6 +85,7 @@ def train(
         callbacks: told of every report. If one raises, the steps since the last save
             are saved and the exception goes on.
         progress: replaces the display on standard output and error.
+        log: gets a record of every report.
 
     Raises:
         EdgeLoraError: a loss or gradient is NaN or infinite, or a file cannot be
@@ -93,7 +95,6 @@ def train(
     """
     make_folder(Path(config.adapter_path))
     with contextlib.ExitStack() as stack:
-        log = stack.enter_context(RunLog(config.log)) if config.log else None
         progress = stack.enter_context(progress or Progress(config.iters, verbose=config.verbose))
         run = _Run(engine, optimizer, config, train_set, callbacks, progress, log)
         validates = valid_set and config.val_batches != 0
@@ -161,8 +162,9 @@ class _Run:
         self._window = Window(self._meter)
         self._adapters = engine.adapters
         self._adapters.start(optimizer)
-        self._finite = FiniteCheck()
+        self._magnitudes = Magnitudes()
         self._accumulated = 0
+        self._grad_norm: float | None = None  # of the last update, before clipping
         self._trained_tokens = 0
         self._iteration = 0
         self._updated = 0  # last step that changed the parameters
@@ -193,12 +195,14 @@ class _Run:
         self._progress.step(self._make_report("train_loss", self._window, iteration))
 
     def _add_gradients(self, gradients: Arrays) -> None:
-        """Add gradients to the sum, and look whether they are finite."""
-        self._finite.add(gradients)
-        self._adapters.add(gradients)
+        """Add gradients to the sum, and look at what it has become."""
+        self._adapters.add(gradients, self._magnitudes.add)
 
     def _update(self, iteration: int) -> None:
         count, self._accumulated = self._accumulated, 0
+        norm = self._magnitudes.norm()
+        self._grad_norm = None if norm is None else norm / count
+        self._magnitudes.clear()
         with phase("update"):
             self._adapters.update(self._optimizer, count, self._clipping(iteration, count))
 
@@ -274,14 +278,15 @@ class _Run:
 
     def _make_report(self, kind: str, window: Window, iteration: int) -> LossReport:
         rate = self._optimizer.learning_rate.item()
-        return window.report(kind, iteration, rate, self._trained_tokens)
+        norm = self._grad_norm if kind == "train_loss" else None
+        return window.report(kind, iteration, rate, self._trained_tokens, norm)
 
     def _publish(self, report: LossReport) -> None:
         self._last[report.kind] = report.loss
         self._progress.report(report)
         with self._saved_on_failure():
             if self._log is not None:
-                self._log.write(report.record())
+                self._log.write(report.record() | {"recent_peak_bytes": recent_peak()})
             for callback in self._callbacks:
                 if report.kind == "val_loss":
                     callback.on_val_loss_report(report.callback_info())
@@ -300,7 +305,7 @@ class _Run:
                 self.save(self._updated, numbered=False)
 
     def _check_finite(self, iteration: int, batch: Batch, loss: float) -> None:
-        what, bad = None, self._finite.first_bad()
+        what, bad = None, self._magnitudes.first_bad()
         if not math.isfinite(loss):
             what = f"loss is {loss}"
         elif bad is not None:
