@@ -24,11 +24,11 @@ class RunLog:
     def __init__(self, path: str | os.PathLike) -> None:
         self._path = Path(path)
         try:
-            self._file = open(self._path, "ab+")  # noqa: SIM115 - closed by close()
+            # Without a buffer, which would be written once more, and fail once more, at the end.
+            self._file = open(self._path, "ab+", buffering=0)  # noqa: SIM115 - see close()
             # A run that was killed may have left half a record; do not glue ours to it.
             if self._file.tell() and not self._ends_a_line():
                 self._file.write(b"\n")
-                self._file.flush()
         except OSError as error:
             raise cannot_write(self._path, error) from error
 
@@ -47,7 +47,6 @@ class RunLog:
                 )
         try:
             self._file.write(json.dumps(record).encode() + b"\n")
-            self._file.flush()
         except OSError as error:
             raise cannot_write(self._path, error) from error
 
