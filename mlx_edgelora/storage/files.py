@@ -144,7 +144,7 @@ def remove_temporaries(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, option: str = "--adapter-path") -> Iterator[None]:
     """Keep other runs out of a folder. The system lifts the lock when the process ends.
 
     Raises:
@@ -162,7 +162,7 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise EdgeLoraError(
                 f"{folder}: another run is writing to this folder; wait for its end, or choose "
-                "another folder with --adapter-path"
+                f"another folder with {option}"
             ) from error
         except OSError as error:  # some network volumes have no locks
             if error.errno not in (*_NOT_SUPPORTED, errno.ENOLCK):

@@ -14,7 +14,6 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.utils import load_tokenizer
 
 from mlx_edgelora.blocks.checks import checked_blocks
 from mlx_edgelora.config import LoraParameters, TrainConfig
@@ -34,6 +33,7 @@ from mlx_edgelora.model.checkpoint import LazyModel, error_text, quantize_in_pla
 from mlx_edgelora.model.headers import headers_of
 from mlx_edgelora.model.loading import DTYPES, can_stream, open_model
 from mlx_edgelora.model.lora import add_lora, freeze
+from mlx_edgelora.model.tokenizer import load_tokenizer_of
 from mlx_edgelora.planner.machine import converts_dtype, default_budget, free_memory
 from mlx_edgelora.planner.report import PlanReport, with_smallest_plan
 from mlx_edgelora.planner.run_plan import RunPlan, plan_request
@@ -77,8 +77,6 @@ BFLOAT16 = (
     "note: the GPUs of M1 and M2 have no bfloat16 and convert it; --dtype float16 is faster, where "
     "the model bears numbers up to 65504 (a run that meets larger ones ends)"
 )
-# One of these holds the words of any tokenizer; without one transformers makes up an empty one.
-TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 
 
 def finetune(
@@ -115,7 +113,7 @@ def finetune(
         config = _with_layers(config, lazy, notify)
         if converts_dtype(_dtype(config) or lazy.blocks.hidden_dtype):
             notify(BFLOAT16)
-        tokenizer = _tokenizer(lazy)
+        tokenizer = load_tokenizer_of(lazy)
         train_set, valid_set, test_set = _data(config, tokenizer, lazy.vocabulary, notify)
         notify(summary.facts(config, lazy, (train_set, valid_set, test_set)))
         sets = [dataset for dataset in (train_set, valid_set, test_set) if dataset is not None]
@@ -163,7 +161,7 @@ def open_engine(
     lazy = _adapted_model(config)
     place = _spill_place(config)
     with _open_run(config, lazy, (), place, log, _start(config)) as (engine, _):
-        yield engine, _tokenizer(lazy), lazy.vocabulary
+        yield engine, load_tokenizer_of(lazy), lazy.vocabulary
 
 
 @contextmanager
@@ -199,7 +197,7 @@ def verification(config: TrainConfig, log: Callable[[str], None] = print) -> lis
         lazy = _adapted_model(config)
         sets: Sequence = ()
         if with_data:
-            found = _data(config, _tokenizer(lazy), lazy.vocabulary, lambda line: None)
+            found = _data(config, load_tokenizer_of(lazy), lazy.vocabulary, lambda line: None)
             sets = [dataset for dataset in found if dataset is not None]
         place = _spill_place(config)
         with _open_run(config, lazy, sets, place, log, _start(config)) as (engine, chosen):
@@ -226,7 +224,7 @@ def plan_report(config: TrainConfig, labelled: float = 1.0) -> PlanReport:
             quantize_in_place(lazy, config.quantize)
         _adapt(lazy, config)
         if config.data or config.hf_dataset:
-            found = _data(config, _tokenizer(lazy), lazy.vocabulary, lambda line: None)
+            found = _data(config, load_tokenizer_of(lazy), lazy.vocabulary, lambda line: None)
             sets = [dataset for dataset in found if dataset is not None]
         folder = Path(_spill_place(config)[0])
         request = plan_request(config, lazy, sets, user_cache(), folder, labelled)
@@ -416,22 +414,6 @@ def _with_saved_layers(config: TrainConfig) -> TrainConfig:
         lora_parameters=like.lora_parameters,
         resume_adapter_file=str(Path(config.adapter_path) / WEIGHTS_FILE),
     )
-
-
-def _tokenizer(lazy: LazyModel) -> object:
-    path = lazy.source
-    if not any(found for pattern in TOKENIZER_FILES for found in path.glob(pattern)):
-        raise EdgeLoraError(
-            f"{path}: has no tokenizer, expected a file such as tokenizer.json; "
-            "download the model again"
-        )
-    try:
-        return load_tokenizer(path, eos_token_ids=lazy.config.get("eos_token_id"))
-    except Exception as error:  # bare ones are what the package tokenizers raises
-        raise EdgeLoraError(
-            f"{path}: the tokenizer cannot be loaded ({error_text(error)}); download the model "
-            "again"
-        ) from error
 
 
 def _adapt(lazy: LazyModel, config: TrainConfig) -> None:

@@ -21,7 +21,6 @@ from mlx_edgelora.training.checkpoints import (
     find_checkpoint,
     fingerprint,
 )
-from mlx_edgelora.training.text import abbreviate
 
 # Options that change nothing of what is learned in the steps that are left.
 FREE = frozenset(
