@@ -1,4 +1,4 @@
-"""`python -m mlx_edgelora.fuse`: merge an adapter into its model, in the memory of a few tensors."""
+"""`python -m mlx_edgelora.fuse`: merge an adapter into its model, tensor by tensor."""
 
 import argparse
 import sys

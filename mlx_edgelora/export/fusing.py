@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -139,8 +140,8 @@ def _merge(
             _add_adapters(lazy.model, adapters, configs, weights or [1.0] * len(adapters))
     except (ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
         raise EdgeLoraError(
-            f"{adapters[0]}: does not fit the model in {lazy.source} ({error_text(error)}); name the "
-            "model that it was trained on"
+            f"{adapters[0]}: does not fit the model in {lazy.source} ({error_text(error)}); name "
+            "the model that it was trained on"
         ) from error
     fused = [
         (name, module.fuse(dequantize=dequantize))
@@ -173,15 +174,10 @@ def _add_adapters(
         for name in [name for name in arrays if name.endswith(".lora_a")]:
             place = name.removesuffix(".lora_a")
             parts.setdefault(place, []).append((arrays[name], factor * arrays[f"{place}.lora_b"]))
-    keys: set[str] = set()
-    layers = len(model.layers)
-    for config in configs:
-        keys |= set(config["lora_parameters"].get("keys") or ())
-    every = all(config["lora_parameters"].get("keys") is None for config in configs)
-    settings = {"rank": 1, "scale": 1.0, "dropout": 0.0}
-    if not every:
-        settings["keys"] = sorted(keys)
-    linear_to_lora_layers(model, layers, settings)
+    # mlx-lm names layers as they are called inside a block, or in full outside of the blocks.
+    keys = sorted({re.sub(r"^.*?\.\d+\.", "", place, count=1) for place in parts})
+    settings = {"rank": 1, "scale": 1.0, "dropout": 0.0, "keys": keys}
+    linear_to_lora_layers(model, len(model.layers), settings)
     changed = []
     for name, layer in model.named_modules():
         if not hasattr(layer, "fuse"):
@@ -233,10 +229,9 @@ def _write(
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         names = [key for key, _ in shard]
         index["weight_map"] |= dict.fromkeys(names, name)
-        if (building / name).exists():
-            if list(read_header(building / name)) == names:
-                shard.clear()
-                continue
+        if (building / name).exists() and list(read_header(building / name)) == names:
+            shard.clear()
+            continue
         specs = {key: (array.dtype, array.shape) for key, array in shard}
         write_atomically(
             {

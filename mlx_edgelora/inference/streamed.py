@@ -24,7 +24,7 @@ from mlx_edgelora.measure.meter import DiskMeter
 from mlx_edgelora.measure.units import size
 from mlx_edgelora.model.checkpoint import LazyModel, error_text
 from mlx_edgelora.model.head import ADAPTED, ROW_NAMES, frozen_matrix, replace_output
-from mlx_edgelora.model.loading import Attached, attach, open_model
+from mlx_edgelora.model.loading import AttachedWeights, attach, open_model
 from mlx_edgelora.model.lora import freeze
 from mlx_edgelora.planner.shape import shape_of
 from mlx_edgelora.planner.sizes import ModelShape
@@ -90,8 +90,8 @@ def open_lazy(model: str, adapter: Path | None, cache: Path) -> LazyModel:
             load_adapters(lazy.model, str(adapter))
         except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
             raise EdgeLoraError(
-                f"{adapter}: does not fit the model in {lazy.source} ({error_text(error)}); name the "
-                "model that it was trained on"
+                f"{adapter}: does not fit the model in {lazy.source} ({error_text(error)}); name "
+                "the model that it was trained on"
             ) from error
     lazy.model.eval()
     lazy.blocks = checked_blocks(lazy.model)
@@ -118,8 +118,8 @@ def plan_inference(lazy: LazyModel, budget: int | str, rows: int, tokens: int) -
     fixed += 4 * rows * lazy.vocabulary * 4  # logits and what sampling makes of them
 
     def work(step: int, head_streamed: bool) -> int:
-        beside_blocks = 3 * TILE_BYTES if head_streamed else head
-        return fixed + beside_blocks + _activations(shape, rows * min(step, tokens))
+        of_head = min(2 * head, 3 * TILE_BYTES) if head_streamed else head
+        return fixed + of_head + _activations(shape, rows * min(step, tokens))
 
     def plan(held: int, step: int, head_streamed: bool) -> InferencePlan:
         count = max(1, blocks - held)
@@ -199,7 +199,7 @@ def _is_cache(value: Any) -> bool:
     return hasattr(value, "state") and not isinstance(value, mx.array)
 
 
-def _settle_head(attached: Attached, plan: InferencePlan, stack: ExitStack) -> None:
+def _settle_head(attached: AttachedWeights, plan: InferencePlan, stack: ExitStack) -> None:
     """Read the vocabulary head, or let it be computed by tiles."""
     head = attached.head
     if head is None or head.is_resident:

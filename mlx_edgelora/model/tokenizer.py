@@ -28,5 +28,6 @@ def load_tokenizer_of(lazy: LazyModel) -> TokenizerWrapper:
         return load_tokenizer(path, extra, eos_token_ids=lazy.config.get("eos_token_id"))
     except Exception as error:  # bare ones are what the package tokenizers raises
         raise EdgeLoraError(
-            f"{path}: the tokenizer cannot be loaded ({error_text(error)}); download the model again"
+            f"{path}: the tokenizer cannot be loaded ({error_text(error)}); download the model "
+            "again"
         ) from error

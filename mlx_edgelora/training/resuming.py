@@ -21,6 +21,7 @@ from mlx_edgelora.training.checkpoints import (
     find_checkpoint,
     fingerprint,
 )
+from mlx_edgelora.training.text import abbreviate
 
 # Options that change nothing of what is learned in the steps that are left.
 FREE = frozenset(
@@ -171,10 +172,12 @@ def _refuse(
     accepted = config.accept_changes or ()
     refused = {name: values for name, values in changed.items() if name not in accepted}
     if refused:
-        told = some([f"{name} (was {was!r}, is {now!r})" for name, (was, now) in refused.items()])
+        differing = abbreviate(
+            [f"{name} (was {was!r}, is {now!r})" for name, (was, now) in refused.items()]
+        )
         raise EdgeLoraError(
-            f"resume: {told} differs from the run in {checkpoint.folder}; put it back, or go on "
-            f"all the same with --accept-changes {','.join(refused)}"
+            f"resume: {differing} differs from the run in {checkpoint.folder}; put it back, or go "
+            f"on all the same with --accept-changes {','.join(refused)}"
         )
 
 

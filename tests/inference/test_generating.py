@@ -110,7 +110,7 @@ def test_the_peak_is_the_plans(tmp_path):
 def test_a_budget_that_is_too_small_is_refused(tmp_path):
     model = make_model(tmp_path / "model", "llama")
     with (
-        pytest.raises(EdgeLoraError, match=r"memory_budget: got 1\.0 kB, but .* needs"),
+        pytest.raises(EdgeLoraError, match=r"memory_budget: got 1\.00 kB, but .* needs"),
         open_generator(str(model), None, 1000, notify=str),
     ):
         pass
