@@ -7,16 +7,12 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
 from mlx_lm import fuse as mlx_lm_fuse
-from mlx_lm.tuner.utils import linear_to_lora_layers
-from mlx_lm.utils import load_model
-from tiny import make_model
+from tiny import make_adapter, make_model
 
 from mlx_edgelora.export import fusing
 from mlx_edgelora.export.fusing import fuse
 from mlx_edgelora.fuse import main
-from mlx_edgelora.training.adapters import save_adapters
 
 MODELS = {
     "llama": {},
@@ -25,29 +21,6 @@ MODELS = {
     "deepseek_v3": {},
     "qwen3_moe": {"quantized": True},
 }
-
-
-def make_adapter(folder, model, keys=None, rank=4, scale=3.0, num_layers=2, seed=0):
-    """An adapter with matrices that are not zero, as training leaves them."""
-    loaded, _ = load_model(model, lazy=True)
-    loaded.freeze()
-    parameters = {"rank": rank, "scale": scale, "dropout": 0.0}
-    if keys is not None:
-        parameters["keys"] = keys
-    mx.random.seed(seed)
-    linear_to_lora_layers(loaded, num_layers, parameters)
-    weights = {
-        name: mx.random.normal(value.shape) * 0.1
-        for name, value in tree_flatten(loaded.trainable_parameters())
-    }
-    config = {
-        "fine_tune_type": "lora",
-        "num_layers": num_layers,
-        "lora_parameters": parameters,
-        "model": str(model),
-    }
-    save_adapters(folder, weights, config)
-    return folder
 
 
 def run_mlx_lm(monkeypatch, model, adapter, target, *flags):

@@ -6,8 +6,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm import load, stream_generate
 from mlx_lm.generate import batch_generate
-from test_fusing import make_adapter
-from tiny import make_model, words
+from tiny import make_adapter, make_model, words
 
 from mlx_edgelora import EdgeLoraError
 from mlx_edgelora.generate import main
