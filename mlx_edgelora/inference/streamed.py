@@ -33,6 +33,8 @@ from mlx_edgelora.planner.sizes import ModelShape
 TILE_BYTES = 40 << 20
 # Tokens of a prompt that are computed at once, the most first.
 PREFILL_STEPS = (2048, 512, 128, 32)
+# mlx-lm's caches grow by so many tokens.
+CACHE_STEP = 256
 # Of what is computed for a token, beside the widest layers of an MLP, in hidden states.
 STATES = 8
 
@@ -114,7 +116,8 @@ def plan_inference(lazy: LazyModel, budget: int | str, rows: int, tokens: int) -
     head = _head_bytes(lazy)
     blocks = len(lazy.blocks)
     fixed = shape.outside_bytes + shape.adapter_bytes * blocks + shape.outside_adapter_bytes
-    fixed += rows * tokens * shape.keys * blocks * shape.itemsize  # keys and values
+    cached = -(-tokens // CACHE_STEP) * CACHE_STEP
+    fixed += rows * cached * shape.keys * blocks * shape.itemsize  # keys and values
     fixed += 4 * rows * lazy.vocabulary * 4  # logits and what sampling makes of them
 
     def work(step: int, head_streamed: bool) -> int:
