@@ -83,6 +83,7 @@ GROUPS: dict[str, dict[str, str | None]] = {
         "save_every": "N",
         "save_best": None,
         "log": "FILE",
+        "report": "FILE",
         "report_to": "NAMES",
         "project_name": "NAME",
         "verbose": None,

@@ -42,6 +42,7 @@ FREE = frozenset(
         "overwrite",
         "plan_out",
         "project_name",
+        "report",
         "report_to",
         "resume",
         "resume_adapter_file",
