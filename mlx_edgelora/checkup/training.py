@@ -96,7 +96,7 @@ def _run_steps(job: Checkup, options: dict[str, Any], budget: int | str) -> Foun
             "footprint_bytes": footprint(),
             "plan": asdict(choice.plan),
             "shape": asdict(chosen.shape),
-            # What phases of a step took beside what is accounted for: `benchmarks/needs.py` fits
+            # What phases of a step took beside what is accounted for: `benchmarks/planner.py` fits
             # the planner's formula to such rows.
             "phases": [
                 {"kind": kind, "way": way, "load": asdict(batch_shape), **asdict(taken)}

@@ -8,8 +8,9 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from mlx_edgelora.config import hints
 from mlx_edgelora.config.kinds import (
     BUDGET,
     DURATION,
@@ -76,6 +77,8 @@ class TrainConfig:
         EdgeLoraError: naming the option, the value it got and what it expects.
     """
 
+    HINTS: ClassVar[dict[str, str]] = hints.HINTS
+
     config: str | None = option(
         None, "YAML file with options; the command line takes precedence.", text()
     )
@@ -87,12 +90,27 @@ class TrainConfig:
     )
     data: str | None = option(
         None,
-        "Folder with train.jsonl, valid.jsonl and test.jsonl, or the name of a Hugging Face data "
-        "set. Default: the example data of the tiny model.",
+        "Folder with train.jsonl, valid.jsonl and test.jsonl, a file of training rows (.jsonl, "
+        ".json, .csv, .tsv, .parquet, .txt), or the name of a Hugging Face data set. Default: the "
+        "example data of the tiny model.",
         _NAME,
     )
     hf_dataset: tuple[HubDataset, ...] | None = option(
         None, "Hugging Face data sets with splits and features, in place of data.", HUB
+    )
+    data_format: str | None = option(
+        None,
+        "Kind of the rows. Default: found from their columns.",
+        one_of("chat", "completions", "text", "alpaca", "sharegpt", "qa"),
+    )
+    val_split: float | None = option(
+        None,
+        "Share of the training rows that is split off for validation, such as 0.05; drawn by the "
+        "seed. Default: none.",
+        number("a number above 0 and below 1", lambda x: 0 < x < 1),
+    )
+    system_prompt: str | None = option(
+        None, "System message for conversations that have none. Default: none.", _NAME
     )
     prompt_feature: str = option("prompt", "Name of the prompt column.", text())
     completion_feature: str = option("completion", "Name of the completion column.", text())
@@ -225,7 +243,10 @@ class TrainConfig:
     )
 
     verbose: bool = option(
-        False, "Also print the memory of the process and what a step reads and writes.", FLAG
+        False,
+        "Print more: every choice of the plan, the memory of the process, and what a step reads "
+        "and writes.",
+        FLAG,
     )
 
     weights: str | None = option(
@@ -247,7 +268,7 @@ class TrainConfig:
     kernel: str = option(
         "auto",
         "How quantized weights are multiplied: by MLX's kernel (fused) or unpacked first "
-        "(dequantize).",
+        "(dequantize). auto: fused on a GPU, dequantize on a CPU.",
         one_of("auto", "fused", "dequantize"),
     )
     activations: str | None = option(
@@ -265,7 +286,8 @@ class TrainConfig:
     memory_budget: str | int | None = option(
         None,
         "Memory limit for MLX, such as 4GB or 800MB; the fastest plan that fits is used. min: as "
-        "little as possible. Default: what is free, less 20 %.",
+        "little as possible. Default: 80 % of the free memory, on a Mac at most what Metal "
+        "recommends.",
         BUDGET,
     )
     plan: str | None = option(
@@ -374,6 +396,12 @@ def _check_together(config: TrainConfig) -> None:
     """Refuse options that contradict each other."""
     if not config.train and not config.test:
         raise EdgeLoraError("train: got false without test, expected one of the two to be true")
+    has_other = "val_batches 0" if config.val_batches == 0 else config.hf_dataset and "hf_dataset"
+    if config.train and config.val_split is not None and has_other:
+        raise EdgeLoraError(
+            f"val_split: got {config.val_split:g} with {has_other}, expected no val_split there: "
+            "nothing is validated, or valid_split says on what; leave one of them out"
+        )
     if config.train and not config.adapter_path:
         raise EdgeLoraError("adapter_path: got no name, expected a folder to write the adapter to")
     _check_resume(config)

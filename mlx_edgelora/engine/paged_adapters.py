@@ -14,7 +14,7 @@ import mlx.nn as nn
 import mlx.optimizers as optimizers
 
 from mlx_edgelora.blocks.block_list import BlockList, array_slots
-from mlx_edgelora.engine.adapter_state import Arrays, UpdateGuard, add_to, names_of
+from mlx_edgelora.engine.adapter_state import Arrays, Look, UpdateGuard, add_to, ignored, names_of
 from mlx_edgelora.engine.optimizer import BlockUpdate, average, global_norm, squares
 from mlx_edgelora.measure.meter import DiskMeter
 from mlx_edgelora.storage.page_file import PageFile, Section, Spec
@@ -106,16 +106,19 @@ class PagedAdapterState:
         self._states, end = self._sections(end, states)
         self._file.reserve(end)
 
-    def add(self, gradients: Arrays) -> None:
+    def add(self, gradients: Arrays, look: Look = ignored) -> None:
         """Add to the sums in the file, block by block."""
         for index, arrays in self._by_block(gradients).items():
             if index is None:
+                names = list(arrays)
                 add_to(arrays, self._outside)
+                look({name: self._outside[name] for name in names})
                 continue
             total = self._gradients[index].read() if index in self._summed else {}
             add_to(arrays, total)
             self._gradients[index].write(total)
             self._summed.add(index)
+            look({f"{self._blocks.prefix}{index}.{local}": x for local, x in total.items()})
 
     def norm(self, count: int) -> mx.array:
         """Norm of the mean; reads all gradients once."""

@@ -29,6 +29,7 @@ from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.losses.exact import CrossEntropy
 from mlx_edgelora.measure.meter import peak_memory, reset_peak
 from mlx_edgelora.measure.profile import Profile, recording
+from mlx_edgelora.measure.text import say
 from mlx_edgelora.measure.units import size
 from mlx_edgelora.model.checkpoint import LazyModel, error_text, quantize_in_place
 from mlx_edgelora.model.headers import headers_of
@@ -84,7 +85,7 @@ BFLOAT16 = (
 def finetune(
     config: TrainConfig,
     callbacks: Sequence[TrainingCallback] = (),
-    notify: Callable[[str], None] = print,
+    notify: Callable[[str], None] = say,
     log: RunLog | None = None,
 ) -> TrainResult | None:
     """Fine-tune a model, test it, or both, as `config` says.
@@ -122,8 +123,11 @@ def finetune(
         if converts_dtype(_dtype(config) or lazy.blocks.hidden_dtype):
             notify(BFLOAT16)
         tokenizer = load_tokenizer_of(lazy)
-        train_set, valid_set, test_set = _data(config, tokenizer, lazy.vocabulary, notify)
-        facts = summary.facts(config, lazy, (train_set, valid_set, test_set))
+        about_rows: list[str] = []
+        found = train_set, valid_set, test_set = _data(
+            config, tokenizer, lazy.vocabulary, notify, about_rows.append
+        )
+        facts = summary.facts(config, lazy, found, about_rows)
         notify(summary.lines(facts))
         note("run", summary.run_record(config, facts))
         sets = [dataset for dataset in (train_set, valid_set, test_set) if dataset is not None]
@@ -169,7 +173,7 @@ def finetune(
 
 @contextmanager
 def open_engine(
-    config: TrainConfig, log: Callable[[str], None] = print
+    config: TrainConfig, log: Callable[[str], None] = say
 ) -> Iterator[tuple[Engine, object, int]]:
     """Load and adapt the model that `config` names and settle where everything lives.
 
@@ -183,7 +187,7 @@ def open_engine(
 
 @contextmanager
 def open_planned(
-    config: TrainConfig, log: Callable[[str], None] = print
+    config: TrainConfig, log: Callable[[str], None] = say
 ) -> Iterator[tuple[Engine, RunPlan]]:
     """As `open_engine`, of a run whose rows all have max_seq_length tokens; gives its plan too."""
     with _explained_failures(config):
@@ -193,7 +197,7 @@ def open_planned(
             yield settled
 
 
-def verification(config: TrainConfig, log: Callable[[str], None] = print) -> list[Verdict]:
+def verification(config: TrainConfig, log: Callable[[str], None] = say) -> list[Verdict]:
     """Compare the gradients of a run with those of plain MLX, at the run's own lengths.
 
     Args:
@@ -207,7 +211,7 @@ def verification(config: TrainConfig, log: Callable[[str], None] = print) -> lis
     Raises:
         EdgeLoraError: as `finetune`.
     """
-    with_data = bool(config.data or config.hf_dataset or config.model is None)
+    with_data = has_data(config)
     if with_data:
         config = _with_embedded(config)
     with _explained_failures(config):
@@ -233,7 +237,7 @@ def plan_report(config: TrainConfig, labelled: float = 1.0) -> PlanReport:
         EdgeLoraError: as `finetune`, but not where the budget is too small.
     """
     sets: Sequence = ()
-    if config.data or config.hf_dataset or config.model is None:
+    if has_data(config):
         config = _with_embedded(config)
     with _explained_failures(config), headers_of(config.model) as path:
         lazy = open_model(str(path), streamed=False, quantize=None, cache=_cache(config))
@@ -387,6 +391,11 @@ class _BudgetWatch(TrainingCallback):
             self._note("plan", summary.plan_record(self._chosen))
 
 
+def has_data(config: TrainConfig) -> bool:
+    """Whether there are rows: those that are named, or those of the embedded model."""
+    return bool(config.data or config.hf_dataset or config.model is None)
+
+
 def _with_embedded(config: TrainConfig) -> TrainConfig:
     data = config.data or (None if config.hf_dataset else str(DATA_PATH))
     return dataclasses.replace(config, model=config.model or str(MODEL_PATH), data=data)
@@ -496,11 +505,13 @@ def _say_start(
 
 
 def _data(
-    config: TrainConfig, tokenizer: object, vocabulary: int, log: Callable[[str], None]
+    config: TrainConfig,
+    tokenizer: object,
+    vocabulary: int,
+    log: Callable[[str], None],
+    about: Callable[[str], None] | None = None,
 ) -> tuple[Dataset | None, Dataset | None, Dataset | None]:
-    sets = load_datasets(config, tokenizer)
-    if config.train and config.val_batches and sets[1] is None:
-        log("no valid set, so no validation")
+    sets = load_datasets(config, tokenizer, about)
     for dataset in sets:
         if dataset is None:
             continue

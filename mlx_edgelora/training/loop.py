@@ -27,7 +27,7 @@ from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.data.batches import Batch, iterate_batches
 from mlx_edgelora.data.dataset import Dataset
 from mlx_edgelora.engine.adapter_state import Arrays
-from mlx_edgelora.engine.finite import FiniteCheck
+from mlx_edgelora.engine.finite import Magnitudes
 from mlx_edgelora.engine.optimizer import clip_factor
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.measure.meter import peak_memory, recent_peak
@@ -169,8 +169,9 @@ class _Run:
         self._window = Window(self._meter)
         self._adapters = engine.adapters
         self._adapters.start(optimizer)
-        self._finite = FiniteCheck()
+        self._magnitudes = Magnitudes()
         self._accumulated = 0
+        self._grad_norm: float | None = None  # of the last update, before clipping
         self._trained_tokens = 0
         self._iteration = 0
         self._between = True  # whether no step is half done
@@ -221,12 +222,14 @@ class _Run:
         self._progress.step(self._make_report("train_loss", self._window, iteration))
 
     def _add_gradients(self, gradients: Arrays) -> None:
-        """Add gradients to the sum, and look whether they are finite."""
-        self._finite.add(gradients)
-        self._adapters.add(gradients)
+        """Add gradients to the sum, and look at what it has become."""
+        self._adapters.add(gradients, self._magnitudes.add)
 
     def _update(self, iteration: int) -> None:
         count, self._accumulated = self._accumulated, 0
+        norm = self._magnitudes.norm()
+        self._grad_norm = None if norm is None else norm / count
+        self._magnitudes.clear()
         with phase("update"):
             self._adapters.update(self._optimizer, count, self._clipping(iteration, count))
 
@@ -364,7 +367,8 @@ class _Run:
 
     def _make_report(self, kind: str, window: Window, iteration: int) -> LossReport:
         rate = self._optimizer.learning_rate.item()
-        return window.report(kind, iteration, rate, self._trained_tokens)
+        norm = self._grad_norm if kind == "train_loss" else None
+        return window.report(kind, iteration, rate, self._trained_tokens, norm)
 
     def _publish(self, report: LossReport) -> None:
         self._last[report.kind] = report.loss
@@ -391,7 +395,7 @@ class _Run:
                     self.save()
 
     def _check_finite(self, iteration: int, batch: Batch, loss: float) -> None:
-        what, bad = None, self._finite.first_bad()
+        what, bad = None, self._magnitudes.first_bad()
         if not math.isfinite(loss):
             what = f"loss is {loss}"
         elif bad is not None:

@@ -5,7 +5,16 @@ import types
 import pytest
 from mlx_lm.tuner.datasets import create_dataset
 
-from mlx_edgelora.data.formats import Features, RowError, find_encoder
+from mlx_edgelora.data.conversation import RowError
+from mlx_edgelora.data.formats import encoder
+from mlx_edgelora.data.row_kinds import Features, find_kind
+
+
+def find_encoder(first, tokenizer, features, mask_prompt):
+    """The function row -> (tokens, offset) for rows like the first one."""
+    kind, encode = find_kind([first], features), encoder(tokenizer, mask_prompt)
+    return lambda row: encode(kind.read(row))
+
 
 CHAT = [
     {"role": "system", "content": "w1"},
@@ -100,10 +109,14 @@ def test_a_prompt_that_does_not_begin_its_conversation_is_refused(make_tokenizer
     ("first", "row", "sentence"),
     [
         ({"text": "a"}, {"text": 3}, r"text: got 3, expected text"),
-        ({"text": "a"}, {"txt": "a"}, r"got the keys 'txt', expected 'text' as in the first row"),
+        ({"text": "a"}, {"txt": "a"}, r"got the keys 'txt', expected 'text' as in other rows"),
         ({"text": "a"}, {}, r"got the keys of an empty object, expected 'text'"),
         ({"prompt": "a", "completion": "b"}, {"prompt": "a"}, r"expected 'completion' as in"),
-        ({"prompt": "a", "completion": "b"}, {"text": "a"}, r"keys 'text', expected 'prompt'"),
+        (
+            {"prompt": "a", "completion": "b"},
+            {"text": "a"},
+            r"keys 'text', expected 'prompt' as in",
+        ),
         (
             {"prompt": "a", "completion": "b"},
             {"prompt": None, "completion": "b"},
@@ -146,8 +159,9 @@ def test_a_first_row_of_no_format_is_refused(tokenizer):
 
 
 def test_text_has_no_prompt_to_mask(tokenizer):
-    with pytest.raises(RowError, match=r"got a row with 'text', which has no prompt, with mask"):
-        find_encoder({"text": "w1"}, tokenizer, Features(), True)
+    encode = find_encoder({"text": "w1"}, tokenizer, Features(), True)
+    with pytest.raises(RowError, match=r"got a row of plain text, which has no prompt, with mask"):
+        encode({"text": "w1"})
 
 
 def test_a_tokenizer_without_a_chat_template_is_named(make_tokenizer):

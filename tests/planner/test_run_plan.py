@@ -44,7 +44,9 @@ def test_a_run_tells_its_plan_and_writes_it(options, tmp_path):
 
 
 def test_a_budget_that_is_too_small_is_refused_before_anything_is_written(options, tmp_path):
-    with pytest.raises(EdgeLoraError, match=r"memory_budget: got 1 MB, expected at least \d+ MB"):
+    with pytest.raises(
+        EdgeLoraError, match=r"memory_budget: got 1.00 MB, expected at least [\d.]+ MB"
+    ):
         finetune(options(memory_budget="1MB", max_seq_length=4096), notify=lambda line: None)
     assert not (tmp_path / "adapters").exists()
 

@@ -122,8 +122,12 @@ def test_without_its_state_a_resumed_run_is_another(options, tmp_path, monkeypat
     expected = train(options(adapter_path=str(tmp_path / "whole")))
     with pytest.raises(ZeroDivisionError):
         finetune(options(), [EndsAt(8)], silent)
-    monkeypatch.setattr("mlx_edgelora.engine.adapter_state.ResidentAdapterState.restore", lambda *_: None)
-    monkeypatch.setattr("mlx_edgelora.engine.paged_adapters.PagedAdapterState.restore", lambda *_: None)
+    monkeypatch.setattr(
+        "mlx_edgelora.engine.adapter_state.ResidentAdapterState.restore", lambda *_: None
+    )
+    monkeypatch.setattr(
+        "mlx_edgelora.engine.paged_adapters.PagedAdapterState.restore", lambda *_: None
+    )
     with pytest.raises(AssertionError):
         assert_same(train(options(resume=True)), expected)
 

@@ -12,9 +12,8 @@ from mlx_edgelora.measure.meter import DiskMeter
 from mlx_edgelora.training.adapters import read_adapter_weights
 
 VOCABULARY = 50
-# Of a record of the log, behind `iteration` and the loss.
-RECORD_KEYS = [
-    "learning_rate",
+# Of a record of the log, behind `iteration`, the loss and the learning rate.
+_KEYS = [
     "tokens_per_second",
     "trained_tokens",
     "peak_memory_bytes",
@@ -23,6 +22,12 @@ RECORD_KEYS = [
     "disk_write_bytes",
     "time",
 ]
+
+
+def record_keys(kind):
+    """Of a record of the log: training has a norm of gradients."""
+    norm = ["grad_norm"] if kind == "train_loss" else []
+    return ["iteration", kind, "learning_rate", *norm, *_KEYS]
 
 
 def make_model(seed=0, blocks=2, dropout=0.0):
