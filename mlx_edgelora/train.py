@@ -46,8 +46,8 @@ def command_to_try(model: str, adapter_path: Path) -> str:
     """The command that answers a prompt with the adapter; where it is long on several lines."""
     options = [f"--model {shlex.quote(model)}", f"--adapter-path {shlex.quote(str(adapter_path))}"]
     words = ["mlx_lm.generate", *options, '--prompt "..."']
-    command = f"  {' '.join(words)}"
-    return command if len(command) <= COLUMNS else "  " + " \\\n      ".join(words)
+    line = f"  {' '.join(words)}"
+    return line if len(line) <= COLUMNS else "  " + " \\\n      ".join(words)
 
 
 if __name__ == "__main__":
