@@ -13,7 +13,10 @@ from typing import Any, ClassVar
 from mlx_edgelora.config import hints
 from mlx_edgelora.config.kinds import (
     BUDGET,
+    DURATION,
     FLAG,
+    NAMES,
+    RESUME,
     SIZE,
     SWITCH,
     Kind,
@@ -139,6 +142,21 @@ class TrainConfig:
     adapter_path: str = option(
         "adapters", "Folder of the adapter: written by training, read by a test alone.", text()
     )
+    resume: bool | str | None = option(
+        None,
+        "Continue an interrupted run exactly: from the newest checkpoint in --adapter-path, or in "
+        "the folder given. Options not given are those of that run.",
+        RESUME,
+    )
+    accept_changes: tuple[str, ...] | None = option(
+        None,
+        "With --resume: options that may differ from the interrupted run, separated by commas, "
+        "such as learning_rate,data.",
+        NAMES,
+    )
+    overwrite: bool = option(
+        False, "Replace the adapter and checkpoints of another run in --adapter-path.", FLAG
+    )
 
     batch_size: int = option(4, "Rows in a batch.", integer(1))
     iters: int = option(1000, "Number of training steps.", integer(1))
@@ -198,7 +216,19 @@ class TrainConfig:
     )
     steps_per_report: int = option(10, "Steps between reports of the training loss.", integer(1))
     steps_per_eval: int = option(200, "Steps between validations.", integer(1))
-    save_every: int = option(100, "Steps between saved adapters.", integer(1))
+    save_every: int = option(100, "Steps between saved adapters and checkpoints.", integer(1))
+    keep_checkpoints: int = option(
+        2, "Number of newest checkpoints to keep for --resume; 0 writes none.", integer(0)
+    )
+    save_best: bool = option(
+        False,
+        "Also keep the adapter with the lowest validation loss, in the folder best inside "
+        "--adapter-path.",
+        FLAG,
+    )
+    max_time: float | None = option(
+        None, "Save and end after this time, such as 90s, 45m or 2h. Default: no limit.", DURATION
+    )
     report_to: str | None = option(
         None, f"Services to log to, separated by a comma: {', '.join(REPORTERS)}.", _REPORT_TO
     )
@@ -349,6 +379,8 @@ class TrainConfig:
         _drop_none(result["lora_parameters"])
         if self.hf_dataset is not None:
             result["hf_dataset"] = list(map(_drop_none, result["hf_dataset"]))
+        if self.accept_changes is not None:
+            result["accept_changes"] = list(self.accept_changes)
         if self.lora_parameters.keys is not None:
             result["lora_parameters"]["keys"] = list(self.lora_parameters.keys)
         return result
@@ -372,6 +404,7 @@ def _check_together(config: TrainConfig) -> None:
         )
     if config.train and not config.adapter_path:
         raise EdgeLoraError("adapter_path: got no name, expected a folder to write the adapter to")
+    _check_resume(config)
     if config.loss == "exact":
         for name in ("loss_k", "loss_max_subset", "loss_tail_correction"):
             if getattr(config, name) is not None:
@@ -397,6 +430,25 @@ def _check_together(config: TrainConfig) -> None:
         raise EdgeLoraError(
             f"spill_dir: got {config.spill_dir!r} with activations {config.activations} and "
             f"adapters {config.adapters}, which write no file; leave it out"
+        )
+
+
+def _check_resume(config: TrainConfig) -> None:
+    """Refuse options about runs in the adapter's folder that make no sense together."""
+    if config.resume and config.overwrite:
+        raise EdgeLoraError("overwrite: got true with resume, expected one of the two")
+    if config.accept_changes is not None and not config.resume:
+        raise EdgeLoraError(
+            f"accept_changes: got {','.join(config.accept_changes)} without resume, which is what "
+            "it is for; leave it out"
+        )
+    known = {field.name for field in dataclasses.fields(config)}
+    for name in config.accept_changes or ():
+        if name not in known:
+            raise EdgeLoraError(f"accept_changes: got {name!r}, expected the names of options")
+    if config.save_best and config.val_batches == 0:
+        raise EdgeLoraError(
+            "save_best: got true with val_batches 0, which validates never; leave one of them out"
         )
 
 

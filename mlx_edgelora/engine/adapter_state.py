@@ -67,6 +67,22 @@ class AdapterState(WeightSource, Protocol):
             EdgeLoraError: an update was broken off, so that some are newer than others.
         """
 
+    def optimizer_state(self) -> Mapping[tuple[str, str], mx.array]:
+        """What the optimizer remembers of each parameter, by the parameter's name and its own.
+
+        Evaluated when looked at; nothing of parameters that were not updated yet.
+        """
+
+    def gradients(self) -> Mapping[str, mx.array]:
+        """The sums of gradients since the last update by name, evaluated when looked at."""
+
+    def restore(
+        self,
+        states: Iterable[tuple[tuple[str, str], mx.array]],
+        gradients: Iterable[tuple[str, mx.array]],
+    ) -> None:
+        """After `start`, take over what `optimizer_state` and `gradients` gave, one at a time."""
+
     def close(self) -> None:
         """Give disk space back."""
 
@@ -167,6 +183,29 @@ class ResidentAdapterState(ResidentWeights):
         """The model's own arrays."""
         self._update.check()
         return dict(tree_flatten(self._model.trainable_parameters()))
+
+    def optimizer_state(self) -> Mapping[tuple[str, str], mx.array]:
+        """The arrays in memory."""
+        self._update.check()
+        return {
+            (name, key): value
+            for name, state in self._states.items()
+            for key, value in state.items()
+        }
+
+    def gradients(self) -> Mapping[str, mx.array]:
+        """The arrays in memory."""
+        return dict(self._sum)
+
+    def restore(
+        self,
+        states: Iterable[tuple[tuple[str, str], mx.array]],
+        gradients: Iterable[tuple[str, mx.array]],
+    ) -> None:
+        """Keep the arrays."""
+        for (name, key), value in states:
+            self._states.setdefault(name, {})[key] = value
+        self._sum.update(gradients)
 
     def close(self) -> None:
         """Nothing to do."""

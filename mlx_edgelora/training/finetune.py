@@ -6,7 +6,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,10 +15,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.utils import load_tokenizer
 
 from mlx_edgelora.blocks.checks import checked_blocks
-from mlx_edgelora.config import TrainConfig
+from mlx_edgelora.config import LoraParameters, TrainConfig
 from mlx_edgelora.config.train_config import MOST_LAYERS
 from mlx_edgelora.data import Dataset, load_datasets
 from mlx_edgelora.embedded import DATA_PATH, MODEL_PATH
@@ -36,21 +35,36 @@ from mlx_edgelora.model.checkpoint import LazyModel, error_text, quantize_in_pla
 from mlx_edgelora.model.headers import headers_of
 from mlx_edgelora.model.loading import DTYPES, can_stream, open_model
 from mlx_edgelora.model.lora import add_lora, freeze
+from mlx_edgelora.model.tokenizer import load_tokenizer_of
 from mlx_edgelora.planner.machine import converts_dtype, default_budget, free_memory
 from mlx_edgelora.planner.report import PlanReport, with_smallest_plan
 from mlx_edgelora.planner.run_plan import RunPlan, plan_request
 from mlx_edgelora.storage.files import make_folder, user_cache, write_atomically
 from mlx_edgelora.storage.stores import spill_folder
 from mlx_edgelora.training import summary
-from mlx_edgelora.training.adapters import CONFIG_FILE, WEIGHTS_FILE, read_adapter_weights
+from mlx_edgelora.training.adapters import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    adapter_file,
+    check_adapter,
+    read_adapter_weights,
+)
 from mlx_edgelora.training.awake import keep_awake
 from mlx_edgelora.training.callbacks import TrainingCallback, reporting_callbacks
+from mlx_edgelora.training.checkpoints import Checkpoint, Origin
 from mlx_edgelora.training.evaluate import evaluate
 from mlx_edgelora.training.failures import explain_failures
 from mlx_edgelora.training.limits import PressureWatch, limits
 from mlx_edgelora.training.log import RunLog, recorded
 from mlx_edgelora.training.loop import TrainResult, train
 from mlx_edgelora.training.rehearsal import rehearse
+from mlx_edgelora.training.resuming import (
+    check_contents,
+    fingerprints,
+    planned,
+    run_folder,
+    with_saved,
+)
 from mlx_edgelora.training.sampling import first_plan, measure_and_replan
 from mlx_edgelora.training.throttle import DutyCycle
 from mlx_edgelora.training.training_loss import check_loss, training_loss
@@ -66,8 +80,6 @@ BFLOAT16 = (
     "note: the GPUs of M1 and M2 have no bfloat16 and convert it; --dtype float16 is faster, where "
     "the model bears numbers up to 65504 (a run that meets larger ones ends)"
 )
-# One of these holds the words of any tokenizer; without one transformers makes up an empty one.
-TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 
 
 def finetune(
@@ -97,13 +109,20 @@ def finetune(
     optimizer = build_optimizer(config)  # refuses what it cannot use before anything slow
     callbacks = [*callbacks, *reporting_callbacks(config)]
     opened = recorded(config) if log is None else nullcontext(log)
-    with opened as records, _explained_failures(config), keep_awake(config.caffeinate):
+    with (
+        opened as records,
+        _explained_failures(config),
+        keep_awake(config.caffeinate),
+        run_folder(config) as checkpoint,
+    ):
         note = _discard_record if records is None else records.note
+        if checkpoint is not None:
+            config = with_saved(config, checkpoint)
         lazy = _adapted_model(config)
         config = _with_layers(config, lazy, notify)
         if converts_dtype(_dtype(config) or lazy.blocks.hidden_dtype):
             notify(BFLOAT16)
-        tokenizer = _tokenizer(lazy)
+        tokenizer = load_tokenizer_of(lazy)
         about_rows: list[str] = []
         found = train_set, valid_set, test_set = _data(
             config, tokenizer, lazy.vocabulary, notify, about_rows.append
@@ -112,8 +131,15 @@ def finetune(
         notify(summary.lines(facts))
         note("run", summary.run_record(config, facts))
         sets = [dataset for dataset in (train_set, valid_set, test_set) if dataset is not None]
+        known = fingerprints(lazy.checkpoint, train_set) if config.train else {}
+        start, wanted = _start(config), config
+        if checkpoint is not None:
+            check_contents(known, config, checkpoint)
+            start, wanted = checkpoint.weights, planned(config, checkpoint)
+        if start is not None:
+            _say_start(start, checkpoint, config, notify)
         place = _spill_place(config)
-        with _open_run(config, lazy, sets, place, notify) as (engine, chosen):
+        with _open_run(wanted, lazy, sets, place, notify, start) as (engine, chosen):
             check_loss(config, engine.head)
             note("plan", summary.plan_record(chosen))
             result = None
@@ -121,18 +147,23 @@ def finetune(
                 notify(_verification_line(engine, chosen, config))
             if config.train:
                 folder, tiles = _cache(config), chosen.plan.loss_bytes
-                wanted = training_loss(config, engine.head, train_set, folder, notify, tiles)
-                with wanted as loss, _memory_profile(config, notify, records) as first:
+                loss = training_loss(config, engine.head, train_set, folder, notify, tiles)
+                with loss as loss, _memory_profile(config, notify, records) as first:
                     engine.training_loss = loss
-                    planned = chosen.plan
+                    before = chosen.plan
                     rehearse(engine, chosen, notify)
-                    if chosen.plan != planned:
+                    if chosen.plan != before:
                         note("plan", summary.plan_record(chosen))
                     reset_peak()
                     watches = _BudgetWatch(engine, chosen, notify, note), PressureWatch(notify)
                     callbacks = [*first, *callbacks, *watches]
+                    # Asked anew for each checkpoint: `_BudgetWatch` may change the plan.
+                    plan = lambda: chosen.plan.json()  # noqa: E731, PLW0108
+                    origin = Origin(checkpoint, known, plan, config.overwrite)
                     both = train_set, valid_set
-                    result = train(engine, optimizer, config, *both, callbacks, None, records)
+                    result = train(
+                        engine, optimizer, config, *both, callbacks, log=records, origin=origin
+                    )
             if config.test:
                 loss, tokens = evaluate(engine, test_set, config, config.test_batches)
                 notify(_test_result(loss, tokens))
@@ -150,8 +181,8 @@ def open_engine(
     """
     lazy = _adapted_model(config)
     place = _spill_place(config)
-    with _open_run(config, lazy, (), place, log) as (engine, _):
-        yield engine, _tokenizer(lazy), lazy.vocabulary
+    with _open_run(config, lazy, (), place, log, _start(config)) as (engine, _):
+        yield engine, load_tokenizer_of(lazy), lazy.vocabulary
 
 
 @contextmanager
@@ -161,7 +192,8 @@ def open_planned(
     """As `open_engine`, of a run whose rows all have max_seq_length tokens; gives its plan too."""
     with _explained_failures(config):
         lazy = _adapted_model(config)
-        with _open_run(config, lazy, (), _spill_place(config), log) as settled:
+        place = _spill_place(config)
+        with _open_run(config, lazy, (), place, log, _start(config)) as settled:
             yield settled
 
 
@@ -186,10 +218,10 @@ def verification(config: TrainConfig, log: Callable[[str], None] = say) -> list[
         lazy = _adapted_model(config)
         sets: Sequence = ()
         if with_data:
-            found = _data(config, _tokenizer(lazy), lazy.vocabulary, lambda line: None)
+            found = _data(config, load_tokenizer_of(lazy), lazy.vocabulary, lambda line: None)
             sets = [dataset for dataset in found if dataset is not None]
         place = _spill_place(config)
-        with _open_run(config, lazy, sets, place, log) as (engine, chosen):
+        with _open_run(config, lazy, sets, place, log, _start(config)) as (engine, chosen):
             free, _ = default_budget()
             return verify(engine, *_batch(chosen), _dtype(config), memory=free, log=log)
 
@@ -213,7 +245,7 @@ def plan_report(config: TrainConfig, labelled: float = 1.0) -> PlanReport:
             quantize_in_place(lazy, config.quantize)
         _adapt(lazy, config)
         if config.data or config.hf_dataset:
-            found = _data(config, _tokenizer(lazy), lazy.vocabulary, lambda line: None)
+            found = _data(config, load_tokenizer_of(lazy), lazy.vocabulary, lambda line: None)
             sets = [dataset for dataset in found if dataset is not None]
         folder = Path(_spill_place(config)[0])
         request = plan_request(config, lazy, sets, user_cache(), folder, labelled)
@@ -246,6 +278,7 @@ def _engine(
     chosen: RunPlan,
     place: tuple[str | Path, str],
     log: Callable[[str], None],
+    start: Path | None,
 ) -> Iterator[Engine]:
     plan, free = chosen.plan, free_memory()
     if plan.streams and not lazy.streamable:
@@ -255,7 +288,7 @@ def _engine(
         folder,
         config.dtype,
         CrossEntropy(plan.loss_bytes),
-        load=lambda trained: _resume(trained, lazy.model, config),
+        load=lambda trained: _load(trained, lazy.model, start),
         pause=DutyCycle(config.duty).pause,
         file_cache=None if free is None else max(0, free - chosen.choice.peak),
     )
@@ -281,14 +314,22 @@ def _open_run(
     sets: Sequence,
     place: tuple[str | Path, str],
     log: Callable[[str], None],
+    start: Path | None = None,
 ) -> Iterator[tuple[Engine, RunPlan]]:
-    """The engine and the plan of the run, measured, told and written down; MLX's limits set."""
+    """The engine and the plan of the run, measured, told and written down; MLX's limits set.
+
+    Args:
+        start: adapter to begin with.
+    """
     request = plan_request(config, lazy, sets, user_cache(), Path(place[0]))
     chosen: RunPlan | None = request if request.given else first_plan(request)
     left = ENGINES
     while chosen is not None:
         log(chosen.table() if config.verbose else summary.memory(chosen))
-        with limits(chosen) as limit, _engine(config, lazy, chosen, place, log) as engine:
+        with (
+            limits(chosen) as limit,
+            _engine(config, lazy, chosen, place, log, start) as engine,
+        ):
             left -= 1
             another = (
                 measure_and_replan(engine, chosen, log, stays=not left) if config.train else None
@@ -397,6 +438,12 @@ def _with_saved_layers(config: TrainConfig) -> TrainConfig:
             f"{path}: not the configuration of an adapter ({error_text(error)}); test one that was "
             "trained, or the base model with --adapter-path ''"
         ) from error
+    # More keys than these, such as alpha beside scale, are not the user's to mend.
+    own = {field.name for field in dataclasses.fields(LoraParameters)}
+    if isinstance(layers["lora_parameters"], Mapping):
+        layers["lora_parameters"] = {
+            key: value for key, value in layers["lora_parameters"].items() if key in own
+        }
     like = TrainConfig.from_dict(layers, str(path))
     return dataclasses.replace(
         config,
@@ -404,22 +451,6 @@ def _with_saved_layers(config: TrainConfig) -> TrainConfig:
         lora_parameters=like.lora_parameters,
         resume_adapter_file=str(Path(config.adapter_path) / WEIGHTS_FILE),
     )
-
-
-def _tokenizer(lazy: LazyModel) -> object:
-    path = lazy.source
-    if not any(found for pattern in TOKENIZER_FILES for found in path.glob(pattern)):
-        raise EdgeLoraError(
-            f"{path}: has no tokenizer, expected a file such as tokenizer.json; "
-            "download the model again"
-        )
-    try:
-        return load_tokenizer(path, eos_token_ids=lazy.config.get("eos_token_id"))
-    except Exception as error:  # bare ones are what the package tokenizers raises
-        raise EdgeLoraError(
-            f"{path}: the tokenizer cannot be loaded ({error_text(error)}); download the model "
-            "again"
-        ) from error
 
 
 def _adapt(lazy: LazyModel, config: TrainConfig) -> None:
@@ -447,10 +478,30 @@ def _with_layers(config: TrainConfig, lazy: LazyModel, log: Callable[[str], None
     return dataclasses.replace(config, num_layers=count)
 
 
-def _resume(trained: AdapterState, model: nn.Module, config: TrainConfig) -> None:
-    if config.resume_adapter_file is not None:
+def _start(config: TrainConfig) -> Path | None:
+    """The adapter to begin with."""
+    return adapter_file(config.resume_adapter_file) if config.resume_adapter_file else None
+
+
+def _load(trained: AdapterState, model: nn.Module, start: Path | None) -> None:
+    if start is not None:
         shapes = {name: value.shape for name, value in tree_flatten(model.trainable_parameters())}
-        trained.load(read_adapter_weights(config.resume_adapter_file, shapes))
+        trained.load(read_adapter_weights(start, shapes))
+
+
+def _say_start(
+    start: Path, checkpoint: Checkpoint | None, config: TrainConfig, log: Callable[[str], None]
+) -> None:
+    """Say what a new run begins with, after a look at the file."""
+    if checkpoint is not None:  # its manifest was checked, and the loop says it
+        return
+    if note := check_adapter(start):
+        log(f"note: {note}")
+    if config.train:
+        log(
+            f"weights loaded from {start}; steps, optimizer and schedule start anew (--resume "
+            "continues a run)"
+        )
 
 
 def _data(

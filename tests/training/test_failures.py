@@ -221,8 +221,10 @@ def test_other_means_that_run_out(run, at_step, monkeypatch, tmp_path, text, exp
 
 def test_any_other_error_in_a_step_comes_through(run, at_step, monkeypatch, tmp_path):
     failing(monkeypatch, Engine, "backward", lambda: at_step() == 3, "shapes differ")
+    status, sentence = run()
+    assert status == 70 and sentence.startswith("unexpected RuntimeError: shapes differ; ")
     with pytest.raises(RuntimeError, match="shapes differ"):
-        run()
+        run(lambda argv: command.main([*argv, "--debug", "--overwrite"]))
 
 
 # The driver's own limit

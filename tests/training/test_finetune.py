@@ -63,6 +63,7 @@ def make_options(tiny, folder, **changes):
             "kernel": "dequantize",
             "weights": "streamed",
             "activations": "spill",
+            "overwrite": True,
         }
         | changes
     )
@@ -96,8 +97,8 @@ def trained_model(monkeypatch):
     """What the model of the engine answers right after training."""
     seen = {}
 
-    def spy(engine, *rest):
-        result = train(engine, *rest)
+    def spy(engine, *rest, **more):
+        result = train(engine, *rest, **more)
         seen["logits"] = logits(engine.model)
         mx.eval(seen)
         return result
@@ -345,6 +346,7 @@ lr_schedule:
         "0000004_adapters.safetensors",
         "adapter_config.json",
         "adapters.safetensors",
+        "checkpoints",
     ]
     assert {name.split(".", 3)[3] for name in adapter(tmp_path / "adapters")} == {
         f"self_attn.{layer}.{matrix}"
@@ -450,7 +452,7 @@ def test_any_other_error_of_mlx_comes_through(options, monkeypatch):
 
 
 def raising(error):
-    def call(*args):
+    def call(*args, **more):
         raise error
 
     return call

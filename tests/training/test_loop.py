@@ -7,14 +7,20 @@ import pytest
 from mlx.optimizers import clip_grad_norm
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner import trainer
-from training_helpers import PlainEngine, Recorder, make_model, make_rows, record_keys
+from training_helpers import (
+    PlainEngine,
+    Recorder,
+    load_adapter_weights,
+    make_model,
+    make_rows,
+    record_keys,
+)
 
 from mlx_edgelora.data.batches import iterate_batches
 from mlx_edgelora.data.dataset import Dataset, Row
 from mlx_edgelora.engine.optimizer import build_optimizer
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.measure.meter import reset_peak
-from mlx_edgelora.training.adapters import load_adapter_weights
 from mlx_edgelora.training.evaluate import evaluate
 from mlx_edgelora.training.log import RunLog
 from mlx_edgelora.training.loop import TrainResult, train
@@ -180,6 +186,7 @@ def test_saves_every_so_many_steps_and_at_the_end(make_config, quiet):
         "0000004_adapters.safetensors",
         "adapter_config.json",
         WEIGHTS,
+        "checkpoints",
     ]
     assert same(on_disk(config, engine.model), parameters(engine.model))
     assert not same(
