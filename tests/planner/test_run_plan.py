@@ -91,7 +91,7 @@ def test_a_prediction_that_was_too_low_is_corrected_once(options, monkeypatch):
 def test_a_correction_that_finds_no_plan_changes_nothing(options, monkeypatch):
     """The run goes on by its plan, and so do batches of other lengths."""
     lines = []
-    with open_engine(options(memory_budget="20MB", iters=1), notify=lines.append) as (engine, *_):
+    with open_engine(options(memory_budget="20MB", iters=1), log=lines.append) as (engine, *_):
         chosen = engine.plan_for.__self__
         before = chosen.plan
         with pytest.raises(EdgeLoraError, match="expected at least"):
