@@ -25,6 +25,8 @@ GROUPS: dict[str, dict[str, str | None]] = {
         "model": "MODEL",
         "data": "DATA",
         "mask_prompt": None,
+        "train_on": None,
+        "allow_lost_content": None,
         "max_seq_length": "TOKENS",
         "prompt_feature": "NAME",
         "completion_feature": "NAME",

@@ -208,6 +208,29 @@ def plan_report(config: TrainConfig, labelled: float = 1.0) -> PlanReport:
         return PlanReport(asked, fits)
 
 
+def read_data(
+    config: TrainConfig, notify: Callable[[str], None] = print
+) -> tuple[tuple[Dataset | None, Dataset | None, Dataset | None], object]:
+    """The data sets of a run and the tokenizer, without the weights of the model.
+
+    Args:
+        config: the options of the run.
+        notify: gets lines about what the rows are.
+
+    Raises:
+        EdgeLoraError: as `finetune`.
+    """
+    config = _with_embedded(config)
+    with _memory_told(config), headers_of(config.model) as path:
+        lazy = open_model(str(path), streamed=False, quantize=None, cache=_cache(config))
+        tokenizer = _tokenizer(lazy)
+        sets = load_datasets(config, tokenizer, notify)
+        for dataset in sets:
+            if dataset is not None:
+                dataset.check_vocabulary(lazy.vocabulary)
+        return sets, tokenizer
+
+
 def _adapted(config: TrainConfig, streamed: bool = False) -> LazyModel:
     """The model with adapters; nothing of it is read, unless it has to be rewritten first."""
     lazy = open_model(
