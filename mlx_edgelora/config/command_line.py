@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+from mlx_edgelora.config.hints import HINTS
 from mlx_edgelora.config.kinds import read_value, unknown_key
 from mlx_edgelora.config.train_config import TrainConfig
 from mlx_edgelora.config.yaml_file import read_yaml
@@ -24,6 +25,9 @@ GROUPS: dict[str, dict[str, str | None]] = {
         "config": "FILE",
         "model": "MODEL",
         "data": "DATA",
+        "data_format": None,
+        "val_split": "SHARE",
+        "system_prompt": "TEXT",
         "mask_prompt": None,
         "train_on": None,
         "allow_lost_content": None,
@@ -166,6 +170,9 @@ def _refuse(argument: str) -> NoReturn:
     in_file = [field for field in dataclasses.fields(TrainConfig) if _takes_file_only(field)]
     if argument in map(_flag, in_file):
         raise EdgeLoraError(f"command line: {argument} is not a flag; write it in a --config file")
+    hint = HINTS.get(argument.lstrip("-").replace("-", "_"))
+    if hint is not None:
+        raise EdgeLoraError(f"command line: {argument}: unknown key; {hint}")
     flags = [_flag(field) for field in dataclasses.fields(TrainConfig) if field not in in_file]
     raise unknown_key(f"command line: {argument}", argument, flags)
 

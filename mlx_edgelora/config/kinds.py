@@ -119,6 +119,9 @@ def _read_mapping(value: Any) -> dict[str, Any]:
     return dict(value)
 
 
+# So many known keys are all named where none is near to an unknown one.
+FEW = 12
+
 _UNITS = {"": 1, "M": 10**6, "MB": 10**6, "G": 10**9, "GB": 10**9}
 
 
@@ -177,11 +180,13 @@ def read_value(name: str, value: Any, kind: Kind) -> Any:
 
 def unknown_key(name: str, key: Any, known: Sequence[str]) -> EdgeLoraError:
     """The error for a key that is none of `known`; `name` is how to call it in the text."""
-    nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
-    return EdgeLoraError(
-        f"{name}: unknown key, the nearest known one is {nearest}; correct its spelling "
-        "or take it out"
-    )
+    if near := difflib.get_close_matches(str(key), known, n=1):
+        return EdgeLoraError(
+            f"{name}: unknown key, the nearest known one is {near[0]}; correct its spelling or "
+            "take it out"
+        )
+    names = f"expected one of {', '.join(known)}" if len(known) <= FEW else "--help lists all"
+    return EdgeLoraError(f"{name}: unknown key, {names}; correct it or take it out")
 
 
 def read_options(cls: type, mapping: Any, prefix: str = "") -> dict[str, Any]:

@@ -8,8 +8,9 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from mlx_edgelora.config import hints
 from mlx_edgelora.config.kinds import (
     BUDGET,
     FLAG,
@@ -38,6 +39,8 @@ from mlx_edgelora.config.yaml_file import read_yaml
 from mlx_edgelora.errors import EdgeLoraError
 
 REPORTERS = ("wandb", "swanlab")
+# Kinds of rows: mlx-lm's names, and those of other tools.
+DATA_FORMATS = ("chat", "completions", "text", "alpaca", "sharegpt", "qa")
 # So many last blocks are adapted by default, as in mlx-lm, or all of a model that has fewer.
 MOST_LAYERS = 16
 
@@ -73,6 +76,8 @@ class TrainConfig:
         EdgeLoraError: naming the option, the value it got and what it expects.
     """
 
+    HINTS: ClassVar[dict[str, str]] = hints.HINTS
+
     config: str | None = option(
         None, "YAML file with options; the command line takes precedence.", text()
     )
@@ -84,12 +89,27 @@ class TrainConfig:
     )
     data: str | None = option(
         None,
-        "Folder with train.jsonl, valid.jsonl and test.jsonl, or the name of a Hugging Face data "
-        "set. Default: the example data of the tiny model.",
+        "Folder with train.jsonl, valid.jsonl and test.jsonl, a file of training rows (.jsonl, "
+        ".json, .csv, .tsv, .parquet, .txt), or the name of a Hugging Face data set. Default: the "
+        "example data of the tiny model.",
         _NAME,
     )
     hf_dataset: tuple[HubDataset, ...] | None = option(
         None, "Hugging Face data sets with splits and features, in place of data.", HUB
+    )
+    data_format: str | None = option(
+        None,
+        "Kind of the rows. Default: found from their columns.",
+        one_of(*DATA_FORMATS),
+    )
+    val_split: float | None = option(
+        None,
+        "Share of the training rows that is split off for validation, such as 0.05; drawn by the "
+        "seed. Default: none.",
+        number("a number above 0 and below 1", lambda x: 0 < x < 1),
+    )
+    system_prompt: str | None = option(
+        None, "System message for conversations that have none. Default: none.", _NAME
     )
     prompt_feature: str = option("prompt", "Name of the prompt column.", text())
     completion_feature: str = option("completion", "Name of the completion column.", text())
@@ -369,11 +389,13 @@ def _check_together(config: TrainConfig) -> None:
             f"label_smoothing: got {config.label_smoothing} with the approximate loss, expected "
             "0: a target over the whole vocabulary needs the exact one"
         )
-    if config.mask_prompt and config.train_on is not None:
+    has_other = "val_batches 0" if config.val_batches == 0 else config.hf_dataset and "hf_dataset"
+    if config.train and config.val_split is not None and has_other:
         raise EdgeLoraError(
-            f"train_on: got {config.train_on!r} with mask_prompt, which is last-answer; leave one "
-            "of them out"
+            f"val_split: got {config.val_split:g} with {has_other}, expected no val_split there: "
+            "nothing is validated, or valid_split says on what; leave one of them out"
         )
+    _check_labels(config)
     _check_memory(config)
     if config.memory_profile is not None and not config.train:
         raise EdgeLoraError(
@@ -387,6 +409,15 @@ def _check_together(config: TrainConfig) -> None:
         raise EdgeLoraError(
             f"spill_dir: got {config.spill_dir!r} with activations {config.activations} and "
             f"adapters {config.adapters}, which write no file; leave it out"
+        )
+
+
+def _check_labels(config: TrainConfig) -> None:
+    """Refuse two ways of saying what is trained."""
+    if config.mask_prompt and config.train_on is not None:
+        raise EdgeLoraError(
+            f"train_on: got {config.train_on!r} with mask_prompt, which is last-answer; leave one "
+            "of them out"
         )
 
 

@@ -20,6 +20,7 @@ from mlx_edgelora.blocks.checks import checked_blocks
 from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.config.train_config import MOST_LAYERS
 from mlx_edgelora.data import Dataset, load_datasets
+from mlx_edgelora.data.findings import LINES
 from mlx_edgelora.embedded import DATA_PATH, MODEL_PATH
 from mlx_edgelora.engine.build import Settings, assembled
 from mlx_edgelora.engine.optimizer import build_optimizer
@@ -96,8 +97,10 @@ def finetune(
         if converts(_dtype(config) or lazy.blocks.hidden_dtype):
             notify(BFLOAT16)
         tokenizer = _tokenizer(lazy)
-        train_set, valid_set, test_set = _data(config, tokenizer, lazy.vocabulary, notify)
-        notify(summary.facts(config, lazy, (train_set, valid_set, test_set)))
+        about_rows: list[str] = []
+        found = _data(config, tokenizer, lazy.vocabulary, notify, about_rows.append)
+        train_set, valid_set, test_set = found
+        notify(summary.facts(config, lazy, found, about_rows))
         sets = [dataset for dataset in (train_set, valid_set, test_set) if dataset is not None]
         place = _spill_place(config)
         with _settled(config, lazy, sets, place, notify) as (engine, chosen):
@@ -438,17 +441,21 @@ def _resume(trained: Trained, model: nn.Module, config: TrainConfig) -> None:
 
 
 def _data(
-    config: TrainConfig, tokenizer: object, vocabulary: int, notify: Callable[[str], None]
+    config: TrainConfig,
+    tokenizer: object,
+    vocabulary: int,
+    notify: Callable[[str], None],
+    about: Callable[[str], None] | None = None,
 ) -> tuple[Dataset | None, Dataset | None, Dataset | None]:
-    sets = load_datasets(config, tokenizer)
-    if config.train and config.val_batches and sets[1] is None:
-        notify("no valid set, so no validation")
+    sets = load_datasets(config, tokenizer, about)
     for dataset in sets:
         if dataset is None:
             continue
         dataset.check_vocabulary(vocabulary)
         if warning := dataset.report.warning():
             notify(f"warning: {warning}")
+        for line in dataset.report.findings.lines(LINES):
+            notify(f"note: {line}")
     return sets
 
 

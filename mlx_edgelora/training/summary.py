@@ -19,15 +19,23 @@ COLUMNS = 80
 NAMES = 11
 
 
-def facts(config: TrainConfig, lazy: LazyModel, sets: Sequence[Dataset | None]) -> str:
+def facts(
+    config: TrainConfig,
+    lazy: LazyModel,
+    sets: Sequence[Dataset | None],
+    about_rows: Sequence[str] = (),
+) -> str:
     """Lines about the model, the data, the adapters and the optimizer.
 
     Args:
         config: of the run.
         lazy: its adapted model.
         sets: training, validation and test set, as far as they are there.
+        about_rows: lines about where they come from.
     """
     rows = {"model": _model(lazy), "data": _data(config, sets)}
+    if about_rows:
+        rows["rows"] = "; ".join(about_rows)
     if config.train:
         rows |= {"adapters": _adapters(config, lazy), "optimizer": _optimizer(config)}
     return _lines(rows)

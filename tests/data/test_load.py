@@ -94,7 +94,7 @@ def test_a_line_that_is_not_text_is_named(tokenizer, folder, tmp_path):
         ({"train": TEXT, "valid": "\n"}, {}, r"valid\.jsonl: has no rows"),
         ({"train": TEXT[:1]}, {}, r"train\.jsonl: got 1 usable rows, expected .* batch_size 2"),
         ({"train": TEXT, "valid": TEXT[:1]}, {}, r"valid\.jsonl: got 1 usable rows"),
-        ({"train": TEXT}, {"mask_prompt": True}, r"line 1: got a row with 'text', which has no"),
+        ({"train": TEXT}, {"mask_prompt": True}, r"line 1: got a row of plain text, which has no"),
         ({"train": [{"q": "w1"}]}, {}, r"train\.jsonl: line 1: got the keys 'q', expected 'prompt"),
     ],
 )
@@ -103,15 +103,15 @@ def test_bad_folders_are_refused(tokenizer, folder, splits, options, sentence):
         load(tokenizer, folder(**splits), **options)
 
 
-def test_what_is_not_a_folder_is_told_apart(tokenizer, folder, tmp_path):
-    folder(train=TEXT)
-    with pytest.raises(EdgeLoraError, match=r"train\.jsonl is a file, expected the folder it is"):
-        load(tokenizer, str(tmp_path / "train.jsonl"))
+def test_what_is_no_data_is_told_apart(tokenizer, tmp_path):
+    (tmp_path / "notes.md").write_text("notes")
+    with pytest.raises(EdgeLoraError, match=r"notes\.md: its name says no kind of file that is"):
+        load(tokenizer, str(tmp_path / "notes.md"))
     with pytest.raises(EdgeLoraError, match=r"data: ./none does not exist, expected a folder with"):
         load(tokenizer, "./none")
     with pytest.raises(EdgeLoraError, match=r"data: a/b/c does not exist"):
         load(tokenizer, "a/b/c")
-    with pytest.raises(EdgeLoraError, match=r"data: got nothing, expected a folder"):
+    with pytest.raises(EdgeLoraError, match=r"data: got nothing, expected a folder, a file"):
         load(tokenizer, None)
 
 
