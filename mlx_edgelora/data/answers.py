@@ -44,11 +44,16 @@ class Piece:
 
 
 class Answers:
-    """Finds answers in the renderings of one conversation."""
+    """Finds answers in the renderings of one conversation.
+
+    Attributes:
+        opening: what generation would get before an answer, and its rendering does not have.
+    """
 
     def __init__(self, template: Template, row: Conversation) -> None:
         self._template, self._row = template, row
         self._messages = row.messages
+        self.opening = ""
 
     def pieces(self, wanted: Sequence[int]) -> list[Piece]:
         """The pieces that show each wanted answer once, as generation would write it.
@@ -147,7 +152,9 @@ class Answers:
         bare = self._template.text(self._messages[:number], self._row.tools)
         if not piece.text.startswith(bare):
             return None
-        return max(len(self._up_to(piece, prompt)), len(self._up_to(piece, bare)))
+        start = max(len(self._up_to(piece, prompt)), len(self._up_to(piece, bare)))
+        self.opening = prompt[len(commonprefix([piece.text, prompt])) :]
+        return start
 
     def _header(self) -> str:
         """What the template writes before an answer without a prompt."""

@@ -116,6 +116,8 @@ class Encoder:
     def _answers(self, encoded: Encoded, row: Conversation, wanted: Sequence[int]) -> None:
         found = Answers(self._template, row)
         pieces = found.pieces(wanted)
+        if found.opening:
+            encoded.findings.append(Finding(findings.OPENING, found.opening))
         if len(pieces) > 1:
             encoded.findings.append(Finding(findings.APART))
         for piece in pieces:

@@ -69,6 +69,10 @@ CUT_EARLIER = Kind("without the reasoning of earlier answers, as the chat templa
 APART = Kind(
     "with earlier answers that the chat template writes differently: each became a row of its own"
 )
+OPENING = Kind(
+    "with an answer before which generation adds text that the row does not have; a model tuned on "
+    "them is asked otherwise than it was taught"
+)
 ADDED_END = Kind(
     "with an answer at which generation would not end: the end-of-sequence token was added"
 )
