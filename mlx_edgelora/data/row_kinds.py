@@ -149,7 +149,7 @@ def find_kind(
     layouts = [_resolved(layout, keys) for layout in _layouts(features, kind)]
     fits = [_fit(layout, rows) for layout in layouts]
     best = max(range(len(layouts)), key=lambda index: fits[index])
-    if fits[best] == (0, 0):
+    if not any(fits[best]):
         raise RowError(f"got the {_keys(rows[0])}, expected {_expected(layouts)}")
     layout = layouts[best]
     columns = dict(layout.needed)
@@ -215,11 +215,11 @@ def _resolved(layout: _Layout, keys: Sequence[str]) -> _Layout:
     return _Layout(layout.kind, needed, optional)
 
 
-def _fit(layout: _Layout, rows: Sequence[Row]) -> tuple[int, int]:
-    """How many of the rows have what the layout needs, with values and at all."""
+def _fit(layout: _Layout, rows: Sequence[Row]) -> tuple[int, bool, int]:
+    """How many rows have what the layout needs; whether the first has; how many, nulls included."""
     columns = layout.needed.values()
-    full = sum(all(row.get(column) is not None for column in columns) for row in rows)
-    return full, sum(all(column in row for column in columns) for row in rows)
+    full = [all(row.get(column) is not None for column in columns) for row in rows]
+    return sum(full), full[0], sum(all(column in row for column in columns) for row in rows)
 
 
 def _read_text(cells: _Cells) -> CanonicalRow:

@@ -218,7 +218,10 @@ def _about(parts: _Parts) -> str:
     """Which rows are which set, and of what kind they are."""
     by_kind: dict[str, list[str]] = {}
     for split, found in parts.items():
+        kinds: dict[str, list[str]] = {}
         for part in found:
-            names = by_kind.setdefault(str(part.kind), [])
-            names.append(f"{os.path.basename(part.name)} for {PURPOSES[split]}")
+            kinds.setdefault(str(part.kind), []).append(os.path.basename(part.name))
+        for kind, names in kinds.items():
+            more = f" and {len(names) - 1} more" if names[1:] else ""
+            by_kind.setdefault(kind, []).append(f"{names[0]}{more} for {PURPOSES[split]}")
     return "; ".join(f"{', '.join(names)}: {kind}" for kind, names in by_kind.items())

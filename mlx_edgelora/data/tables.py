@@ -37,13 +37,16 @@ def read_csv(path: Path, separator: str | None = None) -> Rows:
     """
     csv.field_size_limit(max(csv.field_size_limit(), ROW_LIMIT))  # of all readers; 131,072 before
     lines = (decode(f"{path}: line {number}", line) for number, line in read_lines(path))
-    first = next(lines, None)
-    if first is None:
-        return
+    begin: list[str] = []
+    for line in lines:
+        begin.append(line)
+        if line.strip():
+            break
+    first = "".join(begin)
     if separator is None:
         found = [mark for mark in OTHER_SEPARATORS if "," not in first and mark in first]
         separator = found[0] if found else ","
-    reader = csv.reader(chain([first], lines), delimiter=separator, strict=True)
+    reader = csv.reader(chain(begin, lines), delimiter=separator, strict=True)
     header: list[str] | None = None
     while True:
         number = reader.line_num + 1

@@ -262,3 +262,37 @@ def test_rows_without_any_answer_say_why(tokenizer, folder):
         EdgeLoraError, match=r"none of its 3 rows has a token to train .*; 3 rows without an answer"
     ):
         load(tokenizer, folder(train=rows), train_on="answers")
+
+
+def test_splits_of_the_hub_have_other_names_too(tokenizer, hub):
+    hub.sets["someone/named"] = {"train": PAIRS, "validation": PAIRS[:4], "unsupervised": TEXT}
+    lines = []
+    train, valid, _ = load_datasets(
+        TrainConfig(data="someone/named", batch_size=2), tokenizer, lines.append
+    )
+    assert (len(train), len(valid)) == (6, 4)
+    assert lines == [
+        "named train for training, named validation for validation: "
+        "completions (prompt, completion)"
+    ]
+    with pytest.raises(EdgeLoraError, match=r"no test set, .* called test or testing, found train,"):
+        load(tokenizer, "someone/named", test=True)
+
+
+def test_nulls_of_the_hub_are_missing_columns(tokenizer, hub):
+    message = {"role": "user", "content": "w1", "tool_calls": None, "name": None}
+    answer = message | {"role": "assistant", "content": "w2"}
+    row = {"messages": [message, answer], "tools": None, "text": None}
+    hub.sets["chats"] = {"train": [row] * 2}
+    train, _, _ = load(tokenizer, "chats")
+    assert lines(train, tokenizer)[0] == "<user> w1 </s> <assistant> w2 </s>"
+
+
+def test_a_share_of_one_file_is_the_valid_set(tokenizer, tmp_path):
+    rows = "text\n" + "".join(f"w{n} w1 w2\n" for n in range(20))
+    (tmp_path / "rows.csv").write_text(rows)
+    train, valid, _ = load(tokenizer, str(tmp_path / "rows.csv"), val_split=0.1)
+    assert (len(train), len(valid)) == (18, 2)
+    places = {part.place(i) for part in (train, valid) for i in range(len(part))}
+    assert len(places) == 20
+    assert "(2 of 20 rows, seed 0)" in valid.report.name
