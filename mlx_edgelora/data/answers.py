@@ -8,6 +8,7 @@ message into the last user turn). Then the conversation up to that answer become
 with the answer as the only label, so that every answer is trained as generation would write it.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from os.path import commonprefix
@@ -32,7 +33,7 @@ class Piece:
         shown: messages of the conversation that are in it, the first so many.
         spans: by the number of a message, (start, stop) of the tokens of its answer.
         joined: whether prompt and answer are of two renderings.
-        mask: which tokens the template says an assistant writes, where it says so.
+        ends: where each token ends in the text, where that is known.
     """
 
     text: str
@@ -40,7 +41,7 @@ class Piece:
     shown: int
     spans: dict[int, tuple[int, int]] = field(default_factory=dict)
     joined: bool = False
-    mask: list[bool] | None = None
+    ends: list[int] | None = None
 
 
 class Answers:
@@ -54,6 +55,7 @@ class Answers:
         self._template, self._row = template, row
         self._messages = row.messages
         self.opening = ""
+        self._masks: dict[int, list[bool]] = {}
 
     def pieces(self, wanted: Sequence[int]) -> list[Piece]:
         """The pieces that show each wanted answer once, as generation would write it.
@@ -91,14 +93,15 @@ class Answers:
         behind = self._template.text(self._messages[: number + 1], self._row.tools)
         if not (piece.text.startswith(before) and piece.text.startswith(behind)):
             raise RowError(_DIFFERS)
-        return len(self._up_to(piece, before)), len(self._up_to(piece, behind))
+        return self._up_to(piece, before), self._up_to(piece, behind)
 
     def _piece(self, shown: int) -> Piece:
-        messages, tools = self._messages[:shown], self._row.tools
-        text = self._template.text(messages, tools)
-        tokens = self._template.tokens(text)
-        mask = self._template.assistant_mask(messages, tools, tokens)
-        return Piece(text, tokens, shown, mask=mask)
+        text = self._template.text(self._messages[:shown], self._row.tools)
+        return self._tokenized(text, shown)
+
+    def _tokenized(self, text: str, shown: int, joined: bool = False) -> Piece:
+        tokens, ends = self._template.tokens_and_ends(text)
+        return Piece(text, tokens, shown, joined=joined, ends=ends)
 
     def _in_whole(self, whole: Piece, number: int) -> tuple[int, int] | None:
         """The answer's tokens in the whole conversation, if it is there as generation writes it."""
@@ -108,10 +111,10 @@ class Answers:
             return None
         if number == whole.shown - 1:
             return self._refined(whole, start, len(whole.tokens))
-        alone = self._piece(number + 1)
-        if whole.text.startswith(alone.text):
-            stop = len(self._up_to(whole, alone.text))
-            return self._refined(whole, start, stop)
+        text = self._template.text(self._messages[: number + 1], self._row.tools)
+        if whole.text.startswith(text):
+            return self._refined(whole, start, self._up_to(whole, text))
+        alone = self._tokenized(text, number + 1)
         stop = self._stop(whole, alone, prompt)
         if stop is None or stop <= start:
             return None
@@ -130,29 +133,29 @@ class Answers:
     def _stop(self, whole: Piece, alone: Piece, prompt: str) -> int | None:
         """Where an answer ends in the whole, whose rendering there is another than alone."""
         same = self._up_to(whole, commonprefix([whole.text, alone.text]))
-        if len(same) > len(self._up_to(whole, prompt)):
-            return len(same)
+        if same > self._up_to(whole, prompt):
+            return same
         # The template may leave out an empty block of reasoning before all but the last answer.
         if not (whole.text.startswith(prompt) and alone.text.startswith(prompt)):
             return None
         answer = alone.text[len(prompt) :]
         for at in range(1, len(answer)):
             if whole.text.startswith(answer[at:], len(prompt)):
-                return len(self._up_to(whole, prompt + answer[at:]))
+                return self._up_to(whole, prompt + answer[at:])
         return None
 
     def _start(self, piece: Piece, number: int, prompt: str) -> int | None:
         """The first token of an answer in a rendering; None where its prompt is another there."""
         if number == 0:
-            return len(self._up_to(piece, self._header()))
+            return self._up_to(piece, self._header())
         if piece.text.startswith(prompt):
-            return len(self._up_to(piece, prompt))
+            return self._up_to(piece, prompt)
         # A template may open the answer otherwise when asked to generate (with a thinking tag, say)
         # than when it is given: what both share is prompt. But all that precedes must be there.
         bare = self._template.text(self._messages[:number], self._row.tools)
         if not piece.text.startswith(bare):
             return None
-        start = max(len(self._up_to(piece, prompt)), len(self._up_to(piece, bare)))
+        start = max(self._up_to(piece, prompt), self._up_to(piece, bare))
         self.opening = prompt[len(commonprefix([piece.text, prompt])) :]
         return start
 
@@ -208,13 +211,13 @@ class Answers:
         if holds(before, same) or not squeezed(same):
             return None
         text = prompt + answer
-        joined = Piece(text, self._template.tokens(text), piece.shown, joined=True)
-        joined.spans[number] = (len(self._up_to(joined, prompt)), len(joined.tokens))
+        joined = self._tokenized(text, piece.shown, joined=True)
+        joined.spans[number] = (self._up_to(joined, prompt), len(joined.tokens))
         return joined
 
     def _last_marked(self, piece: Piece) -> int:
         """Where the last answer begins by the template's own mask."""
-        mask = piece.mask or []
+        mask = self._mask(piece)
         if True not in mask:
             raise RowError(_DIFFERS)
         last = len(mask) - 1 - mask[::-1].index(True)
@@ -222,7 +225,7 @@ class Answers:
 
     def _refined(self, piece: Piece, start: int, stop: int) -> tuple[int, int]:
         """The span, by the template's own mask of what the assistant writes where it has one."""
-        mask = piece.mask or ()
+        mask = [] if piece.joined else self._mask(piece)
         marked = [at for at in range(start, min(stop, len(mask))) if mask[at]]
         if not marked:
             return start, stop
@@ -235,10 +238,21 @@ class Answers:
     def _stops(self, tokens: Sequence[int]) -> bool:
         return not self._template.stops.isdisjoint(tokens)
 
-    def _up_to(self, piece: Piece, text: str) -> list[int]:
-        """Those first tokens of a piece that lie wholly in a text that begins it."""
+    def _mask(self, piece: Piece) -> list[bool]:
+        """Which tokens of a rendering an assistant writes by the template; empty if unknown."""
+        if piece.shown not in self._masks:
+            mask = self._template.assistant_mask(
+                self._messages[: piece.shown], self._row.tools, piece.tokens
+            )
+            self._masks[piece.shown] = mask or []
+        return self._masks[piece.shown]
+
+    def _up_to(self, piece: Piece, text: str) -> int:
+        """How many tokens at the beginning of a piece are those of a text."""
+        if piece.ends is not None and piece.text.startswith(text):
+            return bisect_right(piece.ends, len(text))
         tokens = self._template.tokens(text)
         for position, (a, b) in enumerate(zip(tokens, piece.tokens, strict=False)):
             if a != b:
-                return piece.tokens[:position]
-        return piece.tokens[: len(tokens)]
+                return position
+        return min(len(tokens), len(piece.tokens))

@@ -9,6 +9,7 @@ it writes a long word in that place.
 import copy
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,8 +47,8 @@ class Part:
 
 
 def squeezed(text: str) -> str:
-    """Text without its whitespace."""
-    return "".join(text.split())
+    """Text without its whitespace, in the form that tokenizers may give it (NFKC)."""
+    return "".join(unicodedata.normalize("NFKC", text).split())
 
 
 def parts_of(messages: Sequence[Message], number: int) -> Iterator[Part]:
@@ -155,14 +156,16 @@ class Search:
             how: tells one way of rendering from another.
         """
         squeeze, place, found = squeezed(text), 0, []
-        form = (how, *_form(messages, tools))
+        form = (how, bool(tools), messages[-1]["role"])
         for number in range(len(messages)):
+            begin = place
             for part in parts_of(messages, number):
-                end = _found(part.texts, squeeze, place)
-                if end is None:  # some templates write it elsewhere
+                end, kind = _found(part.texts, squeeze, begin), part.kind
+                is_there = end is not None
+                if is_there:
+                    place = place if kind is SYSTEM else max(place, end)
+                elif kind is not TOOL_CALLS:  # some templates write it elsewhere
                     is_there = _found(part.texts, squeeze, 0) is not None
-                else:
-                    place, is_there = end, True
                 if not is_there or not self._is_written(part, messages, tools, form, render):
                     found.append(part)
         if tools and not self._tools_written(messages, tools, squeeze, form, render):
@@ -173,7 +176,7 @@ class Search:
     def _is_written(
         self, part: Part, messages: Sequence[Message], tools: Any, form: Any, render: Render
     ) -> bool:
-        if part.kind is not TOOL_CALLS and len(squeezed(max(part.texts, key=len))) >= SHORT:
+        if sum(map(len, part.texts)) >= SHORT:
             return True
 
         def probe() -> bool:
@@ -182,7 +185,7 @@ class Search:
             text = render(changed, tools)
             return all(word in text for word in part.words)
 
-        return self._remembered((form, part.message, part.place), probe)
+        return self._remembered((*form, *_surroundings(messages, part)), probe)
 
     def _tools_written(
         self, messages: Sequence[Message], tools: Any, squeeze: str, form: Any, render: Render
@@ -190,7 +193,7 @@ class Search:
         names = tool_names(tools)
         if not names:
             return self._remembered(
-                (form, "tools"), lambda: render(messages, tools) != render(messages, None)
+                (*form, "tools"), lambda: render(messages, tools) != render(messages, None)
             )
         if not all(squeezed(name) in squeeze for name in names):
             return False
@@ -203,7 +206,7 @@ class Search:
                 described["name"] = WORD
             return WORD in render(messages, changed)
 
-        return self._remembered((form, "tools"), probe)
+        return self._remembered((*form, "tools"), probe)
 
     def _remembered(self, key: Any, probe: Callable[[], bool]) -> bool:
         if key not in self._written:
@@ -244,10 +247,17 @@ def _written_ways(text: str) -> Iterator[str]:
     yield repr(text)[1:-1]
 
 
-def _form(messages: Sequence[Message], tools: Any) -> Any:
-    """Conversations of one form are written alike but for their contents."""
-    described = [
-        (message["role"], tuple(part.place for part in parts_of(messages, number)))
-        for number, message in enumerate(messages)
-    ]
-    return (tuple(described), bool(tools))
+def _surroundings(messages: Sequence[Message], part: Part) -> tuple:
+    """What may decide whether a template writes a part, other than its text."""
+    number, last = part.message, len(messages) - 1
+    role = messages[number]["role"]
+    return (
+        part.place,
+        role,
+        tuple(other.place for other in parts_of(messages, number)),
+        number == 0,
+        number == last,
+        all(message["role"] != role for message in messages[number + 1 :]),
+        messages[max(0, number - 1)]["role"],
+        messages[min(last, number + 1)]["role"],
+    )

@@ -130,7 +130,8 @@ class Encoder:
     def _everything(self, encoded: Encoded, row: Conversation, empty: set[int]) -> Encoded:
         """All tokens but those of messages that are not to be trained."""
         text = self._template.text(row.messages, row.tools)
-        piece = Piece(text, self._template.tokens(text), len(row.messages))
+        tokens = self._template.encoded(row.messages, row.tools)
+        piece = Piece(text, tokens, len(row.messages))
         left_out = {
             number
             for number, message in enumerate(row.messages)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from jinja2 import TemplateError
@@ -48,6 +49,19 @@ class Template:
         """The tokens of a conversation's text, without any that the text does not have."""
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
+    def tokens_and_ends(self, text: str) -> tuple[list[int], list[int] | None]:
+        """The tokens of a text, and where each ends in it; None where that is not known."""
+        if getattr(self._inner, "is_fast", False):
+            found = self._inner(text, add_special_tokens=False, return_offsets_mapping=True)
+            ends = [end for _, end in found["offset_mapping"]]
+            if all(a <= b for a, b in pairwise(ends)):
+                return list(found["input_ids"]), ends
+        return self.tokens(text), None
+
+    def encoded(self, messages: Sequence[Message], tools: Sequence | None) -> list[int]:
+        """The tokens of a conversation as the tokenizer itself makes them."""
+        return list(self._applied(messages, tools, tokenize=True))
+
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, special ones included."""
         return self._tokenizer.decode(list(tokens))
@@ -60,8 +74,7 @@ class Template:
         if self._checked:
             return
         self._checked = True
-        theirs = self._applied(messages, tools, tokenize=True)
-        if list(theirs) != tokens:
+        if self.encoded(messages, tools) != tokens:
             raise RowError(
                 "the tokenizer encodes a conversation otherwise than the text that its chat "
                 "template writes, so its answers cannot be found; use --train-on everything"
