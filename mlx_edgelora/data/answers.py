@@ -15,6 +15,7 @@ from os.path import commonprefix
 
 from mlx_edgelora.data.content import holds, parts_of, squeezed
 from mlx_edgelora.data.conversation import Conversation, RowError
+from mlx_edgelora.data.findings import REASONING
 from mlx_edgelora.data.template import Template
 
 _DIFFERS = (
@@ -127,6 +128,8 @@ class Answers:
         if self._stops(alone) and not self._stops(written):
             return True
         parts = list(parts_of(self._messages, number))
+        if written[:1] != alone[:1] and any(part.kind is REASONING for part in parts):
+            return True
         missing = holds(parts, self._template.decode(written))
         return len(missing) > len(holds(parts, self._template.decode(alone)))
 
@@ -212,7 +215,12 @@ class Answers:
             return None
         text = prompt + answer
         joined = self._tokenized(text, piece.shown, joined=True)
-        joined.spans[number] = (self._up_to(joined, prompt), len(joined.tokens))
+        first = self._up_to(piece, piece.text[:cut])
+        start, stop = self._refined(piece, first, len(piece.tokens))
+        joined.spans[number] = (
+            self._up_to(joined, prompt) + start - first,
+            len(joined.tokens) + stop - len(piece.tokens),
+        )
         return joined
 
     def _last_marked(self, piece: Piece) -> int:
@@ -225,7 +233,7 @@ class Answers:
 
     def _refined(self, piece: Piece, start: int, stop: int) -> tuple[int, int]:
         """The span, by the template's own mask of what the assistant writes where it has one."""
-        mask = [] if piece.joined else self._mask(piece)
+        mask = self._mask(piece)
         marked = [at for at in range(start, min(stop, len(mask))) if mask[at]]
         if not marked:
             return start, stop

@@ -137,9 +137,7 @@ def _generate(
             return
 
 
-def _make_batch(
-    dataset: Sequence[LabelledRow], indices: list[int], max_seq_length: int
-) -> Batch:
+def _make_batch(dataset: Sequence[LabelledRow], indices: list[int], max_seq_length: int) -> Batch:
     rows = [dataset[index] for index in indices]
     lengths = [min(len(tokens), max_seq_length) for tokens, _ in rows]
     width = min(1 + padded(max(lengths)), max_seq_length)

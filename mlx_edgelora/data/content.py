@@ -45,6 +45,11 @@ class Part:
     replaced: Callable[[], Message]
     words: tuple[str, ...] = (WORD,)
 
+    @property
+    def is_short(self) -> bool:
+        """Whether it could be found by chance."""
+        return sum(map(len, self.texts)) < SHORT
+
 
 def squeezed(text: str) -> str:
     """Text without its whitespace, in the form that tokenizers may give it (NFKC)."""
@@ -145,6 +150,7 @@ class Search:
         text: str,
         render: Render,
         how: str = "",
+        first: int = 0,
     ) -> list[Part]:
         """The parts of a conversation that its text lacks.
 
@@ -154,17 +160,18 @@ class Search:
             text: of the conversation.
             render: what wrote the text, for changed messages or tools.
             how: tells one way of rendering from another.
+            first: number of the first message to look for.
         """
         squeeze, place, found = squeezed(text), 0, []
         form = (how, bool(tools), messages[-1]["role"])
-        for number in range(len(messages)):
+        for number in range(first, len(messages)):
             begin = place
             for part in parts_of(messages, number):
-                end, kind = _found(part.texts, squeeze, begin), part.kind
+                end = _found(part.texts, squeeze, begin)
                 is_there = end is not None
-                if is_there:
-                    place = place if kind is SYSTEM else max(place, end)
-                elif kind is not TOOL_CALLS:  # some templates write it elsewhere
+                if is_there and part.kind is TEXT and not part.is_short:
+                    place = max(place, end)
+                elif not is_there and part.kind is not TOOL_CALLS:  # it may be written elsewhere
                     is_there = _found(part.texts, squeeze, 0) is not None
                 if not is_there or not self._is_written(part, messages, tools, form, render):
                     found.append(part)
@@ -176,7 +183,7 @@ class Search:
     def _is_written(
         self, part: Part, messages: Sequence[Message], tools: Any, form: Any, render: Render
     ) -> bool:
-        if sum(map(len, part.texts)) >= SHORT:
+        if not part.is_short:
             return True
 
         def probe() -> bool:

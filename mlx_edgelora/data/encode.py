@@ -1,6 +1,6 @@
 """From a canonical row to tokens, labelled spans, and what was noticed about it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,7 +121,7 @@ class Encoder:
         if len(pieces) > 1:
             encoded.findings.append(Finding(findings.APART))
         for piece in pieces:
-            self._note_lost(encoded, row, piece, found)
+            self._note_lost(encoded, row, piece, set(wanted))
             spans = sorted(piece.spans.values())
             if spans[-1][1] == len(piece.tokens):
                 spans[-1] = self._ended(encoded, piece.tokens, spans[-1])
@@ -142,7 +142,7 @@ class Encoder:
         for number in sorted(left_out):
             start, stop = found.region(piece, number)
             spans[-1:] = [(spans[-1][0], start), (stop, len(piece.tokens))]
-        self._note_lost(encoded, row, piece, found)
+        self._note_lost(encoded, row, piece, set())
         last = len(row.messages) - 1
         if row.messages[last]["role"] == ASSISTANT and last not in left_out:
             start = max(spans[-1][0], len(piece.tokens) - _ENDING)
@@ -163,9 +163,16 @@ class Encoder:
         return span[0], len(tokens)
 
     def _note_lost(
-        self, encoded: Encoded, row: Conversation, piece: Piece, answers: Answers
+        self,
+        encoded: Encoded,
+        row: Conversation,
+        piece: Piece,
+        wanted: set[int],
     ) -> None:
-        """Note contents that are not in the tokens, or not in the labels of their answer."""
+        """Note contents that are not in the tokens, or not in the labels of their answer.
+
+        Answers that are wanted have their reasoning in a piece of their own.
+        """
         shown = row.messages[: piece.shown]
         for number in range(piece.shown):
             encoded.having.update(
@@ -175,7 +182,7 @@ class Encoder:
             )
         if row.tools:
             encoded.having.add(findings.TOOLS)
-        lost = self._missing(row, piece, answers)
+        lost = self._missing(row, piece)
         for number, (start, stop) in piece.spans.items():
             decoded = self._template.decode(piece.tokens[start:stop])
             if self._unknown not in piece.tokens[start:stop]:
@@ -183,6 +190,8 @@ class Encoder:
         for part in lost:
             kind = part.kind
             if kind is findings.REASONING and not self._is_label(piece, part.message):
+                if part.message in wanted:
+                    continue
                 kind = findings.CUT_EARLIER
             encoded.findings.append(Finding(kind, max(part.texts, key=len, default="")))
 
@@ -190,17 +199,20 @@ class Encoder:
         """Whether a message is trained in this piece, and not only read."""
         return number in piece.spans or (not piece.spans and number == piece.shown - 1)
 
-    def _missing(self, row: Conversation, piece: Piece, answers: Answers) -> list[Part]:
+    def _missing(self, row: Conversation, piece: Piece) -> list[Part]:
         """Parts of messages that the piece's text lacks."""
-        template, how, shown = self._template, "whole", piece.shown
-        render: Callable[..., str] = template.text
-        if piece.joined:  # its answer is looked for in its labels
-            shown, how = piece.shown - 1, "prompt"
+        template, missing, tools = self._template, self._search.missing, row.tools
+        messages = row.messages[: piece.shown]
+        if not piece.joined:
+            return missing(messages, tools, piece.text, template.text, "whole")
 
-            def render(messages: Sequence[Message], tools: Any) -> str:
-                return template.text(messages, tools, generate=True)
+        def prompt(messages: Sequence[Message], tools: Any) -> str:
+            return template.text(messages, tools, generate=True)
 
-        return self._search.missing(row.messages[:shown], row.tools, piece.text, render, how)
+        last = piece.shown - 1
+        return missing(messages[:-1], tools, piece.text, prompt, "prompt") + missing(
+            messages, None, piece.text, template.text, "answer", first=last
+        )
 
     def _once(self, tokens: list[int], spans: Spans) -> tuple[list[int], Spans]:
         """Without a second beginning-of-sequence token at the beginning."""

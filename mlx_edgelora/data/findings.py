@@ -28,7 +28,9 @@ class Kind:
     lost: bool = False
 
 
-_TEMPLATE = "use a model whose chat template writes {}, or a chat_template.jinja in its folder that does"
+_TEMPLATE = (
+    "use a model whose chat template writes {}, or a chat_template.jinja in its folder that does"
+)
 REASONING = Kind(
     "with reasoning in an answer lose it: the chat template cuts it out",
     _TEMPLATE.format("it") + ", or rows of text",
@@ -64,7 +66,9 @@ NO_TEXT = Kind("without text left out")
 NO_ANSWER = Kind("without an answer left out", "give answers the role 'assistant'")
 EMPTY = Kind("with an empty answer, which is not trained")
 UNANSWERED = Kind("end with a message that is no answer; it was left off")
-EARLIER = Kind("with several answers: only the last one is trained", "--train-on answers trains all")
+EARLIER = Kind(
+    "with several answers: only the last one is trained", "--train-on answers trains all"
+)
 CUT_EARLIER = Kind("without the reasoning of earlier answers, as the chat template writes prompts")
 APART = Kind(
     "with earlier answers that the chat template writes differently: each became a row of its own"

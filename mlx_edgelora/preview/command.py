@@ -59,9 +59,7 @@ def _show(config: TrainConfig, wanted: int, html: str | None) -> int:
     found, tokenizer = read_data(
         dataclasses.replace(config, allow_lost_content=True), lambda line: _print(line)
     )
-    sets = [
-        (name, rows) for name, rows in zip(PURPOSES, found, strict=True) if rows is not None
-    ]
+    sets = [(name, rows) for name, rows in zip(PURPOSES, found, strict=True) if rows is not None]
     for name, dataset in sets:
         print("\n".join(["", *terminal.overview(name, dataset)]))
     remarks = list(_remarks(config, sets))
@@ -132,9 +130,7 @@ def _longer(config: TrainConfig, longest: int) -> str:
     wanted = -(-longest // 32) * 32 + 1
     told = f"--max-seq-length {wanted} cuts nothing"
     model = config.model or str(MODEL_PATH)
-    plain = dataclasses.replace(
-        config, model=model, data=None, hf_dataset=None, plan_out=None
-    )
+    plain = dataclasses.replace(config, model=model, data=None, hf_dataset=None, plan_out=None)
     try:
         now, then = (
             plan_report(dataclasses.replace(plain, max_seq_length=tokens)).expected

@@ -183,9 +183,7 @@ def harmony(message, **_):
         return text + f"<|channel|>final<|message|>{message['content']}<|return|>"
     function = calls[0]["function"]
     name, arguments = function["name"], _json(function["arguments"])
-    return text + (
-        f" to=functions.{name}<|channel|>commentary json<|message|>{arguments}<|call|>"
-    )
+    return text + (f" to=functions.{name}<|channel|>commentary json<|message|>{arguments}<|call|>")
 
 
 def _json(value):
@@ -213,9 +211,7 @@ FORMS = {
     "ChatML": Form(CHATML, plain("<|im_end|>\n"), loses=ALL),
     "ChatML, marked": Form(MARKED, plain("<|im_end|>"), loses=ALL),
     "Llama 3": Form(LLAMA3, plain("<|eot_id|>"), "<|eot_id|>", begin="<bos>", loses=ALL),
-    "Gemma": Form(
-        GEMMA, plain("<end_of_turn>\n"), "<eos>", ("<end_of_turn>",), "<bos>", loses=ALL
-    ),
+    "Gemma": Form(GEMMA, plain("<end_of_turn>\n"), "<eos>", ("<end_of_turn>",), "<bos>", loses=ALL),
     "Mistral": Form(MISTRAL, mistral, "<eos>", begin="<bos>", loses=frozenset({"reasoning"})),
     "DeepSeek-R1": Form(R1, r1, "<eos>", begin="<bos>", loses=ALL),
     "Qwen 3": Form(QWEN3, qwen3),

@@ -10,6 +10,7 @@ from mlx_edgelora.data.encode import EVERYTHING, LAST_ANSWER, Encoder
 from mlx_edgelora.data.findings import NO_TEXT, UNANSWERED
 from mlx_edgelora.data.row_kinds import Features, find_kind
 
+
 def find_encoder(first, tokenizer, features, mask_prompt):
     """The function row -> (tokens, offset) for rows like the first one."""
     kind = find_kind([first], features)

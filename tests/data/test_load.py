@@ -213,8 +213,6 @@ def test_a_set_that_loses_content_by_rule_is_refused_with_a_remedy(tokenizer, fo
             load(tokenizer, folder(train=rows), **options)
         train, _, _ = load(tokenizer, folder(train=rows), allow_lost_content=True, **options)
         assert len(train) == 2 and train.report.findings.rows == 2
-    kept = [{"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]}]
-    load(tokenizer, folder(train=rows[:1] + kept * 10), mask_prompt=True)
 
 
 def test_which_answers_are_labels(tokenizer, folder):
@@ -275,7 +273,9 @@ def test_splits_of_the_hub_have_other_names_too(tokenizer, hub):
         "named train for training, named validation for validation: "
         "completions (prompt, completion)"
     ]
-    with pytest.raises(EdgeLoraError, match=r"no test set, .* called test or testing, found train,"):
+    with pytest.raises(
+        EdgeLoraError, match=r"no test set, .* called test or testing, found train,"
+    ):
         load(tokenizer, "someone/named", test=True)
 
 

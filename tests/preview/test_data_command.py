@@ -122,7 +122,9 @@ def test_the_page_is_escaped_and_needs_nothing_else(shown, tmp_path):
     parsed = _Page()
     parsed.feed(text)
     assert parsed.marked.split()[:1] == ["<user>"] or "<user>" not in parsed.marked
-    hostile = [("</pre><script>x</script>", [Segment("<b>&", True, 2), Segment("</mark>", False, 1)])]
+    hostile = [
+        ("</pre><script>x</script>", [Segment("<b>&", True, 2), Segment("</mark>", False, 1)])
+    ]
     text = page([], ["<i>"], hostile)
     parsed = _Page()
     parsed.feed(text)
@@ -203,5 +205,3 @@ def test_colours_only_on_a_terminal_that_wants_them(shown, monkeypatch):
         shown([pair("w1", "w2")], "--train-on", "answers")
         stream.flush()
         assert expected in stream.buffer.getvalue().decode(encoding)
-
-
