@@ -33,10 +33,9 @@ class Files(NamedTuple):
 
     def missing(self, split: str) -> str:
         """What was looked for and what there is, for the sentence about a missing set."""
+        usual, other = SPLITS[split][:2]
         found = f", found {', '.join(self.others[:NAMED])}" if self.others else ""
-        names = ", ".join(SPLITS[split][1:])
-        share = "; or --val-split 0.05" if split == "valid" else ""
-        return f"{split}.jsonl in the folder (or {names}; .json, .csv, .parquet, ...{share}){found}"
+        return f"{split}.jsonl in the folder (or {usual}.csv, {other}.json, ...){found}"
 
 
 def find_files(folder: Path, wanted: Sequence[str] = tuple(SPLITS)) -> Files:

@@ -65,7 +65,7 @@ def _parse_line(place: str, line: bytes) -> Mapping[str, Any]:
         row = json.loads(text, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
         raise EdgeLoraError(
-            f"{place}: is not JSON ({error.msg} at column {error.colno}), expected one object "
+            f"{place}: is not JSON ({_reason(error)} at column {error.colno}), expected one object "
             "per line"
         ) from error
     except (ValueError, RecursionError) as error:
@@ -86,6 +86,10 @@ def read_document(path: Path) -> Rows:
         rows = _elements(scanner) if scanner.peek() == "[" else _objects(scanner)
         for number, (row, text) in enumerate(rows, start=1):
             yield number, _checked(f"{path}: row {number}", row, text)
+
+
+class _KeyTwiceError(ValueError):
+    """A key that an object has twice."""
 
 
 class _Scanner:
@@ -127,8 +131,8 @@ class _Scanner:
                     continue
                 line = self._line + self._text.count("\n", self._at, error.pos)
                 raise EdgeLoraError(
-                    f"{self._path}: line {line}: is not JSON ({error.msg}); correct it, or write "
-                    "one object per line into a .jsonl file"
+                    f"{self._path}: line {line}: is not JSON ({_reason(error)}); "
+                    "correct it, or write one object per line into a .jsonl file"
                 ) from error
             except (ValueError, RecursionError) as error:
                 raise _not_parsed(self.place(), error) from error
@@ -237,11 +241,15 @@ def _end(scanner: _Scanner, what: str) -> None:
         raise EdgeLoraError(f"{scanner.place()}: got {found!r} after {what}, expected nothing more")
 
 
+def _reason(error: json.JSONDecodeError) -> str:
+    return error.msg.removesuffix(" at")  # a column
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the key {twice!r} is there twice")
+        raise _KeyTwiceError(twice)
     return result
 
 
@@ -249,7 +257,9 @@ def _not_parsed(place: str, error: Exception) -> EdgeLoraError:
     """The error for a number of thousands of digits, a key given twice, or deep nesting."""
     if isinstance(error, RecursionError):
         return EdgeLoraError(f"{place}: is nested too deeply, expected a JSON object")
-    return EdgeLoraError(f"{place}: is not JSON that can be read ({error})")
+    if isinstance(error, _KeyTwiceError):
+        return EdgeLoraError(f"{place}: has the key {str(error)!r} twice; keep one of them")
+    return EdgeLoraError(f"{place}: is not JSON ({error}), expected an object")
 
 
 def _checked(place: str, row: Any, text: str) -> Mapping[str, Any]:

@@ -69,22 +69,24 @@ class RowKind:
 
     Attributes:
         name: one of `DATA_FORMATS`.
-        columns: part (such as `prompt`) -> the column that holds it.
-        needed: the parts that every row has.
-        unused: columns that are not read.
+        needed: part (such as `prompt`) -> the column that holds it in every row.
+        optional: part -> the columns that may hold it; the first that does in a row counts.
+        found: the columns that are read, of those that were looked at.
+        unused: the others.
         system_prompt: for conversations that have none.
     """
 
     name: str
-    columns: Mapping[str, str]
-    needed: frozenset[str]
+    needed: Mapping[str, str]
+    optional: Mapping[str, tuple[str, ...]]
+    found: tuple[str, ...]
     unused: tuple[str, ...] = ()
     system_prompt: str | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         """As in the header of a run: `alpaca (instruction, output); not used: id`."""
         unused = f"; not used: {_named(self.unused, quote=str)}" if self.unused else ""
-        return f"{self.name} ({', '.join(self.columns.values())}){unused}"
+        return f"{self.name} ({', '.join(self.found)}){unused}"
 
     def read(self, row: Row) -> CanonicalRow:
         """The row in its canonical form.
@@ -92,21 +94,24 @@ class RowKind:
         Raises:
             RowError: a column that is missing or holds something else than it should.
         """
-        for part in self.needed:
-            if self.columns[part] not in row:
-                raise RowError(
-                    f"got the {_keys(row)}, expected {self.columns[part]!r} as in other rows"
-                )
-        cells = {part: row.get(column) for part, column in self.columns.items()}
+        for column in self.needed.values():
+            if column not in row:
+                raise RowError(f"got the {_keys(row)}, expected {column!r} as in other rows")
+        columns = dict(self.needed)
+        for part, names in self.optional.items():
+            column = next((name for name in names if not is_empty(row.get(name))), None)
+            if column is not None:
+                columns[part] = column
+        cells = {part: row[column] for part, column in columns.items()}
         try:
-            return _READERS[self.name](_Cells(cells, self.columns, self.system_prompt))
+            return _READERS[self.name](_Cells(cells, columns, self.system_prompt))
         except RecursionError as error:
             raise RowError("is nested too deeply") from error
 
 
 @dataclass(frozen=True)
 class _Cells:
-    """The parts of one row, with their columns for error texts."""
+    """The parts that one row has, with their columns for error texts."""
 
     values: Mapping[str, Any]
     columns: Mapping[str, str]
@@ -116,20 +121,14 @@ class _Cells:
         """A part that must be text, and reasoning if it is a list of parts that holds some."""
         return read_content(self.columns[part], self.values[part])
 
-    def get(self, part: str) -> Any:
-        """A part that may be missing or empty, which both give None."""
-        value = self.values.get(part)
-        return None if is_empty(value) else value
-
     def optional_text(self, part: str) -> str | None:
-        """The same of a part that is text."""
-        value = self.get(part)
-        return None if value is None else read_content(self.columns[part], value)[0]
+        """The text of a part that the row may not have."""
+        return self.content(part)[0] if part in self.values else None
 
 
 def find_kind(
     rows: Sequence[Row],
-    features: Features = Features(),  # noqa: B008, frozen
+    features: Features = Features(),
     kind: str | None = None,
     system_prompt: str | None = None,
 ) -> RowKind:
@@ -152,16 +151,15 @@ def find_kind(
     if not any(fits[best]):
         raise RowError(f"got the {_keys(rows[0])}, expected {_expected(layouts)}")
     layout = layouts[best]
-    columns = dict(layout.needed)
-    for part, names in layout.optional.items():
-        columns |= {part: name for name in names[:1] if name not in columns.values()}
     if layout.kind == "text" and system_prompt is not None:
         raise RowError(
             "is plain text, which has no conversation that --system-prompt could begin; leave it "
             "out or use another kind of rows"
         )
-    unused = tuple(key for key in keys if key not in columns.values())
-    return RowKind(layout.kind, columns, frozenset(layout.needed), unused, system_prompt)
+    optional = {name for names in layout.optional.values() for name in names}
+    read = [*layout.needed.values(), *(key for key in keys if key in optional)]
+    unused = tuple(key for key in keys if key not in read)
+    return RowKind(layout.kind, layout.needed, layout.optional, tuple(read), unused, system_prompt)
 
 
 def _layouts(features: Features, kind: str | None) -> list[_Layout]:
@@ -201,7 +199,7 @@ def _layouts(features: Features, kind: str | None) -> list[_Layout]:
 
 
 def _resolved(layout: _Layout, keys: Sequence[str]) -> _Layout:
-    """With the columns as the rows call them, and of the possible ones those that are there."""
+    """With the columns as the rows call them."""
     simple = {key.strip().casefold(): key for key in reversed(keys)}
 
     def find(name: str) -> str | None:
@@ -209,7 +207,7 @@ def _resolved(layout: _Layout, keys: Sequence[str]) -> _Layout:
 
     needed = {part: find(name) or name for part, name in layout.needed.items()}
     optional = {
-        part: tuple(found for name in names if (found := find(name)) is not None)
+        part: tuple(found for name in names if (found := find(name) or name) not in needed.values())
         for part, names in layout.optional.items()
     }
     return _Layout(layout.kind, needed, optional)
@@ -252,8 +250,9 @@ def _read_alpaca(cells: _Cells) -> CanonicalRow:
 
 
 def _read_history(cells: _Cells) -> list[Message]:
+    turns = cells.values.get("history", [])
     messages = []
-    for turn in cells.get("history") or ():
+    for turn in turns if isinstance(turns, list) else [turns]:
         if not (
             isinstance(turn, list) and len(turn) == 2 and all(isinstance(t, str) for t in turn)
         ):
@@ -292,7 +291,9 @@ def _conversation(
     if system is not None and not has_system:
         messages = [{"role": "system", "content": system}, *messages]
         prompt_messages = None if prompt_messages is None else prompt_messages + 1
-    tools = read_tools(cells.columns["tools"], cells.values["tools"]) if cells.get("tools") else None
+    tools = None
+    if "tools" in cells.values:
+        tools = read_tools(cells.columns["tools"], cells.values["tools"])
     return Conversation(messages, tools, prompt_messages)
 
 

@@ -97,7 +97,9 @@ def find_sets(config: TrainConfig) -> Sets:
                 f"data: {config.data} has no {split} set, expected {missing(split)}"
             )
         if not parts[split]:
-            notes.append(f"no valid set, so no validation (expected {missing(split)})")
+            notes.append(
+                f"no valid set, so no validation (expected --val-split 0.05, or {missing(split)})"
+            )
     train, valid, test = (parts.get(split, []) for split in SPLITS)
     return Sets(train, valid, test, [_about(parts), *notes])
 
@@ -137,14 +139,14 @@ def _find_sources(
         )
     splits = hub_sources(data)
     names = {split: find_split(split, splits) for split in wanted}
-    return {split: [splits[name]] for split, name in names.items() if name}, lambda split: (
-        f"a split called {' or '.join(SPLITS[split])}, found {', '.join(splits)}"
-    )
+    return {
+        split: [splits[name]] for split, name in names.items() if name
+    }, lambda split: f"a split called {' or '.join(SPLITS[split])}, found {', '.join(splits)}"
 
 
 def _missing_beside_file(split: str) -> str:
     if split == "valid":
-        return "--val-split 0.05 or another share of the file, or a folder with valid.jsonl"
+        return "a folder with valid.jsonl"
     return f"a folder with train.jsonl and {split}.jsonl, because one file is one set"
 
 
@@ -215,7 +217,7 @@ def _split_off(parts: _Parts, share: float, seed: int) -> _Parts:
 
 
 def _about(parts: _Parts) -> str:
-    """Which rows are which set, and of what kind they are."""
+    """Of what kind rows are, and which are which set unless their files have mlx-lm's names."""
     by_kind: dict[str, list[str]] = {}
     for split, found in parts.items():
         kinds: dict[str, list[str]] = {}
@@ -224,4 +226,11 @@ def _about(parts: _Parts) -> str:
         for kind, names in kinds.items():
             more = f" and {len(names) - 1} more" if names[1:] else ""
             by_kind.setdefault(kind, []).append(f"{names[0]}{more} for {PURPOSES[split]}")
+    are_usual = all(
+        os.path.basename(part.name) == f"{split}.jsonl"
+        for split, found in parts.items()
+        for part in found
+    )
+    if len(by_kind) == 1 and are_usual:
+        return next(iter(by_kind))
     return "; ".join(f"{', '.join(names)}: {kind}" for kind, names in by_kind.items())

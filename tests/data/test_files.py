@@ -11,7 +11,7 @@ from mlx_edgelora.data import json_files, lines, tables
 from mlx_edgelora.data.sources import data_suffix, file_source
 from mlx_edgelora.errors import EdgeLoraError
 
-ROWS = [{"prompt": "Grüße, \"Welt\"", "completion": "line\nbreak"}, {"prompt": "", "completion": "b"}]
+ROWS = [{"prompt": 'Grüße, "Welt"', "completion": "line\nbreak"}, {"prompt": "", "completion": "b"}]
 JSONL = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
 CSV = 'prompt,completion\n"Grüße, ""Welt""","line\nbreak"\n,b\n'
 FILES = {
@@ -90,7 +90,7 @@ def test_a_message_list_in_a_single_object_is_a_row(tmp_path):
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7])
 def test_documents_are_read_piece_by_piece(tmp_path, monkeypatch, chunk):
-    rows = [{"text": "é" * n, "n": [n, -1.5e3, True, None, "\\\"\u00fc"]} for n in range(20)]
+    rows = [{"text": "é" * n, "n": [n, -1.5e3, True, None, '\\"\u00fc']} for n in range(20)]
     path = write(tmp_path, "a.json", json.dumps({"a": 12, "rows": rows}, ensure_ascii=False))
     monkeypatch.setattr(json_files, "CHUNK", chunk)
     source = file_source(path)
@@ -111,14 +111,30 @@ def test_a_long_list_costs_no_more_memory_than_a_piece_of_it(tmp_path):
 
 
 BAD = [
-    ("a.jsonl", '{"a": 1}\n{"a": 1', r"line 2: is not JSON \(.* at column 8\), expected one object"),
-    ("a.jsonl", '{"a": 1, "a": 2}', r"line 1: is not JSON that can be read \(the key 'a' is there t"),
-    ("a.jsonl", '{"a": ' + "9" * 5000 + "}", r"line 1: is not JSON that can be read \(Exceeds"),
+    (
+        "a.jsonl",
+        '{"a": 1}\n{"a": 1',
+        r"line 2: is not JSON \(.* at column 8\), expected one object",
+    ),
+    (
+        "a.jsonl",
+        '{"a": 1, "a": 2}',
+        r"line 1: has the key 'a' twice; keep one of them",
+    ),
+    ("a.jsonl", '{"a": ' + "9" * 5000 + "}", r"line 1: is not JSON \(Exceeds"),
     ("a.jsonl", '{"a": "\\ud800"}', r"line 1: holds half of a surrogate pair"),
     ("a.jsonl", '{"a": ' * 10**6, r"line 1: is nested too deeply"),
     ("a.jsonl", b'{"a": "\xe9"}', r"line 1: is not UTF-8 text \(byte 0xe9, as in Latin-1"),
-    ("a.jsonl", '{"a": 1}'.encode("utf-16"), r"line 1: is not UTF-8 text \(it begins like UTF-16\)"),
-    ("a.json", '[{"a": 1},\n{"a": 1', r"line 2: is not JSON \(Expecting ',' delimiter\); correct it"),
+    (
+        "a.jsonl",
+        '{"a": 1}'.encode("utf-16"),
+        r"line 1: is not UTF-8 text \(it begins like UTF-16\)",
+    ),
+    (
+        "a.json",
+        '[{"a": 1},\n{"a": 1',
+        r"line 2: is not JSON \(Expecting ',' delimiter\); correct it",
+    ),
     ("a.json", '[{"a": 1}\n{"a": 1}]', r"line 2: is not JSON \(got '{', expected ',' or '\]'\)"),
     ("a.json", '[{"a": 1},\n]', r"line 2: is not JSON \(Expecting value\)"),
     ("a.json", '[{"a": 1}', r"line 1: is not JSON \(got the end of the file, expected"),
@@ -132,9 +148,9 @@ BAD = [
     ("a.json", '[\n{"a": "\n"}]', r"line 2: is not JSON \(Invalid control character"),
     ("a.json", b'[\n{"a": "\xff"}]', r"line 2: is not UTF-8 text"),
     ("a.json", "7", r"line 1: got a JSON int, expected an object"),
-    ("a.csv", 'a,b\n1,2\n1,2,3\n', r"line 3: has 3 cells, expected 2 as in the header"),
-    ("a.csv", 'a,b\n1\n', r"line 2: has 1 cells, expected 2 as in the header"),
-    ("a.csv", 'a,a\n1,2\n', r"line 1: the column 'a' is there twice"),
+    ("a.csv", "a,b\n1,2\n1,2,3\n", r"line 3: has 3 cells, expected 2 as in the header"),
+    ("a.csv", "a,b\n1\n", r"line 2: has 1 cells, expected 2 as in the header"),
+    ("a.csv", "a,a\n1,2\n", r"line 1: the column 'a' is there twice"),
     ("a.csv", 'a,b\n1,2\n"1,2\n3,4\n', r"line 3: is not CSV \(unexpected end of data\)"),
     ("a.csv", 'a,b\n"1"x,2\n', r"line 2: is not CSV \(',' expected after '\"'\)"),
     ("a.csv", b"a,b\n\n1,\xe9\n", r"line 3: is not UTF-8 text"),

@@ -130,7 +130,11 @@ def test_a_prompt_that_does_not_begin_its_conversation_is_refused(make_tokenizer
         ({"text": "a"}, {"txt": "a"}, r"got the keys 'txt', expected 'text' as in other rows"),
         ({"text": "a"}, {}, r"got the keys of an empty object, expected 'text'"),
         ({"prompt": "a", "completion": "b"}, {"prompt": "a"}, r"expected 'completion' as in"),
-        ({"prompt": "a", "completion": "b"}, {"text": "a"}, r"keys 'text', expected 'prompt'"),
+        (
+            {"prompt": "a", "completion": "b"},
+            {"text": "a"},
+            r"keys 'text', expected 'prompt' as in",
+        ),
         (
             {"prompt": "a", "completion": "b"},
             {"prompt": None, "completion": "b"},
