@@ -11,7 +11,6 @@ with the answer as the only label, so that every answer is trained as generation
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from os.path import commonprefix
 
 from mlx_edgelora.data.content import holds, parts_of, squeezed
 from mlx_edgelora.data.conversation import Conversation, RowError
@@ -135,7 +134,7 @@ class Answers:
 
     def _stop(self, whole: Piece, alone: Piece, prompt: str) -> int | None:
         """Where an answer ends in the whole, whose rendering there is another than alone."""
-        same = self._up_to(whole, commonprefix([whole.text, alone.text]))
+        same = self._up_to(whole, whole.text[: _common(whole.text, alone.text)])
         if same > self._up_to(whole, prompt):
             return same
         # The template may leave out an empty block of reasoning before all but the last answer.
@@ -159,7 +158,7 @@ class Answers:
         if not piece.text.startswith(bare):
             return None
         start = max(self._up_to(piece, prompt), self._up_to(piece, bare))
-        self.opening = prompt[len(commonprefix([piece.text, prompt])) :]
+        self.opening = prompt[_common(piece.text, prompt) :]
         return start
 
     def _header(self) -> str:
@@ -204,8 +203,7 @@ class Answers:
         best, last = (0, 0), prompt[-1:]
         at = piece.text.find(last) if last else -1
         while at >= 0:
-            reversed_texts = [prompt[::-1], piece.text[at::-1]]
-            best = max(best, (len(commonprefix(reversed_texts)), at + 1))
+            best = max(best, (_common(prompt[::-1], piece.text[at::-1]), at + 1))
             at = piece.text.find(last, at + 1)
         length, cut = best
         same = prompt[len(prompt) - length :]
@@ -264,3 +262,15 @@ class Answers:
             if a != b:
                 return position
         return min(len(tokens), len(piece.tokens))
+
+
+def _common(left: str, right: str) -> int:
+    """How many characters two texts have in common at their beginning."""
+    low, high = 0, min(len(left), len(right))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if left[low:middle] == right[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,9 +1,9 @@
 """What a conversation holds, and whether its text holds it.
 
 Chat templates trim, escape and reorder what they write, so contents are looked for without their
-whitespace, as they are or as JSON or Python writes them. A short content could be found by chance
-(`a` in `assistant`); there the template is asked once, for conversations of the same form, whether
-it writes a long word in that place.
+whitespace, as they are or as JSON or Python writes them. A content could be found by chance (`a` in
+`assistant`, reasoning that says what the answer says). So the template is asked as well, once for
+conversations of a form, whether it writes an unlikely word in that place.
 """
 
 import copy
@@ -138,7 +138,7 @@ def tool_names(tools: Sequence[Mapping[str, Any]] | None) -> list[str]:
 
 
 class Search:
-    """Looks for contents in texts; remembers what the template said of short ones."""
+    """Looks for contents in texts; remembers what the template does with parts in a form."""
 
     def __init__(self) -> None:
         self._written: dict[Any, bool] = {}
@@ -183,9 +183,6 @@ class Search:
     def _is_written(
         self, part: Part, messages: Sequence[Message], tools: Any, form: Any, render: Render
     ) -> bool:
-        if not part.is_short:
-            return True
-
         def probe() -> bool:
             changed = list(messages)
             changed[part.message] = part.replaced()
@@ -234,8 +231,7 @@ def _found(texts: Sequence[str], squeeze: str, start: int) -> int | None:
     """Behind which place all of the texts have been found, none before `start`, or None."""
     end = start
     for text in texts:
-        for way in _written_ways(text):
-            way = squeezed(way)
+        for way in map(squeezed, _written_ways(text)):
             if (at := squeeze.find(way, start)) >= 0:
                 end = max(end, at + len(way))
                 break

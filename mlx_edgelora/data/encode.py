@@ -193,7 +193,7 @@ class Encoder:
                 if part.message in wanted:
                     continue
                 kind = findings.CUT_EARLIER
-            encoded.findings.append(Finding(kind, max(part.texts, key=len, default="")))
+            encoded.findings.append(Finding(kind, "".join(part.texts[:1])))
 
     def _is_label(self, piece: Piece, number: int) -> bool:
         """Whether a message is trained in this piece, and not only read."""

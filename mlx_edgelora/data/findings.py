@@ -1,4 +1,4 @@
-"""What was noticed while rows became tokens: contents that were lost, and choices that were made."""
+"""What was noticed while rows became tokens: contents that were lost, choices that were made."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -58,14 +58,14 @@ TEXT = Kind(
     lost=True,
 )
 UNKNOWN = Kind(
-    "have characters that the tokenizer has no tokens for",
+    "with characters that the tokenizer has no tokens for",
     "take them out of the rows, or use a model whose tokenizer knows them",
     lost=True,
 )
-NO_TEXT = Kind("without text left out")
-NO_ANSWER = Kind("without an answer left out", "give answers the role 'assistant'")
+NO_TEXT = Kind("without text, left out")
+NO_ANSWER = Kind("without an answer, left out", "give answers the role 'assistant'")
 EMPTY = Kind("with an empty answer, which is not trained")
-UNANSWERED = Kind("end with a message that is no answer; it was left off")
+UNANSWERED = Kind("with a last message that is no answer; it was left off")
 EARLIER = Kind(
     "with several answers: only the last one is trained", "--train-on answers trains all"
 )
@@ -74,8 +74,8 @@ APART = Kind(
     "with earlier answers that the chat template writes differently: each became a row of its own"
 )
 OPENING = Kind(
-    "with an answer before which generation adds text that the row does not have; a model tuned on "
-    "them is asked otherwise than it was taught"
+    "with an answer before which generation adds text that the row does not have; a model is "
+    "asked otherwise than it was tuned"
 )
 ADDED_END = Kind(
     "with an answer at which generation would not end: the end-of-sequence token was added"
@@ -158,12 +158,12 @@ class Findings:
 
     def _line(self, kind: Kind, with_remedy: bool = True) -> str:
         count = self._counts[kind]
-        number = f"{count.rows:,}"
+        number = "1 row" if count.rows == 1 else f"{count.rows:,} rows"
         if kind.lost:
-            number += f" of {self._having.get(kind, self.rows):,}"
+            number = f"{count.rows:,} of {self._having.get(kind, self.rows):,} rows"
         shown = f", {_short(count.shown)}" if count.shown else ""
         remedy = f"; {kind.remedy}" if kind.remedy and with_remedy else ""
-        return f"{number} rows {kind.text} (first: {count.place}{shown}){remedy}"
+        return f"{number} {kind.text} (first: {count.place}{shown}){remedy}"
 
 
 def _short(text: str) -> str:

@@ -56,9 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _show(config: TrainConfig, wanted: int, html: str | None) -> int:
     refused: list[str] = []
-    found, tokenizer = read_data(
-        dataclasses.replace(config, allow_lost_content=True), lambda line: _print(line)
-    )
+    found, tokenizer = read_data(dataclasses.replace(config, allow_lost_content=True), _print)
     sets = [(name, rows) for name, rows in zip(PURPOSES, found, strict=True) if rows is not None]
     for name, dataset in sets:
         print("\n".join(["", *terminal.overview(name, dataset)]))
@@ -115,7 +113,7 @@ def _remarks(config: TrainConfig, sets: Sequence[tuple[str, Dataset]]) -> Iterat
         for line in report.findings.lines():
             yield f"{name}: {line}"
         if repeated := facts.duplicates(dataset):
-            yield f"{name}: {repeated:,} rows are the same as an earlier one"
+            yield f"{name}: {repeated:,} of {len(dataset):,} rows are the same as an earlier one"
         if report.labels_cut:
             longest = max(longest, report.longest)
     for name, dataset in sets[1:]:

@@ -68,7 +68,7 @@ def _overview(name: str, dataset: Dataset) -> Iterator[str]:
     most = max(part.rows for part in bins)
     for part in bins:
         yield (
-            f"<tr><td>{part.first:,}–{part.last:,}</td><td class='bar'>"
+            f"<tr><td>{part.first:,}-{part.last:,}</td><td class='bar'>"
             f"<div style='width:{20 * part.rows / most:.1f}em'></div></td>"
             f"<td>{part.rows:,}</td></tr>"
         )

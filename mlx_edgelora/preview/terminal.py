@@ -37,7 +37,8 @@ def overview(name: str, dataset: Dataset) -> list[str]:
     most = max(part.rows for part in bins)
     for part in bins:
         bar = "#" * -(-BAR * part.rows // most)
-        lines.append(f"  {f'{part.first:,}-{part.last:,}':>15} {bar:<{BAR}} {part.rows:>9,}")
+        name = f"{part.first:,}-{part.last:,}" if part.first < part.last else f"{part.first:,}"
+        lines.append(f"  {name:>15} {bar:<{BAR}} {part.rows:>9,}")
     return lines
 
 

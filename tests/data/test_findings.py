@@ -20,8 +20,8 @@ def found(rows, losing, kind=REASONING):
 def test_a_tenth_of_the_rows_that_have_it_is_the_rule(rows, losing):
     with pytest.raises(
         EdgeLoraError,
-        match=rf"^data: {losing:,} of {rows:,} rows with reasoning in an answer lose it: .*\(first: "
-        r"train\.jsonl: line 1, 'thought 0'\); use a model .* by --allow-lost-content$",
+        match=rf"^data: {losing:,} of {rows:,} rows with reasoning in an answer lose it: .*"
+        r"\(first: train\.jsonl: line 1, 'thought 0'\); use a model .* by --allow-lost-content$",
     ):
         found(rows, losing).refuse_lost("data")
 
@@ -47,7 +47,7 @@ def test_what_is_no_loss_stops_nothing():
     counted.refuse_lost("data")
     assert counted.count(UNANSWERED) == 3 and counted.count(REASONING) == 0
     assert counted.lines() == [
-        "3 rows end with a message that is no answer; it was left off (first: train.jsonl: line 1, "
+        "3 rows with a last message that is no answer; it was left off (first: train.jsonl: line 1, "
         "'thought 0')"
     ]
 

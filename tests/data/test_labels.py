@@ -117,7 +117,7 @@ NAMES = {
 
 
 @pytest.mark.parametrize("name", FORMS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(drawn=conversations())
 def test_labels_are_what_a_model_generates_or_the_row_is_reported(name, drawn):
     (messages, tools), form = drawn, FORMS[name]
@@ -144,7 +144,7 @@ def test_labels_are_what_a_model_generates_or_the_row_is_reported(name, drawn):
 
 
 @pytest.mark.parametrize("name", FORMS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(drawn=conversations())
 def test_the_last_answer_is_the_last_of_all_answers(name, drawn):
     (messages, tools), tokenizer = drawn, FORMS[name].tokenizer
@@ -158,7 +158,7 @@ def test_the_last_answer_is_the_last_of_all_answers(name, drawn):
 
 
 @pytest.mark.parametrize("name", FORMS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(drawn=conversations())
 def test_everything_is_the_rendering(name, drawn):
     (messages, tools), tokenizer = drawn, FORMS[name].tokenizer
@@ -257,10 +257,10 @@ def test_a_mask_without_the_end_of_the_turn_gets_it():
 
 
 def test_a_mask_tells_an_answer_whose_prompt_is_written_otherwise():
-    marked = FORMS["ChatML, marked"].template
+    marked, users = FORMS["ChatML, marked"].template, "{% else %}{{ m.content }}"
     for template in (  # the prompt ends like the row, or not even with the user's message
         "{{ messages | length }} " + marked,
-        marked.replace("{% else %}{{ m.content }}", "{% else %}{{ m.content }}{{ messages | length }}"),
+        marked.replace(users, users + "{{ messages | length }}"),
     ):
         _check_marked(made_tokenizer(template))
 
