@@ -17,14 +17,14 @@ from mlx_edgelora.config.kinds import (
     SIZE,
     SWITCH,
     Kind,
-    about,
     check_options,
+    integer,
     number,
     one_of,
     option,
+    option_metadata,
     read_options,
     text,
-    whole,
 )
 from mlx_edgelora.config.nested import (
     HUB,
@@ -39,8 +39,6 @@ from mlx_edgelora.config.yaml_file import read_yaml
 from mlx_edgelora.errors import EdgeLoraError
 
 REPORTERS = ("wandb", "swanlab")
-# Kinds of rows: mlx-lm's names, and those of other tools.
-DATA_FORMATS = ("chat", "completions", "text", "alpaca", "sharegpt", "qa")
 # So many last blocks are adapted by default, as in mlx-lm, or all of a model that has fewer.
 MOST_LAYERS = 16
 
@@ -54,7 +52,7 @@ _FINE_TUNE_TYPE = dataclasses.replace(
     expected="lora; dora and full fine-tuning are not done here, use mlx_lm.lora for them",
 )
 _NUM_LAYERS = dataclasses.replace(
-    whole(1, also=-1),
+    integer(1, also=-1),
     expected="a whole number of at least 1, or -1 for all blocks (0, all in mlx-lm, is not taken)",
 )
 
@@ -100,7 +98,7 @@ class TrainConfig:
     data_format: str | None = option(
         None,
         "Kind of the rows. Default: found from their columns.",
-        one_of(*DATA_FORMATS),
+        one_of("chat", "completions", "text", "alpaca", "sharegpt", "qa"),
     )
     val_split: float | None = option(
         None,
@@ -134,12 +132,12 @@ class TrainConfig:
         FLAG,
     )
     max_seq_length: int = option(
-        2048, "Maximum number of tokens in a row; longer rows are truncated.", whole(2)
+        2048, "Maximum number of tokens in a row; longer rows are truncated.", integer(2)
     )
 
     train: bool | None = option(None, "Train. Default: yes, unless --test is given.", FLAG)
     test: bool = option(False, "Evaluate on the test set, after training if any.", FLAG)
-    seed: int = option(0, "Random seed.", whole(0, 2**32 - 1))
+    seed: int = option(0, "Random seed.", integer(0, 2**32 - 1))
 
     fine_tune_type: str = option("lora", "Only lora is supported.", _FINE_TUNE_TYPE)
     num_layers: int | None = option(
@@ -149,7 +147,8 @@ class TrainConfig:
         _NUM_LAYERS,
     )
     lora_parameters: LoraParameters = field(
-        default_factory=LoraParameters, metadata=about("Rank, scale, ... of adapters.", LORA)
+        default_factory=LoraParameters,
+        metadata=option_metadata("Rank, scale, ... of adapters.", LORA),
     )
     resume_adapter_file: str | None = option(
         None, "Adapter to start from: an adapters.safetensors file.", _NAME
@@ -158,10 +157,10 @@ class TrainConfig:
         "adapters", "Folder of the adapter: written by training, read by a test alone.", text()
     )
 
-    batch_size: int = option(4, "Rows in a batch.", whole(1))
-    iters: int = option(1000, "Number of training steps.", whole(1))
+    batch_size: int = option(4, "Rows in a batch.", integer(1))
+    iters: int = option(1000, "Number of training steps.", integer(1))
     grad_accumulation_steps: int = option(
-        1, "Number of steps whose gradients are averaged before an update.", whole(1)
+        1, "Number of steps whose gradients are averaged before an update.", integer(1)
     )
     max_grad_norm: float | None = option(
         None,
@@ -171,7 +170,7 @@ class TrainConfig:
     optimizer: str = option("adam", "Optimizer.", one_of(*OPTIMIZERS))
     optimizer_config: dict[str, dict[str, Any]] = field(
         default_factory=lambda: {name: {} for name in OPTIMIZERS},
-        metadata=about("Arguments by optimizer.", OPTIMIZER_CONFIG),
+        metadata=option_metadata("Arguments by optimizer.", OPTIMIZER_CONFIG),
     )
     learning_rate: float = option(
         1e-5,
@@ -179,7 +178,8 @@ class TrainConfig:
         number("a number above 0", lambda x: x > 0),
     )
     lr_schedule: dict[str, Any] | None = field(
-        default=None, metadata=about("Schedule of the learning rate, in its place.", SCHEDULE)
+        default=None,
+        metadata=option_metadata("Schedule of the learning rate, in its place.", SCHEDULE),
     )
 
     loss: str = option(
@@ -189,10 +189,10 @@ class TrainConfig:
         one_of("exact", "approximate"),
     )
     loss_k: int | None = option(
-        None, "For the approximate loss: nearest tokens per label. Default: 1000.", whole(1)
+        None, "For the approximate loss: nearest tokens per label. Default: 1000.", integer(1)
     )
     loss_max_subset: int | None = option(
-        None, "For the approximate loss: maximum number of tokens. Default: no limit.", whole(1)
+        None, "For the approximate loss: maximum number of tokens. Default: no limit.", integer(1)
     )
     loss_tail_correction: bool | None = option(
         None,
@@ -208,12 +208,14 @@ class TrainConfig:
     val_batches: int = option(
         25,
         "Batches per validation; -1 for the whole set, 0 for no validation.",
-        whole(0, also=-1),
+        integer(0, also=-1),
     )
-    test_batches: int = option(500, "Batches to test on; -1 for the whole set.", whole(1, also=-1))
-    steps_per_report: int = option(10, "Steps between reports of the training loss.", whole(1))
-    steps_per_eval: int = option(200, "Steps between validations.", whole(1))
-    save_every: int = option(100, "Steps between saved adapters.", whole(1))
+    test_batches: int = option(
+        500, "Batches to test on; -1 for the whole set.", integer(1, also=-1)
+    )
+    steps_per_report: int = option(10, "Steps between reports of the training loss.", integer(1))
+    steps_per_eval: int = option(200, "Steps between validations.", integer(1))
+    save_every: int = option(100, "Steps between saved adapters.", integer(1))
     report_to: str | None = option(
         None, "Services to log to, separated by a comma: wandb, swanlab.", _REPORT_TO
     )
@@ -375,6 +377,12 @@ def _check_together(config: TrainConfig) -> None:
     """Refuse options that contradict each other."""
     if not config.train and not config.test:
         raise EdgeLoraError("train: got false without test, expected one of the two to be true")
+    has_other = "val_batches 0" if config.val_batches == 0 else config.hf_dataset and "hf_dataset"
+    if config.train and config.val_split is not None and has_other:
+        raise EdgeLoraError(
+            f"val_split: got {config.val_split:g} with {has_other}, expected no val_split there: "
+            "nothing is validated, or valid_split says on what; leave one of them out"
+        )
     if config.train and not config.adapter_path:
         raise EdgeLoraError("adapter_path: got no name, expected a folder to write the adapter to")
     if config.loss == "exact":
@@ -388,12 +396,6 @@ def _check_together(config: TrainConfig) -> None:
         raise EdgeLoraError(
             f"label_smoothing: got {config.label_smoothing} with the approximate loss, expected "
             "0: a target over the whole vocabulary needs the exact one"
-        )
-    has_other = "val_batches 0" if config.val_batches == 0 else config.hf_dataset and "hf_dataset"
-    if config.train and config.val_split is not None and has_other:
-        raise EdgeLoraError(
-            f"val_split: got {config.val_split:g} with {has_other}, expected no val_split there: "
-            "nothing is validated, or valid_split says on what; leave one of them out"
         )
     _check_labels(config)
     _check_memory(config)

@@ -68,7 +68,7 @@ class RowKind:
     """The kind of the rows of a data set.
 
     Attributes:
-        name: one of `DATA_FORMATS`.
+        name: one of the names that `--data-format` takes.
         needed: part (such as `prompt`) -> the column that holds it in every row.
         optional: part -> the columns that may hold it; the first that does in a row counts.
         found: the columns that are read, of those that were looked at.
@@ -138,7 +138,7 @@ def find_kind(
         rows: at least one; as many as it takes to see every column.
         features: the columns of prompts, completions, texts and messages. If one of them is not
             mlx-lm's, only kinds whose columns they name are looked for.
-        kind: one of `DATA_FORMATS`, to look for no other.
+        kind: one of the names that `--data-format` takes, to look for no other.
         system_prompt: of conversations that have none.
 
     Raises:

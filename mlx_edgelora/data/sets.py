@@ -210,9 +210,9 @@ def _split_off(parts: _Parts, share: float, seed: int) -> _Parts:
             )
         chosen = np.zeros(count, bool)
         chosen[random.permutation(count)[:taken]] = True
-        told = f"{part.name} ({taken:,} of {count:,} rows, seed {seed})"
+        shown = f"{part.name} ({taken:,} of {count:,} rows, seed {seed})"
         train.append(part._replace(only=~chosen, name=f"{part.name} (without the valid set)"))
-        valid.append(part._replace(only=chosen, name=told))
+        valid.append(part._replace(only=chosen, name=shown))
     return parts | {"train": train, "valid": valid}
 
 

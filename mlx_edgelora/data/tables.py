@@ -1,6 +1,7 @@
 """Rows of CSV, TSV and Parquet files, and of plain text."""
 
 import csv
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
@@ -35,19 +36,29 @@ def read_csv(path: Path, separator: str | None = None) -> Rows:
         EdgeLoraError: the file and line that cannot be read, or that has more or fewer cells
             than the header.
     """
-    csv.field_size_limit(max(csv.field_size_limit(), ROW_LIMIT))  # of all readers; 131,072 before
     lines = (decode(f"{path}: line {number}", line) for number, line in read_lines(path))
     begin: list[str] = []
     for line in lines:
         begin.append(line)
         if line.strip():
             break
-    first = "".join(begin)
-    if separator is None:
-        found = [mark for mark in OTHER_SEPARATORS if "," not in first and mark in first]
-        separator = found[0] if found else ","
-    reader = csv.reader(chain(begin, lines), delimiter=separator, strict=True)
-    header: list[str] | None = None
+    separator = separator or _separator("".join(begin))
+    records = _records(path, chain(begin, lines), separator)
+    number, cells = next(records, (0, []))
+    header = _header(f"{path}: line {number}", cells)
+    for number, cells in records:
+        if len(cells) != len(header):
+            raise EdgeLoraError(
+                f"{path}: line {number}: has {len(cells)} cells, expected {len(header)} as in the "
+                f"header; put a cell that holds {separator!r} in quotes"
+            )
+        yield number, {name: cell for name, cell in zip(header, cells, strict=True) if name}
+
+
+def _records(path: Path, lines: Iterator[str], separator: str) -> Iterator[tuple[int, list[str]]]:
+    """The cells of each record that has any text, with the number of its first line."""
+    csv.field_size_limit(max(csv.field_size_limit(), ROW_LIMIT))  # of all readers; 131,072 before
+    reader = csv.reader(lines, delimiter=separator, strict=True)
     while True:
         number = reader.line_num + 1
         try:
@@ -59,24 +70,20 @@ def read_csv(path: Path, separator: str | None = None) -> Rows:
             ) from error
         if cells is None:
             return
-        if not any(cell.strip() for cell in cells):
-            continue
-        if header is None:
-            header = _header(f"{path}: line {number}", cells)
-            continue
-        if len(cells) != len(header):
-            raise EdgeLoraError(
-                f"{path}: line {number}: has {len(cells)} cells, expected {len(header)} as in the "
-                f"header; put a cell that holds {separator!r} in quotes"
-            )
-        yield number, {name: cell for name, cell in zip(header, cells, strict=True) if name}
+        if any(cell.strip() for cell in cells):
+            yield number, cells
+
+
+def _separator(header: str) -> str:
+    found = [mark for mark in OTHER_SEPARATORS if "," not in header and mark in header]
+    return found[0] if found else ","
 
 
 def _header(place: str, cells: list[str]) -> list[str]:
     """Names of columns; a column without one is not read."""
     names = [cell.strip() for cell in cells]
-    for name in names:
-        if name and names.count(name) > 1:
+    for name, count in Counter(filter(None, names)).items():
+        if count > 1:
             raise EdgeLoraError(f"{place}: the column {name!r} is there twice; rename one")
     return names
 

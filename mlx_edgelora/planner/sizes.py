@@ -60,7 +60,7 @@ class ModelShape:
 
 
 @dataclass(frozen=True)
-class Load:
+class BatchShape:
     """A batch, as far as its cost goes.
 
     Attributes:
@@ -78,7 +78,9 @@ class Load:
         """All tokens."""
         return self.rows * self.tokens
 
-    def part(self, count: int) -> "Load":
+    def part(self, count: int) -> "BatchShape":
         """The largest of so many parts of the rows."""
         rows = -(-self.rows // min(count, self.rows))
-        return Load(rows, self.tokens, min(self.labelled, -(-self.labelled * rows // self.rows)))
+        return BatchShape(
+            rows, self.tokens, min(self.labelled, -(-self.labelled * rows // self.rows))
+        )

@@ -47,8 +47,8 @@ def test_what_is_no_loss_stops_nothing():
     counted.refuse_lost("data")
     assert counted.count(UNANSWERED) == 3 and counted.count(REASONING) == 0
     assert counted.lines() == [
-        "3 rows with a last message that is no answer; it was left off (first: train.jsonl: line 1, "
-        "'thought 0')"
+        "3 rows with a last message that is no answer; it was left off (first: train.jsonl: "
+        "line 1, 'thought 0')"
     ]
 
 

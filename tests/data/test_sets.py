@@ -86,7 +86,7 @@ def test_parts_that_are_missing_are_named(tmp_path):
 
 
 def test_near_misses_are_named(tmp_path):
-    write(tmp_path, "my_train.jsonl", "valid.jsonl")
+    write(tmp_path, "my_train.jsonl", "valid.jsonl", "._my_train.jsonl")
     (tmp_path / "README.md").write_text("")
     with pytest.raises(
         EdgeLoraError,

@@ -15,7 +15,7 @@ from mlx_edgelora.training import finetune, summary
 @pytest.fixture(scope="module")
 def embedded():
     config = finetune._with_embedded(config_from_cli([], preset=read_yaml(DEFAULT_CONFIG)))
-    lazy = finetune._adapted(config)
+    lazy = finetune._adapted_model(config)
     sets = finetune._data(config, finetune._tokenizer(lazy), lazy.vocabulary, lambda line: None)
     return config, lazy, sets
 
@@ -29,6 +29,11 @@ def test_facts_of_the_embedded_run(embedded):
     ]
 
 
+def test_lines_about_rows_follow_those_about_data(embedded):
+    lines = summary.facts(*embedded, ["text (text)", "no valid set"]).splitlines()
+    assert lines[2] == "rows       text (text); no valid set"
+
+
 def test_long_lines_go_on_below(embedded, monkeypatch):
     config, lazy, sets = embedded
     monkeypatch.setattr(Path, "home", lambda: Path("/home/someone"))
@@ -39,7 +44,7 @@ def test_long_lines_go_on_below(embedded, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("plan", "told"),
+    ("plan", "expected"),
     [
         (Plan(streamed_blocks=0, head="resident", kept_blocks=4), "weights in memory; activations"),
         (
@@ -55,5 +60,5 @@ def test_long_lines_go_on_below(embedded, monkeypatch):
     ],
     ids=["kept", "some", "tiles"],
 )
-def test_a_plan_in_a_sentence(plan, told):
-    assert plan.summary(4).startswith(told)
+def test_a_plan_in_a_sentence(plan, expected):
+    assert plan.summary(4).startswith(expected)
