@@ -31,7 +31,8 @@ def value_and_grad(
         model: any mlx-lm model whose blocks can be walked; it is left as it was found.
         loss: calls `model` once and returns a scalar, or a tuple that begins with one.
         store: where the inputs of blocks wait; in memory by default, which grows with depth.
-        weights, compiled: see `Walk`.
+        weights: where frozen weights come from; by default they are in the model.
+        compiled: compile one function per kind of block instead of building each graph anew.
 
     Returns:
         A function of the loss's arguments that gives `(value, gradients)`, the gradients
