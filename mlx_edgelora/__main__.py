@@ -7,6 +7,7 @@ from importlib.metadata import version
 
 COMMANDS = {
     "train": ("train", "Fine-tune a model."),
+    "data": ("preview.command", "Show the data as a run will see it, with the labels."),
     "plan": ("plan", "Tell whether a run fits into memory, and how it would be computed."),
     "fuse": ("fuse", "Merge an adapter into its model."),
     "verify": ("verify", "Compare the gradients of a run with those of plain MLX."),

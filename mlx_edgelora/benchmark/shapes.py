@@ -34,7 +34,10 @@ WEIGHTS = ("float32", "bfloat16", "4bit")
 GROUP, BITS = 64, 4
 # The tokenizer of a random model knows so many words.
 WORDS = 1000
-TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}"
+TEMPLATE = (
+    "{% for message in messages %}{{ message.content }} "
+    "{% if message.role == 'assistant' %}</s> {% endif %}{% endfor %}"
+)
 
 
 def default_cache() -> Path:

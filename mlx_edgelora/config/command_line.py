@@ -30,6 +30,8 @@ GROUPS: dict[str, dict[str, str | None]] = {
         "val_split": "SHARE",
         "system_prompt": "TEXT",
         "mask_prompt": None,
+        "train_on": None,
+        "allow_lost_content": None,
         "max_seq_length": "TOKENS",
         "prompt_feature": "NAME",
         "completion_feature": "NAME",

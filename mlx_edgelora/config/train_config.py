@@ -116,7 +116,24 @@ class TrainConfig:
     completion_feature: str = option("completion", "Name of the completion column.", text())
     text_feature: str = option("text", "Name of the text column.", text())
     chat_feature: str = option("messages", "Name of the column with chat messages.", text())
-    mask_prompt: bool = option(False, "Compute the loss on completions only, not on prompts.", FLAG)
+    mask_prompt: bool = option(
+        False,
+        "Train on the last answer of each row only, as mlx-lm does; the same as --train-on "
+        "last-answer.",
+        FLAG,
+    )
+    train_on: str | None = option(
+        None,
+        "Which tokens are trained: all answers of a conversation, its last answer, or everything. "
+        "Default: everything, or last-answer with --mask-prompt.",
+        one_of("answers", "last-answer", "everything"),
+    )
+    allow_lost_content: bool = option(
+        False,
+        "Go on if the chat template leaves out reasoning, tool calls or messages of a tenth of "
+        "the rows that have them, or more.",
+        FLAG,
+    )
     max_seq_length: int = option(
         2048, "Maximum number of tokens in a row; longer rows are truncated.", integer(2)
     )
@@ -368,9 +385,14 @@ class TrainConfig:
         values: dict[str, Any] = {}
         for mapping, place in layers:
             try:
-                values |= read_options(cls, mapping)
+                read = read_options(cls, mapping)
             except EdgeLoraError as error:
                 raise EdgeLoraError(f"{place}: {error}" if place else str(error)) from None
+            if read.get("train_on") is not None:  # they say the same thing; the later one counts
+                values.pop("mask_prompt", None)
+            elif read.get("mask_prompt"):
+                values.pop("train_on", None)
+            values |= read
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -417,6 +439,7 @@ def _check_together(config: TrainConfig) -> None:
             f"label_smoothing: got {config.label_smoothing} with the approximate loss, expected "
             "0: a target over the whole vocabulary needs the exact one"
         )
+    _check_labels(config)
     _check_memory(config)
     if config.memory_profile is not None and not config.train:
         raise EdgeLoraError(
@@ -449,6 +472,15 @@ def _check_resume(config: TrainConfig) -> None:
     if config.save_best and config.val_batches == 0:
         raise EdgeLoraError(
             "save_best: got true with val_batches 0, which validates never; leave one of them out"
+        )
+
+
+def _check_labels(config: TrainConfig) -> None:
+    """Refuse two ways of saying what is trained."""
+    if config.mask_prompt and config.train_on is not None:
+        raise EdgeLoraError(
+            f"train_on: got {config.train_on!r} with mask_prompt, which is last-answer; leave one "
+            "of them out"
         )
 
 

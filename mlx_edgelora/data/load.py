@@ -7,7 +7,8 @@ from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.data.batches import check_batch_size
 from mlx_edgelora.data.conversation import RowError
 from mlx_edgelora.data.dataset import Dataset, Row
-from mlx_edgelora.data.formats import Encoder, encoder
+from mlx_edgelora.data.encode import EVERYTHING, LAST_ANSWER, Encoder, rows_of
+from mlx_edgelora.data.findings import Findings
 from mlx_edgelora.data.sets import Part, find_sets
 from mlx_edgelora.errors import EdgeLoraError
 
@@ -41,18 +42,29 @@ def load_datasets(
 
 def _build(parts: Sequence[Part], config: TrainConfig, tokenizer: Any) -> Dataset:
     name = " + ".join(part.name for part in parts)
-    encode = encoder(tokenizer, config.mask_prompt)
-    rows = (row for part in parts for row in _encode(part, encode))
-    dataset = Dataset(rows, config.max_seq_length, name)
+    encode, findings = _encoder(config, tokenizer), Findings()
+    rows = (row for part in parts for row in _encode(part, encode, findings))
+    dataset = Dataset(rows, config.max_seq_length, name, findings)
+    if not config.allow_lost_content:
+        findings.refuse_lost(name)
     check_batch_size(dataset, config.batch_size)
     return dataset
 
 
-def _encode(part: Part, encode: Encoder) -> Iterator[Row]:
+def _encoder(config: TrainConfig, tokenizer: Any) -> Encoder:
+    if config.train_on is not None:
+        return Encoder(tokenizer, config.train_on, f"--train-on {config.train_on}")
+    return Encoder(tokenizer, LAST_ANSWER if config.mask_prompt else EVERYTHING, "mask_prompt")
+
+
+def _encode(part: Part, encode: Encoder, findings: Findings) -> Iterator[Row]:
     """Tokenize row after row, so that no more than one is held as text."""
     for number, row in part.rows():
         try:
-            tokens, offset = encode(row)
+            encoded = encode(row)
         except RowError as error:
             raise EdgeLoraError(f"{part.source.row_name} {number}: {error}") from error
-        yield Row(part.source.row_name, number, tokens, offset)
+        place = f"{part.source.row_name} {number}"
+        findings.add(place, encoded.having, encoded.findings)
+        for tokens, spans in rows_of(encoded):
+            yield Row(part.source.row_name, number, tokens, spans)

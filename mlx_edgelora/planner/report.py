@@ -43,6 +43,11 @@ class PlanReport:
         self._arguments = chosen.shape, chosen.batch_shape, chosen.machine
         self._measurements = chosen.measurements
 
+    @property
+    def expected(self) -> Choice:
+        """The plan, with its peak in bytes and the seconds of a step."""
+        return self._chosen.choice
+
     @cached_property
     def smallest(self) -> Choice:
         """The plan that takes the least memory."""

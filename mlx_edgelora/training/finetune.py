@@ -20,6 +20,7 @@ from mlx_edgelora.blocks.checks import checked_blocks
 from mlx_edgelora.config import LoraParameters, TrainConfig
 from mlx_edgelora.config.train_config import MOST_LAYERS
 from mlx_edgelora.data import Dataset, load_datasets
+from mlx_edgelora.data.findings import LINES
 from mlx_edgelora.embedded import DATA_PATH, MODEL_PATH
 from mlx_edgelora.engine.adapter_state import AdapterState
 from mlx_edgelora.engine.build import Settings, build_engine
@@ -258,6 +259,29 @@ def plan_report(config: TrainConfig, labelled: float = 1.0) -> PlanReport:
         if config.plan_out is not None and fits:
             _write_plan(config, request)
         return PlanReport(request, fits)
+
+
+def read_data(
+    config: TrainConfig, log: Callable[[str], None] = print
+) -> tuple[tuple[Dataset | None, Dataset | None, Dataset | None], object]:
+    """The data sets of a run and the tokenizer, without the weights of the model.
+
+    Args:
+        config: the options of the run.
+        log: called with lines about what the rows are.
+
+    Raises:
+        EdgeLoraError: as `finetune`.
+    """
+    config = _with_embedded(config)
+    with _explained_failures(config), headers_of(config.model) as path:
+        lazy = open_model(str(path), streamed=False, quantize=None, cache=_cache(config))
+        tokenizer = _tokenizer(lazy)
+        sets = load_datasets(config, tokenizer, log)
+        for dataset in sets:
+            if dataset is not None:
+                dataset.check_vocabulary(lazy.vocabulary)
+        return sets, tokenizer
 
 
 def _adapted_model(config: TrainConfig, streamed: bool = False) -> LazyModel:
@@ -518,6 +542,8 @@ def _data(
         dataset.check_vocabulary(vocabulary)
         if warning := dataset.report.warning():
             log(f"warning: {warning}")
+        for line in dataset.report.findings.lines(LINES):
+            log(f"note: {line}")
     return sets
 
 

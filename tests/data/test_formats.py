@@ -5,15 +5,23 @@ import types
 import pytest
 from mlx_lm.tuner.datasets import create_dataset
 
-from mlx_edgelora.data.conversation import RowError
-from mlx_edgelora.data.formats import encoder
+from mlx_edgelora.data.conversation import Conversation, PlainText, RowError
+from mlx_edgelora.data.encode import EVERYTHING, LAST_ANSWER, Encoder
+from mlx_edgelora.data.findings import NO_TEXT, UNANSWERED
 from mlx_edgelora.data.row_kinds import Features, find_kind
 
 
 def find_encoder(first, tokenizer, features, mask_prompt):
     """The function row -> (tokens, offset) for rows like the first one."""
-    kind, encode = find_kind([first], features), encoder(tokenizer, mask_prompt)
-    return lambda row: encode(kind.read(row))
+    kind = find_kind([first], features)
+    encode = Encoder(tokenizer, LAST_ANSWER if mask_prompt else EVERYTHING, "mask_prompt")
+
+    def encoded(row):
+        ((tokens, ((start, stop),)),) = encode(kind.read(row)).pieces
+        assert stop == len(tokens)
+        return tokens, start
+
+    return encoded
 
 
 CHAT = [
@@ -29,7 +37,6 @@ ROWS = {
     "completions": {"prompt": "w1 w2", "completion": "w3 w4 w5"},
     "completions with tools": {"prompt": "w1", "completion": "w3", "tools": [{"name": "search"}]},
     "chat": {"messages": CHAT},
-    "chat that ends with the user": {"messages": CHAT[:4]},
     "tools": {"messages": CHAT, "tools": [{"name": "search"}]},
     "both keys": {"prompt": "w1", "completion": "w2", "text": "w3", "messages": CHAT},
 }
@@ -65,9 +72,20 @@ def test_other_keys_can_hold_the_parts(tokenizer):
         assert find_encoder(row, tokenizer, features, False)(row) == theirs
 
 
-def test_empty_text_is_only_its_end(tokenizer):
-    encode = find_encoder({"text": ""}, tokenizer, Features(), False)
-    assert encode({"text": ""}) == ([tokenizer.eos_token_id], 0)
+def test_a_row_without_text_is_left_out(tokenizer):
+    for text in ("", " \n"):
+        encoded = Encoder(tokenizer, EVERYTHING, "")(PlainText(text))
+        assert not encoded.pieces
+        assert [finding.kind for finding in encoded.findings] == [NO_TEXT]
+
+
+def test_a_last_message_that_is_no_answer_is_left_off(tokenizer):
+    """mlx-lm trains it: the words of a user."""
+    encoded = Encoder(tokenizer, LAST_ANSWER, "mask_prompt")(Conversation(CHAT[:4]))
+    ((tokens, ((start, stop),)),) = encoded.pieces
+    assert tokenizer.decode(tokens[start:stop]) == "w4 </s>"
+    assert stop == len(tokens)
+    assert [finding.kind for finding in encoded.findings] == [UNANSWERED]
 
 
 def test_a_message_that_only_calls_tools_needs_no_content(make_tokenizer):

@@ -198,6 +198,70 @@ def test_the_hub_without_its_package(tokenizer, monkeypatch):
         load(tokenizer, "my/data")
 
 
+THOUGHT = {"reasoning_content": "because", "role": "assistant", "content": "w2"}
+
+
+def test_a_set_that_loses_content_by_rule_is_refused_with_a_remedy(tokenizer, folder):
+    """The template of these tests knows no reasoning."""
+    rows = [{"messages": [{"role": "user", "content": "w1"}, THOUGHT]}] * 2
+    sentence = (
+        r"train\.jsonl: 2 of 2 rows with reasoning in an answer lose it: the chat template cuts it "
+        r"out \(first: .*train\.jsonl: line 1, 'because'\); .*, or train without it by --allow-lost"
+    )
+    for options in ({}, {"mask_prompt": True}, {"train_on": "answers"}):
+        with pytest.raises(EdgeLoraError, match=sentence):
+            load(tokenizer, folder(train=rows), **options)
+        train, _, _ = load(tokenizer, folder(train=rows), allow_lost_content=True, **options)
+        assert len(train) == 2 and train.report.findings.rows == 2
+
+
+def test_which_answers_are_labels(tokenizer, folder):
+    turns = [("user", "w1"), ("assistant", "w2 w3"), ("user", "w4"), ("assistant", "w5")]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in turns]}] * 2
+    expected = {"answers": "w2 w3 </s> | w5 </s>", "last-answer": "w5 </s>", None: None}
+    for train_on, text in expected.items():
+        train, _, _ = load(tokenizer, folder(train=rows), train_on=train_on)
+        tokens, spans = train[0]
+        if text is not None:
+            found = [tokenizer.decode(tokens[a:b].tolist()) for a, b in spans]
+            assert " | ".join(found) == text
+        else:
+            assert spans.tolist() == [[1, len(tokens)]]
+    train, _, _ = load(tokenizer, folder(train=rows), mask_prompt=True)
+    (line,) = train.report.findings.lines()
+    assert line.startswith("2 rows with several answers: only the last one is trained (first: ")
+    assert line.endswith("; --train-on answers trains all")
+
+
+def test_pieces_of_a_row_count_as_one_row(make_tokenizer, folder):
+    """A template that cuts earlier answers short makes rows of them."""
+    template = (
+        "{% for m in messages %}<{{ m.role }}> {% if m.role == 'user' or loop.last %}"
+        "{{ m.content }}{% endif %} </s> {% endfor %}"
+        "{% if add_generation_prompt %}<assistant> {% endif %}"
+    )
+    turns = [("user", "w1"), ("assistant", "w2"), ("user", "w4"), ("assistant", "w5")]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in turns]}]
+    empty = {"messages": [{"role": "user", "content": "w1"}]}
+    train, _, _ = load(
+        make_tokenizer(template),
+        folder(train=[*rows, empty, *rows]),
+        train_on="answers",
+        allow_lost_content=True,
+    )
+    assert len(train) == 4
+    assert (train.report.rows, train.report.dropped) == (3, 1)
+    assert [train.place(i)[-6:] for i in range(4)] == ["line 1", "line 1", "line 3", "line 3"]
+
+
+def test_rows_without_any_answer_say_why(tokenizer, folder):
+    rows = [{"messages": [{"role": "user", "content": "w1"}]}] * 3
+    with pytest.raises(
+        EdgeLoraError, match=r"none of its 3 rows has a token to train .*; 3 rows without an answer"
+    ):
+        load(tokenizer, folder(train=rows), train_on="answers")
+
+
 def test_splits_of_the_hub_have_other_names_too(tokenizer, hub):
     hub.sets["someone/named"] = {"train": PAIRS, "validation": PAIRS[:4], "unsupervised": TEXT}
     lines = []
