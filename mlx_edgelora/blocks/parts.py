@@ -25,6 +25,7 @@ from mlx.utils import tree_flatten
 
 from mlx_edgelora.blocks.attention import Attention, attention_replaced
 from mlx_edgelora.blocks.masks import band_of, banded, causal_array
+from mlx_edgelora.blocks.packing import packing_now
 
 
 @dataclass(frozen=True)
@@ -202,6 +203,8 @@ class BlockParts:
 
         single = x.reshape(-1, 1, x.shape[-1])[rows]
         positions = span.start + rows % x.shape[1]
+        if (packing := packing_now()) is not None:
+            positions = mx.array(packing.positions)[rows // x.shape[1], positions]
         with attention_replaced(attend):
             out = self._call(single, _Position(positions), positions)
         _check_calls(len(attended), "attention")
@@ -223,7 +226,10 @@ class BlockParts:
 
     def seen(self, span: Span, tokens: int) -> Span:
         """The tokens, of so many, that those of a span may see."""
-        return keys_seen(self.mask, span, tokens)
+        seen = keys_seen(self.mask, span, tokens)
+        if (packing := packing_now()) is None:
+            return seen
+        return Span(max(seen.start, packing.first(span.start, span.stop)), seen.stop)
 
     @cached_property
     def mask(self) -> mx.array | str | None:
@@ -297,14 +303,11 @@ def _attend(
     original: Attention, asked: Asked, span: Span, keys: Span, kept: list[mx.array]
 ) -> mx.array:
     """Attention of a span's queries over what is kept of the keys they may see."""
-    return original(
-        asked.q,
-        *kept,
-        cache=None,
-        scale=asked.scale,
-        mask=mask_at(asked.mask, span, keys),
-        sinks=asked.sinks,
-    )
+    options = {"cache": None, "scale": asked.scale, "sinks": asked.sinks}
+    if (packing := packing_now()) is not None:
+        with packing.between((span.start, span.stop), (keys.start, keys.stop)):
+            return original(asked.q, *kept, mask=asked.mask, **options)
+    return original(asked.q, *kept, mask=mask_at(asked.mask, span, keys), **options)
 
 
 def _check_calls(count: int, what: str) -> None:

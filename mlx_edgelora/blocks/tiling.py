@@ -12,6 +12,7 @@ from mlx_edgelora.blocks.block_list import BlockList, array_slots, bound, descri
 from mlx_edgelora.blocks.checks import MODEL_ERRORS, looks_at_values, watched
 from mlx_edgelora.blocks.dropout import without_dropout
 from mlx_edgelora.blocks.masks import band_of, banded
+from mlx_edgelora.blocks.packing import rows_packed
 from mlx_edgelora.blocks.parts import BlockParts, Span
 from mlx_edgelora.blocks.weight_source import WeightSource
 from mlx_edgelora.errors import is_killed
@@ -82,7 +83,8 @@ class Tiling:
             self._keys[index] = signature(block) + described(args, kwargs)
         key = self._keys[index]
         if key not in self._found:
-            self._found[key] = self._trial(index)
+            with rows_packed(None):
+                self._found[key] = self._trial(index)
         return self._found[key]
 
     def summary(self) -> str:
@@ -121,9 +123,9 @@ class Tiling:
                 return "a block adds a mask to its scores that depends on its input"
             kept = compute(_kept, x, parts)
             tiles = [compute(_tile, x, parts, span, kept) for span in TRIAL_SPANS]
-            difference = _difference(mx.concatenate(tiles, axis=1), compute(parts.whole, x), x)
-            if not difference <= TOLERANCES[x.dtype]:  # NaN is no agreement
-                return f"computed by parts a block differs by {difference:.1e} of its norm"
+            off = difference(mx.concatenate(tiles, axis=1), compute(parts.whole, x), x)
+            if not off <= TOLERANCES[x.dtype]:  # NaN is no agreement
+                return f"computed by parts a block differs by {off:.1e} of its norm"
         return None
 
     def _rows_differ(self, index: int, calls: list[tuple[mx.array, BlockParts]]) -> bool:
@@ -147,7 +149,7 @@ class Tiling:
                         v[:, part.start : part.stop].reshape(1, -1, x.shape[2])[:, places]
                         for v in (whole, x)
                     )
-                    if not _difference(got, expected, before) <= TOLERANCES[x.dtype]:
+                    if not difference(got, expected, before) <= TOLERANCES[x.dtype]:
                         return True
         except MODEL_ERRORS as error:
             if is_killed(error):
@@ -194,7 +196,7 @@ def _kept(x: mx.array, parts: BlockParts) -> list[mx.array]:
     return [mx.concatenate(both, axis=2) for both in zip(*pairs, strict=True)]
 
 
-def _difference(got: mx.array, expected: mx.array, before: mx.array) -> float:
+def difference(got: mx.array, expected: mx.array, before: mx.array) -> float:
     """The largest difference of a token, over the norm of what the block adds to it.
 
     Beside a large input, what is added may be rounded away: twice that is allowed for. NaN

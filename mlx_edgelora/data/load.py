@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from mlx_edgelora.config import HubDataset, TrainConfig
-from mlx_edgelora.data.batches import check_batch_size
 from mlx_edgelora.data.dataset import Dataset, Row
 from mlx_edgelora.data.formats import Features, RowError, find_encoder
 from mlx_edgelora.data.sources import Source, hub_sources, hub_split_source, jsonl_source
@@ -30,7 +29,7 @@ def load_datasets(
 
     Raises:
         EdgeLoraError: a data set that is missing, cannot be read, holds a bad row (named by
-            file and line) or has fewer usable rows than a batch.
+            file and line) or has no usable row.
     """
     train, valid, test = _find_sources(config)
     needed = (
@@ -111,9 +110,7 @@ def _build(sources: _Sources, config: TrainConfig, tokenizer: Any) -> Dataset:
         for source, features in sources
         for row in _encode(source, features, tokenizer, config.mask_prompt)
     )
-    dataset = Dataset(rows, config.max_seq_length, name)
-    check_batch_size(dataset, config.batch_size)
-    return dataset
+    return Dataset(rows, config.max_seq_length, name)
 
 
 def _encode(source: Source, features: Features, tokenizer: Any, mask_prompt: bool) -> Iterator[Row]:
