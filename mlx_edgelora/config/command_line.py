@@ -26,6 +26,7 @@ GROUPS: dict[str, dict[str, str | None]] = {
         "data": "DATA",
         "mask_prompt": None,
         "max_seq_length": "TOKENS",
+        "packing": None,
         "prompt_feature": "NAME",
         "completion_feature": "NAME",
         "text_feature": "NAME",
@@ -40,6 +41,7 @@ GROUPS: dict[str, dict[str, str | None]] = {
     },
     "optimization": {
         "iters": "N",
+        "epochs": "N",
         "batch_size": "N",
         "grad_accumulation_steps": "N",
         "learning_rate": "RATE",

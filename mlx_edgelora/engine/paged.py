@@ -117,7 +117,7 @@ class PagedTrained:
             self._gradients[index].write(total)
             self._summed.add(index)
 
-    def norm(self, count: int) -> mx.array:
+    def norm(self, count: float) -> mx.array:
         """Norm of the mean; reads all gradients once."""
         every = squares(self._outside, count)
         for index in sorted(self._summed):
@@ -127,7 +127,7 @@ class PagedTrained:
         return global_norm(every, self._names)
 
     def update(
-        self, optimizer: optimizers.Optimizer, count: int, factor: mx.array | None = None
+        self, optimizer: optimizers.Optimizer, count: float, factor: mx.array | None = None
     ) -> None:
         """Update a block at a time, after what is in memory."""
         with self._update.running():
@@ -180,7 +180,7 @@ class PagedTrained:
             start = sections[index].stop
         return sections, start
 
-    def _update_outside(self, count: int, factor: mx.array | None) -> None:
+    def _update_outside(self, count: float, factor: mx.array | None) -> None:
         """Update what is in memory."""
         slots = array_slots(self._model)
         boxes = {name: slots[name] for name in self._resident()}
@@ -195,7 +195,7 @@ class PagedTrained:
             box, key = boxes[name]
             box[key] = value
 
-    def _update_block(self, index: int, count: int, factor: mx.array | None) -> None:
+    def _update_block(self, index: int, count: float, factor: mx.array | None) -> None:
         gradients = averaged(self._gradients[index].read(), count)
         parameters, states = self._parameters[index].read(), {name: {} for name in gradients}
         if index in self._moved:

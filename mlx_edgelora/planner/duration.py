@@ -43,7 +43,7 @@ def longest_operation(shape: ModelShape, load: Load, plan: Plan, machine: Machin
     if not shape.blocked_heads:
         return product
     # Five products; of the last tokens, which see nearly all.
-    pairs = tokens * (part.tokens - tokens / part.rows / 2)
+    pairs = tokens * min(part.tokens - tokens / part.rows / 2, part.attended)
     return max(product, 5 * 2 * pairs * shape.queries / machine.rates.flops)
 
 
@@ -185,7 +185,7 @@ class _Block:
 
     def _attention(self, products: int) -> float:
         """So many products of tokens x tokens, half of each causal."""
-        size = self.load.size * self.load.tokens * self.shape.queries
+        size = self.load.size * self.load.attended * self.shape.queries
         return products * size / self.rates.flops
 
     def _entrywise(self) -> float:

@@ -55,7 +55,8 @@ class PlanReport:
 
         def fits(tokens: int) -> bool:
             share = load.labelled / load.size
-            longer = Load(load.rows, tokens, max(1, round(share * load.rows * tokens)))
+            labelled = max(1, round(share * load.rows * tokens))
+            longer = replace(load, tokens=tokens, labelled=labelled)
             needs = smallest(shape, longer, machine, self._chosen.fixed, self._known).needs
             return needs <= self._budget
 
@@ -69,7 +70,7 @@ class PlanReport:
 
         def fits(rows: int) -> bool:
             share = load.labelled / load.rows
-            larger = Load(rows, load.tokens, max(1, round(share * rows)))
+            larger = replace(load, rows=rows, labelled=max(1, round(share * rows)))
             return smallest(shape, larger, machine, fixed, self._known).needs <= self._budget
 
         return largest(fits, 1, MOST_ROWS)
@@ -112,9 +113,9 @@ class PlanReport:
         budget = "the least memory" if self._unlimited else size(self._budget)
         verdict = "fits in" if self.fits else "does not fit in"
         lines = [
-            f"{chosen.load.rows} x {chosen.load.tokens} tokens, {chosen.load.labelled} of them "
-            f"labelled, adapters of rank {chosen.shape.rank} on {chosen.shape.adapted} of "
-            f"{chosen.shape.blocks} blocks",
+            f"{chosen.load.rows} x {chosen.load.tokens} tokens{_shared(chosen.load)}, "
+            f"{chosen.load.labelled} of them labelled, adapters of rank {chosen.shape.rank} on "
+            f"{chosen.shape.adapted} of {chosen.shape.blocks} blocks",
             f"{verdict} {budget} ({chosen.budget.why})" if not self._unlimited else f"for {budget}",
             "",
             "plan" if self.fits else "smallest plan",
@@ -194,6 +195,10 @@ class PlanReport:
     @property
     def _budget(self) -> int:
         return self._chosen.choice.needs if self._unlimited else self._chosen.budget.bytes
+
+
+def _shared(load: Load) -> str:
+    return f" in rows of about {load.context}, packed" if load.context else ""
 
 
 def too_small(chosen: RunPlan) -> RunPlan:

@@ -138,7 +138,7 @@ class RunPlan:
         if not self._varies or tokens == self.load.tokens:
             return self.plan
         labelled = min(self.load.labelled, rows * tokens)
-        load = Load(rows, tokens, labelled)
+        load = replace(self.load, rows=rows, tokens=tokens, labelled=labelled)
         if load not in self._variants:
             fixed = self.fixed | {name: getattr(self.plan, name) for name in LASTING}
             arguments = self.shape, load, self.machine, self.budget.bytes
@@ -237,11 +237,7 @@ def asked_plan(
     dtype = DTYPES[config.dtype] if config.dtype else None
     blocks = lazy.blocks or checked_blocks(lazy.model)
     shape = shape_of(blocks, lazy.vocabulary, dtype)
-    tokens, labels = largest_batch(datasets, config.batch_size, config.max_seq_length)
-    if not tokens:
-        tokens = config.max_seq_length - 1
-        labels = max(1, round(labelled * config.batch_size * tokens))
-    load = Load(config.batch_size, tokens, labels)
+    load = _load(config, datasets, labelled)
     machine = machine_here(cache, folder, dtype or blocks.hidden_dtype)
     arguments = shape, load, machine
     known = _known(config, lazy, shape, cache / "measured.json", machine)
@@ -256,6 +252,16 @@ def asked_plan(
     if config.memory_budget is None:
         budget = Budget(*default_budget())
     return RunPlan(*arguments, budget, None, _fixed(config), True, known)
+
+
+def _load(config: TrainConfig, datasets: Sequence, labelled: float) -> Load:
+    """The largest batch."""
+    most = largest_batch(datasets, config.batch_size, config.max_seq_length, config.packing)
+    if not most.tokens:
+        tokens = config.max_seq_length - 1
+        return Load(config.batch_size, tokens, max(1, round(labelled * config.batch_size * tokens)))
+    context = most.context if config.packing else 0
+    return Load(most.rows, most.tokens, most.labels, context)
 
 
 def _known(

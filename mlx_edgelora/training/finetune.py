@@ -20,6 +20,7 @@ from mlx_edgelora.blocks.checks import checked_blocks
 from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.config.train_config import MOST_LAYERS
 from mlx_edgelora.data import Dataset, load_datasets
+from mlx_edgelora.data.batches import count_batches
 from mlx_edgelora.embedded import DATA_PATH, MODEL_PATH
 from mlx_edgelora.engine.build import Settings, assembled
 from mlx_edgelora.engine.optimizer import build_optimizer
@@ -97,11 +98,14 @@ def finetune(
             notify(BFLOAT16)
         tokenizer = _tokenizer(lazy)
         train_set, valid_set, test_set = _data(config, tokenizer, lazy.vocabulary, notify)
+        config = _with_iters(config, train_set)
         notify(summary.facts(config, lazy, (train_set, valid_set, test_set)))
         sets = [dataset for dataset in (train_set, valid_set, test_set) if dataset is not None]
         place = _spill_place(config)
         with _settled(config, lazy, sets, place, notify) as (engine, chosen):
             check_loss(config, engine.head)
+            if config.train and (advice := _packing_advice(config, engine, train_set)):
+                notify(summary.line("packing", advice))
             result = None
             if config.train and config.verify == "on":
                 notify(_verified(engine, chosen, config))
@@ -266,6 +270,8 @@ def _settled(
         notify(chosen.table() if config.verbose else summary.memory(chosen))
         with limits(chosen) as limit, _engine(config, lazy, chosen, place, notify) as engine:
             left -= 1
+            if config.packing:
+                engine.walk.check_packing(chosen.load.tokens)
             another = settle(engine, chosen, notify, stays=not left) if config.train else None
             if another is None:
                 _reserve(config, engine, chosen)
@@ -406,6 +412,32 @@ def _with_layers(
     if count < MOST_LAYERS:
         notify(f"num_layers: all {count} blocks are adapted (by default the last {MOST_LAYERS})")
     return dataclasses.replace(config, num_layers=count)
+
+
+def _with_iters(config: TrainConfig, train_set: Dataset | None) -> TrainConfig:
+    """Epochs as a number of steps, which all that follows counts by."""
+    if config.epochs is None or train_set is None:
+        return config
+    iters = count_batches(
+        train_set,
+        config.batch_size,
+        config.max_seq_length,
+        epochs=config.epochs,
+        seed=config.seed,
+        packing=config.packing,
+    )
+    return dataclasses.replace(config, iters=iters, epochs=None)
+
+
+def _packing_advice(config: TrainConfig, engine: Engine, train_set: Dataset) -> str | None:
+    """What packing would save, where that is much and the model can be packed."""
+    advice = summary.packing_advice(config, train_set)
+    if advice is not None:
+        try:
+            engine.walk.check_packing(config.max_seq_length - 1)
+        except EdgeLoraError:
+            return None
+    return advice
 
 
 def _resume(trained: Trained, model: nn.Module, config: TrainConfig) -> None:

@@ -3,6 +3,8 @@
 Where it differs from `mlx_lm.tuner.trainer.train`, on purpose:
 - the training loss of a report is the mean over the window's tokens, not the mean of
   its batches' means, and the speed of a short last window is divided by its own length;
+- gradients of several batches are averaged over their labelled tokens, as those of one batch of
+  all their rows are, not over batches;
 - the last `iters % grad_accumulation_steps` batches are applied, as their own mean;
 - every validation sees the same batches, in evaluation mode and with exact sums;
 - a loss or gradient that is not finite ends the run before it reaches a parameter;
@@ -25,7 +27,7 @@ import mlx.core as mx
 import mlx.optimizers as optimizers
 
 from mlx_edgelora.config import TrainConfig
-from mlx_edgelora.data.batches import Batch, iterate_batches
+from mlx_edgelora.data.batches import Batch, count_batches, iterate_batches
 from mlx_edgelora.data.dataset import Dataset
 from mlx_edgelora.engine.finite import Finite
 from mlx_edgelora.engine.optimizer import clip_factor
@@ -99,7 +101,12 @@ def train(
         validates = valid_set and config.val_batches != 0
         engine.model.train()
         batches = iterate_batches(
-            train_set, config.batch_size, config.max_seq_length, loop=True, seed=config.seed
+            train_set,
+            config.batch_size,
+            config.max_seq_length,
+            loop=True,
+            seed=config.seed,
+            packing=config.packing,
         )
         iteration = 0
         try:
@@ -162,7 +169,9 @@ class _Run:
         self._trained = engine.trained
         self._trained.start(optimizer)
         self._finite = Finite()
-        self._accumulated = 0
+        self._weights = 0.0  # of the gradients in the sum
+        self._first_tokens = 0  # labels of the first batch among them
+        self._weight = 1.0  # of the present batch
         self._trained_tokens = 0
         self._iteration = 0
         self._updated = 0  # last step that changed the parameters
@@ -179,10 +188,11 @@ class _Run:
         """One batch: loss, gradients and, when enough are summed, an optimizer update."""
         begin_step()
         start = time.perf_counter()
+        self._weigh(int(batch.mask.sum()))
         loss, tokens = self._engine.backward(batch, self._take)
         loss = loss.item()
         self._check_finite(iteration, batch, loss)
-        self._accumulated += 1
+        self._weights += self._weight
         if self.is_due(self._config.grad_accumulation_steps, iteration):
             self._update(iteration)
             self._updated = iteration
@@ -192,21 +202,34 @@ class _Run:
         self._window.add(loss, tokens, time.perf_counter() - start)
         self._progress.step(self._make_report("train_loss", self._window, iteration))
 
+    def _weigh(self, tokens: int) -> None:
+        """Let the next gradients count by their labels, relative to the first ones of an update.
+
+        Gradients in 16 bits would not bear numbers of tokens.
+        """
+        if not self._weights:
+            self._first_tokens = tokens
+        self._weight = tokens / max(1, self._first_tokens)
+
     def _take(self, gradients: Arrays) -> None:
         """Add gradients to the sum, and look whether they are finite."""
         self._finite.add(gradients)
+        if self._weight != 1:
+            for name in list(gradients):
+                gradients[name] = self._weight * gradients.pop(name)
+            mx.eval(gradients)
         self._trained.add(gradients)
 
     def _update(self, iteration: int) -> None:
-        count, self._accumulated = self._accumulated, 0
+        weights, self._weights = self._weights, 0.0
         with phase("update"):
-            self._trained.update(self._optimizer, count, self._clipping(iteration, count))
+            self._trained.update(self._optimizer, weights, self._clipping(iteration, weights))
 
-    def _clipping(self, iteration: int, count: int) -> mx.array | None:
+    def _clipping(self, iteration: int, weights: float) -> mx.array | None:
         """What the mean of the gradients is multiplied by; None where they are not clipped."""
         if self._config.max_grad_norm is None:
             return None
-        norm = self._trained.norm(count)
+        norm = self._trained.norm(weights)
         if not math.isfinite(norm.item()):
             raise EdgeLoraError(
                 f"step {iteration}: the norm of the gradients is {norm.item()}, expected a finite "
@@ -223,7 +246,13 @@ class _Run:
     def validate(self, iteration: int, valid_set: Sequence) -> None:
         """Report the validation loss before the step `iteration`."""
         config, window = self._config, Window(self._meter)
-        total = len(valid_set) // config.batch_size
+        total = count_batches(
+            valid_set,
+            config.batch_size,
+            config.max_seq_length,
+            seed=config.seed,
+            packing=config.packing,
+        )
         if config.val_batches != -1:
             total = min(total, config.val_batches)
         start = time.perf_counter()

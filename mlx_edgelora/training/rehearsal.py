@@ -77,10 +77,17 @@ def passed(engine: Engine, batch: Batch, keeps: bool) -> tuple[list[Stretch], in
 
 
 def synthetic_batch(load: Load, vocabulary: int) -> Batch:
-    """Random tokens, in each row as many of the last ones labelled as there can be."""
+    """Random tokens, in each row as many of the last ones labelled as there can be.
+
+    Rows that share a row are all of one length.
+    """
     shape = load.rows, load.tokens + 1
     tokens = np.random.RandomState(0).randint(0, vocabulary, shape).astype(np.int32)
     labelled = min(load.tokens, -(-load.labelled // load.rows))
     mask = np.zeros((load.rows, load.tokens), bool)
     mask[:, load.tokens - labelled :] = True
-    return Batch(tokens, mask, tuple(range(load.rows)))
+    starts = None
+    if load.context:
+        places = np.arange(load.tokens, dtype=np.int32)
+        starts = np.repeat((places - places % load.context)[None], load.rows, 0)
+    return Batch(tokens, mask, tuple(range(load.rows)), starts)
