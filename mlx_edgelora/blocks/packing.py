@@ -19,9 +19,9 @@ import numpy as np
 
 from mlx_edgelora.blocks.masks import band_of, banded
 
-# Ranges are padded to one of these lengths, so that few calls are made, or to a multiple of the
-# last one, which MLX's fused kernels on CUDA ask for.
-LENGTHS = (32, 64, 128)
+# Ranges are padded to a multiple of this, so that few calls are made; on a GPU longer ones to a
+# multiple of the other, which MLX's fused kernels on CUDA ask for. A CPU computes padding slowly.
+PAD_TO, LONG_PAD_TO = 32, 128
 
 # (q [n, H, a, D], k [n, Hkv, b, D], v [n, Hkv, b, Dv], mask) -> [n, H, a, Dv]
 Attend = Callable[[mx.array, mx.array, mx.array, mx.array | str | None], mx.array]
@@ -223,10 +223,9 @@ def _ranges(starts: np.ndarray, queries: Between, keys: Between, window: int | N
 
 def padded_length(tokens: int) -> int:
     """To how many tokens a range of so many is padded."""
-    for length in LENGTHS:
-        if tokens <= length:
-            return length
-    return -(-tokens // LENGTHS[-1]) * LENGTHS[-1]
+    on_gpu = mx.default_device() == mx.gpu
+    step = LONG_PAD_TO if on_gpu and tokens > 2 * PAD_TO else PAD_TO
+    return -(-tokens // step) * step
 
 
 def _padded(places: np.ndarray, size: int) -> np.ndarray:

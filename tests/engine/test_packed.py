@@ -80,7 +80,12 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("name", EXACT)
+FAST = ("gemma3_text", "gpt_oss")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in EXACT]
+)
 def test_gradients_are_those_of_the_rows_alone(name, tmp_path):
     folder, rows = save(tmp_path, name, False), some_rows()
     batch = shared(rows)
@@ -96,9 +101,17 @@ def test_gradients_are_those_of_the_rows_alone(name, tmp_path):
             assert_same_gradients(got, expected)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt_oss"])
+@pytest.mark.parametrize(
+    ("name", "in_tiles"),
+    [
+        ("gemma3_text", False),
+        *(
+            pytest.param(name, in_tiles, marks=pytest.mark.slow)
+            for name, in_tiles in (("llama", False), ("gemma3_text", True), ("gpt_oss", True))
+        ),
+    ],
+)
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("in_tiles", [False, True])
 def test_in_every_way_in_which_blocks_are_computed(name, way, in_tiles, tmp_path, monkeypatch):
     if in_tiles:  # as in rows of hundreds of tokens
         monkeypatch.setattr("mlx_edgelora.blocks.attention.TILE_BYTES", 0)
@@ -112,7 +125,7 @@ def test_in_every_way_in_which_blocks_are_computed(name, way, in_tiles, tmp_path
     assert packing_now() is None
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma3_text"])
+@pytest.mark.parametrize("name", ["qwen3"])
 def test_rows_that_see_one_another_have_other_gradients(name, tmp_path):
     """What the tests above compare is not blind to it."""
     folder, rows = save(tmp_path, name, True), some_rows()
