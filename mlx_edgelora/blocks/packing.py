@@ -263,7 +263,8 @@ def _restarting(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
 
     def rope(x: mx.array, dims: int, *, offset: int | mx.array, **options: object) -> mx.array:
         packing = packing_now()
-        # An array holds positions of tokens that were taken out of their rows.
+        # An array is of tokens that were taken out of their rows, behind attention: what is made
+        # of it is not used (`BlockParts.finished_at`).
         if packing is None or isinstance(offset, mx.array):
             return original(x, dims, offset=offset, **options)
         positions = packing.positions[:, offset : offset + x.shape[-2]]

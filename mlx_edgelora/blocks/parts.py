@@ -203,8 +203,6 @@ class BlockParts:
 
         single = x.reshape(-1, 1, x.shape[-1])[rows]
         positions = span.start + rows % x.shape[1]
-        if (packing := packing_now()) is not None:
-            positions = mx.array(packing.positions)[rows // x.shape[1], positions]
         with attention_replaced(attend):
             out = self._call(single, _Position(positions), positions)
         _check_calls(len(attended), "attention")
