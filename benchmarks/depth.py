@@ -27,8 +27,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
 from mlx_edgelora.data import Batch
+from mlx_edgelora.engine.adapter_state import ResidentAdapterState
 from mlx_edgelora.engine.step import Engine
-from mlx_edgelora.engine.trained import ResidentTrained
 from mlx_edgelora.engine.walk import Walk
 from mlx_edgelora.measure.meter import DiskMeter, footprint
 from mlx_edgelora.model.checkpoint import write_model
@@ -84,7 +84,7 @@ def measure(mode: str, shape: str, blocks: int, tokens: int, rank: int) -> dict[
         optimizer = optimizers.AdamW(1e-4)
         store = MappedStore(folder, meter)
         walk = Walk(lazy.model, store, attached.weights)
-        trained = ResidentTrained(lazy.model)
+        trained = ResidentAdapterState(lazy.model)
         trained.start(optimizer)
         engine = Engine(lazy.model, walk, attached.head, meter, trained=trained)
         step = engine.backward if streamed else plain(lazy.model)

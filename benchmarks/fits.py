@@ -17,12 +17,12 @@ from plans import Case, Planned
 from mlx_edgelora.benchmark.shapes import SHAPES, default_cache
 from mlx_edgelora.measure.units import size
 from mlx_edgelora.planner.search import plan
-from mlx_edgelora.planner.sizes import Load
+from mlx_edgelora.planner.sizes import BatchShape
 
 # Blocks that are made of each shape.
 MADE = {"llama-3.2-1b": 4, "llama-3.2-3b": 3, "llama-3.1-8b": 1, "llama-3.3-70b": 1}
 BUDGETS = (4 * 10**9, 10 * 10**9, 22 * 10**9)
-LOAD = Load(1, 2048, 1024)
+LOAD = BatchShape(1, 2048, 1024)
 
 
 def main() -> None:
@@ -37,8 +37,8 @@ def main() -> None:
         shape = replace(planned.shape, blocks=blocks, adapted=blocks)
         for budget in BUDGETS:
             choice = plan(shape, LOAD, planned.machine, budget)
-            told = f"{size(choice.peak)} expected; {choice.plan.summary(blocks)}"
-            print(f"{name}, {size(budget)}: {told}", flush=True)
+            text = f"{size(choice.peak)} expected; {choice.plan.summary(blocks)}"
+            print(f"{name}, {size(budget)}: {text}", flush=True)
 
 
 if __name__ == "__main__":

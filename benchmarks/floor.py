@@ -38,7 +38,7 @@ from mlx_edgelora.benchmark.meters import peak_footprint
 from mlx_edgelora.benchmark.published import CONTEXTS, ROWS, published
 from mlx_edgelora.benchmark.shapes import SHAPES, checkpoint, default_cache
 from mlx_edgelora.data import Batch
-from mlx_edgelora.engine.build import Settings, assembled
+from mlx_edgelora.engine.build import Settings, build_engine
 from mlx_edgelora.model.loading import open_model
 from mlx_edgelora.model.lora import add_lora
 from mlx_edgelora.planner.plan import Plan
@@ -88,8 +88,8 @@ class Run:
         add_lora(lazy.model, -1, rank=args.rank)
         self._stack = ExitStack()
         settings = Settings(args.cache, args.dtype)
-        self._engine = self._stack.enter_context(assembled(lazy, plan, settings))
-        self._meter, self.trained = self._engine.disk, self._engine.trained
+        self._engine = self._stack.enter_context(build_engine(lazy, plan, settings))
+        self._meter, self.trained = self._engine.disk, self._engine.adapters
         self._optimizer = optimizers.AdamW(1e-4)
         self.trained.start(self._optimizer)
 

@@ -22,7 +22,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_edgelora.benchmark import contenders, rows, shapes
-from mlx_edgelora.benchmark.job import Job
+from mlx_edgelora.benchmark.job import TrainingJob
 from mlx_edgelora.benchmark.machine import commit
 from mlx_edgelora.benchmark.run import write_start
 from mlx_edgelora.model.loading import open_model
@@ -49,7 +49,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         words = {"plenty": contenders.PLENTY, "min": "min"}
         budget = words.get(args.row) or round(float(args.row) * 1e9)
         options = {"memory_budget": budget, "spill_dir": str(work)}
-    job = Job(
+    job = TrainingJob(
         model=str(folder),
         data=str(work / "data"),
         start=str(start),

@@ -24,7 +24,7 @@ TARGET = 2.5  # mean exact loss
 class PackedHead(MatrixHead):
     """A quantized matrix in memory as a head."""
 
-    enter = leave = adapter = None
+    final_norm = logits_transform = adapter = None
 
     def __init__(self, packed: tuple[mx.array, ...], group_size: int, bits: int) -> None:
         self._arrays = dict(zip(("weight", "scales", "biases"), packed, strict=True))

@@ -120,8 +120,8 @@ def judge(folder: Path, step: int, rows: list[dict[str, str]]) -> tuple[float, f
     total, count = 0.0, 0
     for row in rows:
         asked = [{"role": "user", "content": row["prompt"]}]
-        told = [*asked, {"role": "assistant", "content": row["completion"]}]
-        tokens = tokenizer.apply_chat_template(told)
+        messages = [*asked, {"role": "assistant", "content": row["completion"]}]
+        tokens = tokenizer.apply_chat_template(messages)
         start = len(tokenizer.apply_chat_template(asked, add_generation_prompt=True))
         logits = model(mx.array([tokens[:-1]]))[0, start - 1 :].astype(mx.float32)
         losses = nn.losses.cross_entropy(logits, mx.array(tokens[start:]), reduction="sum")

@@ -23,15 +23,15 @@ from mlx_lm.models import llama
 
 from mlx_edgelora.benchmark import shapes
 from mlx_edgelora.blocks.checks import checked_blocks
-from mlx_edgelora.engine.build import Settings, assembled
-from mlx_edgelora.engine.finite import Finite
+from mlx_edgelora.engine.build import Settings, build_engine
+from mlx_edgelora.engine.finite import FiniteCheck
 from mlx_edgelora.model.loading import open_model
 from mlx_edgelora.model.lora import add_lora
-from mlx_edgelora.planner.machine import machine_here
+from mlx_edgelora.planner.machine import this_machine
 from mlx_edgelora.planner.plan import MIB, Plan
 from mlx_edgelora.planner.search import smallest
 from mlx_edgelora.planner.shape import shape_of
-from mlx_edgelora.planner.sizes import Load
+from mlx_edgelora.planner.sizes import BatchShape
 
 BLOCKS, TOKENS, RANK = 28, 64, 8
 RESIDENT = Plan(streamed_blocks=0, head="resident", inputs="memory", loss_bytes=160 * MIB)
@@ -49,21 +49,21 @@ def ours(folder: Path, plan: Plan | None, batch: object, stack: ExitStack) -> Ca
     add_lora(lazy.model, -1, rank=RANK)
     if plan is None:
         shape = shape_of(checked_blocks(lazy.model), shapes.SHAPES["thin"][-1])
-        load = Load(1, TOKENS, int(batch.mask.sum()))
-        plan = smallest(shape, load, machine_here(folder, folder, mx.float32)).plan
-    engine = stack.enter_context(assembled(lazy, plan, Settings(folder)))
-    optimizer, finite = optimizers.AdamW(1e-5), Finite()
-    engine.trained.start(optimizer)
+        load = BatchShape(1, TOKENS, int(batch.mask.sum()))
+        plan = smallest(shape, load, this_machine(folder, folder, mx.float32)).plan
+    engine = stack.enter_context(build_engine(lazy, plan, Settings(folder)))
+    optimizer, finite = optimizers.AdamW(1e-5), FiniteCheck()
+    engine.adapters.start(optimizer)
 
     def take(gradients: dict[str, mx.array]) -> None:
         finite.add(gradients)
-        engine.trained.add(gradients)
+        engine.adapters.add(gradients)
 
     def step() -> float:
         loss, _ = engine.backward(batch, take)
         value = loss.item()
         assert finite.first_bad() is None
-        engine.trained.update(optimizer, 1)
+        engine.adapters.update(optimizer, 1)
         return value
 
     step()

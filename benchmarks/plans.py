@@ -31,19 +31,19 @@ import numpy as np
 from mlx_edgelora.benchmark.shapes import default_cache
 from mlx_edgelora.blocks.checks import checked_blocks
 from mlx_edgelora.data import Batch
-from mlx_edgelora.engine.build import Settings, assembled
+from mlx_edgelora.engine.build import Settings, build_engine
 from mlx_edgelora.engine.step import Engine
 from mlx_edgelora.model.checkpoint import LazyModel
 from mlx_edgelora.model.loading import DTYPES, open_model
 from mlx_edgelora.model.lora import add_lora
-from mlx_edgelora.planner.machine import Machine, machine_here
-from mlx_edgelora.planner.measured import Measured
+from mlx_edgelora.planner.machine import Machine, this_machine
+from mlx_edgelora.planner.measured import Measurements
 from mlx_edgelora.planner.plan import Plan
 from mlx_edgelora.planner.run_plan import Budget, RunPlan
 from mlx_edgelora.planner.search import Choice, expected, plan, smallest
 from mlx_edgelora.planner.shape import shape_of
-from mlx_edgelora.planner.sizes import Load, ModelShape
-from mlx_edgelora.training.sampling import begun, settle
+from mlx_edgelora.planner.sizes import BatchShape, ModelShape
+from mlx_edgelora.training.sampling import first_plan, measure_and_replan
 
 MB = 10**6
 # Budgets of the grid, in multiples of the smallest that works; None is plenty.
@@ -100,10 +100,10 @@ class Planned:
         dtype = DTYPES[case.dtype]
         self.shape: ModelShape = shape_of(checked_blocks(lazy.model), lazy.vocabulary, dtype)
         self.batch = batch_of(case, lazy.vocabulary)
-        self.load = Load(case.rows, case.tokens, int(self.batch.mask.sum()))
-        self.machine: Machine = machine_here(args.cache, args.cache, dtype)
-        self._arguments = self.shape, self.load, self.machine
-        self.known, self._smallest = Measured(overlaps=mx.default_device() == mx.gpu), None
+        self.batch_shape = BatchShape(case.rows, case.tokens, int(self.batch.mask.sum()))
+        self.machine: Machine = this_machine(args.cache, args.cache, dtype)
+        self._arguments = self.shape, self.batch_shape, self.machine
+        self.known, self._smallest = Measurements(overlaps=mx.default_device() == mx.gpu), None
 
     @contextmanager
     def settled(self, times: float | None) -> Iterator[tuple[RunPlan, int, Engine]]:
@@ -121,11 +121,11 @@ class Planned:
 
     @contextmanager
     def _by(self, budget: Budget) -> Iterator[tuple[RunPlan, int, Engine]]:
-        chosen: RunPlan | None = begun(self._run(budget))
+        chosen: RunPlan | None = first_plan(self._run(budget))
         while chosen is not None:
             first = expected(*self._arguments, chosen.plan).peak
             with self._assembled(chosen.plan) as engine:
-                another = settle(engine, chosen, lambda line: None)
+                another = measure_and_replan(engine, chosen, lambda line: None)
                 if another is None:
                     yield chosen, first, engine
             del engine
@@ -136,7 +136,7 @@ class Planned:
         return RunPlan(*self._arguments, budget, None, {}, True, self.known)
 
     def _assembled(self, chosen: Plan) -> AbstractContextManager[Engine]:
-        return assembled(self.lazy(), chosen, Settings(self._cache, self._case.dtype))
+        return build_engine(self.lazy(), chosen, Settings(self._cache, self._case.dtype))
 
     @contextmanager
     def stepping(self, chosen: Plan) -> Iterator[Callable[[], tuple[int, float]]]:
@@ -147,15 +147,15 @@ class Planned:
     def step_of(self, engine: Engine) -> Callable[[], tuple[int, float]]:
         """A function that makes a step and gives its peak and seconds."""
         optimizer = optimizers.AdamW(1e-4)
-        engine.trained.start(optimizer)
+        engine.adapters.start(optimizer)
 
         def step() -> tuple[int, float]:
             gc.collect()
             mx.synchronize()
             mx.reset_peak_memory()
             start = time.perf_counter()
-            loss, _ = engine.backward(self.batch, engine.trained.add)
-            engine.trained.update(optimizer, 1)
+            loss, _ = engine.backward(self.batch, engine.adapters.add)
+            engine.adapters.update(optimizer, 1)
             mx.eval(loss)
             return mx.get_peak_memory(), time.perf_counter() - start
 
@@ -247,7 +247,7 @@ def run_budgets(args: argparse.Namespace) -> None:
     """Time distinct plans in turn."""
     case = Case(args.shape, args.blocks, args.tokens, 1, 16, "float32", args.labelled, None)
     planned = Planned(args, case)
-    arguments = planned.shape, planned.load, planned.machine
+    arguments = planned.shape, planned.batch_shape, planned.machine
     low = smallest(*arguments).needs
     plenty = plan(*arguments, 10**12).needs
     choices: list[Choice] = []

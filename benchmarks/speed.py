@@ -38,13 +38,13 @@ from mlx_edgelora.benchmark import shapes
 from mlx_edgelora.blocks.checks import checked_blocks
 from mlx_edgelora.data import Batch, iterate_batches
 from mlx_edgelora.data.batches import largest_batch, padding_share
-from mlx_edgelora.engine.build import Settings, assembled
+from mlx_edgelora.engine.build import Settings, build_engine
 from mlx_edgelora.model.loading import open_model
 from mlx_edgelora.model.lora import add_lora
-from mlx_edgelora.planner.machine import machine_here
+from mlx_edgelora.planner.machine import this_machine
 from mlx_edgelora.planner.search import plan
 from mlx_edgelora.planner.shape import shape_of
-from mlx_edgelora.planner.sizes import Load
+from mlx_edgelora.planner.sizes import BatchShape
 
 Step = Callable[[], float]
 checkpoint = partial(shapes.checkpoint, weights="float32")
@@ -90,17 +90,17 @@ def ours(folder: Path, rank: int, batch: Batch, budget: int, stack: ExitStack) -
     lazy = open_model(str(folder), streamed=True, quantize=None, cache=folder)
     add_lora(lazy.model, -1, rank=rank)
     shape = shape_of(checked_blocks(lazy.model), lazy.vocabulary)
-    load = Load(*batch.inputs().shape, int(batch.mask.sum()))
-    machine = machine_here(folder.parent, folder.parent, mx.float32)
+    load = BatchShape(*batch.inputs().shape, int(batch.mask.sum()))
+    machine = this_machine(folder.parent, folder.parent, mx.float32)
     choice = plan(shape, load, machine, budget)
     settings = Settings(folder.parent)
-    engine = stack.enter_context(assembled(lazy, choice.plan, settings))
+    engine = stack.enter_context(build_engine(lazy, choice.plan, settings))
     optimizer = optimizers.AdamW(1e-5)
-    engine.trained.start(optimizer)
+    engine.adapters.start(optimizer)
 
     def run() -> float:
-        loss, _ = engine.backward(batch, engine.trained.add)
-        engine.trained.update(optimizer, 1)
+        loss, _ = engine.backward(batch, engine.adapters.add)
+        engine.adapters.update(optimizer, 1)
         return loss.item()
 
     return run, f"{choice.plan.describe(shape.blocks)}; {choice.peak / 1e6:.0f} MB expected"
@@ -126,12 +126,12 @@ class Rows:
         shape = shape_of(checked_blocks(lazy.model), lazy.vocabulary)
         most = largest_batch([rows], **settings)
         context = most.context if settings["packing"] else 0
-        load = Load(most.rows, most.tokens, most.labels, context)
-        machine = machine_here(folder.parent, folder.parent, mx.float32)
+        load = BatchShape(most.rows, most.tokens, most.labels, context)
+        machine = this_machine(folder.parent, folder.parent, mx.float32)
         choice = plan(shape, load, machine, budget)
-        self._engine = stack.enter_context(assembled(lazy, choice.plan, Settings(folder.parent)))
+        self._engine = stack.enter_context(build_engine(lazy, choice.plan, Settings(folder.parent)))
         self._optimizer = optimizers.AdamW(1e-5)
-        self._engine.trained.start(self._optimizer)
+        self._engine.adapters.start(self._optimizer)
         self._batches = iterate_batches(rows, **settings, loop=True, seed=0)
         self.padding = padding_share(rows, **settings, seed=0)
         self.words = f"{load.rows} x {load.tokens}: {choice.plan.summary(shape.blocks)}"
@@ -143,8 +143,8 @@ class Rows:
         while done < least:
             batch = next(self._batches)
             start = time.perf_counter()
-            loss, count = self._engine.backward(batch, self._engine.trained.add)
-            self._engine.trained.update(self._optimizer, 1)
+            loss, count = self._engine.backward(batch, self._engine.adapters.add)
+            self._engine.adapters.update(self._optimizer, 1)
             mx.synchronize()
             spent += time.perf_counter() - start
             losses.append(loss.item())

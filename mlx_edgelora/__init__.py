@@ -25,7 +25,7 @@ if sys.platform == "darwin":
     os.environ.setdefault("AGX_RELAX_CDM_CTXSTORE_TIMEOUT", "1")
 
 # Looked up when they are asked for: a layer or a loss alone loads neither mlx-lm nor the rest.
-_HOMES = {
+_MODULES = {
     "EdgeLoraError": "errors",
     "LoraParameters": "config",
     "MappedStore": "storage.stores",
@@ -51,9 +51,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -8,15 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mlx_edgelora.checkup.job import Job, Sizes, setting
-from mlx_edgelora.checkup.report import as_json, lines_of, made, problems
+from mlx_edgelora.checkup.job import Checkup, Sizes, environment_variable
+from mlx_edgelora.checkup.report import as_json, lines_of, make_report, problems
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.measure.meter import footprint
 from mlx_edgelora.storage.files import make_folder, write_atomically
 
 FILE = "mlx-edgelora-report.json"
 # Exit statuses.
-WELL, UNWELL, WRONG, INTERRUPTED = 0, 1, 2, 130
+PASSED, FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 
 
 class _Parser(argparse.ArgumentParser):
@@ -33,20 +33,20 @@ def main(argv: Sequence[str] | None = None, sizes: Sizes | None = None) -> int:
         if file is not None:
             _check_file(file)
         with _scratch(options.spill_dir) as folder:
-            job = Job(folder, sizes or Sizes(), footprint())
+            job = Checkup(folder, sizes or Sizes(), footprint())
             print("Checking this machine. It takes about two minutes, and nothing is sent.")
-            report = made(job, lambda report: _kept(report, file))
+            report = make_report(job, lambda report: _print_and_write(report, file))
     except EdgeLoraError as error:
         print(f"error: {error}", file=sys.stderr)
-        return WRONG
+        return USER_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
     found = problems(report)
     print(f"\n{'Not as it should be:' if found else 'Nothing failed.'}")
     for line in found:
         print(f"  {line}")
-    print(f"\n{_where(file)}")
-    return UNWELL if found else WELL
+    print(f"\n{_next_steps(file)}")
+    return FAILED if found else PASSED
 
 
 def _parser() -> _Parser:
@@ -92,11 +92,11 @@ def _scratch(folder: str) -> Iterator[Path]:
         raise EdgeLoraError(
             f"--spill-dir: {folder} cannot be written ({error.strerror}); choose another folder"
         ) from error
-    with scratch as name, setting("XDG_CACHE_HOME", name):
+    with scratch as name, environment_variable("XDG_CACHE_HOME", name):
         yield Path(name)
 
 
-def _kept(report: Mapping[str, Any], file: Path | None) -> None:
+def _print_and_write(report: Mapping[str, Any], file: Path | None) -> None:
     """Print the last section, and write all of them."""
     name, section = list(report["sections"].items())[-1]
     print("\n" + "\n".join(lines_of(name, section)), flush=True)
@@ -104,7 +104,7 @@ def _kept(report: Mapping[str, Any], file: Path | None) -> None:
         write_atomically({file: lambda target: target.write(as_json(report))})
 
 
-def _where(file: Path | None) -> str:
+def _next_steps(file: Path | None) -> str:
     if file is None:
         return "For a report that can be given to the project: --report."
     return (

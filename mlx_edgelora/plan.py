@@ -14,7 +14,7 @@ from mlx_edgelora.storage.files import write_atomically
 from mlx_edgelora.training.finetune import plan_report
 
 # Exit statuses.
-FITS, DOES_NOT_FIT, WRONG = 0, 1, 2
+FITS, DOES_NOT_FIT, USER_ERROR = 0, 1, 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_atomically({Path(own.plot): report.plot})
     except EdgeLoraError as error:
         print(f"error: {error}", file=sys.stderr)
-        return WRONG
+        return USER_ERROR
     return FITS if report.fits else DOES_NOT_FIT
 
 

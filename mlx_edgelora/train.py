@@ -9,7 +9,7 @@ from mlx_edgelora.config import config_from_cli
 from mlx_edgelora.config.yaml_file import read_yaml
 from mlx_edgelora.embedded import DEFAULT_CONFIG, MODEL_PATH, demonstrate
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.training.failures import failures_told
+from mlx_edgelora.training.failures import explain_failures
 from mlx_edgelora.training.finetune import finetune
 
 
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = finetune(config)
         if result is not None and config.model is None and config.data is None:
             print("\nWhat the adapter changed, asked through mlx-lm:")
-            with failures_told(f"the adapter is in {result.adapter_path}"):
+            with explain_failures(f"the adapter is in {result.adapter_path}"):
                 print(demonstrate(result.adapter_path))
         elif result is not None:
             command = ["--model", config.model or MODEL_PATH, "--adapter-path", result.adapter_path]

@@ -12,7 +12,7 @@ from mlx_edgelora.training.finetune import verification
 from mlx_edgelora.training.verdict import table
 
 # Exit statuses.
-RIGHT, MISMATCH, WRONG = 0, 1, 2
+EQUAL, MISMATCH, USER_ERROR = 0, 1, 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(table(verdicts))
     except EdgeLoraError as error:
         print(f"error: {error}", file=sys.stderr)
-        return WRONG
-    return MISMATCH if any(verdict.problem for verdict in verdicts) else RIGHT
+        return USER_ERROR
+    return MISMATCH if any(verdict.problem for verdict in verdicts) else EQUAL
 
 
 if __name__ == "__main__":

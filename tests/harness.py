@@ -89,7 +89,7 @@ def engine(
         plan=plan,
     )
     made = Engine(lazy.model, walk, attached.head, meter, loss)
-    made.obey(plan)
+    made.set_plan(plan)
     return made
 
 

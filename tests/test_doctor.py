@@ -15,7 +15,7 @@ import pytest
 
 from mlx_edgelora import doctor
 from mlx_edgelora.checkup import probes, report, system, training
-from mlx_edgelora.checkup.job import Job, Sizes
+from mlx_edgelora.checkup.job import Checkup, Sizes
 from mlx_edgelora.errors import EdgeLoraError
 
 SMALL = Sizes(
@@ -74,22 +74,22 @@ def ran(tmp_path_factory):
 
 
 def test_all_is_told(ran):
-    status, text, told = ran
+    status, text, written = ran
     assert status == 0 and "Nothing failed." in text
-    assert {name: section["error"] for name, section in told["sections"].items()} == dict.fromkeys(
-        NAMES
-    )
-    assert told["complete"] and told["seconds"] > 0
+    assert {
+        name: section["error"] for name, section in written["sections"].items()
+    } == dict.fromkeys(NAMES)
+    assert written["complete"] and written["seconds"] > 0
     assert max(map(len, text.splitlines())) <= 80
     assert text.index("versions (") < text.index("footprint (")
     assert f"The report is in {doctor.FILE}\nPlease open an issue" in text
 
 
 def test_names_are_those_of_the_version(ran):
-    _, _, told = ran
-    assert (told["schema"], told["version"]) == ("mlx-edgelora-report", 1)
-    assert {name: set(part["found"]) for name, part in told["sections"].items()} == NAMES
-    found = {name: part["found"] for name, part in told["sections"].items()}
+    _, _, written = ran
+    assert (written["schema"], written["version"]) == ("mlx-edgelora-report", 1)
+    assert {name: set(part["found"]) for name, part in written["sections"].items()} == NAMES
+    found = {name: part["found"] for name, part in written["sections"].items()}
     assert [set(row) for row in found["steps"]["steps"]] == [STEP] * 3
     assert [row["name"] for row in found["steps"]["steps"]] == ["least", "twice", "plenty"]
     for row in found["steps"]["steps"]:
@@ -118,8 +118,8 @@ def test_figures_are_those_of_the_machine(ran):
 
 
 @pytest.fixture
-def told(tmp_path, monkeypatch, capsys):
-    """told(section=function, ...) -> status, text and report of a command with these sections."""
+def run_command(tmp_path, monkeypatch, capsys):
+    """run_command(section=function, ...) -> status, text and report, of these sections."""
     monkeypatch.chdir(tmp_path)
 
     def run(*flags, sizes=SMALL, **sections):
@@ -135,12 +135,12 @@ def told(tmp_path, monkeypatch, capsys):
     "failure", [RuntimeError, ValueError, OSError, AttributeError, MemoryError]
 )
 @pytest.mark.parametrize("name", ["first", "second", "third"])
-def test_what_fails_is_told_and_the_others_go_on(told, name, failure):
+def test_what_fails_is_told_and_the_others_go_on(run_command, name, failure):
     def fails(job):
         raise failure("[METAL] Command buffer execution failed:\n Caused GPU Timeout Error")
 
     sections = dict.fromkeys(["first", "second", "third"], lambda job: {"figure": 1})
-    status, printed, found = told(**sections | {name: fails})
+    status, printed, found = run_command(**sections | {name: fails})
     assert status == 1
     sentence = (
         f"{failure.__name__}: [METAL] Command buffer execution failed: Caused GPU Timeout Error"
@@ -152,7 +152,7 @@ def test_what_fails_is_told_and_the_others_go_on(told, name, failure):
     assert f"  {name}: {sentence}" in printed.out
 
 
-def test_a_part_that_fails_leaves_the_others_of_its_section(told, monkeypatch):
+def test_a_part_that_fails_leaves_the_others_of_its_section(run_command, monkeypatch):
     own = mx.fast.scaled_dot_product_attention
 
     def fails(q, *args, **rest):
@@ -162,20 +162,20 @@ def test_a_part_that_fails_leaves_the_others_of_its_section(told, monkeypatch):
 
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", fails)
     monkeypatch.setattr(probes, "on_gpu", lambda: False)
-    status, printed, found = told(attention=probes.attention)
+    status, printed, found = run_command(attention=probes.attention)
     calls = found["sections"]["attention"]["found"]["calls"]
     assert [row.get("error") for row in calls] == [None] * 2 + ["RuntimeError: no kernel"] * 2
     assert status == 1 and "attention: RuntimeError: no kernel" in printed.out
 
 
-def test_a_table_that_is_too_wide_is_told_row_by_row(told):
+def test_a_table_that_is_too_wide_is_told_row_by_row(run_command):
     row = {f"figure_{number}": 1.5 for number in range(12)}
-    _, printed, _ = told(rates=lambda job: {"rates": [row, row]})
+    _, printed, _ = run_command(rates=lambda job: {"rates": [row, row]})
     assert max(map(len, printed.out.splitlines())) <= 80
     assert printed.out.count("figure 11 1.5") == 2
 
 
-def test_without_the_least_plenty_is_still_tried(told, monkeypatch):
+def test_without_the_least_plenty_is_still_tried(run_command, monkeypatch):
     own = training.open_planned
 
     def fails(config, notify):
@@ -184,31 +184,31 @@ def test_without_the_least_plenty_is_still_tried(told, monkeypatch):
         return own(config, notify)
 
     monkeypatch.setattr(training, "open_planned", fails)
-    _, _, found = told(steps=training.steps)
+    _, _, found = run_command(steps=training.steps)
     least, twice, plenty = found["sections"]["steps"]["found"]["steps"]
     assert least == {"name": "least", "error": "too small"}
     assert twice["error"] == "left out: the least is not known"
     assert plenty["measured_bytes"] > 0
 
 
-def test_a_report_is_left_if_the_process_dies(told):
+def test_a_report_is_left_if_the_process_dies(run_command):
     def dies(job):
         raise KeyboardInterrupt
 
-    status, _, found = told(first=lambda job: {"figure": 1}, second=dies)
+    status, _, found = run_command(first=lambda job: {"figure": 1}, second=dies)
     assert (status, found["complete"], list(found["sections"])) == (130, False, ["first"])
 
 
-def test_what_is_slow_is_left_out_when_the_time_is_over(told):
+def test_what_is_slow_is_left_out_when_the_time_is_over(run_command):
     sections = {"verify": training.verify, "rates": probes.rates, "precision": probes.precision}
-    _, _, found = told(sizes=replace(SMALL, seconds=-1.0), **sections)
+    _, _, found = run_command(sizes=replace(SMALL, seconds=-1.0), **sections)
     left_out = "left out: -1 seconds were over"
     assert found["sections"]["verify"]["error"] == left_out
     assert found["sections"]["rates"]["found"]["rates"][0]["error"] == left_out
     assert found["sections"]["precision"]["error"] is None
 
 
-def test_nothing_private_is_in_it(told, tmp_path, monkeypatch):
+def test_nothing_private_is_in_it(run_command, tmp_path, monkeypatch):
     home = tmp_path / "Users" / "zaphod.b"
     work = home / "Secret Project"
     work.mkdir(parents=True)
@@ -228,7 +228,7 @@ def test_nothing_private_is_in_it(told, tmp_path, monkeypatch):
 
     cheap = {name: report.SECTIONS[name] for name in ("versions", "device", "memory", "wrap")}
     monkeypatch.chdir(work)
-    _, printed, _ = told("--report", str(tmp_path / "r.json"), careless=careless, **cheap)
+    _, printed, _ = run_command("--report", str(tmp_path / "r.json"), careless=careless, **cheap)
     text = (tmp_path / "r.json").read_text()
     assert json.loads(text)["sections"]["careless"]["error"] == (
         "OSError: ~/Library/x and <here>/y and <scratch>/z of <user>, <user> "
@@ -256,7 +256,7 @@ def metal(monkeypatch):
 
     def run(asarray, folder):
         monkeypatch.setattr(mx, "asarray", asarray)
-        return probes.wrap(Job(folder, SMALL, 0))["wraps"]
+        return probes.wrap(Checkup(folder, SMALL, 0))["wraps"]
 
     return run
 
@@ -274,10 +274,10 @@ def test_refused_wraps_are_recorded(metal, tmp_path):
     }
 
 
-def test_wrong_wraps_are_told(metal, tmp_path, told):
+def test_wrong_wraps_are_told(metal, tmp_path, run_command):
     page = probes.mmap.PAGESIZE
     metal(lambda region, copy: mx.zeros(region.shape, mx.uint8), tmp_path)
-    status, printed, found = told(wrap=probes.wrap)
+    status, printed, found = run_command(wrap=probes.wrap)
     assert [row["right"] for row in found["sections"]["wrap"]["found"]["wraps"]] == [False] * 5
     assert status == 1 and f"wrap: WRONG: {page + 512} bytes from {page}" in printed.out
 
@@ -292,7 +292,7 @@ def test_on_a_gpu_both_blocks_are_set_and_taken_back(monkeypatch, tmp_path):
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", spy)
     monkeypatch.setattr(probes, "on_gpu", lambda: True)
     monkeypatch.setenv(probes.BLOCK, "77")
-    found = probes.attention(Job(tmp_path, SMALL, 0))
+    found = probes.attention(Checkup(tmp_path, SMALL, 0))
     wanted = {(block, size, mx.bfloat16) for block in ("1024", "256") for size in (64, 128)}
     assert set(seen) == wanted and os.environ[probes.BLOCK] == "77"
     assert [row["block"] for row in found["calls"][:4]] == [1024, 1024, 256, 256]
@@ -300,7 +300,7 @@ def test_on_a_gpu_both_blocks_are_set_and_taken_back(monkeypatch, tmp_path):
 
 
 def test_products_in_fewer_bits_are_named(monkeypatch, tmp_path):
-    assert probes.precision(Job(tmp_path, SMALL, 0))["tf32"] is False
+    assert probes.precision(Checkup(tmp_path, SMALL, 0))["tf32"] is False
     make = mx.array
 
     def coarse(values, *args):  # ten bits of mantissa, as matrix units have
@@ -308,24 +308,24 @@ def test_products_in_fewer_bits_are_named(monkeypatch, tmp_path):
         return make(bits.view(np.float32))
 
     monkeypatch.setattr(mx, "array", coarse)
-    found = probes.precision(Job(tmp_path, SMALL, 0))
+    found = probes.precision(Checkup(tmp_path, SMALL, 0))
     assert found["tf32"] is True and 1e-4 < found["relative_error"] < 1e-2
 
 
-def test_macs_sync_to_the_medium(told, monkeypatch):
+def test_macs_sync_to_the_medium(run_command, monkeypatch):
     def refuses(descriptor, command):
         raise OSError(errno.ENOTSUP, "Operation not supported")
 
     monkeypatch.setattr(probes.fcntl, "F_FULLFSYNC", 51, raising=False)
     monkeypatch.setattr(probes.fcntl, "fcntl", refuses)
-    _, printed, found = told(disk=probes.disk)
+    _, printed, found = run_command(disk=probes.disk)
     times = {row["what"]: row for row in found["sections"]["disk"]["found"]["times"]}
     assert list(times) == ["write", "fsync", "full sync", "read"]
     assert "Operation not supported" in times["full sync"]["error"]
     assert times["read"]["seconds"] > 0 and "F_FULLFSYNC" in printed.out
 
 
-def test_macs_are_asked_in_their_own_words(told, monkeypatch):
+def test_macs_are_asked_in_their_own_words(run_command, monkeypatch):
     texts = {
         ("sysctl", "-n", "machdep.cpu.brand_string"): "Apple M4 Max",
         ("sysctl", "-n", "hw.model"): "Mac16,5",
@@ -342,7 +342,7 @@ def test_macs_are_asked_in_their_own_words(told, monkeypatch):
     monkeypatch.setattr(system, "commit", lambda: None)
     monkeypatch.setattr("platform.mac_ver", lambda: ("26.3", ("", "", ""), "arm64"))
     monkeypatch.setattr(system, "default_budget", lambda: (10**9, "as the test says"))
-    _, _, found = told(versions=system.versions, memory=system.memory)
+    _, _, found = run_command(versions=system.versions, memory=system.memory)
     versions, memory = (found["sections"][name]["found"] for name in ("versions", "memory"))
     assert (versions["chip"], versions["model"]) == ("Apple M4 Max", "Mac16,5")
     assert versions["version"] == "26.3"
@@ -350,9 +350,9 @@ def test_macs_are_asked_in_their_own_words(told, monkeypatch):
     assert memory["system_says"] == texts["vm_stat",].splitlines()
 
 
-def test_too_much_memory_and_wrong_gradients_are_told(told):
+def test_too_much_memory_and_wrong_gradients_are_told(run_command):
     row = {"name": "least", "budget_bytes": 10**6, "measured_bytes": 2 * 10**6}
-    status, printed, found = told(
+    status, printed, found = run_command(
         steps=lambda job: {"steps": [row, row | {"measured_bytes": 10**6}]},
         verify=lambda job: {"wrong": ["TransformerBlock 0, whole: scaled"]},
         endless=lambda job: {"figure": float("nan")},
@@ -391,7 +391,7 @@ def test_without_a_file_it_prints_only(tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == [] and os.environ["XDG_CACHE_HOME"] == cache
 
 
-def test_what_earlier_runs_measured_is_not_used(told):
+def test_what_earlier_runs_measured_is_not_used(run_command):
     places = []
-    told(one=lambda job: places.append((os.environ["XDG_CACHE_HOME"], job.folder)) or {})
+    run_command(one=lambda job: places.append((os.environ["XDG_CACHE_HOME"], job.folder)) or {})
     assert Path(places[0][0]) == places[0][1] and not places[0][1].exists()

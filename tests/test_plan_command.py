@@ -16,8 +16,8 @@ from mlx_edgelora.storage.safetensors import read_header
 
 
 @pytest.fixture
-def told(tiny, tmp_path, capsys):
-    """told(*flags) -> exit status, standard output and error."""
+def run_command(tiny, tmp_path, capsys):
+    """run_command(*flags) -> exit status, standard output and error."""
 
     def call(*flags, model=tiny / "model"):
         common = ["--model", model, "--spill-dir", tmp_path, "--num-layers", "-1"]
@@ -28,8 +28,10 @@ def told(tiny, tmp_path, capsys):
     return call
 
 
-def test_a_run_that_fits(told):
-    status, out, err = told("--max-seq-length", 65, "--batch-size", 2, "--memory-budget", "1GB")
+def test_a_run_that_fits(run_command):
+    status, out, err = run_command(
+        "--max-seq-length", 65, "--batch-size", 2, "--memory-budget", "1GB"
+    )
     assert (status, err) == (0, "")
     assert out.startswith(
         "2 x 64 tokens, 128 of them labelled, adapters of rank 8 on 3 of 3 blocks"
@@ -39,15 +41,17 @@ def test_a_run_that_fits(told):
     assert "  activations           kept" in out
 
 
-def test_a_run_that_does_not_fit(told):
-    status, out, _ = told("--max-seq-length", 4096, "--batch-size", 8, "--memory-budget", "1MB")
+def test_a_run_that_does_not_fit(run_command):
+    status, out, _ = run_command(
+        "--max-seq-length", 4096, "--batch-size", 8, "--memory-budget", "1MB"
+    )
     assert status == 1
     assert "does not fit in 1.00 MB (as given)" in out
     assert "smallest plan" in out
 
 
-def test_json_has_the_same_answers(told):
-    status, out, _ = told("--json", "--labelled", 0.5, "--memory-budget", "1GB")
+def test_json_has_the_same_answers(run_command):
+    status, out, _ = run_command("--json", "--labelled", 0.5, "--memory-budget", "1GB")
     answers = json.loads(out)
     assert (status, answers["fits"], answers["budget_bytes"]) == (0, True, 10**9)
     assert answers["batch"] == {"rows": 4, "tokens": 2047, "labelled": 4094}
@@ -58,18 +62,18 @@ def test_json_has_the_same_answers(told):
     Plan.from_json(json.dumps(answers["plan"]), "here")
 
 
-def test_data_say_how_long_the_batches_are(told, tiny):
-    _, out, _ = told("--data", tiny / "data", "--batch-size", 2, "--memory-budget", "1GB")
+def test_data_say_how_long_the_batches_are(run_command, tiny):
+    _, out, _ = run_command("--data", tiny / "data", "--batch-size", 2, "--memory-budget", "1GB")
     assert out.startswith(f"2 x {LENGTH + 19} tokens, {2 * (LENGTH - 1)} of them labelled")
 
 
-def test_without_a_budget_the_machine_says(told):
-    status, out, _ = told()
+def test_without_a_budget_the_machine_says(run_command):
+    status, out, _ = run_command()
     assert (status == 0 and "80 % of" in out) or "recommends" in out
 
 
-def test_the_least_memory(told):
-    _, out, _ = told("--memory-budget", "min", "--max-seq-length", 16385, "--labelled", 0.02)
+def test_the_least_memory(run_command):
+    _, out, _ = run_command("--memory-budget", "min", "--max-seq-length", 16385, "--labelled", 0.02)
     assert "for the least memory" in out
     rows = dict(re.findall(r"^  (\S.*?)  +(.+)$", out, re.MULTILINE))
     assert rows["tokens"] == "256 at a time"
@@ -77,12 +81,12 @@ def test_the_least_memory(told):
     assert rows["weights"] == rows["embedding and head"] == "from disk"
 
 
-def test_a_plan_is_written_and_read(told, tmp_path):
+def test_a_plan_is_written_and_read(run_command, tmp_path):
     file = tmp_path / "plan.json"
-    told("--memory-budget", "1GB", "--plan-out", file)
+    run_command("--memory-budget", "1GB", "--plan-out", file)
     changed = json.loads(file.read_text()) | {"kept_blocks": 1, "reason": "mine"}
     file.write_text(json.dumps(changed))
-    _, out, _ = told("--plan", file, "--json")
+    _, out, _ = run_command("--plan", file, "--json")
     assert json.loads(out)["plan"] == changed
 
 
@@ -95,19 +99,19 @@ def test_a_plan_is_written_and_read(told, tmp_path):
         (["--plan", "nowhere.json"], "error: nowhere.json: cannot be read (No such file"),
     ],
 )
-def test_wrong_input_is_one_sentence(told, flags, sentence):
-    status, out, err = told(*flags)
+def test_wrong_input_is_one_sentence(run_command, flags, sentence):
+    status, out, err = run_command(*flags)
     assert (status, out) == (2, "")
     assert err.startswith(sentence) and err.count("\n") == 1
 
 
-def test_the_picture(told, tmp_path):
+def test_the_picture(run_command, tmp_path):
     pytest.importorskip("matplotlib")
-    told("--memory-budget", "1GB", "--plot", tmp_path / "plan.png")
+    run_command("--memory-budget", "1GB", "--plot", tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_model_of_the_hub_is_not_downloaded(told, tiny, tmp_path, monkeypatch):
+def test_a_model_of_the_hub_is_not_downloaded(run_command, tiny, tmp_path, monkeypatch):
     """Its configuration and headers are enough; the shards that are looked at are empty."""
     model, fetched = tiny / "model", []
 
@@ -139,20 +143,20 @@ def test_a_model_of_the_hub_is_not_downloaded(told, tiny, tmp_path, monkeypatch)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", metadata)
     flags = "--json", "--memory-budget", "1GB", "--max-seq-length", 65
-    _, there, _ = told(*flags, model="someone/model")
-    _, here, _ = told(*flags)
+    _, there, _ = run_command(*flags, model="someone/model")
+    _, here, _ = run_command(*flags)
     assert json.loads(there)["expected_peak_bytes"] == json.loads(here)["expected_peak_bytes"]
     assert [name for name, _ in fetched] == ["someone/model"]
     assert not any("safetensors" in pattern.split(".")[-1] for pattern in fetched[0][1])
 
 
-def test_a_model_that_is_nowhere(told, monkeypatch):
+def test_a_model_that_is_nowhere(run_command, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
     def nothing(*args, **kwargs):
         raise LocalEntryNotFoundError("offline")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", nothing)
-    status, _, err = told(model="someone/model")
+    status, _, err = run_command(model="someone/model")
     assert status == 2
     assert err.startswith("error: model: 'someone/model' is not a folder here and cannot be look")

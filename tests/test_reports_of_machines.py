@@ -11,7 +11,7 @@ from mlx_edgelora.checkup.report import SCHEMA, SECTIONS, VERSION
 from mlx_edgelora.planner.measured import UNKNOWN
 from mlx_edgelora.planner.needs import TERMS, need
 from mlx_edgelora.planner.search import SLACK
-from mlx_edgelora.planner.sizes import Load, ModelShape
+from mlx_edgelora.planner.sizes import BatchShape, ModelShape
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "results" / "macs"
 FILES = sorted(FOLDER.glob("*.json"))
@@ -53,7 +53,7 @@ def _by_formula(row):
     for phase in row["phases"]:
         # Of embeddings, which are small beside the rest, the formula may miss nearly all.
         if phase["kind"] in TERMS.keys() - {"load"}:
-            load, way = Load(**phase["load"]), tuple(phase["way"])
+            load, way = BatchShape(**phase["load"]), tuple(phase["way"])
             margin = MARGINS.get(phase["kind"], UNKNOWN)
             if phase["bytes"] > margin * need(phase["kind"], shape, way, load) + SLACK:
                 yield f"{phase['kind']} {way} needs more than the formula's"

@@ -12,13 +12,13 @@ from pathlib import Path
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 from mlx_edgelora.benchmark.options import options_from_cli
-from mlx_edgelora.benchmark.report import Report
+from mlx_edgelora.benchmark.report import BenchmarkReport
 from mlx_edgelora.benchmark.run import run
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.storage.files import Writer, write_atomically
 
 # Exit statuses: something that was measured is not valid, or something the user can mend.
-INVALID, WRONG, INTERRUPTED = 1, 2, 130
+INVALID, USER_ERROR, INTERRUPTED = 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,27 +28,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = options_from_cli(argv)
         command = shlex.join(["python", "-m", "mlx_edgelora.benchmark", *argv])
 
-        def keep(report: Report, step_memory: bytes | None = None) -> None:
+        def keep(report: BenchmarkReport, step_memory: bytes | None = None) -> None:
             if options.output is not None:
                 write(report, step_memory, options.output, options.shape)
 
-        report, step_memory = run(options, command, say, keep)
+        report, step_memory = run(options, command, log, keep)
         print(report.text())
         keep(report, step_memory)
     except EdgeLoraError as error:
         print(f"error: {error}", file=sys.stderr)
-        return WRONG
+        return USER_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
     return 0 if report.valid else INVALID
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     """Tell what happens, apart from the results."""
     print(line, file=sys.stderr, flush=True)
 
 
-def write(report: Report, step_memory: bytes | None, folder: Path, shape: str | None) -> None:
+def write(
+    report: BenchmarkReport, step_memory: bytes | None, folder: Path, shape: str | None
+) -> None:
     """Replace the files of a report in a folder."""
     writers: dict[Path, Writer] = {}
 

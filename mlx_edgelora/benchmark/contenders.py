@@ -23,7 +23,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load
 
 from mlx_edgelora import LoraParameters, TrainConfig, TrainingCallback, finetune
-from mlx_edgelora.benchmark.job import Job
+from mlx_edgelora.benchmark.job import TrainingJob
 
 # No run is as long: nothing is saved before its end.
 NEVER = 10**9
@@ -32,7 +32,7 @@ PLENTY = 2**50
 _HERE = __name__
 
 
-class Pause(Protocol):
+class StepCallback(Protocol):
     """What a runner calls after each step."""
 
     def __call__(
@@ -104,7 +104,7 @@ def contenders(also: tuple[str, ...] = ()) -> list[Contender]:
     ]
 
 
-def mlx_lm(job: Job, pause: Pause) -> None:
+def mlx_lm(job: TrainingJob, pause: StepCallback) -> None:
     """mlx-lm's own trainer, unmodified, as `mlx_lm.lora` calls it.
 
     Its batches go through `batches_of`.
@@ -139,7 +139,7 @@ def mlx_lm(job: Job, pause: Pause) -> None:
     )
 
 
-def batches_of(job: Job) -> Callable[..., Iterator[tuple[mx.array, mx.array]]]:
+def batches_of(job: TrainingJob) -> Callable[..., Iterator[tuple[mx.array, mx.array]]]:
     """mlx-lm's `iterate_batches`, its order seeded, and no label on padding.
 
     Its own loss trains each row that is shorter than its batch to predict one token of padding;
@@ -154,7 +154,7 @@ def batches_of(job: Job) -> Callable[..., Iterator[tuple[mx.array, mx.array]]]:
     return iterate
 
 
-def mlx_edgelora(job: Job, pause: Pause) -> None:
+def mlx_edgelora(job: TrainingJob, pause: StepCallback) -> None:
     """This package, through its public `finetune`.
 
     It has no arrays to show, for what it trains may wait in a file: the loss of the next step
@@ -169,7 +169,7 @@ def mlx_edgelora(job: Job, pause: Pause) -> None:
     finetune(config_of(job), [Callback()])
 
 
-def config_of(job: Job) -> TrainConfig:
+def config_of(job: TrainingJob) -> TrainConfig:
     """The options of this package's run."""
     return TrainConfig(
         model=job.model,
@@ -194,7 +194,7 @@ def config_of(job: Job) -> TrainConfig:
     )
 
 
-def unsloth(job: Job, pause: Pause) -> None:
+def unsloth(job: TrainingJob, pause: StepCallback) -> None:
     """unsloth's MLX trainer with its own loss and gradient checkpointing.
 
     Written from its public source (unsloth_zoo/mlx/trainer.py and loader.py of 2026) and never
@@ -234,7 +234,7 @@ def unsloth(job: Job, pause: Pause) -> None:
     training.train()
 
 
-def _labelled_batches(job: Job, tokenizer: object) -> Iterator[tuple[mx.array, ...]]:
+def _labelled_batches(job: TrainingJob, tokenizer: object) -> Iterator[tuple[mx.array, ...]]:
     """Tokens, lengths, and labels that are -100 where nothing is trained."""
     data = CacheDataset(_dataset(job, tokenizer))
     arguments = {"dataset": data, "batch_size": job.batch, "max_seq_length": job.limit}
@@ -245,7 +245,7 @@ def _labelled_batches(job: Job, tokenizer: object) -> Iterator[tuple[mx.array, .
         yield tokens, lengths, mx.array(np.where(trains, np.array(tokens), -100))
 
 
-def _dataset(job: Job, tokenizer: object) -> object:
+def _dataset(job: TrainingJob, tokenizer: object) -> object:
     """mlx-lm's own data set of the job's rows."""
 
     class Options:

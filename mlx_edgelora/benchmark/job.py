@@ -9,7 +9,7 @@ ADAPTERS = "adapters.safetensors"
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingJob:
     """A fine-tuning run: the same for all contenders but for `last` and what follows `seed`.
 
     Attributes:
@@ -66,6 +66,6 @@ class Job:
         """One line."""
         return json.dumps(asdict(self))
 
-    def with_(self, **changes: Any) -> "Job":
+    def with_(self, **changes: Any) -> "TrainingJob":
         """The job with changes."""
         return replace(self, **changes)

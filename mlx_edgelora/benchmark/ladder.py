@@ -13,10 +13,10 @@ from typing import ClassVar
 import mlx.core as mx
 
 from mlx_edgelora.benchmark.contenders import Contender, contenders
-from mlx_edgelora.benchmark.job import Job
+from mlx_edgelora.benchmark.job import TrainingJob
 from mlx_edgelora.benchmark.machine import free_memory
 from mlx_edgelora.benchmark.published import ROWS, published
-from mlx_edgelora.benchmark.rounds import Gone, Running, Say
+from mlx_edgelora.benchmark.rounds import ContenderExited, ContenderProcess, Log
 from mlx_edgelora.benchmark.shapes import SHAPES, random_model
 from mlx_edgelora.blocks.checks import checked_blocks
 from mlx_edgelora.model.lora import add_lora
@@ -24,7 +24,7 @@ from mlx_edgelora.planner.machine import Machine
 from mlx_edgelora.planner.plan import MIB, Plan
 from mlx_edgelora.planner.search import Choice, expected
 from mlx_edgelora.planner.shape import shape_of
-from mlx_edgelora.planner.sizes import Load, ModelShape
+from mlx_edgelora.planner.sizes import BatchShape, ModelShape
 
 RANK, NEIGHBOURS, LABELLED = 16, 1000, 0.3
 STEPS = 2
@@ -78,7 +78,7 @@ LADDER = (
 
 
 @dataclass(frozen=True)
-class Rung:
+class TableRow:
     """A row at one context.
 
     Attributes:
@@ -112,14 +112,21 @@ class Rung:
 
     def row(self) -> tuple[str, ...]:
         """Its cells."""
-        told = self.published
-        if told and self.blocks != self.whole:
-            told += f" ({self.whole} blocks)"
+        published_figure = self.published
+        if published_figure and self.blocks != self.whole:
+            published_figure += f" ({self.whole} blocks)"
         figures = (f"{self.peak / GB:.3f}", f"{self.seconds:.3g}")
-        return (self.name, str(self.context), str(self.blocks), *figures, self.how, told)
+        return (
+            self.name,
+            str(self.context),
+            str(self.blocks),
+            *figures,
+            self.how,
+            published_figure,
+        )
 
 
-class Climb:
+class PublishedTable:
     """Measures or computes every row of the ladder.
 
     Args:
@@ -128,14 +135,14 @@ class Climb:
         machine: as it was measured.
         folder: for plans and what runs write.
         limit: seconds that a measured row may be expected to take.
-        say: gets a line for each row.
+        log: gets a line for each row.
     """
 
     def __init__(
-        self, shape: str, blocks: int, machine: Machine, folder: Path, limit: float, say: Say
+        self, shape: str, blocks: int, machine: Machine, folder: Path, limit: float, log: Log
     ) -> None:
         self._shape, self._blocks, self._machine = shape, blocks, machine
-        self._folder, self._limit, self._say = folder, limit, say
+        self._folder, self._limit, self._log_line = folder, limit, log
         self._sizes: dict[str, ModelShape] = {}
         self._free = free_memory()
 
@@ -152,8 +159,8 @@ class Climb:
     def expected(self, technique: Technique, context: int) -> Choice:
         """Bytes and seconds by the planner's formulas."""
         shape = self.sizes(technique.weights)
-        load = Load(1, context, max(1, round(technique.labelled * context)))
-        return expected(shape, load, self._machine, technique.plan)
+        batch_shape = BatchShape(1, context, max(1, round(technique.labelled * context)))
+        return expected(shape, batch_shape, self._machine, technique.plan)
 
     def too_much(self, technique: Technique, context: int) -> str | None:
         """Why a row is computed, if it is."""
@@ -162,7 +169,7 @@ class Climb:
             return "no room"
         return "too long" if STEPS * choice.seconds > self._limit else None
 
-    def rung(self, technique: Technique, context: int, job: Job | None) -> Rung:
+    def table_row(self, technique: Technique, context: int, job: TrainingJob | None) -> TableRow:
         """A row, measured by a job or computed without one."""
         choice = self.expected(technique, context)
         peak, spent = choice.peak, choice.seconds
@@ -172,21 +179,23 @@ class Climb:
             try:
                 peak, spent = self._measured(technique, job)
                 how = "measured"
-            except Gone as gone:
-                how = f"computed: {gone}"
+            except ContenderExited as exited:
+                how = f"computed: {exited}"
         known = published(self._shape, technique.name)
-        told = "" if context not in known else f"{known[context] or 'out of memory'}"
-        self._say(f"  {technique.name}, {context} tokens: {how}")
+        published_figure = "" if context not in known else f"{known[context] or 'out of memory'}"
+        self._log_line(f"  {technique.name}, {context} tokens: {how}")
         whole = SHAPES[self._shape][1]
-        return Rung(technique.name, context, self._blocks, peak, spent, how, told, whole)
+        return TableRow(
+            technique.name, context, self._blocks, peak, spent, how, published_figure, whole
+        )
 
-    def _measured(self, technique: Technique, job: Job) -> tuple[int, float]:
+    def _measured(self, technique: Technique, job: TrainingJob) -> tuple[int, float]:
         file = self._folder / "plan.json"
         file.write_text(technique.plan.json())
         own = next(one for one in contenders() if one.is_ours)
         rival = Contender(technique.name, own.runner)
         own_job = job.with_(options=job.options | technique.options(file))
-        running = Running(rival, own_job, self._folder / "out")
+        running = ContenderProcess(rival, own_job, self._folder / "out")
         try:
             running.start()
             for _ in range(STEPS - 1):

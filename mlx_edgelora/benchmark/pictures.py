@@ -8,7 +8,7 @@ import matplotlib
 
 from mlx_edgelora.benchmark.contenders import PLENTY
 from mlx_edgelora.benchmark.published import ROWS, published
-from mlx_edgelora.benchmark.report import Report
+from mlx_edgelora.benchmark.report import BenchmarkReport
 from mlx_edgelora.benchmark.results import Result
 from mlx_edgelora.storage.files import Writer
 
@@ -25,7 +25,7 @@ OTHERS = ("#b30000", "#e34a33", "#fdae61", "#7a0177", "#238b45", "#8c510a")
 MARKS = ("s", "D", "^", "P", "X", "v")
 
 
-def peak_by_context(report: Report, shape: str | None) -> Writer:
+def peak_by_context(report: BenchmarkReport, shape: str | None) -> Writer:
     """A writer of peaks of MLX's allocator over contexts, with the published lines of a shape."""
 
     def draw(file: BinaryIO) -> None:
@@ -61,7 +61,7 @@ def peak_by_context(report: Report, shape: str | None) -> Writer:
     return draw
 
 
-def time_against_peak(report: Report) -> Writer:
+def time_against_peak(report: BenchmarkReport) -> Writer:
     """A writer of the trade-off at the longest context: seconds of a step over peaks."""
 
     def draw(file: BinaryIO) -> None:
@@ -106,7 +106,7 @@ def _shown(result: Result) -> bool:
     return result.absent is None and not result.faults
 
 
-def _styles(report: Report) -> dict[str, tuple[str, str]]:
+def _styles(report: BenchmarkReport) -> dict[str, tuple[str, str]]:
     """Colour and mark of each contender."""
     results = {result.name: result for context in report.contexts for result in context.results}
     ours = sorted(

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mlx_edgelora.benchmark.contenders import PLENTY
-from mlx_edgelora.benchmark.ladder import Rung
+from mlx_edgelora.benchmark.ladder import TableRow
 from mlx_edgelora.benchmark.results import Result
 
 MB = 10**6
@@ -24,7 +24,7 @@ COLUMNS = (
 
 
 @dataclass
-class Context:
+class ContextResults:
     """The results at one context.
 
     Attributes:
@@ -45,7 +45,7 @@ class Context:
 
 
 @dataclass
-class Report:
+class BenchmarkReport:
     """Everything that one run of the benchmark found.
 
     Attributes:
@@ -65,8 +65,8 @@ class Report:
     commit: str | None
     settings: dict[str, Any]
     notes: list[str] = field(default_factory=list)
-    contexts: list[Context] = field(default_factory=list)
-    ladder: list[Rung] = field(default_factory=list)
+    contexts: list[ContextResults] = field(default_factory=list)
+    ladder: list[TableRow] = field(default_factory=list)
 
     @property
     def valid(self) -> bool:
@@ -78,8 +78,8 @@ class Report:
     def json(self) -> str:
         """All of it, with the figures that the tables show."""
         values = asdict(self)
-        for context, told in zip(self.contexts, values["contexts"], strict=True):
-            for result, row in zip(context.results, told["results"], strict=True):
+        for context, shown in zip(self.contexts, values["contexts"], strict=True):
+            for result, row in zip(context.results, shown["results"], strict=True):
                 row["valid"] = not result.faults and result.absent is None
                 if result.timed:
                     row["median_seconds"] = result.seconds
@@ -111,11 +111,11 @@ class Report:
             parts += remarks(context)
         if self.ladder:
             parts.append("The published table, one technique at a time (docs/benchmarks.md):")
-            parts.append(drawn([Rung.COLUMNS, *(rung.row() for rung in self.ladder)]))
+            parts.append(drawn([TableRow.COLUMNS, *(table_row.row() for table_row in self.ladder)]))
         return parts
 
 
-def heading(context: Context) -> str:
+def heading(context: ContextResults) -> str:
     """One line above a table."""
     bare = context.results[0].bare
     return (
@@ -125,7 +125,7 @@ def heading(context: Context) -> str:
     )
 
 
-def row(result: Result, context: Context) -> tuple[str, ...]:
+def row(result: Result, context: ContextResults) -> tuple[str, ...]:
     """The figures of a contender."""
     budget = _budget(result.budget)
     if result.absent is not None:
@@ -151,7 +151,7 @@ def ratio(result: Result) -> str:
     return f"{middle:.2f} ({ordered[0]:.2f} to {ordered[-1]:.2f})"
 
 
-def remarks(context: Context) -> list[str]:
+def remarks(context: ContextResults) -> list[str]:
     """What is wrong with some rows, and what the check of losses is worth."""
     lines = []
     for result in context.results:

@@ -118,7 +118,7 @@ def tolerance_of(dtype: str) -> Tolerance:
     return TOLERANCES[dtype if exact or dtype != "float32" else "float16"]
 
 
-def judge(result: Result, reference: Result, tolerance: Tolerance) -> None:
+def find_faults(result: Result, reference: Result, tolerance: Tolerance) -> None:
     """Write down what is wrong with a result; one that has no fault is believed."""
     faults = result.faults
     if max(result.held) > IMPORTED:

@@ -17,22 +17,22 @@ from pathlib import Path
 from typing import Any
 
 from mlx_edgelora.benchmark.contenders import Contender
-from mlx_edgelora.benchmark.job import Job
+from mlx_edgelora.benchmark.job import TrainingJob
 from mlx_edgelora.benchmark.machine import free_memory
-from mlx_edgelora.benchmark.results import Result, Step, Tolerance, adapter_gap, judge
+from mlx_edgelora.benchmark.results import Result, Step, Tolerance, adapter_gap, find_faults
 from mlx_edgelora.errors import EdgeLoraError
 
 # Of the budget a process may need besides: what is not MLX's, or was not foreseen.
 BESIDES = 1.1
 SIGKILL = 9
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
-class Gone(Exception):
+class ContenderExited(Exception):
     """A contender's process ended before its run did; the text says why."""
 
 
-class Running:
+class ContenderProcess:
     """The process of a contender, which waits at the end of each step.
 
     Args:
@@ -41,7 +41,7 @@ class Running:
         folder: for what it writes.
     """
 
-    def __init__(self, contender: Contender, job: Job, folder: Path) -> None:
+    def __init__(self, contender: Contender, job: TrainingJob, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._name = contender.name
         self.job = job.with_(
@@ -66,7 +66,7 @@ class Running:
         """Load, and make the step that warms up.
 
         Raises:
-            Gone: also from the following.
+            ContenderExited: also from the following.
         """
         event = self._read("start")
         self.result.bare, self.result.held = event["footprint"], tuple(event["held"])
@@ -92,7 +92,7 @@ class Running:
                 pipe.close()
 
     @property
-    def most(self) -> int:
+    def peak_bytes(self) -> int:
         """What it held at most; a GPU's own memory is in no footprint."""
         return max(self.result.footprint, self.result.peak)
 
@@ -114,13 +114,15 @@ class Running:
     def _read(self, expected: str) -> dict[str, Any]:
         line = self._process.stdout.readline()
         if not line:
-            raise Gone(self._epitaph())
+            raise ContenderExited(self._exit_reason())
         event = json.loads(line)
         if event["event"] == expected:
             return event
-        raise Gone(event.get("reason", f"it said {event['event']} where {expected} was due"))
+        raise ContenderExited(
+            event.get("reason", f"it said {event['event']} where {expected} was due")
+        )
 
-    def _epitaph(self) -> str:
+    def _exit_reason(self) -> str:
         code = self._process.wait()
         if code == -SIGKILL:
             return "it was killed, most likely for want of memory"
@@ -136,13 +138,13 @@ class Comparison:
         job: the run, without runner and budget.
         folder: for what they write.
         tolerance: how far they may be from mlx-lm.
-        say: gets a line for each thing that happens.
+        log: gets a line for each thing that happens.
     """
 
-    def __init__(self, job: Job, folder: Path, tolerance: Tolerance, say: Say) -> None:
-        self._job, self._folder, self._tolerance, self._say = job, folder, tolerance, say
+    def __init__(self, job: TrainingJob, folder: Path, tolerance: Tolerance, log: Log) -> None:
+        self._job, self._folder, self._tolerance, self._log_line = job, folder, tolerance, log
         self._free = free_memory()
-        self._reference: Running | None = None
+        self._reference: ContenderProcess | None = None
         self._count = 0
 
     def run(self, rivals: Sequence[Contender]) -> list[Result]:
@@ -164,25 +166,25 @@ class Comparison:
             ours = [(rival, self._ours(rival, peak)) for rival in rivals if rival.is_ours]
             for result in self._groups(ours):
                 found[result.name] = result
-            judge(own, own, self._tolerance)
+            find_faults(own, own, self._tolerance)
             own.steps = own.steps[: self._job.steps]
-        except Gone as gone:
+        except ContenderExited as exited:
             raise EdgeLoraError(
-                f"{rivals[0].name} cannot be measured at {self._job.context} tokens: {gone}; "
+                f"{rivals[0].name} cannot be measured at {self._job.context} tokens: {exited}; "
                 "choose fewer --blocks or a shorter context"
-            ) from gone
+            ) from exited
         finally:
             self._reference.close()
         return [found[rival.name] for rival in rivals]
 
-    def _ours(self, rival: Contender, peak: int) -> Job:
+    def _ours(self, rival: Contender, peak: int) -> TrainingJob:
         budget = rival.budget_for(peak)
         return self._job.with_(options=self._job.options | {"memory_budget": budget})
 
-    def _groups(self, waiting: list[tuple[Contender, Job]]) -> Iterator[Result]:
+    def _groups(self, waiting: list[tuple[Contender, TrainingJob]]) -> Iterator[Result]:
         """Start as many as there is room for, measure them, and go on with the rest."""
         while waiting:
-            group: list[Running] = []
+            group: list[ContenderProcess] = []
             try:
                 while waiting and self._has_room(*waiting[0], group):
                     started = self._started(*waiting.pop(0))
@@ -203,24 +205,24 @@ class Comparison:
                 for running in group:
                     running.close()
 
-    def _started(self, rival: Contender, job: Job) -> "Running | Result":
+    def _started(self, rival: Contender, job: TrainingJob) -> "ContenderProcess | Result":
         """A contender after its first step, or why there is none."""
         if rival.missing:
             return Result(rival.name, absent=rival.missing)
         running = self._running(rival, job)
         try:
             running.start()
-        except Gone as gone:
+        except ContenderExited as exited:
             running.close()
-            self._say(f"  {rival.name}: {gone}")
-            return Result(rival.name, running.result.budget, absent=str(gone))
+            self._log_line(f"  {rival.name}: {exited}")
+            return Result(rival.name, running.result.budget, absent=str(exited))
         except BaseException:
             running.close()
             raise
-        self._say(f"  {rival.name} warmed up in {running.result.steps[0].seconds:.2f} s")
+        self._log_line(f"  {rival.name} warmed up in {running.result.steps[0].seconds:.2f} s")
         return running
 
-    def _measured(self, group: list[Running]) -> Iterator[Result]:
+    def _measured(self, group: list[ContenderProcess]) -> Iterator[Result]:
         """The rounds of a group, and what came out."""
         alive = list(group)
         for number in range(1, self._job.steps):
@@ -230,47 +232,49 @@ class Comparison:
             for running in list(alive):
                 try:
                     running.result.ratios.append(running.step() / base)
-                except Gone as gone:
-                    running.result.absent = str(gone)
+                except ContenderExited as exited:
+                    running.result.absent = str(exited)
                     alive.remove(running)
-            self._say(f"  round {number} of {self._job.steps - 1}: {1 + len(alive)} contenders")
+            self._log_line(
+                f"  round {number} of {self._job.steps - 1}: {1 + len(alive)} contenders"
+            )
         for running in group:
             if running in alive:
                 self._judge(running)
             yield running.result
 
-    def _judge(self, running: Running) -> None:
+    def _judge(self, running: ContenderProcess) -> None:
         result = running.result
         try:
             running.finish()
-        except Gone as gone:
-            result.absent = str(gone)
+        except ContenderExited as exited:
+            result.absent = str(exited)
             return
         theirs, start = self._reference.job.adapters, Path(self._job.start)
         result.adapter_gap = adapter_gap(running.job.adapters, theirs, start)
-        judge(result, self._reference.result, self._tolerance)
+        find_faults(result, self._reference.result, self._tolerance)
         if running.job.plan_file.exists():
             result.plan = json.loads(running.job.plan_file.read_text())
 
-    def _running(self, rival: Contender, job: Job) -> Running:
+    def _running(self, rival: Contender, job: TrainingJob) -> ContenderProcess:
         self._count += 1
-        return Running(rival, job, self._folder / f"{self._job.context}-{self._count}")
+        return ContenderProcess(rival, job, self._folder / f"{self._job.context}-{self._count}")
 
-    def _has_room(self, rival: Contender, job: Job, group: list[Running]) -> bool:
+    def _has_room(self, rival: Contender, job: TrainingJob, group: list[ContenderProcess]) -> bool:
         return bool(rival.missing) or self._need(rival, job) <= self._room(group)
 
-    def _need(self, rival: Contender, job: Job) -> int:
+    def _need(self, rival: Contender, job: TrainingJob) -> int:
         """Most memory that a contender's process is expected to take."""
-        most, bare = self._reference.most, self._reference.result.bare
+        peak_bytes, bare = self._reference.peak_bytes, self._reference.result.bare
         budget = job.options.get("memory_budget")
         if budget == "min":  # far below the smallest of the shares
-            return bare + most // 4
+            return bare + peak_bytes // 4
         if not rival.is_ours:
-            return most
-        return min(most, round(BESIDES * budget) + bare)
+            return peak_bytes
+        return min(peak_bytes, round(BESIDES * budget) + bare)
 
-    def _room(self, group: list[Running]) -> int:
+    def _room(self, group: list[ContenderProcess]) -> int:
         """Free memory beside those that wait, one of whom may be at its peak."""
         alive = [self._reference, *group]
-        above = max(running.most - running.waiting for running in alive)
+        above = max(running.peak_bytes - running.waiting for running in alive)
         return self._free - sum(running.waiting for running in alive) - above

@@ -11,8 +11,8 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_edgelora.benchmark.contenders import config_of, contenders
-from mlx_edgelora.benchmark.job import Job
-from mlx_edgelora.benchmark.ladder import LADDER, RANK, Climb
+from mlx_edgelora.benchmark.job import TrainingJob
+from mlx_edgelora.benchmark.ladder import LADDER, RANK, PublishedTable
 from mlx_edgelora.benchmark.machine import (
     commit,
     kernels_differ,
@@ -21,9 +21,9 @@ from mlx_edgelora.benchmark.machine import (
     slow_blas,
     versions,
 )
-from mlx_edgelora.benchmark.report import Context, Report
+from mlx_edgelora.benchmark.report import BenchmarkReport, ContextResults
 from mlx_edgelora.benchmark.results import movement, tolerance_of
-from mlx_edgelora.benchmark.rounds import Comparison, Gone, Running, Say
+from mlx_edgelora.benchmark.rounds import Comparison, ContenderExited, ContenderProcess, Log
 from mlx_edgelora.benchmark.rows import (
     BATCHES,
     batches,
@@ -42,7 +42,7 @@ from mlx_edgelora.layers.linear import resolve_kernel
 from mlx_edgelora.model.checkpoint import LazyModel
 from mlx_edgelora.model.loading import open_model
 from mlx_edgelora.model.lora import add_lora
-from mlx_edgelora.planner.machine import machine_here
+from mlx_edgelora.planner.machine import this_machine
 from mlx_edgelora.training.finetune import plan_report
 
 SCALE = 20.0
@@ -53,14 +53,14 @@ TELLING = 3
 
 
 def run(
-    options: argparse.Namespace, command: str, say: Say, keep: Callable[[Report], None]
-) -> tuple[Report, bytes | None]:
+    options: argparse.Namespace, command: str, log: Log, keep: Callable[[BenchmarkReport], None]
+) -> tuple[BenchmarkReport, bytes | None]:
     """Do what the options say.
 
     Args:
         options: as `options_from_cli` gives them.
         command: the command line, for the report.
-        say: gets a line for each thing that happens.
+        log: gets a line for each thing that happens.
         keep: gets the report as far as it is, after every context and row.
 
     Returns:
@@ -69,7 +69,7 @@ def run(
     Raises:
         EdgeLoraError: something that the user can mend.
     """
-    report = Report(
+    report = BenchmarkReport(
         command=command,
         made=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         machine=machine(),
@@ -79,13 +79,13 @@ def run(
     )
     slow = slow_blas()
     if slow:
-        say(f"warning: {slow}")
+        log(f"warning: {slow}")
         report.notes.append(slow)
     with tempfile.TemporaryDirectory(prefix="edgelora-benchmark-") as folder:
         if options.ladder:
-            _climb(options, report, Path(folder), say, keep)
+            _run_ladder(options, report, Path(folder), log, keep)
             return report, None
-        bench = _Bench(options, report, Path(folder), say)
+        bench = _Bench(options, report, Path(folder), log)
         for tokens in options.contexts:
             report.contexts.append(bench.context(tokens))
             keep(report)
@@ -93,9 +93,11 @@ def run(
 
 
 class _Bench:
-    def __init__(self, options: argparse.Namespace, report: Report, folder: Path, say: Say) -> None:
-        self._options, self._report, self._folder, self._say = options, report, folder, say
-        lazy = _opened(options, say)
+    def __init__(
+        self, options: argparse.Namespace, report: BenchmarkReport, folder: Path, log: Log
+    ) -> None:
+        self._options, self._report, self._folder, self._log_line = options, report, folder, log
+        lazy = _opened(options, log)
         self._model, self._dtype = (
             lazy.source,
             str(checked_blocks(lazy.model).hidden_dtype).rpartition(".")[2],
@@ -108,7 +110,7 @@ class _Bench:
         self._start = folder / "start.safetensors"
         write_start(lazy, options.rank, self._start)
         self._rivals = contenders(tuple(options.also))
-        self._last: tuple[Job, list] | None = None
+        self._last: tuple[TrainingJob, list] | None = None
         report.settings |= {
             "model": _name(options),
             "dtype": self._dtype,
@@ -128,7 +130,7 @@ class _Bench:
                 "and not kernels; left to itself (--kernel auto) this one unpacks them on a CPU."
             )
 
-    def context(self, tokens: int) -> Context:
+    def context(self, tokens: int) -> ContextResults:
         """Everybody at one context."""
         options = self._options
         job = self._job(tokens)
@@ -138,11 +140,13 @@ class _Bench:
         plan_report(config)  # measures the machine's rates, so that no contender has to
         size = round(statistics.median(tokens for _, tokens, _ in steps))
         share = sum(labelled for *_, labelled in steps) / sum(tokens for _, tokens, _ in steps)
-        found = Context(tokens, size, share)
-        self._say(f"{_name(options)}, {tokens} tokens")
+        found = ContextResults(tokens, size, share)
+        self._log_line(f"{_name(options)}, {tokens} tokens")
         tolerance = tolerance_of(self._dtype)
         try:
-            found.results = Comparison(job, self._folder, tolerance, self._say).run(self._rivals)
+            found.results = Comparison(job, self._folder, tolerance, self._log_line).run(
+                self._rivals
+            )
         except EdgeLoraError as error:
             found.failed = str(error)
             return found
@@ -172,7 +176,7 @@ class _Bench:
         folder = self._folder / "profile"
         options = job.options | {"memory_budget": tightest.budget, "memory_profile": str(folder)}
         rival = next(rival for rival in self._rivals if rival.name == tightest.name)
-        running = Running(
+        running = ContenderProcess(
             rival, job.with_(options=options, steps=2, last=2), self._folder / "profiled"
         )
         try:
@@ -181,12 +185,12 @@ class _Bench:
             running.finish()
             self._report.settings["step-memory.png"] = f"a step of {tightest.name}"
             return (folder / "memory.png").read_bytes()
-        except (Gone, OSError):
+        except (ContenderExited, OSError):
             return None
         finally:
             running.close()
 
-    def _job(self, tokens: int) -> Job:
+    def _job(self, tokens: int) -> TrainingJob:
         options = self._options
         count = BATCHES * options.batch
         if options.data or options.embedded:
@@ -196,7 +200,7 @@ class _Bench:
             rows = synthetic_rows(self._tokenizer, count, tokens, options.labelled, words)
         data = self._folder / f"data-{tokens}"
         masked = write_rows(data, rows)
-        return Job(
+        return TrainingJob(
             model=str(self._model),
             data=str(data),
             start=str(self._start),
@@ -232,47 +236,47 @@ def write_start(lazy: LazyModel, rank: int, file: Path) -> None:
     mx.save_safetensors(str(file), arrays)
 
 
-def _opened(options: argparse.Namespace, say: Say) -> LazyModel:
+def _opened(options: argparse.Namespace, log: Log) -> LazyModel:
     """The model, none of it read."""
     name = options.model or str(MODEL_PATH)
     if options.shape is not None:
-        say(f"weights of {_name(options)} in {options.weights}")
+        log(f"weights of {_name(options)} in {options.weights}")
         folder = checkpoint(options.cache, options.shape, options.blocks, options.weights)
         add_tokenizer(folder, SHAPES[options.shape][-1])
         name = str(folder)
     return open_model(name, streamed=False, quantize=None, cache=options.cache)
 
 
-def _climb(
+def _run_ladder(
     options: argparse.Namespace,
-    report: Report,
+    report: BenchmarkReport,
     folder: Path,
-    say: Say,
-    keep: Callable[[Report], None],
+    log: Log,
+    keep: Callable[[BenchmarkReport], None],
 ) -> None:
     """Every row of the ladder at every context."""
-    here = machine_here(options.cache, options.cache, mx.float32)
-    climb = Climb(options.shape, options.blocks, here, folder, options.row_seconds, say)
+    here = this_machine(options.cache, options.cache, mx.float32)
+    table = PublishedTable(options.shape, options.blocks, here, folder, options.row_seconds, log)
     report.settings |= {"model": _name(options), "rank": RANK, "contexts": options.contexts}
     for tokens in options.contexts:
         for number, technique in enumerate(LADDER):
             job = None
-            if climb.too_much(technique, tokens) is None:
-                job = _ladder_job(options, technique, tokens, folder / f"{tokens}-{number}", say)
-            report.ladder.append(climb.rung(technique, tokens, job))
+            if table.too_much(technique, tokens) is None:
+                job = _ladder_job(options, technique, tokens, folder / f"{tokens}-{number}", log)
+            report.ladder.append(table.table_row(technique, tokens, job))
             keep(report)
 
 
 def _ladder_job(
-    options: argparse.Namespace, technique: object, tokens: int, folder: Path, say: Say
-) -> Job:
-    asked = argparse.Namespace(**vars(options) | {"weights": technique.weights})
-    lazy = _opened(asked, lambda line: None)
+    options: argparse.Namespace, technique: object, tokens: int, folder: Path, log: Log
+) -> TrainingJob:
+    own_options = argparse.Namespace(**vars(options) | {"weights": technique.weights})
+    lazy = _opened(own_options, lambda line: None)
     words, tokenizer = words_for(lazy.source), tokenizer_of(lazy.source)
     masked = write_rows(folder, synthetic_rows(tokenizer, 1, tokens, technique.labelled, words))
     start = folder / "start.safetensors"
     write_start(lazy, RANK, start)
-    job = Job(
+    job = TrainingJob(
         model=str(lazy.source),
         data=str(folder),
         output=str(folder),

@@ -19,7 +19,7 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")
 import mlx.core as mx
 
 from mlx_edgelora.benchmark import contenders  # noqa: F401 - imported before anything is counted
-from mlx_edgelora.benchmark.job import Job
+from mlx_edgelora.benchmark.job import TrainingJob
 from mlx_edgelora.benchmark.meters import WholePeak, disk_bytes, peak_footprint, whole_peak
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.measure.meter import footprint
@@ -33,23 +33,27 @@ CALL = 0.005
 REPORTED = (EdgeLoraError, RuntimeError, MemoryError, ValueError, ImportError, OSError)
 
 
-class Stop(Exception):
+class ComparisonDone(Exception):
     """The comparison has what it needs."""
 
 
-class Turn:
+class StepTimer:
     """Called by a runner after each step: ends the step's time, tells it, and waits.
 
     Args:
         job: of this process.
         peak: of its allocator.
-        tell, ask: to and from the comparison.
+        send, receive: to and from the comparison.
     """
 
     def __init__(
-        self, job: Job, peak: WholePeak, tell: Callable[..., None], ask: Callable[[], str]
+        self,
+        job: TrainingJob,
+        peak: WholePeak,
+        send: Callable[..., None],
+        receive: Callable[[], str],
     ) -> None:
-        self._job, self._peak, self._tell, self._ask = job, peak, tell, ask
+        self._job, self._peak, self._send, self._receive = job, peak, send, receive
         # What is left to compute takes CPU time on a CPU, however busy the machine is.
         self._clock = time.process_time if mx.default_device() == mx.cpu else time.perf_counter
         self._step, self._disk = 0, disk_bytes()
@@ -61,7 +65,7 @@ class Turn:
         trained: Mapping[str, mx.array] | None = None,
         disk: tuple[int, int] | None = None,
     ) -> None:
-        """As `Pause`: whatever is not evaluated yet is evaluated within the step's time."""
+        """As `StepCallback`: whatever is not evaluated yet is evaluated within the step's time."""
         called = self._clock()
         lazy = not isinstance(loss, float)
         if lazy:
@@ -81,7 +85,7 @@ class Turn:
             moved = [now - then for now, then in zip(self._disk, before, strict=True)]
         if self._step == self._job.steps and trained is not None:
             mx.save_safetensors(str(self._job.adapters), dict(trained))
-        self._tell(
+        self._send(
             "step",
             loss=loss,
             seconds=spent,
@@ -91,8 +95,8 @@ class Turn:
         )
         if not own:
             self._disk = disk_bytes()
-        if self._ask() != "go":
-            raise Stop
+        if self._receive() != "go":
+            raise ComparisonDone
         self._begin()
 
     def _begin(self) -> None:
@@ -110,24 +114,24 @@ class Turn:
 def work(channel: IO[str], orders: IO[str]) -> None:
     """Do the job that the first line of `orders` describes."""
 
-    def tell(event: str, **values: Any) -> None:
+    def send(event: str, **values: Any) -> None:
         channel.write(json.dumps({"event": event, **values}) + "\n")
         channel.flush()
 
-    job = Job(**json.loads(orders.readline()))
+    job = TrainingJob(**json.loads(orders.readline()))
     with whole_peak() as peak:
         try:
             module, _, name = job.runner.partition(":")
             run = getattr(importlib.import_module(module), name)
             held = mx.get_active_memory(), mx.get_cache_memory(), mx.get_peak_memory()
-            tell("start", held=held, footprint=footprint())
-            turn = Turn(job, peak, tell, lambda: orders.readline().strip())
+            send("start", held=held, footprint=footprint())
+            turn = StepTimer(job, peak, send, lambda: orders.readline().strip())
             run(job, turn)
-            tell("done", **turn.used())
-        except Stop:
+            send("done", **turn.used())
+        except ComparisonDone:
             return
         except REPORTED as error:
-            tell("failed", reason=" ".join(str(error).split()) or type(error).__name__)
+            send("failed", reason=" ".join(str(error).split()) or type(error).__name__)
 
 
 def main() -> None:

@@ -15,12 +15,12 @@ from functools import partial
 import mlx.core as mx
 from mlx_lm.models import base
 
-from mlx_edgelora.blocks.masks import knowing, tiled_mask
+from mlx_edgelora.blocks.masks import tiled_mask, with_bands
 from mlx_edgelora.blocks.packing import packing_now
 from mlx_edgelora.layers.attention import (
     TILE_BYTES,
     KeySums,
-    promoted,
+    promote,
     tiled_attention,
     use_fused,
 )
@@ -43,7 +43,7 @@ class _Dispatcher:
 
 
 @contextmanager
-def attention_replaced(function: Callable[..., mx.array]) -> Iterator[None]:
+def replace_attention(function: Callable[..., mx.array]) -> Iterator[None]:
     """Let mlx-lm's architectures call `function` as their attention; undone on exit, on error too.
 
     Contexts nest: the inner function is given the outer one as what it replaces. They are
@@ -64,22 +64,22 @@ def attention_replaced(function: Callable[..., mx.array]) -> Iterator[None]:
         finally:
             current.function = before
         return
-    with _exchanged(current, _Dispatcher(partial(function, current))):
+    with _replace_temporarily(current, _Dispatcher(partial(function, current))):
         yield
 
 
 @contextmanager
-def masks_known() -> Iterator[None]:
+def banded_masks() -> Iterator[None]:
     """Let mlx-lm's causal masks know what they mean (`blocks/masks.py`); undone on exit."""
     original = base.create_causal_mask
-    with _exchanged(original, knowing(original)):
+    with _replace_temporarily(original, with_bands(original)):
         yield
 
 
 @contextmanager
-def attention_bounded() -> Iterator[None]:
+def bounded_attention() -> Iterator[None]:
     """Let mlx-lm's architectures attend without tokens x tokens, scores or mask; undone on exit."""
-    with attention_replaced(bounded), masks_known():
+    with replace_attention(attend_bounded), banded_masks():
         yield
 
 
@@ -88,8 +88,8 @@ _traced = [False]
 
 
 @contextmanager
-def gradient_traced() -> Iterator[None]:
-    """Let `bounded` know that a gradient is traced of what is called; undone on exit."""
+def tracing_gradient() -> Iterator[None]:
+    """Let `attend_bounded` know that a gradient is traced of what is called; undone on exit."""
     before, _traced[0] = _traced[0], True
     try:
         yield
@@ -102,8 +102,8 @@ _sums: list[KeySums] = []
 
 
 @contextmanager
-def key_gradients_added(sums: KeySums) -> Iterator[None]:
-    """Let `bounded`, where it computes in tiles, add the gradients of keys and values to sums."""
+def add_key_gradients(sums: KeySums) -> Iterator[None]:
+    """Let `attend_bounded` add the gradients of keys and values to `sums` where it uses tiles."""
     _sums.append(sums)
     try:
         yield
@@ -112,16 +112,16 @@ def key_gradients_added(sums: KeySums) -> Iterator[None]:
 
 
 @contextmanager
-def _exchanged(original: Callable, replacement: Callable) -> Iterator[None]:
+def _replace_temporarily(original: Callable, replacement: Callable) -> Iterator[None]:
     try:
-        _exchange(original, replacement)
+        _replace_everywhere(original, replacement)
         yield
     finally:
         # Looked for again: a module that was imported meanwhile took the replacement.
-        _exchange(replacement, original)
+        _replace_everywhere(replacement, original)
 
 
-def _exchange(old: Callable, new: Callable) -> None:
+def _replace_everywhere(old: Callable, new: Callable) -> None:
     """Put `new` wherever a module of the package holds `old`, under whatever name."""
     for name, module in list(sys.modules.items()):
         # None stands for a module that may not be imported.
@@ -130,7 +130,7 @@ def _exchange(old: Callable, new: Callable) -> None:
                 setattr(module, key, new)
 
 
-def bounded(
+def attend_bounded(
     original: Attention,
     queries: mx.array,
     keys: mx.array,
@@ -140,7 +140,7 @@ def bounded(
     mask: mx.array | str | None,
     sinks: mx.array | None = None,
 ) -> mx.array:
-    """For `attention_replaced`: the same, but tokens x tokens is never held, forward or backward.
+    """For `replace_attention`: the same, but tokens x tokens is never held, forward or backward.
 
     MLX's own where it is fused (`use_fused`), or where all scores are no more than a tile; in
     tiles elsewhere, where a floating mask gets its gradient as well. Masks that know what they
@@ -184,7 +184,7 @@ def _bounded(
         or use_fused(queries, keys, values, traced=_traced[0], mask=tiled, sinks=sinks)[0]
     ):
         return original(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
-    operands = promoted(queries, keys, values)
+    operands = promote(queries, keys, values)
     return tiled_attention(*operands, scale=scale, mask=tiled, sinks=sinks, sums=sums)
 
 

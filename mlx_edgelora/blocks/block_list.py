@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_edgelora.blocks.refusals import Refusal, refused
+from mlx_edgelora.blocks.refusals import Refusal, refusal_error
 from mlx_edgelora.errors import EdgeLoraError
 
 # handler(index, x, args, kwargs) -> what the model's loop goes on with
@@ -48,7 +48,7 @@ class BlockList:
                     self.blocks: list[nn.Module] = list(value)
                     self.prefix = ".".join(filter(None, [path, key])) + "."
                     return
-        raise refused(model, Refusal.NO_LIST)
+        raise refusal_error(model, Refusal.NO_LIST)
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -61,8 +61,8 @@ class BlockList:
         return int(index), rest
 
     def refusal(self, index: int, reason: Refusal, **values: str) -> EdgeLoraError:
-        """The error of a model that cannot be trained because of one block; see `refused`."""
-        return refused(self.model, reason, index, self.blocks[index], **values)
+        """The error of a model that cannot be trained because of one block; see `refusal_error`."""
+        return refusal_error(self.model, reason, index, self.blocks[index], **values)
 
     def modules_outside(self) -> list[nn.Module]:
         """The modules that are part of no block."""
@@ -70,26 +70,26 @@ class BlockList:
         return [module for module in self.model.modules() if id(module) not in inside]
 
     @contextmanager
-    def intercepted(self, handler: Handler) -> Iterator[None]:
+    def intercept(self, handler: Handler) -> Iterator[None]:
         """Let calls of every block reach `handler` instead; undone on exit, on error too.
 
         A block that `handler` calls is the block itself. Contexts nest; the inner one counts.
         """
-        calls = _InterceptedCalls(self.blocks, handler)
+        calls = _CallInterceptor(self.blocks, handler)
         with ExitStack() as stack:
             for kind in dict.fromkeys(map(type, self.blocks)):
-                stack.enter_context(calls.of(kind))
+                stack.enter_context(calls.replaced_call(kind))
             yield
 
     @contextmanager
-    def returning(self, hidden: mx.array) -> Iterator[None]:
+    def skip_blocks(self, hidden: mx.array) -> Iterator[None]:
         """Skip every block: the last one returns `hidden`, so a call of the model is its tail."""
         last = len(self.blocks) - 1
-        with self.intercepted(lambda index, x, args, kwargs: hidden if index == last else x):
+        with self.intercept(lambda index, x, args, kwargs: hidden if index == last else x):
             yield
 
 
-class _InterceptedCalls:
+class _CallInterceptor:
     """Calls of some modules that go to a handler, by exchanging `__call__` of their classes."""
 
     def __init__(self, blocks: list[nn.Module], handler: Handler) -> None:
@@ -100,7 +100,7 @@ class _InterceptedCalls:
         self._next, self._is_handling = 0, False
 
     @contextmanager
-    def of(self, kind: type[nn.Module]) -> Iterator[None]:
+    def replaced_call(self, kind: type[nn.Module]) -> Iterator[None]:
         """Exchange `__call__` of a class; modules that are no blocks do not notice."""
         own, call = vars(kind).get("__call__"), kind.__call__
         first = _second_parameter(call)
@@ -158,7 +158,7 @@ def array_slots(module: nn.Module) -> dict[str, Slot]:
 
 
 @contextmanager
-def bound(slots: Mapping[str, Slot], values: Mapping[str, mx.array]) -> Iterator[None]:
+def bind_arrays(slots: Mapping[str, Slot], values: Mapping[str, mx.array]) -> Iterator[None]:
     """Put `values` where the slots of the same names are; undone on exit, on error too."""
     before = {}
     for name, value in values.items():
@@ -193,7 +193,7 @@ def signature(block: nn.Module) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def described(args: tuple, kwargs: dict) -> str:
+def call_signature(args: tuple, kwargs: dict) -> str:
     """What a block is called with, as far as it decides what the block computes.
 
     Of arrays their types and shapes, of masks that know what they mean the window, of plain values

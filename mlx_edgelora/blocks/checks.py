@@ -16,13 +16,13 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_edgelora.blocks.block_list import BlockList, Handler, array_slots, bound
+from mlx_edgelora.blocks.block_list import BlockList, Handler, array_slots, bind_arrays
 from mlx_edgelora.blocks.dropout import KeyTape, dropout_layers, keyed_dropout
 from mlx_edgelora.blocks.masks import CausalMask, band_of
-from mlx_edgelora.blocks.refusals import Refusal, refused
+from mlx_edgelora.blocks.refusals import Refusal, refusal_error
 
 # What a block is called with: x, args, kwargs.
-Call = tuple[mx.array, tuple, dict]
+RecordedCall = tuple[mx.array, tuple, dict]
 # What a model may answer with where it cannot be run with other blocks than its own.
 MODEL_ERRORS = (
     ArithmeticError,
@@ -82,7 +82,7 @@ def check_walk(blocks: BlockList) -> None:
     trained = tree_flatten(blocks.model.trainable_parameters())
     entry = {n: mx.full(v.shape, float("nan")) for n, v in trained if blocks.local(n) is None}
     if entry:
-        with bound(array_slots(blocks.model), entry):
+        with bind_arrays(array_slots(blocks.model), entry):
             # The first block's input may depend on them, so it is not passed on.
             reached = _placeholder_calls(blocks, lambda index, x: mx.zeros(x.shape, x.dtype))
             _check_arguments(blocks, reached, Refusal.ENTRY)
@@ -115,7 +115,7 @@ def _marker(index: int, x: mx.array) -> mx.array:
     return mx.random.normal(x.shape, x.dtype, key=mx.random.key(index))
 
 
-def _calls(blocks: BlockList, handler: Handler) -> list[Call]:
+def _calls(blocks: BlockList, handler: Handler) -> list[RecordedCall]:
     """Run the model's own loop on a few tokens; gives what each block was called with.
 
     Args:
@@ -125,7 +125,7 @@ def _calls(blocks: BlockList, handler: Handler) -> list[Call]:
     Raises:
         EdgeLoraError: blocks are not called once and in order.
     """
-    calls: list[Call] = []
+    calls: list[RecordedCall] = []
 
     def record(index: int, x: mx.array, args: tuple, kwargs: dict) -> mx.array:
         if index != len(calls):
@@ -135,13 +135,13 @@ def _calls(blocks: BlockList, handler: Handler) -> list[Call]:
 
     drawn = _generators()
     try:
-        with blocks.intercepted(record):
+        with blocks.intercept(record):
             blocks.model(mx.arange(1, 1 + TOKENS[1])[None])
     except MODEL_ERRORS as error:
         last = max(len(calls) - 1, 0)
         raise blocks.refusal(last, Refusal.SEVERAL_OUTPUTS, error=str(error)) from error
     if _generators() != drawn:
-        raise refused(blocks.model, Refusal.RANDOM)
+        raise refusal_error(blocks.model, Refusal.RANDOM)
     if len(calls) < len(blocks):
         raise blocks.refusal(len(calls), Refusal.NOT_CALLED)
     return calls
@@ -149,7 +149,7 @@ def _calls(blocks: BlockList, handler: Handler) -> list[Call]:
 
 def _placeholder_calls(
     blocks: BlockList, output: Callable[[int, mx.array], mx.array]
-) -> list[Call]:
+) -> list[RecordedCall]:
     """What each block is called with where blocks return `output(index, x)` instead."""
     returned: list[mx.array] = []
 
@@ -165,7 +165,7 @@ def _placeholder_calls(
     return _calls(blocks, handler)
 
 
-def _check_arguments(blocks: BlockList, calls: list[Call], reason: Refusal) -> None:
+def _check_arguments(blocks: BlockList, calls: list[RecordedCall], reason: Refusal) -> None:
     for index, (_, *others) in enumerate(calls):
         if any(map(_has_nan, _leaves(others))):
             raise blocks.refusal(index, reason)
@@ -176,7 +176,7 @@ def _check_tail(blocks: BlockList, hidden: mx.array) -> None:
     used: set[int] = set()
 
     def logits(hidden: mx.array) -> mx.array:
-        with blocks.intercepted(lambda index, *_: watched(lambda: used.add(index))(hidden)):
+        with blocks.intercept(lambda index, *_: gradient_hook(lambda: used.add(index))(hidden)):
             found = blocks.model(mx.arange(1, 1 + TOKENS[1])[None])
         arrays = [value for _, value in tree_flatten(found) if isinstance(value, mx.array)]
         return sum(array.sum() for array in arrays if mx.issubdtype(array.dtype, mx.floating))
@@ -190,7 +190,7 @@ def _check_tail(blocks: BlockList, hidden: mx.array) -> None:
         raise blocks.refusal(min(early), Refusal.USED_LATER)
 
 
-def watched(when_reached: Callable[[], None]) -> Callable[[mx.array], mx.array]:
+def gradient_hook(when_reached: Callable[[], None]) -> Callable[[mx.array], mx.array]:
     """An identity that tells when a gradient passes through it; no copy of what is contiguous."""
 
     @mx.custom_function
@@ -205,7 +205,7 @@ def watched(when_reached: Callable[[], None]) -> Callable[[mx.array], mx.array]:
     return identity
 
 
-def looks_at_values(function: Callable[..., Any], inputs: Sequence[mx.array]) -> bool:
+def depends_on_values(function: Callable[..., Any], inputs: Sequence[mx.array]) -> bool:
     """Whether a function decides by the values of its inputs what it computes.
 
     It is traced by `mx.compile`, where MLX forbids that anything is evaluated; nothing is
@@ -233,7 +233,7 @@ def looks_at_values(function: Callable[..., Any], inputs: Sequence[mx.array]) ->
 
 def _checked_output(
     blocks: BlockList,
-    calls: Sequence[Call],
+    calls: Sequence[RecordedCall],
     before: Sequence[list],
     index: int,
     x: mx.array,
@@ -253,7 +253,7 @@ def _checked_output(
     # A block that looks at values must not read its weights for that.
     empty = {name: mx.zeros(box[key].shape, box[key].dtype) for name, (box, key) in slots.items()}
     drawn = _generators()
-    with bound(slots, empty):
+    with bind_arrays(slots, empty):
         own = _identity(block), list(map(id, _leaves([args, kwargs])))
         try:
             out = block(zeros, *args, **kwargs)
@@ -311,7 +311,7 @@ def _reached_tags(blocks: BlockList, chosen: set[int]) -> set[int | None]:
 
         def cut(tag: int | None, like: mx.array) -> mx.array:
             zeros = mx.zeros(like.shape, like.dtype) + start.astype(like.dtype)
-            return watched(lambda: reached.add(tag))(zeros)
+            return gradient_hook(lambda: reached.add(tag))(zeros)
 
         def handler(index: int, x: mx.array, args: tuple, kwargs: dict) -> mx.array:
             block = blocks.blocks[index]
@@ -322,7 +322,7 @@ def _reached_tags(blocks: BlockList, chosen: set[int]) -> set[int | None]:
                 if id(box) not in shared
             }
             try:
-                with bound(own, zeros):
+                with bind_arrays(own, zeros):
                     out = block(cut(index, x), *args, **kwargs)
             except MODEL_ERRORS as error:
                 raise blocks.refusal(index, Refusal.FAILS, error=str(error)) from error
@@ -331,7 +331,7 @@ def _reached_tags(blocks: BlockList, chosen: set[int]) -> set[int | None]:
             return cut(~index, x)
 
         values = {n: cut((blocks.local(n) or (None,))[0], v) for n, v in trained.items()}
-        with bound(slots, values), blocks.intercepted(handler):
+        with bind_arrays(slots, values), blocks.intercept(handler):
             blocks.model(mx.arange(1, 1 + TOKENS[1])[None])
         return outputs
 

@@ -96,7 +96,7 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def generator_restored() -> Iterator[None]:
+def restore_generator() -> Iterator[None]:
     """Put MLX's generator of random numbers back on exit, on error too."""
     high, low = mx.random.state[0].tolist()
     try:

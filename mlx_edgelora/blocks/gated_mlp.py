@@ -25,7 +25,7 @@ MATRICES = (nn.Linear, nn.QuantizedLinear, DequantizedLinear)
 TRIAL = (2, 8)
 
 
-class Form(NamedTuple):
+class MlpLayers(NamedTuple):
     """The names of a gated MLP's layers: those that take its input, and the last one."""
 
     inputs: tuple[str, str]
@@ -59,7 +59,7 @@ def slice_mlps(blocks: BlockList, tile_bytes: int = TILE_BYTES) -> str:
     kinds: dict[tuple, type] = {}
     for index, block in enumerate(blocks.blocks):
         for module in block.modules():
-            form = gated_form(module)
+            form = find_gated_mlp(module)
             if form is None:
                 continue
             found += 1
@@ -91,7 +91,7 @@ def set_slices(blocks: BlockList, tile_bytes: int | None, stop: int) -> None:
                 object.__setattr__(module, "_tile_bytes", tile_bytes if index < stop else None)
 
 
-def gated_form(module: nn.Module) -> Form | None:
+def find_gated_mlp(module: nn.Module) -> MlpLayers | None:
     """The form of a module if it is a gated MLP that can be sliced, else None.
 
     Nothing of the model is evaluated: its layers do not take part in the trial.
@@ -124,7 +124,7 @@ def gated_form(module: nn.Module) -> Form | None:
     down = next(name for name in module if name not in names)
     if out is not results[down]:
         return None
-    form = Form((names[0], names[1]), down)
+    form = MlpLayers((names[0], names[1]), down)
     parts = [results[name][0] for name in form.inputs]
     return (
         form
@@ -133,7 +133,7 @@ def gated_form(module: nn.Module) -> Form | None:
     )
 
 
-def own_activation(module: nn.Module, form: Form) -> Activation:
+def own_activation(module: nn.Module, form: MlpLayers) -> Activation:
     """What the module's own code makes of its two inputs' results before the last layer."""
     results: dict[str, mx.array] = {}
 
@@ -188,7 +188,7 @@ def _is_known(layer: object) -> bool:
     return type(layer) in MATRICES
 
 
-def _fits(module: nn.Module, form: Form) -> bool:
+def _fits(module: nn.Module, form: MlpLayers) -> bool:
     first, second, down = (_projection(module[name]) for name in (*form.inputs, form.down))
     return (first.out_dims, first.in_dims) == (second.out_dims, second.in_dims) and (
         down.in_dims == first.out_dims

@@ -61,7 +61,7 @@ def band_of(mask: mx.array | str | None) -> Band | None:
     return Band() if isinstance(mask, str) and mask == "causal" else None
 
 
-def banded(positions: Positions, keys: int, window: int | None) -> mx.array | str | None:
+def simplest_mask(positions: Positions, keys: int, window: int | None) -> mx.array | str | None:
     """The mask between queries and keys in its shortest form.
 
     Args:
@@ -108,16 +108,16 @@ def tiled_mask(mask: mx.array | str | None, queries: int, keys: int) -> Mask:
     return "causal" if plain else mask.band
 
 
-def knowing(original: Maker) -> Maker:
+def with_bands(original: Maker) -> Maker:
     """mlx-lm's maker of causal masks, whose masks then know what they mean.
 
     Not those with padding, nor any where `original` makes other masks than are known here.
     """
-    return original if isinstance(original, _KnowingMaker) else _KnowingMaker(original)
+    return original if isinstance(original, _BandedMaskMaker) else _BandedMaskMaker(original)
 
 
 @dataclass(frozen=True)
-class _KnowingMaker:
+class _BandedMaskMaker:
     original: Maker
 
     def __call__(
@@ -138,31 +138,33 @@ class _KnowingMaker:
 
 @lru_cache(maxsize=8)
 def _is_known(original: Maker) -> bool:
-    """Whether a maker's masks are what `banded` takes them for: tried."""
+    """Whether a maker's masks are what `simplest_mask` takes them for: tried."""
     ago = np.arange(2, 9)[:, None] - np.arange(9)
     made = [np.array(original(7, 2, window)) for window in (3, None)]
     expected = [(ago >= 0) & (ago < window) for window in (3, 9)]
     return all(np.array_equal(*pair) for pair in zip(made, expected, strict=True))
 
 
-def packed(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def pack_masks(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """A block's arguments for `mx.compile`: masks as constants, because arrays are evaluated."""
-    return tuple(map(_packed, args)), {name: _packed(value) for name, value in kwargs.items()}
+    return tuple(map(_pack_mask, args)), {name: _pack_mask(value) for name, value in kwargs.items()}
 
 
-def unpacked(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def unpack_masks(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """What `packed` was given."""
-    return tuple(map(_unpacked, args)), {name: _unpacked(value) for name, value in kwargs.items()}
+    return tuple(map(_unpack_mask, args)), {
+        name: _unpack_mask(value) for name, value in kwargs.items()
+    }
 
 
-def _packed(value: Any) -> Any:
+def _pack_mask(value: Any) -> Any:
     band = band_of(value) if isinstance(value, CausalMask) else None
     if band is None or not isinstance(band.positions, range):
         return value
     return f"{_PACKED} {band.positions.start} {value.shape[1]} {band.window or 0}"
 
 
-def _unpacked(value: Any) -> Any:
+def _unpack_mask(value: Any) -> Any:
     if not isinstance(value, str) or not value.startswith(_PACKED):
         return value
     offset, keys, window = map(int, value.removeprefix(_PACKED).split())

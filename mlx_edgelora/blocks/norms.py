@@ -12,7 +12,7 @@ from mlx_edgelora.layers.norm import TILE_BYTES, rms_norm
 
 
 @contextmanager
-def norms_bounded() -> Iterator[None]:
+def bounded_norms() -> Iterator[None]:
     """Let models normalize some tokens at a time where MLX has no fused gradient of it.
 
     Undone on exit, on error too. For one thread: every model of the process sees it.

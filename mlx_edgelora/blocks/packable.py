@@ -10,12 +10,18 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_edgelora.blocks.attention import attention_bounded
-from mlx_edgelora.blocks.block_list import BlockList, array_slots, bound, described, signature
+from mlx_edgelora.blocks.attention import bounded_attention
+from mlx_edgelora.blocks.block_list import (
+    BlockList,
+    array_slots,
+    bind_arrays,
+    call_signature,
+    signature,
+)
 from mlx_edgelora.blocks.checks import MODEL_ERRORS
 from mlx_edgelora.blocks.dropout import without_dropout
 from mlx_edgelora.blocks.packing import Packing, rows_packed
-from mlx_edgelora.blocks.parts import BlockParts, Span
+from mlx_edgelora.blocks.parts import BlockParts, TokenSpan
 from mlx_edgelora.blocks.tiling import TOLERANCES, TRIAL_SCALES, Tiling, difference
 from mlx_edgelora.blocks.weight_source import WeightSource
 from mlx_edgelora.errors import EdgeLoraError, is_killed
@@ -46,17 +52,17 @@ def check_packing(
         EdgeLoraError: names the architecture, the block and the reason.
     """
     tokens = max(tokens, SHORT)
-    with without_dropout(blocks.model), attention_bounded():
+    with without_dropout(blocks.model), bounded_attention():
         short, long = _calls(blocks, SHORT), _calls(blocks, tokens)
         alone = {count: _calls(blocks, count) for count in ROWS}
         _check_entry(blocks, long[0][0], {count: calls[0][0] for count, calls in alone.items()})
         tried = set()
         for index, block in enumerate(blocks.blocks):
-            kind = signature(block) + described(*long[index][1:])
+            kind = signature(block) + call_signature(*long[index][1:])
             if kind in tried:
                 continue
             tried.add(kind)
-            choice = tiling.of(index)
+            choice = tiling.tileable(index)
             trial = _Trial(blocks, weights, index, {n: calls[index] for n, calls in alone.items()})
             trial.whole(short[index], len(TRIAL_SCALES))
             if choice.possible and not choice.through_cache:
@@ -74,7 +80,7 @@ def _calls(blocks: BlockList, tokens: int) -> list[Call]:
         return call[0]
 
     # Of rows of the same tokens, so that embedded they differ by their positions only.
-    with blocks.intercepted(record):
+    with blocks.intercept(record):
         blocks.model(mx.ones((1, tokens), mx.int32))
     return calls
 
@@ -117,12 +123,14 @@ class _Trial:
     def by_tiles(self, call: Call, tokens: int) -> None:
         """Compare where the block is computed for the last tokens of a row by its parts."""
         x, args, kwargs = call
-        parts, span = BlockParts(self._block, args, kwargs), Span(tokens - sum(ROWS), tokens)
+        parts, span = BlockParts(self._block, args, kwargs), TokenSpan(tokens - sum(ROWS), tokens)
         x = self._input(x, sum(ROWS))
         packing = Packing(_starts(tokens)[None])
 
         def compute() -> mx.array:
-            return parts.finished(x, span, parts.seen(span, tokens), parts.kept(x, span))
+            return parts.output(
+                x, span, parts.visible_keys(span, tokens), parts.key_values(x, span)
+            )
 
         self._compare(self._computed(compute, packing), x)
 
@@ -147,7 +155,7 @@ class _Trial:
     def _computed(self, function: Callable[[], mx.array], packing: Packing | None) -> mx.array:
         arrays = {k: v for source in self._weights for k, v in source.block(self._index).items()}
         try:
-            with rows_packed(packing), bound(array_slots(self._block), arrays):
+            with rows_packed(packing), bind_arrays(array_slots(self._block), arrays):
                 made = function()
             del arrays
             mx.eval(made)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlx_edgelora.blocks.masks import band_of, banded
+from mlx_edgelora.blocks.masks import band_of, simplest_mask
 
 # Ranges are padded to a multiple of this, so that few calls are made; on a GPU longer ones to a
 # multiple of the other, which MLX's fused kernels on CUDA ask for. A CPU computes padding slowly.
@@ -91,7 +91,7 @@ class Packing:
         ranges = self._known[name]
         arrays = ranges.own.moved(queries), ranges.seen.moved(keys), ranges.seen.moved(values)
         found = [
-            attend(*call, banded(range(k - q, k), k, band.window))
+            attend(*call, simplest_mask(range(k - q, k), k, band.window))
             for (q, k), *call in zip(ranges.shapes, *arrays, strict=True)
         ]
         return ranges.own.put_back(found)
@@ -264,7 +264,7 @@ def _restarting(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
     def rope(x: mx.array, dims: int, *, offset: int | mx.array, **options: object) -> mx.array:
         packing = packing_now()
         # An array is of tokens that were taken out of their rows, behind attention: what is made
-        # of it is not used (`BlockParts.finished_at`).
+        # of it is not used (`BlockParts.output_at`).
         if packing is None or isinstance(offset, mx.array):
             return original(x, dims, offset=offset, **options)
         positions = packing.positions[:, offset : offset + x.shape[-2]]

@@ -2,14 +2,14 @@
 
 Of other tokens a token sees nothing but their keys and values. Where a block calls mlx-lm's
 attention, they are what it gives that function, which is taken away from it for the time of a
-call (`kept`); with those of all tokens in hand its own code computes the rest (`finished`).
+call (`key_values`); with those of all tokens in hand its own code computes the rest (`output`).
 
 A block whose attention is not all in that call (a floating mask made of its own input, as of
 multi-head latent attention; attention of its own) is cut at its cache instead: what it gives
 the cache for each token, be it keys and values or latents, is all that other tokens see of it,
 and with all of that in the cache its own code computes the rest.
 
-For some tokens alone (`for_rows`) attention is computed for all, and what lies behind it for
+For some tokens alone (`output_rows`) attention is computed for all, and what lies behind it for
 these: products with most of a block's weights.
 No architecture is named: whether all this is true of a block is tried (`blocks/tiling.py`).
 """
@@ -23,20 +23,20 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_edgelora.blocks.attention import Attention, attention_replaced
-from mlx_edgelora.blocks.masks import band_of, banded, causal_array
+from mlx_edgelora.blocks.attention import Attention, replace_attention
+from mlx_edgelora.blocks.masks import band_of, causal_array, simplest_mask
 from mlx_edgelora.blocks.packing import packing_now
 
 
 @dataclass(frozen=True)
-class Span:
+class TokenSpan:
     """Tokens `start` to `stop` of every row of the batch."""
 
     start: int
     stop: int
 
 
-class Asked(NamedTuple):
+class AttentionInputs(NamedTuple):
     """What a block asks of attention: q [B, H, t, D], k and v [B, Hkv, t, D]."""
 
     q: mx.array
@@ -47,11 +47,11 @@ class Asked(NamedTuple):
     sinks: mx.array | None
 
 
-class _Reached(Exception):
+class _AttentionReached(Exception):
     """Carries what a block asks of attention out of it."""
 
-    def __init__(self, asked: Asked) -> None:
-        self.asked = asked
+    def __init__(self, inputs: AttentionInputs) -> None:
+        self.inputs = inputs
 
 
 class _Position:
@@ -64,7 +64,7 @@ class _Position:
         return keys, values
 
 
-class _Captured(Exception):
+class _CacheReached(Exception):
     """Carries what a block gives its cache out of it."""
 
 
@@ -75,7 +75,7 @@ class _EmptyCache:
         self.offset = offset
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> None:
-        raise _Captured(keys, values)
+        raise _CacheReached(keys, values)
 
 
 class _FullCache:
@@ -104,7 +104,9 @@ class BlockParts:
         self.block, self.through_cache = block, through_cache
         self._args, self._kwargs = args, kwargs
 
-    def asked(self, x: mx.array, span: Span, offset: int | mx.array | None = None) -> Asked:
+    def attention_inputs(
+        self, x: mx.array, span: TokenSpan, offset: int | mx.array | None = None
+    ) -> AttentionInputs:
         """What the tokens of a span, [B, t, D], ask of attention.
 
         Args:
@@ -115,23 +117,25 @@ class BlockParts:
         """
 
         def capture(original: Attention, *args: Any, **kwargs: Any) -> None:
-            raise _Reached(_asked(*args, **kwargs))
+            raise _AttentionReached(_attention_inputs(*args, **kwargs))
 
         cache = _Position(span.start if offset is None else offset)
         try:
-            with attention_replaced(capture):
+            with replace_attention(capture):
                 self._call(x, cache, slice(span.start, span.stop))
-        except _Reached as reached:
-            return reached.asked
+        except _AttentionReached as reached:
+            return reached.inputs
         raise RuntimeError("it does not call mlx-lm's attention")
 
-    def kept(self, x: mx.array, span: Span, offset: int | mx.array | None = None) -> list[mx.array]:
+    def key_values(
+        self, x: mx.array, span: TokenSpan, offset: int | mx.array | None = None
+    ) -> list[mx.array]:
         """What other tokens see of those of a span: keys and values, or what they give the cache.
 
         Args:
             x: [B, t, D].
             span: where they are.
-            offset: as of `asked`.
+            offset: as of `attention_inputs`.
 
         Returns:
             [B, heads, t, n] twice.
@@ -141,48 +145,57 @@ class BlockParts:
                 cache.
         """
         if not self.through_cache:
-            asked = self.asked(x, span, offset)
-            return [asked.k, asked.v]
+            inputs = self.attention_inputs(x, span, offset)
+            return [inputs.k, inputs.v]
         try:
             cache = _EmptyCache(span.start if offset is None else offset)
             self._call(x, cache, slice(span.start, span.stop))
-        except _Captured as captured:
+        except _CacheReached as captured:
             return list(captured.args)
         raise RuntimeError("its cache is not asked for keys and values")
 
-    def finished(self, x: mx.array, span: Span, keys: Span, kept: list[mx.array]) -> mx.array:
+    def output(
+        self, x: mx.array, span: TokenSpan, keys: TokenSpan, key_values: list[mx.array]
+    ) -> mx.array:
         """What the block returns for the tokens of a span.
 
         Args:
             x: [B, t, D].
             span: where they are.
             keys: the tokens that they may see (`seen`).
-            kept: what is `kept` of these.
+            key_values: what is `key_values` of these.
 
         Raises:
             RuntimeError: it does not ask attention, or its cache, once.
         """
         tokens = slice(span.start, span.stop)
         if self.through_cache:
-            cache = _FullCache(span.start, *kept)
+            cache = _FullCache(span.start, *key_values)
             out = self._call(x, cache, tokens, self._mask_between(span, keys))
             _check_calls(cache.calls, "its cache")
             return out
         attended = []
 
         def attend(original: Attention, *args: Any, **kwargs: Any) -> mx.array:
-            attended.append(_attend(original, _asked(*args, **kwargs), span, keys, kept))
+            attended.append(
+                _attend(original, _attention_inputs(*args, **kwargs), span, keys, key_values)
+            )
             return attended[-1]
 
-        with attention_replaced(attend):
+        with replace_attention(attend):
             out = self._call(x, _Position(span.start), tokens)
         _check_calls(len(attended), "attention")
         return out
 
-    def finished_at(
-        self, x: mx.array, span: Span, keys: Span, kept: list[mx.array], rows: mx.array
+    def output_at(
+        self,
+        x: mx.array,
+        span: TokenSpan,
+        keys: TokenSpan,
+        key_values: list[mx.array],
+        rows: mx.array,
     ) -> mx.array:
-        """As `finished`, for some of the span's tokens; not of a block that is cut at its cache.
+        """As `output`, for some of the span's tokens; not of a block that is cut at its cache.
 
         Args:
             rows: int [n], of the B * t tokens.
@@ -190,11 +203,11 @@ class BlockParts:
         Returns:
             [1, n, D].
         """
-        asked, attended = self.asked(x, span), []
+        inputs, attended = self.attention_inputs(x, span), []
 
         def attend(original: Attention, *_: Any, **__: Any) -> mx.array:
             if not attended:
-                whole = _attend(original, asked, span, keys, kept)  # [B, H, t, D]
+                whole = _attend(original, inputs, span, keys, key_values)  # [B, H, t, D]
                 flat = whole.swapaxes(1, 2).reshape(-1, whole.shape[1], 1, whole.shape[3])
                 attended.append(flat[rows])
             else:
@@ -203,12 +216,12 @@ class BlockParts:
 
         single = x.reshape(-1, 1, x.shape[-1])[rows]
         positions = span.start + rows % x.shape[1]
-        with attention_replaced(attend):
+        with replace_attention(attend):
             out = self._call(single, _Position(positions), positions)
         _check_calls(len(attended), "attention")
         return out.swapaxes(0, 1)
 
-    def for_rows(self, x: mx.array, rows: mx.array) -> mx.array:
+    def output_rows(self, x: mx.array, rows: mx.array) -> mx.array:
         """What the block returns for some of all tokens.
 
         Args:
@@ -218,23 +231,23 @@ class BlockParts:
         Returns:
             [1, n, D].
         """
-        every = Span(0, x.shape[1])
-        asked = self.asked(x, every)
-        return self.finished_at(x, every, every, [asked.k, asked.v], rows)
+        every = TokenSpan(0, x.shape[1])
+        inputs = self.attention_inputs(x, every)
+        return self.output_at(x, every, every, [inputs.k, inputs.v], rows)
 
-    def seen(self, span: Span, tokens: int) -> Span:
+    def visible_keys(self, span: TokenSpan, tokens: int) -> TokenSpan:
         """The tokens, of so many, that those of a span may see."""
-        seen = keys_seen(self.mask, span, tokens)
+        seen = visible_keys(self.mask, span, tokens)
         if (packing := packing_now()) is None:
             return seen
-        return Span(max(seen.start, packing.first(span.start, span.stop)), seen.stop)
+        return TokenSpan(max(seen.start, packing.first(span.start, span.stop)), seen.stop)
 
     @cached_property
     def mask(self) -> mx.array | str | None:
         """The mask of the call."""
         return self.bind(None).arguments.get("mask")
 
-    def _mask_between(self, span: Span, keys: Span) -> mx.array | str | None:
+    def _mask_between(self, span: TokenSpan, keys: TokenSpan) -> mx.array | str | None:
         part = mask_at(self.mask, span, keys)
         if not isinstance(self.mask, mx.array) or isinstance(part, mx.array):
             return part
@@ -250,7 +263,7 @@ class BlockParts:
         """The arguments of the whole call, for input x."""
         return self._signature.bind(x, *self._args, **self._kwargs)
 
-    def unsuited(self, tokens: int) -> str | None:
+    def untileable_reason(self, tokens: int) -> str | None:
         """Why arguments beside input and mask cannot be cut into so many tokens, if so."""
         call = self.bind(None)
         for name, value in list(call.arguments.items())[1:]:
@@ -298,14 +311,18 @@ class BlockParts:
 
 
 def _attend(
-    original: Attention, asked: Asked, span: Span, keys: Span, kept: list[mx.array]
+    original: Attention,
+    inputs: AttentionInputs,
+    span: TokenSpan,
+    keys: TokenSpan,
+    key_values: list[mx.array],
 ) -> mx.array:
     """Attention of a span's queries over what is kept of the keys they may see."""
-    options = {"cache": None, "scale": asked.scale, "sinks": asked.sinks}
+    options = {"cache": None, "scale": inputs.scale, "sinks": inputs.sinks}
     if (packing := packing_now()) is not None:
         with packing.between((span.start, span.stop), (keys.start, keys.stop)):
-            return original(asked.q, *kept, mask=asked.mask, **options)
-    return original(asked.q, *kept, mask=mask_at(asked.mask, span, keys), **options)
+            return original(inputs.q, *key_values, mask=inputs.mask, **options)
+    return original(inputs.q, *key_values, mask=mask_at(inputs.mask, span, keys), **options)
 
 
 def _check_calls(count: int, what: str) -> None:
@@ -313,7 +330,7 @@ def _check_calls(count: int, what: str) -> None:
         raise RuntimeError(f"it asks {what} {count} times, expected once")
 
 
-def _asked(
+def _attention_inputs(
     queries: mx.array,
     keys: mx.array,
     values: mx.array,
@@ -321,20 +338,20 @@ def _asked(
     scale: float,
     mask: mx.array | str | None,
     sinks: mx.array | None = None,
-) -> Asked:
-    return Asked(queries, keys, values, scale, mask, sinks)
+) -> AttentionInputs:
+    return AttentionInputs(queries, keys, values, scale, mask, sinks)
 
 
-def keys_seen(mask: mx.array | str | None, span: Span, tokens: int) -> Span:
+def visible_keys(mask: mx.array | str | None, span: TokenSpan, tokens: int) -> TokenSpan:
     """The keys, of so many tokens, among which are all that the tokens of a span see."""
     band = band_of(mask)
     if band is None:
-        return Span(0, tokens)
+        return TokenSpan(0, tokens)
     window = band.window
-    return Span(0 if window is None else max(0, span.start - window + 1), span.stop)
+    return TokenSpan(0 if window is None else max(0, span.start - window + 1), span.stop)
 
 
-def mask_at(mask: mx.array | str | None, span: Span, keys: Span) -> mx.array | str | None:
+def mask_at(mask: mx.array | str | None, span: TokenSpan, keys: TokenSpan) -> mx.array | str | None:
     """The mask between the tokens of a span and some keys.
 
     Args:
@@ -350,7 +367,7 @@ def mask_at(mask: mx.array | str | None, span: Span, keys: Span) -> mx.array | s
     band = band_of(mask)
     if band is not None:
         positions = range(span.start - keys.start, span.stop - keys.start)
-        return banded(positions, keys.stop - keys.start, band.window)
+        return simplest_mask(positions, keys.stop - keys.start, band.window)
     if isinstance(mask, str):
         raise ValueError(f"the mask {mask!r} is none that attention knows")
     # An axis of one is the same for all; MLX does not see an index beyond it.

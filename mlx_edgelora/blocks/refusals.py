@@ -38,7 +38,7 @@ class Refusal(Enum):
     RANDOM = "it draws random numbers, other ones at recomputation"
 
 
-def refused(
+def refusal_error(
     model: nn.Module, reason: Refusal, index: int | None = None, block: object = None, **values: str
 ) -> EdgeLoraError:
     """The error of a model that cannot be trained block by block.

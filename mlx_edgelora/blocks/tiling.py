@@ -7,20 +7,26 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_edgelora.blocks.attention import masks_known
-from mlx_edgelora.blocks.block_list import BlockList, array_slots, bound, described, signature
-from mlx_edgelora.blocks.checks import MODEL_ERRORS, looks_at_values, watched
+from mlx_edgelora.blocks.attention import banded_masks
+from mlx_edgelora.blocks.block_list import (
+    BlockList,
+    array_slots,
+    bind_arrays,
+    call_signature,
+    signature,
+)
+from mlx_edgelora.blocks.checks import MODEL_ERRORS, depends_on_values, gradient_hook
 from mlx_edgelora.blocks.dropout import without_dropout
-from mlx_edgelora.blocks.masks import band_of, banded
+from mlx_edgelora.blocks.masks import band_of, simplest_mask
 from mlx_edgelora.blocks.packing import rows_packed
-from mlx_edgelora.blocks.parts import BlockParts, Span
+from mlx_edgelora.blocks.parts import BlockParts, TokenSpan
 from mlx_edgelora.blocks.weight_source import WeightSource
 from mlx_edgelora.errors import is_killed
 from mlx_edgelora.layers.fused import is_floating
 
 # What the trial is made of: rows of the batch and tokens, and the tiles they are cut into.
 TRIAL_SHAPE = (2, 7)
-TRIAL_SPANS = (Span(0, 3), Span(3, 7))
+TRIAL_SPANS = (TokenSpan(0, 3), TokenSpan(3, 7))
 # Of the tokens of both rows some, and of those of the second tile.
 TRIAL_ROWS = (0, 3, 5, 11, 12, 13)
 TRIAL_TILE_ROWS = (0, 3, 5)
@@ -67,20 +73,20 @@ class Tiling:
         self._keys: dict[int, str] = {}
         self._found: dict[str, Tileable] = {} if like is None else like._found
 
-    def of(self, index: int) -> Tileable:
+    def tileable(self, index: int) -> Tileable:
         """Whether block `index` can be; not inside an intercepted call.
 
         The first call for a block of its kind makes a trial: it runs the block
         on 14 tokens, whole and by parts, and reads it each time.
         """
         block = self._blocks.blocks[index]
-        if dropping(block):  # asked anew: it goes on and off with the training mode
+        if has_active_dropout(block):  # asked anew: it goes on and off with the training mode
             return Tileable(False, "dropout would draw other masks for parts of the tokens")
         if index not in self._keys:
             if self._calls is None:
                 self._calls = block_calls(self._blocks)
             _, args, kwargs = self._calls[index]
-            self._keys[index] = signature(block) + described(args, kwargs)
+            self._keys[index] = signature(block) + call_signature(args, kwargs)
         key = self._keys[index]
         if key not in self._found:
             with rows_packed(None):
@@ -89,7 +95,7 @@ class Tiling:
 
     def summary(self) -> str:
         """In words, over all blocks."""
-        found = [self.of(index) for index in range(len(self._blocks))]
+        found = [self.tileable(index) for index in range(len(self._blocks))]
         reasons = sorted({choice.reason for choice in found if not choice.possible})
         count = sum(choice.possible for choice in found)
         return f"{count} of {len(found)} blocks" + (f" ({'; '.join(reasons)})" if reasons else "")
@@ -104,8 +110,10 @@ class Tiling:
                     reason = "what a block computes depends on how long the text is"
                 if not reason:
                     x, parts = calls[0]
-                    kept = parts.kept(x, Span(0, TRIAL_SHAPE[1]))  # for its shapes: never computed
-                    keys = max(array.shape[1] * array.shape[3] for array in kept)
+                    key_values = parts.key_values(
+                        x, TokenSpan(0, TRIAL_SHAPE[1])
+                    )  # for its shapes: never computed
+                    keys = max(array.shape[1] * array.shape[3] for array in key_values)
                     by_rows = not through_cache and not self._rows_differ(index, calls)
                     return Tileable(True, "", keys, through_cache, by_rows)
             except MODEL_ERRORS as error:
@@ -121,8 +129,8 @@ class Tiling:
         for x, parts in calls:
             if not parts.through_cache and _mask_is_computed(x, parts):
                 return "a block adds a mask to its scores that depends on its input"
-            kept = compute(_kept, x, parts)
-            tiles = [compute(_tile, x, parts, span, kept) for span in TRIAL_SPANS]
+            key_values = compute(_key_values, x, parts)
+            tiles = [compute(_tile, x, parts, span, key_values) for span in TRIAL_SPANS]
             off = difference(mx.concatenate(tiles, axis=1), compute(parts.whole, x), x)
             if not off <= TOLERANCES[x.dtype]:  # NaN is no agreement
                 return f"computed by parts a block differs by {off:.1e} of its norm"
@@ -133,13 +141,13 @@ class Tiling:
         compute, span = self._computing(index), TRIAL_SPANS[1]
         try:
             for x, parts in calls:
-                whole, kept = compute(parts.whole, x), compute(_kept, x, parts)
+                whole, key_values = compute(parts.whole, x), compute(_key_values, x, parts)
                 rows, tile_rows = mx.array(TRIAL_ROWS), mx.array(TRIAL_TILE_ROWS)
-                mine, seen, some = _seen(x, parts, span, kept)
+                mine, seen, some = _seen(x, parts, span, key_values)
                 pairs = [
-                    (compute(parts.for_rows, x, rows), Span(0, x.shape[1]), rows),
+                    (compute(parts.output_rows, x, rows), TokenSpan(0, x.shape[1]), rows),
                     (
-                        compute(parts.finished_at, mine, span, seen, some, tile_rows),
+                        compute(parts.output_at, mine, span, seen, some, tile_rows),
                         span,
                         tile_rows,
                     ),
@@ -167,7 +175,7 @@ class Tiling:
 
         def compute(function: Callable, *args: Any) -> Any:
             arrays = {k: v for source in self._weights for k, v in source.block(index).items()}
-            with bound(slots, arrays):
+            with bind_arrays(slots, arrays):
                 made = function(*args)
             del arrays
             mx.eval(made)
@@ -177,22 +185,24 @@ class Tiling:
 
 
 def _seen(
-    x: mx.array, parts: BlockParts, span: Span, kept: Sequence[mx.array]
-) -> tuple[mx.array, Span, list[mx.array]]:
+    x: mx.array, parts: BlockParts, span: TokenSpan, key_values: Sequence[mx.array]
+) -> tuple[mx.array, TokenSpan, list[mx.array]]:
     """The tokens of a span, which keys they see, and what is kept of these."""
-    seen = parts.seen(span, x.shape[1])
-    some = [array[:, :, seen.start : seen.stop] for array in kept]
+    seen = parts.visible_keys(span, x.shape[1])
+    some = [array[:, :, seen.start : seen.stop] for array in key_values]
     return x[:, span.start : span.stop], seen, some
 
 
-def _tile(x: mx.array, parts: BlockParts, span: Span, kept: Sequence[mx.array]) -> mx.array:
-    mine, seen, some = _seen(x, parts, span, kept)
-    return parts.finished(mine, span, seen, some)
+def _tile(
+    x: mx.array, parts: BlockParts, span: TokenSpan, key_values: Sequence[mx.array]
+) -> mx.array:
+    mine, seen, some = _seen(x, parts, span, key_values)
+    return parts.output(mine, span, seen, some)
 
 
-def _kept(x: mx.array, parts: BlockParts) -> list[mx.array]:
+def _key_values(x: mx.array, parts: BlockParts) -> list[mx.array]:
     """Keys and values of all tokens, by tiles; or what they give the cache."""
-    pairs = [parts.kept(x[:, span.start : span.stop], span) for span in TRIAL_SPANS]
+    pairs = [parts.key_values(x[:, span.start : span.stop], span) for span in TRIAL_SPANS]
     return [mx.concatenate(both, axis=2) for both in zip(*pairs, strict=True)]
 
 
@@ -217,10 +227,12 @@ def _depends_on_length(x: mx.array, parts: BlockParts) -> bool:
     As rotary frequencies that change behind some length do: a trial on a few tokens would not see
     it, and a tile does not know how long the text is.
     """
-    return looks_at_values(lambda offset: parts.kept(x[:, :3], Span(0, 3), offset), [mx.array(3)])
+    return depends_on_values(
+        lambda offset: parts.key_values(x[:, :3], TokenSpan(0, 3), offset), [mx.array(3)]
+    )
 
 
-def dropping(module: nn.Module) -> bool:
+def has_active_dropout(module: nn.Module) -> bool:
     """Whether a layer of dropout is at work in a module."""
     return any(
         isinstance(layer, nn.Dropout) and layer.training and layer._p_1 < 1
@@ -238,7 +250,7 @@ def block_calls(blocks: BlockList) -> list[tuple]:
         )
         return x
 
-    with blocks.intercepted(record), masks_known(), without_dropout(blocks.model):
+    with blocks.intercept(record), banded_masks(), without_dropout(blocks.model):
         blocks.model(mx.zeros(TRIAL_SHAPE, mx.int32))
     return calls
 
@@ -248,10 +260,10 @@ def _trials(
 ) -> Iterator[tuple[mx.array, BlockParts]]:
     """The call at an input of one size in each row, and under a window: long texts may have one."""
     parts = BlockParts(block, args, kwargs, through_cache)
-    if reason := parts.unsuited(TRIAL_SHAPE[1]):
+    if reason := parts.untileable_reason(TRIAL_SHAPE[1]):
         raise ValueError(reason)
     mask = parts.mask
-    masks, window = [mask], banded(range(TRIAL_SHAPE[1]), TRIAL_SHAPE[1], TRIAL_WINDOW)
+    masks, window = [mask], simplest_mask(range(TRIAL_SHAPE[1]), TRIAL_SHAPE[1], TRIAL_WINDOW)
     if band_of(mask) is not None:
         masks.append(window)
     scaled = mx.array(TRIAL_SCALES, x.dtype)[:, None, None] * x
@@ -265,15 +277,15 @@ def _mask_is_computed(x: mx.array, parts: BlockParts) -> bool:
     It is then made of some tokens where it should be made of all.
     """
     reached: list[bool] = []
-    watch = watched(lambda: reached.append(True))
+    watch = gradient_hook(lambda: reached.append(True))
     trained = dict(tree_flatten(parts.block.trainable_parameters()))
     slots = array_slots(parts.block)
 
     def constants(x: mx.array, *values: mx.array) -> list[mx.array]:
         seen = {name: watch(value) for name, value in zip(trained, values, strict=True)}
-        with bound(slots, seen):
-            asked = parts.asked(watch(x), Span(0, x.shape[1]))
-        return [asked.mask.astype(mx.float32).sum() if is_floating(asked.mask) else mx.array(0.0)]
+        with bind_arrays(slots, seen):
+            inputs = parts.attention_inputs(watch(x), TokenSpan(0, x.shape[1]))
+        return [inputs.mask.astype(mx.float32).sum() if is_floating(inputs.mask) else mx.array(0.0)]
 
     # Only the graph is built: nothing is computed, no weights are read.
     every = list(range(1 + len(trained)))

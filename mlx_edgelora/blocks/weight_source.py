@@ -10,10 +10,10 @@ Arrays = dict[str, mx.array]
 class WeightSource(Protocol):
     """Gives a block its frozen weights for one visit."""
 
-    def block(self, index: int, lasting: bool = False) -> Arrays:
+    def block(self, index: int, own_memory: bool = False) -> Arrays:
         """Arrays by their name inside the block; empty where the block already has them.
 
-        They may be overwritten by later calls (`StreamedWeights`), unless they are to be `lasting`.
+        Later calls may overwrite them (`StreamedWeights`), unless `own_memory` is set.
         """
 
     def prefetch(self, index: int) -> None:

@@ -41,7 +41,7 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Job:
+class Checkup:
     """One checkup.
 
     Attributes:
@@ -66,7 +66,7 @@ class Job:
             raise EdgeLoraError(f"left out: {self.sizes.seconds:.0f} seconds were over")
 
 
-def tried(function: Callable[..., Mapping[str, Any]], *arguments: Any) -> Found:
+def run_probe(function: Callable[..., Mapping[str, Any]], *arguments: Any) -> Found:
     """What a function finds, or its error in one line as "error"."""
     try:
         return dict(function(*arguments))
@@ -86,7 +86,7 @@ def best_seconds(function: Callable[[], Any], rounds: int) -> float:
 
 
 @contextmanager
-def setting(name: str, value: str) -> Iterator[None]:
+def environment_variable(name: str, value: str) -> Iterator[None]:
     """A variable of the environment has a value, and afterwards its own again."""
     before = os.environ.get(name)
     os.environ[name] = value

@@ -11,10 +11,10 @@ from itertools import product
 import mlx.core as mx
 import numpy as np
 
-from mlx_edgelora.checkup.job import Found, Job, best_seconds, setting, tried
+from mlx_edgelora.checkup.job import Checkup, Found, best_seconds, environment_variable, run_probe
 from mlx_edgelora.measure.meter import footprint
 from mlx_edgelora.model.loading import DTYPES
-from mlx_edgelora.planner.machine import measured
+from mlx_edgelora.planner.machine import measure_rates
 from mlx_edgelora.storage.page_file import unlinked_file
 
 # Of a float32 product; above it products have fewer bits (TF32).
@@ -33,7 +33,7 @@ def on_gpu() -> bool:
     return mx.default_device() == mx.gpu
 
 
-def precision(job: Job) -> Found:
+def precision(job: Checkup) -> Found:
     """Relative error of a product in float32."""
     a, b = (np.random.RandomState(i).randn(64, 2048).astype(np.float32) for i in (0, 1))
     exact = a.astype(np.float64) @ b.T
@@ -42,7 +42,7 @@ def precision(job: Job) -> Found:
     return {"relative_error": error, "tf32": error > FLOAT32_ERROR}
 
 
-def wrap(job: Job) -> Found:
+def wrap(job: Checkup) -> Found:
     """Whether MLX takes mapped memory in place, of whole and other lengths and starts."""
     page, size = mmap.PAGESIZE, job.sizes.disk_bytes
     cases = ((0, page), (page, page + 512), (2 * page, 3 * page - 2), (512, page), (0, size))
@@ -51,7 +51,7 @@ def wrap(job: Job) -> Found:
         pages = np.memmap(file, np.uint8, "r+", shape=(size,))
         pages[:] = np.arange(size, dtype=np.uint32) % 251
         rows = [
-            {"start": start, "bytes": count} | tried(_wrapped, pages[start : start + count])
+            {"start": start, "bytes": count} | run_probe(_wrap_region, pages[start : start + count])
             for start, count in cases
         ]
         file.seek(page)
@@ -59,7 +59,7 @@ def wrap(job: Job) -> Found:
     return {"page_bytes": page, "mapping_is_read_back": agrees, "wraps": rows}
 
 
-def _wrapped(region: np.ndarray) -> Found:
+def _wrap_region(region: np.ndarray) -> Found:
     held, charged = mx.get_active_memory(), footprint()
     array = mx.asarray(region, copy=False)
     right = mx.array_equal(array + 0, mx.array(region.copy())).item()
@@ -71,7 +71,7 @@ def _wrapped(region: np.ndarray) -> Found:
     }
 
 
-def attention(job: Job) -> Found:
+def attention(job: Checkup) -> Found:
     """Peak and time of MLX's own causal attention, forward alone and with its gradient."""
     sizes = job.sizes
     dtype = mx.bfloat16 if on_gpu() else mx.float32
@@ -80,13 +80,13 @@ def attention(job: Job) -> Found:
     for size, block, gradient in product(sizes.head_sizes, blocks, (False, True)):
         shape = (1, sizes.heads, sizes.tokens, size)
         row = {"head_size": size, "block": block, "gradient": gradient}
-        with setting(BLOCK, str(block)):  # read at every call
-            calls.append(row | tried(_attended, job, shape, dtype, gradient))
+        with environment_variable(BLOCK, str(block)):  # read at every call
+            calls.append(row | run_probe(_time_attention, job, shape, dtype, gradient))
     shared = {"rows": 1, "heads": sizes.heads, "tokens": sizes.tokens, "itemsize": dtype.size}
     return {**shared, "calls": calls}
 
 
-def _attended(job: Job, shape: tuple[int, ...], dtype: mx.Dtype, gradient: bool) -> Found:
+def _time_attention(job: Checkup, shape: tuple[int, ...], dtype: mx.Dtype, gradient: bool) -> Found:
     job.check_time()
     keys = mx.random.split(mx.random.key(0), 3)
     qkv = [mx.random.normal(shape, key=key).astype(dtype) for key in keys]
@@ -107,20 +107,20 @@ def _attended(job: Job, shape: tuple[int, ...], dtype: mx.Dtype, gradient: bool)
     return {"peak_bytes": mx.get_peak_memory() - held, "seconds": seconds}
 
 
-def rates(job: Job) -> Found:
+def rates(job: Checkup) -> Found:
     """What the planner reckons with, by dtype, and the time of an evaluation of next to nothing."""
     one = mx.zeros((8,))
     evaluation = best_seconds(lambda: mx.eval(one + 1), EVALUATIONS)
-    found = [{"dtype": name} | tried(_rates, job, DTYPES[name]) for name in job.sizes.dtypes]
+    found = [{"dtype": name} | run_probe(_rates, job, DTYPES[name]) for name in job.sizes.dtypes]
     return {"evaluation_seconds": evaluation, "rates": found}
 
 
-def _rates(job: Job, dtype: mx.Dtype) -> Found:
+def _rates(job: Checkup, dtype: mx.Dtype) -> Found:
     job.check_time()
-    return asdict(measured(job.folder, dtype))
+    return asdict(measure_rates(job.folder, dtype))
 
 
-def disk(job: Job) -> Found:
+def disk(job: Checkup) -> Found:
     """Seconds of writing, syncing and reading a file; which calls of the system there are."""
     data = os.urandom(job.sizes.disk_bytes)
     with unlinked_file(job.folder) as file:
@@ -132,13 +132,13 @@ def disk(job: Job) -> Found:
         }
         if not hasattr(fcntl, "F_FULLFSYNC"):
             del steps["full sync"]
-        rows = [{"what": name} | tried(_timed, step) for name, step in steps.items()]
+        rows = [{"what": name} | run_probe(_time_step, step) for name, step in steps.items()]
     calls = [name for name in CALLS if hasattr(fcntl, name)]
     calls += ["posix_fallocate"] * hasattr(os, "posix_fallocate")
     return {"file_bytes": len(data), "calls": ", ".join(calls), "times": rows}
 
 
-def _timed(step: Callable[[], object]) -> Found:
+def _time_step(step: Callable[[], object]) -> Found:
     start = time.perf_counter()
     step()
     return {"seconds": time.perf_counter() - start}

@@ -18,14 +18,14 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_edgelora.checkup import probes, system, training
-from mlx_edgelora.checkup.job import Found, Job, tried
+from mlx_edgelora.checkup.job import Checkup, Found, run_probe
 from mlx_edgelora.measure.units import duration, size
 
 SCHEMA = "mlx-edgelora-report"
 # Raise it when a name in it goes, or means something else.
 VERSION = 1
 WIDTH = 80
-SECTIONS: dict[str, Callable[[Job], Found]] = {
+SECTIONS: dict[str, Callable[[Checkup], Found]] = {
     "versions": system.versions,
     "device": system.device,
     "memory": system.memory,
@@ -40,12 +40,12 @@ SECTIONS: dict[str, Callable[[Job], Found]] = {
 }
 
 
-def made(job: Job, keep: Callable[[Found], None]) -> Found:
+def make_report(job: Checkup, on_section: Callable[[Found], None]) -> Found:
     """Go through all sections; what fails is told in its place, and the others go on.
 
     Args:
         job: the checkup.
-        keep: gets the report after each section, so that one exists if the process dies.
+        on_section: gets the report after each section, so that one exists if the process dies.
 
     Returns:
         {"schema", "version", "complete", "seconds", "sections": {name: {"seconds", "error",
@@ -59,13 +59,13 @@ def made(job: Job, keep: Callable[[Found], None]) -> Found:
         start = time.monotonic()
         gc.collect()
         mx.clear_cache()
-        found = clean(tried(section, job))
+        found = clean(run_probe(section, job))
         error = found.pop("error", None)
         now = time.monotonic()
         sections[name] = {"seconds": round(now - start, 2), "error": error, "found": found}
         report["seconds"] = round(now - job.began, 2)
         report["complete"] = len(sections) == len(SECTIONS)
-        keep(report)
+        on_section(report)
     return report
 
 
@@ -87,8 +87,8 @@ def problems(report: Mapping[str, Any]) -> list[str]:
             if row.get("right") is False
         ]
         lines += [
-            f"{name}: {row['name']} took {shown('bytes', row['measured_bytes'])} of "
-            f"{shown('bytes', row['budget_bytes'])}"
+            f"{name}: {row['name']} took {format_value('bytes', row['measured_bytes'])} of "
+            f"{format_value('bytes', row['budget_bytes'])}"
             for row in _tables(found.get("steps"))
             if row.get("measured_bytes", 0) > row.get("budget_bytes", 0)
         ]
@@ -120,7 +120,7 @@ def _lines(found: Mapping[str, Any], indent: int) -> Iterator[str]:
                 yield from _lines(value, indent + 2)
             continue
         head = f"{label(key):<{width}}  "
-        for text in value if isinstance(value, list) else [shown(key, value)]:
+        for text in value if isinstance(value, list) else [format_value(key, value)]:
             yield from wrap(head + text, WIDTH - 1, **_indents(indent, indent + width + 2))
             head = " " * len(head)
 
@@ -135,7 +135,7 @@ def _table(rows: list[Mapping[str, Any]], indent: int) -> Iterator[str]:
         dict.fromkeys(k for row in rows for k, v in row.items() if isinstance(v, str | float | int))
     )
     names = [name for name in names if name != "error"]
-    cells = [[shown(n, row[n]) if n in row else "" for n in names] for row in rows]
+    cells = [[format_value(n, row[n]) if n in row else "" for n in names] for row in rows]
     heads = list(map(label, names))
     widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
     in_columns = indent + sum(widths) + len(widths) <= WIDTH
@@ -161,7 +161,7 @@ def label(key: str) -> str:
     return f"{short} time" if key.endswith("_seconds") else short
 
 
-def shown(key: str, value: Any) -> str:
+def format_value(key: str, value: Any) -> str:
     """A value for readers."""
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "-"}[value]

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from mlx_edgelora.benchmark.machine import commit, machine
 from mlx_edgelora.benchmark.machine import versions as package_versions
-from mlx_edgelora.checkup.job import Found, Job
+from mlx_edgelora.checkup.job import Checkup, Found
 from mlx_edgelora.measure.meter import footprint as footprint_now
 from mlx_edgelora.planner.machine import default_budget
 
@@ -17,15 +17,16 @@ from mlx_edgelora.planner.machine import default_budget
 SETTINGS = ("MLX_", "AGX_")
 
 
-def versions(job: Job) -> Found:
+def versions(job: Checkup) -> Found:
     """System, hardware, packages."""
     return {
         "system": platform.system(),
         "version": platform.mac_ver()[0] or platform.release().partition("-")[0],
         "architecture": platform.machine(),
-        "rosetta": _told("sysctl", "-n", "sysctl.proc_translated") == "1",
-        "model": _told("sysctl", "-n", "hw.model"),
-        "chip": _told("sysctl", "-n", "machdep.cpu.brand_string") or machine()["processor"],
+        "rosetta": _command_output("sysctl", "-n", "sysctl.proc_translated") == "1",
+        "model": _command_output("sysctl", "-n", "hw.model"),
+        "chip": _command_output("sysctl", "-n", "machdep.cpu.brand_string")
+        or machine()["processor"],
         **{name: machine()[name] for name in ("cores", "memory_bytes", "blas")},
         **package_versions(),
         "commit": commit(),
@@ -33,7 +34,7 @@ def versions(job: Job) -> Found:
     }
 
 
-def device(job: Job) -> Found:
+def device(job: Checkup) -> Found:
     """What MLX computes on."""
     return {
         "default": str(mx.default_device()),
@@ -43,22 +44,22 @@ def device(job: Job) -> Found:
     }
 
 
-def memory(job: Job) -> Found:
+def memory(job: Checkup) -> Found:
     """What is free by the system's own words, and the budget that comes of it."""
     budget, why = default_budget()
-    text = _told("vm_stat") or _file("/proc/meminfo", "Mem") or ""
+    text = _command_output("vm_stat") or _file("/proc/meminfo", "Mem") or ""
     return {
         "budget_bytes": budget,
         "budget_why": why,
         # macOS: 1 is normal, 2 a warning, 4 critical; and percent that are free.
-        "pressure": _told("sysctl", "-n", "kern.memorystatus_vm_pressure_level")
+        "pressure": _command_output("sysctl", "-n", "kern.memorystatus_vm_pressure_level")
         or _file("/proc/pressure/memory", "some"),
-        "free_percent": _told("sysctl", "-n", "kern.memorystatus_level"),
+        "free_percent": _command_output("sysctl", "-n", "kern.memorystatus_level"),
         "system_says": text.splitlines(),
     }
 
 
-def footprint(job: Job) -> Found:
+def footprint(job: Checkup) -> Found:
     """What the process takes at the end, and did at the start."""
     mx.clear_cache()
     return {
@@ -69,7 +70,7 @@ def footprint(job: Job) -> Found:
     }
 
 
-def _told(*command: str) -> str | None:
+def _command_output(*command: str) -> str | None:
     """What a program of the system prints; None where there is none."""
     try:
         ran = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_edgelora.benchmark.shapes import checkpoint
-from mlx_edgelora.checkup.job import Found, Job, tried
+from mlx_edgelora.checkup.job import Checkup, Found, run_probe
 from mlx_edgelora.checkup.probes import on_gpu
 from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.config.yaml_file import read_yaml
@@ -21,7 +21,7 @@ from mlx_edgelora.training.finetune import open_planned, verification
 from mlx_edgelora.training.rehearsal import rehearse, synthetic_batch
 
 
-def verify(job: Job) -> Found:
+def verify(job: Checkup) -> Found:
     """Gradients of the embedded model beside those of plain MLX."""
     job.check_time()
     places = {"spill_dir": str(job.folder), "cache_dir": str(job.folder)}
@@ -34,7 +34,7 @@ def verify(job: Job) -> Found:
     }
 
 
-def steps(job: Job) -> Found:
+def steps(job: Checkup) -> Found:
     """Steps of a small random model within the least memory, twice as much, and plenty."""
     sizes = job.sizes
     options = {
@@ -48,9 +48,9 @@ def steps(job: Job) -> Found:
         # Else the checkpoint's own, bfloat16, which a CPU is slow at.
         "dtype": None if on_gpu() else "float32",
     }
-    least = tried(_stepped, job, options, "min")
-    twice = tried(_doubled, job, options, least)
-    plenty = tried(_stepped, job, options, default_budget()[0])
+    least = run_probe(_run_steps, job, options, "min")
+    twice = run_probe(_run_with_twice, job, options, least)
+    plenty = run_probe(_run_steps, job, options, default_budget()[0])
     rows = {"least": least, "twice": twice, "plenty": plenty}
     return {
         "model": f"{sizes.shape}, {sizes.blocks} blocks, 4 bits",
@@ -60,13 +60,13 @@ def steps(job: Job) -> Found:
     }
 
 
-def _doubled(job: Job, options: dict[str, Any], least: Found) -> Found:
+def _run_with_twice(job: Checkup, options: dict[str, Any], least: Found) -> Found:
     if "error" in least:
         raise EdgeLoraError("left out: the least is not known")
-    return _stepped(job, options, 2 * least["needs_bytes"])
+    return _run_steps(job, options, 2 * least["needs_bytes"])
 
 
-def _stepped(job: Job, options: dict[str, Any], budget: int | str) -> Found:
+def _run_steps(job: Checkup, options: dict[str, Any], budget: int | str) -> Found:
     """Some steps within a budget, as a run makes them."""
     job.check_time()
     gc.collect()  # engines hold themselves
@@ -74,15 +74,15 @@ def _stepped(job: Job, options: dict[str, Any], budget: int | str) -> Found:
     with open_planned(config, _quiet) as (engine, chosen):
         rehearse(engine, chosen, _quiet)
         optimizer, choice = build_optimizer(config), chosen.choice
-        engine.trained.start(optimizer)
-        batch, spent = synthetic_batch(chosen.load, chosen.shape.vocabulary), []
+        engine.adapters.start(optimizer)
+        batch, spent = synthetic_batch(chosen.batch_shape, chosen.shape.vocabulary), []
         gc.collect()
         mx.synchronize()
         reset_peak()
         for _ in range(job.sizes.steps):
             start = time.perf_counter()
-            loss, _ = engine.backward(batch, engine.trained.add)
-            engine.trained.update(optimizer, 1)
+            loss, _ = engine.backward(batch, engine.adapters.add)
+            engine.adapters.update(optimizer, 1)
             mx.eval(loss)
             spent.append(time.perf_counter() - start)
         return {
@@ -99,8 +99,8 @@ def _stepped(job: Job, options: dict[str, Any], budget: int | str) -> Found:
             # What phases of a step took beside what is accounted for: `benchmarks/needs.py` fits
             # the planner's formula to such rows.
             "phases": [
-                {"kind": kind, "way": way, "load": asdict(load), **asdict(taken)}
-                for kind, way, load, taken in chosen.known.rows()
+                {"kind": kind, "way": way, "load": asdict(batch_shape), **asdict(taken)}
+                for kind, way, batch_shape, taken in chosen.measurements.rows()
             ],
         }
 

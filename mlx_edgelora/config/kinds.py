@@ -1,7 +1,7 @@
 """What an option accepts: each kind turns what a user wrote into a value, or says what it expects.
 
-An option is a dataclass field with metadata from `about`. Its kind is the only place that knows
-its type, its range and how its text on a command line is read.
+An option is a dataclass field with metadata from `option_metadata`. Its kind is the only place
+that knows its type, its range and how its text on a command line is read.
 """
 
 import dataclasses
@@ -35,17 +35,17 @@ class Kind:
     choices: tuple[Any, ...] = ()
 
 
-def about(text: str, kind: Kind) -> dict[str, Any]:
+def option_metadata(text: str, kind: Kind) -> dict[str, Any]:
     """The metadata of a dataclass field that is an option."""
     return {"help": text, "kind": kind}
 
 
 def option(default: Any, text: str, kind: Kind) -> Any:
     """A dataclass field that is an option with an immutable default."""
-    return dataclasses.field(default=default, metadata=about(text, kind))
+    return dataclasses.field(default=default, metadata=option_metadata(text, kind))
 
 
-def whole(minimum: int, maximum: int | None = None, also: int | None = None) -> Kind:
+def integer(minimum: int, maximum: int | None = None, also: int | None = None) -> Kind:
     """A whole number from `minimum` up to `maximum`, or the value `also`."""
 
     def read(value: Any) -> int:

@@ -13,15 +13,15 @@ from mlx_edgelora.config.kinds import (
     NUMBERS,
     TEXTS,
     Kind,
-    about,
     check_options,
+    integer,
     number,
     one_of,
     option,
+    option_metadata,
     read_options,
     text,
     unknown_key,
-    whole,
 )
 from mlx_edgelora.errors import EdgeLoraError
 
@@ -50,7 +50,7 @@ class LoraParameters:
         "alpha": "mlx-lm's LoRA has scale, which multiplies directly (alpha / rank elsewhere)"
     }
 
-    rank: int = option(8, "Rank of the adapters.", whole(1, 2**16))
+    rank: int = option(8, "Rank of the adapters.", integer(1, 2**16))
     dropout: float = option(
         0.0,
         "Probability of dropping an input of an adapter.",
@@ -74,10 +74,12 @@ class _LrSchedule:
     """The keys of `lr_schedule`."""
 
     name: str = field(
-        metadata=about("a function of mlx.optimizers.schedulers", one_of(*_SCHEDULES))
+        metadata=option_metadata("a function of mlx.optimizers.schedulers", one_of(*_SCHEDULES))
     )
-    arguments: list = field(metadata=about("a list of numbers for that function", NUMBERS))
-    warmup: int = option(0, "Updates of linear warm-up before it.", whole(0))
+    arguments: list = field(
+        metadata=option_metadata("a list of numbers for that function", NUMBERS)
+    )
+    warmup: int = option(0, "Updates of linear warm-up before it.", integer(0))
     warmup_init: float = option(
         0.0,
         "Learning rate at the start of the warm-up.",
@@ -89,9 +91,12 @@ class _LrSchedule:
 class HubDataset:
     """One entry of `hf_dataset`; the `*_feature`s default to the options of the same name."""
 
-    path: str = field(metadata=about("the name of a data set on the Hugging Face Hub", text()))
+    path: str = field(
+        metadata=option_metadata("the name of a data set on the Hugging Face Hub", text())
+    )
     config: dict[str, Any] = field(
-        default_factory=dict, metadata=about("Arguments for `datasets.load_dataset`.", MAPPING)
+        default_factory=dict,
+        metadata=option_metadata("Arguments for `datasets.load_dataset`.", MAPPING),
     )
     train_split: str = option("train[:80%]", "Rows to train on.", text())
     valid_split: str = option("train[-10%:]", "Rows to validate on.", text())

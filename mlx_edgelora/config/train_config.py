@@ -16,14 +16,14 @@ from mlx_edgelora.config.kinds import (
     SIZE,
     SWITCH,
     Kind,
-    about,
     check_options,
+    integer,
     number,
     one_of,
     option,
+    option_metadata,
     read_options,
     text,
-    whole,
 )
 from mlx_edgelora.config.nested import (
     HUB,
@@ -54,7 +54,7 @@ _FINE_TUNE_TYPE = dataclasses.replace(
     expected="lora; dora and full fine-tuning are not done here, use mlx_lm.lora for them",
 )
 _NUM_LAYERS = dataclasses.replace(
-    whole(1, also=-1),
+    integer(1, also=-1),
     expected="a whole number of at least 1, or -1 for all blocks (0, all in mlx-lm, is not taken)",
 )
 
@@ -100,7 +100,7 @@ class TrainConfig:
     chat_feature: str = option("messages", "Name of the column with chat messages.", text())
     mask_prompt: bool = option(False, "Compute the loss on completions only, not on prompts.", FLAG)
     max_seq_length: int = option(
-        2048, "Maximum number of tokens in a row; longer rows are truncated.", whole(2)
+        2048, "Maximum number of tokens in a row; longer rows are truncated.", integer(2)
     )
     packing: bool = option(
         False,
@@ -111,7 +111,7 @@ class TrainConfig:
 
     train: bool | None = option(None, "Train. Default: yes, unless --test is given.", FLAG)
     test: bool = option(False, "Evaluate on the test set, after training if any.", FLAG)
-    seed: int = option(0, "Random seed.", whole(0, 2**32 - 1))
+    seed: int = option(0, "Random seed.", integer(0, 2**32 - 1))
 
     fine_tune_type: str = option("lora", "Only lora is supported.", _FINE_TUNE_TYPE)
     num_layers: int | None = option(
@@ -121,7 +121,8 @@ class TrainConfig:
         _NUM_LAYERS,
     )
     lora_parameters: LoraParameters = field(
-        default_factory=LoraParameters, metadata=about("Rank, scale, ... of adapters.", LORA)
+        default_factory=LoraParameters,
+        metadata=option_metadata("Rank, scale, ... of adapters.", LORA),
     )
     resume_adapter_file: str | None = option(
         None, "Adapter to start from: an adapters.safetensors file.", _NAME
@@ -130,15 +131,15 @@ class TrainConfig:
         "adapters", "Folder of the adapter: written by training, read by a test alone.", text()
     )
 
-    batch_size: int = option(4, "Rows in a batch.", whole(1))
+    batch_size: int = option(4, "Rows in a batch.", integer(1))
     iters: int | None = option(
-        None, f"Number of training steps, in place of epochs. Default: {DEFAULT_ITERS}.", whole(1)
+        None, f"Number of training steps, in place of epochs. Default: {DEFAULT_ITERS}.", integer(1)
     )
     epochs: int | None = option(
-        None, "Number of passes over the training set, in place of iters.", whole(1)
+        None, "Number of passes over the training set, in place of iters.", integer(1)
     )
     grad_accumulation_steps: int = option(
-        1, "Number of steps whose gradients are averaged before an update.", whole(1)
+        1, "Number of steps whose gradients are averaged before an update.", integer(1)
     )
     max_grad_norm: float | None = option(
         None,
@@ -148,7 +149,7 @@ class TrainConfig:
     optimizer: str = option("adam", "Optimizer.", one_of(*OPTIMIZERS))
     optimizer_config: dict[str, dict[str, Any]] = field(
         default_factory=lambda: {name: {} for name in OPTIMIZERS},
-        metadata=about("Arguments by optimizer.", OPTIMIZER_CONFIG),
+        metadata=option_metadata("Arguments by optimizer.", OPTIMIZER_CONFIG),
     )
     learning_rate: float = option(
         1e-5,
@@ -156,7 +157,8 @@ class TrainConfig:
         number("a number above 0", lambda x: x > 0),
     )
     lr_schedule: dict[str, Any] | None = field(
-        default=None, metadata=about("Schedule of the learning rate, in its place.", SCHEDULE)
+        default=None,
+        metadata=option_metadata("Schedule of the learning rate, in its place.", SCHEDULE),
     )
 
     loss: str = option(
@@ -166,10 +168,10 @@ class TrainConfig:
         one_of("exact", "approximate"),
     )
     loss_k: int | None = option(
-        None, "For the approximate loss: nearest tokens per label. Default: 1000.", whole(1)
+        None, "For the approximate loss: nearest tokens per label. Default: 1000.", integer(1)
     )
     loss_max_subset: int | None = option(
-        None, "For the approximate loss: maximum number of tokens. Default: no limit.", whole(1)
+        None, "For the approximate loss: maximum number of tokens. Default: no limit.", integer(1)
     )
     loss_tail_correction: bool | None = option(
         None,
@@ -185,12 +187,14 @@ class TrainConfig:
     val_batches: int = option(
         25,
         "Batches per validation; -1 for the whole set, 0 for no validation.",
-        whole(0, also=-1),
+        integer(0, also=-1),
     )
-    test_batches: int = option(500, "Batches to test on; -1 for the whole set.", whole(1, also=-1))
-    steps_per_report: int = option(10, "Steps between reports of the training loss.", whole(1))
-    steps_per_eval: int = option(200, "Steps between validations.", whole(1))
-    save_every: int = option(100, "Steps between saved adapters.", whole(1))
+    test_batches: int = option(
+        500, "Batches to test on; -1 for the whole set.", integer(1, also=-1)
+    )
+    steps_per_report: int = option(10, "Steps between reports of the training loss.", integer(1))
+    steps_per_eval: int = option(200, "Steps between validations.", integer(1))
+    save_every: int = option(100, "Steps between saved adapters.", integer(1))
     report_to: str | None = option(
         None, "Services to log to, separated by a comma: wandb, swanlab.", _REPORT_TO
     )

@@ -6,12 +6,12 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 
 from mlx_edgelora.blocks.gated_mlp import slice_mlps
+from mlx_edgelora.engine.adapter_state import AdapterState, ResidentAdapterState
 from mlx_edgelora.engine.functions import can_compile
-from mlx_edgelora.engine.paged import PagedTrained
+from mlx_edgelora.engine.paged_adapters import PagedAdapterState
 from mlx_edgelora.engine.step import Engine, Loss
-from mlx_edgelora.engine.trained import ResidentTrained, Trained
 from mlx_edgelora.engine.walk import Walk
-from mlx_edgelora.layers.fused import gradient_blocks
+from mlx_edgelora.layers.fused import set_attention_block
 from mlx_edgelora.losses.exact import CrossEntropy
 from mlx_edgelora.measure.meter import DiskMeter
 from mlx_edgelora.model.checkpoint import LazyModel
@@ -30,7 +30,7 @@ class Settings:
         dtype: of frozen floating weights and activations; the checkpoint's own if None.
         loss: to train with; the exact one by default.
         load: called with what is trained before the weights are attached.
-        rest: called after every block.
+        pause: called after every block.
         compiled: compile where MLX can.
         file_cache: bytes that the system can keep of files; None if that is not known.
     """
@@ -38,18 +38,18 @@ class Settings:
     folder: str | os.PathLike
     dtype: str | None = None
     loss: Loss | None = None
-    load: Callable[[Trained], None] = lambda trained: None
-    rest: Callable[[], None] = lambda: None
+    load: Callable[[AdapterState], None] = lambda trained: None
+    pause: Callable[[], None] = lambda: None
     compiled: bool = True
     file_cache: int | None = None
 
 
 @contextmanager
-def assembled(
+def build_engine(
     lazy: LazyModel,
     plan: Plan,
     settings: Settings,
-    notify: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Engine]:
     """The engine of an adapted model in training mode; its files are gone on exit.
 
@@ -57,7 +57,7 @@ def assembled(
         lazy: its model went through `add_lora`.
         plan: is obeyed until the engine is given another one.
         settings: the rest.
-        notify: gets a line for every choice that was made on the way.
+        log: gets a line for every choice that was made on the way.
 
     Raises:
         EdgeLoraError: the architecture cannot be walked, a file cannot be read or made.
@@ -66,13 +66,13 @@ def assembled(
     kernel = set_kernel(model, plan.kernel)
     compiled = settings.compiled and can_compile()
     with ExitStack() as stack:
-        stack.callback(gradient_blocks, None)  # of the plans that are obeyed
+        stack.callback(set_attention_block, None)  # of the plans that are obeyed
         if plan.adapters == "paged":
-            trained: Trained = PagedTrained(model, settings.folder, meter, compiled)
+            adapters: AdapterState = PagedAdapterState(model, settings.folder, meter, compiled)
         else:
-            trained = ResidentTrained(model, compiled)
-        stack.enter_context(closing(trained))
-        settings.load(trained)
+            adapters = ResidentAdapterState(model, compiled)
+        stack.enter_context(closing(adapters))
+        settings.load(adapters)
         attached = attach(
             lazy,
             streamed=plan.streams,
@@ -91,19 +91,19 @@ def assembled(
             store,
             attached.weights,
             compiled,
-            trained,
+            adapters,
             plan=plan,
-            rest=settings.rest,
+            pause=settings.pause,
             blocks=attached.blocks,
         )
         model.train()
         sliced = slice_mlps(walk.blocks)
         loss = settings.loss or CrossEntropy(plan.loss_bytes)
-        engine = Engine(model, walk, attached.head, meter, loss, trained)
-        engine.obey(plan)
-        notify(f"quantized products: {kernel}; {sliced}")
-        which = "labelled tokens" if walk.spares_rows else "all tokens"
-        notify(f"loss over {attached.logits}; last block for {which}")
+        engine = Engine(model, walk, attached.head, meter, loss, adapters)
+        engine.set_plan(plan)
+        log(f"quantized products: {kernel}; {sliced}")
+        which = "labelled tokens" if walk.computes_rows_only else "all tokens"
+        log(f"loss over {attached.logits}; last block for {which}")
         if plan.tile_tokens is not None:
-            notify(f"tiles: {walk.tiling}")
+            log(f"tiles: {walk.tiling}")
         yield engine

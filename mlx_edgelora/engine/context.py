@@ -6,11 +6,11 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from mlx_edgelora.blocks.parts import Span
+from mlx_edgelora.blocks.parts import TokenSpan
+from mlx_edgelora.engine.block_weights import Arrays, BlockWeights
 from mlx_edgelora.engine.functions import BlockFunctions
 from mlx_edgelora.engine.hidden import Hidden, Slots
 from mlx_edgelora.engine.pipeline import Pipeline
-from mlx_edgelora.engine.visits import Arrays, Visits
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Context:
     """What the segments of a pass share.
 
     Attributes:
-        visits: bring blocks their arrays.
+        weights: bring blocks their arrays.
         functions: blocks as functions of them.
         pipeline: evaluates what they compute.
         slots: of the store in which hidden states wait.
@@ -27,25 +27,25 @@ class Context:
         entry: whether the gradient goes on to what lies before the blocks.
     """
 
-    visits: Visits
+    weights: BlockWeights
     functions: BlockFunctions
     pipeline: Pipeline
     slots: Slots
-    spans: Sequence[Span]
+    spans: Sequence[TokenSpan]
     first: int
     entry: bool
 
-    def goes_below(self, index: int) -> bool:
+    def needs_input_grad(self, index: int) -> bool:
         """Whether the gradient of a block's input is needed."""
         return index > self.first or self.entry
 
-    def kept(self, x: Hidden) -> Hidden:
+    def store(self, x: Hidden) -> Hidden:
         """Hidden states in the store."""
         return x.cut(self.spans, self.slots)
 
-    def handed_on(self, array: mx.array) -> Hidden:
+    def to_next_segment(self, array: mx.array) -> Hidden:
         """The same for the next segment: in tiles, if tokens are cut at all, or in memory."""
-        return Hidden(array) if len(self.spans) == 1 else self.kept(Hidden(array))
+        return Hidden(array) if len(self.spans) == 1 else self.store(Hidden(array))
 
 
 class Segment(Protocol):
@@ -57,21 +57,23 @@ class Segment(Protocol):
 
     index: int
 
-    def forward(self, x: Hidden, following: int | None) -> Hidden:
+    def forward(self, x: Hidden, next_block: int | None) -> Hidden:
         """What the block makes of its input, which is used up.
 
         Args:
             x: the input.
-            following: the block whose weights are needed next; None for none.
+            next_block: the block whose weights are needed next; None for none.
         """
         ...
 
-    def backward(self, dy: Hidden, ahead: Callable[[], int | None]) -> tuple[Hidden | None, Arrays]:
+    def backward(
+        self, dy: Hidden, prefetch_next: Callable[[], int | None]
+    ) -> tuple[Hidden | None, Arrays]:
         """The gradient of the input, if it is needed, and those of what is trained, by local name.
 
         Args:
             dy: the gradient of what `forward` gave; used up.
-            ahead: called when the block's own input is there: begins to read what the next
+            prefetch_next: called when the block's own input is there: begins to read what the next
                 segment needs, and gives its block.
         """
         ...

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 
 
-class Finite:
+class FiniteCheck:
     """Whether all arrays of a step are finite, known once at its end: no evaluation for each."""
 
     def __init__(self) -> None:
@@ -39,6 +39,6 @@ def _is_finite(array: mx.array) -> bool:
 
 def first_non_finite(arrays: Mapping[str, mx.array]) -> str | None:
     """Name of the first array that holds a NaN or an infinity, or None."""
-    finite = Finite()
+    finite = FiniteCheck()
     finite.add(arrays)
     return finite.first_bad()

@@ -11,33 +11,33 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from mlx_edgelora.blocks.attention import gradient_traced
-from mlx_edgelora.blocks.block_list import BlockList, Slot, bound, signature
+from mlx_edgelora.blocks.attention import tracing_gradient
+from mlx_edgelora.blocks.block_list import BlockList, Slot, bind_arrays, signature
 from mlx_edgelora.blocks.checks import EVALUATES
 from mlx_edgelora.blocks.dropout import KeyTape
-from mlx_edgelora.blocks.masks import packed, unpacked
+from mlx_edgelora.blocks.masks import pack_masks, unpack_masks
 from mlx_edgelora.blocks.packing import packing_now
 from mlx_edgelora.blocks.parts import BlockParts
-from mlx_edgelora.engine.record import Call
+from mlx_edgelora.engine.record import BlockCall
 
 Arrays = dict[str, mx.array]
-Rows = mx.array | None
+RowIndices = mx.array | None
 # Part of what MLX says of arguments that are neither arrays nor constants.
 NO_TREE = "Function arguments must be trees"
 # For dropout where only a graph is looked at: it must not move MLX's generator.
 SAME_KEY = repeat(mx.random.key(0))
 
 
-class Wanted(NamedTuple):
+class OutputRows(NamedTuple):
     """Which rows of a block's output are needed.
 
     Attributes:
         rows: int [n], ascending, of the B * T tokens; None for all.
-        spares: whether the block is computed for these alone.
+        rows_only: whether the block is computed for these alone.
     """
 
-    rows: Rows = None
-    spares: bool = False
+    rows: RowIndices = None
+    rows_only: bool = False
 
 
 class Functions:
@@ -104,7 +104,7 @@ class BlockFunctions:
         self._signatures: dict[int, str] = {}
         self._dtypes: dict[tuple[int, mx.Dtype], mx.Dtype] = {}
 
-    def look_again(self) -> None:
+    def refresh(self) -> None:
         """Blocks may have other settings than before."""
         self._signatures.clear()
         self._dtypes.clear()
@@ -115,19 +115,24 @@ class BlockFunctions:
             self._signatures[index] = signature(self.blocks.blocks[index])
         return self._signatures[index]
 
-    def called(
-        self, index: int, x: mx.array, args: tuple, kwargs: dict, wanted: Wanted
+    def call_block(
+        self, index: int, x: mx.array, args: tuple, kwargs: dict, wanted: OutputRows
     ) -> mx.array:
         """Call a block whose arrays are bound; gives [B, T, D], or [1, n, D] of some rows."""
         block = self.blocks.blocks[index]
         if wanted.rows is None:
             return block(x, *args, **kwargs)
-        if wanted.spares:
-            return BlockParts(block, args, kwargs).for_rows(x, wanted.rows)
+        if wanted.rows_only:
+            return BlockParts(block, args, kwargs).output_rows(x, wanted.rows)
         return rows_of(block(x, *args, **kwargs), wanted.rows)
 
     def forward(
-        self, index: int, arrays: tuple[Arrays, Arrays], x: mx.array, call: Call, wanted: Wanted
+        self,
+        index: int,
+        arrays: tuple[Arrays, Arrays],
+        x: mx.array,
+        call: BlockCall,
+        wanted: OutputRows,
     ) -> mx.array:
         """What a block returns, lazy; `call` gets the keys that dropout draws.
 
@@ -140,29 +145,39 @@ class BlockFunctions:
         """
 
         def function(
-            trained: Arrays, frozen: Arrays, x: mx.array, args: tuple, kwargs: dict, rows: Rows
+            trained: Arrays,
+            frozen: Arrays,
+            x: mx.array,
+            args: tuple,
+            kwargs: dict,
+            rows: RowIndices,
         ) -> mx.array:
-            args, kwargs = unpacked(args, kwargs)
-            with bound(self.slots[index], frozen | trained):
-                return self.called(index, x, args, kwargs, wanted._replace(rows=rows))
+            args, kwargs = unpack_masks(args, kwargs)
+            with bind_arrays(self.slots[index], frozen | trained):
+                return self.call_block(index, x, args, kwargs, wanted._replace(rows=rows))
 
-        key = "forward", self.signature(index), wanted.spares
+        key = "forward", self.signature(index), wanted.rows_only
         if self.tape.is_used:  # keys are drawn while the graph is built
             key = None
         with self.tape.recording() as call.keys:
-            arguments = *packed(call.args, call.kwargs), wanted.rows
+            arguments = *pack_masks(call.args, call.kwargs), wanted.rows
             return self.functions.call(key, function, *arrays, x, *arguments)
 
     def dtype(
-        self, index: int, arrays: tuple[Arrays, Arrays], x: mx.array, call: Call, wanted: Wanted
+        self,
+        index: int,
+        arrays: tuple[Arrays, Arrays],
+        x: mx.array,
+        call: BlockCall,
+        wanted: OutputRows,
     ) -> mx.Dtype:
         """Of what a block returns, whose graph is built for it once; as `forward` otherwise."""
         key = index, x.dtype
         if key not in self._dtypes:
-            args, kwargs = unpacked(*packed(call.args, call.kwargs))
+            args, kwargs = unpack_masks(*pack_masks(call.args, call.kwargs))
             trained, frozen = arrays
-            with bound(self.slots[index], frozen | trained), self.tape.playing(SAME_KEY):
-                self._dtypes[key] = self.called(index, x, args, kwargs, wanted).dtype
+            with bind_arrays(self.slots[index], frozen | trained), self.tape.playing(SAME_KEY):
+                self._dtypes[key] = self.call_block(index, x, args, kwargs, wanted).dtype
         return self._dtypes[key]
 
     def gradients(
@@ -171,17 +186,17 @@ class BlockFunctions:
         arrays: tuple[Arrays, Arrays],
         x: mx.array,
         cotangent: mx.array,
-        call: Call,
-        wanted: Wanted,
-        onward: bool,
+        call: BlockCall,
+        wanted: OutputRows,
+        needs_input_grad: bool,
         first: bool = False,
     ) -> tuple[mx.array | None, Arrays, mx.array | None]:
-        """Gradients of what is trained of a block and, if `onward`, of its input; lazy.
+        """Gradients of what is trained of a block and, if `needs_input_grad`, of its input; lazy.
 
         Args:
             index, arrays, x, call, wanted: as of `forward`.
             cotangent: of what the block returns.
-            onward: whether the gradient of the input is needed.
+            needs_input_grad: whether the gradient of the input is needed.
             first: what the block returns is wanted too, which was not computed before.
 
         Returns:
@@ -196,25 +211,31 @@ class BlockFunctions:
             args: tuple,
             kwargs: dict,
             keys: list[mx.array],
-            rows: Rows,
+            rows: RowIndices,
         ) -> list[mx.array]:
-            args, kwargs = unpacked(args, kwargs)
+            args, kwargs = unpack_masks(args, kwargs)
 
             def forward(*primals: mx.array) -> mx.array:
                 values = frozen | dict(zip(trained, primals[:-1], strict=True))
-                with gradient_traced(), bound(self.slots[index], values), self.tape.playing(keys):
-                    return self.called(index, primals[-1], args, kwargs, wanted._replace(rows=rows))
+                with (
+                    tracing_gradient(),
+                    bind_arrays(self.slots[index], values),
+                    self.tape.playing(keys),
+                ):
+                    return self.call_block(
+                        index, primals[-1], args, kwargs, wanted._replace(rows=rows)
+                    )
 
             out, gradients = mx.vjp(forward, [*trained.values(), x], [cotangent])
-            return [*out[:first], *(gradients if onward else gradients[:-1])]
+            return [*out[:first], *(gradients if needs_input_grad else gradients[:-1])]
 
-        key = "gradients", self.signature(index), wanted.spares, onward, first
+        key = "gradients", self.signature(index), wanted.rows_only, needs_input_grad, first
         if first and self.tape.is_used:
             key = None
-        arguments = *packed(call.args, call.kwargs), call.keys, wanted.rows
+        arguments = *pack_masks(call.args, call.kwargs), call.keys, wanted.rows
         found = self.functions.call(key, function, *arrays, x, cotangent, *arguments)
         out = found.pop(0) if first else None
-        dx = found.pop() if onward else None
+        dx = found.pop() if needs_input_grad else None
         return out, dict(zip(arrays[0], found, strict=True)), dx
 
 

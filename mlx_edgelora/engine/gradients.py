@@ -8,10 +8,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
-from mlx_edgelora.blocks.block_list import array_slots, bound
-from mlx_edgelora.blocks.checks import watched
+from mlx_edgelora.blocks.block_list import array_slots, bind_arrays
+from mlx_edgelora.blocks.checks import gradient_hook
 from mlx_edgelora.blocks.weight_source import WeightSource
-from mlx_edgelora.engine.visits import Arrays
+from mlx_edgelora.engine.block_weights import Arrays
 from mlx_edgelora.engine.walk import Walk
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.storage.stores import ActivationStore
@@ -31,7 +31,8 @@ def value_and_grad(
         model: any mlx-lm model whose blocks can be walked; it is left as it was found.
         loss: calls `model` once and returns a scalar, or a tuple that begins with one.
         store: where the inputs of blocks wait; in memory by default, which grows with depth.
-        weights, compiled: see `Walk`.
+        weights: where frozen weights come from; by default they are in the model.
+        compiled: compile one function per kind of block instead of building each graph anew.
 
     Returns:
         A function of the loss's arguments that gives `(value, gradients)`, the gradients
@@ -44,7 +45,7 @@ def value_and_grad(
     walk = Walk(model, store, weights, compiled)
 
     def run(*args: Any, **kwargs: Any) -> tuple[Any, dict]:
-        walk.look_again()
+        walk.refresh()
         with walk.forward(lambda: loss(*args, **kwargs)) as state:
             reached: set[str] = set()
 
@@ -79,7 +80,7 @@ def _called_once(walk: Walk, hidden: mx.array, zero: mx.array, reached: set[str]
     last, calls = len(walk.blocks) - 1, set()
 
     def watch(name: str, value: mx.array) -> mx.array:
-        return watched(lambda: reached.add(name))(value + zero.astype(value.dtype))
+        return gradient_hook(lambda: reached.add(name))(value + zero.astype(value.dtype))
 
     def handler(index: int, x: mx.array, args: tuple, kwargs: dict) -> mx.array:
         if index in calls:
@@ -97,7 +98,7 @@ def _called_once(walk: Walk, hidden: mx.array, zero: mx.array, reached: set[str]
         for name, value in tree_flatten(walk.model.trainable_parameters())
         if walk.blocks.local(name)
     }
-    with bound(array_slots(walk.model), trained), walk.blocks.intercepted(handler):
+    with bind_arrays(array_slots(walk.model), trained), walk.blocks.intercept(handler):
         yield
 
 

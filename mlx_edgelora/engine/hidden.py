@@ -5,16 +5,16 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from mlx_edgelora.blocks.parts import Span
+from mlx_edgelora.blocks.parts import TokenSpan
 from mlx_edgelora.measure.profile import phase
 from mlx_edgelora.storage.stores import ActivationStore
 
 
-def spans_of(tokens: int, size: int) -> list[Span]:
+def spans_of(tokens: int, size: int) -> list[TokenSpan]:
     """Cut the tokens of a row into tiles of nearly one length, `size` at most."""
     count = -(-tokens // size)
     step = -(-tokens // count)
-    return [Span(start, min(start + step, tokens)) for start in range(0, tokens, step)]
+    return [TokenSpan(start, min(start + step, tokens)) for start in range(0, tokens, step)]
 
 
 class Slots:
@@ -61,12 +61,12 @@ class Hidden:
 
     def __init__(self, array: mx.array) -> None:
         self._array: mx.array | None = array
-        self._spans: Sequence[Span] | None = None
+        self._spans: Sequence[TokenSpan] | None = None
         self._slots: Slots | None = None
         self._numbers: list[int | None] = []
 
     @classmethod
-    def tiles(cls, spans: Sequence[Span], slots: Slots) -> "Hidden":
+    def tiles(cls, spans: Sequence[TokenSpan], slots: Slots) -> "Hidden":
         """Nothing yet, for tiles of these tokens."""
         made = cls(None)
         made._spans, made._slots, made._numbers = spans, slots, [None] * len(spans)
@@ -82,7 +82,7 @@ class Hidden:
         """Give one tile; it stays, whatever is written into what is given."""
         return copy.copy(self._slots.store.take(self._numbers[number], keep=True))
 
-    def cut(self, spans: Sequence[Span], slots: Slots) -> "Hidden":
+    def cut(self, spans: Sequence[TokenSpan], slots: Slots) -> "Hidden":
         """The same in tiles of these tokens; what was one array in memory is let go."""
         if self._array is None and self._spans == spans:
             return self
@@ -115,7 +115,7 @@ class Hidden:
                 self._numbers[number] = None
 
 
-def _own(array: mx.array, span: Span) -> mx.array:
+def _own(array: mx.array, span: TokenSpan) -> mx.array:
     """The tokens of a span in memory of their own."""
     if span.stop - span.start == array.shape[1]:
         return array

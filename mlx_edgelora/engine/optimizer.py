@@ -123,7 +123,7 @@ class BlockUpdate:
         return updated, after
 
 
-def averaged(gradients: dict[str, mx.array], count: float) -> dict[str, mx.array]:
+def average(gradients: dict[str, mx.array], count: float) -> dict[str, mx.array]:
     """Gradients by name divided by `count`, not yet evaluated; empties them."""
     result = {}
     for name in list(gradients):
@@ -158,7 +158,7 @@ def clip_factor(norm: mx.array, max_norm: float) -> mx.array:
     return mx.minimum(max_norm / (norm + 1e-6), 1.0)
 
 
-def by_block(names: Iterable[str]) -> dict[str, list[str]]:
+def group_by_block(names: Iterable[str]) -> dict[str, list[str]]:
     """Names of parameters, by what those of a block begin with."""
     blocks: dict[str, list[str]] = {}
     for name in names:

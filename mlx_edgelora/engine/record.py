@@ -12,7 +12,7 @@ from mlx_edgelora.errors import EdgeLoraError
 
 
 @dataclass
-class Call:
+class BlockCall:
     """What a block is called with beside its input, and the keys that its dropout drew."""
 
     args: tuple
@@ -20,11 +20,11 @@ class Call:
     keys: list[mx.array] = field(default_factory=list)
 
 
-class _Reached(Exception):
+class _LoopEnded(Exception):
     """Ends the model's loop at the block that was waited for."""
 
 
-def record(blocks: BlockList, run: Callable[[], Any]) -> tuple[mx.array, list[Call]]:
+def record(blocks: BlockList, run: Callable[[], Any]) -> tuple[mx.array, list[BlockCall]]:
     """The first block's input, lazy, and the call of every block.
 
     Each block hands on an array of its input's shape that nobody computes. That blocks are called
@@ -38,7 +38,7 @@ def record(blocks: BlockList, run: Callable[[], Any]) -> tuple[mx.array, list[Ca
     Raises:
         EdgeLoraError: blocks are not called once and in order, or not at all.
     """
-    calls: list[Call] = []
+    calls: list[BlockCall] = []
     first: list[mx.array] = []
     returned: list[mx.array] = []
 
@@ -47,18 +47,18 @@ def record(blocks: BlockList, run: Callable[[], Any]) -> tuple[mx.array, list[Ca
             raise blocks.refusal(index, Refusal.ORDER, due=str(len(calls)))
         if index and x is not returned[-1]:
             raise blocks.refusal(index, Refusal.INPUT)
-        calls.append(Call(args, kwargs))
+        calls.append(BlockCall(args, kwargs))
         if index == 0:
             first.append(x)
         if index + 1 == len(blocks):
-            raise _Reached
+            raise _LoopEnded
         returned[:] = [mx.zeros(x.shape, x.dtype)]
         return returned[0]
 
     try:
-        with blocks.intercepted(handler):
+        with blocks.intercept(handler):
             run()
-    except _Reached:
+    except _LoopEnded:
         return first[0], calls
     if calls:
         raise blocks.refusal(len(calls), Refusal.NOT_CALLED)
@@ -74,11 +74,11 @@ def first_input(blocks: BlockList, run: Callable[[], Any]) -> mx.array:
 
     def handler(index: int, x: mx.array, args: tuple, kwargs: dict) -> mx.array:
         found.append(x)
-        raise _Reached
+        raise _LoopEnded
 
     try:
-        with blocks.intercepted(handler):
+        with blocks.intercept(handler):
             run()
-    except _Reached:
+    except _LoopEnded:
         pass
     return found[0]

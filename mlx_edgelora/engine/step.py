@@ -8,17 +8,17 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_edgelora.blocks.block_list import bound
+from mlx_edgelora.blocks.block_list import bind_arrays
 from mlx_edgelora.blocks.gated_mlp import set_slices
 from mlx_edgelora.blocks.packing import Packing
 from mlx_edgelora.data import Batch
 from mlx_edgelora.data.batches import PAD_TO
+from mlx_edgelora.engine.adapter_state import AdapterState, ResidentAdapterState
+from mlx_edgelora.engine.block_weights import Arrays
 from mlx_edgelora.engine.gradients import add_into, gradient_tree
-from mlx_edgelora.engine.trained import ResidentTrained, Trained
-from mlx_edgelora.engine.visits import Arrays
 from mlx_edgelora.engine.walk import Pass, Walk
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.layers.fused import gradient_blocks
+from mlx_edgelora.layers.fused import set_attention_block
 from mlx_edgelora.losses.approximate import ApproximateCrossEntropy
 from mlx_edgelora.losses.chunked import chunked_cross_entropy, in_graph
 from mlx_edgelora.losses.exact import CrossEntropy, check_labels
@@ -49,11 +49,11 @@ class Engine:
         disk: counts what the weights and the store read and write.
         training_loss: the exact one by default. Evaluation is always exact, and a head that
             is None takes no other than an exact one.
-        trained: where trained parameters are, the source of the walk's adapters; by default
+        adapters: where trained parameters are, the source of the walk's adapters; by default
             the model.
 
     Attributes:
-        plan_of: the plan for a batch, where it is not always that of the last `obey`.
+        plan_for: the plan for a batch, where it is not always that of the last `set_plan`.
         empties_cache: whether MLX's cache of freed buffers is emptied after every step, where no
             option says when.
     """
@@ -65,17 +65,17 @@ class Engine:
         head: ModelHead | None,
         disk: DiskMeter,
         training_loss: Loss | None = None,
-        trained: Trained | None = None,
+        adapters: AdapterState | None = None,
     ) -> None:
         self.model, self.disk = model, disk
-        self.trained = ResidentTrained(model) if trained is None else trained
+        self.adapters = ResidentAdapterState(model) if adapters is None else adapters
         self._walk, self.head = walk, head
         # The head's tiles are as large in evaluation.
         tiles = getattr(training_loss, "exact", training_loss) or CrossEntropy()
         self._exact = CrossEntropy(tiles.tile_bytes)
         self.training_loss = training_loss or self._exact
         self._plan = Plan()
-        self.plan_of: Callable[[Batch], Plan] = lambda batch: self._plan
+        self.plan_for: Callable[[Batch], Plan] = lambda batch: self._plan
         self.empties_cache = True
 
     @property
@@ -88,21 +88,21 @@ class Engine:
         """What is obeyed now."""
         return self._plan
 
-    def obey(self, plan: Plan) -> None:
+    def set_plan(self, plan: Plan) -> None:
         """Compute from now on as a plan says; what it leaves in memory or on disk stays there."""
         self._plan = plan
-        gradient_blocks(plan.attention_block)
+        set_attention_block(plan.attention_block)
         blocks = self._walk.blocks
         set_slices(blocks, plan.mlp_bytes, len(blocks) - plan.kept_blocks)
-        self._walk.obey(plan)  # which looks at the blocks' settings
+        self._walk.set_plan(plan)  # which looks at the blocks' settings
 
-    def hold(self, plan: Plan) -> None:
+    def set_plan_and_residency(self, plan: Plan) -> None:
         """Obey a plan that has others of the streamed blocks in memory than the one before."""
         if isinstance(self._walk.weights, StreamedWeights):
             count = len(self._walk.blocks)
             streamed = count if plan.streamed_blocks is None else plan.streamed_blocks
-            self._walk.weights.hold_from(streamed)
-        self.obey(plan)
+            self._walk.weights.set_resident_from(streamed)
+        self.set_plan(plan)
 
     def value_and_grad(self, batch: Batch) -> tuple[tuple[mx.array, int], dict]:
         """Mean loss over the labelled tokens, their count, and all gradients, evaluated."""
@@ -165,18 +165,18 @@ class Engine:
 
     def _parts(self, batch: Batch, evaluates: bool = False) -> list["_Part"]:
         """The batch as its plan divides it; that plan is obeyed from now on."""
-        plan = self.plan_of(batch)
+        plan = self.plan_for(batch)
         if plan != self._plan:
-            self.obey(plan)
+            self.set_plan(plan)
         exact = isinstance(self.training_loss, CrossEntropy) and self.head is not None
         fills = self._walk.is_compiled and exact and not evaluates
-        return _labelled(batch, plan.micro_batches, fills)
+        return _labelled_parts(batch, plan.micro_batches, fills)
 
     def close(self) -> None:
         """Give the store's disk space back, and let go of the files that weights are read from."""
         self._walk.store.close()
         self._walk.weights.close()
-        gradient_blocks(None)
+        set_attention_block(None)
 
     def _loss(
         self, state: Pass, hidden: mx.array, part: "_Part", gradient: bool
@@ -188,7 +188,7 @@ class Engine:
         weights = [] if part.weights is None else [part.weights]
         operands = hidden, self.head, part.labels, *weights
         (loss, _), gradients = self.training_loss.value_and_grad(*operands)
-        return loss, gradients.hidden, self.head.named(gradients)
+        return loss, gradients.hidden, self.head.gradients_by_name(gradients)
 
     def _chunked_loss(
         self,
@@ -197,7 +197,7 @@ class Engine:
         labels: mx.array,
         gradient: bool,
         trained: Arrays | None = None,
-        settle: Callable[..., None] = mx.eval,
+        evaluate: Callable[..., None] = mx.eval,
     ) -> tuple[mx.array, mx.array | None, Arrays]:
         def logits(hidden: mx.array, trained: Arrays) -> mx.array:
             with self._walk.tail(state, hidden[None], trained):
@@ -207,7 +207,7 @@ class Engine:
         rows = max(1, LOGITS_BYTES // logits(hidden[:1], trained).nbytes)
         smoothing = self.training_loss.label_smoothing if gradient else 0.0
         return chunked_cross_entropy(
-            hidden, labels, logits, trained, rows, gradient, smoothing, settle
+            hidden, labels, logits, trained, rows, gradient, smoothing, evaluate
         )
 
 
@@ -250,7 +250,7 @@ class _TailLoss:
                 hidden,
                 outside,
             )
-        with bound(engine.walk.outside_slots, outside):
+        with bind_arrays(engine.walk.outside_slots, outside):
             return self._share * loss(hidden, head, labels)[0]
 
 
@@ -264,7 +264,7 @@ def _exact_graph(
     weights: mx.array,
 ) -> mx.array:
     """The weighted sum of the losses of [1, n, D], with trained parameters outside the blocks."""
-    with bound(walk.outside_slots, outside):
+    with bind_arrays(walk.outside_slots, outside):
         return loss.graph(hidden.reshape(-1, hidden.shape[-1]), head, labels, weights)
 
 
@@ -293,7 +293,7 @@ class _Part(NamedTuple):
     packing: Packing | None = None
 
 
-def _labelled(batch: Batch, count: int, fills: bool) -> list[_Part]:
+def _labelled_parts(batch: Batch, count: int, fills: bool) -> list[_Part]:
     """A batch in so many parts, fewer where it has not as many rows with labels.
 
     Args:
@@ -313,7 +313,7 @@ def _labelled(batch: Batch, count: int, fills: bool) -> list[_Part]:
     for piece in pieces:
         # Of one length, as the batch: a token may depend on later ones, or on how many there are.
         own = mask[piece].reshape(-1)
-        rows = _filled(own) if fills else np.flatnonzero(own)
+        rows = _pad_rows(own) if fills else np.flatnonzero(own)
         wanted = labels[piece].reshape(-1)[rows]
         number, arrays = int(own.sum()), [inputs[piece], rows, wanted]
         weights = mx.array(own[rows].astype(np.float32) / number) if fills else None
@@ -322,7 +322,7 @@ def _labelled(batch: Batch, count: int, fills: bool) -> list[_Part]:
     return parts
 
 
-def _filled(labelled: np.ndarray) -> np.ndarray:
+def _pad_rows(labelled: np.ndarray) -> np.ndarray:
     """Indices of what is true, and of some of the others: one of a few numbers of them."""
     step = max(PAD_TO, -(-labelled.size // (FILLED * PAD_TO)) * PAD_TO)
     rows, others = np.flatnonzero(labelled), np.flatnonzero(~labelled)

@@ -9,18 +9,18 @@ from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 
-from mlx_edgelora.blocks.attention import gradient_traced
-from mlx_edgelora.blocks.block_list import bound
-from mlx_edgelora.blocks.masks import packed, unpacked
+from mlx_edgelora.blocks.attention import tracing_gradient
+from mlx_edgelora.blocks.block_list import bind_arrays
+from mlx_edgelora.blocks.masks import pack_masks, unpack_masks
+from mlx_edgelora.engine.block_weights import Arrays
 from mlx_edgelora.engine.context import Context
-from mlx_edgelora.engine.functions import Wanted
+from mlx_edgelora.engine.functions import OutputRows
 from mlx_edgelora.engine.hidden import Hidden
-from mlx_edgelora.engine.record import Call
-from mlx_edgelora.engine.visits import Arrays
+from mlx_edgelora.engine.record import BlockCall
 from mlx_edgelora.measure.profile import phase
 
 
-class Loss(Protocol):
+class GraphLoss(Protocol):
     """What is made of the last hidden state.
 
     Attributes:
@@ -39,12 +39,12 @@ class Loss(Protocol):
         ...
 
 
-class Finished(NamedTuple):
+class TailResult(NamedTuple):
     """What a tail gives, evaluated.
 
     Attributes:
-        value: the loss, or what else `Loss.graph` gives.
-        outside: gradients of `Loss.outside`.
+        value: the loss, or what else `GraphLoss.graph` gives.
+        outside: gradients of `GraphLoss.outside`.
         by_block: of each block, the last one first, index and gradients by local name.
         dx: of the tail's input, if it is needed.
     """
@@ -66,16 +66,22 @@ class Tail:
     """
 
     def __init__(
-        self, context: Context, indices: range, calls: Sequence[Call], wanted: Wanted
+        self, context: Context, indices: range, calls: Sequence[BlockCall], wanted: OutputRows
     ) -> None:
         self._context, self._indices, self._calls, self._wanted = context, indices, calls, wanted
 
-    def value_and_grad(self, x: Hidden, loss: Loss) -> Finished:
+    def value_and_grad(self, x: Hidden, loss: GraphLoss) -> TailResult:
         """Compute the blocks and the loss, forward and backward; `x` is used up."""
         context, indices, wanted = self._context, self._indices, self._wanted
-        functions, onward = context.functions, context.goes_below(self._indices.start)
-        calls = [packed(call.args, call.kwargs) for call in self._calls]
-        graph, spares = loss.graph, wanted.spares  # a compiled function keeps what it captures
+        functions, needs_input_grad = (
+            context.functions,
+            context.needs_input_grad(self._indices.start),
+        )
+        calls = [pack_masks(call.args, call.kwargs) for call in self._calls]
+        graph, rows_only = (
+            loss.graph,
+            wanted.rows_only,
+        )  # a compiled function keeps what it captures
 
         def function(
             trained: list[Arrays],
@@ -89,22 +95,25 @@ class Tail:
             def forward(trained: list[Arrays], outside: Arrays, x: mx.array) -> mx.array | tuple:
                 out = x
                 for index, own, others, call in zip(indices, trained, frozen, calls, strict=True):
-                    args, kwargs = unpacked(*call)
-                    part = Wanted(rows, spares) if index == indices[-1] else Wanted()
-                    with gradient_traced(), bound(context.visits.slots[index], others | own):
-                        out = functions.called(index, out, args, kwargs, part)
+                    args, kwargs = unpack_masks(*call)
+                    part = OutputRows(rows, rows_only) if index == indices[-1] else OutputRows()
+                    with (
+                        tracing_gradient(),
+                        bind_arrays(context.weights.slots[index], others | own),
+                    ):
+                        out = functions.call_block(index, out, args, kwargs, part)
                 return graph(out, outside, *arrays)
 
-            which = (0, 1, 2) if onward else (0, 1)
+            which = (0, 1, 2) if needs_input_grad else (0, 1)
             return mx.value_and_grad(forward, argnums=which)(trained, outside, x)
 
-        visited = [context.visits.of(index, lasting=True) for index in indices]
-        trained, frozen = ([pair[i] for pair in visited] for i in (0, 1))
-        del visited
+        loaded = [context.weights.load(index, own_memory=True) for index in indices]
+        trained, frozen = ([pair[i] for pair in loaded] for i in (0, 1))
+        del loaded
         key = loss.key
         if key is not None:
             kinds = tuple(map(functions.signature, indices))
-            key = "tail", indices, kinds, onward, wanted.rows is None, spares, loss.key
+            key = "tail", indices, kinds, needs_input_grad, wanted.rows is None, rows_only, loss.key
         if functions.tape.is_used:  # keys are drawn while the graph is built
             key = None
         with phase("backward", indices.start):
@@ -119,4 +128,4 @@ class Tail:
             del found
             mx.eval(value, dx, by_block, outside)
         pairs = zip(reversed(indices), by_block[::-1], strict=True)
-        return Finished(value, outside, pairs, dx[0] if dx else None)
+        return TailResult(value, outside, pairs, dx[0] if dx else None)

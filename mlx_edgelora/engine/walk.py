@@ -7,9 +7,9 @@
 
 It happens outside of any trace: an array that is evaluated while a gradient is traced keeps its
 whole graph, so nothing would be freed. Each segment is differentiated by itself and evaluated,
-and all of its graph is dropped. Segments are blocks computed whole (`Whole`), by tiles of
-tokens (`Tiled`), or once with their activations kept (`Kept`), and the last ones with the loss as
-one (`Tail`).
+and its graph is dropped. A segment is a block computed whole (`WholeBlock`), by tiles of tokens
+(`TiledBlock`), or once with its activations kept (`KeptBlock`); the last blocks and the loss can
+be one segment (`Tail`).
 """
 
 from collections.abc import Callable, Container, Iterator
@@ -22,27 +22,27 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_edgelora.blocks.attention import attention_bounded
-from mlx_edgelora.blocks.block_list import BlockList, Slot, array_slots, bound
+from mlx_edgelora.blocks.attention import bounded_attention
+from mlx_edgelora.blocks.block_list import BlockList, Slot, array_slots, bind_arrays
 from mlx_edgelora.blocks.checks import checked_blocks
 from mlx_edgelora.blocks.dropout import KeyTape, dropout_layers, keyed_dropout
-from mlx_edgelora.blocks.norms import norms_bounded
+from mlx_edgelora.blocks.norms import bounded_norms
 from mlx_edgelora.blocks.packable import check_packing
 from mlx_edgelora.blocks.packing import Packing, packing_now, rows_packed
-from mlx_edgelora.blocks.parts import BlockParts, Span
+from mlx_edgelora.blocks.parts import BlockParts, TokenSpan
 from mlx_edgelora.blocks.tiling import Tileable, Tiling
 from mlx_edgelora.blocks.weight_source import WeightSource
+from mlx_edgelora.engine.block_weights import Arrays, BlockWeights
 from mlx_edgelora.engine.context import Context, Segment
-from mlx_edgelora.engine.functions import SAME_KEY, BlockFunctions, Wanted
+from mlx_edgelora.engine.functions import SAME_KEY, BlockFunctions, OutputRows
 from mlx_edgelora.engine.hidden import Hidden, Slots, spans_of
-from mlx_edgelora.engine.kept import Kept
+from mlx_edgelora.engine.kept_block import KeptBlock
 from mlx_edgelora.engine.pipeline import Pipeline
-from mlx_edgelora.engine.record import Call, first_input, record
-from mlx_edgelora.engine.tail import Loss, Tail
-from mlx_edgelora.engine.tiled import Tiled
-from mlx_edgelora.engine.visits import Arrays, Visits
-from mlx_edgelora.engine.whole import Whole
-from mlx_edgelora.measure.meter import eval_in_step
+from mlx_edgelora.engine.record import BlockCall, first_input, record
+from mlx_edgelora.engine.tail import GraphLoss, Tail
+from mlx_edgelora.engine.tiled_block import TiledBlock
+from mlx_edgelora.engine.whole_block import WholeBlock
+from mlx_edgelora.measure.meter import eval_without_run_ahead
 from mlx_edgelora.measure.profile import phase
 from mlx_edgelora.model.weights import ResidentWeights, StreamedWeights
 from mlx_edgelora.planner.plan import Plan
@@ -94,7 +94,7 @@ class Walk:
             the model. What lies outside the blocks always is.
         plan: how blocks are computed and where hidden states wait: `prefetch`, `tile_tokens`,
             `kept_blocks` and `inputs`.
-        rest: called after every block, forward and backward.
+        pause: called after every block, forward and backward.
         blocks: the model's, if they were checked already.
         like: a walk over a model that has these blocks among others: trials that were made of
             them there are not made again.
@@ -102,7 +102,7 @@ class Walk:
     Attributes:
         ahead: build a segment's graph while the one before is computed, where the plan reads
             weights ahead as well; on a GPU.
-        rest: called after every block.
+        pause: called after every block.
         sample: of the blocks that are not kept only these are computed; None for all. The last
             block must be one of them or kept. What comes out is not the model's: it is for
             measuring.
@@ -119,41 +119,43 @@ class Walk:
         compiled: bool = False,
         adapters: WeightSource | None = None,
         plan: Plan = Plan(),  # noqa: B008 - frozen
-        rest: Callable[[], None] = lambda: None,
+        pause: Callable[[], None] = lambda: None,
         blocks: BlockList | None = None,
         like: "Walk | None" = None,
     ) -> None:
         self.ahead = mx.default_device() == mx.gpu
         self.sample: Container[int] | None = None
-        self.model, self.rest = model, rest
+        self.model, self.pause = model, pause
         self.blocks = blocks or checked_blocks(model)
         self.store = RamStore() if store is None else store
         self.weights = ResidentWeights() if weights is None else weights
         self.adapters = ResidentWeights() if adapters is None else adapters
-        self._visits = Visits(self.blocks, self.weights, self.adapters)
+        self._block_weights = BlockWeights(self.blocks, self.weights, self.adapters)
         self._tiling = Tiling(self.blocks, (self.weights, self.adapters), like and like._tiling)
         self._ram, self._dropout = RamStore(), dropout_layers(model)
         # One for good: a compiled function and the dropout layers must mean the same tape.
         self._tape = KeyTape()
-        self._functions = BlockFunctions(self.blocks, self._visits.slots, self._tape, compiled)
-        self.look_again()
-        self.obey(plan)
+        self._functions = BlockFunctions(
+            self.blocks, self._block_weights.slots, self._tape, compiled
+        )
+        self.refresh()
+        self.set_plan(plan)
 
-    def look_again(self) -> None:
+    def refresh(self) -> None:
         """Find out anew what is trained."""
-        self._visits.look_again()
-        self._functions.slots = self._visits.slots
-        self._functions.look_again()
+        self._block_weights.refresh()
+        self._functions.slots = self._block_weights.slots
+        self._functions.refresh()
         names = [name for name, _ in tree_flatten(self.model.trainable_parameters())]
         slots = array_slots(self.model)
         self._outside = {n: slots[n] for n in names if self.blocks.local(n) is None}
         self._reached: tuple[int, bool] | None = None
 
-    def obey(self, plan: Plan) -> None:
+    def set_plan(self, plan: Plan) -> None:
         """Compute the passes that begin from now on by another plan."""
         self._plan = plan
-        self._visits.prefetches = plan.prefetch
-        self._functions.look_again()
+        self._block_weights.prefetches = plan.prefetch
+        self._functions.refresh()
 
     @property
     def _overlaps(self) -> bool:
@@ -170,9 +172,9 @@ class Walk:
         return len(self._functions.functions)
 
     @property
-    def spares_rows(self) -> bool:
+    def computes_rows_only(self) -> bool:
         """Whether the last block is computed for labelled tokens only, where rows are asked for."""
-        return self._tiling.of(len(self.blocks) - 1).by_rows
+        return self._tiling.tileable(len(self.blocks) - 1).by_rows
 
     @property
     def tiling(self) -> str:
@@ -183,7 +185,7 @@ class Walk:
 
     def tile_choice(self, index: int, tokens: int) -> Tileable | None:
         """How a block of a batch of so many tokens is cut; None where the batch is not."""
-        return self._tiling.of(index) if self._cuts(tokens) else None
+        return self._tiling.tileable(index) if self._cuts(tokens) else None
 
     def check_packing(self, tokens: int) -> None:
         """See that rows can share a row of so many tokens in this model.
@@ -219,22 +221,22 @@ class Walk:
             ValueError: rows are not what they should be.
         """
         layers = keyed_dropout(self._dropout, self._tape)
-        with layers, attention_bounded(), norms_bounded(), rows_packed(packing):
-            first, entry = self._reach(run) if keep else (len(self.blocks), False)
+        with layers, bounded_attention(), bounded_norms(), rows_packed(packing):
+            first, entry = self._lowest_reached(run) if keep else (len(self.blocks), False)
             with self._tape.recording() as entry_keys:
                 x, calls = record(self.blocks, run)
             with phase("load"):
-                eval_in_step(x)
+                eval_without_run_ahead(x)
             if rows is not None:
-                check_rows(rows, x.shape[0] * x.shape[1])
-            state = self._begun(run, x, calls, rows, first, entry)
+                check_row_indices(rows, x.shape[0] * x.shape[1])
+            state = self._new_pass(run, x, calls, rows, first, entry)
             state.entry_keys = entry_keys
             hidden = Hidden(x)
             del x
             for number, segment in enumerate(state.segments):
-                following = state.segments[number + 1 : number + 2]
-                hidden = segment.forward(hidden, following[0].index if following else None)
-                self.rest()
+                next_segments = state.segments[number + 1 : number + 2]
+                hidden = segment.forward(hidden, next_segments[0].index if next_segments else None)
+                self.pause()
             state.context.pipeline.drain()
             if state.tail is None:
                 state.hidden = hidden.whole()
@@ -244,11 +246,11 @@ class Walk:
             del hidden
             yield state
 
-    def _begun(
+    def _new_pass(
         self,
         run: Callable[[], Any],
         x: mx.array,
-        calls: list[Call],
+        calls: list[BlockCall],
         rows: mx.array | None,
         first: int,
         entry: bool,
@@ -259,26 +261,30 @@ class Walk:
         pipeline = Pipeline(self._overlaps)
         if isinstance(self.weights, StreamedWeights):
             self.weights.in_use = 2 if self._overlaps else 1
-        context = Context(self._visits, self._functions, pipeline, slots, spans, first, entry)
+        context = Context(
+            self._block_weights, self._functions, pipeline, slots, spans, first, entry
+        )
         if rows is not None and rows.size == batch * tokens:
-            last = Wanted(rows)  # nothing is saved
+            last = OutputRows(rows)  # nothing is saved
         else:
-            spares = rows is not None and self.spares_rows
-            last = Wanted(rows, spares and self._can_cut(count - 1, calls[-1], tokens))
+            rows_only = rows is not None and self.computes_rows_only
+            last = OutputRows(rows, rows_only and self._can_cut(count - 1, calls[-1], tokens))
         segments: list[Segment] = []
         # A head that is read by tiles cannot be a part of the kept blocks' graph.
         tail_from = count if self._plan.reads_head else kept_from
         for index in range(tail_from):
             if self.sample is not None and index < kept_from and index not in self.sample:
                 continue
-            wanted = last if index + 1 == count else Wanted()
-            choice = self._tiling.of(index) if len(spans) > 1 else None
+            wanted = last if index + 1 == count else OutputRows()
+            choice = self._tiling.tileable(index) if len(spans) > 1 else None
             if index >= kept_from:
-                segments.append(Kept(context, index, calls[index], wanted))
+                segments.append(KeptBlock(context, index, calls[index], wanted))
             elif choice and choice.possible and self._can_cut(index, calls[index], tokens):
-                segments.append(Tiled(context, index, calls[index], wanted, choice.through_cache))
+                segments.append(
+                    TiledBlock(context, index, calls[index], wanted, choice.through_cache)
+                )
             else:
-                segments.append(Whole(context, index, calls[index], wanted))
+                segments.append(WholeBlock(context, index, calls[index], wanted))
         tail = None
         if tail_from < count:
             tail = Tail(context, range(tail_from, count), calls[tail_from:], last)
@@ -294,14 +300,14 @@ class Walk:
         Raises:
             EdgeLoraError: the volume is full, or cannot be used.
         """
-        first = 0 if self._outside else self._visits.lowest_trained
+        first = 0 if self._outside else self._block_weights.lowest_trained
         self._room(rows, tokens, nbytes, first)
 
     def _room(
         self, batch: int, tokens: int, nbytes: int, first: int
-    ) -> tuple[int, list[Span], Slots]:
+    ) -> tuple[int, list[TokenSpan], Slots]:
         """For a pass: the first kept block, the tiles of tokens, and where these wait."""
-        kept_from, spans = len(self.blocks), [Span(0, tokens)]
+        kept_from, spans = len(self.blocks), [TokenSpan(0, tokens)]
         if self._cuts(batch * tokens):
             spans = spans_of(tokens, max(1, self._plan.tile_tokens // batch))
         if first < kept_from:
@@ -311,14 +317,14 @@ class Walk:
         longest = max(span.stop - span.start for span in spans)
         return kept_from, spans, Slots(store, waiting * len(spans), batch * longest * nbytes)
 
-    def _can_cut(self, index: int, call: Call, tokens: int) -> bool:
+    def _can_cut(self, index: int, call: BlockCall, tokens: int) -> bool:
         """Whether what a block is called with can be cut into tokens, as in the trial of it."""
-        if packing_now() is not None and self._tiling.of(index).through_cache:
+        if packing_now() is not None and self._tiling.tileable(index).through_cache:
             return False  # its attention is not known to be in that of mlx-lm
         parts = BlockParts(self.blocks.blocks[index], call.args, call.kwargs)
-        return parts.unsuited(tokens) is None
+        return parts.untileable_reason(tokens) is None
 
-    def finish(self, state: Pass, loss: Loss) -> tuple[mx.array | tuple, Arrays]:
+    def finish(self, state: Pass, loss: GraphLoss) -> tuple[mx.array | tuple, Arrays]:
         """Compute the tail of a pass that has one, with its gradients.
 
         Returns:
@@ -342,7 +348,7 @@ class Walk:
         # The model's entry is called again, for nothing; its dropout must not draw again.
         with (
             self._tape.playing(state.entry_keys),
-            self.blocks.returning(hidden),
+            self.blocks.skip_blocks(hidden),
             self._outside_bound(outside or {}),
         ):
             yield
@@ -363,20 +369,24 @@ class Walk:
         dy = None
         if state.cotangent is not None:
             by_rows = state.rows is not None and state.tail is None
-            dy = Hidden(state.cotangent) if by_rows else state.context.handed_on(state.cotangent)
+            dy = (
+                Hidden(state.cotangent)
+                if by_rows
+                else state.context.to_next_segment(state.cotangent)
+            )
         state.cotangent = None
         wanted = [s for s in state.segments if s.index >= state.context.first]
         state.segments = []
         while wanted:
             segment = wanted.pop()
 
-            def ahead(following: list[Segment] = wanted) -> int | None:
-                return following[-1].prefetch() if following else None
+            def ahead(next_segments: list[Segment] = wanted) -> int | None:
+                return next_segments[-1].prefetch() if next_segments else None
 
             dy, gradients = segment.backward(dy, ahead)
             yield self._named(segment.index, gradients)
             del gradients, segment
-            self.rest()
+            self.pause()
         state.context.pipeline.drain()
         if state.context.entry:
             state.cotangent = dy.whole()
@@ -409,12 +419,12 @@ class Walk:
         mx.eval(gradients)
         return dict(zip(outside, gradients, strict=True))
 
-    def _reach(self, run: Callable[[], Any]) -> tuple[int, bool]:
+    def _lowest_reached(self, run: Callable[[], Any]) -> tuple[int, bool]:
         """How far down the backward must go: the lowest block, and whether beyond it."""
         if self._reached is None:
             with self._tape.playing(SAME_KEY):
                 entry = bool(self._outside) and self._trains_entry(run, self.outside())
-            self._reached = (0, True) if entry else (self._visits.lowest_trained, False)
+            self._reached = (0, True) if entry else (self._block_weights.lowest_trained, False)
         return self._reached
 
     def _trains_entry(self, run: Callable[[], Any], outside: Arrays) -> bool:
@@ -436,10 +446,10 @@ class Walk:
             return first_input(self.blocks, run)
 
     def _outside_bound(self, outside: Arrays) -> AbstractContextManager:
-        return bound(self._outside, outside)
+        return bind_arrays(self._outside, outside)
 
 
-def check_rows(rows: mx.array, count: int) -> None:
+def check_row_indices(rows: mx.array, count: int) -> None:
     """Evaluate row indices and see that they are ascending ones of `count` rows.
 
     Raises:

@@ -38,9 +38,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_edgelora.layers.fused import Backend, use_fused
-from mlx_edgelora.layers.grid import Band, Grid, KeySums, Setting, backward, forward
+from mlx_edgelora.layers.grid import AttentionSpec, Band, Grid, KeySums, backward, forward
 
-__all__ = ["TILE_BYTES", "Backend", "Band", "KeySums", "promoted", "tiled_attention", "use_fused"]
+__all__ = ["TILE_BYTES", "Backend", "Band", "KeySums", "promote", "tiled_attention", "use_fused"]
 
 # One tile of scores. At 24 heads of 128 and 2048 tokens 1 to 8 MiB took the same time.
 TILE_BYTES = 2**20
@@ -91,17 +91,17 @@ def tiled_attention(
         mask = Band(window=window)
     _check(q, k, v, mask, sinks, tile_bytes)
     _check_sight(mask, k.shape[2])
-    setting, arrays = _call(q, k, v, scale, mask, sinks, tile_bytes)
+    spec, arrays = _call(q, k, v, scale, mask, sinks, tile_bytes)
     # Arrays of positions are other ones in every batch: not to be remembered.
     new = isinstance(mask, Band) and isinstance(mask.positions, np.ndarray)
     if sums is not None:
-        function = _attention.__wrapped__(setting, sums)
+        function = _attention.__wrapped__(spec, sums)
     else:
-        function = _attention.__wrapped__(setting) if new else _attention(setting)
+        function = _attention.__wrapped__(spec) if new else _attention(spec)
     return function(*arrays)[0]
 
 
-def promoted(*arrays: mx.array) -> list[mx.array]:
+def promote(*arrays: mx.array) -> list[mx.array]:
     """The arrays in the one dtype that MLX's own attention computes them in."""
     dtype = mx.result_type(*arrays)
     return [array.astype(dtype) for array in arrays]
@@ -115,14 +115,14 @@ def _call(
     mask: Mask,
     sinks: mx.array | None,
     tile_bytes: int | None,
-) -> tuple[Setting, tuple[mx.array, ...]]:
+) -> tuple[AttentionSpec, tuple[mx.array, ...]]:
     """A checked call: what is fixed in it, and its arrays."""
     tile_bytes = TILE_BYTES if tile_bytes is None else tile_bytes
     extra = [] if sinks is None else [sinks]
     if isinstance(mask, mx.array):
         extra.append(mask.reshape((1,) * (4 - mask.ndim) + mask.shape))
     band = Band() if isinstance(mask, str) else mask if isinstance(mask, Band) else None
-    return Setting(float(scale), band, sinks is not None, int(tile_bytes)), (q, k, v, *extra)
+    return AttentionSpec(float(scale), band, sinks is not None, int(tile_bytes)), (q, k, v, *extra)
 
 
 def _check(
@@ -192,16 +192,16 @@ def _check_array(mask: mx.array, full: tuple[int, ...]) -> None:
 
 
 @lru_cache(maxsize=256)
-def _attention(setting: Setting, sums: KeySums | None = None) -> mx.custom_function:
+def _attention(spec: AttentionSpec, sums: KeySums | None = None) -> mx.custom_function:
     @mx.custom_function
     def attention(*arrays: mx.array) -> tuple[mx.array, mx.array]:
-        return forward(Grid(setting, arrays))
+        return forward(Grid(spec, arrays))
 
     @attention.vjp
     def vjp(
         primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple
     ) -> list[mx.array]:
-        grid = Grid(setting, primals)
+        grid = Grid(spec, primals)
         gradients = backward(grid, cotangents[0], *outputs, sums)
         if grid.mask is not None and not grid.floats:
             gradients.append(mx.zeros_like(grid.mask))

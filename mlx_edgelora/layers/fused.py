@@ -59,7 +59,7 @@ def _macos() -> tuple[int, ...]:
 _before: list[str | None] = []
 
 
-def gradient_blocks(size: int | None) -> None:
+def set_attention_block(size: int | None) -> None:
     """Let MLX's gradient of attention on Metal make so many queries' and keys' scores at a time.
 
     It holds three such blocks for every head and row. None puts back what was there before.

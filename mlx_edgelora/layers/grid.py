@@ -7,14 +7,13 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlx_edgelora.layers.order import wait
+from mlx_edgelora.layers.tile_order import Span, depend_on
 
 # So many tiles of a head are more operations than MLX allocates ahead (measured: 1 is not).
 IN_PLACE_TILES = 3
 LOG2E = log2(e)
 MASKED = mx.finfo(mx.float32).min
 
-Span = tuple[int, int]
 Unit = tuple[int, int, int]  # batch entry, first key head, last key head + 1
 # Where queries stand among keys, ascending: one after the other, or int [Tq].
 Positions = range | np.ndarray
@@ -34,7 +33,7 @@ class Band(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Setting:
+class AttentionSpec:
     """What one call of attention is asked for, beside its arrays; see `tiled_attention`."""
 
     scale: float
@@ -84,13 +83,13 @@ class KeySums:
 class Grid:
     """The tiles of one call: which key heads, rows of queries and keys are taken together."""
 
-    def __init__(self, setting: Setting, arrays: tuple[mx.array, ...]) -> None:
+    def __init__(self, spec: AttentionSpec, arrays: tuple[mx.array, ...]) -> None:
         self.q, self.k, self.v, *extra = arrays
-        self.sinks = extra.pop(0) if setting.has_sinks else None
+        self.sinks = extra.pop(0) if spec.has_sinks else None
         self.mask = extra.pop() if extra else None
         self.floats = self.mask is not None and self.mask.dtype != mx.bool_  # has a gradient
-        self.band = setting.band
-        self.scale = setting.scale * LOG2E  # powers of 2 instead of e
+        self.band = spec.band
+        self.scale = spec.scale * LOG2E  # powers of 2 instead of e
         batch, heads, queries, _ = self.q.shape
         _, kv_heads, keys, _ = self.k.shape
         self.group = heads // kv_heads
@@ -98,7 +97,7 @@ class Grid:
         if self.band and self.band.positions is not None:
             self.positions = self.band.positions
         # As many whole heads as fit, or square tiles of one head.
-        scores = max(1, setting.tile_bytes // (4 * self.group))
+        scores = max(1, spec.tile_bytes // (4 * self.group))
         edge = isqrt(scores)
         step = max(1, min(kv_heads, scores // (queries * keys)))
         whole = queries * keys <= scores
@@ -128,7 +127,7 @@ class Grid:
     def rows(self, x: mx.array, unit: Unit, rows: Span, after: list[mx.array]) -> mx.array:
         """Rows of [B, H, Tq, n] as float32 [key heads, group * rows, n]."""
         entry, first, last = unit
-        tile = wait([x[entry, first * self.group : last * self.group, slice(*rows)]], after)[0]
+        tile = depend_on([x[entry, first * self.group : last * self.group, slice(*rows)]], after)[0]
         return tile.astype(mx.float32).reshape(last - first, -1, x.shape[-1])
 
     def heads(self, tile: mx.array) -> mx.array:
@@ -141,7 +140,7 @@ class Grid:
         """The masked scores of one tile, and its keys and values in float32."""
         entry, first, last = unit
         parts = [x[entry, first:last, slice(*keys)] for x in (self.k, self.v)]
-        k, v, *hidden = wait(parts + self.hidden(unit, rows, keys), after)
+        k, v, *hidden = depend_on(parts + self.hidden(unit, rows, keys), after)
         k, v = k.astype(mx.float32), v.astype(mx.float32)
         scores = queries @ k.swapaxes(-1, -2)
         if hidden:
@@ -194,7 +193,7 @@ class Grid:
 
 def forward(grid: Grid) -> tuple[mx.array, mx.array]:
     """The output, and maximum and sum of the softmax [B, H, Tq, 2] in float32."""
-    outputs = [_Joined(grid.q, grid.v.shape[-1]), _Joined(grid.q, 2, mx.float32)]
+    outputs = [_HeadBuffer(grid.q, grid.v.shape[-1]), _HeadBuffer(grid.q, 2, mx.float32)]
     after: list[mx.array] = []
     for unit in grid.units:
         pieces = []
@@ -234,9 +233,12 @@ def backward(
 
     Those of k and v are zeros where they are added to sums.
     """
-    gradients = [_Joined(x, x.shape[-1]) for x in (grid.q, grid.k, grid.v)]
+    gradients = [_HeadBuffer(x, x.shape[-1]) for x in (grid.q, grid.k, grid.v)]
     if sums_of_keys is not None:
-        gradients[1:] = [_Added(sums_of_keys, 0, grid.k), _Added(sums_of_keys, 1, grid.v)]
+        gradients[1:] = [
+            _SummedHeads(sums_of_keys, 0, grid.k),
+            _SummedHeads(sums_of_keys, 1, grid.v),
+        ]
     saved = (grid.q, cotangent, output, statistics)
     after, dsinks = [cotangent], []
     dmask = _MaskGradient(grid.mask) if grid.floats else None
@@ -309,7 +311,7 @@ def _row_backward(
     return grid.heads(dq * (grid.scale / LOG2E)), share, after
 
 
-class _Joined:
+class _HeadBuffer:
     """An array like `like` but for its last axis, filled by [heads, rows, size] in turn."""
 
     def __init__(self, like: mx.array, size: int, dtype: mx.Dtype | None = None) -> None:
@@ -329,8 +331,8 @@ class _Joined:
         return self.whole.reshape(self.shape)
 
 
-class _Added:
-    """As `_Joined`, but what is filled in is added to sums; the result is zeros of no memory."""
+class _SummedHeads:
+    """As `_HeadBuffer`, but the heads are added to sums; the result is zeros of no memory."""
 
     def __init__(self, sums: KeySums, index: int, like: mx.array) -> None:
         self._sums, self._index, self._like, self.filled = sums, index, like, 0

@@ -21,7 +21,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_edgelora.layers.dequantize import dequantize
-from mlx_edgelora.layers.order import wait
+from mlx_edgelora.layers.tile_order import depend_on
 
 # One dequantized tile. On a CPU MLX allocates some tiles ahead of their use, so the cost is a few
 # of them; at 8192 x 3072 tiles of 2 to 20 MiB took the same time, and 17 to 92 MiB in all. On a
@@ -71,7 +71,7 @@ def _product(group_size: int, bits: int, mode: str, rows: int) -> mx.custom_func
         packed: tuple, start: int, stop: int, after: mx.array | None, dtype: mx.Dtype
     ) -> mx.array:
         tile = [array[start:stop] for array in packed]
-        tile = wait(tile, [] if after is None else [after])
+        tile = depend_on(tile, [] if after is None else [after])
         # In the activations' dtype, whatever the scales are kept in; uint8 scales are no numbers.
         floats = [a if a.dtype == mx.uint8 else a.astype(dtype) for a in tile[1:]]
         dense = dequantize(tile[0], *floats, group_size=group_size, bits=bits, mode=mode)

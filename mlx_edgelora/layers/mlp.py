@@ -27,7 +27,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_edgelora.layers.dequantize import dequantize
-from mlx_edgelora.layers.order import wait
+from mlx_edgelora.layers.tile_order import Span, depend_on
 
 # Three pieces of weights and what is made of 1024 tokens: at 3072 x 8192 slices of 4 to 32 MiB
 # took the same time but for noise.
@@ -40,7 +40,6 @@ MOST_SLICES = 192
 
 # (a, b) [n, m] -> [n, m], each entry of its own two alone.
 Activation = Callable[[mx.array, mx.array], mx.array]
-Span = tuple[int, int]
 
 
 class Packing(NamedTuple):
@@ -120,7 +119,7 @@ def gated_mlp(
     projections = (first, second, down)
     held = [[n for n in ARRAYS if getattr(p, n) is not None] for p in projections]
 
-    def rebuilt(arrays: Sequence[mx.array]) -> list[Projection]:
+    def rebuild(arrays: Sequence[mx.array]) -> list[Projection]:
         rest, result = iter(arrays), []
         for p, names in zip(projections, held, strict=True):
             own = {name: next(rest) for name in names}
@@ -129,12 +128,12 @@ def gated_mlp(
 
     @mx.custom_function
     def mlp(x: mx.array, *arrays: mx.array) -> mx.array:
-        return _forward(x, _Slices(x, *rebuilt(arrays), activation, tile_bytes))
+        return _forward(x, _Slices(x, *rebuild(arrays), activation, tile_bytes))
 
     @mlp.vjp
     def backward(primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array) -> list[mx.array]:
         x, *arrays = primals
-        slices = _Slices(x, *rebuilt(arrays), activation, tile_bytes)
+        slices = _Slices(x, *rebuild(arrays), activation, tile_bytes)
         dx, gradients = _backward(x, cotangent, slices)
         flat = [g.get(n) for g, names in zip(gradients, held, strict=True) for n in names]
         return [
@@ -203,7 +202,7 @@ class _Slices:
     def _piece(self, p: Projection, spans: tuple, after: list[mx.array]) -> mx.array:
         rows, columns = (slice(None) if s is None else slice(*s) for s in spans)
         if p.packing is None:
-            return wait([p.weight[rows, columns]], after)[0].astype(self.dtype)
+            return depend_on([p.weight[rows, columns]], after)[0].astype(self.dtype)
         packed = [a for a in (p.weight, p.scales, p.biases) if a is not None]
         if spans[1] is not None:
             # As many words or groups as the array has of each column.
@@ -215,7 +214,7 @@ class _Slices:
             packed = [a[:, cut] for a, cut in zip(packed, cuts, strict=True)]
         else:
             packed = [a[rows] for a in packed]
-        packed = wait(packed, after)
+        packed = depend_on(packed, after)
         floats = [a if a.dtype == mx.uint8 else a.astype(self.dtype) for a in packed[1:]]
         dense = dequantize(packed[0], *floats, **p.packing._asdict())
         return dense.astype(self.dtype)
@@ -226,7 +225,7 @@ class _Slices:
             return None
         return p.lora_a.astype(self.dtype), (p.scale * p.lora_b).astype(self.dtype)
 
-    def projected(
+    def project(
         self, p: Projection, span: Span, x: mx.array, weight: mx.array, z: mx.array | None
     ) -> mx.array:
         """A slice of what an input projection makes of x, whose LoRA part is z."""
@@ -245,9 +244,9 @@ def _forward(x: mx.array, s: _Slices) -> mx.array:
     for span in s.features:
         *weights, w_down = s.weights(span, after)
         for rows, z, total in zip(xs, zs, sums, strict=True):
-            ready = wait([rows], after)[0]
+            ready = depend_on([rows], after)[0]
             parts = [
-                s.projected(p, span, ready, w, part)
+                s.project(p, span, ready, w, part)
                 for p, w, part in zip(s.inputs, weights, z, strict=True)
             ]
             h = s.activation(*parts)
@@ -257,7 +256,7 @@ def _forward(x: mx.array, s: _Slices) -> mx.array:
             after = [t for t in total if t is not None]
     pieces = []
     for y, z in sums:
-        piece = wait([y], after)[0].astype(s.dtype)
+        piece = depend_on([y], after)[0].astype(s.dtype)
         if down_lora is not None:
             piece = piece + z.astype(s.dtype) @ down_lora[1]
         pieces.append(piece if s.down.bias is None else piece + s.down.bias.astype(s.dtype))
@@ -280,7 +279,7 @@ def _backward(
             after = part.arrays() + [a for a in sums if a is not None]
         for piece, found in zip(pieces, sums, strict=True):
             piece.append(found)
-    dxs = [part.finished() for part in parts]
+    dxs = [part.input_gradient() for part in parts]
     gradients: list[dict[str, mx.array]] = [{}, {}, {}]
     for index, p in enumerate(s.inputs):
         if p.lora_a is not None:
@@ -313,11 +312,10 @@ class _Chunk:
         self, span: Span, weights: list[mx.array], sums: list, after: list[mx.array]
     ) -> list[mx.array | None]:
         """Add a slice; returns the LoRA matrices' gradients of it, added to `sums`."""
-        s, (x, dy) = self.s, wait([self.x, self.dy], after)
+        s, (x, dy) = self.s, depend_on([self.x, self.dy], after)
         *w_inputs, w_down = weights
         inputs = [
-            s.projected(p, span, x, w, z)
-            for p, w, z in zip(s.inputs, w_inputs, self.z, strict=True)
+            s.project(p, span, x, w, z) for p, w, z in zip(s.inputs, w_inputs, self.z, strict=True)
         ]
         dh = dy @ w_down
         sums = list(sums)
@@ -340,7 +338,7 @@ class _Chunk:
         """What the next slice must wait for."""
         return [a for a in (self.dx, self.z_down, *self.dz) if a is not None]
 
-    def finished(self) -> mx.array:
+    def input_gradient(self) -> mx.array:
         """The gradient of x, with what came back through the branches."""
         dx = self.dx
         for dz, lora in zip(self.dz, self.loras, strict=True):

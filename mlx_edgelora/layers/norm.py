@@ -17,7 +17,7 @@ from functools import lru_cache
 
 import mlx.core as mx
 
-from mlx_edgelora.layers.order import wait
+from mlx_edgelora.layers.tile_order import depend_on
 
 TILE_BYTES = 2**18
 
@@ -57,7 +57,7 @@ def _norm(eps: float, rows: int) -> mx.custom_function:
     def norm(x: mx.array, *weight: mx.array) -> mx.array:
         results: list[mx.array] = []
         for (piece,) in pieces(x):
-            ready = wait([piece], results[-1:])
+            ready = depend_on([piece], results[-1:])
             results.append(_FUSED(ready[0], *(weight or (None,)), eps))
         return mx.concatenate(results)
 
@@ -70,7 +70,7 @@ def _norm(eps: float, rows: int) -> mx.custom_function:
         results: list[mx.array] = []
         dweight: mx.array | None = None
         for pair in pieces(x, cotangent):
-            ready = wait(list(pair), results[-1:])
+            ready = depend_on(list(pair), results[-1:])
             x_piece, dy = (part.astype(mx.float32) for part in ready)
             inverse = mx.rsqrt(mx.square(x_piece).mean(-1, keepdims=True) + eps)
             g = dy

@@ -43,7 +43,7 @@ class SubsetHead:
     def __init__(self, head: Head, tokens: np.ndarray, total: Tile | None = None) -> None:
         self._head, self._tokens, self._total = head, mx.array(tokens), total
         self.vocabulary, self.dims = len(tokens), head.dims
-        self.enter, self.leave = head.enter, head.leave
+        self.final_norm, self.logits_transform = head.final_norm, head.logits_transform
         self._left_out = head.vocabulary - len(tokens)
         self.tail = self._mean_row if total is not None and self._left_out else None
 
@@ -139,19 +139,19 @@ class ApproximateCrossEntropy:
 
     def __call__(self, hidden: mx.array, head: Head, labels: mx.array) -> tuple[mx.array, int]:
         """The loss as a part of a graph, differentiable in `hidden`."""
-        return self.exact(hidden, *self.restricted(hidden, head, labels))
+        return self.exact(hidden, *self.restrict(hidden, head, labels))
 
     def value(self, hidden: mx.array, head: Head, labels: mx.array) -> tuple[mx.array, int]:
         """The loss alone, evaluated tile by tile."""
-        return self.exact.value(hidden, *self.restricted(hidden, head, labels))
+        return self.exact.value(hidden, *self.restrict(hidden, head, labels))
 
     def value_and_grad(
         self, hidden: mx.array, head: Head, labels: mx.array
     ) -> tuple[tuple[mx.array, int], Gradients]:
         """The loss and its gradient, evaluated tile by tile."""
-        return self.exact.value_and_grad(hidden, *self.restricted(hidden, head, labels))
+        return self.exact.value_and_grad(hidden, *self.restrict(hidden, head, labels))
 
-    def restricted(
+    def restrict(
         self, hidden: mx.array, head: Head, labels: mx.array
     ) -> tuple[SubsetHead, mx.array]:
         """The subset of the head for these labels, and the labels' places in it."""

@@ -20,7 +20,7 @@ def chunked_cross_entropy(
     rows: int,
     gradient: bool = True,
     label_smoothing: float = 0.0,
-    settle: Callable[..., None] = mx.eval,
+    evaluate: Callable[..., None] = mx.eval,
 ) -> tuple[mx.array, mx.array | None, Arrays]:
     """Mean cross-entropy over chunks of tokens, with gradients of the head's own parameters.
 
@@ -32,7 +32,7 @@ def chunked_cross_entropy(
         rows: tokens per chunk.
         gradient: compute gradients too.
         label_smoothing: as in `CrossEntropy`.
-        settle: called with what must exist before the next chunk; evaluates it, where it can.
+        evaluate: called with what must exist before the next chunk; evaluates it, where it can.
 
     Returns:
         The loss, float32 []; its gradient [n, hidden] or None; those of `trained`.
@@ -54,13 +54,13 @@ def chunked_cross_entropy(
         part = some, trained, labels[start : start + rows]
         if not gradient:
             loss = loss + chunk_loss(*part)
-            settle(loss)
+            evaluate(loss)
             continue
         value, (piece, more) = mx.value_and_grad(chunk_loss, argnums=(0, 1))(*part)
         loss = loss + value
         pieces.append(piece / labels.size)
         gradients = {name: gradients[name] + more[name] / labels.size for name in gradients}
-        settle(loss, pieces[-1], gradients)
+        evaluate(loss, pieces[-1], gradients)
     return loss / labels.size, mx.concatenate(pieces) if pieces else None, gradients
 
 

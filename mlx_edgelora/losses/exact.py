@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
-from mlx_edgelora.losses.head import Adapter, Head, Pointwise, Tile, summed
+from mlx_edgelora.losses.head import Adapter, Head, Pointwise, Tile, add_row_sum
 
 TILE_BYTES = 40 * 2**20
 """What tiles take by default: 1,092 rows of 3,072 and 1,124 tokens."""
@@ -109,7 +109,7 @@ class CrossEntropy:
     def value(self, hidden: mx.array, head: Head, labels: mx.array) -> tuple[mx.array, int]:
         """The loss alone, evaluated tile by tile; one product with the head. Not for traces."""
         check_labels(hidden, head, labels)
-        scan = _Scan(self, hidden, head, head.adapter, labels, settle=mx.eval, gradient=False)
+        scan = _Scan(self, hidden, head, head.adapter, labels, evaluate=mx.eval, gradient=False)
         loss = scan.loss()
         mx.eval(loss)
         return loss, labels.size
@@ -124,7 +124,7 @@ class CrossEntropy:
             weights: see `graph`.
         """
         check_labels(hidden, head, labels)
-        scan = _Scan(self, hidden, head, head.adapter, labels, settle=mx.eval, weights=weights)
+        scan = _Scan(self, hidden, head, head.adapter, labels, evaluate=mx.eval, weights=weights)
         loss = scan.loss()
         mx.eval(loss)
         return (loss, labels.size), scan.gradients()
@@ -145,7 +145,7 @@ def check_labels(hidden: mx.array, head: Head, labels: mx.array) -> None:
             f"labels: got {low if low < 0 else high}, expected 0 to {head.vocabulary - 1}, the "
             "vocabulary of the head; use the tokenizer of its model"
         )
-    if head.enter is None and hidden.shape[1] != head.dims:
+    if head.final_norm is None and hidden.shape[1] != head.dims:
         raise ValueError(
             f"hidden states: got a width of {hidden.shape[1]}, but rows of the head have "
             f"{head.dims}; give the last hidden states of the head's own model"
@@ -153,23 +153,23 @@ def check_labels(hidden: mx.array, head: Head, labels: mx.array) -> None:
 
 
 @dataclass(frozen=True)
-class _Running:
+class _RunningSums:
     """What the pass keeps of some tokens; float32.
 
     Attributes:
-        peak, total: [n], maximum of the logits so far, and sum of exp(logit - peak).
-        product: [n], of the label's row, before `leave`.
-        slope: [n, width], sum of exp(logit - peak) d logit / d x.
-        summed, spread: [n] and [n or 1, width], the same sums without exponential, for
+        max_logit, total: [n], maximum of the logits so far, and sum of exp(logit - max_logit).
+        product: [n], of the label's row, before `logits_transform`.
+        weighted_rows: [n, width], sum of exp(logit - max_logit) d logit / d x.
+        logits_sum, rows_sum: [n] and [n or 1, width], the same sums without exponential, for
             label smoothing.
     """
 
-    peak: mx.array
+    max_logit: mx.array
     total: mx.array
     product: mx.array
-    slope: mx.array | None = None
-    summed: mx.array | None = None
-    spread: mx.array | None = None
+    weighted_rows: mx.array | None = None
+    logits_sum: mx.array | None = None
+    rows_sum: mx.array | None = None
 
     def arrays(self) -> list[mx.array]:
         """Those that there are."""
@@ -182,7 +182,7 @@ class _Scan:
     Args:
         settings: of the loss.
         hidden, head, adapter, labels: of this batch.
-        settle: called with what must exist before the next step.
+        evaluate: called with what must exist before the next step.
         gradient: keep what gradients need.
         weights: [n], of each token; None for 1 / n.
     """
@@ -194,11 +194,11 @@ class _Scan:
         head: Head,
         adapter: Adapter | None,
         labels: mx.array,
-        settle: Callable[[list[mx.array]], None] = lambda arrays: None,
+        evaluate: Callable[[list[mx.array]], None] = lambda arrays: None,
         gradient: bool = True,
         weights: mx.array | None = None,
     ) -> None:
-        self._head, self._adapter, self._settle = head, adapter, settle
+        self._head, self._adapter, self._evaluate = head, adapter, evaluate
         self._gradient, self._smoothing = gradient, settings.label_smoothing
         self._width = head.dims + (0 if adapter is None else adapter.down.shape[0])
         self._rows, tokens = tile_shape(
@@ -213,24 +213,24 @@ class _Scan:
         down = None if adapter is None else adapter.down
         self._inputs = []
         for part in self._hidden:
-            self._inputs.append(self._enter(part, down))
-            self._settle(self._inputs[-1:])
-        self._states = [self._fresh(part.shape[0]) for part in self._hidden]
+            self._inputs.append(self._project_input(part, down))
+            self._evaluate(self._inputs[-1:])
+        self._states = [self._empty_sums(part.shape[0]) for part in self._hidden]
         self._before: list[mx.array] = []
         for start, tile in self._tiles():
             for index in range(len(self._states)):
-                self._states[index] = self._advance(index, tile, start)
-                self._done(self._states[index].arrays())
+                self._states[index] = self._add_tile(index, tile, start)
+                self._finish_step(self._states[index].arrays())
 
     def loss(self) -> mx.array:
         """The mean loss."""
         total = mx.array(0.0)
         for state, weight in zip(self._states, self._weights, strict=True):
-            target = _through(self._head.leave, state.product[:, None])[:, 0]
+            target = _apply(self._head.logits_transform, state.product[:, None])[:, 0]
             # Kept apart: added to a large maximum the logarithm would lose its digits.
-            losses = (state.peak - target) + mx.log(state.total)
+            losses = (state.max_logit - target) + mx.log(state.total)
             if self._smoothing:
-                mean = state.summed / self._head.vocabulary
+                mean = state.logits_sum / self._head.vocabulary
                 losses = losses + self._smoothing * (target - mean)
             total = total + (losses * weight).sum()
         return total
@@ -242,57 +242,59 @@ class _Scan:
         pieces, down = [], None
         for index in range(len(self._states)):
             piece, *more = self._chunk_gradients(index)
-            self._settle([piece, *more])
+            self._evaluate([piece, *more])
             pieces.append(piece)
             if more:
                 down = more[0] if down is None else down + more[0]
         hidden = pieces[0] if len(pieces) == 1 else mx.concatenate(pieces)
         del pieces
         result = Gradients(hidden, down, up)
-        self._settle(result.arrays())
+        self._evaluate(result.arrays())
         return result
 
-    def _enter(self, hidden: mx.array, down: mx.array | None) -> mx.array:
-        x = _through(self._head.enter, hidden).astype(mx.float32)
+    def _project_input(self, hidden: mx.array, down: mx.array | None) -> mx.array:
+        x = _apply(self._head.final_norm, hidden).astype(mx.float32)
         if down is None:
             return x
         return mx.concatenate([x, self._adapter.scale * (x @ down.T.astype(x.dtype))], axis=-1)
 
-    def _fresh(self, tokens: int) -> _Running:
+    def _empty_sums(self, tokens: int) -> _RunningSums:
         """Before the first tile. A product of the label is set in the tile that has it."""
         zeros = mx.zeros((tokens,))
-        summed = zeros if self._smoothing else None
-        slope = spread = None
+        logits_sum = zeros if self._smoothing else None
+        weighted_rows = rows_sum = None
         if self._gradient:
-            slope = mx.zeros((tokens, self._width))
+            weighted_rows = mx.zeros((tokens, self._width))
             if self._smoothing:
-                spread = mx.zeros((tokens if self._head.leave else 1, self._width))
-        return _Running(mx.full((tokens,), -mx.inf), zeros, zeros, slope, summed, spread)
+                rows_sum = mx.zeros((tokens if self._head.logits_transform else 1, self._width))
+        return _RunningSums(
+            mx.full((tokens,), -mx.inf), zeros, zeros, weighted_rows, logits_sum, rows_sum
+        )
 
     def _tiles(self) -> Iterator[tuple[int, Tile]]:
         seen: Tile | None = None
         for start, stop in _spans(self._head.vocabulary, self._rows):
             rows = self._head.slice(start, stop)
-            rows = dict(zip(rows, self._in_turn(list(rows.values())), strict=True))
+            rows = dict(zip(rows, self._after_previous(list(rows.values())), strict=True))
             tile = self._head.unpack(rows)
             if self._head.tail is not None:
-                seen = summed(seen, tile)
+                seen = add_row_sum(seen, tile)
                 sums = [a for a in (seen.weight, seen.bias) if a is not None]
                 # Added up before it is used: in a graph every tile would wait for the last.
                 tile = replace(tile, weight=mx.depends([tile.weight], sums)[0])
-            yield start, self._widened(tile, slice(start, stop))
+            yield start, self._with_adapter(tile, slice(start, stop))
         if seen is not None:
             yield self._head.vocabulary, self._head.tail(seen)
 
-    def _done(self, arrays: list[mx.array]) -> None:
-        self._settle(arrays)
+    def _finish_step(self, arrays: list[mx.array]) -> None:
+        self._evaluate(arrays)
         self._before = arrays
 
-    def _in_turn(self, arrays: list[mx.array]) -> list[mx.array]:
+    def _after_previous(self, arrays: list[mx.array]) -> list[mx.array]:
         """Let nothing that is made of these arrays be computed before the last step is done."""
         return mx.depends(arrays, self._before) if self._before else arrays
 
-    def _widened(self, tile: Tile, rows: slice | mx.array) -> Tile:
+    def _with_adapter(self, tile: Tile, rows: slice | mx.array) -> Tile:
         if self._adapter is None:
             return tile
         up = self._adapter.up[rows].astype(mx.float32)
@@ -300,47 +302,55 @@ class _Scan:
 
     def _products(self, index: int, tile: Tile) -> tuple[mx.array, mx.array]:
         """What the matrix gives for a chunk, [n, m], and the logits made of it."""
-        products = self._in_turn([self._inputs[index]])[0] @ tile.weight.T
+        products = self._after_previous([self._inputs[index]])[0] @ tile.weight.T
         if tile.bias is not None:
             products = products + tile.bias
-        logits = _through(self._head.leave, products)
+        logits = _apply(self._head.logits_transform, products)
         return products, logits + tile.offset if tile.offset else logits
 
-    def _advance(self, index: int, tile: Tile, start: int) -> _Running:
-        state, leave = self._states[index], self._head.leave
+    def _add_tile(self, index: int, tile: Tile, start: int) -> _RunningSums:
+        state, logits_transform = self._states[index], self._head.logits_transform
         products, logits = self._products(index, tile)
-        peak = mx.maximum(state.peak, logits.max(axis=-1))
-        shrink = mx.exp(state.peak - peak)
-        masses = _exp(logits - peak[:, None])
-        total = state.total * shrink + masses.sum(axis=-1)
-        local, inside = _local(self._labels[index], start, logits.shape[-1])
+        max_logit = mx.maximum(state.max_logit, logits.max(axis=-1))
+        shrink = mx.exp(state.max_logit - max_logit)
+        exp_logits = _exp(logits - max_logit[:, None])
+        total = state.total * shrink + exp_logits.sum(axis=-1)
+        local, inside = _position_in_tile(self._labels[index], start, logits.shape[-1])
         product = mx.take_along_axis(products, local[:, None], axis=-1)[:, 0]
         product = mx.where(inside, product, state.product)
-        slope, summed, spread = None, None, None
+        weighted_rows, logits_sum, rows_sum = None, None, None
         if self._gradient:
-            errors = _back(leave, products, masses)
-            slope = mx.addmm(state.slope * shrink[:, None], errors, tile.weight)
+            errors = _vjp(logits_transform, products, exp_logits)
+            weighted_rows = mx.addmm(state.weighted_rows * shrink[:, None], errors, tile.weight)
         if self._smoothing:
-            summed = state.summed + logits.sum(axis=-1)
+            logits_sum = state.logits_sum + logits.sum(axis=-1)
             if self._gradient:
-                ones = mx.ones_like(logits if leave else logits[:1])
-                spread = mx.addmm(state.spread, _back(leave, products, ones), tile.weight)
-        return _Running(peak, total, product, slope, summed, spread)
+                ones = mx.ones_like(logits if logits_transform else logits[:1])
+                rows_sum = mx.addmm(
+                    state.rows_sum, _vjp(logits_transform, products, ones), tile.weight
+                )
+        return _RunningSums(max_logit, total, product, weighted_rows, logits_sum, rows_sum)
 
     def _chunk_gradients(self, index: int) -> list[mx.array]:
         """Of a chunk's hidden states and of `down`; the chunk's state is let go."""
         state, labels, hidden = self._states[index], self._labels[index], self._hidden[index]
         self._states[index] = self._inputs[index] = self._hidden[index] = None
-        rows = self._widened(self._head.unpack(self._head.take(labels)), labels).weight
+        rows = self._with_adapter(self._head.unpack(self._head.take(labels)), labels).weight
         product = state.product[:, None]
-        share = _back(self._head.leave, product, mx.full(product.shape, 1 - self._smoothing))
-        slope = state.slope / state.total[:, None] - share * rows
+        share = _vjp(
+            self._head.logits_transform, product, mx.full(product.shape, 1 - self._smoothing)
+        )
+        weighted_rows = state.weighted_rows / state.total[:, None] - share * rows
         if self._smoothing:
-            slope = slope - (self._smoothing / self._head.vocabulary) * state.spread
+            weighted_rows = (
+                weighted_rows - (self._smoothing / self._head.vocabulary) * state.rows_sum
+            )
         weight = self._weights[index]
-        slope = slope * (weight if isinstance(weight, float) else weight[:, None])
+        weighted_rows = weighted_rows * (weight if isinstance(weight, float) else weight[:, None])
         primals = [hidden] if self._adapter is None else [hidden, self._adapter.down]
-        _, gradients = mx.vjp(lambda hidden, down=None: self._enter(hidden, down), primals, [slope])
+        _, gradients = mx.vjp(
+            lambda hidden, down=None: self._project_input(hidden, down), primals, [weighted_rows]
+        )
         return gradients
 
     def _up_gradient(self) -> mx.array:
@@ -350,17 +360,17 @@ class _Scan:
             total = mx.zeros((tile.weight.shape[0], self._width - self._head.dims))
             for index, state in enumerate(self._states):
                 products, logits = self._products(index, tile)
-                chances = _exp(logits - state.peak[:, None]) / state.total[:, None]
-                local, inside = _local(self._labels[index], start, logits.shape[-1])
+                probabilities = _exp(logits - state.max_logit[:, None]) / state.total[:, None]
+                local, inside = _position_in_tile(self._labels[index], start, logits.shape[-1])
                 hit = (mx.arange(logits.shape[-1]) == local[:, None]) & inside[:, None]
-                errors = chances - (1 - self._smoothing) * hit
+                errors = probabilities - (1 - self._smoothing) * hit
                 if self._smoothing:
                     errors = errors - self._smoothing / self._head.vocabulary
                 weight = self._weights[index]
                 errors = errors * (weight if isinstance(weight, float) else weight[:, None])
-                errors = _back(self._head.leave, products, errors)
+                errors = _vjp(self._head.logits_transform, products, errors)
                 total = total + errors.T @ self._inputs[index][:, self._head.dims :]
-                self._done([total])
+                self._finish_step([total])
             pieces.append(total)
         return mx.concatenate(pieces).astype(self._adapter.up.dtype)
 
@@ -381,7 +391,7 @@ def _spans(count: int, step: int) -> list[tuple[int, int]]:
     return [(start, min(start + step, count)) for start in range(0, count, step)]
 
 
-def _local(labels: mx.array, start: int, rows: int) -> tuple[mx.array, mx.array]:
+def _position_in_tile(labels: mx.array, start: int, rows: int) -> tuple[mx.array, mx.array]:
     """Place of each label in a tile (0 where it has none), and whether it is in it."""
     # An array, for compiled there would be another kernel for every number.
     local = labels - mx.arange(start, start + 1)
@@ -389,11 +399,11 @@ def _local(labels: mx.array, start: int, rows: int) -> tuple[mx.array, mx.array]
     return mx.where(inside, local, 0), inside
 
 
-def _through(function: Pointwise | None, x: mx.array) -> mx.array:
+def _apply(function: Pointwise | None, x: mx.array) -> mx.array:
     return x if function is None else function(x)
 
 
-def _back(function: Pointwise | None, x: mx.array, cotangent: mx.array) -> mx.array:
+def _vjp(function: Pointwise | None, x: mx.array, cotangent: mx.array) -> mx.array:
     return cotangent if function is None else mx.vjp(function, [x], [cotangent])[1][0]
 
 

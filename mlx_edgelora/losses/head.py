@@ -13,7 +13,7 @@ Pointwise = Callable[[mx.array], mx.array]
 
 @dataclass(frozen=True)
 class Tile:
-    """Some rows of the head: logits are `leave(x @ weight.T + bias) + offset`.
+    """Some rows of the head: logits are `logits_transform(x @ weight.T + bias) + offset`.
 
     Attributes:
         weight: float32 [m, dims].
@@ -47,9 +47,9 @@ class Head(Protocol):
     Attributes:
         vocabulary: number of rows.
         dims: width of the rows.
-        enter: hidden states [n, width] -> [n, dims] before the matrix (a final norm); None
+        final_norm: hidden states [n, width] -> [n, dims] before the matrix (a final norm); None
             for nothing.
-        leave: products [n, m] -> logits [n, m] (scaling, soft-capping); None for nothing.
+        logits_transform: products [n, m] -> logits [n, m] (scaling, soft-capping); None for none.
         adapter: what is trained of the matrix; None for nothing.
         tail: makes one more row, for tokens that this head leaves out, of the sum of all of
             its rows; None for nothing.
@@ -57,8 +57,8 @@ class Head(Protocol):
 
     vocabulary: int
     dims: int
-    enter: Pointwise | None
-    leave: Pointwise | None
+    final_norm: Pointwise | None
+    logits_transform: Pointwise | None
     adapter: Adapter | None
     tail: Callable[[Tile], Tile] | None
 
@@ -78,7 +78,7 @@ class MatrixHead:
     Args:
         weight: [vocabulary, dims], floating.
         bias: [vocabulary] or None.
-        enter, leave, adapter: see `Head`.
+        final_norm, logits_transform, adapter: see `Head`.
     """
 
     tail = None
@@ -88,12 +88,12 @@ class MatrixHead:
         weight: mx.array,
         bias: mx.array | None = None,
         *,
-        enter: Pointwise | None = None,
-        leave: Pointwise | None = None,
+        final_norm: Pointwise | None = None,
+        logits_transform: Pointwise | None = None,
         adapter: Adapter | None = None,
     ) -> None:
         self.vocabulary, self.dims = weight.shape
-        self.enter, self.leave, self.adapter = enter, leave, adapter
+        self.final_norm, self.logits_transform, self.adapter = final_norm, logits_transform, adapter
         self._arrays = {"weight": weight} | ({} if bias is None else {"bias": bias})
 
     def slice(self, start: int, stop: int) -> Arrays:
@@ -110,7 +110,7 @@ class MatrixHead:
         return Tile(rows["weight"].astype(mx.float32), bias)
 
 
-def summed(total: Tile | None, tile: Tile) -> Tile:
+def add_row_sum(total: Tile | None, tile: Tile) -> Tile:
     """Add the sum of a tile's rows to a tile of one row; None counts as zero."""
     weight = tile.weight.sum(axis=0, keepdims=True)
     bias = None if tile.bias is None else tile.bias.sum(axis=0, keepdims=True)

@@ -7,7 +7,7 @@ kept, so that nothing of tokens x vocabulary exists.
 import mlx.core as mx
 
 from mlx_edgelora.losses.exact import TILE_BYTES
-from mlx_edgelora.losses.head import Head, Tile, summed
+from mlx_edgelora.losses.head import Head, Tile, add_row_sum
 
 # Rows looked up at a time: the head is unpacked once for so many.
 QUERIES = 256
@@ -72,7 +72,7 @@ def row_sum(head: Head, tile_bytes: int = TILE_BYTES) -> Tile:
     total, rows = None, max(1, tile_bytes // (8 * head.dims))
     for start in range(0, head.vocabulary, rows):
         tile = head.unpack(head.slice(start, min(start + rows, head.vocabulary)))
-        total = summed(total, tile)
+        total = add_row_sum(total, tile)
         del tile
         mx.eval([a for a in (total.weight, total.bias) if a is not None])
     return total

@@ -109,7 +109,7 @@ def lap() -> int:
     return peak
 
 
-def eval_in_step(*arrays: mx.array) -> None:
+def eval_without_run_ahead(*arrays: mx.array) -> None:
     """Evaluate without MLX allocating ahead of what it computes.
 
     Then each array of a chain can take the memory of the one before. MLX's wait is a busy

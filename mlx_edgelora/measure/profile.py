@@ -30,7 +30,7 @@ PHASES = (
 
 
 @dataclass
-class Stretch:
+class PhasePeak:
     """Some time of a step spent in one phase of one block.
 
     Attributes:
@@ -52,7 +52,7 @@ class Profile:
     """The stretches of the last step that was recorded, in order."""
 
     def __init__(self) -> None:
-        self.stretches: list[Stretch] = []
+        self.entries: list[PhasePeak] = []
         self._stack: list[tuple[str, int | None, int]] = []
         self._changed = time.perf_counter()
 
@@ -60,53 +60,53 @@ class Profile:
         """Forget the step before."""
         lap()
         self._changed = time.perf_counter()
-        self.stretches.clear()
+        self.entries.clear()
 
     def finish(self) -> None:
         """The step is over: what was done since the last phase belongs to it."""
         self._close()
 
-    def enter(self, phase: str, block: int | None) -> None:
+    def begin(self, phase: str, block: int | None) -> None:
         """Begin a phase; block None is the block of the phase around it."""
         self._close()
         if block is None and self._stack:
             block = self._stack[-1][1]
         self._stack.append((phase, block, mx.get_active_memory()))
 
-    def leave(self) -> None:
+    def end(self) -> None:
         """End the innermost phase."""
         self._close()
         self._stack.pop()
 
-    def peak(self) -> Stretch:
+    def peak(self) -> PhasePeak:
         """The stretch with the most memory; the first of several."""
-        return max(self.stretches, key=lambda stretch: stretch.peak_bytes)
+        return max(self.entries, key=lambda entry: entry.peak_bytes)
 
-    def by_phase(self) -> dict[str, Stretch]:
+    def by_phase(self) -> dict[str, PhasePeak]:
         """Of each phase the stretch with the most memory."""
-        result: dict[str, Stretch] = {}
-        for stretch in self.stretches:
-            best = result.get(stretch.phase)
-            if best is None or stretch.peak_bytes > best.peak_bytes:
-                result[stretch.phase] = stretch
+        result: dict[str, PhasePeak] = {}
+        for entry in self.entries:
+            best = result.get(entry.phase)
+            if best is None or entry.peak_bytes > best.peak_bytes:
+                result[entry.phase] = entry
         return {phase: result[phase] for phase in PHASES if phase in result}
 
     def table(self) -> str:
         """A few lines: of each phase its peak, and where the peak of the step stands."""
         top = self.peak()
         lines = [f"{'phase':<20}{'peak MiB':>10}{'began at':>10}  block"]
-        for phase, stretch in self.by_phase().items():
-            mark = "  <- the peak of the step" if stretch is top else ""
-            where = "-" if stretch.block is None else stretch.block
+        for phase, entry in self.by_phase().items():
+            mark = "  <- the peak of the step" if entry is top else ""
+            where = "-" if entry.block is None else entry.block
             lines.append(
-                f"{phase:<20}{stretch.peak_bytes / MIB:>10.1f}{stretch.start_bytes / MIB:>10.1f}"
+                f"{phase:<20}{entry.peak_bytes / MIB:>10.1f}{entry.start_bytes / MIB:>10.1f}"
                 f"  {where}{mark}"
             )
         return "\n".join(lines)
 
     def json(self) -> str:
         """All stretches."""
-        return json.dumps([asdict(stretch) for stretch in self.stretches], indent=1)
+        return json.dumps([asdict(entry) for entry in self.entries], indent=1)
 
     def plot(self, file: BinaryIO) -> None:
         """Draw the peak of each stretch over the step; needs matplotlib (the `plot` extra)."""
@@ -117,8 +117,8 @@ class Profile:
 
         figure, axis = pyplot.subplots(figsize=(10, 4), layout="constrained")
         for number, phase in enumerate(self.by_phase()):
-            places = [i for i, s in enumerate(self.stretches) if s.phase == phase]
-            heights = [self.stretches[i].peak_bytes / MIB for i in places]
+            places = [i for i, s in enumerate(self.entries) if s.phase == phase]
+            heights = [self.entries[i].peak_bytes / MIB for i in places]
             axis.bar(places, heights, width=1.0, color=f"C{number}", label=phase)
         top = self.peak()
         axis.axhline(top.peak_bytes / MIB, color="black", linewidth=0.8, linestyle="--")
@@ -136,13 +136,13 @@ class Profile:
         """Count what was held since the last change to the innermost phase, or the one before."""
         peak, now = lap(), time.perf_counter()
         spent, self._changed = now - self._changed, now
-        last = self.stretches[-1] if self.stretches else None
+        last = self.entries[-1] if self.entries else None
         if self._stack:
             phase, block, start = self._stack[-1]
             peak = max(peak, start)  # MLX counts anew from nothing until something is allocated
             if last is None or (last.phase, last.block) != (phase, block):
-                last = Stretch(phase, block, start, peak)
-                self.stretches.append(last)
+                last = PhasePeak(phase, block, start, peak)
+                self.entries.append(last)
         if last is not None:
             last.peak_bytes = max(last.peak_bytes, peak)
             last.seconds += spent
@@ -169,11 +169,11 @@ def phase(name: str, block: int | None = None) -> Iterator[None]:
         yield
         return
     profile = _recording[-1]
-    profile.enter(name, block)
+    profile.begin(name, block)
     try:
         yield
     finally:
-        profile.leave()
+        profile.end()
 
 
 def begin_step() -> None:

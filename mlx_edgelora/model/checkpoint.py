@@ -21,8 +21,8 @@ from mlx_lm.utils import _get_classes, load_model, quantize_model, save_config
 
 from mlx_edgelora.blocks.block_list import BlockList
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.model.weights import TensorPlace
-from mlx_edgelora.storage.files import Unchanged, sync, sync_folder
+from mlx_edgelora.model.weights import TensorLocation
+from mlx_edgelora.storage.files import WatchedFiles, sync, sync_folder
 from mlx_edgelora.storage.safetensors import TensorInfo, read_header, write_tensors
 
 # Layers all of whose parameters are floating numbers, and those that hold packed ones.
@@ -61,7 +61,7 @@ class Checkpoint:
     path: Path
     config: dict[str, Any]
     tensors: dict[str, tuple[Path, TensorInfo]]
-    files: Unchanged
+    files: WatchedFiles
 
 
 @dataclass
@@ -84,23 +84,23 @@ class LazyModel:
     model: nn.Module
     config: dict[str, Any]
     checkpoint: Checkpoint
-    raw: dict[int, tuple[mx.array, TensorPlace]]
+    raw: dict[int, tuple[mx.array, TensorLocation]]
     source: Path
     vocabulary: int
     streamable: bool = True
     blocks: BlockList | None = None
 
-    def replace_by(self, other: "LazyModel") -> None:
+    def replace_with(self, other: "LazyModel") -> None:
         """Become another one; whoever holds this holds the old weights no longer."""
         vars(self).update(vars(other))
 
-    def place(self, array: mx.array) -> TensorPlace | None:
+    def location(self, array: mx.array) -> TensorLocation | None:
         """Where a parameter lies on disk; None where it is computed from what lies there."""
         found = self.raw.get(id(array))
         return found[1] if found else None
 
 
-def resolve(name: str) -> Path:
+def resolve_model(name: str) -> Path:
     """Find a model: a folder, or the name of one on the Hugging Face Hub.
 
     Raises:
@@ -118,7 +118,7 @@ def resolve(name: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise EdgeLoraError(
             f"model: {name!r} is not a folder here and cannot be fetched from the Hub "
-            f"({reason(error)}); check the name, the network and the access rights"
+            f"({error_text(error)}); check the name, the network and the access rights"
         ) from error
 
 
@@ -128,7 +128,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         EdgeLoraError: a file is missing, truncated or does not say what it must.
     """
-    files = Unchanged()
+    files = WatchedFiles()
     config = _read_json(path / "config.json")
     files.watch(path / "config.json")
     if not isinstance(config.get("model_type"), str):
@@ -178,12 +178,12 @@ def load_lazily(checkpoint: Checkpoint) -> LazyModel:
     Raises:
         EdgeLoraError: mlx-lm does not know the architecture or the tensors do not fit it.
     """
-    raw: dict[int, tuple[mx.array, TensorPlace]] = {}
+    raw: dict[int, tuple[mx.array, TensorLocation]] = {}
     try:
         model, config = load_model(
             checkpoint.path,
             lazy=True,
-            get_model_classes=lambda config: _watched(config, checkpoint, raw),
+            get_model_classes=lambda config: _recording_classes(config, checkpoint, raw),
         )
         _check_dtypes(checkpoint.path, model)
         # Builds a graph and reads nothing; some settings only show in a call that they are wrong.
@@ -191,7 +191,7 @@ def load_lazily(checkpoint: Checkpoint) -> LazyModel:
     except BUILD_ERRORS as error:
         raise EdgeLoraError(
             f"{checkpoint.path}: mlx-lm cannot build this model "
-            f"({type(error).__name__}: {reason(error)}); use a model that it can load"
+            f"({type(error).__name__}: {error_text(error)}); use a model that it can load"
         ) from error
     checkpoint.files.check()  # mlx-lm has read them once more
     return LazyModel(model, config, checkpoint, raw, checkpoint.path, vocabulary)
@@ -215,7 +215,7 @@ def _check_dtypes(path: Path, model: nn.Module) -> None:
                 )
 
 
-def _watched(config: dict, checkpoint: Checkpoint, raw: dict) -> tuple[Callable, Any]:
+def _recording_classes(config: dict, checkpoint: Checkpoint, raw: dict) -> tuple[Callable, Any]:
     """mlx-lm's classes for a config, with a look at the weights before `sanitize` has them."""
     model_class, args_class = _get_classes(config)
 
@@ -223,19 +223,19 @@ def _watched(config: dict, checkpoint: Checkpoint, raw: dict) -> tuple[Callable,
         model = model_class(args)
         sanitize = getattr(model, "sanitize", lambda weights: weights)
 
-        def watched(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        def record_and_sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
             for name, array in weights.items():
-                raw[id(array)] = array, TensorPlace(checkpoint.tensors[name][0], name)
+                raw[id(array)] = array, TensorLocation(checkpoint.tensors[name][0], name)
             object.__delattr__(model, "sanitize")
             return sanitize(weights)
 
-        object.__setattr__(model, "sanitize", watched)
+        object.__setattr__(model, "sanitize", record_and_sanitize)
         return model
 
     return build, args_class
 
 
-def converted(lazy: LazyModel, cache: Path, quantize: int | None = None) -> Path:
+def convert_checkpoint(lazy: LazyModel, cache: Path, quantize: int | None = None) -> Path:
     """Write the model once as plain MLX shards, quantized or as it is; reuse it ever after.
 
     Args:
@@ -255,7 +255,7 @@ def converted(lazy: LazyModel, cache: Path, quantize: int | None = None) -> Path
         return folder
     model, config = lazy.model, lazy.config
     if quantize is not None:
-        config = quantized(lazy, quantize)
+        config = quantize_in_place(lazy, quantize)
     parameters = tree_flatten(model.parameters())
     lazy.raw.clear()
     lazy.model = model = None
@@ -278,7 +278,7 @@ def converted(lazy: LazyModel, cache: Path, quantize: int | None = None) -> Path
     return folder
 
 
-def quantized(lazy: LazyModel, bits: int) -> dict[str, Any]:
+def quantize_in_place(lazy: LazyModel, bits: int) -> dict[str, Any]:
     """Quantize the model in place, in groups of 64, when it is evaluated; gives its new config."""
     with contextlib.redirect_stdout(io.StringIO()):  # it prints where a library should not
         _, config = quantize_model(lazy.model, lazy.config, 64, bits)
@@ -317,14 +317,14 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise EdgeLoraError(
-            f"{path}: cannot be read as JSON ({reason(error)}); download the model again"
+            f"{path}: cannot be read as JSON ({error_text(error)}); download the model again"
         ) from error
     if not isinstance(content, dict):
         raise EdgeLoraError(f"{path}: not a JSON object; download the model again")
     return content
 
 
-def reason(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     """The text of a library's error as a part of one of our sentences."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror

@@ -17,9 +17,9 @@ import numpy as np
 from mlx_lm.tuner.lora import LoRAEmbedding
 from mlx_lm.tuner.lora import LoRALinear as MlxLoRALinear
 
-from mlx_edgelora.blocks.block_list import BlockList, bound
+from mlx_edgelora.blocks.block_list import BlockList, bind_arrays
 from mlx_edgelora.blocks.dropout import without_dropout
-from mlx_edgelora.blocks.refusals import Refusal, refused
+from mlx_edgelora.blocks.refusals import Refusal, refusal_error
 from mlx_edgelora.layers.dequantize import dequantize
 from mlx_edgelora.layers.linear import DequantizedEmbedding
 from mlx_edgelora.losses.exact import Gradients
@@ -40,7 +40,7 @@ LOOKUP_BYTES = 2**20
 ROUNDING = 5e-3
 
 
-class Rows(Protocol):
+class HeadRows(Protocol):
     """Rows of a module's parameters, by parameter name."""
 
     def slice(self, start: int, stop: int) -> Arrays:
@@ -80,17 +80,17 @@ class StreamedRows:
 
     def slice(self, start: int, stop: int) -> Arrays:
         """Read rows `start` to `stop` of every parameter."""
-        return self._received({n: r.slice(start, stop) for n, r in self._readers.items()})
+        return self._count_and_cast({n: r.slice(start, stop) for n, r in self._readers.items()})
 
     def take(self, indices: mx.array) -> Arrays:
         """Read the rows named by `indices`, int [m], each different one once."""
         rows, places = np.unique(np.array(indices), return_inverse=True)
-        read = self._received({n: r.take(rows) for n, r in self._readers.items()})
+        read = self._count_and_cast({n: r.take(rows) for n, r in self._readers.items()})
         if len(rows) == len(places) and (places[:-1] < places[1:]).all():
             return read
         return {name: array[mx.array(places)] for name, array in read.items()}
 
-    def _received(self, arrays: Arrays) -> Arrays:
+    def _count_and_cast(self, arrays: Arrays) -> Arrays:
         self._meter.add_read(sum(array.nbytes for array in arrays.values()))
         return {name: self.cast(array) for name, array in arrays.items()}
 
@@ -106,7 +106,7 @@ class _StreamedLookup:
         """Map int tokens [...] to embeddings [..., dims].
 
         Memory beside the result: the packed rows, and some pieces of `LOOKUP_BYTES`, if it is
-        evaluated by `meter.eval_in_step`.
+        evaluated by `meter.eval_without_run_ahead`.
         """
         tokens = np.array(x).reshape(-1)
         packed = isinstance(self, nn.QuantizedEmbedding)
@@ -161,7 +161,7 @@ def cast_lookups(modules: Iterable[nn.Module], dtype: mx.Dtype) -> None:
 
 @cache
 def _casting_kind(kind: type[nn.Module]) -> type[nn.Module]:
-    """A class for good, as in `_answering_kind`."""
+    """A class for good, as in `_replaced_class`."""
     call = kind.__call__
     return type(
         kind.__name__, (kind,), {"__call__": lambda self, x: call(self, x).astype(self._row_dtype)}
@@ -179,14 +179,16 @@ class ModelHead:
 
     tail = None
 
-    def __init__(self, blocks: BlockList, module: nn.Module, rows: Rows) -> None:
+    def __init__(self, blocks: BlockList, module: nn.Module, rows: HeadRows) -> None:
         self._blocks, self._module, self._rows = blocks, module, rows
         self._matrix = frozen_matrix(module)
         self.vocabulary, packed = self._matrix["weight"].shape
         self.dims = packed * 32 // self._matrix.bits if "scales" in self._matrix else packed
         self._width = _width(blocks)
         marker = mx.zeros((1, 2, 3))
-        self.leave = None if self._answered(marker) is marker else self._leave
+        self.logits_transform = (
+            None if self._logits_of(marker) is marker else self._transform_logits
+        )
 
     @property
     def adapter(self) -> Adapter | None:
@@ -239,7 +241,7 @@ class ModelHead:
         weight = dequantize(*packed, group_size=m.group_size, bits=m.bits, mode=m.mode)
         return Tile(weight.astype(mx.float32), bias)
 
-    def enter(self, hidden: mx.array, tokens: mx.array | None = None) -> mx.array:
+    def final_norm(self, hidden: mx.array, tokens: mx.array | None = None) -> mx.array:
         """Carry last hidden states [n, width] to the matrix: [n, dims].
 
         Args:
@@ -254,7 +256,7 @@ class ModelHead:
             return x[..., :1]
 
         tokens = mx.zeros(hidden.shape[0], mx.int32) if tokens is None else tokens
-        with answering(self._module, reach), self._blocks.returning(hidden[None]):
+        with replace_output(self._module, reach), self._blocks.skip_blocks(hidden[None]):
             self._blocks.model(tokens[None])
         return reached[0][0]
 
@@ -264,15 +266,15 @@ class ModelHead:
         Raises:
             EdgeLoraError: it is not, so that it cannot be computed for labelled tokens alone.
         """
-        check_rows(self._blocks, self.enter)
-        if self.leave is not None:
-            check_rows(self._blocks, lambda products, _: self.leave(products), 5)
+        check_rows(self._blocks, self.final_norm)
+        if self.logits_transform is not None:
+            check_rows(self._blocks, lambda products, _: self.logits_transform(products), 5)
 
     def is_separable(self) -> bool:
         """Whether this is how the model makes logits, each of its own row alone."""
         hidden = mx.random.normal((2, self._width), key=mx.random.key(0))
         half = min(8, self.vocabulary // 2)
-        x = self.enter(hidden).astype(mx.float32)
+        x = self.final_norm(hidden).astype(mx.float32)
         products = []
         for start in (0, half):
             tile = self.unpack(self.slice(start, start + half))
@@ -281,7 +283,7 @@ class ModelHead:
             if up is not None:
                 y = y + self.adapter.scale * (x @ self.adapter.down.T) @ up.T
             products.append(y)
-        parts = [p if self.leave is None else self.leave(p) for p in products]
+        parts = [p if self.logits_transform is None else self.logits_transform(p) for p in products]
         own = self.own_logits(hidden, 2 * half).astype(mx.float32)
         off, size = (
             mx.linalg.norm(value, axis=-1)
@@ -289,13 +291,13 @@ class ModelHead:
         )
         return bool((off <= ROUNDING * size).all().item())  # NaN is no agreement
 
-    def _leave(self, products: mx.array) -> mx.array:
-        return self._answered(products[None])[0]
+    def _transform_logits(self, products: mx.array) -> mx.array:
+        return self._logits_of(products[None])[0]
 
-    def _answered(self, products: mx.array) -> mx.array:
+    def _logits_of(self, products: mx.array) -> mx.array:
         """What the model returns where its head gives `products` [1, n, m]."""
         hidden = mx.zeros((*products.shape[:2], self._width))
-        with answering(self._module, lambda x: products), self._blocks.returning(hidden):
+        with replace_output(self._module, lambda x: products), self._blocks.skip_blocks(hidden):
             return self._blocks.model(mx.zeros(products.shape[:2], mx.int32))
 
     def own_logits(self, hidden: mx.array, count: int) -> mx.array:
@@ -316,7 +318,7 @@ class ModelHead:
             embeds = isinstance(self._module, LoRAEmbedding)
             name, up = ("lora_a" if embeds else "lora_b"), self.adapter.up[:count]
             slots[name], values = (self._module, name), values | {name: up if embeds else up.T}
-        with bound(slots, values), self._blocks.returning(hidden[None]):
+        with bind_arrays(slots, values), self._blocks.skip_blocks(hidden[None]):
             return self._blocks.model(mx.zeros((1, hidden.shape[0]), mx.int32))[0]
 
 
@@ -339,7 +341,7 @@ def check_rows(
         single = [tail(rows[i : i + 1], mx.zeros(1, mx.int32)).astype(mx.float32) for i in range(4)]
     difference = mx.linalg.norm(whole - mx.concatenate(single))
     if not (difference <= 1e-2 * mx.linalg.norm(whole)).item():
-        raise refused(blocks.model, Refusal.TOKENS)
+        raise refusal_error(blocks.model, Refusal.TOKENS)
 
 
 def frozen_matrix(module: nn.Module) -> nn.Module:
@@ -348,11 +350,11 @@ def frozen_matrix(module: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def answering(module: nn.Module, answer: Callable[[mx.array], mx.array]) -> Iterator[None]:
+def replace_output(module: nn.Module, answer: Callable[[mx.array], mx.array]) -> Iterator[None]:
     """Let a linear layer, or an embedding used as one, give `answer(x)`; undone on exit."""
     kind, before = type(module), vars(module).get("_answer")
     object.__setattr__(module, "_answer", answer)
-    object.__setattr__(module, "__class__", _answering_kind(kind))
+    object.__setattr__(module, "__class__", _replaced_class(kind))
     try:
         yield
     finally:
@@ -363,7 +365,7 @@ def answering(module: nn.Module, answer: Callable[[mx.array], mx.array]) -> Iter
 
 
 @cache
-def _answering_kind(kind: type[nn.Module]) -> type[nn.Module]:
+def _replaced_class(kind: type[nn.Module]) -> type[nn.Module]:
     """One for good: a class is part of a cycle, so what it holds stays until Python collects."""
     method = "as_linear" if issubclass(kind, EMBEDDINGS) else "__call__"
     return type(kind.__name__, (kind,), {method: lambda self, x: self._answer(x)})
@@ -378,7 +380,7 @@ def find_head(blocks: BlockList) -> nn.Module | None:
     for module in blocks.modules_outside():
         if not isinstance(module, MATRICES + ADAPTED):
             continue
-        with answering(module, lambda x: mx.zeros((*x.shape[:-1], 3))):
+        with replace_output(module, lambda x: mx.zeros((*x.shape[:-1], 3))):
             if _logit_count(blocks, hidden) == 3:
                 return module
     return None
@@ -386,7 +388,7 @@ def find_head(blocks: BlockList) -> nn.Module | None:
 
 def _logit_count(blocks: BlockList, hidden: mx.array) -> int | None:
     try:
-        with blocks.returning(hidden):
+        with blocks.skip_blocks(hidden):
             return blocks.model(mx.zeros((1, 2), mx.int32)).shape[-1]
     except ValueError:  # not the head: what follows it cannot take three columns
         return None
@@ -399,6 +401,6 @@ def _width(blocks: BlockList) -> int:
         seen.append(x.shape[-1])
         return x
 
-    with blocks.intercepted(look):
+    with blocks.intercept(look):
         blocks.model(mx.zeros((1, 2), mx.int32))
     return seen[-1]

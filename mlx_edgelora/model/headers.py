@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 )
 
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.model.checkpoint import HUB_PATTERNS, reason, resolve
+from mlx_edgelora.model.checkpoint import HUB_PATTERNS, error_text, resolve_model
 
 SMALL = [pattern for pattern in HUB_PATTERNS if not pattern.endswith("safetensors")]
 HUB_ERRORS = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError)
@@ -37,7 +37,7 @@ def headers_of(name: str) -> Iterator[Path]:
         EdgeLoraError: neither a folder nor a repository that can be reached.
     """
     if Path(name).is_dir() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        yield resolve(name)
+        yield resolve_model(name)
         return
     try:
         yield Path(huggingface_hub.snapshot_download(name, local_files_only=True))
@@ -56,7 +56,7 @@ def _fetch(name: str, folder: Path) -> None:
     except (*HUB_ERRORS, *FORMAT_ERRORS) as error:
         raise EdgeLoraError(
             f"model: {name!r} is not a folder here and cannot be looked at on the Hub "
-            f"({reason(error)}); check the name, the network and the access rights"
+            f"({error_text(error)}); check the name, the network and the access rights"
         ) from error
     for file in Path(found).iterdir():
         if file.is_file():

@@ -17,10 +17,10 @@ from mlx_edgelora.layers.linear import DequantizedEmbedding
 from mlx_edgelora.measure.meter import DiskMeter
 from mlx_edgelora.model.checkpoint import (
     LazyModel,
-    converted,
+    convert_checkpoint,
     load_lazily,
     read_checkpoint,
-    resolve,
+    resolve_model,
 )
 from mlx_edgelora.model.head import (
     EMBEDDINGS,
@@ -53,7 +53,7 @@ def open_model(name: str, *, streamed: bool, quantize: int | None, cache: Path) 
     Raises:
         EdgeLoraError: the model cannot be found, read, built or rewritten.
     """
-    lazy = load_lazily(read_checkpoint(resolve(name)))
+    lazy = load_lazily(read_checkpoint(resolve_model(name)))
     if quantize is not None and "quantization" in lazy.config:
         raise EdgeLoraError(
             f"quantize: {quantize} bits asked, but {name} is quantized already; leave --quantize "
@@ -61,17 +61,17 @@ def open_model(name: str, *, streamed: bool, quantize: int | None, cache: Path) 
         )
     if quantize is None and (not streamed or can_stream(lazy)):
         return lazy
-    rewritten = load_lazily(read_checkpoint(converted(lazy, cache, quantize)))
+    rewritten = load_lazily(read_checkpoint(convert_checkpoint(lazy, cache, quantize)))
     return dataclasses.replace(rewritten, source=lazy.source)
 
 
 def can_stream(lazy: LazyModel) -> bool:
     """Whether every parameter lies in a shard as the model has it; ask before `add_lora`."""
-    return all(lazy.place(array) for _, array in tree_flatten(lazy.model.parameters()))
+    return all(lazy.location(array) for _, array in tree_flatten(lazy.model.parameters()))
 
 
 @dataclass
-class Attached:
+class AttachedWeights:
     """Where a model's frozen weights come from, once `attach` has settled it.
 
     Attributes:
@@ -96,7 +96,7 @@ def attach(
     streamed_blocks: int | None = None,
     head_streamed: bool = True,
     file_cache: int | None = None,
-) -> Attached:
+) -> AttachedWeights:
     """Settle where every frozen weight comes from; call it after `add_lora`.
 
     What is trained stays as it is.
@@ -141,19 +141,21 @@ def attach(
         source = StreamedWeights(places, kind, meter, files, streamed_blocks, file_cache)
     if head is None:
         check_rows(blocks, partial(_logits, blocks))
-        return Attached(blocks, source, None, f"whole rows of logits: {why}")
+        return AttachedWeights(blocks, source, None, f"whole rows of logits: {why}")
     matrix = frozen_matrix(head)
     result = ModelHead(blocks, head, on_disk.get(id(matrix)) or ResidentRows(matrix))
     result.check_rows()
     if not result.is_separable():
-        return Attached(blocks, source, None, "whole rows of logits: a logit depends on others")
+        return AttachedWeights(
+            blocks, source, None, "whole rows of logits: a logit depends on others"
+        )
     where = "disk" if id(matrix) in on_disk else "memory"
-    return Attached(blocks, source, result, f"vocabulary tiles of the head, from {where}")
+    return AttachedWeights(blocks, source, result, f"vocabulary tiles of the head, from {where}")
 
 
 def _logits(blocks: BlockList, hidden: mx.array, tokens: mx.array) -> mx.array:
     """What the model makes of last hidden states [n, width]: [n, vocabulary]."""
-    with blocks.returning(hidden[None]):
+    with blocks.skip_blocks(hidden[None]):
         return blocks.model(tokens[None])[0]
 
 
@@ -188,7 +190,7 @@ def _leave_on_disk(
         embeds = type(module) in (nn.Embedding, nn.QuantizedEmbedding, DequantizedEmbedding)
         if not (embeds or module is matrix):
             continue
-        places = {n: lazy.place(module[n]) for n in ROW_NAMES if module.get(n) is not None}
+        places = {n: lazy.location(module[n]) for n in ROW_NAMES if module.get(n) is not None}
         readers = {
             name: RowReader(
                 place.shard, lazy.checkpoint.tensors[place.name][1], lazy.checkpoint.files
@@ -208,14 +210,18 @@ def _read(
     slots = array_slots(blocks.model)
     wanted = {name: slots[name] for name in names if id(slots[name][0]) not in on_disk}
     if dtype is not None:
-        arrays = held({name: box[key] for name, (box, key) in wanted.items()}, blocks, dtype)
+        arrays = cast_parameters(
+            {name: box[key] for name, (box, key) in wanted.items()}, blocks, dtype
+        )
         for name, (box, key) in wanted.items():
             box[key] = arrays.pop(name)
     for box, key in wanted.values():
         mx.eval(box[key])
 
 
-def held(arrays: dict[str, mx.array], blocks: BlockList, dtype: mx.Dtype) -> dict[str, mx.array]:
+def cast_parameters(
+    arrays: dict[str, mx.array], blocks: BlockList, dtype: mx.Dtype
+) -> dict[str, mx.array]:
     """Parameters by their names in the model, cast as they are kept in memory.
 
     Scales of blocks stay as narrow as they are; those of an embedding say what dtype its rows
@@ -231,7 +237,7 @@ def _block_places(lazy: LazyModel, blocks: BlockList) -> list[dict[str, tuple[Pa
         {
             name: lazy.checkpoint.tensors[place.name]
             for name, (box, key) in array_slots(block).items()
-            if (place := lazy.place(box[key]))
+            if (place := lazy.location(box[key]))
         }
         for block in blocks.blocks
     ]

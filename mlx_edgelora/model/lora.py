@@ -16,7 +16,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_edgelora.blocks.checks import MODEL_ERRORS
 from mlx_edgelora.blocks.lora_layers import LoRALinear, LoRASwitchLinear
-from mlx_edgelora.blocks.refusals import Refusal, refused
+from mlx_edgelora.blocks.refusals import Refusal, refusal_error
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.layers.linear import DequantizedEmbedding, DequantizedLinear, resolve_kernel
 
@@ -67,13 +67,13 @@ def add_lora(
             f"lora_parameters.keys: {error}; name linear layers, each of them once"
         ) from error
     except MODEL_ERRORS as error:
-        raise refused(model, Refusal.LORA, error=str(error)) from error
+        raise refusal_error(model, Refusal.LORA, error=str(error)) from error
     if not tree_flatten(model.trainable_parameters()):
         raise EdgeLoraError(
             "lora_parameters.keys: no layer was adapted, expected at least one; name layers that "
             "the last num_layers blocks have"
         )
-    _exchange(model, LORA_CLASSES)
+    _replace_classes(model, LORA_CLASSES)
 
 
 def freeze(model: nn.Module) -> None:
@@ -85,7 +85,7 @@ def freeze(model: nn.Module) -> None:
     try:
         model.freeze()
     except MODEL_ERRORS as error:
-        raise refused(model, Refusal.LORA, error=str(error)) from error
+        raise refusal_error(model, Refusal.LORA, error=str(error)) from error
 
 
 def set_kernel(model: nn.Module, kernel: str) -> str:
@@ -100,11 +100,11 @@ def set_kernel(model: nn.Module, kernel: str) -> str:
     """
     kernel, reason = resolve_kernel(kernel)
     if kernel == "dequantize":
-        _exchange(model, DEQUANTIZED_CLASSES)
+        _replace_classes(model, DEQUANTIZED_CLASSES)
     return f"{kernel} ({reason})"
 
 
-def _exchange(model: nn.Module, classes: dict[type, type]) -> None:
+def _replace_classes(model: nn.Module, classes: dict[type, type]) -> None:
     for module in model.modules():
         if type(module) in classes:
             object.__setattr__(module, "__class__", classes[type(module)])

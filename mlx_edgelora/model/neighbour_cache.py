@@ -38,14 +38,14 @@ class NeighbourCache:
         folder: of such files; made if need be.
         head: the head whose rows are compared, without its adapter.
         k: tokens kept per token, from 1 to the vocabulary.
-        notify: told why a file is made anew.
+        log: told why a file is made anew.
 
     Raises:
         EdgeLoraError: the folder or file cannot be written, or k does not fit.
     """
 
     def __init__(
-        self, folder: Path, head: Head, k: int, notify: Callable[[str], None] = lambda text: None
+        self, folder: Path, head: Head, k: int, log: Callable[[str], None] = lambda text: None
     ) -> None:
         if not 1 <= k <= head.vocabulary:
             raise EdgeLoraError(
@@ -62,9 +62,9 @@ class NeighbourCache:
         shape = (head.vocabulary, k + 1)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if wrong := self._whats_wrong(header, size):
+            if wrong := self._find_problem(header, size):
                 if self.path.exists():
-                    notify(f"{self.path}: {wrong}; it is built anew")
+                    log(f"{self.path}: {wrong}; it is built anew")
                 self._create(header, size)
             self._file = open(self.path, "r+b")  # noqa: SIM115 - closed by `close`
             self._slots = np.memmap(self._file, np.int32, "r", self._slots_at, shape)
@@ -97,7 +97,7 @@ class NeighbourCache:
             some = missing[start : start + self._at_once]
             near = to_numpy(nearest(self._head, mx.array(some), self._k))
             for token, row in zip(some, near, strict=True):
-                self._write(self._slots_at + 4 * (self._k + 1) * int(token), _sealed(row))
+                self._write(self._slots_at + 4 * (self._k + 1) * int(token), _with_checksum(row))
             advance(len(some))
 
     def __call__(self, tokens: np.ndarray) -> np.ndarray:
@@ -117,11 +117,11 @@ class NeighbourCache:
         """The sum of the head's rows, computed once."""
         width = self._head.dims + 1
         values = np.frombuffer(self._read(self._sum_at, 4 * (width + 1)), np.float32)
-        if not _is_sealed(values.view(np.int32)):
+        if not _has_checksum(values.view(np.int32)):
             total = row_sum(self._head)
             bias = mx.zeros((1,)) if total.bias is None else total.bias
             values = to_numpy(mx.concatenate([total.weight[0], bias]))
-            self._write(self._sum_at, _sealed(values.view(np.int32)))
+            self._write(self._sum_at, _with_checksum(values.view(np.int32)))
         bias = mx.array(values[width - 1 : width])
         return Tile(mx.array(values[None, : width - 1]), bias)
 
@@ -130,7 +130,7 @@ class NeighbourCache:
         self._slots = None
         self._file.close()
 
-    def _whats_wrong(self, header: bytes, size: int) -> str | None:
+    def _find_problem(self, header: bytes, size: int) -> str | None:
         try:
             with open(self.path, "rb") as file:
                 found = file.read(HEADER.size)
@@ -164,7 +164,7 @@ class NeighbourCache:
         if hasattr(mmap, "MADV_DONTNEED"):
             self._slots._mmap.madvise(mmap.MADV_DONTNEED)
         near = slots[:, : self._k]
-        there = np.array([_is_sealed(slot) for slot in slots], bool)
+        there = np.array([_has_checksum(slot) for slot in slots], bool)
         # Sealed, but in the wrong place, is wrong as well.
         there &= (near[:, 0] == tokens) & (near >= 0).all(axis=1)
         return near, there & (near < self._head.vocabulary).all(axis=1)
@@ -204,10 +204,10 @@ def _cannot_write(path: Path, error: OSError) -> EdgeLoraError:
     )
 
 
-def _sealed(row: np.ndarray) -> bytes:
+def _with_checksum(row: np.ndarray) -> bytes:
     data = np.ascontiguousarray(row).tobytes()
     return data + struct.pack("<I", zlib.crc32(data))
 
 
-def _is_sealed(row: np.ndarray) -> bool:
+def _has_checksum(row: np.ndarray) -> bool:
     return zlib.crc32(row[:-1].tobytes()) == int(row[-1]) & 0xFFFFFFFF

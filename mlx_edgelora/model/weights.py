@@ -11,14 +11,14 @@ import mlx.core as mx
 
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.measure.meter import DiskMeter
-from mlx_edgelora.storage.files import Unchanged
+from mlx_edgelora.storage.files import WatchedFiles
 from mlx_edgelora.storage.safetensors import DTYPES, TensorInfo, to_numpy
 
 Arrays = dict[str, mx.array]
 
 
 @dataclass(frozen=True)
-class TensorPlace:
+class TensorLocation:
     """Where a parameter lies on disk: a shard, and the tensor's name in it."""
 
     shard: Path
@@ -28,7 +28,7 @@ class TensorPlace:
 class ResidentWeights:
     """The weights are in the model and stay there. Memory: all of them."""
 
-    def block(self, index: int, lasting: bool = False) -> Arrays:
+    def block(self, index: int, own_memory: bool = False) -> Arrays:
         """Nothing to bind."""
         return {}
 
@@ -66,13 +66,13 @@ class StreamedWeights:
         blocks: list[Mapping[str, tuple[Path, TensorInfo]]],
         dtype: mx.Dtype | None,
         meter: DiskMeter,
-        files: Unchanged,
+        files: WatchedFiles,
         streamed: int | None = None,
         file_cache: int | None = None,
     ) -> None:
         self._blocks, self._dtype, self._meter, self._files = blocks, dtype, meter, files
-        self._held: dict[int, Arrays] = {}
-        self._held_from = len(blocks) if streamed is None else streamed
+        self._resident: dict[int, Arrays] = {}
+        self._resident_from = len(blocks) if streamed is None else streamed
         size = sum(i.stop - i.start for block in blocks[:streamed] for _, i in block.values())
         self._uncached = file_cache is not None and size > file_cache
         self._free: dict[Hashable, list[_Buffer]] = {}
@@ -82,70 +82,70 @@ class StreamedWeights:
         self._descriptors: dict[Path, int] = {}
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="mlx_edgelora-read")
 
-    def block(self, index: int, lasting: bool = False) -> Arrays:
+    def block(self, index: int, own_memory: bool = False) -> Arrays:
         """Give a block's tensors.
 
         What else is on its way is dropped: ask for a block first, then for the next one.
 
         Args:
             index: of the block.
-            lasting: give them memory of their own, that nobody writes into.
+            own_memory: give them memory of their own, that nobody writes into.
 
         Raises:
             EdgeLoraError: a shard was removed or changed since training began.
         """
-        ready = self._settled(index)
+        ready = self._finish_prefetch(index)
         self._release()
-        if index in self._held:
-            return dict(self._held[index])
-        holds = index >= self._held_from
-        arrays = self._taken(index, ready, lasting or holds)
+        if index in self._resident:
+            return dict(self._resident[index])
+        holds = index >= self._resident_from
+        arrays = self._read_block(index, ready, own_memory or holds)
         if holds:
-            self._held[index] = dict(arrays)
+            self._resident[index] = dict(arrays)
         return arrays
 
-    def hold_from(self, index: int) -> None:
+    def set_resident_from(self, index: int) -> None:
         """Keep this block and those above it in memory, from their next visit on, and no other."""
-        self._held_from = index
-        for lower in [held for held in self._held if held < index]:
-            del self._held[lower]
+        self._resident_from = index
+        for lower in [held for held in self._resident if held < index]:
+            del self._resident[lower]
         self.trim()
 
     def prefetch(self, index: int) -> None:
         """Read a block's tensors while the current one computes."""
-        if index >= self._held_from or (self._ahead is not None and self._ahead[0] == index):
+        if index >= self._resident_from or (self._ahead is not None and self._ahead[0] == index):
             return
-        self._settled(None)
+        self._finish_prefetch(None)
         buffer = self._buffer(index)
         self._ahead = index, self._worker.submit(self._fill, index, buffer)
 
     def trim(self) -> None:
         """Let go of memory that is not used at the moment; what was given is not used any more."""
-        self._settled(None)
+        self._finish_prefetch(None)
         self._used.clear()
         self._free.clear()
 
     def close(self) -> None:
         """Let go of memory and files."""
         self.trim()
-        self._held.clear()
+        self._resident.clear()
         self._worker.shutdown()
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
-    def _taken(self, index: int, ready: "_Buffer | None", lasting: bool) -> Arrays:
+    def _read_block(self, index: int, ready: "_Buffer | None", own_memory: bool) -> Arrays:
         if ready is None:
             ready = self._buffer(index)
             self._fill(index, ready)
         self._meter.add_read(ready.nbytes)
         arrays = self._cast(ready.arrays)
-        if lasting:
+        if own_memory:
             mx.eval(arrays)
         else:
             self._used.append((self._calls, self._layout(index), ready))
         return arrays
 
-    def _settled(self, index: int | None) -> "_Buffer | None":
+    def _finish_prefetch(self, index: int | None) -> "_Buffer | None":
         """Wait for what is on its way, and give it if it is this block's."""
         if self._ahead is None:
             return None

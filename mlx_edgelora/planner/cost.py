@@ -8,10 +8,10 @@ from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from mlx_edgelora.planner.measured import Estimate, Measured, Way
+from mlx_edgelora.planner.measured import Estimate, Measurements, Way
 from mlx_edgelora.planner.needs import FLOAT, need
 from mlx_edgelora.planner.plan import Plan
-from mlx_edgelora.planner.sizes import Load, ModelShape
+from mlx_edgelora.planner.sizes import BatchShape, ModelShape
 
 # AdamW and most others keep two numbers for each one that is trained.
 MOMENTS = 2
@@ -39,7 +39,7 @@ class Phase:
         return round(self.held + self.need.value)
 
     @property
-    def most(self) -> int:
+    def upper_bytes(self) -> int:
         """What it may be."""
         return round(self.held + self.need.value * self.need.spread)
 
@@ -49,30 +49,30 @@ class Memory:
 
     Args:
         shape: of the model.
-        load: the batch; with micro-batches its largest part counts.
+        batch_shape: the batch; with micro-batches its largest part counts.
         plan: how it is computed.
-        known: what was measured.
+        measurements: what was measured.
         base: what is in memory before a step; None for what the plan leaves there.
     """
 
     def __init__(
         self,
         shape: ModelShape,
-        load: Load,
+        batch_shape: BatchShape,
         plan: Plan,
-        known: Measured | None = None,
+        measurements: Measurements | None = None,
         base: int | None = None,
     ) -> None:
         self.shape, self.plan = shape, plan
-        self.known = Measured() if known is None else known
-        self.load = load.part(plan.micro_batches)
+        self.measurements = Measurements() if measurements is None else measurements
+        self.batch_shape = batch_shape.part(plan.micro_batches)
         count = shape.blocks
         streamed = count if plan.streamed_blocks is None else min(plan.streamed_blocks, count)
         self.first = count - shape.adapted
-        self.by_tiles = plan.tile_tokens is not None and self.load.size > plan.tile_tokens
+        self.by_tiles = plan.tile_tokens is not None and self.batch_shape.size > plan.tile_tokens
         self.kept = 0 if self.by_tiles else min(plan.kept_blocks, shape.adapted)
         self.streamed = streamed
-        self.hidden = self.load.size * shape.hidden * shape.itemsize
+        self.hidden = self.batch_shape.size * shape.hidden * shape.itemsize
         self.paged = plan.adapters == "paged"
         # MLX runs farther ahead where there are no weights to wait for.
         resident = streamed < count - self.kept
@@ -98,9 +98,9 @@ class Memory:
         ends = {0, self.first, self.streamed, count - self.kept, count}
         wanted = {end + step for end in ends for step in (-2, -1, 0, 1)}
         phases = list(self.phases(wanted))
-        factor = self.known.correction
+        factor = self.measurements.correction
         expected = max(phase.bytes for phase in phases)
-        return round(factor * expected), round(factor * max(phase.most for phase in phases))
+        return round(factor * expected), round(factor * max(phase.upper_bytes for phase in phases))
 
     def phases(self, blocks: Container[int] | None = None) -> Iterator[Phase]:
         """All of them in order, or those of some blocks and outside of blocks."""
@@ -119,9 +119,9 @@ class Memory:
             held += self.paged * self.kept * shape.adapter_bytes
             yield Phase("backward", last, held, self._need("tail"))
         else:
-            labelled = self.load.labelled * shape.hidden * shape.itemsize
+            labelled = self.batch_shape.labelled * shape.hidden * shape.itemsize
             yield Phase("head", None, held + labelled, self._need("head"))
-        sums = self.by_tiles * self.load.size * shape.keys * FLOAT
+        sums = self.by_tiles * self.batch_shape.size * shape.keys * FLOAT
         for index in filter(wanted.__contains__, range(last - 1, self.first - 1, -1)):
             above = shape.blocks - 1 - index
             held = self.base + self._waiting(index) + self._gradients(above)
@@ -137,7 +137,9 @@ class Memory:
 
     def _need(self, phase: str) -> Estimate:
         kind = self.kind(phase)
-        return self.known.bytes(kind, self.ways[phase], self.load, partial(need, kind, self.shape))
+        return self.measurements.bytes(
+            kind, self.ways[phase], self.batch_shape, partial(need, kind, self.shape)
+        )
 
     def _input(self) -> int:
         """Of a block's input, where it is in memory while the block is computed."""
@@ -145,7 +147,7 @@ class Memory:
 
     def _keys(self) -> int:
         """Keys and values of all tokens, where a block is computed by tiles."""
-        return self.by_tiles * self.load.size * self.shape.keys * self.shape.itemsize
+        return self.by_tiles * self.batch_shape.size * self.shape.keys * self.shape.itemsize
 
     def _waiting(self, index: int) -> int:
         """Inputs in memory of the blocks from the first to `index`, itself not included."""
@@ -160,7 +162,7 @@ class Memory:
     def _ring(self) -> int:
         """The memory into which blocks' weights are read, again and again."""
         # On a GPU the block before is still computed while the next one is read, be it the same.
-        more = self.known.overlaps and self.plan.prefetch
+        more = self.measurements.overlaps and self.plan.prefetch
         buffers = 1 + self.plan.prefetch + more
         visited = min(self.streamed, self.shape.blocks - self.kept)
         return min(visited and visited + more, buffers) * self.shape.block_bytes

@@ -5,10 +5,10 @@ from functools import partial
 from mlx_edgelora.layers.fused import BLOCK
 from mlx_edgelora.planner.cost import Memory
 from mlx_edgelora.planner.machine import Machine
-from mlx_edgelora.planner.measured import Measured, Way
+from mlx_edgelora.planner.measured import Measurements, Way
 from mlx_edgelora.planner.needs import FLOAT
 from mlx_edgelora.planner.plan import Plan
-from mlx_edgelora.planner.sizes import Load, ModelShape
+from mlx_edgelora.planner.sizes import BatchShape, ModelShape
 
 # Small operations of a block, forward and backward, and of one more tile of it.
 FORWARD_CALLS, BACKWARD_CALLS, TILE_CALLS = 150, 450, 200
@@ -21,20 +21,28 @@ OVERLAPPED = 0.4
 
 
 def seconds(
-    shape: ModelShape, load: Load, plan: Plan, machine: Machine, known: Measured | None = None
+    shape: ModelShape,
+    batch_shape: BatchShape,
+    plan: Plan,
+    machine: Machine,
+    measurements: Measurements | None = None,
 ) -> float:
     """Seconds of a whole step: forward, loss, backward and update."""
-    part = load.part(plan.micro_batches)
-    step = _Step(shape, part, plan, machine, Measured() if known is None else known)
-    return min(plan.micro_batches, load.rows) * step.batch() + step.update()
+    part = batch_shape.part(plan.micro_batches)
+    step = _Step(
+        shape, part, plan, machine, Measurements() if measurements is None else measurements
+    )
+    return min(plan.micro_batches, batch_shape.rows) * step.batch() + step.update()
 
 
-def longest_operation(shape: ModelShape, load: Load, plan: Plan, machine: Machine) -> float:
+def longest_operation(
+    shape: ModelShape, batch_shape: BatchShape, plan: Plan, machine: Machine
+) -> float:
     """Seconds of the longest operation of a block that nothing divides.
 
     A product with its largest matrix, or MLX's gradient of attention on Metal.
     """
-    part = load.part(plan.micro_batches)
+    part = batch_shape.part(plan.micro_batches)
     tokens = part.size if plan.tile_tokens is None else min(part.size, plan.tile_tokens)
     kernel = machine.kernels[0] if plan.kernel == "auto" else plan.kernel
     fused = shape.packed and kernel == "fused"
@@ -53,12 +61,22 @@ TIMED = ("forward", "backward", "head", "tail")
 
 class _Step:
     def __init__(
-        self, shape: ModelShape, load: Load, plan: Plan, machine: Machine, known: Measured
+        self,
+        shape: ModelShape,
+        batch_shape: BatchShape,
+        plan: Plan,
+        machine: Machine,
+        measurements: Measurements,
     ) -> None:
-        self.shape, self.load, self.plan, self.known = shape, load, plan, known
+        self.shape, self.batch_shape, self.plan, self.measurements = (
+            shape,
+            batch_shape,
+            plan,
+            measurements,
+        )
         self.rates, self.kernels = machine.rates, machine.kernels
-        self.memory = Memory(shape, load, plan, known)
-        known.paced(self._seconds)
+        self.memory = Memory(shape, batch_shape, plan, measurements)
+        measurements.set_pace(self._seconds)
 
     def batch(self) -> float:
         """Forward, loss and backward of a batch, or of one part of it."""
@@ -95,27 +113,29 @@ class _Step:
     def _of(self, phase: str) -> float:
         """Seconds of a phase of one block, of the head, or of the last blocks with it."""
         memory, formula = self.memory, partial(self.formula, phase)
-        return self.known.seconds(memory.kind(phase), memory.ways[phase], self.load, formula)
+        return self.measurements.seconds(
+            memory.kind(phase), memory.ways[phase], self.batch_shape, formula
+        )
 
-    def _seconds(self, kind: str, way: Way, load: Load) -> float:
+    def _seconds(self, kind: str, way: Way, batch_shape: BatchShape) -> float:
         """What the formula says of something that was measured; 0 of what it does not know."""
         phase = kind.removeprefix("tiles ")
-        return self.formula(phase, way, load) if phase in TIMED else 0.0
+        return self.formula(phase, way, batch_shape) if phase in TIMED else 0.0
 
-    def formula(self, kind: str, way: Way, load: Load) -> float:
+    def formula(self, kind: str, way: Way, batch_shape: BatchShape) -> float:
         """The same where nothing was measured."""
         if kind == "head":
-            return self._head(way[0], load, way[1] == "streamed")
+            return self._head(way[0], batch_shape, way[1] == "streamed")
         if kind == "tail":
             kept, loss_bytes, kernel, place, attention_block = way
-            block = _Block(self, (None, None, kernel, True, attention_block), load)
+            block = _BlockTime(self, (None, None, kernel, True, attention_block), batch_shape)
             # Of the last one all but keys and values is computed for labelled tokens.
-            count = kept - 1 + load.labelled / load.size
+            count = kept - 1 + batch_shape.labelled / batch_shape.size
             calls = BACKWARD_CALLS + SCORE_CALLS * block.score_blocks
             spent = kept * calls * self.rates.call
             spent += count * (block.forward() + block.backward())
-            return spent + self._head(loss_bytes, load, place == "streamed")
-        block = _Block(self, way, load)
+            return spent + self._head(loss_bytes, batch_shape, place == "streamed")
+        block = _BlockTime(self, way, batch_shape)
         calls = FORWARD_CALLS
         if kind == "backward":
             calls = BACKWARD_CALLS + SCORE_CALLS * block.score_blocks
@@ -124,9 +144,9 @@ class _Step:
             return spent + block.forward()
         return spent + block.again() + block.backward()
 
-    def _head(self, loss_bytes: int, load: Load, streamed: bool) -> float:
+    def _head(self, loss_bytes: int, batch_shape: BatchShape, streamed: bool) -> float:
         shape = self.shape
-        entries = load.labelled * shape.vocabulary
+        entries = batch_shape.labelled * shape.vocabulary
         spent = 4 * entries * shape.hidden / self.rates.flops
         if shape.head_packed:
             spent += shape.head_entries / self.rates.dequantized
@@ -141,14 +161,14 @@ class _Step:
         return (OVERLAPPED if overlapped else 1.0) * size / rate
 
 
-class _Block:
+class _BlockTime:
     """One block, computed in some way."""
 
-    def __init__(self, step: _Step, way: Way, load: Load) -> None:
+    def __init__(self, step: _Step, way: Way, batch_shape: BatchShape) -> None:
         tile_tokens, mlp_bytes, kernel, _, attention_block = way
-        self.shape, self.load, self.rates = step.shape, load, step.rates
+        self.shape, self.batch_shape, self.rates = step.shape, batch_shape, step.rates
         shape = step.shape
-        self.tiles = 1 if tile_tokens is None else -(-load.size // tile_tokens)
+        self.tiles = 1 if tile_tokens is None else -(-batch_shape.size // tile_tokens)
         self.sliced = mlp_bytes is not None and shape.gated
         kernel = step.kernels[0] if kernel == "auto" else kernel
         # Entries that MLX's kernel multiplies as they are; slices are unpacked.
@@ -158,8 +178,8 @@ class _Block:
         self.dense = shape.block_weights - self.fused
         self.score_blocks = 0
         if shape.blocked_heads:
-            size, queries = attention_block or BLOCK, -(-load.tokens // self.tiles)
-            self.score_blocks = self.tiles * -(-queries // size) * -(-load.tokens // size)
+            size, queries = attention_block or BLOCK, -(-batch_shape.tokens // self.tiles)
+            self.score_blocks = self.tiles * -(-queries // size) * -(-batch_shape.tokens // size)
         # Seconds that unpacking the others takes in one pass over all tokens.
         self.unpack = shape.packed * self.tiles * self.dense / self.rates.dequantized
 
@@ -181,11 +201,11 @@ class _Block:
 
     def _product(self) -> float:
         dense, fused = self.dense / self.rates.flops, self.fused / self.rates.fused_flops
-        return 2 * self.load.size * (dense + fused)
+        return 2 * self.batch_shape.size * (dense + fused)
 
     def _attention(self, products: int) -> float:
         """So many products of tokens x tokens, half of each causal."""
-        size = self.load.size * self.load.attended * self.shape.queries
+        size = self.batch_shape.size * self.batch_shape.attended * self.shape.queries
         return products * size / self.rates.flops
 
     def _entrywise(self) -> float:
@@ -196,4 +216,4 @@ class _Block:
             "intermediate": shape.intermediate,
         }
         entries = sum(PASSES[name] * size for name, size in sizes.items())
-        return self.load.size * entries * shape.itemsize / self.rates.moved
+        return self.batch_shape.size * entries * shape.itemsize / self.rates.moved

@@ -88,7 +88,7 @@ class Machine:
     longest: float = inf
 
 
-def machine_here(cache: Path, folder: Path, dtype: mx.Dtype) -> Machine:
+def this_machine(cache: Path, folder: Path, dtype: mx.Dtype) -> Machine:
     """This machine, measured per dtype and kept in a file for a month.
 
     Args:
@@ -105,7 +105,7 @@ def machine_here(cache: Path, folder: Path, dtype: mx.Dtype) -> Machine:
     known = _read(file)
     place = f"{key} {folder}"
     if place not in known:
-        known[place] = measured(folder, dtype), time.time()
+        known[place] = measure_rates(folder, dtype), time.time()
         _write(file, known)
     rates, _ = known[place]
     # Slow on a CPU, and less exact in 16 bits there (`layers/linear.py`): no plan's choice.
@@ -114,7 +114,7 @@ def machine_here(cache: Path, folder: Path, dtype: mx.Dtype) -> Machine:
     return Machine(name, rates, kernels, key, LONGEST if on_metal else inf)
 
 
-def converts(dtype: mx.Dtype) -> bool:
+def converts_dtype(dtype: mx.Dtype) -> bool:
     """Whether the GPU has to convert numbers of this type, which takes time."""
     architecture = str(mx.device_info().get("architecture", ""))
     return dtype == mx.bfloat16 and architecture.startswith(CONVERTS_BFLOAT16)
@@ -134,7 +134,7 @@ def _conditions() -> str:
     return " ".join(["", "macOS", platform.mac_ver()[0], *modes])
 
 
-def measured(folder: Path, dtype: mx.Dtype) -> Rates:
+def measure_rates(folder: Path, dtype: mx.Dtype) -> Rates:
     """Time each operation; takes a second or two, and some 60 MiB."""
     keys = mx.random.split(mx.random.key(0))  # MLX's own generator is not moved
     x = mx.random.normal((TOKENS, COLUMNS), key=keys[0]).astype(dtype)

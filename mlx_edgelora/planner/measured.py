@@ -11,7 +11,7 @@ from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.planner.sizes import Load
+from mlx_edgelora.planner.sizes import BatchShape
 from mlx_edgelora.storage.files import write_atomically
 
 # Of the file: raise it when its numbers mean something else, or the engine takes another amount.
@@ -29,7 +29,7 @@ Way = tuple[object, ...]
 
 
 @dataclass(frozen=True)
-class Taken:
+class Measurement:
     """What something took: bytes beside what is accounted for, and seconds."""
 
     bytes: int
@@ -45,7 +45,7 @@ class Estimate:
 
 
 @dataclass
-class Measured:
+class Measurements:
     """Everything that is known of one model on one machine.
 
     Attributes:
@@ -59,7 +59,7 @@ class Measured:
     key: str = ""
     overlaps: bool = False
     correction: float = 1.0
-    _known: dict[str, dict[Way, dict[Load, Taken]]] = field(default_factory=dict)
+    _known: dict[str, dict[Way, dict[BatchShape, Measurement]]] = field(default_factory=dict)
     _count: int = 0
     _paced: int = 0
     _pace: float = 1.0
@@ -69,50 +69,60 @@ class Measured:
         """Whether nothing is known."""
         return not self._known
 
-    def add(self, kind: str, way: Way, load: Load, taken: Taken) -> None:
+    def add(self, kind: str, way: Way, batch_shape: BatchShape, taken: Measurement) -> None:
         """Remember what one thing took."""
-        self._known.setdefault(kind, {}).setdefault(way, {})[load] = taken
+        self._known.setdefault(kind, {}).setdefault(way, {})[batch_shape] = taken
         self._count += 1
 
-    def of(self, kind: str, way: Way, load: Load) -> Taken | None:
+    def find(self, kind: str, way: Way, batch_shape: BatchShape) -> Measurement | None:
         """What was measured of exactly this; of a tail of so many blocks, of shorter ones."""
         ways = self._known.get(kind, {})
-        found = ways.get(way, {}).get(load)
+        found = ways.get(way, {}).get(batch_shape)
         if found is not None or kind != "tail":
             return found
-        known = sorted(w[0] for w, loads in ways.items() if w[1:] == way[1:] and load in loads)
+        known = sorted(
+            w[0]
+            for w, batch_shapes in ways.items()
+            if w[1:] == way[1:] and batch_shape in batch_shapes
+        )
         if len(known) < 2:
             return None
         few, many = known[0], known[-1]
-        low, high = (ways[(count, *way[1:])][load] for count in (few, many))
+        low, high = (ways[(count, *way[1:])][batch_shape] for count in (few, many))
         more = (way[0] - few) / (many - few)
-        return Taken(
+        return Measurement(
             round(low.bytes + more * (high.bytes - low.bytes)),
             low.seconds + more * (high.seconds - low.seconds),
         )
 
     def bytes(
-        self, kind: str, way: Way, load: Load, formula: Callable[[Way, Load], float]
+        self,
+        kind: str,
+        way: Way,
+        batch_shape: BatchShape,
+        formula: Callable[[Way, BatchShape], float],
     ) -> Estimate:
         """What something needs.
 
         Args:
             kind: of phase.
             way: in which it is computed.
-            load: the tokens.
+            batch_shape: the tokens.
             formula: what it needs by way and load where nothing is known.
         """
-        if (taken := self.of(kind, way, load)) is not None:
+        if (taken := self.find(kind, way, batch_shape)) is not None:
             return Estimate(taken.bytes, KNOWN)
-        expected = formula(way, load)
+        expected = formula(way, batch_shape)
         if kind == "tail":
             # As much more as the formula says, than what was measured of as many blocks or so.
             others = {
-                w: loads[load] for w, loads in self._known.get(kind, {}).items() if load in loads
+                w: batch_shapes[batch_shape]
+                for w, batch_shapes in self._known.get(kind, {}).items()
+                if batch_shape in batch_shapes
             }
             if others:
                 nearest = min(others, key=lambda other: abs(other[0] - way[0]))
-                more = expected - formula(nearest, load)
+                more = expected - formula(nearest, batch_shape)
                 return Estimate(max(0.0, others[nearest].bytes + more), LIKELY)
         ratios = self._ratios(kind, way, lambda w, n, t: t.bytes / max(1.0, formula(w, n)))
         if not ratios:
@@ -120,16 +130,20 @@ class Measured:
         return Estimate(max(ratios) * expected, LIKELY)
 
     def seconds(
-        self, kind: str, way: Way, load: Load, formula: Callable[[Way, Load], float]
+        self,
+        kind: str,
+        way: Way,
+        batch_shape: BatchShape,
+        formula: Callable[[Way, BatchShape], float],
     ) -> float:
         """What something takes, likewise."""
-        if (taken := self.of(kind, way, load)) is not None:
+        if (taken := self.find(kind, way, batch_shape)) is not None:
             return taken.seconds
         ratios = self._ratios(kind, way, lambda w, n, t: t.seconds / max(1e-9, formula(w, n)))
         # The least: what seems better than what is known will be measured in its turn.
-        return formula(way, load) * min(ratios, default=self._pace)
+        return formula(way, batch_shape) * min(ratios, default=self._pace)
 
-    def paced(self, formula: Callable[[str, Way, Load], float]) -> None:
+    def set_pace(self, formula: Callable[[str, Way, BatchShape], float]) -> None:
         """Take the time of kinds of which nothing is known from how far off a formula is of others.
 
         Args:
@@ -137,28 +151,33 @@ class Measured:
         """
         if self._paced != self._count:
             pairs = [(t.seconds, formula(k, w, n)) for k, w, n, t in self.rows()]
-            self._pace = min((spent / told for spent, told in pairs if spent and told), default=1.0)
+            self._pace = min(
+                (spent / predicted for spent, predicted in pairs if spent and predicted),
+                default=1.0,
+            )
             self._paced = self._count
 
     def _ratios(
-        self, kind: str, way: Way, ratio: Callable[[Way, Load, Taken], float]
+        self, kind: str, way: Way, ratio: Callable[[Way, BatchShape, Measurement], float]
     ) -> list[float]:
         """Of what was measured in the same way, or else in any way, to what a formula says."""
         ways = self._known.get(kind, {})
         chosen = {way: ways[way]} if way in ways else ways
-        return [ratio(w, n, t) for w, loads in chosen.items() for n, t in loads.items()]
+        return [
+            ratio(w, n, t) for w, batch_shapes in chosen.items() for n, t in batch_shapes.items()
+        ]
 
-    def rows(self) -> Iterator[tuple[str, Way, Load, Taken]]:
+    def rows(self) -> Iterator[tuple[str, Way, BatchShape, Measurement]]:
         """All of it."""
         for kind, ways in self._known.items():
-            for way, loads in ways.items():
-                for load, taken in loads.items():
-                    yield kind, way, load, taken
+            for way, batch_shapes in ways.items():
+                for batch_shape, taken in batch_shapes.items():
+                    yield kind, way, batch_shape, taken
 
     def read(self) -> None:
         """Take what the file has; nothing where it is none."""
-        for kind, way, load, taken in _entries(self.file).get(self.key, []):
-            self.add(kind, tuple(way), Load(*load), Taken(*taken))
+        for kind, way, batch_shape, taken in _entries(self.file).get(self.key, []):
+            self.add(kind, tuple(way), BatchShape(*batch_shape), Measurement(*taken))
 
     def write(self) -> None:
         """Keep it; whatever cannot be kept is measured again next time."""
@@ -194,14 +213,14 @@ def _entries(file: Path | None) -> dict[str, list]:
 
 
 def _is_row(row: list) -> bool:
-    kind, way, load, (size, spent) = row
-    numbers = [*load, size, spent]
+    kind, way, batch_shape, (size, spent) = row
+    numbers = [*batch_shape, size, spent]
     return (
         len(way) == LENGTHS.get(kind, len(way))
         and not any(isinstance(part, list | dict) for part in [kind, *way])
-        and len(load) == 4
-        and all(type(number) is int and number > 0 for number in load[:3])
-        and type(load[3]) is int
-        and load[3] >= 0
+        and len(batch_shape) == 4
+        and all(type(number) is int and number > 0 for number in batch_shape[:3])
+        and type(batch_shape[3]) is int
+        and batch_shape[3] >= 0
         and all(type(number) in (int, float) and 0 <= number < 2**60 for number in numbers)
     )

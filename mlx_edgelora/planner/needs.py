@@ -11,7 +11,7 @@ from mlx_edgelora.layers.fused import BLOCK
 from mlx_edgelora.layers.mlp import TOKENS, slice_features
 from mlx_edgelora.losses.exact import tile_shape
 from mlx_edgelora.planner.measured import Way
-from mlx_edgelora.planner.sizes import Load, ModelShape
+from mlx_edgelora.planner.sizes import BatchShape, ModelShape
 
 FLOAT = 4
 MIB = 2**20
@@ -62,7 +62,7 @@ TERMS: dict[str, dict[str, float]] = {
 }
 
 
-def need(kind: str, shape: ModelShape, way: Way, load: Load) -> float:
+def need(kind: str, shape: ModelShape, way: Way, batch_shape: BatchShape) -> float:
     """Bytes of a phase.
 
     Args:
@@ -71,49 +71,49 @@ def need(kind: str, shape: ModelShape, way: Way, load: Load) -> float:
         way: (tile_tokens, mlp_bytes, kernel, resident, attention_block) of a block; (loss_bytes,
             place of the head); (kept blocks, loss_bytes, kernel, place of the head,
             attention_block) of a tail; (placement of adapters,) of an update.
-        load: the tokens.
+        batch_shape: the tokens.
     """
-    sizes = sizes_of(kind, shape, way, load)
+    sizes = sizes_of(kind, shape, way, batch_shape)
     return sum(number * sizes.get(name, 0.0) for name, number in TERMS[kind].items())
 
 
 @lru_cache(maxsize=4096)
-def sizes_of(kind: str, shape: ModelShape, way: Way, load: Load) -> dict[str, float]:
+def sizes_of(kind: str, shape: ModelShape, way: Way, batch_shape: BatchShape) -> dict[str, float]:
     """What arrays of a phase are as large as, in bytes."""
     sizes = {"one": float(MIB), "adapters": float(shape.adapter_bytes)}
     if kind == "head":
         loss_bytes, place = way
-        rows, chunk = tile_shape(loss_bytes, shape.hidden, load.labelled, shape.vocabulary)
+        rows, chunk = tile_shape(loss_bytes, shape.hidden, batch_shape.labelled, shape.vocabulary)
         tile = FLOAT * (rows * shape.hidden + 3 * rows * chunk + chunk * shape.hidden)
-        labelled = load.labelled * shape.hidden
+        labelled = batch_shape.labelled * shape.hidden
         read = rows * shape.hidden * shape.itemsize if place == "streamed" else 0
         return sizes | {"tile": tile, "labelled": labelled * FLOAT, "read": read}
     if kind == "update":
         paged = way == ("paged",)
         return sizes | {"adapters": shape.adapter_bytes * (1 if paged else shape.adapted)}
-    every = load.size * shape.hidden * shape.itemsize
+    every = batch_shape.size * shape.hidden * shape.itemsize
     if kind == "tail":
-        above, inner = way[0] - 1, load.size * shape.intermediate * shape.itemsize
+        above, inner = way[0] - 1, batch_shape.size * shape.intermediate * shape.itemsize
         return sizes | {
             "kept hidden": above * every * FLOAT / shape.itemsize,
             "kept intermediate": above * inner,
-            "last intermediate": inner * load.labelled / load.size,
-            "attention": load.size * (shape.queries + shape.keys) * shape.itemsize,
-            "scores": _scores(shape, load, load.tokens, way[4]),
+            "last intermediate": inner * batch_shape.labelled / batch_shape.size,
+            "attention": batch_shape.size * (shape.queries + shape.keys) * shape.itemsize,
+            "scores": _scores(shape, batch_shape, batch_shape.tokens, way[4]),
         }
     if kind == "load":
         return sizes | {"every hidden": every}
     tile_tokens, mlp_bytes, _, _, attention_block = way
-    tokens = load.size
+    tokens = batch_shape.size
     if kind.startswith("tiles"):
-        spans = -(-load.tokens // max(1, tile_tokens // load.rows))
-        tokens = load.rows * -(-load.tokens // spans)
+        spans = -(-batch_shape.tokens // max(1, tile_tokens // batch_shape.rows))
+        tokens = batch_shape.rows * -(-batch_shape.tokens // spans)
     entry = shape.itemsize
     sliced = mlp_bytes is not None and shape.gated
     sizes |= {
         "hidden": tokens * shape.hidden * entry,
         "intermediate": 0 if sliced else tokens * shape.intermediate * entry,
-        "scores": _scores(shape, load, tokens // load.rows, attention_block),
+        "scores": _scores(shape, batch_shape, tokens // batch_shape.rows, attention_block),
     }
     if sliced:
         group = 64 if shape.packed else 1
@@ -127,11 +127,11 @@ def sizes_of(kind: str, shape: ModelShape, way: Way, load: Load) -> dict[str, fl
     return sizes
 
 
-def _scores(shape: ModelShape, load: Load, queries: int, block: int | None) -> int:
+def _scores(shape: ModelShape, batch_shape: BatchShape, queries: int, block: int | None) -> int:
     """What MLX's gradient of attention on Metal makes of so many queries of each row.
 
     Three blocks of every head, by reading `sdpa_vjp_blocked` of MLX 0.32.4; not fitted.
     """
     most = BLOCK if block is None else block
-    block_scores = min(most, queries) * min(most, load.tokens)
-    return 3 * load.rows * shape.blocked_heads * block_scores * shape.itemsize
+    block_scores = min(most, queries) * min(most, batch_shape.tokens)
+    return 3 * batch_shape.rows * shape.blocked_heads * block_scores * shape.itemsize

@@ -11,9 +11,8 @@ from mlx_edgelora.data.batches import PAD_TO
 from mlx_edgelora.measure.units import duration, size
 from mlx_edgelora.planner.cost import Memory
 from mlx_edgelora.planner.run_plan import RunPlan
-from mlx_edgelora.planner.search import Choice, plan, smallest
-from mlx_edgelora.planner.search import most as largest
-from mlx_edgelora.planner.sizes import Load
+from mlx_edgelora.planner.search import Choice, largest_that, plan, smallest
+from mlx_edgelora.planner.sizes import BatchShape
 
 GB = 10**9
 # No context or batch beyond these is looked for.
@@ -23,7 +22,7 @@ POINTS = 40
 
 
 @dataclass(frozen=True)
-class Bought:
+class BudgetPoint:
     """What a larger budget would buy: bytes, and seconds of a step within them."""
 
     budget: int
@@ -40,8 +39,8 @@ class PlanReport:
 
     def __init__(self, chosen: RunPlan, fits: bool) -> None:
         self._chosen, self.fits = chosen, fits
-        self._arguments = chosen.shape, chosen.load, chosen.machine
-        self._known = chosen.known
+        self._arguments = chosen.shape, chosen.batch_shape, chosen.machine
+        self._measurements = chosen.measurements
 
     @cached_property
     def smallest(self) -> Choice:
@@ -51,70 +50,73 @@ class PlanReport:
     @cached_property
     def context(self) -> int:
         """Tokens of the longest rows that the budget has room for."""
-        shape, load, machine = self._arguments
+        shape, batch_shape, machine = self._arguments
 
         def fits(tokens: int) -> bool:
-            share = load.labelled / load.size
-            labelled = max(1, round(share * load.rows * tokens))
-            longer = replace(load, tokens=tokens, labelled=labelled)
-            needs = smallest(shape, longer, machine, self._chosen.fixed, self._known).needs
+            share = batch_shape.labelled / batch_shape.size
+            labelled = max(1, round(share * batch_shape.rows * tokens))
+            longer = replace(batch_shape, tokens=tokens, labelled=labelled)
+            needs = smallest(shape, longer, machine, self._chosen.fixed, self._measurements).needs
             return needs <= self._budget
 
-        return largest(fits, PAD_TO, MOST_TOKENS)
+        return largest_that(fits, PAD_TO, MOST_TOKENS)
 
     @cached_property
     def batch(self) -> int:
         """Rows of the largest batch that the budget has room for in one piece."""
-        shape, load, machine = self._arguments
+        shape, batch_shape, machine = self._arguments
         fixed = self._chosen.fixed | {"micro_batches": 1}
 
         def fits(rows: int) -> bool:
-            share = load.labelled / load.rows
-            larger = replace(load, rows=rows, labelled=max(1, round(share * rows)))
-            return smallest(shape, larger, machine, fixed, self._known).needs <= self._budget
+            share = batch_shape.labelled / batch_shape.rows
+            larger = replace(batch_shape, rows=rows, labelled=max(1, round(share * rows)))
+            return smallest(shape, larger, machine, fixed, self._measurements).needs <= self._budget
 
-        return largest(fits, 1, MOST_ROWS)
+        return largest_that(fits, 1, MOST_ROWS)
 
     @cached_property
-    def next_gigabytes(self) -> list[Bought]:
+    def next_gigabytes(self) -> list[BudgetPoint]:
         """What each of the next four would buy, as long as it buys anything."""
         found, before = [], self._chosen.choice.seconds
         for more in range(1, 5):
             budget = max(self._budget, self.smallest.needs) + more * GB
-            spent = plan(*self._arguments, budget, self._chosen.fixed, self._known).seconds
+            spent = plan(*self._arguments, budget, self._chosen.fixed, self._measurements).seconds
             if spent > before * 0.995:
                 break
-            found.append(Bought(budget, spent))
+            found.append(BudgetPoint(budget, spent))
             before = spent
         return found
 
-    def curve(self) -> list[Bought]:
+    def curve(self) -> list[BudgetPoint]:
         """Seconds against budget, from the smallest one to the one that buys nothing more."""
         low = self.smallest.needs
-        plenty = plan(*self._arguments, 2**50, self._chosen.fixed, self._known).needs
+        plenty = plan(*self._arguments, 2**50, self._chosen.fixed, self._measurements).needs
         ratio = (plenty / low) ** (1 / (POINTS - 1))
         budgets = [round(low * ratio**i) for i in range(POINTS - 1)] + [max(low, plenty)]
         return [
-            Bought(size, plan(*self._arguments, size, self._chosen.fixed, self._known).seconds)
+            BudgetPoint(
+                size, plan(*self._arguments, size, self._chosen.fixed, self._measurements).seconds
+            )
             for size in budgets
         ]
 
     def phases(self) -> dict[str, int]:
         """The most that each phase is expected to take, in bytes."""
-        shape, load, _ = self._arguments
+        shape, batch_shape, _ = self._arguments
         found: dict[str, int] = {}
-        for phase in Memory(shape, load, self._chosen.plan, self._known).phases():
+        for phase in Memory(shape, batch_shape, self._chosen.plan, self._measurements).phases():
             found[phase.name] = max(found.get(phase.name, 0), phase.bytes)
         return found
 
     def table(self) -> str:
         """All answers in lines."""
         chosen, choice = self._chosen, self._chosen.choice
+        batch = chosen.batch_shape
         budget = "the least memory" if self._unlimited else size(self._budget)
         verdict = "fits in" if self.fits else "does not fit in"
         lines = [
-            f"{chosen.load.rows} x {chosen.load.tokens} tokens{_shared(chosen.load)}, "
-            f"{chosen.load.labelled} of them labelled, adapters of rank {chosen.shape.rank} on "
+            f"{batch.rows} x {batch.tokens} tokens{_shared(batch)}, "
+            f"{batch.labelled} of them labelled, adapters of rank {chosen.shape.rank} on "
             f"{chosen.shape.adapted} of {chosen.shape.blocks} blocks",
             f"{verdict} {budget} ({chosen.budget.why})" if not self._unlimited else f"for {budget}",
             "",
@@ -133,8 +135,8 @@ class PlanReport:
             lines += ["", f"in {budget} there is room for", *_rows(rows)]
         if self.next_gigabytes:
             lines += ["", "a larger budget buys"]
-            bought = {size(b.budget): f"{duration(b.seconds)} a step" for b in self.next_gigabytes}
-            lines += _rows(bought)
+            points = {size(b.budget): f"{duration(b.seconds)} a step" for b in self.next_gigabytes}
+            lines += _rows(points)
         elif not self._unlimited and self.fits:
             lines += ["", "a larger budget buys nothing"]
         return "\n".join(lines)
@@ -146,7 +148,7 @@ class PlanReport:
             "fits": self.fits,
             "budget_bytes": None if self._unlimited else self._budget,
             "budget_reason": chosen.budget.why,
-            "batch": asdict(chosen.load),
+            "batch": asdict(chosen.batch_shape),
             "plan": json.loads(chosen.plan.json()),
             "expected_peak_bytes": choice.peak,
             "expected_step_seconds": choice.seconds,
@@ -155,14 +157,14 @@ class PlanReport:
             "smallest_budget_step_seconds": self.smallest.seconds,
             "longest_context_tokens": None if self._unlimited else self.context,
             "largest_batch_rows": None if self._unlimited else self.batch,
-            "larger_budgets": [asdict(bought) for bought in self.next_gigabytes],
+            "larger_budgets": [asdict(point) for point in self.next_gigabytes],
         }
         return json.dumps(answers, indent=1)
 
     def plot(self, file: BinaryIO) -> None:
         """Draw memory over one step, and time against budget; needs matplotlib (`plot` extra)."""
-        shape, load, _ = self._arguments
-        phases = list(Memory(shape, load, self._chosen.plan, self._known).phases())
+        shape, batch_shape, _ = self._arguments
+        phases = list(Memory(shape, batch_shape, self._chosen.plan, self._measurements).phases())
         curve = self.curve()
         with _figure(file) as (left, right):
             for number, name in enumerate(dict.fromkeys(phase.name for phase in phases)):
@@ -197,14 +199,14 @@ class PlanReport:
         return self._chosen.choice.needs if self._unlimited else self._chosen.budget.bytes
 
 
-def _shared(load: Load) -> str:
-    return f" in rows of about {load.context}, packed" if load.context else ""
+def _shared(batch_shape: BatchShape) -> str:
+    return f" in rows of about {batch_shape.context}, packed" if batch_shape.context else ""
 
 
-def too_small(chosen: RunPlan) -> RunPlan:
+def with_smallest_plan(chosen: RunPlan) -> RunPlan:
     """The run by the smallest plan there is, for a budget that it does not fit."""
     least = chosen.smallest()
-    return chosen.by(replace(least, plan=replace(least.plan, reason="the least memory")))
+    return chosen.with_choice(replace(least, plan=replace(least.plan, reason="the least memory")))
 
 
 @contextmanager

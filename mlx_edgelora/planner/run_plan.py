@@ -18,17 +18,17 @@ from mlx_edgelora.measure.units import size
 from mlx_edgelora.model.checkpoint import LazyModel
 from mlx_edgelora.model.loading import DTYPES
 from mlx_edgelora.planner.cost import MOMENTS
-from mlx_edgelora.planner.machine import Machine, default_budget, machine_here
-from mlx_edgelora.planner.measured import Measured
+from mlx_edgelora.planner.machine import Machine, default_budget, this_machine
+from mlx_edgelora.planner.measured import Measurements
 from mlx_edgelora.planner.plan import Plan
 from mlx_edgelora.planner.search import Choice, expected, plan, smallest
 from mlx_edgelora.planner.shape import shape_of
-from mlx_edgelora.planner.sizes import Load, ModelShape
+from mlx_edgelora.planner.sizes import BatchShape, ModelShape
 
 # Shorter batches have plans of their own, by so many steps of their length.
 STEPS = 8
 # What stays as it is once a run has begun, whatever a batch is like.
-LASTING = (
+FIXED_AT_START = (
     "streamed_blocks",
     "head",
     "prefetch",
@@ -52,32 +52,42 @@ class RunPlan:
 
     Args:
         shape: of the adapted model.
-        load: the largest batch.
+        batch_shape: the largest batch.
         machine: where.
         budget: most memory.
         choice: the plan of the largest batch; None before it is searched for.
         fixed: choices that were made by options.
         varies: whether smaller batches may be computed by other plans.
-        known: what was measured of the model.
+        measurements: what was measured of the model.
         given: whether the plan was not searched for, and stays.
     """
 
     def __init__(
         self,
         shape: ModelShape,
-        load: Load,
+        batch_shape: BatchShape,
         machine: Machine,
         budget: Budget,
         choice: Choice | None,
         fixed: dict[str, Any],
         varies: bool,
-        known: Measured,
+        measurements: Measurements,
         given: bool = False,
     ) -> None:
-        self.shape, self.load, self.machine, self.budget = shape, load, machine, budget
-        self.choice, self.fixed, self._varies, self.known = choice, fixed, varies, known
+        self.shape, self.batch_shape, self.machine, self.budget = (
+            shape,
+            batch_shape,
+            machine,
+            budget,
+        )
+        self.choice, self.fixed, self._varies, self.measurements = (
+            choice,
+            fixed,
+            varies,
+            measurements,
+        )
         self.given = given
-        self._variants: dict[Load, Plan] = {}
+        self._variants: dict[BatchShape, Plan] = {}
         self._highest = budget.bytes or 0  # that nothing more needs to be done about
 
     @property
@@ -85,12 +95,12 @@ class RunPlan:
         """Of the largest batch."""
         return self.choice.plan
 
-    def by(self, choice: Choice) -> "RunPlan":
+    def with_choice(self, choice: Choice) -> "RunPlan":
         """The same run by another plan."""
-        arguments = self.shape, self.load, self.machine, self.budget
-        return RunPlan(*arguments, choice, self.fixed, self._varies, self.known, self.given)
+        arguments = self.shape, self.batch_shape, self.machine, self.budget
+        return RunPlan(*arguments, choice, self.fixed, self._varies, self.measurements, self.given)
 
-    def searched(self, fixed: dict[str, Any] | None = None) -> Choice:
+    def search(self, fixed: dict[str, Any] | None = None) -> Choice:
         """The plan by what is known now: the fastest within the budget, or the smallest.
 
         Args:
@@ -99,56 +109,56 @@ class RunPlan:
         Raises:
             EdgeLoraError: none fits.
         """
-        arguments = self.shape, self.load, self.machine
+        arguments = self.shape, self.batch_shape, self.machine
         fixed, most = self.fixed | (fixed or {}), self.budget.bytes
         if most is None:
-            found, reason = smallest(*arguments, fixed, self.known), self.budget.why
+            found, reason = smallest(*arguments, fixed, self.measurements), self.budget.why
         else:
-            found = plan(*arguments, most, fixed, self.known)
+            found = plan(*arguments, most, fixed, self.measurements)
             reason = f"the fastest within {size(most)}"
         return replace(found, plan=replace(found.plan, reason=reason))
 
     def smallest(self) -> Choice:
         """The plan that takes the least memory."""
-        return smallest(self.shape, self.load, self.machine, self.fixed, self.known)
+        return smallest(self.shape, self.batch_shape, self.machine, self.fixed, self.measurements)
 
     def expected(self, plan: Plan) -> Choice:
         """What another plan is expected to take."""
-        return expected(self.shape, self.load, self.machine, plan, self.known)
+        return expected(self.shape, self.batch_shape, self.machine, plan, self.measurements)
 
     @property
-    def whole(self) -> tuple[object, ...]:
+    def step_key(self) -> tuple[object, ...]:
         """Everything that decides what a step by the present plan takes."""
         named = asdict(self.plan)
         named.pop("reason")
         return tuple(named.values())
 
     @property
-    def lasting(self) -> dict[str, Any]:
+    def fixed_at_start(self) -> dict[str, Any]:
         """The choices of the present plan that stay once weights are where it has them."""
         # Weights that are the model's own stay there; those that were read can be let go.
-        names = [n for n in LASTING if n != "streamed_blocks" or not self.plan.streams]
+        names = [n for n in FIXED_AT_START if n != "streamed_blocks" or not self.plan.streams]
         return {name: getattr(self.plan, name) for name in names}
 
-    def of(self, batch: Batch) -> Plan:
+    def plan_for(self, batch: Batch) -> Plan:
         """The plan of a batch: the run's own, or a faster one where a smaller batch allows it."""
         rows, tokens = batch.tokens.shape[0], batch.tokens.shape[1] - 1
-        step = max(1, -(-self.load.tokens // STEPS))
-        tokens = min(self.load.tokens, -(-tokens // step) * step)
-        if not self._varies or tokens == self.load.tokens:
+        step = max(1, -(-self.batch_shape.tokens // STEPS))
+        tokens = min(self.batch_shape.tokens, -(-tokens // step) * step)
+        if not self._varies or tokens == self.batch_shape.tokens:
             return self.plan
-        labelled = min(self.load.labelled, rows * tokens)
-        load = replace(self.load, rows=rows, tokens=tokens, labelled=labelled)
-        if load not in self._variants:
-            fixed = self.fixed | {name: getattr(self.plan, name) for name in LASTING}
-            arguments = self.shape, load, self.machine, self.budget.bytes
+        labelled = min(self.batch_shape.labelled, rows * tokens)
+        batch_shape = replace(self.batch_shape, rows=rows, tokens=tokens, labelled=labelled)
+        if batch_shape not in self._variants:
+            fixed = self.fixed | {name: getattr(self.plan, name) for name in FIXED_AT_START}
+            arguments = self.shape, batch_shape, self.machine, self.budget.bytes
             try:
-                self._variants[load] = plan(*arguments, fixed, self.known).plan
+                self._variants[batch_shape] = plan(*arguments, fixed, self.measurements).plan
             except EdgeLoraError:  # none is expected to fit; the run's own is right for less
-                self._variants[load] = self.plan
-        return self._variants[load]
+                self._variants[batch_shape] = self.plan
+        return self._variants[batch_shape]
 
-    def corrected(self, measured: int, anew: bool = True) -> Plan | None:
+    def replan(self, measured: int, anew: bool = True) -> Plan | None:
         """A plan that takes less, where a run took more than its budget.
 
         Args:
@@ -162,18 +172,18 @@ class RunPlan:
         highest, self._highest = self._highest, max(self._highest, measured)
         if not self._varies or measured <= (self.budget.bytes if anew else highest):
             return None
-        before = self.known.correction
-        self.known.correction = before * max(1.02, measured / self.choice.peak)
+        before = self.measurements.correction
+        self.measurements.correction = before * max(1.02, measured / self.choice.peak)
         try:
-            self.choice = self.searched(self.lasting)
+            self.choice = self.search(self.fixed_at_start)
         except EdgeLoraError:
-            self.known.correction = before
+            self.measurements.correction = before
             raise
         self._variants.clear()
         return self.plan
 
     @property
-    def most_bytes(self) -> int:
+    def memory_limit(self) -> int:
         """MLX's memory limit: nothing else bounds how far it allocates ahead, so there is one."""
         return self.choice.needs if self.budget.bytes is None else self.budget.bytes
 
@@ -189,7 +199,7 @@ class RunPlan:
         return not self.given and self.cache_bytes == self.plan.cache_bytes
 
     @property
-    def unseen_bytes(self) -> int:
+    def optimizer_bytes(self) -> int:
         """What a step holds that a forward and a backward alone do not: the optimizer's state."""
         shape = self.shape
         blocks = 0 if self.plan.adapters == "paged" else shape.adapted * shape.adapter_bytes
@@ -200,7 +210,7 @@ class RunPlan:
         most = self.budget.bytes
         limit = "no limit" if most is None else f"{size(most)} at most"
         lines = [
-            f"plan for {self.load.rows} x {self.load.tokens} tokens: "
+            f"plan for {self.batch_shape.rows} x {self.batch_shape.tokens} tokens: "
             f"{size(self.choice.peak)} expected{self._by_formula}, {limit} "
             f"({self.budget.why})"
         ]
@@ -210,10 +220,10 @@ class RunPlan:
 
     @property
     def _by_formula(self) -> str:
-        return ", not measured here" if self.known.is_empty else ""
+        return ", not measured here" if self.measurements.is_empty else ""
 
 
-def asked_plan(
+def plan_request(
     config: TrainConfig,
     lazy: LazyModel,
     datasets: Sequence,
@@ -237,44 +247,46 @@ def asked_plan(
     dtype = DTYPES[config.dtype] if config.dtype else None
     blocks = lazy.blocks or checked_blocks(lazy.model)
     shape = shape_of(blocks, lazy.vocabulary, dtype)
-    load = _load(config, datasets, labelled)
-    machine = machine_here(cache, folder, dtype or blocks.hidden_dtype)
-    arguments = shape, load, machine
-    known = _known(config, lazy, shape, cache / "measured.json", machine)
+    batch_shape = _largest_batch_shape(config, datasets, labelled)
+    machine = this_machine(cache, folder, dtype or blocks.hidden_dtype)
+    arguments = shape, batch_shape, machine
+    measurements = _read_measurements(config, lazy, shape, cache / "measured.json", machine)
     if config.plan:
-        choice = expected(*arguments, Plan.read(config.plan), known)
+        choice = expected(*arguments, Plan.read(config.plan), measurements)
         budget = Budget(None, f"as {config.plan} says")
-        return RunPlan(*arguments, budget, choice, {}, False, known, given=True)
+        return RunPlan(*arguments, budget, choice, {}, False, measurements, given=True)
     if config.memory_budget == "min":
         budget = Budget(None, "as little as possible")
-        return RunPlan(*arguments, budget, None, _fixed(config), False, known)
+        return RunPlan(*arguments, budget, None, _fixed(config), False, measurements)
     budget = Budget(config.memory_budget, "as given")
     if config.memory_budget is None:
         budget = Budget(*default_budget())
-    return RunPlan(*arguments, budget, None, _fixed(config), True, known)
+    return RunPlan(*arguments, budget, None, _fixed(config), True, measurements)
 
 
-def _load(config: TrainConfig, datasets: Sequence, labelled: float) -> Load:
+def _largest_batch_shape(config: TrainConfig, datasets: Sequence, labelled: float) -> BatchShape:
     """The largest batch."""
     most = largest_batch(datasets, config.batch_size, config.max_seq_length, config.packing)
     if not most.tokens:
         tokens = config.max_seq_length - 1
-        return Load(config.batch_size, tokens, max(1, round(labelled * config.batch_size * tokens)))
+        return BatchShape(
+            config.batch_size, tokens, max(1, round(labelled * config.batch_size * tokens))
+        )
     context = most.context if config.packing else 0
-    return Load(most.rows, most.tokens, most.labels, context)
+    return BatchShape(most.rows, most.tokens, most.labels, context)
 
 
-def _known(
+def _read_measurements(
     config: TrainConfig, lazy: LazyModel, shape: ModelShape, file: Path, machine: Machine
-) -> Measured:
+) -> Measurements:
     """What earlier runs measured of such a model here."""
     trained = asdict(config.lora_parameters), config.loss
     facts = [lazy.config, asdict(shape), trained, machine.key]
     text = json.dumps(facts, sort_keys=True, default=str)
     key = hashlib.sha256(text.encode()).hexdigest()[:32]
-    known = Measured(file, key, mx.default_device() == mx.gpu)
-    known.read()
-    return known
+    measurements = Measurements(file, key, mx.default_device() == mx.gpu)
+    measurements.read()
+    return measurements
 
 
 def _fixed(config: TrainConfig) -> dict[str, Any]:

@@ -19,9 +19,9 @@ from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.planner.cost import Memory
 from mlx_edgelora.planner.duration import longest_operation, seconds
 from mlx_edgelora.planner.machine import Machine
-from mlx_edgelora.planner.measured import Measured
+from mlx_edgelora.planner.measured import Measurements
 from mlx_edgelora.planner.plan import MIB, Plan
-from mlx_edgelora.planner.sizes import Load, ModelShape
+from mlx_edgelora.planner.sizes import BatchShape, ModelShape
 
 # What MLX holds besides: scalars, masks, a batch.
 SLACK = 2 * MIB
@@ -60,35 +60,41 @@ class Choice:
 
 
 def expected(
-    shape: ModelShape, load: Load, machine: Machine, given: Plan, known: Measured | None = None
+    shape: ModelShape,
+    batch_shape: BatchShape,
+    machine: Machine,
+    given: Plan,
+    measurements: Measurements | None = None,
 ) -> Choice:
     """What a plan is expected to take."""
-    peak, most = Memory(shape, load, given, known).peak()
-    return Choice(given, peak, most + SLACK, seconds(shape, load, given, machine, known))
+    peak, most = Memory(shape, batch_shape, given, measurements).peak()
+    return Choice(
+        given, peak, most + SLACK, seconds(shape, batch_shape, given, machine, measurements)
+    )
 
 
 def plan(
     shape: ModelShape,
-    load: Load,
+    batch_shape: BatchShape,
     machine: Machine,
     budget: int,
     fixed: Mapping[str, Any] | None = None,
-    known: Measured | None = None,
+    measurements: Measurements | None = None,
 ) -> Choice:
     """Choose the fastest plan that fits.
 
     Args:
         shape: of the model.
-        load: the largest batch.
+        batch_shape: the largest batch.
         machine: where.
         budget: bytes of MLX's allocator.
         fixed: choices that are made already, by their names in `Plan`.
-        known: what was measured of the model.
+        measurements: what was measured of the model.
 
     Raises:
         EdgeLoraError: no plan fits; names the smallest budget that works, and what lowers it.
     """
-    search = _Search(shape, load, machine, dict(fixed or {}), known)
+    search = _Search(shape, batch_shape, machine, dict(fixed or {}), measurements)
     best = search.best(budget)
     if best is None:
         raise EdgeLoraError(_too_small(search, budget))
@@ -97,16 +103,16 @@ def plan(
 
 def smallest(
     shape: ModelShape,
-    load: Load,
+    batch_shape: BatchShape,
     machine: Machine,
     fixed: Mapping[str, Any] | None = None,
-    known: Measured | None = None,
+    measurements: Measurements | None = None,
 ) -> Choice:
     """The plan that takes the least memory, whatever time it takes."""
-    return _Search(shape, load, machine, dict(fixed or {}), known).least()
+    return _Search(shape, batch_shape, machine, dict(fixed or {}), measurements).least()
 
 
-def most(works: Callable[[int], bool], step: int, limit: int) -> int:
+def largest_that(works: Callable[[int], bool], step: int, limit: int) -> int:
     """The largest multiple of `step` up to `limit` that works, as all below it do; 0 if none."""
     low, high = 0, 1
     while high * step <= limit and works(high * step):
@@ -122,13 +128,13 @@ class _Search:
     def __init__(
         self,
         shape: ModelShape,
-        load: Load,
+        batch_shape: BatchShape,
         machine: Machine,
         fixed: dict[str, Any],
-        known: Measured | None,
+        measurements: Measurements | None,
     ) -> None:
-        self.shape, self.load, self.machine = shape, load, machine
-        self.fixed, self.known = fixed, known
+        self.shape, self.batch_shape, self.machine = shape, batch_shape, machine
+        self.fixed, self.measurements = fixed, measurements
 
     def best(self, budget: int) -> Choice | None:
         """The fastest plan that fits, if any does."""
@@ -138,9 +144,9 @@ class _Search:
                 break  # nothing that follows can be faster
             if not self._fits(replace(way, **self._leanest()), budget):
                 continue
-            for base in self._filled(way):
+            for base in self._placements(way):
                 slowest = inf if best is None else best.seconds + CLOSE
-                for plan in self._streamed(base, budget, slowest):
+                for plan in self._with_streaming(base, budget, slowest):
                     found = self.choice(plan)
                     if best is None or _better(found, best):
                         best = found
@@ -153,14 +159,14 @@ class _Search:
 
     def choice(self, plan: Plan) -> Choice:
         """What is expected of a plan."""
-        return expected(self.shape, self.load, self.machine, plan, self.known)
+        return expected(self.shape, self.batch_shape, self.machine, plan, self.measurements)
 
     def _fits(self, plan: Plan, budget: int) -> bool:
-        _, most = Memory(self.shape, self.load, plan, self.known).peak()
+        _, most = Memory(self.shape, self.batch_shape, plan, self.measurements).peak()
         return most + SLACK <= budget
 
     def _seconds(self, plan: Plan) -> float:
-        return seconds(self.shape, self.load, plan, self.machine, self.known)
+        return seconds(self.shape, self.batch_shape, plan, self.machine, self.measurements)
 
     @cached_property
     def ways(self) -> list[tuple[float, Plan]]:
@@ -187,7 +193,7 @@ class _Search:
         # Layer by layer a tile would take several times as much, for little time.
         in_tiles = (SLICE,) if sliced else (None,)
         for micro in self._micro_batches():
-            size = self.load.part(micro).size
+            size = self.batch_shape.part(micro).size
             for loss_bytes in LOSSES if on_cpu else (*LOSSES, *LARGE_LOSSES):
                 common = {"micro_batches": micro, "loss_bytes": loss_bytes}
                 for mlp_bytes in slices:
@@ -201,7 +207,7 @@ class _Search:
         """Those without an operation that takes too long, or with the shortest ones."""
         if self.machine.longest == inf:
             return ways
-        arguments = self.shape, self.load
+        arguments = self.shape, self.batch_shape
         longest = [longest_operation(*arguments, way, self.machine) for way in ways]
         most = max(self.machine.longest, min(longest, default=0.0))
         return [way for way, spent in zip(ways, longest, strict=True) if spent <= most]
@@ -216,10 +222,10 @@ class _Search:
 
     def _micro_batches(self) -> list[int]:
         parts, count = [], 1
-        while count < self.load.rows:
+        while count < self.batch_shape.rows:
             parts.append(count)
             count *= 2
-        return [*parts, self.load.rows]
+        return [*parts, self.batch_shape.rows]
 
     def _agrees(self, way: Plan) -> bool:
         later = {*self._leanest(), "kernel"}
@@ -248,7 +254,7 @@ class _Search:
         }
         return values | {k: v for k, v in self.fixed.items() if k in values}
 
-    def _filled(self, way: Plan) -> Iterator[Plan]:
+    def _placements(self, way: Plan) -> Iterator[Plan]:
         """A way with what may stay in memory beside blocks' weights."""
         options = {
             "head": ("resident", "streamed"),
@@ -263,7 +269,7 @@ class _Search:
         for values in product(*options.values()):
             yield replace(way, cache_bytes=cache, **dict(zip(options, values, strict=True)))
 
-    def _streamed(self, base: Plan, budget: int, slowest: float) -> Iterator[Plan]:
+    def _with_streaming(self, base: Plan, budget: int, slowest: float) -> Iterator[Plan]:
         """As many blocks as fit stay in memory, with and without one more being read ahead.
 
         What would take longer than `slowest` is not looked for.
@@ -319,21 +325,21 @@ def _better(one: Choice, other: Choice) -> bool:
 
 def _too_small(search: _Search, budget: int) -> str:
     """One sentence: the smallest budget that works, which options would lower it, and which not."""
-    shape, load = search.shape, search.load
+    shape, batch_shape = search.shape, search.batch_shape
     least = search.least().needs
 
     def needs(shape: ModelShape = shape, **changes: int) -> int:
-        settings = search.machine, search.fixed, search.known
-        return _Search(shape, replace(load, **changes), *settings).least().needs
+        settings = search.machine, search.fixed, search.measurements
+        return _Search(shape, replace(batch_shape, **changes), *settings).least().needs
 
     def helps(size: int) -> bool:
         return _megabytes(size) < _megabytes(least)  # less than what is said is nothing
 
     ways = []
-    tokens = load.tokens
+    tokens = batch_shape.tokens
     while tokens > SHORTEST:  # rows of more than a tile may take no more than those of one
         tokens = max(SHORTEST, tokens // 2)
-        labelled = max(1, load.labelled * tokens // load.tokens)
+        labelled = max(1, batch_shape.labelled * tokens // batch_shape.tokens)
         size = needs(tokens=tokens, labelled=labelled)
         if helps(size) or tokens == SHORTEST:
             ways.append((f"max_seq_length {tokens}", size))
@@ -341,23 +347,23 @@ def _too_small(search: _Search, budget: int) -> str:
     if shape.rank > 4:
         rank = shape.rank // 2
         ways.append((f"rank {rank}", needs(_with_rank(shape, rank))))
-    if load.rows > 1:
-        rows = load.rows // 2
-        labelled = max(1, load.labelled * rows // load.rows)
+    if batch_shape.rows > 1:
+        rows = batch_shape.rows // 2
+        labelled = max(1, batch_shape.labelled * rows // batch_shape.rows)
         ways.append((f"batch_size {rows}", needs(rows=rows, labelled=labelled)))
     if shape.itemsize > 2:
-        ways.append(("dtype bfloat16", needs(_narrowed(shape))))
+        ways.append(("dtype bfloat16", needs(_in_16_bits(shape))))
     helping = sorted((way for way in ways if helps(way[1])), key=lambda way: way[1])
-    told = ", ".join(f"{name} needs {_mb(size)}" for name, size in helping)
+    problem_text = ", ".join(f"{name} needs {_mb(size)}" for name, size in helping)
     idle = " and ".join(name for name, size in ways if not helps(size))
     return (
         f"memory_budget: got {_mb(budget)}, expected at least {_mb(least)} for this model and "
-        f"batch; raise it, or lower what it must hold: {told or 'use a smaller model'}"
+        f"batch; raise it, or lower what it must hold: {problem_text or 'use a smaller model'}"
         + (f" ({idle} would change nothing)" if idle else "")
     )
 
 
-def _narrowed(shape: ModelShape) -> ModelShape:
+def _in_16_bits(shape: ModelShape) -> ModelShape:
     """The same model computed in 16 bits; packed weights are as they were."""
     return replace(
         shape,

@@ -8,9 +8,9 @@ from mlx.utils import tree_flatten
 
 from mlx_edgelora.blocks.block_list import BlockList
 from mlx_edgelora.blocks.checks import MODEL_ERRORS
-from mlx_edgelora.blocks.gated_mlp import gated_form
+from mlx_edgelora.blocks.gated_mlp import find_gated_mlp
 from mlx_edgelora.blocks.masks import tiled_mask
-from mlx_edgelora.blocks.parts import Asked, BlockParts, Span
+from mlx_edgelora.blocks.parts import AttentionInputs, BlockParts, TokenSpan
 from mlx_edgelora.blocks.tiling import block_calls
 from mlx_edgelora.layers.fused import Backend, use_fused
 from mlx_edgelora.model.head import MATRICES, find_head, frozen_matrix
@@ -32,7 +32,7 @@ def shape_of(blocks: BlockList, vocabulary: int, dtype: mx.Dtype | None = None) 
     model = blocks.model
     trained = {name: value.nbytes for name, value in tree_flatten(model.trainable_parameters())}
     queries, keys, blocked_heads = _attention(blocks)
-    by_block = [_Block(block, dtype) for block in blocks.blocks]
+    by_block = [_BlockSizes(block, dtype) for block in blocks.blocks]
     largest = max(by_block, key=lambda block: block.frozen + block.trained)
     adapted = [index for index, block in enumerate(by_block) if block.trained]
     outside = {n: v for n, v in trained.items() if blocks.local(n) is None}
@@ -83,32 +83,32 @@ def _attention(blocks: BlockList) -> tuple[int, int, int]:
     found, heads, backend = [(0, 0)], 0, Backend.here()
     for block, (x, args, kwargs) in zip(blocks.blocks, block_calls(blocks), strict=True):
         try:
-            asked = BlockParts(block, args, kwargs).asked(x, Span(0, x.shape[1]))
+            inputs = BlockParts(block, args, kwargs).attention_inputs(x, TokenSpan(0, x.shape[1]))
         except MODEL_ERRORS:
             continue  # attention of its own
-        sizes = [a.shape[1] * a.shape[3] for a in (asked.q, asked.k, asked.v)]
+        sizes = [a.shape[1] * a.shape[3] for a in (inputs.q, inputs.k, inputs.v)]
         found.append((sizes[0], sizes[1] + sizes[2]))
-        if backend.name == "metal" and _is_blocked(asked, backend):
-            heads = max(heads, asked.q.shape[1])
+        if backend.name == "metal" and _is_blocked(inputs, backend):
+            heads = max(heads, inputs.q.shape[1])
     return *max(found), heads
 
 
-def _is_blocked(asked: Asked, backend: Backend) -> bool:
+def _is_blocked(inputs: AttentionInputs, backend: Backend) -> bool:
     """Whether MLX's fused gradient is taken, in texts longer than a trial's."""
-    mask = tiled_mask(asked.mask, asked.q.shape[2], asked.k.shape[2])
+    mask = tiled_mask(inputs.mask, inputs.q.shape[2], inputs.k.shape[2])
     # Never evaluated.
-    arrays = [mx.zeros((*a.shape[:2], LONG, a.shape[3]), a.dtype) for a in asked[:3]]
-    return use_fused(*arrays, traced=True, mask=mask, sinks=asked.sinks, backend=backend)[0]
+    arrays = [mx.zeros((*a.shape[:2], LONG, a.shape[3]), a.dtype) for a in inputs[:3]]
+    return use_fused(*arrays, traced=True, mask=mask, sinks=inputs.sinks, backend=backend)[0]
 
 
-class _Block:
+class _BlockSizes:
     """What is measured of one block."""
 
     def __init__(self, block: nn.Module, dtype: mx.Dtype | None) -> None:
         trained = dict(tree_flatten(block.trainable_parameters()))
         arrays = {n: v for n, v in tree_flatten(block.parameters()) if n not in trained}
         held = _held(arrays, dtype)
-        forms = [(path, module, gated_form(module)) for path, module in block.named_modules()]
+        forms = [(path, module, find_gated_mlp(module)) for path, module in block.named_modules()]
         mlps = [(f"{path}.", module, form) for path, module, form in forms if form]
         self.gated = bool(mlps)
         matrices = {

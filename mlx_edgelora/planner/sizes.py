@@ -60,7 +60,7 @@ class ModelShape:
 
 
 @dataclass(frozen=True)
-class Load:
+class BatchShape:
     """A batch, as far as its cost goes.
 
     Attributes:
@@ -86,8 +86,8 @@ class Load:
         """Tokens of what a token may attend to, half of which it sees on average."""
         return min(self.context or self.tokens, self.tokens)
 
-    def part(self, count: int) -> "Load":
+    def part(self, count: int) -> "BatchShape":
         """The largest of so many parts of the rows."""
         rows = -(-self.rows // min(count, self.rows))
         labelled = min(self.labelled, -(-self.labelled * rows // self.rows))
-        return Load(rows, self.tokens, labelled, self.context)
+        return BatchShape(rows, self.tokens, labelled, self.context)

@@ -31,7 +31,7 @@ def user_cache() -> Path:
     return Path(base) / "mlx_edgelora"
 
 
-class Unchanged:
+class WatchedFiles:
     """Files that are read more than once, and must be the same each time.
 
     What a run reads of a model is spread over hours: a file that is replaced in between would

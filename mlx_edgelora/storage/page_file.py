@@ -97,7 +97,7 @@ class PageFile:
             if is_new:
                 self._try_mapping()
         except OSError as error:
-            raise self._unmapped(error.strerror) from error
+            raise self._cannot_map(error.strerror) from error
 
     def drop(self, start: int, stop: int) -> None:
         """Tell the system that pages between two bytes may go; they stay in the file."""
@@ -126,10 +126,10 @@ class PageFile:
         self.pages[:count] = np.frombuffer(sent, np.uint8)
         self._map._mmap.flush(0, count)
         if os.pread(self.fileno(), count, 0) != sent:
-            raise self._unmapped("what is written to memory does not reach the file")
+            raise self._cannot_map("what is written to memory does not reach the file")
         self.pages[:count] = 0
 
-    def _unmapped(self, reason: str) -> EdgeLoraError:
+    def _cannot_map(self, reason: str) -> EdgeLoraError:
         return EdgeLoraError(
             f"{self._folder}: a file there cannot be used as memory ({reason}); choose another "
             f"folder with --spill-dir, or keep {self._what} in memory with {self._instead}"
@@ -259,14 +259,14 @@ def _preallocate(descriptor: int, size: int) -> None:
         os.posix_fallocate(descriptor, 0, size)
         return
     zeros, done = bytes(ZEROS_BYTES), os.fstat(descriptor).st_size
-    if sys.platform == "darwin" and _preallocated(descriptor, size - done):
+    if sys.platform == "darwin" and _preallocate_macos(descriptor, size - done):
         os.ftruncate(descriptor, size)
         return
     while done < size:
         done += os.pwrite(descriptor, zeros[: size - done], done)
 
 
-def _preallocated(descriptor: int, more: int) -> bool:
+def _preallocate_macos(descriptor: int, more: int) -> bool:
     """macOS: take so many bytes behind the end of a file; False where the volume cannot."""
     wanted = FSTORE.pack(F_ALLOCATEALL, F_PEOFPOSMODE, 0, more, 0)
     try:

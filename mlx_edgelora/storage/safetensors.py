@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.storage.files import Unchanged
+from mlx_edgelora.storage.files import WatchedFiles
 
 # The reference implementation's own cap; a larger header is an attack or an accident.
 MAX_HEADER_BYTES = 100_000_000
@@ -155,7 +155,7 @@ class RowReader:
     """
 
     def __init__(
-        self, path: str | os.PathLike, info: TensorInfo, files: Unchanged | None = None
+        self, path: str | os.PathLike, info: TensorInfo, files: WatchedFiles | None = None
     ) -> None:
         self.dtype = DTYPES[info.dtype][0]
         self.shape = info.shape
@@ -241,12 +241,12 @@ def write_tensors(
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     file.write(struct.pack("<Q", len(text)) + text)
-    for array in _evaluated(arrays):
+    for array in _evaluate_each(arrays):
         file.write(memoryview(to_numpy(array)).cast("B") if array.size else b"")
         del array
 
 
-def _evaluated(arrays: Iterable) -> Iterator[mx.array]:
+def _evaluate_each(arrays: Iterable) -> Iterator[mx.array]:
     for array in arrays:
         dense = mx.contiguous(array)
         del array

@@ -193,7 +193,7 @@ class MappedStore:
         start, size = self._place(slot)
         pages = self._file.pages[start : start + size]
         try:
-            found = _wrapped(pages, kept.dtype.size, kept.nbytes)
+            found = _wrap(pages, kept.dtype.size, kept.nbytes)
         except REFUSALS:
             self._wraps = False
             return None
@@ -293,7 +293,7 @@ def _write_seconds(folder: Path) -> float:
         return math.inf
 
 
-def _wrapped(pages: np.ndarray, itemsize: int, nbytes: int) -> mx.array:
+def _wrap(pages: np.ndarray, itemsize: int, nbytes: int) -> mx.array:
     """The first bytes of whole mapped pages as unsigned integers [n], without a copy.
 
     Metal asks for whole pages, so all of them are wrapped and then cut.
@@ -318,7 +318,7 @@ def _can_wrap(pages: np.ndarray, nbytes: int) -> bool:
     for number, end in enumerate(ends):
         used[end] = np.arange(used[end].size) + 7 * number
     try:
-        array = _wrapped(pages, itemsize, nbytes)
+        array = _wrap(pages, itemsize, nbytes)
         found = mx.concatenate([array[end] for end in ends]) + 1
         return np.array_equal(np.array(found) - 1, np.concatenate([used[end] for end in ends]))
     except REFUSALS:

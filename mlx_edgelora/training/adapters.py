@@ -10,9 +10,9 @@ import mlx.core as mx
 
 from mlx_edgelora.engine.finite import first_non_finite
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.storage.files import Unchanged, make_folder, write_atomically
+from mlx_edgelora.storage.files import WatchedFiles, make_folder, write_atomically
 from mlx_edgelora.storage.safetensors import TensorInfo, read_header, write_tensors
-from mlx_edgelora.training.text import some
+from mlx_edgelora.training.text import abbreviate
 
 WEIGHTS_FILE = "adapters.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -86,7 +86,7 @@ def read_adapter_weights(
         EdgeLoraError: the file is missing or damaged, a tensor is missing, unexpected,
             of another shape, not of a float dtype, or holds NaN or infinity.
     """
-    header, files = read_header(file), Unchanged()
+    header, files = read_header(file), WatchedFiles()
     files.watch(Path(file))
     _check_names(file, header, expected)
     for name, info in header.items():
@@ -112,9 +112,9 @@ def _check_names(
     unexpected = [name for name in header if name not in expected]
     problems = []
     if missing:
-        problems.append(f"lacks {some(missing)}")
+        problems.append(f"lacks {abbreviate(missing)}")
     if unexpected:
-        problems.append(f"has {some(unexpected)}, not in this model")
+        problems.append(f"has {abbreviate(unexpected)}, not in this model")
     if problems:
         raise EdgeLoraError(
             f"{file}: does not fit: {' and '.join(problems)}; resume with the model, num_layers "

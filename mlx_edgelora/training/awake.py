@@ -8,12 +8,12 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def awake(wanted: bool) -> Iterator[None]:
+def keep_awake(enabled: bool) -> Iterator[None]:
     """On macOS, keep the system from idle sleep; the display may sleep. Never fails.
 
     A closed lid on battery power sends a Mac to sleep all the same.
     """
-    if not wanted or sys.platform != "darwin":
+    if not enabled or sys.platform != "darwin":
         yield
         return
     # It ends with this process, however that ends.

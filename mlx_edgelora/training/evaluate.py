@@ -10,16 +10,16 @@ import mlx.nn as nn
 
 from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.data.batches import Batch, iterate_batches
-from mlx_edgelora.engine.trained import Arrays, Trained
+from mlx_edgelora.engine.adapter_state import AdapterState, Arrays
 from mlx_edgelora.measure.meter import DiskMeter
 
 
-class Engine(Protocol):
+class GradientEngine(Protocol):
     """What computes losses and gradients of a model."""
 
     model: nn.Module
     disk: DiskMeter
-    trained: Trained
+    adapters: AdapterState
     empties_cache: bool
 
     def backward(self, batch: Batch, sink: Callable[[Arrays], None]) -> tuple[mx.array, int]:
@@ -35,7 +35,7 @@ class Engine(Protocol):
 
 
 def evaluate(
-    engine: Engine,
+    engine: GradientEngine,
     dataset: Sequence,
     config: TrainConfig,
     num_batches: int,
@@ -86,7 +86,7 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def limit_cache(engine: Engine, config: TrainConfig) -> None:
+def limit_cache(engine: GradientEngine, config: TrainConfig) -> None:
     """Give MLX's cache of freed buffers back to the system, if it holds more than it should."""
     threshold = config.clear_cache_threshold
     if threshold is None and engine.empties_cache:

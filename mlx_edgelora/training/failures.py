@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from mlx_edgelora.errors import EdgeLoraError, is_killed
-from mlx_edgelora.model.checkpoint import reason
+from mlx_edgelora.model.checkpoint import error_text
 
 
-def explained(error: RuntimeError | MemoryError) -> str | None:
+def explain(error: RuntimeError | MemoryError) -> str | None:
     """What happened and what helps; None for an error that says something else.
 
     MLX has one kind of exception for all of them, and words as few as `[malloc]`.
@@ -15,34 +15,34 @@ def explained(error: RuntimeError | MemoryError) -> str | None:
     text = str(error)
     if "Resource limit" in text:
         return (
-            f"MLX holds more buffers than the system allows ({reason(error)}); lower "
+            f"MLX holds more buffers than the system allows ({error_text(error)}); lower "
             "memory_budget, so that fewer blocks are in memory at once, or max_seq_length"
         )
     if isinstance(error, MemoryError) or "malloc" in text or "memory" in text.lower():
         return (
-            f"out of memory ({reason(error)}); lower batch_size or max_seq_length, or close other "
-            "programs"
+            f"out of memory ({error_text(error)}); lower batch_size or max_seq_length, or close "
+            "other programs"
         )
     if is_killed(error):
         return (
             f"macOS ended a computation on the GPU, which kept the display waiting or took too "
-            f"long ({reason(error)}); let the display sleep while caffeinate keeps the Mac awake, "
-            "lower max_seq_length or batch_size, or leave the GPU time for the display with "
+            f"long ({error_text(error)}); let the display sleep while caffeinate keeps the Mac "
+            "awake, lower max_seq_length or batch_size, or leave the GPU time for the display with "
             "--duty 0.5"
         )
     return None
 
 
 @contextmanager
-def failures_told(standing: str) -> Iterator[None]:
+def explain_failures(on_disk: str) -> Iterator[None]:
     """Turn such an error into an `EdgeLoraError`.
 
     Args:
-        standing: what is on disk, for the end of the sentence.
+        on_disk: what is on disk, for the end of the sentence.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if (told := explained(error)) is None:
+        if (message := explain(error)) is None:
             raise
-        raise EdgeLoraError(f"{told}; {standing}") from error
+        raise EdgeLoraError(f"{message}; {on_disk}") from error

@@ -22,35 +22,35 @@ from mlx_edgelora.config.train_config import MOST_LAYERS
 from mlx_edgelora.data import Dataset, load_datasets
 from mlx_edgelora.data.batches import count_batches
 from mlx_edgelora.embedded import DATA_PATH, MODEL_PATH
-from mlx_edgelora.engine.build import Settings, assembled
+from mlx_edgelora.engine.adapter_state import AdapterState
+from mlx_edgelora.engine.build import Settings, build_engine
 from mlx_edgelora.engine.optimizer import build_optimizer
 from mlx_edgelora.engine.step import Engine
-from mlx_edgelora.engine.trained import Trained
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.losses.exact import CrossEntropy
 from mlx_edgelora.measure.meter import peak_memory, reset_peak
 from mlx_edgelora.measure.profile import recording
 from mlx_edgelora.measure.units import size
-from mlx_edgelora.model.checkpoint import LazyModel, quantized, reason
+from mlx_edgelora.model.checkpoint import LazyModel, error_text, quantize_in_place
 from mlx_edgelora.model.headers import headers_of
 from mlx_edgelora.model.loading import DTYPES, can_stream, open_model
 from mlx_edgelora.model.lora import add_lora, freeze
-from mlx_edgelora.planner.machine import converts, default_budget, free_memory
-from mlx_edgelora.planner.report import PlanReport, too_small
-from mlx_edgelora.planner.run_plan import RunPlan, asked_plan
+from mlx_edgelora.planner.machine import converts_dtype, default_budget, free_memory
+from mlx_edgelora.planner.report import PlanReport, with_smallest_plan
+from mlx_edgelora.planner.run_plan import RunPlan, plan_request
 from mlx_edgelora.storage.files import make_folder, user_cache, write_atomically
 from mlx_edgelora.storage.stores import spill_folder
 from mlx_edgelora.training import summary
 from mlx_edgelora.training.adapters import CONFIG_FILE, WEIGHTS_FILE, read_adapter_weights
-from mlx_edgelora.training.awake import awake
+from mlx_edgelora.training.awake import keep_awake
 from mlx_edgelora.training.callbacks import TrainingCallback, reporting_callbacks
-from mlx_edgelora.training.duty import Duty
 from mlx_edgelora.training.evaluate import evaluate
-from mlx_edgelora.training.failures import failures_told
+from mlx_edgelora.training.failures import explain_failures
 from mlx_edgelora.training.limits import PressureWatch, limits
 from mlx_edgelora.training.loop import TrainResult, train
 from mlx_edgelora.training.rehearsal import rehearse
-from mlx_edgelora.training.sampling import begun, settle
+from mlx_edgelora.training.sampling import first_plan, measure_and_replan
+from mlx_edgelora.training.throttle import DutyCycle
 from mlx_edgelora.training.training_loss import check_loss, training_loss
 from mlx_edgelora.training.verdict import Verdict, refuse_wrong
 from mlx_edgelora.training.verification import verify
@@ -88,13 +88,13 @@ def finetune(
     """
     config = _with_embedded(config)
     if not config.train:
-        config = _as_trained(config)
+        config = _with_saved_layers(config)
     optimizer = build_optimizer(config)  # refuses what it cannot use before anything slow
     callbacks = [*callbacks, *reporting_callbacks(config)]
-    with _memory_told(config), awake(config.caffeinate):
-        lazy = _adapted(config)
+    with _explained_failures(config), keep_awake(config.caffeinate):
+        lazy = _adapted_model(config)
         config = _with_layers(config, lazy, notify)
-        if converts(_dtype(config) or lazy.blocks.hidden_dtype):
+        if converts_dtype(_dtype(config) or lazy.blocks.hidden_dtype):
             notify(BFLOAT16)
         tokenizer = _tokenizer(lazy)
         train_set, valid_set, test_set = _data(config, tokenizer, lazy.vocabulary, notify)
@@ -102,59 +102,59 @@ def finetune(
         notify(summary.facts(config, lazy, (train_set, valid_set, test_set)))
         sets = [dataset for dataset in (train_set, valid_set, test_set) if dataset is not None]
         place = _spill_place(config)
-        with _settled(config, lazy, sets, place, notify) as (engine, chosen):
+        with _open_run(config, lazy, sets, place, notify) as (engine, chosen):
             check_loss(config, engine.head)
-            if config.train and (advice := _packing_advice(config, engine, train_set)):
+            if config.train and (advice := _packing_advice(config, engine, train_set, chosen)):
                 notify(summary.line("packing", advice))
             result = None
             if config.train and config.verify == "on":
-                notify(_verified(engine, chosen, config))
+                notify(_verification_line(engine, chosen, config))
             if config.train:
                 folder, tiles = _cache(config), chosen.plan.loss_bytes
                 wanted = training_loss(config, engine.head, train_set, folder, notify, tiles)
-                with wanted as loss, _profiled(config, notify):
+                with wanted as loss, _memory_profile(config, notify):
                     engine.training_loss = loss
                     rehearse(engine, chosen, notify)
                     reset_peak()
-                    watches = _Watch(engine, chosen, notify), PressureWatch(notify)
+                    watches = _BudgetWatch(engine, chosen, notify), PressureWatch(notify)
                     callbacks = [*callbacks, *watches]
                     result = train(engine, optimizer, config, train_set, valid_set, callbacks)
             if config.test:
-                notify(_tested(*evaluate(engine, test_set, config, config.test_batches)))
+                notify(_test_result(*evaluate(engine, test_set, config, config.test_batches)))
     return result
 
 
 @contextmanager
 def open_engine(
-    config: TrainConfig, notify: Callable[[str], None] = print
+    config: TrainConfig, log: Callable[[str], None] = print
 ) -> Iterator[tuple[Engine, object, int]]:
     """Load and adapt the model that `config` names and settle where everything lives.
 
     Gives the engine, the tokenizer and the size of the model's vocabulary.
     """
-    lazy = _adapted(config)
+    lazy = _adapted_model(config)
     place = _spill_place(config)
-    with _settled(config, lazy, (), place, notify) as (engine, _):
+    with _open_run(config, lazy, (), place, log) as (engine, _):
         yield engine, _tokenizer(lazy), lazy.vocabulary
 
 
 @contextmanager
 def open_planned(
-    config: TrainConfig, notify: Callable[[str], None] = print
+    config: TrainConfig, log: Callable[[str], None] = print
 ) -> Iterator[tuple[Engine, RunPlan]]:
     """As `open_engine`, of a run whose rows all have max_seq_length tokens; gives its plan too."""
-    with _memory_told(config):
-        lazy = _adapted(config)
-        with _settled(config, lazy, (), _spill_place(config), notify) as settled:
+    with _explained_failures(config):
+        lazy = _adapted_model(config)
+        with _open_run(config, lazy, (), _spill_place(config), log) as settled:
             yield settled
 
 
-def verification(config: TrainConfig, notify: Callable[[str], None] = print) -> list[Verdict]:
+def verification(config: TrainConfig, log: Callable[[str], None] = print) -> list[Verdict]:
     """Compare the gradients of a run with those of plain MLX, at the run's own lengths.
 
     Args:
         config: the options of the run; without data every row has max_seq_length tokens.
-        notify: gets a line for every choice made, and where rows are compared shorter.
+        log: gets a line for every choice made, and where rows are compared shorter.
 
     Returns:
         A verdict for each kind of block and each way in which the plan computes it, for the
@@ -166,16 +166,16 @@ def verification(config: TrainConfig, notify: Callable[[str], None] = print) -> 
     with_data = bool(config.data or config.hf_dataset or config.model is None)
     if with_data:
         config = _with_embedded(config)
-    with _memory_told(config):
-        lazy = _adapted(config)
+    with _explained_failures(config):
+        lazy = _adapted_model(config)
         sets: Sequence = ()
         if with_data:
             found = _data(config, _tokenizer(lazy), lazy.vocabulary, lambda line: None)
             sets = [dataset for dataset in found if dataset is not None]
         place = _spill_place(config)
-        with _settled(config, lazy, sets, place, notify) as (engine, chosen):
+        with _open_run(config, lazy, sets, place, log) as (engine, chosen):
             free, _ = default_budget()
-            return verify(engine, *_batch(chosen), _dtype(config), memory=free, notify=notify)
+            return verify(engine, *_batch(chosen), _dtype(config), memory=free, log=log)
 
 
 def plan_report(config: TrainConfig, labelled: float = 1.0) -> PlanReport:
@@ -191,28 +191,28 @@ def plan_report(config: TrainConfig, labelled: float = 1.0) -> PlanReport:
     sets: Sequence = ()
     if config.data or config.hf_dataset or config.model is None:
         config = _with_embedded(config)
-    with _memory_told(config), headers_of(config.model) as path:
+    with _explained_failures(config), headers_of(config.model) as path:
         lazy = open_model(str(path), streamed=False, quantize=None, cache=_cache(config))
         if config.quantize is not None:
-            quantized(lazy, config.quantize)
+            quantize_in_place(lazy, config.quantize)
         _adapt(lazy, config)
         if config.data or config.hf_dataset:
             found = _data(config, _tokenizer(lazy), lazy.vocabulary, lambda line: None)
             sets = [dataset for dataset in found if dataset is not None]
         folder = Path(_spill_place(config)[0])
-        asked = asked_plan(config, lazy, sets, user_cache(), folder, labelled)
+        request = plan_request(config, lazy, sets, user_cache(), folder, labelled)
         fits = True
-        if asked.choice is None:
+        if request.choice is None:
             try:
-                asked = asked.by(asked.searched())
+                request = request.with_choice(request.search())
             except EdgeLoraError:
-                asked, fits = too_small(asked), False
+                request, fits = with_smallest_plan(request), False
         if config.plan_out is not None and fits:
-            _write_plan(config, asked)
-        return PlanReport(asked, fits)
+            _write_plan(config, request)
+        return PlanReport(request, fits)
 
 
-def _adapted(config: TrainConfig, streamed: bool = False) -> LazyModel:
+def _adapted_model(config: TrainConfig, streamed: bool = False) -> LazyModel:
     """The model with adapters; nothing of it is read, unless it has to be rewritten first."""
     lazy = open_model(
         config.model, streamed=streamed, quantize=config.quantize, cache=_cache(config)
@@ -229,62 +229,64 @@ def _engine(
     lazy: LazyModel,
     chosen: RunPlan,
     place: tuple[str | Path, str],
-    notify: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> Iterator[Engine]:
     plan, free = chosen.plan, free_memory()
     if plan.streams and not lazy.streamable:
-        lazy = _adapted(config, streamed=True)
+        lazy = _adapted_model(config, streamed=True)
     folder, why = place
     settings = Settings(
         folder,
         config.dtype,
         CrossEntropy(plan.loss_bytes),
         load=lambda trained: _resume(trained, lazy.model, config),
-        rest=Duty(config.duty).rest,
+        pause=DutyCycle(config.duty).pause,
         file_cache=None if free is None else max(0, free - chosen.choice.peak),
     )
-    details = notify if config.verbose else _silent
+    details = log if config.verbose else _discard
     if plan.spills or plan.adapters == "paged":
         details(f"scratch files in {folder} ({why})")
-    with assembled(lazy, plan, settings, details) as engine:
+    with build_engine(lazy, plan, settings, details) as engine:
         yield engine
 
 
-def _silent(line: str) -> None:
+def _discard(line: str) -> None:
     """Where details are not asked for."""
 
 
 @contextmanager
-def _settled(
+def _open_run(
     config: TrainConfig,
     lazy: LazyModel,
     sets: Sequence,
     place: tuple[str | Path, str],
-    notify: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> Iterator[tuple[Engine, RunPlan]]:
     """The engine and the plan of the run, measured, told and written down; MLX's limits set."""
-    asked = asked_plan(config, lazy, sets, user_cache(), Path(place[0]))
-    chosen: RunPlan | None = asked if asked.given else begun(asked)
+    request = plan_request(config, lazy, sets, user_cache(), Path(place[0]))
+    chosen: RunPlan | None = request if request.given else first_plan(request)
     left = ENGINES
     while chosen is not None:
-        notify(chosen.table() if config.verbose else summary.memory(chosen))
-        with limits(chosen) as limit, _engine(config, lazy, chosen, place, notify) as engine:
+        log(chosen.table() if config.verbose else summary.memory(chosen))
+        with limits(chosen) as limit, _engine(config, lazy, chosen, place, log) as engine:
             left -= 1
             if config.packing:
-                engine.walk.check_packing(chosen.load.tokens)
-            another = settle(engine, chosen, notify, stays=not left) if config.train else None
+                engine.walk.check_packing(chosen.batch_shape.tokens)
+            another = (
+                measure_and_replan(engine, chosen, log, stays=not left) if config.train else None
+            )
             if another is None:
                 _reserve(config, engine, chosen)
                 limit(chosen)
                 engine.empties_cache = chosen.is_tight
                 if config.plan_out is not None:
                     _write_plan(config, chosen)
-                engine.plan_of = chosen.of
+                engine.plan_for = chosen.plan_for
                 yield engine, chosen
         chosen = another
         if chosen is not None:
             del engine
-            lazy.replace_by(_adapted(config))
+            lazy.replace_with(_adapted_model(config))
             gc.collect()  # engines hold themselves; two would not fit
 
 
@@ -292,8 +294,10 @@ def _reserve(config: TrainConfig, engine: Engine, chosen: RunPlan) -> None:
     """Take the disk space of the largest batch at once, where there is a backward."""
     if not config.train:
         return
-    load = chosen.load.part(chosen.plan.micro_batches)
-    engine.walk.reserve(load.rows, load.tokens, chosen.shape.hidden * chosen.shape.itemsize)
+    batch_shape = chosen.batch_shape.part(chosen.plan.micro_batches)
+    engine.walk.reserve(
+        batch_shape.rows, batch_shape.tokens, chosen.shape.hidden * chosen.shape.itemsize
+    )
 
 
 def _write_plan(config: TrainConfig, chosen: RunPlan) -> None:
@@ -301,24 +305,24 @@ def _write_plan(config: TrainConfig, chosen: RunPlan) -> None:
     write_atomically({Path(config.plan_out): lambda file: file.write(text)})
 
 
-class _Watch(TrainingCallback):
+class _BudgetWatch(TrainingCallback):
     """Compares the peak with the budget, and has less used where that was too little."""
 
-    def __init__(self, engine: Engine, chosen: RunPlan, notify: Callable[[str], None]) -> None:
-        self._engine, self._chosen, self._notify = engine, chosen, notify
+    def __init__(self, engine: Engine, chosen: RunPlan, log: Callable[[str], None]) -> None:
+        self._engine, self._chosen, self._log = engine, chosen, log
 
     def on_train_loss_report(self, train_info: dict) -> None:
         """Called at every report."""
         peak = peak_memory()
-        told = f"MLX took {size(peak)}, more than was expected"
+        message = f"MLX took {size(peak)}, more than was expected"
         try:
-            plan = self._chosen.corrected(peak, anew=False)
+            plan = self._chosen.replan(peak, anew=False)
         except EdgeLoraError as error:
-            self._notify(f"{told}; the run goes on, but {error}")
+            self._log(f"{message}; the run goes on, but {error}")
             return
         if plan is not None:
-            self._engine.hold(plan)
-            self._notify(f"{told}; from here on\n{summary.memory(self._chosen)}")
+            self._engine.set_plan_and_residency(plan)
+            self._log(f"{message}; from here on\n{summary.memory(self._chosen)}")
 
 
 def _with_embedded(config: TrainConfig) -> TrainConfig:
@@ -326,26 +330,26 @@ def _with_embedded(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, model=config.model or str(MODEL_PATH), data=data)
 
 
-def _verified(engine: Engine, chosen: RunPlan, config: TrainConfig) -> str:
+def _verification_line(engine: Engine, chosen: RunPlan, config: TrainConfig) -> str:
     """One line about the light form of `verification`; raises where it does not agree."""
     start = time.perf_counter()
     verdicts = verify(engine, *_batch(chosen), _dtype(config), light=True)
     refuse_wrong(verdicts)
     error, spent = max(verdict.error for verdict in verdicts), time.perf_counter() - start
-    told = f"{len(verdicts)} comparisons with plain MLX (error {error:.0e}, {spent:.1f} s)"
-    return summary.line("gradients", f"equal in {told}")
+    message = f"{len(verdicts)} comparisons with plain MLX (error {error:.0e}, {spent:.1f} s)"
+    return summary.line("gradients", f"equal in {message}")
 
 
 def _batch(chosen: RunPlan) -> tuple[int, int]:
     """Rows and tokens of the largest piece of a batch that is computed at once."""
-    return -(-chosen.load.rows // chosen.plan.micro_batches), chosen.load.tokens
+    return -(-chosen.batch_shape.rows // chosen.plan.micro_batches), chosen.batch_shape.tokens
 
 
 def _dtype(config: TrainConfig) -> mx.Dtype | None:
     return DTYPES[config.dtype] if config.dtype else None
 
 
-def _as_trained(config: TrainConfig) -> TrainConfig:
+def _with_saved_layers(config: TrainConfig) -> TrainConfig:
     """For a test alone: the adapter in `adapter_path` says what its layers look like."""
     if config.resume_adapter_file is not None:
         raise EdgeLoraError(
@@ -360,7 +364,7 @@ def _as_trained(config: TrainConfig) -> TrainConfig:
         layers = {key: saved[key] for key in ("num_layers", "lora_parameters")}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise EdgeLoraError(
-            f"{path}: not the configuration of an adapter ({reason(error)}); test one that was "
+            f"{path}: not the configuration of an adapter ({error_text(error)}); test one that was "
             "trained, or the base model with --adapter-path ''"
         ) from error
     like = TrainConfig.from_dict(layers, str(path))
@@ -383,7 +387,8 @@ def _tokenizer(lazy: LazyModel) -> object:
         return load_tokenizer(path, eos_token_ids=lazy.config.get("eos_token_id"))
     except Exception as error:  # bare ones are what the package tokenizers raises
         raise EdgeLoraError(
-            f"{path}: the tokenizer cannot be loaded ({reason(error)}); download the model again"
+            f"{path}: the tokenizer cannot be loaded ({error_text(error)}); download the model "
+            "again"
         ) from error
 
 
@@ -402,15 +407,13 @@ def _default_layers(model: nn.Module) -> int:
     return min(MOST_LAYERS, len(model.layers))
 
 
-def _with_layers(
-    config: TrainConfig, lazy: LazyModel, notify: Callable[[str], None]
-) -> TrainConfig:
+def _with_layers(config: TrainConfig, lazy: LazyModel, log: Callable[[str], None]) -> TrainConfig:
     """The number of adapted blocks as a number, which the adapter's configuration holds."""
     if config.num_layers is not None or not config.train:
         return config
     count = _default_layers(lazy.model)
     if count < MOST_LAYERS:
-        notify(f"num_layers: all {count} blocks are adapted (by default the last {MOST_LAYERS})")
+        log(f"num_layers: all {count} blocks are adapted (by default the last {MOST_LAYERS})")
     return dataclasses.replace(config, num_layers=count)
 
 
@@ -429,39 +432,41 @@ def _with_iters(config: TrainConfig, train_set: Dataset | None) -> TrainConfig:
     return dataclasses.replace(config, iters=iters, epochs=None)
 
 
-def _packing_advice(config: TrainConfig, engine: Engine, train_set: Dataset) -> str | None:
+def _packing_advice(
+    config: TrainConfig, engine: Engine, train_set: Dataset, chosen: RunPlan
+) -> str | None:
     """What packing would save, where that is much and the model can be packed."""
     advice = summary.packing_advice(config, train_set)
     if advice is not None:
         try:
-            engine.walk.check_packing(config.max_seq_length - 1)
+            engine.walk.check_packing(chosen.batch_shape.tokens)
         except EdgeLoraError:
             return None
     return advice
 
 
-def _resume(trained: Trained, model: nn.Module, config: TrainConfig) -> None:
+def _resume(trained: AdapterState, model: nn.Module, config: TrainConfig) -> None:
     if config.resume_adapter_file is not None:
         shapes = {name: value.shape for name, value in tree_flatten(model.trainable_parameters())}
         trained.load(read_adapter_weights(config.resume_adapter_file, shapes))
 
 
 def _data(
-    config: TrainConfig, tokenizer: object, vocabulary: int, notify: Callable[[str], None]
+    config: TrainConfig, tokenizer: object, vocabulary: int, log: Callable[[str], None]
 ) -> tuple[Dataset | None, Dataset | None, Dataset | None]:
     sets = load_datasets(config, tokenizer)
     if config.train and config.val_batches and sets[1] is None:
-        notify("no valid set, so no validation")
+        log("no valid set, so no validation")
     for dataset in sets:
         if dataset is None:
             continue
         dataset.check_vocabulary(vocabulary)
         if warning := dataset.report.warning():
-            notify(f"warning: {warning}")
+            log(f"warning: {warning}")
     return sets
 
 
-def _tested(loss: float, tokens: int) -> str:
+def _test_result(loss: float, tokens: int) -> str:
     if not math.isfinite(loss):
         raise EdgeLoraError(
             f"test loss is {loss} on {tokens} tokens, expected a finite number; test another "
@@ -482,15 +487,15 @@ def _cache(config: TrainConfig) -> Path:
     return Path(config.cache_dir) if config.cache_dir else user_cache()
 
 
-def _memory_told(config: TrainConfig) -> AbstractContextManager:
+def _explained_failures(config: TrainConfig) -> AbstractContextManager:
     """For what comes before and after training, which knows itself what is on disk."""
-    return failures_told(
+    return explain_failures(
         f"an adapter saved before is untouched in {config.adapter_path or 'its folder'}"
     )
 
 
 @contextmanager
-def _profiled(config: TrainConfig, notify: Callable[[str], None]) -> Iterator[None]:
+def _memory_profile(config: TrainConfig, log: Callable[[str], None]) -> Iterator[None]:
     """Where it is asked for, tell where the memory of the last step went, and write it down."""
     if config.memory_profile is None:
         yield
@@ -503,4 +508,4 @@ def _profiled(config: TrainConfig, notify: Callable[[str], None]) -> Iterator[No
     if find_spec("matplotlib") is not None:
         writers[folder / "memory.png"] = profile.plot
     write_atomically(writers)
-    notify(f"memory of the last step ({', '.join(map(str, writers))}):\n{profile.table()}")
+    log(f"memory of the last step ({', '.join(map(str, writers))}):\n{profile.table()}")

@@ -20,7 +20,7 @@ def limits(chosen: RunPlan) -> Iterator[Callable[[RunPlan], None]]:
     before: dict[Callable[[int], int], int] = {}
 
     def keep(chosen: RunPlan) -> None:
-        wanted = {mx.set_cache_limit: chosen.cache_bytes, mx.set_memory_limit: chosen.most_bytes}
+        wanted = {mx.set_cache_limit: chosen.cache_bytes, mx.set_memory_limit: chosen.memory_limit}
         for change, value in wanted.items():
             found = change(value)
             change(min(before.setdefault(change, found), value))
@@ -36,15 +36,15 @@ def limits(chosen: RunPlan) -> Iterator[Callable[[RunPlan], None]]:
 class PressureWatch(TrainingCallback):
     """Says once that the system is short of memory, where it tells."""
 
-    def __init__(self, notify: Callable[[str], None]) -> None:
-        self._notify, self._told = notify, False
+    def __init__(self, log: Callable[[str], None]) -> None:
+        self._log, self._logged = log, False
 
     def on_train_loss_report(self, train_info: dict) -> None:
         """Called at every report."""
-        level = None if self._told else memory_pressure()
+        level = None if self._logged else memory_pressure()
         if level is not None:
-            self._told = True
-            self._notify(
+            self._logged = True
+            self._log(
                 f"warning: macOS is short of memory (pressure: {level}), so this run and other "
                 "programs slow down; close some of them, or start again with a smaller "
                 "--memory-budget"

@@ -29,21 +29,21 @@ import mlx.optimizers as optimizers
 from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.data.batches import Batch, count_batches, iterate_batches
 from mlx_edgelora.data.dataset import Dataset
-from mlx_edgelora.engine.finite import Finite
+from mlx_edgelora.engine.adapter_state import Arrays
+from mlx_edgelora.engine.finite import FiniteCheck
 from mlx_edgelora.engine.optimizer import clip_factor
-from mlx_edgelora.engine.trained import Arrays
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.measure.meter import peak_memory
 from mlx_edgelora.measure.profile import begin_step, phase
 from mlx_edgelora.storage.files import make_folder
 from mlx_edgelora.training.adapters import WEIGHTS_FILE, save_adapters
 from mlx_edgelora.training.callbacks import TrainingCallback
-from mlx_edgelora.training.evaluate import Engine, evaluate, limit_cache
-from mlx_edgelora.training.failures import explained
+from mlx_edgelora.training.evaluate import GradientEngine, evaluate, limit_cache
+from mlx_edgelora.training.failures import explain
 from mlx_edgelora.training.log import RunLog
 from mlx_edgelora.training.progress import Progress
-from mlx_edgelora.training.report import Report, UsageMeter, Window
-from mlx_edgelora.training.text import some
+from mlx_edgelora.training.report import LossReport, UsageMeter, Window
+from mlx_edgelora.training.text import abbreviate
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class TrainResult:
 
 
 def train(
-    engine: Engine,
+    engine: GradientEngine,
     optimizer: optimizers.Optimizer,
     config: TrainConfig,
     train_set: Sequence,
@@ -122,12 +122,12 @@ def train(
                 if run.is_due(config.save_every, iteration):
                     run.save(iteration, numbered=iteration % config.save_every == 0)
         except KeyboardInterrupt:
-            progress.note(f"interrupted; {run.standing()}")
+            progress.note(f"interrupted; {run.last_saved_message()}")
             raise
         except (RuntimeError, MemoryError) as error:
-            if (told := explained(error)) is None:
+            if (message := explain(error)) is None:
                 raise
-            raise EdgeLoraError(f"step {iteration}: {told}; {run.rescued()}") from error
+            raise EdgeLoraError(f"step {iteration}: {message}; {run.save_unsaved()}") from error
     return run.result()
 
 
@@ -166,9 +166,9 @@ class _Run:
         self._log = log
         self._meter = UsageMeter(engine.disk)
         self._window = Window(self._meter)
-        self._trained = engine.trained
-        self._trained.start(optimizer)
-        self._finite = Finite()
+        self._adapters = engine.adapters
+        self._adapters.start(optimizer)
+        self._finite = FiniteCheck()
         self._weights = 0.0  # of the gradients in the sum
         self._first_tokens = 0  # labels of the first batch among them
         self._weight = 1.0  # of the present batch
@@ -189,7 +189,7 @@ class _Run:
         begin_step()
         start = time.perf_counter()
         self._weigh(int(batch.mask.sum()))
-        loss, tokens = self._engine.backward(batch, self._take)
+        loss, tokens = self._engine.backward(batch, self._add_gradients)
         loss = loss.item()
         self._check_finite(iteration, batch, loss)
         self._weights += self._weight
@@ -211,29 +211,29 @@ class _Run:
             self._first_tokens = tokens
         self._weight = tokens / max(1, self._first_tokens)
 
-    def _take(self, gradients: Arrays) -> None:
+    def _add_gradients(self, gradients: Arrays) -> None:
         """Add gradients to the sum, and look whether they are finite."""
         self._finite.add(gradients)
         if self._weight != 1:
             for name in list(gradients):
                 gradients[name] = self._weight * gradients.pop(name)
             mx.eval(gradients)
-        self._trained.add(gradients)
+        self._adapters.add(gradients)
 
     def _update(self, iteration: int) -> None:
         weights, self._weights = self._weights, 0.0
         with phase("update"):
-            self._trained.update(self._optimizer, weights, self._clipping(iteration, weights))
+            self._adapters.update(self._optimizer, weights, self._clipping(iteration, weights))
 
     def _clipping(self, iteration: int, weights: float) -> mx.array | None:
         """What the mean of the gradients is multiplied by; None where they are not clipped."""
         if self._config.max_grad_norm is None:
             return None
-        norm = self._trained.norm(weights)
+        norm = self._adapters.norm(weights)
         if not math.isfinite(norm.item()):
             raise EdgeLoraError(
                 f"step {iteration}: the norm of the gradients is {norm.item()}, expected a finite "
-                f"number; lower the learning rate; {self.standing()}"
+                f"number; lower the learning rate; {self.last_saved_message()}"
             )
         return clip_factor(norm, self._config.max_grad_norm)
 
@@ -261,19 +261,19 @@ class _Run:
         if not math.isfinite(loss):
             raise EdgeLoraError(
                 f"step {iteration}: validation loss is {loss}, expected a finite number; "
-                f"lower the learning rate; {self.standing()}"
+                f"lower the learning rate; {self.last_saved_message()}"
             )
         window.add(loss, tokens, time.perf_counter() - start)
         self._publish(self._make_report("val_loss", window, iteration - 1))
 
     def save(self, iteration: int, numbered: bool) -> None:
         """Put the adapter of this step on disk, under its number as well if asked."""
-        folder, weights = Path(self._config.adapter_path), self._trained.weights()
+        folder, weights = Path(self._config.adapter_path), self._adapters.weights()
         save_adapters(folder, weights, self._config.to_dict(), iteration if numbered else None)
         self._saved = iteration
         self._progress.saved(iteration, folder)
 
-    def rescued(self) -> str:
+    def save_unsaved(self) -> str:
         """Save the steps since the last save if the machine still can; tells what is on disk."""
         failures = EdgeLoraError, RuntimeError, MemoryError
         if self._updated > self._saved:
@@ -281,9 +281,9 @@ class _Run:
                 mx.synchronize()  # raises what else of the step was ended, for the last time
             with contextlib.suppress(*failures):
                 self.save(self._updated, numbered=False)
-        return self.standing()
+        return self.last_saved_message()
 
-    def standing(self) -> str:
+    def last_saved_message(self) -> str:
         """Which adapter is on disk, for messages."""
         file = Path(self._config.adapter_path) / WEIGHTS_FILE
         if self._saved:
@@ -301,11 +301,11 @@ class _Run:
             adapter_path=Path(self._config.adapter_path),
         )
 
-    def _make_report(self, kind: str, window: Window, iteration: int) -> Report:
+    def _make_report(self, kind: str, window: Window, iteration: int) -> LossReport:
         rate = self._optimizer.learning_rate.item()
         return window.report(kind, iteration, rate, self._trained_tokens)
 
-    def _publish(self, report: Report) -> None:
+    def _publish(self, report: LossReport) -> None:
         self._last[report.kind] = report.loss
         self._progress.report(report)
         with self._saved_on_failure():
@@ -335,12 +335,12 @@ class _Run:
         elif bad is not None:
             what = f"the gradient of {bad} holds NaN or infinity"
         if what is not None:
-            rows = some([self._place(index) for index in batch.indices])
+            rows = abbreviate([self._row_name(index) for index in batch.indices])
             raise EdgeLoraError(
                 f"step {iteration}: {what}, expected finite numbers; lower the learning rate or "
-                f"check {rows}; {self.standing()}"
+                f"check {rows}; {self.last_saved_message()}"
             )
 
-    def _place(self, index: int) -> str:
+    def _row_name(self, index: int) -> str:
         known = isinstance(self._train_set, Dataset)
         return self._train_set.place(index) if known else f"row {index}"

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_edgelora.blocks.block_list import BlockList, array_slots, bound
+from mlx_edgelora.blocks.block_list import BlockList, array_slots, bind_arrays
 from mlx_edgelora.blocks.masks import band_of, causal_array
 from mlx_edgelora.blocks.weight_source import WeightSource
 from mlx_edgelora.model.weights import cast
@@ -19,7 +19,7 @@ from mlx_edgelora.model.weights import cast
 Arrays = dict[str, mx.array]
 
 
-class OneBlock(nn.Module):
+class OneBlockModel(nn.Module):
     """A model of one block of another one, which it calls as that other one does.
 
     Its input is random, plus `shift`, which is trained, so that a gradient goes through the block
@@ -63,18 +63,18 @@ class OneBlock(nn.Module):
         _, args, kwargs = recorded_calls(self._others[0], tokens)[self._index]
         self._count = tokens.shape[1]
         return (
-            tuple(map(self._shortened, args)),
-            {name: self._shortened(value) for name, value in kwargs.items()},
+            tuple(map(self._shorten, args)),
+            {name: self._shorten(value) for name, value in kwargs.items()},
         )
 
-    def _shortened(self, value: Any) -> Any:
+    def _shorten(self, value: Any) -> Any:
         if self._window is None or not isinstance(value, mx.array | str) or band_of(value) is None:
             return value
         count = self._count
         return causal_array(range(count), count, min(self._window, count))
 
 
-class OnlyBlock:
+class OneBlockWeights:
     """The frozen weights of one block of a model, as those of a model of one block.
 
     Args:
@@ -88,9 +88,9 @@ class OnlyBlock:
     ) -> None:
         self._source, self._index, self._block, self._dtype = source, index, block, dtype
 
-    def block(self, index: int, lasting: bool = False) -> Arrays:
+    def block(self, index: int, own_memory: bool = False) -> Arrays:
         """The block's frozen arrays; empty where it has them."""
-        found = self._source.block(self._index, lasting)
+        found = self._source.block(self._index, own_memory)
         if self._dtype is None:
             return found
         trained = {name for name, _ in tree_flatten(self._block.trainable_parameters())}
@@ -117,7 +117,7 @@ class RandomAdapters:
             for name, value in tree_flatten(block.trainable_parameters())
         }
 
-    def block(self, index: int, lasting: bool = False) -> Arrays:
+    def block(self, index: int, own_memory: bool = False) -> Arrays:
         """Evaluated values by their names in the block."""
         mx.eval(self._arrays)
         return dict(self._arrays)
@@ -144,7 +144,7 @@ def recorded_calls(blocks: BlockList, tokens: mx.array) -> list[tuple[mx.array, 
         calls.append(call[1:])
         return call[1]
 
-    with blocks.intercepted(record):
+    with blocks.intercept(record):
         blocks.model(tokens)
     return calls
 
@@ -175,7 +175,7 @@ def plain_calls(blocks: BlockList, tokens: mx.array) -> dict[int, dict[str, Any]
         for block in blocks.blocks:
             slots = array_slots(block)
             zeros = {n: mx.zeros(box[key].shape, box[key].dtype) for n, (box, key) in slots.items()}
-            stack.enter_context(bound(slots, zeros))
+            stack.enter_context(bind_arrays(slots, zeros))
         stack.callback(sys.setprofile, before)
         sys.setprofile(look)
         blocks.model(tokens)

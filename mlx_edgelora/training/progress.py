@@ -9,7 +9,7 @@ from typing import Self, TextIO
 from tqdm import tqdm
 
 from mlx_edgelora.measure.units import clock, size
-from mlx_edgelora.training.report import Report
+from mlx_edgelora.training.report import LossReport
 
 # Columns of the table: title, and its width. With a space between them a line has 69.
 COLUMNS = {
@@ -60,7 +60,7 @@ class Progress:
             self._bar.close()
             self._bar = None
 
-    def step(self, window: Report) -> None:
+    def step(self, window: LossReport) -> None:
         """Move the live line one step on, with the figures of the window so far."""
         if self._bar is not None:
             peak = size(window.usage.peak_memory_bytes)
@@ -78,7 +78,7 @@ class Progress:
         with self._make_bar(batches, "validation", position=1) as bar:
             yield lambda: bar.update() and None
 
-    def report(self, report: Report) -> None:
+    def report(self, report: LossReport) -> None:
         """Print a training or validation report as a row of the table."""
         usage = report.usage
         row = {

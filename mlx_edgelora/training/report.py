@@ -38,7 +38,7 @@ class UsageMeter:
 
 
 @dataclass(frozen=True)
-class Report:
+class LossReport:
     """One report of a training or validation loss.
 
     Attributes:
@@ -112,10 +112,10 @@ class Window:
 
     def report(
         self, kind: str, iteration: int, learning_rate: float, trained_tokens: int
-    ) -> Report:
+    ) -> LossReport:
         """The report of all batches counted so far; at least one."""
         usage = self._meter.read()
-        return Report(
+        return LossReport(
             kind=kind,
             iteration=iteration,
             loss=self._loss / self._tokens,

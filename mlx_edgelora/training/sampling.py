@@ -13,28 +13,28 @@ from typing import Any
 
 from mlx.utils import tree_flatten
 
-from mlx_edgelora.blocks.dropout import generator_restored
+from mlx_edgelora.blocks.dropout import restore_generator
 from mlx_edgelora.engine.step import Engine
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.measure.profile import Stretch
+from mlx_edgelora.measure.profile import PhasePeak
 from mlx_edgelora.measure.units import duration, size
 from mlx_edgelora.model.weights import StreamedWeights
 from mlx_edgelora.planner.cost import Memory
 from mlx_edgelora.planner.duration import OVERLAPPED
-from mlx_edgelora.planner.measured import Taken
+from mlx_edgelora.planner.measured import Measurement
 from mlx_edgelora.planner.plan import Plan
 from mlx_edgelora.planner.run_plan import RunPlan
 from mlx_edgelora.planner.search import Choice
-from mlx_edgelora.planner.sizes import Load
+from mlx_edgelora.planner.sizes import BatchShape
 from mlx_edgelora.training import summary
-from mlx_edgelora.training.rehearsal import passed, synthetic_batch
+from mlx_edgelora.training.rehearsal import measure_pass, synthetic_batch
 
 # So often a plan is measured, and replaced by one that is better by what is known then.
 ROUNDS = 4
 # Another engine, that reads its weights anew, must be better by this share.
 WORTH = 0.05
 # Choices that an engine is made by, and cannot obey later.
-ASSEMBLED = {"streamed_blocks", "head", "adapters", "kernel", "loss_bytes"}
+ENGINE_CHOICES = {"streamed_blocks", "head", "adapters", "kernel", "loss_bytes"}
 # A budget of less than this share of what the smallest plan is expected to take is too small.
 SURE = 0.5
 # Where all fits into this share of the budget there is nothing to choose.
@@ -47,8 +47,8 @@ KINDS = 8
 LONG = 5.0
 
 
-def settle(
-    engine: Engine, chosen: RunPlan, notify: Callable[[str], None], stays: bool = False
+def measure_and_replan(
+    engine: Engine, chosen: RunPlan, log: Callable[[str], None], stays: bool = False
 ) -> RunPlan | None:
     """Measure what the plan of a run takes, and replace it, until the one that is best is known.
 
@@ -58,7 +58,7 @@ def settle(
     Args:
         engine: by the present plan.
         chosen: its plan is replaced.
-        notify: gets a line for what was measured.
+        log: gets a line for what was measured.
         stays: whether only plans come into question that this engine can obey.
 
     Returns:
@@ -68,34 +68,34 @@ def settle(
         EdgeLoraError: no plan fits.
     """
     for _ in range(ROUNDS):
-        if not is_open(chosen):
+        if not needs_measuring(chosen):
             break
-        spent, before, lasting = sample(engine, chosen), chosen.plan, chosen.lasting
-        best = chosen.searched(lasting if stays else None)
-        names = ASSEMBLED & lasting.keys()
+        spent, before, fixed_at_start = sample(engine, chosen), chosen.plan, chosen.fixed_at_start
+        best = chosen.search(fixed_at_start if stays else None)
+        names = ENGINE_CHOICES & fixed_at_start.keys()
         if best.plan.streams != before.streams or any(
-            getattr(best.plan, name) != lasting[name] for name in names
+            getattr(best.plan, name) != fixed_at_start[name] for name in names
         ):
-            here = _within(chosen, lasting)
+            here = _best_for_engine(chosen, fixed_at_start)
             worth = here is None or _better(best, here, chosen.budget.bytes is None)
             if worth and not stays:
                 text = f"a few blocks, in {spent:.1f} s: another plan is better"
-                notify(summary.line("measured", text))
-                return chosen.by(best)
+                log(summary.line("measured", text))
+                return chosen.with_choice(best)
             best = here
         chosen.choice = best
-        told = f"a few blocks, in {spent:.1f} s"
+        message = f"a few blocks, in {spent:.1f} s"
         if best.plan == before:
-            told += f": {size(best.peak)} and {duration(best.seconds)} a step expected"
-            notify(summary.line("measured", told))
+            message += f": {size(best.peak)} and {duration(best.seconds)} a step expected"
+            log(summary.line("measured", message))
         else:
-            engine.hold(best.plan)
-            told = summary.line("measured", f"{told}: another plan is better")
-            notify(f"{told}\n{summary.memory(chosen)}")
+            engine.set_plan_and_residency(best.plan)
+            message = summary.line("measured", f"{message}: another plan is better")
+            log(f"{message}\n{summary.memory(chosen)}")
     return None
 
 
-def begun(asked: RunPlan) -> RunPlan:
+def first_plan(request: RunPlan) -> RunPlan:
     """The run by the plan that is best by what is known now.
 
     Where none fits by a formula alone, but not for certain, it is the smallest, to be measured.
@@ -104,10 +104,10 @@ def begun(asked: RunPlan) -> RunPlan:
         EdgeLoraError: none fits.
     """
     try:
-        return asked.by(asked.searched())
+        return request.with_choice(request.search())
     except EdgeLoraError:
-        least = asked.by(asked.smallest())
-        if not is_open(least) or asked.budget.bytes < SURE * least.choice.peak:
+        least = request.with_choice(request.smallest())
+        if not needs_measuring(least) or request.budget.bytes < SURE * least.choice.peak:
             raise
         return least
 
@@ -119,10 +119,10 @@ def _better(best: Choice, here: Choice, least: bool) -> bool:
     return best.seconds < (1 - WORTH) * here.seconds
 
 
-def _within(chosen: RunPlan, lasting: dict[str, Any]) -> Choice | None:
+def _best_for_engine(chosen: RunPlan, fixed_at_start: dict[str, Any]) -> Choice | None:
     """The best plan that the engine of the present one can obey, if any fits."""
     try:
-        found = chosen.searched(lasting)
+        found = chosen.search(fixed_at_start)
     except EdgeLoraError:
         return None
     if chosen.plan.streams and not found.plan.streams:
@@ -131,7 +131,7 @@ def _within(chosen: RunPlan, lasting: dict[str, Any]) -> Choice | None:
     return found
 
 
-def is_open(chosen: RunPlan) -> bool:
+def needs_measuring(chosen: RunPlan) -> bool:
     """Whether something that matters for the choice of this plan is not known."""
     budget, plan = chosen.budget.bytes, chosen.plan
     if chosen.given or not chosen.shape.adapted:
@@ -139,30 +139,32 @@ def is_open(chosen: RunPlan) -> bool:
     rich = plan.kept_blocks == chosen.shape.adapted and not plan.streams
     if budget is not None and rich and chosen.choice.needs < PLENTY * budget:
         return False
-    load = chosen.load.part(plan.micro_batches)
-    memory = Memory(chosen.shape, chosen.load, plan, chosen.known)
+    batch_shape = chosen.batch_shape.part(plan.micro_batches)
+    memory = Memory(chosen.shape, chosen.batch_shape, plan, chosen.measurements)
     ways = {"tail" if memory.kept else "head"}
     if memory.kept < chosen.shape.adapted:
         ways.add("backward")
-    return not all(chosen.known.of(memory.kind(w), memory.ways[w], load) for w in ways)
+    return not all(
+        chosen.measurements.find(memory.kind(w), memory.ways[w], batch_shape) for w in ways
+    )
 
 
 def sample(engine: Engine, chosen: RunPlan) -> float:
-    """Measure what the plan of a run takes, for `chosen.known`; gives the seconds it took."""
+    """Measure a plan for `chosen.measurements`; gives the seconds that measuring took."""
     start = time.perf_counter()
     plan, shape = chosen.plan, chosen.shape
-    part = chosen.load.part(plan.micro_batches)
-    memory = Memory(shape, chosen.load, plan, chosen.known)
+    part = chosen.batch_shape.part(plan.micro_batches)
+    memory = Memory(shape, chosen.batch_shape, plan, chosen.measurements)
     first, last = shape.blocks - shape.adapted, shape.blocks - memory.kept
     kinds = _kinds(engine, first, last)
-    mids = _sampled(kinds, chosen.known.overlaps, bool(memory.kept))
+    middle = _blocks_to_sample(kinds, chosen.measurements.overlaps, bool(memory.kept))
     tails = [0]
     if memory.kept:  # the last block, which is computed for labelled tokens, and one of each kind
         tails = sorted({1, min(memory.kept, 1 + len(_kinds(engine, first, shape.blocks)))})
     for number, kept in enumerate(tails):
         own = replace(plan, kept_blocks=kept, micro_batches=1)
-        _measure(engine, chosen, own, part, mids if number + 1 == len(tails) else [])
-    chosen.known.write()
+        _measure(engine, chosen, own, part, middle if number + 1 == len(tails) else [])
+    chosen.measurements.write()
     return time.perf_counter() - start
 
 
@@ -176,7 +178,7 @@ def _kinds(engine: Engine, first: int, stop: int) -> list[list[int]]:
     return sorted(found.values(), key=len, reverse=True)[:KINDS]
 
 
-def _sampled(kinds: list[list[int]], overlaps: bool, kept: bool) -> list[int]:
+def _blocks_to_sample(kinds: list[list[int]], overlaps: bool, kept: bool) -> list[int]:
     """A block of each kind, two where the next one is begun before one is done, and the last."""
     last = max((max(kind) for kind in kinds), default=-1)
     count = 2 if overlaps else 1
@@ -186,21 +188,23 @@ def _sampled(kinds: list[list[int]], overlaps: bool, kept: bool) -> list[int]:
     return sorted(chosen)
 
 
-def _measure(engine: Engine, chosen: RunPlan, plan: Plan, load: Load, mids: list[int]) -> None:
+def _measure(
+    engine: Engine, chosen: RunPlan, plan: Plan, batch_shape: BatchShape, middle: list[int]
+) -> None:
     """Measure one way in which blocks, the last ones kept or not, are computed."""
-    shape, known, kept = chosen.shape, chosen.known, plan.kept_blocks
+    shape, measurements, kept = chosen.shape, chosen.measurements, plan.kept_blocks
     # Of the whole, not of the few blocks that are computed.
-    ways = Memory(shape, chosen.load, chosen.plan, known).ways | {
-        "tail": Memory(shape, load, plan, known).ways["tail"]
+    ways = Memory(shape, chosen.batch_shape, chosen.plan, measurements).ways | {
+        "tail": Memory(shape, batch_shape, plan, measurements).ways["tail"]
     }
     kept_from = shape.blocks - kept if kept else None
     streamed = shape.blocks if plan.streamed_blocks is None else plan.streamed_blocks
-    computed = [*mids, *range(shape.blocks - kept, shape.blocks)]
+    computed = [*middle, *range(shape.blocks - kept, shape.blocks)]
     small = replace(shape, blocks=len(computed), adapted=len(computed))
     as_small = replace(plan, streamed_blocks=sum(index < streamed for index in computed))
-    batch = synthetic_batch(load, shape.vocabulary)
+    batch = synthetic_batch(batch_shape, shape.vocabulary)
     best: dict[str, list[float]] = {}
-    with _sampling(engine, plan, mids):
+    with _sampling(engine, plan, middle):
         weights = engine.walk.weights
         for index in computed:
             if index >= streamed:
@@ -209,22 +213,22 @@ def _measure(engine: Engine, chosen: RunPlan, plan: Plan, load: Load, mids: list
             if isinstance(weights, StreamedWeights):
                 weights.trim()
             began = time.perf_counter()
-            stretches, base = passed(engine, batch, plan.adapters == "resident")
+            entries, base = measure_pass(engine, batch, plan.adapters == "resident")
             spent = time.perf_counter() - began
             if not again:
-                memory = Memory(small, load, as_small, known, base)
-                needs = _needs(stretches, memory, computed, kept_from)
-            for kind, seconds in _seconds(stretches, kept_from).items():
+                memory = Memory(small, batch_shape, as_small, measurements, base)
+                needs = _needs(entries, memory, computed, kept_from)
+            for kind, seconds in _seconds(entries, kept_from).items():
                 best.setdefault(kind, []).append(seconds)
             if spent > LONG:
                 break
-    counts = {"forward": len(mids), "backward": len(mids)}
+    counts = {"forward": len(middle), "backward": len(middle)}
     visits = {"forward": 1, "backward": 1, "tail": max(0, streamed - (shape.blocks - kept))}
     reading = _reading(chosen, plan)
     for kind, need in needs.items():
         spent = min(best.get(kind, [0.0])) / max(1, counts.get(kind, 1))
         spent = max(COMPUTING * spent, spent - visits.get(kind, 0) * reading)
-        known.add(memory.kind(kind), ways[kind], load, Taken(need, spent))
+        measurements.add(memory.kind(kind), ways[kind], batch_shape, Measurement(need, spent))
 
 
 def _reading(chosen: RunPlan, plan: Plan) -> float:
@@ -234,44 +238,46 @@ def _reading(chosen: RunPlan, plan: Plan) -> float:
 
 
 @contextmanager
-def _sampling(engine: Engine, plan: Plan, mids: list[int]) -> Iterator[None]:
+def _sampling(engine: Engine, plan: Plan, middle: list[int]) -> Iterator[None]:
     """The engine computes these blocks by this plan, without a rest."""
     walk = engine.walk
-    before, of, rest = engine.plan, engine.plan_of, walk.rest
-    engine.obey(plan)
-    engine.plan_of, walk.sample, walk.rest = (lambda batch: plan), mids, lambda: None
+    before, plan_for, pause = engine.plan, engine.plan_for, walk.pause
+    engine.set_plan(plan)
+    engine.plan_for, walk.sample, walk.pause = (lambda batch: plan), middle, lambda: None
     try:
-        with generator_restored():
+        with restore_generator():
             yield
     finally:
-        engine.plan_of, walk.sample, walk.rest = of, None, rest
-        engine.obey(before)
+        engine.plan_for, walk.sample, walk.pause = plan_for, None, pause
+        engine.set_plan(before)
 
 
 # Which phase of which block; the last blocks that are kept are one, "tail".
-Place = tuple[str, int | None]
+PhasePlace = tuple[str, int | None]
 
 
-def _places(stretches: list[Stretch], kept_from: int | None) -> Iterator[tuple[Place, Stretch]]:
+def _places(
+    entries: list[PhasePeak], kept_from: int | None
+) -> Iterator[tuple[PhasePlace, PhasePeak]]:
     """Where in a step each stretch is: reading and spilling belong to what they are done for."""
     place, turned = ("load", None), False
-    for stretch in stretches:
+    for entry in entries:
         if kept_from is not None and (
-            stretch.phase == "head" or (stretch.block is not None and stretch.block >= kept_from)
+            entry.phase == "head" or (entry.block is not None and entry.block >= kept_from)
         ):
             place, turned = ("tail", None), True
-        elif stretch.phase == "head":
+        elif entry.phase == "head":
             place, turned = ("head", None), True
-        elif stretch.block is not None and stretch.phase != "spill":
-            place = "backward" if turned else "forward", stretch.block
-        yield place, stretch
+        elif entry.block is not None and entry.phase != "spill":
+            place = "backward" if turned else "forward", entry.block
+        yield place, entry
 
 
 def _needs(
-    stretches: list[Stretch], memory: Memory, computed: list[int], kept_from: int | None
+    entries: list[PhasePeak], memory: Memory, computed: list[int], kept_from: int | None
 ) -> dict[str, int]:
     """What each kind of phase took beside what is accounted for."""
-    held: dict[Place, int] = {}
+    held: dict[PhasePlace, int] = {}
     for phase in memory.phases():
         if memory.kept and phase.block == len(computed) - memory.kept:
             held["tail", None] = phase.held
@@ -279,15 +285,15 @@ def _needs(
             block = None if phase.block is None else computed[phase.block]
             held[phase.name, block] = phase.held
     found: dict[str, int] = {}
-    for place, stretch in _places(stretches, kept_from):
+    for place, entry in _places(entries, kept_from):
         if place in held:
-            need = max(0, stretch.peak_bytes - held[place])
+            need = max(0, entry.peak_bytes - held[place])
             found[place[0]] = max(found.get(place[0], 0), need)
     return found
 
 
-def _seconds(stretches: list[Stretch], kept_from: int | None) -> dict[str, float]:
+def _seconds(entries: list[PhasePeak], kept_from: int | None) -> dict[str, float]:
     found: dict[str, float] = {}
-    for (kind, _), stretch in _places(stretches, kept_from):
-        found[kind] = found.get(kind, 0.0) + stretch.seconds
+    for (kind, _), entry in _places(entries, kept_from):
+        found[kind] = found.get(kind, 0.0) + entry.seconds
     return found

@@ -62,7 +62,7 @@ def memory(chosen: RunPlan) -> str:
     """Lines about the budget, what is expected within it, and the plan."""
     choice, most = chosen.choice, chosen.budget.bytes
     limit = "no limit" if most is None else size(most)
-    measured = ", by formula" if chosen.known.is_empty else ""
+    measured = ", by formula" if chosen.measurements.is_empty else ""
     expected = f"{size(choice.peak)} and {duration(choice.seconds)} a step expected{measured}"
     return _lines(
         {

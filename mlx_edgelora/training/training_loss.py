@@ -42,7 +42,7 @@ def training_loss(
     head: ModelHead | None,
     train_set: Dataset,
     folder: Path,
-    notify: Callable[[str], None],
+    log: Callable[[str], None],
     tile_bytes: int = TILE_BYTES,
 ) -> Iterator[Loss]:
     """The loss that `config` names; for the approximate one neighbours are computed here.
@@ -52,18 +52,18 @@ def training_loss(
         head: of the model.
         train_set: its labels get neighbours.
         folder: where they are kept from run to run.
-        notify: told what was chosen and why.
+        log: told what was chosen and why.
         tile_bytes: of the head.
     """
     if config.loss == "exact":
         yield CrossEntropy(tile_bytes, config.label_smoothing)
         return
     k = min(config.loss_k or DEFAULT_K, head.vocabulary)
-    cache = NeighbourCache(folder, head, k, notify)
+    cache = NeighbourCache(folder, head, k, log)
     try:
         corrected = config.loss_tail_correction in (None, True)
-        _build(cache, train_set.labels(), notify)
-        notify(
+        _build(cache, train_set.labels(), log)
+        log(
             f"approximate loss over the {k} nearest tokens of each label, "
             f"{'with' if corrected else 'without'} tail correction"
         )
@@ -75,13 +75,13 @@ def training_loss(
         cache.close()
 
 
-def _build(cache: NeighbourCache, labels: np.ndarray, notify: Callable[[str], None]) -> None:
+def _build(cache: NeighbourCache, labels: np.ndarray, log: Callable[[str], None]) -> None:
     """Compute the neighbours that are not there yet, with a live line on a terminal."""
     missing = cache.missing(labels)
     if not missing.size:
-        notify(f"nearest tokens: all of {len(labels)} labels are in {cache.path}")
+        log(f"nearest tokens: all of {len(labels)} labels are in {cache.path}")
         return
-    notify(
+    log(
         f"nearest tokens: {len(missing)} of {len(labels)} labels to compute, kept in "
         f"{cache.path} for the next run"
     )

@@ -84,7 +84,7 @@ def table(verdicts: Sequence[Verdict]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def judged(
+def compare_gradients(
     walked: Callable[[mx.Dtype], Arrays],
     plain: Callable[[mx.Dtype, int | None], Arrays],
     dtype: mx.Dtype,

@@ -24,10 +24,16 @@ from mlx.utils import tree_flatten
 
 from mlx_edgelora.blocks import attention as attention_hook
 from mlx_edgelora.blocks import norms as norms_hook
-from mlx_edgelora.blocks.attention import masks_known
-from mlx_edgelora.blocks.block_list import BlockList, array_slots, bound, described, signature
+from mlx_edgelora.blocks.attention import banded_masks
+from mlx_edgelora.blocks.block_list import (
+    BlockList,
+    array_slots,
+    bind_arrays,
+    call_signature,
+    signature,
+)
 from mlx_edgelora.blocks.checks import different_argument
-from mlx_edgelora.blocks.dropout import generator_restored
+from mlx_edgelora.blocks.dropout import restore_generator
 from mlx_edgelora.blocks.masks import band_of
 from mlx_edgelora.engine.step import Engine
 from mlx_edgelora.engine.walk import Walk
@@ -35,8 +41,8 @@ from mlx_edgelora.layers import attention as attention_layer
 from mlx_edgelora.losses.exact import CrossEntropy
 from mlx_edgelora.model.weights import cast
 from mlx_edgelora.training.plain import (
-    OneBlock,
-    OnlyBlock,
+    OneBlockModel,
+    OneBlockWeights,
     RandomAdapters,
     named_arguments,
     plain_calls,
@@ -44,7 +50,7 @@ from mlx_edgelora.training.plain import (
     random_adapter,
     recorded_calls,
 )
-from mlx_edgelora.training.verdict import Arrays, Verdict, judged, unit
+from mlx_edgelora.training.verdict import Arrays, Verdict, compare_gradients, unit
 
 # Of the light form: rows of a batch, their tokens (MLX's kernels on a GPU want more), tokens of
 # a tile (so few that not every expert is picked in each) and bytes of a tile of scores.
@@ -66,7 +72,7 @@ def verify(
     dtype: mx.Dtype | None = None,
     light: bool = False,
     memory: int | None = None,
-    notify: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> list[Verdict]:
     """Compare the gradients of an engine under its plan with those of plain MLX.
 
@@ -77,20 +83,20 @@ def verify(
         light: few tokens, whatever the batches are like.
         memory: bytes that plain autodiff of one block may take; rows that it could not
             differentiate within them are compared shorter. None for any number.
-        notify: is told of that.
+        log: is told of that.
 
     Returns:
         A verdict for the blocks' calls, for each kind of block and way, and for the head.
     """
-    with generator_restored(), _small_tiles(engine, rows * tokens) if light else ExitStack():
-        comparison = _Comparison(engine, rows, tokens, dtype, light)
+    with restore_generator(), _small_tiles(engine, rows * tokens) if light else ExitStack():
+        comparison = _GradientComparison(engine, rows, tokens, dtype, light)
         while memory is not None and (needed := comparison.plain_peak()) > memory:
-            notify(
+            log(
                 f"plain MLX would need {needed / 1e9:.1f} GB for a block of {tokens} tokens: rows "
                 f"of {tokens // 2} are compared"
             )
             tokens //= 2
-            comparison = _Comparison(engine, rows, tokens, dtype, light)
+            comparison = _GradientComparison(engine, rows, tokens, dtype, light)
         found = [comparison.calls()]
         found += [comparison.kind(group, way) for way, group in comparison.groups()]
         found += comparison.head()
@@ -98,7 +104,7 @@ def verify(
     return found
 
 
-class _Comparison:
+class _GradientComparison:
     """One engine beside plain MLX, on batches of one size."""
 
     def __init__(
@@ -106,21 +112,21 @@ class _Comparison:
     ) -> None:
         self._engine, self._light, self._asked = engine, light, dtype
         self._walk, self._plan, self._blocks = engine.walk, engine.plan, engine.walk.blocks
-        with masks_known():
+        with banded_masks():
             long = recorded_calls(self._blocks, mx.zeros((rows, tokens), mx.int32))
         self._windowed = [_is_windowed(call) for call in long]
         if light:
             least = LIGHT_TOKENS_GPU if mx.default_device() == mx.gpu else LIGHT_TOKENS
             rows, tokens = min(rows, LIGHT_ROWS), min(tokens, least)
         self._tokens = mx.zeros((rows, tokens), mx.int32)
-        with masks_known():
+        with banded_masks():
             self._recorded = recorded_calls(self._blocks, self._tokens)
         self._first = self._recorded[0][0]
 
     def calls(self) -> Verdict:
         """What the model calls its blocks with, beside how it calls them when nobody looks."""
         tokens = self._tokens[:1, :CALL_TOKENS]
-        with masks_known():
+        with banded_masks():
             ours = recorded_calls(self._blocks, tokens)
         theirs = plain_calls(self._blocks, tokens)
         for index, (_, args, kwargs) in enumerate(ours):
@@ -141,7 +147,7 @@ class _Comparison:
             return 0
         peaks = []
         for count in PROBES:
-            short = _Comparison(self._engine, rows, count, self._asked, light=False)
+            short = _GradientComparison(self._engine, rows, count, self._asked, light=False)
             mx.reset_peak_memory()
             for _, group in short.groups():
                 one, trained = short.alone(group[0], mx.float32)
@@ -160,7 +166,7 @@ class _Comparison:
                 way,
                 signature(block),
                 str(shapes),
-                described(*self._recorded[index][1:]),
+                call_signature(*self._recorded[index][1:]),
                 self._windowed[index],
                 index == last,
             )
@@ -191,15 +197,15 @@ class _Comparison:
 
         name = type(self._blocks.blocks[index]).__name__
         how = f"{way}, labelled tokens" if last else way
-        return judged(walked, plain, self._dtype(index), name, _ranges(group), how)
+        return compare_gradients(walked, plain, self._dtype(index), name, _ranges(group), how)
 
-    def alone(self, index: int, dtype: mx.Dtype) -> tuple[OneBlock, RandomAdapters]:
+    def alone(self, index: int, dtype: mx.Dtype) -> tuple[OneBlockModel, RandomAdapters]:
         """A block as a model of its own, with hidden states of a dtype, and random adapters."""
         window = None
         if self._light and self._windowed[index]:
             window = max(2, self._tokens.shape[1] // 3)
         shape = (*self._tokens.shape, self._first.shape[-1])
-        one = OneBlock(self._blocks, index, dtype, shape, window)
+        one = OneBlockModel(self._blocks, index, dtype, shape, window)
         return one, RandomAdapters(one.layers[0])
 
     def head(self) -> list[Verdict]:
@@ -217,22 +223,22 @@ class _Comparison:
         adapter = {n: random_adapter(n, v) for n, v in head.adapter_arrays(count).items()}
 
         def walked(dtype: mx.Dtype) -> Arrays:
-            some = _SomeRows(head, count)
+            some = _FirstRows(head, count)
             # Of a tail the loss is a part.
             if self._plan.kept_blocks and not self._plan.reads_head:
                 return self._graph(
                     some, loss, {"hidden states": hidden.astype(dtype)} | adapter, labels
                 )
-            with bound(array_slots(self._blocks.model), adapter):
+            with bind_arrays(array_slots(self._blocks.model), adapter):
                 _, gradients = loss.value_and_grad(hidden.astype(dtype), some, labels)
-                return {"hidden states": gradients.hidden} | head.named(gradients)
+                return {"hidden states": gradients.hidden} | head.gradients_by_name(gradients)
 
         def plain(dtype: mx.Dtype, nudge: int | None) -> Arrays:
             values = _nudged({"hidden states": hidden.astype(dtype)} | adapter, nudge)
             return self._plain_head(values, labels, count, loss.label_smoothing)
 
         dtype, way = self._dtype(len(self._blocks)), f"{count} tokens of the vocabulary"
-        return [judged(walked, plain, dtype, "head and loss", "", way)]
+        return [compare_gradients(walked, plain, dtype, "head and loss", "", way)]
 
     def _way(self, index: int) -> str:
         plan, count = self._plan, len(self._blocks)
@@ -250,7 +256,12 @@ class _Comparison:
         return self._first.dtype if index == 0 else self._blocks.hidden_dtype
 
     def _walked(
-        self, one: OneBlock, index: int, trained: RandomAdapters, rows: mx.array | None, way: str
+        self,
+        one: OneBlockModel,
+        index: int,
+        trained: RandomAdapters,
+        rows: mx.array | None,
+        way: str,
     ) -> Arrays:
         """The block's output and gradients, as a step computes them."""
         plan = replace(self._plan, kept_blocks=int(way == "kept"))
@@ -259,7 +270,7 @@ class _Comparison:
         walk = Walk(
             one,
             self._walk.store,
-            OnlyBlock(self._walk.weights, index, one.layers[0], one.shift.dtype),
+            OneBlockWeights(self._walk.weights, index, one.layers[0], one.shift.dtype),
             self._walk.is_compiled,
             trained,
             plan=plan,
@@ -268,7 +279,7 @@ class _Comparison:
         )
         with walk.forward(lambda: one(self._tokens), rows=rows) as state:
             if state.tail is not None:
-                (_, out), found = walk.finish(state, _Projected())
+                (_, out), found = walk.finish(state, _ProjectedLoss())
             else:
                 out, state.hidden, found = state.hidden, None, {}
                 state.cotangent = _cotangent(out.shape, out.dtype)
@@ -279,7 +290,7 @@ class _Comparison:
 
     def _plain(
         self,
-        one: OneBlock,
+        one: OneBlockModel,
         index: int,
         trained: RandomAdapters,
         rows: mx.array | None,
@@ -293,11 +304,11 @@ class _Comparison:
         frozen |= self._walk.weights.block(index)
         frozen = {name: cast(value, dtype) for name, value in frozen.items()}
         frozen, own = _nudged(frozen, nudge), _nudged(own, nudge)
-        with masks_known():
+        with banded_masks():
             args, kwargs = one.call(self._tokens)
 
         def function(*primals: mx.array) -> mx.array:
-            with bound(slots, frozen | dict(zip(own, primals[:-1], strict=True))):
+            with bind_arrays(slots, frozen | dict(zip(own, primals[:-1], strict=True))):
                 out = block(primals[-1], *args, **kwargs)
             return out if rows is None else out.reshape(1, -1, out.shape[-1])[:, rows]
 
@@ -310,13 +321,13 @@ class _Comparison:
         return {"output": out, "shift": gradients[-1]} | dict(zip(own, gradients[:-1], strict=True))
 
     def _graph(
-        self, head: "_SomeRows", loss: CrossEntropy, values: Arrays, labels: mx.array
+        self, head: "_FirstRows", loss: CrossEntropy, values: Arrays, labels: mx.array
     ) -> Arrays:
         """The gradients of the loss as a part of a graph."""
         slots = array_slots(self._blocks.model)
 
         def function(values: Arrays) -> mx.array:
-            with bound(slots, {n: v for n, v in values.items() if n in slots}):
+            with bind_arrays(slots, {n: v for n, v in values.items() if n in slots}):
                 return loss.graph(values["hidden states"], head, labels)
 
         gradients = mx.grad(function)(values)
@@ -327,7 +338,7 @@ class _Comparison:
         head, slots = self._engine.head, array_slots(self._blocks.model)
 
         def function(values: Arrays) -> mx.array:
-            with bound(slots, {n: v for n, v in values.items() if n in slots}):
+            with bind_arrays(slots, {n: v for n, v in values.items() if n in slots}):
                 logits = head.own_logits(values["hidden states"], count).astype(mx.float32)
             return _cross_entropy(logits, labels, smoothing)
 
@@ -337,7 +348,7 @@ class _Comparison:
         return gradients
 
 
-class _Projected:
+class _ProjectedLoss:
     """In place of a loss: the last hidden state times a cotangent, summed; see `tail.Loss`."""
 
     key, arrays = "projected", ()
@@ -350,7 +361,7 @@ class _Projected:
         return (hidden * _cotangent(hidden.shape, hidden.dtype)).sum(), hidden
 
 
-class _SomeRows:
+class _FirstRows:
     """The first rows of a head."""
 
     def __init__(self, head: Any, count: int) -> None:
@@ -391,13 +402,13 @@ def _small_tiles(engine: Engine, tokens: int) -> Iterator[None]:
         small = replace(plan, tile_tokens=min(plan.tile_tokens, LIGHT_TILE))
     for module in modules:
         module.TILE_BYTES = LIGHT_BYTES
-    engine.obey(small)
+    engine.set_plan(small)
     try:
         yield
     finally:
         for module, size in zip(modules, before, strict=True):
             module.TILE_BYTES = size
-        engine.obey(plan)
+        engine.set_plan(plan)
 
 
 def _some_rows(count: int) -> mx.array:

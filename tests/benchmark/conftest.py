@@ -5,7 +5,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_edgelora.benchmark.contenders import contenders
-from mlx_edgelora.benchmark.job import Job
+from mlx_edgelora.benchmark.job import TrainingJob
 from mlx_edgelora.benchmark.results import TOLERANCES
 from mlx_edgelora.benchmark.rounds import Comparison
 from mlx_edgelora.benchmark.rows import synthetic_rows, tokenizer_of, words_for, write_rows
@@ -36,7 +36,7 @@ def job(tmp_path_factory):
     mx.random.seed(0)
     lazy = open_model(str(model), streamed=False, quantize=None, cache=root)
     write_start(lazy, 4, start)
-    return Job(
+    return TrainingJob(
         model=str(model),
         data=str(root / "data"),
         start=str(start),

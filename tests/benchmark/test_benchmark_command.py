@@ -7,7 +7,7 @@ import pytest
 
 from mlx_edgelora.benchmark import __main__, run
 from mlx_edgelora.benchmark.contenders import contenders
-from mlx_edgelora.benchmark.report import COLUMNS, Context, Report, remarks
+from mlx_edgelora.benchmark.report import COLUMNS, BenchmarkReport, ContextResults, remarks
 from mlx_edgelora.benchmark.results import Result, Step
 
 pytestmark = pytest.mark.slow
@@ -71,7 +71,9 @@ def test_the_pictures(ran):
 
 def test_pictures_of_nothing(tmp_path):
     pytest.importorskip("matplotlib")
-    report = Report("", "", {}, {}, None, {"model": "none"}, contexts=[Context(8, failed="gone")])
+    report = BenchmarkReport(
+        "", "", {}, {}, None, {"model": "none"}, contexts=[ContextResults(8, failed="gone")]
+    )
     __main__.write(report, None, tmp_path, "llama-3.2-3b")
     assert (tmp_path / "peak-by-context.png").read_bytes().startswith(b"\x89PNG")
     assert "8 tokens: gone" in report.text() and not report.valid
@@ -80,8 +82,8 @@ def test_pictures_of_nothing(tmp_path):
 def test_ratios_across_kernels_are_not_printed():
     steps = [Step(1.0, 3.0, None, None, False)] * 6
     theirs, own = Result("mlx-lm", steps=steps), Result("own", steps=steps, ratios=[0.1] * 5)
-    context = Context(64, 64, 1.0, 0.5, [theirs, own])
-    report = Report("", "", {}, {}, None, {"model": "m"}, contexts=[context])
+    context = ContextResults(64, 64, 1.0, 0.5, [theirs, own])
+    report = BenchmarkReport("", "", {}, {}, None, {"model": "m"}, contexts=[context])
     assert "0.10 (0.10 to 0.10)" in report.text() and not remarks(context)
     own.kernels = "it unpacks"
     assert "0.10" not in report.text() and "other kernels" in report.text()
@@ -102,6 +104,8 @@ def test_a_row_of_the_ladder_is_measured(tmp_path, monkeypatch, capsys):
     flags = ["--shape", "small", "--blocks", "1", "--ladder", "--contexts", "64"]
     flags += ["--cache", str(tmp_path / "cache"), "--output", str(tmp_path / "out")]
     assert __main__.main(flags) == 0
-    (rung,) = json.loads((tmp_path / "out" / "results.json").read_text())["ladder"]
-    assert rung["how"] == "measured" and 0 < rung["peak"] < 50e6 and rung["seconds"] > 0
+    (table_row,) = json.loads((tmp_path / "out" / "results.json").read_text())["ladder"]
+    assert (
+        table_row["how"] == "measured" and 0 < table_row["peak"] < 50e6 and table_row["seconds"] > 0
+    )
     assert "+ paged adapters" in capsys.readouterr().out

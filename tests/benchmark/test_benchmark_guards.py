@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from mlx_edgelora.benchmark.contenders import Contender
-from mlx_edgelora.benchmark.report import Context, ratio, row
+from mlx_edgelora.benchmark.report import ContextResults, ratio, row
 from mlx_edgelora.benchmark.results import TOLERANCES, Result
 from mlx_edgelora.benchmark.rounds import Comparison
 
@@ -70,7 +70,7 @@ def test_the_honest_are_believed(compared, name):
 def test_the_fooled_benchmark(compared, name, fault):
     result = compared[name]
     assert any(found.startswith(fault) for found in result.faults), result.faults
-    context = Context(64, 128, 0.5, None, list(compared.values()))
+    context = ContextResults(64, 128, 0.5, None, list(compared.values()))
     assert ratio(result) == "INVALID" and "INVALID" in row(result, context)
 
 
@@ -107,13 +107,13 @@ def test_mlx_lm_by_hand_has_the_same_peak(compared, job, tmp_path, name):
 class _Process:
     """What a comparison knows of one that runs."""
 
-    def __init__(self, most, waiting, bare=10):
-        self.most, self.waiting, self.result = most, waiting, Result("one", bare=bare)
+    def __init__(self, peak_bytes, waiting, bare=10):
+        self.peak_bytes, self.waiting, self.result = peak_bytes, waiting, Result("one", bare=bare)
 
 
 def test_as_many_wait_as_there_is_room_for(job, tmp_path):
     comparison = Comparison(job, tmp_path, TOLERANCES["float32"], print)
-    comparison._free, comparison._reference = 300, _Process(most=100, waiting=40)
+    comparison._free, comparison._reference = 300, _Process(peak_bytes=100, waiting=40)
     other, plenty, half, least = (
         Contender(name, "", budget=budget, share=share)
         for name, budget, share in (
@@ -124,16 +124,16 @@ def test_as_many_wait_as_there_is_room_for(job, tmp_path):
         )
     )
     assert comparison._room([]) == 300 - 40 - 60
-    assert comparison._room([_Process(most=150, waiting=30)]) == 300 - 70 - 120
+    assert comparison._room([_Process(peak_bytes=150, waiting=30)]) == 300 - 70 - 120
     asked = [
         (rival, comparison._ours(rival, 80) if rival.is_ours else job)
         for rival in (other, plenty, half, least)
     ]
     assert [comparison._need(*pair) for pair in asked] == [100, 100, 54, 35]
-    group = [_Process(most=100, waiting=40), _Process(most=100, waiting=40)]
+    group = [_Process(peak_bytes=100, waiting=40), _Process(peak_bytes=100, waiting=40)]
     room = [comparison._has_room(*pair, group) for pair in asked]
     assert comparison._room(group) == 120 and room == [True] * 4
-    group.append(_Process(most=100, waiting=40))
+    group.append(_Process(peak_bytes=100, waiting=40))
     assert [comparison._has_room(*pair, group) for pair in asked] == [False, False, True, True]
 
 

@@ -13,7 +13,7 @@ from mlx_lm.tuner.datasets import CacheDataset
 
 from mlx_edgelora.benchmark import machine, options
 from mlx_edgelora.benchmark.contenders import _dataset, batches_of, config_of, contenders
-from mlx_edgelora.benchmark.ladder import LADDER, Climb
+from mlx_edgelora.benchmark.ladder import LADDER, PublishedTable
 from mlx_edgelora.benchmark.meters import WholePeak, disk_bytes, peak_footprint, whole_peak
 from mlx_edgelora.benchmark.published import ROWS, published
 from mlx_edgelora.benchmark.results import (
@@ -21,7 +21,7 @@ from mlx_edgelora.benchmark.results import (
     Result,
     Step,
     adapter_gap,
-    judge,
+    find_faults,
     movement,
     tolerance_of,
 )
@@ -35,7 +35,7 @@ from mlx_edgelora.benchmark.rows import (
     write_rows,
 )
 from mlx_edgelora.benchmark.shapes import SHAPES, checkpoint
-from mlx_edgelora.benchmark.worker import Stop, Turn
+from mlx_edgelora.benchmark.worker import ComparisonDone, StepTimer
 from mlx_edgelora.data import load_datasets
 from mlx_edgelora.data.batches import iterate_batches
 from mlx_edgelora.embedded import DATA_PATH, MODEL_PATH
@@ -50,7 +50,7 @@ def result_of(*losses, gap=0.0, held=(0, 0, 0), unfinished=False):
 
 
 def judged(result):
-    judge(result, result_of(4.0, 3.0), TOLERANCES["float32"])
+    find_faults(result, result_of(4.0, 3.0), TOLERANCES["float32"])
     return result.faults
 
 
@@ -61,7 +61,7 @@ def test_a_result_without_fault():
 def test_small_losses_are_compared_as_differences_of_large_numbers():
     for own, faults in ((1.5e-4, 0), (3e-4, 1)):
         result = result_of(own)
-        judge(result, result_of(1e-5), TOLERANCES["float32"])
+        find_faults(result, result_of(1e-5), TOLERANCES["float32"])
         assert len(result.faults) == faults
 
 
@@ -203,7 +203,7 @@ def test_a_peak_survives_resets():
 
 
 @pytest.mark.parametrize(
-    ("packed", "kernel", "sliced", "told"),
+    ("packed", "kernel", "sliced", "reported"),
     [
         (False, "auto", True, False),
         (True, "fused", False, False),
@@ -211,9 +211,9 @@ def test_a_peak_survives_resets():
         (True, "auto", False, True),
     ],
 )
-def test_other_kernels_are_told(packed, kernel, sliced, told, monkeypatch):
+def test_other_kernels_are_told(packed, kernel, sliced, reported, monkeypatch):
     monkeypatch.setattr(machine, "on_cpu", lambda: True)
-    assert (machine.kernels_differ(packed, kernel, sliced) is not None) == told
+    assert (machine.kernels_differ(packed, kernel, sliced) is not None) == reported
     monkeypatch.setattr(machine, "on_cpu", lambda: False)
     assert machine.kernels_differ(packed, kernel, sliced) is None
 
@@ -288,17 +288,19 @@ def test_too_few_rows(tmp_path):
 
 def test_the_ladder_without_time_is_computed(tmp_path):
     rates = Rates(1e10, 1e9, 1e9, 1e9, 1e9, 1e9, 1e-6)
-    climb = Climb("llama-3.2-3b", 28, Machine("here", rates), tmp_path, 0.0, lambda line: None)
-    rungs = [climb.rung(technique, 16384, None) for technique in LADDER]
-    assert [rung.how.partition(":")[0] for rung in rungs] == ["computed"] * len(LADDER)
-    assert [rung.published for rung in rungs[:5]] == [
+    climb = PublishedTable(
+        "llama-3.2-3b", 28, Machine("here", rates), tmp_path, 0.0, lambda line: None
+    )
+    rungs = [climb.table_row(technique, 16384, None) for technique in LADDER]
+    assert [table_row.how.partition(":")[0] for table_row in rungs] == ["computed"] * len(LADDER)
+    assert [table_row.published for table_row in rungs[:5]] == [
         "out of memory",
         "out of memory",
         "24.05",
         "23.79",
         "6.95",
     ]
-    peaks = [rung.peak for rung in rungs]
+    peaks = [table_row.peak for table_row in rungs]
     assert peaks[0] > peaks[1] > peaks[2] > peaks[6] >= peaks[7] > 0
     assert rungs[4].row()[-1] == "6.95"
 
@@ -319,10 +321,12 @@ def test_the_tokenizer_of_random_models(job):
 
 @pytest.mark.parametrize(("loss", "unfinished"), [(2.0, False), (mx.array(2.0), True)])
 def test_a_loss_that_is_no_number_is_unfinished(job, loss, unfinished):
-    told = []
-    turn = Turn(job, WholePeak(), lambda event, **values: told.append(values), lambda: "go")
+    reported = []
+    turn = StepTimer(
+        job, WholePeak(), lambda event, **values: reported.append(values), lambda: "go"
+    )
     turn(loss)
-    assert (told[0]["loss"], told[0]["unfinished"]) == (2.0, unfinished)
-    stopping = Turn(job, WholePeak(), lambda event, **values: None, lambda: "")
-    with pytest.raises(Stop):
+    assert (reported[0]["loss"], reported[0]["unfinished"]) == (2.0, unfinished)
+    stopping = StepTimer(job, WholePeak(), lambda event, **values: None, lambda: "")
+    with pytest.raises(ComparisonDone):
         stopping(2.0)

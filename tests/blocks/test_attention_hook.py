@@ -9,7 +9,7 @@ import pytest
 from architectures import CONFIGS, build
 from mlx_lm.models import base
 
-from mlx_edgelora.blocks.attention import PACKAGE, attention_replaced
+from mlx_edgelora.blocks.attention import PACKAGE, replace_attention
 
 ORIGINAL = base.scaled_dot_product_attention
 
@@ -64,7 +64,7 @@ def test_every_architecture_that_imported_it_calls_the_replacement():
     holding = [m for m in modules if vars(m).get("scaled_dot_product_attention") is ORIGINAL]
     assert len(holding) > 8  # all but those with attention of their own
     expected = called_by(base)
-    with attention_replaced(doubled):
+    with replace_attention(doubled):
         for each in [base, *holding]:
             assert mx.array_equal(called_by(each), 2 * expected).item()
     for each in [base, *holding]:
@@ -80,7 +80,7 @@ def test_a_model_runs_through_the_replacement_with_what_mlx_lm_gives():
 
     tokens = mx.array([[1, 2, 3, 4, 5, 6, 7]])
     expected = model(tokens)
-    with attention_replaced(spy):
+    with replace_attention(spy):
         got = model(tokens)
     assert mx.array_equal(got, expected).item()
     sliding, full = (mx.array, str)
@@ -92,7 +92,7 @@ def test_a_model_runs_through_the_replacement_with_what_mlx_lm_gives():
 
 def test_under_any_alias_and_twice_in_a_module(module):
     made = module("aliased", attend=ORIGINAL, also=ORIGINAL, other=len)
-    with attention_replaced(doubled):
+    with replace_attention(doubled):
         assert mx.array_equal(called_by(made, "attend"), called_by(made, "also")).item()
         assert made.attend is made.also is base.scaled_dot_product_attention is not ORIGINAL
         assert made.other is len
@@ -103,13 +103,13 @@ def test_modules_of_others_are_not_touched(monkeypatch):
     foreign = types.ModuleType("mlx_lm_models_of_others")
     foreign.attend = ORIGINAL
     monkeypatch.setitem(sys.modules, foreign.__name__, foreign)
-    with attention_replaced(doubled):
+    with replace_attention(doubled):
         assert foreign.attend is ORIGINAL
 
 
 def test_a_module_that_may_not_be_imported_is_passed_over(monkeypatch):
     monkeypatch.setitem(sys.modules, PACKAGE + "forbidden", None)  # Python's way to say so
-    with attention_replaced(doubled):
+    with replace_attention(doubled):
         assert base.scaled_dot_product_attention is not ORIGINAL
 
 
@@ -120,14 +120,14 @@ def test_contexts_nest(module):
     def plus_one(original, *args, **kwargs):
         return original(*args, **kwargs) + 1
 
-    with attention_replaced(doubled):
+    with replace_attention(doubled):
         outer = made.attend
-        with attention_replaced(plus_one):
+        with replace_attention(plus_one):
             assert made.attend is outer  # one object for all contexts, whose function changes
             assert mx.array_equal(called_by(made, "attend"), 2 * expected + 1).item()
         assert made.attend is outer
         assert mx.array_equal(called_by(made, "attend"), 2 * expected).item()
-        with attention_replaced(plus_one), attention_replaced(doubled):
+        with replace_attention(plus_one), replace_attention(doubled):
             assert mx.array_equal(called_by(made, "attend"), 2 * (2 * expected + 1)).item()
     assert made.attend is ORIGINAL
 
@@ -135,17 +135,17 @@ def test_contexts_nest(module):
 def test_only_the_outermost_context_looks_through_the_modules(module):
     """A module that got the original meanwhile keeps it until the next time."""
     made = module("before", attend=ORIGINAL)
-    with attention_replaced(doubled):
+    with replace_attention(doubled):
         late = module("late", attend=ORIGINAL)
-        with attention_replaced(doubled):
+        with replace_attention(doubled):
             assert late.attend is ORIGINAL is not made.attend
-    with attention_replaced(doubled):
+    with replace_attention(doubled):
         assert late.attend is made.attend is not ORIGINAL
 
 
 def test_the_same_function_twice_is_applied_twice():
     expected = called_by(base)
-    with attention_replaced(doubled), attention_replaced(doubled):
+    with replace_attention(doubled), replace_attention(doubled):
         assert mx.array_equal(called_by(base), 4 * expected).item()
     assert mx.array_equal(called_by(base), expected).item()
 
@@ -153,13 +153,13 @@ def test_the_same_function_twice_is_applied_twice():
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, GeneratorExit])
 def test_undone_on_any_error(module, error):
     made, expected = module("failing", attend=ORIGINAL), called_by(base)
-    with pytest.raises(error), attention_replaced(doubled):
+    with pytest.raises(error), replace_attention(doubled):
         assert made.attend is not ORIGINAL
         raise error
     assert made.attend is ORIGINAL
-    with attention_replaced(doubled):
+    with replace_attention(doubled):
         outer = made.attend
-        with pytest.raises(error), attention_replaced(doubled):
+        with pytest.raises(error), replace_attention(doubled):
             assert mx.array_equal(called_by(made, "attend"), 4 * expected).item()
             raise error
         assert made.attend is outer
@@ -171,7 +171,7 @@ def test_an_error_of_the_replacement_reaches_the_caller():
     def failing(original, *args, **kwargs):
         raise RuntimeError("stop here")
 
-    with pytest.raises(RuntimeError, match="stop here"), attention_replaced(failing):
+    with pytest.raises(RuntimeError, match="stop here"), replace_attention(failing):
         called_by(base)
     assert base.scaled_dot_product_attention is ORIGINAL
 
@@ -180,11 +180,11 @@ def test_a_module_imported_meanwhile_is_restored(module, monkeypatch):
     """It takes what it finds in `base`: the replacement, of the outer or of the inner context."""
     monkeypatch.delitem(sys.modules, PACKAGE + "helium", raising=False)
     expected = called_by(base)
-    with attention_replaced(doubled):
+    with replace_attention(doubled):
         late = importlib.import_module(PACKAGE + "helium")
         outer = late.scaled_dot_product_attention
         assert outer is base.scaled_dot_product_attention is not ORIGINAL
-        with attention_replaced(doubled):
+        with replace_attention(doubled):
             later = module("later", attend=base.scaled_dot_product_attention)
             assert mx.array_equal(called_by(later, "attend"), 4 * expected).item()
             assert mx.array_equal(called_by(late), 4 * expected).item()
@@ -195,6 +195,6 @@ def test_a_module_imported_meanwhile_is_restored(module, monkeypatch):
 
 def test_a_module_unloaded_meanwhile_does_no_harm(module, monkeypatch):
     module("gone", attend=ORIGINAL)
-    with attention_replaced(doubled):
+    with replace_attention(doubled):
         monkeypatch.delitem(sys.modules, PACKAGE + "gone")
     assert base.scaled_dot_product_attention is ORIGINAL

@@ -8,7 +8,7 @@ import pytest
 from architectures import CONFIGS, build
 from mlx.utils import tree_flatten
 
-from mlx_edgelora.blocks.block_list import BlockList, array_slots, bound, signature
+from mlx_edgelora.blocks.block_list import BlockList, array_slots, bind_arrays, signature
 from mlx_edgelora.errors import EdgeLoraError
 
 
@@ -47,11 +47,11 @@ def test_interceptors_see_calls_show_attributes_and_go_away():
 
     tokens = mx.array([[1, 2, 3, 4, 5, 6, 7]])
     expected = model(tokens)
-    with blocks.intercepted(handler):
+    with blocks.intercept(handler):
         assert mx.array_equal(model(tokens), expected).item()
     assert seen == [0, 1, 2]
     assert [id(layer) for layer in model.model.layers] == list(map(id, before))
-    with pytest.raises(ZeroDivisionError), blocks.intercepted(lambda *call: 1 / 0):
+    with pytest.raises(ZeroDivisionError), blocks.intercept(lambda *call: 1 / 0):
         model(tokens)
     assert [id(layer) for layer in model.model.layers] == list(map(id, before))
 
@@ -59,7 +59,7 @@ def test_interceptors_see_calls_show_attributes_and_go_away():
 def test_returning_starts_behind_the_blocks():
     model, tokens = build("gemma2"), mx.array([[1, 2, 3]])
     hidden = mx.random.normal((1, 3, 64))
-    with BlockList(model).returning(hidden):
+    with BlockList(model).skip_blocks(hidden):
         logits = model(tokens)
     table = model.model.embed_tokens.as_linear
     assert mx.allclose(logits, 30 * mx.tanh(table(model.model.norm(hidden)) / 30), atol=1e-5)
@@ -95,7 +95,7 @@ def test_bound_values_are_undone_on_error_too():
     slots = array_slots(parts)
     before = {name: box[key] for name, (box, key) in slots.items()}
     values = {name: mx.zeros((1,)) for name in slots}
-    with pytest.raises(RuntimeError, match="stop"), bound(slots, values):
+    with pytest.raises(RuntimeError, match="stop"), bind_arrays(slots, values):
         assert parts.experts[0].weight is values["experts.0.weight"]
         raise RuntimeError("stop")
     assert all(box[key] is before[name] for name, (box, key) in slots.items())
@@ -105,7 +105,9 @@ def test_one_array_under_two_names_is_undone_to_what_it_was():
     parts = Parts()
     parts.experts[1] = parts.experts[0]
     slots, weight = array_slots(parts), parts.experts[0].weight
-    with bound(slots, {"experts.0.weight": mx.zeros((1,)), "experts.1.weight": mx.ones((1,))}):
+    with bind_arrays(
+        slots, {"experts.0.weight": mx.zeros((1,)), "experts.1.weight": mx.ones((1,))}
+    ):
         pass
     assert parts.experts[0].weight is weight
 

@@ -8,9 +8,9 @@ import mlx.nn as nn
 import pytest
 from architectures import CONFIGS, add_lora, build, quantizable
 from mlx.utils import tree_flatten
-from spared import assert_spared_equals_whole, assert_tiles_equal_whole
+from part_helpers import assert_rows_equal_whole, assert_tiles_equal_whole
 
-from mlx_edgelora.blocks.attention import masks_known
+from mlx_edgelora.blocks.attention import banded_masks
 from mlx_edgelora.blocks.block_list import BlockList
 from mlx_edgelora.blocks.tiling import Tiling
 from mlx_edgelora.model.weights import ResidentWeights
@@ -23,7 +23,7 @@ def tiling_of(model):
 def choice(model):
     """Of a model that is frozen, as one is to which LoRA is added."""
     model.freeze()
-    made = tiling_of(model).of(len(model.layers) - 1)
+    made = tiling_of(model).tileable(len(model.layers) - 1)
     model.unfreeze()
     return made
 
@@ -79,11 +79,11 @@ def test_choice(name, changes, reason, quantized):
 def test_sinks_that_are_trained():
     """Their gradient passes beside queries, keys and values, through the block's own call."""
     model = build("gpt_oss")
-    made = tiling_of(model).of(2)
+    made = tiling_of(model).tileable(2)
     assert (made.possible, made.through_cache, made.by_rows) == (True, False, True)
     x, block = mx.random.normal((2, 9, model.args.hidden_size)), model.layers[2]
     assert "self_attn.sinks" in dict(tree_flatten(block.trainable_parameters()))
-    assert_spared_equals_whole(block, [1, 5, 9, 17], x, "causal")
+    assert_rows_equal_whole(block, [1, 5, 9, 17], x, "causal")
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)
@@ -116,13 +116,13 @@ def test_what_was_tried_on_a_few_tokens_holds_behind_every_window(name, changes,
         return x
 
     blocks = BlockList(model)
-    with blocks.intercepted(record), masks_known() if known else nullcontext():
+    with blocks.intercept(record), banded_masks() if known else nullcontext():
         model(mx.zeros((3, LONG), mx.int32))
     x = mx.random.normal((3, LONG, 64), key=mx.random.key(2))
     rows = [0, 15, 16, 17, 39, 80, 95, 96, 97, 98, 119]
     args, kwargs = calls[-1]
     block = blocks.blocks[-1]
-    assert_spared_equals_whole(block, rows, x, *args, tolerance=2e-5, **kwargs)
+    assert_rows_equal_whole(block, rows, x, *args, tolerance=2e-5, **kwargs)
     cuts = [9, 17, 34]
     assert_tiles_equal_whole(block, cuts, x, *args, rows=rows, tolerance=2e-5, **kwargs)
 
@@ -142,14 +142,14 @@ def test_dropout_is_asked_about_anew_and_left_alone():
     tiling = tiling_of(model)
 
     def dropped():
-        made = tiling.of(2)
+        made = tiling.tileable(2)
         reason = "dropout would draw other masks for parts of the tokens"
         return (made.possible, made.by_rows, made.reason) == (False, False, reason)
 
     assert dropped()
     assert all(layer.training for layer in layers)
     model.eval()
-    assert tiling.of(2).by_rows
+    assert tiling.tileable(2).by_rows
     assert not any(layer.training for layer in layers)
     model.train()
     assert dropped()
@@ -178,10 +178,10 @@ def test_the_trial_is_made_once_for_a_kind_and_reads_that_block_alone():
     weights = Counted()
     tiling = Tiling(BlockList(build("llama")), (weights,))
     assert weights.read == []
-    assert tiling.of(2).by_rows
+    assert tiling.tileable(2).by_rows
     once = list(weights.read)
     assert set(once) == {2}
-    assert [tiling.of(index).by_rows for index in (2, 0, 1, 2)] == [True] * 4
+    assert [tiling.tileable(index).by_rows for index in (2, 0, 1, 2)] == [True] * 4
     assert weights.read == once
 
 
@@ -190,8 +190,8 @@ def test_what_was_tried_elsewhere_is_not_tried_again():
     weights, short = Counted(), build("llama")
     like = tiling_of(build("llama"))
     short.model.layers = short.layers[:2]
-    assert like.of(2).by_rows
-    assert Tiling(BlockList(short), (weights,), like).of(1).by_rows
+    assert like.tileable(2).by_rows
+    assert Tiling(BlockList(short), (weights,), like).tileable(1).by_rows
     assert weights.read == []
-    assert not Tiling(BlockList(build("gemma2")), (weights,), like).of(1).by_rows
+    assert not Tiling(BlockList(build("gemma2")), (weights,), like).tileable(1).by_rows
     assert set(weights.read) == {1}

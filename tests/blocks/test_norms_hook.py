@@ -16,7 +16,7 @@ from harness import (
 )
 
 from mlx_edgelora.blocks import norms
-from mlx_edgelora.blocks.norms import norms_bounded
+from mlx_edgelora.blocks.norms import bounded_norms
 
 # cohere2 has layer norms.
 NORMED = [name for name in CONFIGS if name != "cohere2"]
@@ -44,15 +44,15 @@ def test_gradients_equal_mlx_lm(name, tmp_path, monkeypatch):
 
 def test_it_is_undone_on_exit_and_on_error():
     before = mx.fast.rms_norm
-    with norms_bounded():
+    with bounded_norms():
         assert mx.fast.rms_norm is not before
     assert mx.fast.rms_norm is before
-    with pytest.raises(RuntimeError, match="stop"), norms_bounded():
+    with pytest.raises(RuntimeError, match="stop"), bounded_norms():
         raise RuntimeError("stop")
     assert mx.fast.rms_norm is before
 
 
 def test_another_stream_is_left_alone(monkeypatch):
     monkeypatch.setattr(norms, "rms_norm", None)
-    with norms_bounded():
+    with bounded_norms():
         mx.fast.rms_norm(mx.ones((2, 4)), None, 1e-5, stream=mx.cpu)

@@ -7,13 +7,13 @@ from architectures import build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.base import create_causal_mask
-from spared import assert_spared_equals_whole, assert_tiles_equal_whole
+from part_helpers import assert_rows_equal_whole, assert_tiles_equal_whole
 
-from mlx_edgelora.blocks.attention import attention_replaced
-from mlx_edgelora.blocks.masks import banded
-from mlx_edgelora.blocks.parts import BlockParts, Span
+from mlx_edgelora.blocks.attention import replace_attention
+from mlx_edgelora.blocks.masks import simplest_mask
+from mlx_edgelora.blocks.parts import BlockParts, TokenSpan
 from mlx_edgelora.engine.functions import rows_of
-from mlx_edgelora.engine.walk import check_rows
+from mlx_edgelora.engine.walk import check_row_indices
 
 
 def llama_block(**changes):
@@ -32,7 +32,7 @@ def masks(kind, batch, tokens, window, seed):
         "none": None,
         "causal": "causal",
         "array": create_causal_mask(tokens, window_size=window),
-        "banded": banded(range(tokens), tokens, window),  # knows what it means
+        "banded": simplest_mask(range(tokens), tokens, window),  # knows what it means
         "per row": mx.array(seen),
         "shared": mx.array(seen[:1]),
         "added": added,
@@ -76,7 +76,7 @@ def test_rows_and_gradients_equal_the_whole_blocks(data, batch, tokens, window, 
     block = llama_block(num_key_value_heads=kv_heads, num_hidden_layers=1)
     x = mx.random.normal((batch, tokens, 32), key=mx.random.key(tokens))
     mask = masks(kind, batch, tokens, window, seed=len(rows))
-    assert_spared_equals_whole(block, rows, x, mask, None)
+    assert_rows_equal_whole(block, rows, x, mask, None)
 
 
 @settings(max_examples=60, deadline=None)
@@ -107,7 +107,7 @@ ROWS = [0, 3, 4, 8, 19, 20, 21, 22]  # scattered in one row, none in the next, o
 def test_every_form_of_mask(kind):
     """Chance may leave one out above."""
     block, x, mask = llama_block(), mx.random.normal((3, 9, 32)), masks(kind, 3, 9, 4, 0)
-    assert_spared_equals_whole(block, ROWS, x, mask, None)
+    assert_rows_equal_whole(block, ROWS, x, mask, None)
     assert_tiles_equal_whole(block, [2, 7], x, mask, None)
     assert_tiles_equal_whole(block, [2, 7], x, mask, None, rows=ROWS)
 
@@ -123,14 +123,14 @@ def test_tiles_of_a_block_that_is_cut_at_its_cache(kind):
 
 def test_arguments_by_name_or_left_out():
     block, x = llama_block(), mx.random.normal((2, 5, 32))
-    assert_spared_equals_whole(block, [1, 7], x, mask="causal", cache=None)
-    assert_spared_equals_whole(block, [1, 7], x, cache=None, mask=None)
-    assert_spared_equals_whole(block, [1, 7], x, mask="causal")
-    assert_spared_equals_whole(block, [1, 7], x)
+    assert_rows_equal_whole(block, [1, 7], x, mask="causal", cache=None)
+    assert_rows_equal_whole(block, [1, 7], x, cache=None, mask=None)
+    assert_rows_equal_whole(block, [1, 7], x, mask="causal")
+    assert_rows_equal_whole(block, [1, 7], x)
 
 
 def test_the_input_of_a_token_without_label_gets_a_gradient_through_its_key():
-    gradients = assert_spared_equals_whole(
+    gradients = assert_rows_equal_whole(
         llama_block(), [6], mx.random.normal((2, 5, 32)), "causal", None
     )
     norms = mx.linalg.norm(gradients["x"], axis=-1)
@@ -149,26 +149,26 @@ def test_what_lies_behind_attention_is_computed_for_the_rows_alone(monkeypatch):
         return original(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
 
     x, parts = mx.random.normal((3, 10, 32)), BlockParts(block, ("causal", None), {})
-    span = Span(3, 6)
-    with attention_replaced(spy):
-        out = parts.for_rows(x, mx.array([3, 4, 5, 20, 24]))
+    span = TokenSpan(3, 6)
+    with replace_attention(spy):
+        out = parts.output_rows(x, mx.array([3, 4, 5, 20, 24]))
         assert seen == [(10, 10, "causal"), 5]
         assert out.shape == (1, 5, 32)
         seen.clear()
-        kept = parts.kept(x[:, :6], Span(0, 6))
+        kept = parts.key_values(x[:, :6], TokenSpan(0, 6))
         assert seen == []
-        out = parts.finished_at(x[:, 3:6], span, Span(0, 6), kept, mx.array([0, 8]))
+        out = parts.output_at(x[:, 3:6], span, TokenSpan(0, 6), kept, mx.array([0, 8]))
         assert seen == [(3, 6, "causal"), 2]  # no array for a mask, nor the keys behind it
         assert out.shape == (1, 2, 32)
         seen.clear()
-        parts.finished(x[:, 3:6], span, Span(0, 6), kept)
+        parts.output(x[:, 3:6], span, TokenSpan(0, 6), kept)
         assert seen == [(3, 6, "causal"), 9]
 
 
 def test_what_is_begun_and_not_needed_is_never_computed(memory):
     """Queries are in the graph of the call that keys are taken from, whose end nobody asks for."""
     block = llama_block(num_attention_heads=256, num_key_value_heads=1)
-    x, every = mx.random.normal((1, 512, 32)), Span(0, 512)
+    x, every = mx.random.normal((1, 512, 32)), TokenSpan(0, 512)
     parts = BlockParts(block, ("causal", None), {})
     queries = 512 * 256 * 8 * 4
 
@@ -180,25 +180,25 @@ def test_what_is_begun_and_not_needed_is_never_computed(memory):
         return mx.get_peak_memory() - before
 
     assert peak(lambda: block.self_attn.q_proj(x)) >= queries
-    assert peak(lambda: parts.kept(x, every)) < queries / 2
+    assert peak(lambda: parts.key_values(x, every)) < queries / 2
 
 
 def test_the_block_must_ask_attention_or_its_cache_once():
-    block, x, every = llama_block(), mx.zeros((1, 5, 32)), Span(0, 5)
+    block, x, every = llama_block(), mx.zeros((1, 5, 32)), TokenSpan(0, 5)
     parts, cut = (BlockParts(block, ("causal", None), {}, through) for through in (False, True))
-    kept, rows, attend = parts.kept(x, every), mx.array([1]), block.self_attn
+    kept, rows, attend = parts.key_values(x, every), mx.array([1]), block.self_attn
     block.self_attn = lambda x, mask, cache: attend(x, mask, cache) + attend(x, mask, cache)
     with pytest.raises(RuntimeError, match="it asks attention 2 times, expected once"):
-        parts.finished(x, every, every, kept)
+        parts.output(x, every, every, kept)
     with pytest.raises(RuntimeError, match="it asks attention 2 times, expected once"):
-        parts.for_rows(x, rows)
+        parts.output_rows(x, rows)
     with pytest.raises(RuntimeError, match="it asks its cache 2 times, expected once"):
         cut.finished(x, every, every, kept)
     block.self_attn = lambda x, mask, cache: x
     with pytest.raises(RuntimeError, match="it does not call mlx-lm's attention"):
-        parts.for_rows(x, rows)
+        parts.output_rows(x, rows)
     with pytest.raises(RuntimeError, match="it asks attention 0 times, expected once"):
-        parts.finished(x, every, every, kept)
+        parts.output(x, every, every, kept)
     with pytest.raises(RuntimeError, match="its cache is not asked for keys and values"):
         cut.kept(x, every)
 
@@ -206,7 +206,7 @@ def test_the_block_must_ask_attention_or_its_cache_once():
 def test_a_mask_of_another_name_is_an_error():
     x = mx.random.normal((1, 5, 32))
     with pytest.raises(ValueError, match="the mask 'banded' is none that attention knows"):
-        BlockParts(llama_block(), ("banded", None), {}).for_rows(x, mx.array([1]))
+        BlockParts(llama_block(), ("banded", None), {}).output_rows(x, mx.array([1]))
 
 
 @pytest.mark.parametrize(
@@ -217,13 +217,13 @@ def test_a_mask_of_another_name_is_an_error():
 def test_rows_that_are_none(rows):
     rows = mx.array(rows) if rows else mx.zeros((0,), mx.int32)
     with pytest.raises(ValueError, match=r"rows: got \[.*\], expected one or more .* of 10"):
-        check_rows(rows, 10)
+        check_row_indices(rows, 10)
 
 
 @pytest.mark.parametrize("rows", [[0], [9], [1, 4, 5], list(range(10))], ids=str)
 def test_rows_that_are_some(rows):
-    check_rows(mx.array(rows), 10)
-    check_rows(mx.array(rows, mx.uint32), 10)
+    check_row_indices(mx.array(rows), 10)
+    check_row_indices(mx.array(rows, mx.uint32), 10)
 
 
 @pytest.mark.parametrize("rows", [[0], [1, 4, 5], list(range(6))], ids=str)

@@ -7,7 +7,7 @@ import mlx.nn as nn
 import pytest
 from mlx_lm.models import base
 from mlx_lm.models.base import create_attention_mask
-from spared import assert_spared_equals_whole, assert_tiles_equal_whole
+from part_helpers import assert_rows_equal_whole, assert_tiles_equal_whole
 
 from mlx_edgelora.blocks.block_list import BlockList
 from mlx_edgelora.blocks.tiling import Tiling
@@ -17,7 +17,7 @@ WIDTH = 16
 
 
 def choice(model):
-    return Tiling(BlockList(model), (ResidentWeights(),)).of(1)
+    return Tiling(BlockList(model), (ResidentWeights(),)).tileable(1)
 
 
 class Attending(nn.Module):
@@ -281,7 +281,7 @@ def test_cut_at_attention_and_into_single_tokens(kind):
     assert (made.possible, made.through_cache, made.by_rows) == (True, False, True)
     block, x, rows = model.layers[-1], mx.random.normal((2, 9, WIDTH)), [1, 5, 9, 17]
     for given in ({}, {"mask": "causal"}):
-        assert_spared_equals_whole(block, rows, x, **given)
+        assert_rows_equal_whole(block, rows, x, **given)
         assert_tiles_equal_whole(block, [2, 7], x, **given)
         assert_tiles_equal_whole(block, [2, 7], x, rows=rows, **given)
 

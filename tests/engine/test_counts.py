@@ -99,7 +99,7 @@ def ours(folder, blocks, monkeypatch):
     # As many tiles as those of 640 MiB are of a vocabulary of 128,256.
     loss = CrossEntropy(12 * (2048 // 17) ** 2)
     made = Engine(model, walk, head, DiskMeter(), loss)
-    made.obey(plan)
+    made.set_plan(plan)
     found = []
 
     class Counted:

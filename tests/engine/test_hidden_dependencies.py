@@ -23,7 +23,7 @@ from mlx_lm.tuner.trainer import default_loss
 from toy import WIDTH
 from toy import Toy as ToyModel
 
-from mlx_edgelora.engine.build import Settings, assembled
+from mlx_edgelora.engine.build import Settings, build_engine
 from mlx_edgelora.engine.gradients import gradient_tree, value_and_grad
 from mlx_edgelora.engine.walk import Pass, Walk
 from mlx_edgelora.model.loading import open_model
@@ -121,7 +121,7 @@ def test_a_compiled_tail_keeps_nothing_of_a_batch(tmp_path, compiles):
     adapt(lazy.model, -1, rank=4, scale=3.0)
     resident = {"streamed_blocks": 0, "head": "resident", "inputs": "memory"}
     plan = Plan(kept_blocks=3, loss_bytes=MIB, **resident)
-    with assembled(lazy, plan, Settings(folder)) as ours:
+    with build_engine(lazy, plan, Settings(folder)) as ours:
 
         def sink(gradients):
             raise KeyError("stop here")

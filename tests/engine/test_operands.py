@@ -57,23 +57,25 @@ def test_operands_are_there_before_the_graph(folder, loads, case, ahead):
         ours.value_and_grad(random_batch(2, 17, share=0.4))
         ours.loss(random_batch(2, 17))
     assert len(loads) > 6
-    if case == "kept":  # each waits for one `Promise`, an array of a file whose pages are in memory
+    if (
+        case == "kept"
+    ):  # each waits for one `DeferredArray`, an array of a file whose pages are in memory
         assert sum(loads) >= 2 and max(loads) == 1
     else:
         assert not any(loads)
 
 
 def test_a_weight_that_is_still_in_its_file_is_seen(folder, loads, monkeypatch):
-    taken = StreamedWeights._taken
+    taken = StreamedWeights._read_block
 
-    def lazy(source, index, ready, lasting):
-        arrays = taken(source, index, ready, lasting)
+    def lazy(source, index, ready, own_memory):
+        arrays = taken(source, index, ready, own_memory)
         shard, _ = next(iter(source._blocks[0].values()))
         file = mx.load(str(shard))
         names = {name: f"model.layers.{index}.{name.replace('.linear.', '.')}" for name in arrays}
         return {name: file[own] for name, own in names.items()}
 
-    monkeypatch.setattr(StreamedWeights, "_taken", lazy)
+    monkeypatch.setattr(StreamedWeights, "_read_block", lazy)
     with closing(engine(folder)) as ours:
         loads.clear()
         ours.value_and_grad(random_batch(2, 17))

@@ -13,7 +13,7 @@ from harness import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlx_edgelora.engine.build import Settings, assembled
+from mlx_edgelora.engine.build import Settings, build_engine
 from mlx_edgelora.model.loading import open_model
 from mlx_edgelora.model.lora import add_lora
 from mlx_edgelora.planner.plan import Plan
@@ -69,9 +69,9 @@ def test_gradients_equal_mlx_lm(known, plans):
     lazy = open_model(str(folder), streamed=True, quantize=None, cache=folder / "cache")
     add_lora(lazy.model, -1, rank=4, scale=3.0)
     randomize(lazy.model)
-    with assembled(lazy, plans[0], Settings(folder)) as engine:
+    with build_engine(lazy, plans[0], Settings(folder)) as engine:
         for plan in plans:
-            engine.obey(plan)
+            engine.set_plan(plan)
             for batch, loss, expected, moves in batches:
                 (got_loss, _), got = engine.value_and_grad(batch)
                 assert got_loss.item() == pytest.approx(loss, rel=1e-5)

@@ -23,11 +23,11 @@ SEGMENTS = {
     "tail of all blocks": {"kept_blocks": 3, "head": "resident"},
 }
 CONSISTS = {
-    "whole": lambda kinds: kinds == ["Whole"] * 3,
-    "tiles of 5 tokens": lambda kinds: len(kinds) == 3 and "Tiled" in kinds,
-    "1 kept block": lambda kinds: kinds == ["Whole", "Whole", "Kept"],
-    "all blocks kept": lambda kinds: kinds == ["Kept"] * 3,
-    "tail of 1 block": lambda kinds: kinds == ["Whole", "Whole", "Tail"],
+    "whole": lambda kinds: kinds == ["WholeBlock"] * 3,
+    "tiles of 5 tokens": lambda kinds: len(kinds) == 3 and "TiledBlock" in kinds,
+    "1 kept block": lambda kinds: kinds == ["WholeBlock", "WholeBlock", "KeptBlock"],
+    "all blocks kept": lambda kinds: kinds == ["KeptBlock"] * 3,
+    "tail of 1 block": lambda kinds: kinds == ["WholeBlock", "WholeBlock", "Tail"],
     "tail of all blocks": lambda kinds: kinds == ["Tail"],
 }
 # Whether the weights are packed, and which share of the tokens is labelled.
@@ -48,7 +48,7 @@ def case(request, tmp_path_factory):
 
 def kinds_of_segments(ours, monkeypatch):
     """What the passes from now on are made of, filled as they begin."""
-    begun, found = ours.walk._begun, []
+    begun, found = ours.walk._new_pass, []
 
     def watched(*args):
         state = begun(*args)
@@ -56,7 +56,7 @@ def kinds_of_segments(ours, monkeypatch):
         found.append([type(part).__name__ for part in parts if part is not None])
         return state
 
-    monkeypatch.setattr(ours.walk, "_begun", watched)
+    monkeypatch.setattr(ours.walk, "_new_pass", watched)
     return found
 
 

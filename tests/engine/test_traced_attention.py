@@ -5,7 +5,7 @@ import pytest
 from harness import engine, random_batch, save
 
 from mlx_edgelora.blocks import attention
-from mlx_edgelora.blocks.attention import gradient_traced
+from mlx_edgelora.blocks.attention import tracing_gradient
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_every_way_to_compute_a_block_says_so_truly(way, compiled, asked, tmp_pa
 
 
 def test_it_is_forgotten_on_an_error():
-    with pytest.raises(RuntimeError, match="stop"), gradient_traced():
+    with pytest.raises(RuntimeError, match="stop"), tracing_gradient():
         assert attention._traced == [True]
         raise RuntimeError("stop")
     assert attention._traced == [False]

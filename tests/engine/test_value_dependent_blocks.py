@@ -11,7 +11,7 @@ from mlx_lm.models import base
 from mlx_lm.models.base import create_attention_mask
 from toy import Toy as ToyModel
 
-from mlx_edgelora.blocks.checks import looks_at_values
+from mlx_edgelora.blocks.checks import depends_on_values
 from mlx_edgelora.engine.functions import can_compile
 from mlx_edgelora.engine.gradients import gradient_tree
 from mlx_edgelora.engine.walk import Walk
@@ -193,10 +193,10 @@ def test_it_is_known_of_a_function_whether_it_looks_at_values(compiles):
         lambda x: (mx.eval(x), x)[1],
         lambda x: (memoryview(x), x)[1],
     ):
-        assert looks_at_values(function, x)
+        assert depends_on_values(function, x)
     constant = mx.array(3)
-    assert not looks_at_values(lambda x: x * constant.item() if x.size else x, x)
+    assert not depends_on_values(lambda x: x * constant.item() if x.size else x, x)
     mx.disable_compile()  # it is compiled for that moment, and not afterwards
-    assert not looks_at_values(lambda x: x, x)
-    assert looks_at_values(lambda x: x * x[0].item(), x)
+    assert not depends_on_values(lambda x: x, x)
+    assert depends_on_values(lambda x: x * x[0].item(), x)
     assert not can_compile.__wrapped__()

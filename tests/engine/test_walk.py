@@ -8,8 +8,8 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.trainer import default_loss
 from peaks import ROUNDS, Stepped, growth_with_depth
 
+from mlx_edgelora.engine.adapter_state import ResidentAdapterState
 from mlx_edgelora.engine.gradients import gradient_tree, value_and_grad
-from mlx_edgelora.engine.trained import ResidentTrained
 from mlx_edgelora.engine.walk import Walk
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.storage.stores import RamStore
@@ -224,7 +224,7 @@ def stepped(depth, make_gradient):
 
     def start(model):
         optimizer, gradient = optim.AdamW(1e-4), make_gradient(model, default_loss)
-        trained = ResidentTrained(model)
+        trained = ResidentAdapterState(model)
         trained.start(optimizer)
         batch = mx.random.randint(0, 256, (1, 257), key=mx.random.key(0))
 

@@ -20,9 +20,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import base
 
 from mlx_edgelora.blocks import attention
-from mlx_edgelora.blocks.attention import attention_replaced, bounded
+from mlx_edgelora.blocks.attention import attend_bounded, replace_attention
 from mlx_edgelora.engine import walk
-from mlx_edgelora.engine.whole import Whole
+from mlx_edgelora.engine.whole_block import WholeBlock
 from mlx_edgelora.layers import attention as layer
 from mlx_edgelora.layers import grid
 
@@ -166,7 +166,7 @@ def test_a_window_costs_no_tokens_by_tokens(way, tmp_path, memory):
 @WAYS
 def test_a_mask_that_knows_nothing_costs_them(way, tmp_path, memory, monkeypatch):
     """What the test above measures with mlx-lm's masks as they are."""
-    monkeypatch.setattr(walk, "attention_bounded", lambda: attention_replaced(bounded))
+    monkeypatch.setattr(walk, "bounded_attention", lambda: replace_attention(attend_bounded))
     assert growth(tmp_path, 64, **way) > growth(tmp_path, 100_000, **way) + 8 * MIB
 
 
@@ -244,7 +244,7 @@ def test_masks_are_mlx_lms_again_after_a_step_and_after_an_error(error, tmp_path
         assert base.create_causal_mask is not MAKER
         raise error
 
-    monkeypatch.setattr(Whole, "backward", failing)
+    monkeypatch.setattr(WholeBlock, "backward", failing)
     with pytest.raises(error):
         ours.value_and_grad(batch)
     assert base.create_causal_mask is MAKER

@@ -53,8 +53,8 @@ budgets = st.integers(1, 20_000)
 def test_with_the_whole_vocabulary_it_is_the_exact_loss(case, budget, corrected, capped):
     hidden, weight, labels = (mx.array(a) for a in case)
     hidden, weight = hidden.astype(mx.float32), weight.astype(mx.float32)
-    leave = (lambda products: 3 * mx.tanh(products / 3)) if capped else None
-    head, exact = MatrixHead(weight, leave=leave), CrossEntropy(budget)
+    logits_transform = (lambda products: 3 * mx.tanh(products / 3)) if capped else None
+    head, exact = MatrixHead(weight, logits_transform=logits_transform), CrossEntropy(budget)
     loss = ApproximateCrossEntropy(
         nearest_in(head, head.vocabulary),
         total=row_sum(head, 40) if corrected else None,
@@ -74,7 +74,7 @@ def test_with_the_whole_vocabulary_at_a_real_width():
     (expected, _), reference = exact.value_and_grad(hidden, head, labels)
     # No label's neighbours are all tokens, but their union is.
     loss = ApproximateCrossEntropy(nearest_in(head, 600), None, row_sum(head), exact)
-    assert loss.restricted(hidden, head, labels)[0].vocabulary == 701
+    assert loss.restrict(hidden, head, labels)[0].vocabulary == 701
     got, gradient = value_and_grad(loss, hidden, head, labels)
     assert got.item() == pytest.approx(expected.item(), rel=1e-6)
     assert relative_error(gradient, reference.hidden) < 1e-5
@@ -130,11 +130,11 @@ def test_loss_and_gradient_are_those_of_the_definition(given, budget, corrected,
 GAIN = mx.random.normal((8,), key=mx.random.key(5))
 AROUND = {
     "nothing": {},
-    "norm": {"enter": lambda x: mx.fast.rms_norm(x, GAIN, 1e-5)},
-    "capped": {"leave": lambda products: 5 * mx.tanh(products / 5)},
+    "norm": {"final_norm": lambda x: mx.fast.rms_norm(x, GAIN, 1e-5)},
+    "capped": {"logits_transform": lambda products: 5 * mx.tanh(products / 5)},
     "all": {
-        "enter": lambda x: mx.fast.rms_norm(x, GAIN, 1e-5),
-        "leave": lambda products: 3 * mx.tanh(0.5 * products / 3),
+        "final_norm": lambda x: mx.fast.rms_norm(x, GAIN, 1e-5),
+        "logits_transform": lambda products: 3 * mx.tanh(0.5 * products / 3),
     },
 }
 TABLE = np.random.RandomState(0).randint(0, 21, (21, 4))
@@ -151,7 +151,9 @@ def test_gradient_is_that_of_autodiff(around, biased, corrected, budget):
     hidden, weight = mx.random.normal((7, 8), key=keys[0]), mx.random.normal((21, 8), key=keys[1])
     bias = mx.random.normal((21,), key=keys[2]) if biased else None
     names = AROUND[around]
-    enter, leave = (names.get(n, lambda x: x) for n in ("enter", "leave"))
+    final_norm, logits_transform = (
+        names.get(n, lambda x: x) for n in ("final_norm", "logits_transform")
+    )
     subset = np.union1d(LABELS, TABLE[LABELS])
     assert 12 < len(subset) < 20
 
@@ -159,7 +161,7 @@ def test_gradient_is_that_of_autodiff(around, biased, corrected, budget):
     rows, biases, offsets = (mx.array(a, mx.float32) for a in arrays)
 
     def whole(hidden):
-        logits = leave(enter(hidden) @ rows.T + biases) + offsets
+        logits = logits_transform(final_norm(hidden) @ rows.T + biases) + offsets
         return nn.losses.cross_entropy(logits, mx.array(places), reduction="mean")
 
     expected, reference = mx.value_and_grad(whole)(hidden)
@@ -207,8 +209,8 @@ def test_packed_heads_of_real_models(name, streamed, corrected, tmp_path):
     rows, offsets = mx.array(rows, mx.float32), mx.array(offsets, mx.float32)
 
     def whole(hidden):
-        products = head.enter(hidden).astype(mx.float32) @ rows.T
-        logits = products if head.leave is None else head.leave(products)
+        products = head.final_norm(hidden).astype(mx.float32) @ rows.T
+        logits = products if head.logits_transform is None else head.logits_transform(products)
         return nn.losses.cross_entropy(logits + offsets, mx.array(places), reduction="mean")
 
     expected, reference = mx.value_and_grad(whole)(hidden)

@@ -84,7 +84,7 @@ def test_what_must_exist_before_the_next_chunk_is_settled_in_turn():
             {"w": weight},
             4,
             gradient,
-            settle=lambda *arrays: settled.append(arrays),
+            evaluate=lambda *arrays: settled.append(arrays),
         )
         assert len(settled) == 2  # chunks
         assert [len(arrays) for arrays in settled] == [3 if gradient else 1] * 2

@@ -118,12 +118,12 @@ def grad_of(function, places):
 GAIN = mx.random.normal((8,), key=mx.random.key(5))
 AROUND = {
     "nothing": {},
-    "norm": {"enter": lambda x: mx.fast.rms_norm(x, GAIN, 1e-5)},
-    "capped": {"leave": lambda products: 5 * mx.tanh(products / 5)},
-    "scaled": {"leave": lambda products: products / 8.0},
+    "norm": {"final_norm": lambda x: mx.fast.rms_norm(x, GAIN, 1e-5)},
+    "capped": {"logits_transform": lambda products: 5 * mx.tanh(products / 5)},
+    "scaled": {"logits_transform": lambda products: products / 8.0},
     "all": {
-        "enter": lambda x: mx.fast.rms_norm(x, GAIN, 1e-5),
-        "leave": lambda products: 3 * mx.tanh(0.5 * products / 3),
+        "final_norm": lambda x: mx.fast.rms_norm(x, GAIN, 1e-5),
+        "logits_transform": lambda products: 3 * mx.tanh(0.5 * products / 3),
     },
 }
 
@@ -143,12 +143,14 @@ def test_gradients_of_all_that_is_trained(around, adapted, smoothing, budget):
     down, up = mx.random.normal((3, 8), key=next(keys)), mx.random.normal((21, 3), key=next(keys))
     labels = mx.array([0, 20, 7, 7, 13, 1, 2, 3, 4, 5, 19, 20, 0])
     names = AROUND[around]
-    enter, leave = (names.get(n, lambda x: x) for n in ("enter", "leave"))
+    final_norm, logits_transform = (
+        names.get(n, lambda x: x) for n in ("final_norm", "logits_transform")
+    )
     loss = CrossEntropy(budget, smoothing)
 
     def whole(hidden, *trained):
         matrix = weight + 0.7 * trained[1] @ trained[0] if trained else weight
-        logits = leave(enter(hidden) @ matrix.T + bias)
+        logits = logits_transform(final_norm(hidden) @ matrix.T + bias)
         return nn.losses.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="mean")
 
     def head(*trained):
@@ -191,11 +193,13 @@ def test_a_weighted_sum(weighting, around, adapted, smoothing, budget):
     down, up = mx.random.normal((3, 8), key=next(keys)), mx.random.normal((21, 3), key=next(keys))
     labels = mx.array([0, 20, 7, 7, 13, 1, 2, 3, 4, 5, 19, 20, 0])
     weights, names = mx.array(WEIGHTS[weighting], mx.float32), AROUND[around]
-    enter, leave = (names.get(n, lambda x: x) for n in ("enter", "leave"))
+    final_norm, logits_transform = (
+        names.get(n, lambda x: x) for n in ("final_norm", "logits_transform")
+    )
 
     def whole(hidden, *trained):
         matrix = weight + 0.7 * trained[1] @ trained[0] if trained else weight
-        logits = leave(enter(hidden) @ matrix.T + bias)
+        logits = logits_transform(final_norm(hidden) @ matrix.T + bias)
         losses = nn.losses.cross_entropy(logits, labels, label_smoothing=smoothing)
         return (losses * weights).sum()
 

@@ -89,7 +89,7 @@ def test_length_scale_and_bias_do_not_matter():
     lengths = 10 ** mx.random.uniform(-6, 6, (60, 1))
     bias = 100 * mx.random.normal((60,))
     adapter = Adapter(mx.ones((2, 8)), mx.random.normal((60, 2)), 9.0)
-    other = MatrixHead(weight * lengths, bias, leave=mx.tanh, adapter=adapter)
+    other = MatrixHead(weight * lengths, bias, logits_transform=mx.tanh, adapter=adapter)
     assert mx.array_equal(nearest(other, tokens, 9), expected).item()
 
 

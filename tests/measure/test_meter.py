@@ -75,5 +75,5 @@ def test_the_limit_of_one_evaluation_is_a_cpu_s(monkeypatch, device, limits):
     found, x = [], mx.zeros((3,)) + 1
     monkeypatch.setattr(mx, "default_device", lambda: device)
     monkeypatch.setattr(mx, "set_memory_limit", lambda size: found.append(size) or 1 << 40)
-    meter.eval_in_step(x)
+    meter.eval_without_run_ahead(x)
     assert found == limits and x.tolist() == [1, 1, 1]

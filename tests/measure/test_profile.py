@@ -30,10 +30,10 @@ def test_peaks_belong_to_the_innermost_phase(memory):
             hold(1)
         with profile.phase("update"):
             hold(4)
-    names = [(s.phase, s.block) for s in found.stretches]
+    names = [(s.phase, s.block) for s in found.entries]
     expected = [("recompute", 3), ("backward", 3), ("recompute", 3), ("update", None)]
     assert names == expected
-    peaks = [round((s.peak_bytes - base) / MIB) for s in found.stretches]
+    peaks = [round((s.peak_bytes - base) / MIB) for s in found.entries]
     assert peaks == [2, 8, 1, 4]
     assert found.peak().phase == "backward"
     assert found.by_phase()["recompute"].peak_bytes - base >= 2 * MIB
@@ -50,7 +50,7 @@ def test_a_step_forgets_the_one_before(memory):
             profile.begin_step()
             with profile.phase("head"):
                 hold(1)
-    assert len(found.stretches) == 1
+    assert len(found.entries) == 1
 
 
 def test_phases_cost_nothing_without_recording(memory):

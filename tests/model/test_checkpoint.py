@@ -15,7 +15,12 @@ from mlx_lm.utils import load_model, quantize_model
 
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.model import checkpoint
-from mlx_edgelora.model.checkpoint import converted, load_lazily, read_checkpoint, resolve
+from mlx_edgelora.model.checkpoint import (
+    convert_checkpoint,
+    load_lazily,
+    read_checkpoint,
+    resolve_model,
+)
 from mlx_edgelora.storage import files
 
 MIB = 2**20
@@ -44,14 +49,14 @@ def replace_tensors(folder, change):
 
 
 def test_resolve_takes_a_folder_as_it_is(tmp_path):
-    assert resolve(str(tmp_path)) == tmp_path
+    assert resolve_model(str(tmp_path)) == tmp_path
 
 
 @pytest.mark.parametrize("name", ["./missing", "/missing/model", "~/model", "model", "a/b/c"])
 def test_resolve_knows_what_is_no_hub_name(name, monkeypatch):
     monkeypatch.setattr(checkpoint, "snapshot_download", lambda *a, **k: pytest.fail("network"))
     with pytest.raises(EdgeLoraError, match=rf"model: '{name}' is not a folder, expected"):
-        resolve(name)
+        resolve_model(name)
 
 
 def test_resolve_fetches_from_the_hub_and_never_code(tmp_path, monkeypatch):
@@ -62,7 +67,7 @@ def test_resolve_fetches_from_the_hub_and_never_code(tmp_path, monkeypatch):
         return str(tmp_path)
 
     monkeypatch.setattr(checkpoint, "snapshot_download", download)
-    assert resolve("owner/model") == tmp_path
+    assert resolve_model("owner/model") == tmp_path
     ((name, patterns),) = asked
     assert name == "owner/model"
     assert "model*.safetensors" in patterns
@@ -78,7 +83,7 @@ def test_resolve_says_why_the_hub_did_not_answer(error, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "snapshot_download", download)
     with pytest.raises(EdgeLoraError, match=rf"'owner/model' is not a folder here .*\({error}\)"):
-        resolve("owner/model")
+        resolve_model("owner/model")
 
 
 def test_checkpoint_knows_every_tensor(folder):
@@ -201,9 +206,9 @@ def test_lazy_model_knows_where_its_parameters_lie(folder, memory):
     lazy = load_lazily(read_checkpoint(folder))
     assert mx.get_active_memory() - before < 64 * 1024  # nothing was read
     for name, array in tree_flatten(lazy.model.parameters()):
-        place = lazy.place(array)
+        place = lazy.location(array)
         assert (place.shard, place.name) == (folder / "model.safetensors", name)
-    assert lazy.place(mx.ones((1,))) is None
+    assert lazy.location(mx.ones((1,))) is None
 
 
 BIG = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 12, "vocab_size": 512}
@@ -216,7 +221,7 @@ def test_quantizing_costs_a_few_tensors_and_equals_mlx_lm(tmp_path, memory):
     largest = max(array.nbytes for _, array in tree_flatten(lazy.model.parameters()))
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    copy = converted(lazy, tmp_path / "cache", quantize=4)
+    copy = convert_checkpoint(lazy, tmp_path / "cache", quantize=4)
     peak = mx.get_peak_memory() - before
     assert whole > 25 * MIB
     assert peak < 3 * largest < whole / 10
@@ -231,14 +236,14 @@ def test_quantizing_costs_a_few_tensors_and_equals_mlx_lm(tmp_path, memory):
 
 
 def test_copy_without_quantizing_is_the_model(tmp_path, folder):
-    copy = converted(load_lazily(read_checkpoint(folder)), tmp_path / "cache")
+    copy = convert_checkpoint(load_lazily(read_checkpoint(folder)), tmp_path / "cache")
     tokens = mx.array([[1, 2, 3]])
     assert mx.array_equal(load_model(copy)[0](tokens), load_model(folder)[0](tokens)).item()
     assert json.loads((copy / "config.json").read_text()).items() >= config("llama").items()
 
 
 def convert(folder, tmp_path, quantize=4):
-    return converted(load_lazily(read_checkpoint(folder)), tmp_path / "cache", quantize)
+    return convert_checkpoint(load_lazily(read_checkpoint(folder)), tmp_path / "cache", quantize)
 
 
 def test_copy_is_made_once_for_what_it_depends_on(tmp_path, folder, monkeypatch):

@@ -15,7 +15,7 @@ from tf32 import rounded
 
 from mlx_edgelora.blocks.block_list import BlockList
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.measure.meter import DiskMeter, eval_in_step
+from mlx_edgelora.measure.meter import DiskMeter, eval_without_run_ahead
 from mlx_edgelora.model import head as model_head
 from mlx_edgelora.model.head import (
     ModelHead,
@@ -37,10 +37,10 @@ def own_head(model):
 
 def made_logits(head, hidden, rows):
     """Logits as a loss makes them."""
-    x = head.enter(hidden).astype(mx.float32)
+    x = head.final_norm(hidden).astype(mx.float32)
     tile = head.unpack(rows)
     products = x @ tile.weight.T + (0.0 if tile.bias is None else tile.bias)
-    return products if head.leave is None else head.leave(products)
+    return products if head.logits_transform is None else head.logits_transform(products)
 
 
 CHANGES_LOGITS = {"gemma2", "granite", "cohere2"}
@@ -59,10 +59,10 @@ def test_head_is_found_and_its_rows_make_the_logits(name, bits):
     head = ModelHead(blocks, module, ResidentRows(module))
     assert (head.vocabulary, head.dims) == (101, 64)
     assert head.is_separable()
-    assert (head.leave is not None) == (name in CHANGES_LOGITS)
+    assert (head.logits_transform is not None) == (name in CHANGES_LOGITS)
     assert head.adapter is None
     hidden = mx.random.normal((5, 64))
-    with blocks.returning(hidden[None]):
+    with blocks.skip_blocks(hidden[None]):
         expected = model(mx.zeros((1, 5), mx.int32))[0]
     parts = [head.slice(start, min(start + 33, 101)) for start in range(0, 101, 33)]
     logits = mx.concatenate([made_logits(head, hidden, rows) for rows in parts], axis=-1)
@@ -150,10 +150,10 @@ def test_an_adapted_head_is_found_with_its_adapter(tied):
     assert head.is_separable()
     adapter, tile = head.adapter, head.unpack(head.slice(0, 40))
     hidden = mx.random.normal((5, 8))
-    with blocks.returning(hidden[None]):
+    with blocks.skip_blocks(hidden[None]):
         expected = model(mx.zeros((1, 5), mx.int32))[0]
     matrix = tile.weight + adapter.scale * adapter.up @ adapter.down
-    logits = head.leave(hidden @ matrix.T + (0.0 if tied else tile.bias))
+    logits = head.logits_transform(hidden @ matrix.T + (0.0 if tied else tile.bias))
     assert mx.allclose(logits, expected, rtol=1e-5, atol=1e-5).item()
 
 
@@ -218,20 +218,20 @@ def test_looking_up_holds_the_result_and_little_more(tmp_path, monkeypatch, memo
         return mx.get_peak_memory() - packed
 
     result = 4 * 2048 * 512
-    assert lowest(lambda: above_packed(eval_in_step), 1.1 * result) < 1.1 * result
+    assert lowest(lambda: above_packed(eval_without_run_ahead), 1.1 * result) < 1.1 * result
     assert highest(lambda: above_packed(mx.eval)) > 2 * result  # MLX ahead: nothing in place
 
 
 def separable_in_tf32(head, monkeypatch):
     """For how many of 60 inputs, where products of tiles round theirs to 10 bits."""
-    unpack, enter, key = head.unpack, head.enter, mx.random.key
+    unpack, final_norm, key = head.unpack, head.final_norm, mx.random.key
 
     def rounded_tile(rows):
         tile = unpack(rows)
         return replace(tile, weight=rounded(tile.weight))
 
     monkeypatch.setattr(head, "unpack", rounded_tile)
-    monkeypatch.setattr(head, "enter", lambda *args: rounded(enter(*args)))
+    monkeypatch.setattr(head, "final_norm", lambda *args: rounded(final_norm(*args)))
     found = 0
     for number in range(60):
         monkeypatch.setattr(mx.random, "key", lambda _, number=number: key(number))

@@ -30,9 +30,9 @@ from mlx_edgelora.model.neighbour_cache import HEADER, NeighbourCache, head_dige
 
 
 def test_only_what_is_asked_for_is_computed_and_only_once(tmp_path, opened, computed):
-    cache, told = opened(tmp_path, HEAD, K), []
-    cache.build(np.array([5, 1, 1]), told.append)
-    assert (computed, sum(told)) == ([1, 5], 2)
+    cache, counts = opened(tmp_path, HEAD, K), []
+    cache.build(np.array([5, 1, 1]), counts.append)
+    assert (computed, sum(counts)) == ([1, 5], 2)
     assert np.array_equal(cache(np.array([5, 1])), truth()[0][[5, 1]])
     assert computed == [1, 5]
     cache.build(np.array([1, 5, 6]))
@@ -71,9 +71,9 @@ def test_the_smallest_and_the_largest_k(tmp_path, opened, k):
 
 def test_many_slots_are_looked_at_in_parts(tmp_path, opened, computed, monkeypatch):
     monkeypatch.setattr(neighbour_cache, "SLOTS_BYTES", 2 * SLOT_BYTES)
-    cache, told = opened(tmp_path, HEAD, K), []
-    cache.build(ALL, told.append)
-    assert told == [2, 2, 2, 1]
+    cache, counts = opened(tmp_path, HEAD, K), []
+    cache.build(ALL, counts.append)
+    assert counts == [2, 2, 2, 1]
     check(cache)
     assert computed == ALL.tolist()
 
@@ -228,7 +228,7 @@ def test_a_sealed_slot_that_names_no_token(tmp_path, opened, computed, name):
     path = fill(tmp_path)
     content, at = bytearray(path.read_bytes()), HEADER.size + SUM_BYTES + 4 * SLOT_BYTES
     row = np.array([4, name], np.int32)
-    content[at : at + SLOT_BYTES] = neighbour_cache._sealed(row)
+    content[at : at + SLOT_BYTES] = neighbour_cache._with_checksum(row)
     path.write_bytes(content)
     computed.clear()
     check(opened(tmp_path, HEAD, K))

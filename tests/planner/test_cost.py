@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from test_search import LOAD, LOADS, SHAPE, SHAPES
 
 from mlx_edgelora.planner.cost import Memory
-from mlx_edgelora.planner.measured import KNOWN, Measured, Taken
+from mlx_edgelora.planner.measured import KNOWN, Measurement, Measurements
 from mlx_edgelora.planner.needs import TERMS, sizes_of
 from mlx_edgelora.planner.plan import MIB, Plan
 
@@ -26,10 +26,10 @@ HELD = {
 
 @pytest.mark.slow
 @settings(deadline=None, max_examples=150)
-@given(shape=SHAPES, load=LOADS, way=WAYS, held=st.fixed_dictionaries(HELD))
-def test_the_ends_are_all_that_decides(shape, load, way, held):
+@given(shape=SHAPES, batch_shape=LOADS, way=WAYS, held=st.fixed_dictionaries(HELD))
+def test_the_ends_are_all_that_decides(shape, batch_shape, way, held):
     """The peak over the blocks that are looked at is that over all blocks."""
-    memory = Memory(shape, load, Plan(**way, **held))
+    memory = Memory(shape, batch_shape, Plan(**way, **held))
     phases = list(memory.phases())
     assert memory.peak() == (max(p.bytes for p in phases), max(p.most for p in phases))
 
@@ -46,16 +46,16 @@ def test_every_phase_has_a_formula_and_a_measure(plan, mlp_bytes):
     kinds = [memory.kind(name) for name in memory.ways]
     assert set(kinds) <= set(TERMS)
     before = memory.peak()
-    known = Measured()
+    measurements = Measurements()
     for name in memory.ways:
         kind = memory.kind(name)
         sizes = sizes_of(kind, SHAPE, memory.ways[name], LOAD)
         assert set(TERMS[kind]) & set(sizes)
-        known.add(kind, memory.ways[name], memory.load, Taken(10**9, 1.0))
-    phases = list(Memory(SHAPE, LOAD, plan, known).phases())
+        measurements.add(kind, memory.ways[name], memory.batch_shape, Measurement(10**9, 1.0))
+    phases = list(Memory(SHAPE, LOAD, plan, measurements).phases())
     assert {phase.need.value for phase in phases} == {10**9}
     assert {phase.need.spread for phase in phases} == {KNOWN}
-    assert Memory(SHAPE, LOAD, plan, known).peak() != before
+    assert Memory(SHAPE, LOAD, plan, measurements).peak() != before
 
 
 def test_weights_that_are_read_again_and_again_are_there_in_every_phase():
@@ -63,8 +63,8 @@ def test_weights_that_are_read_again_and_again_are_there_in_every_phase():
     held = {}
     for overlaps in (False, True):
         for prefetch in (False, True):
-            known = Measured(overlaps=overlaps)
-            phases = Memory(SHAPE, LOAD, Plan(prefetch=prefetch), known).phases()
+            measurements = Measurements(overlaps=overlaps)
+            phases = Memory(SHAPE, LOAD, Plan(prefetch=prefetch), measurements).phases()
             held[overlaps, prefetch] = {(p.name, p.block): p.held for p in phases}
     for number, way in ((1, (False, True)), (2, (True, True)), (0, (True, False))):
         more = {key: held[way][key] - size for key, size in held[False, False].items()}

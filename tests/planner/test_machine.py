@@ -7,7 +7,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_edgelora.planner import machine
-from mlx_edgelora.planner.machine import Rates, converts, machine_here
+from mlx_edgelora.planner.machine import Rates, converts_dtype, this_machine
 
 SETTINGS = """System-wide power settings:
 Currently in use:
@@ -22,10 +22,10 @@ def keys(tmp_path, monkeypatch):
     """keys() -> of how many machines rates were measured so far, and the key of this one."""
     calls = []
     rates = Rates(*map(float, range(1, 8)))
-    monkeypatch.setattr(machine, "measured", lambda *_: calls.append(1) or rates)
+    monkeypatch.setattr(machine, "measure_rates", lambda *_: calls.append(1) or rates)
 
     def ask():
-        here = machine_here(tmp_path, tmp_path, mx.float32)
+        here = this_machine(tmp_path, tmp_path, mx.float32)
         assert here.rates == rates
         return len(calls), here.key
 
@@ -140,6 +140,6 @@ def test_a_gpu_is_warmed_up_before_it_is_timed(monkeypatch, tmp_path, device, wa
     ],
 )
 def test_which_gpus_convert_bfloat16(monkeypatch, architecture, dtype, expected):
-    told = {} if architecture is None else {"architecture": architecture}
-    monkeypatch.setattr(mx, "device_info", lambda: told)
-    assert converts(dtype) is expected
+    info = {} if architecture is None else {"architecture": architecture}
+    monkeypatch.setattr(mx, "device_info", lambda: info)
+    assert converts_dtype(dtype) is expected

@@ -14,17 +14,17 @@ from mlx_edgelora import TrainConfig, finetune
 from mlx_edgelora.blocks.checks import checked_blocks
 from mlx_edgelora.engine.step import Engine
 from mlx_edgelora.layers import fused
-from mlx_edgelora.layers.fused import BLOCK_VARIABLE, Backend, gradient_blocks
+from mlx_edgelora.layers.fused import BLOCK_VARIABLE, Backend, set_attention_block
 from mlx_edgelora.model.lora import add_lora
 from mlx_edgelora.planner.cost import Memory
 from mlx_edgelora.planner.duration import longest_operation, seconds
-from mlx_edgelora.planner.machine import LONGEST, Machine, Rates, machine_here
-from mlx_edgelora.planner.measured import Measured, Taken
+from mlx_edgelora.planner.machine import LONGEST, Machine, Rates, this_machine
+from mlx_edgelora.planner.measured import Measurement, Measurements
 from mlx_edgelora.planner.needs import need
 from mlx_edgelora.planner.plan import Plan
 from mlx_edgelora.planner.search import plan, smallest
 from mlx_edgelora.planner.shape import shape_of
-from mlx_edgelora.planner.sizes import Load
+from mlx_edgelora.planner.sizes import BatchShape
 
 METAL = Backend("metal", (0, 32, 4), architecture="applegpu_g13g", macos=(15, 6))
 ON_METAL = replace(SHAPE, blocked_heads=24)
@@ -34,11 +34,11 @@ GPU = Machine("a GPU", RATES, KERNELS)
 M1 = Machine("M1", Rates(1.8e12, 1.8e12, 1e10, 6e10, 3e9, 3e9, 5e-6), KERNELS, "", LONGEST)
 
 
-def scores(load, **choices):
+def scores(batch_shape, **choices):
     """Bytes that blocks of scores add to a backward by a plan, by phase."""
     found = {}
     for shape in (SHAPE, ON_METAL):
-        for phase in Memory(shape, load, Plan(**choices)).phases():
+        for phase in Memory(shape, batch_shape, Plan(**choices)).phases():
             known = found.setdefault((phase.name, phase.block), [])
             known.append(phase.need.value)
     return {key: round(more - less) for key, (less, more) in found.items() if more != less}
@@ -47,24 +47,24 @@ def scores(load, **choices):
 @pytest.mark.parametrize(
     ("load", "choices", "size"),
     [
-        (Load(1, 2048, 600), {}, 150_994_944),
-        (Load(4, 2048, 600), {"attention_block": 1024}, 603_979_776),
-        (Load(4, 2048, 600), {"micro_batches": 4}, 150_994_944),
-        (Load(1, 2048, 600), {"attention_block": 256}, 9_437_184),
-        (Load(1, 2048, 600), {"tile_tokens": 512}, 75_497_472),
-        (Load(2, 2048, 600), {"tile_tokens": 512}, 75_497_472),
-        (Load(1, 96, 96), {}, 3 * 24 * 96 * 96 * 2),
+        (BatchShape(1, 2048, 600), {}, 150_994_944),
+        (BatchShape(4, 2048, 600), {"attention_block": 1024}, 603_979_776),
+        (BatchShape(4, 2048, 600), {"micro_batches": 4}, 150_994_944),
+        (BatchShape(1, 2048, 600), {"attention_block": 256}, 9_437_184),
+        (BatchShape(1, 2048, 600), {"tile_tokens": 512}, 75_497_472),
+        (BatchShape(2, 2048, 600), {"tile_tokens": 512}, 75_497_472),
+        (BatchShape(1, 96, 96), {}, 3 * 24 * 96 * 96 * 2),
     ],
 )
-def test_the_cost_of_blocks_of_scores(load, choices, size):
+def test_the_cost_of_blocks_of_scores(batch_shape, choices, size):
     """3 x B x H x block^2 values, in every backward of a block."""
-    found = scores(load, **choices)
+    found = scores(batch_shape, **choices)
     assert set(found) == {("backward", index) for index in range(28)}
     assert set(found.values()) == {size}
 
 
 def test_kept_blocks_have_them_once():
-    found = scores(Load(1, 2048, 600), kept_blocks=28, streamed_blocks=0)
+    found = scores(BatchShape(1, 2048, 600), kept_blocks=28, streamed_blocks=0)
     assert found == {("backward", 0): 150_994_944}
 
 
@@ -94,10 +94,10 @@ def test_what_was_measured_with_other_blocks_is_told_apart(choices):
     small, large = (Plan(attention_block=size, **choices) for size in (256, 1024))
     memory = Memory(ON_METAL, LOAD, large)
     name = "tail" if choices.get("kept_blocks") else "backward"
-    known, kind, way = Measured(), memory.kind(name), memory.ways[name]
-    known.add(kind, way, LOAD, Taken(10**9, 1.0))
-    assert known.of(kind, Memory(ON_METAL, LOAD, small).ways[name], LOAD) is None
-    assert known.of(kind, way, LOAD) == Taken(10**9, 1.0)
+    known, kind, way = Measurements(), memory.kind(name), memory.ways[name]
+    known.add(kind, way, LOAD, Measurement(10**9, 1.0))
+    assert known.find(kind, Memory(ON_METAL, LOAD, small).ways[name], LOAD) is None
+    assert known.find(kind, way, LOAD) == Measurement(10**9, 1.0)
     assert need(kind, ON_METAL, way, LOAD) > need(kind, SHAPE, way, LOAD)
 
 
@@ -143,14 +143,14 @@ def test_the_engine_sets_the_block_before_a_gradient_and_puts_it_back(
     assert seen and set(seen) == {"256"}
     seen.clear()
     for size, value in ((1024, "1024"), (None, before)):
-        ours.plan_of = lambda batch, size=size: Plan(attention_block=size)
+        ours.plan_for = lambda batch, size=size: Plan(attention_block=size)
         ours.value_and_grad(random_batch())
         assert set(seen) == {value}
         seen.clear()
-    ours.obey(Plan(attention_block=256))
+    ours.set_plan(Plan(attention_block=256))
     ours.close()
     assert os.environ.get(BLOCK_VARIABLE) == before
-    gradient_blocks(None)
+    set_attention_block(None)
     assert os.environ.get(BLOCK_VARIABLE) == before
 
 
@@ -178,36 +178,36 @@ def test_a_run_on_a_mac(budget, tmp_path, monkeypatch):
 
 def test_long_operations_are_made_shorter_by_tiles_on_metal_alone():
     """Of 16k tokens of a 3B model on an M1 one gradient of attention would take 2.3 s."""
-    load, budget = Load(1, 16384, 4000), 10**12
+    batch_shape, budget = BatchShape(1, 16384, 4000), 10**12
     whole = Plan(kept_blocks=28, streamed_blocks=0)
-    assert longest_operation(ON_METAL, load, whole, M1) == pytest.approx(2.3, abs=0.05)
-    assert longest_operation(SHAPE, load, whole, M1) == pytest.approx(0.46, abs=0.01)
-    found = plan(ON_METAL, load, M1, budget).plan
+    assert longest_operation(ON_METAL, batch_shape, whole, M1) == pytest.approx(2.3, abs=0.05)
+    assert longest_operation(SHAPE, batch_shape, whole, M1) == pytest.approx(0.46, abs=0.01)
+    found = plan(ON_METAL, batch_shape, M1, budget).plan
     assert found.tile_tokens == 1024
-    assert longest_operation(ON_METAL, load, found, M1) <= LONGEST
-    assert longest_operation(ON_METAL, load, replace(found, tile_tokens=2048), M1) > LONGEST
+    assert longest_operation(ON_METAL, batch_shape, found, M1) <= LONGEST
+    assert longest_operation(ON_METAL, batch_shape, replace(found, tile_tokens=2048), M1) > LONGEST
     for shape, machine in ((SHAPE, replace(M1, longest=inf)), (ON_METAL, GPU)):
-        assert plan(shape, load, machine, budget).plan.kept_blocks == 28
+        assert plan(shape, batch_shape, machine, budget).plan.kept_blocks == 28
     # Products alone: 8k tokens of a 70B model.
     large = replace(SHAPE, hidden=8192, queries=8192, intermediate=28672)
-    assert plan(large, Load(1, 8192, 800), M1, budget).plan.tile_tokens == 1024
+    assert plan(large, BatchShape(1, 8192, 800), M1, budget).plan.tile_tokens == 1024
     # Where no way is short enough the shortest ones are left.
     slow = replace(M1, rates=replace(M1.rates, flops=1e9, fused_flops=1e9))
-    assert plan(ON_METAL, load, slow, budget).plan.tile_tokens == 256
+    assert plan(ON_METAL, batch_shape, slow, budget).plan.tile_tokens == 256
 
 
 def test_short_texts_on_a_mac_are_computed_as_elsewhere():
-    load = Load(1, 2048, 600)
+    batch_shape = BatchShape(1, 2048, 600)
     free = replace(M1, longest=inf)
     for budget in (10**9, 10**12):
-        assert plan(ON_METAL, load, M1, budget) == plan(ON_METAL, load, free, budget)
+        assert plan(ON_METAL, batch_shape, M1, budget) == plan(ON_METAL, batch_shape, free, budget)
 
 
 def test_only_a_mac_has_a_longest_operation(tmp_path, monkeypatch):
-    assert machine_here(tmp_path, tmp_path, mx.float32).longest == inf
+    assert this_machine(tmp_path, tmp_path, mx.float32).longest == inf
     on_gpu = mx.default_device() == mx.gpu
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-    assert machine_here(tmp_path, tmp_path, mx.float32).longest == (LONGEST if on_gpu else inf)
+    assert this_machine(tmp_path, tmp_path, mx.float32).longest == (LONGEST if on_gpu else inf)
     if not on_gpu:
         monkeypatch.setattr(mx, "gpu", mx.cpu)
-        assert machine_here(tmp_path, tmp_path, mx.float32).longest == LONGEST
+        assert this_machine(tmp_path, tmp_path, mx.float32).longest == LONGEST

@@ -12,16 +12,16 @@ from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.data import Batch
 from mlx_edgelora.data.batches import iterate_batches, largest_batch
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.planner.machine import default_budget, machine_here, measured
-from mlx_edgelora.planner.measured import Measured
+from mlx_edgelora.planner.machine import default_budget, measure_rates, this_machine
+from mlx_edgelora.planner.measured import Measurements
 from mlx_edgelora.planner.plan import Plan
 from mlx_edgelora.planner.run_plan import Budget
 from mlx_edgelora.planner.search import Choice
-from mlx_edgelora.planner.sizes import Load
+from mlx_edgelora.planner.sizes import BatchShape
 from mlx_edgelora.training import finetune as module
 from mlx_edgelora.training import rehearsal
-from mlx_edgelora.training.duty import Duty
 from mlx_edgelora.training.finetune import finetune, open_engine
+from mlx_edgelora.training.throttle import DutyCycle
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_shorter_batches_have_faster_plans_where_they_fit(options, tmp_path):
     with open_engine(config, lambda line: None) as (engine, _, _):
         for width in (32, 1023):
             tokens = np.zeros((2, width + 1), np.int32)
-            plans.append(engine.plan_of(Batch(tokens, np.ones((2, width), bool), (0, 1))))
+            plans.append(engine.plan_for(Batch(tokens, np.ones((2, width), bool), (0, 1))))
     short, long = plans
     assert short.kept_blocks > long.kept_blocks
     assert (short.head, short.adapters) == (long.head, long.adapters)
@@ -74,25 +74,25 @@ def test_a_prediction_that_was_too_low_is_corrected_once(options, monkeypatch):
     monkeypatch.setattr(module, "peak_memory", lambda: next(peaks))
     lines = []
     finetune(options(memory_budget="100MB", iters=3), notify=lines.append)
-    told = [line for line in lines if "more than was expected" in line]
-    assert len(told) == 1
+    messages = [line for line in lines if "more than was expected" in line]
+    assert len(messages) == 1
 
 
 def test_a_correction_that_finds_no_plan_changes_nothing(options, monkeypatch):
     """The run goes on by its plan, and so do batches of other lengths."""
     lines = []
     with open_engine(options(memory_budget="20MB", iters=1), notify=lines.append) as (engine, *_):
-        chosen = engine.plan_of.__self__
+        chosen = engine.plan_for.__self__
         before = chosen.plan
         with pytest.raises(EdgeLoraError, match="expected at least"):
-            chosen.corrected(10**12)
-        assert (chosen.plan, chosen.known.correction) == (before, 1.0)
-        for tokens in range(2, chosen.load.tokens, 5):
+            chosen.replan(10**12)
+        assert (chosen.plan, chosen.measurements.correction) == (before, 1.0)
+        for tokens in range(2, chosen.batch_shape.tokens, 5):
             batch = Batch(np.zeros((1, tokens), np.int32), np.ones((1, tokens - 1), bool), (0,))
-            assert isinstance(chosen.of(batch), Plan)
+            assert isinstance(chosen.plan_for(batch), Plan)
         monkeypatch.setattr("mlx_edgelora.planner.run_plan.plan", refused)
         chosen._variants.clear()
-        assert chosen.of(batch) == chosen.plan
+        assert chosen.plan_for(batch) == chosen.plan
 
 
 def refused(*_):
@@ -104,9 +104,9 @@ def test_the_largest_batch_is_tried_before_the_first_step(options, monkeypatch):
     weights, tried = [], []
     original = rehearsal.synthetic_batch
 
-    def spied(load, vocabulary):
-        tried.append(load)
-        return original(load, vocabulary)
+    def spied(batch_shape, vocabulary):
+        tried.append(batch_shape)
+        return original(batch_shape, vocabulary)
 
     monkeypatch.setattr(rehearsal, "synthetic_batch", spied)
     for near in (0.0, 2.0):
@@ -127,19 +127,19 @@ def test_a_plan_that_takes_more_than_its_budget_is_replaced(monkeypatch):
 
     class Chosen:
         budget, choice = Budget(100, "as given"), Choice(Plan(), 80, 90, 1.0)
-        load, shape, unseen_bytes, seen = (
-            Load(2, 8, 3),
+        batch_shape, shape, optimizer_bytes, seen = (
+            BatchShape(2, 8, 3),
             SimpleNamespace(vocabulary=11, blocks=4),
             5,
             [],
         )
-        plan, known = Plan(), Measured()
+        plan, measurements = Plan(), Measurements()
 
         @property
-        def whole(self):
+        def step_key(self):
             return (self.plan.tile_tokens,)
 
-        def corrected(self, measured):
+        def replan(self, measured):
             self.seen.append(measured)
             if measured <= 100:
                 return None
@@ -152,7 +152,7 @@ def test_a_plan_that_takes_more_than_its_budget_is_replaced(monkeypatch):
         def backward(self, batch, sink):
             self.batches.append((batch.inputs().shape, int(batch.mask.sum())))
 
-        def hold(self, plan):
+        def set_plan_and_residency(self, plan):
             self.held.append(plan.tile_tokens)
 
     lines, chosen = [], Chosen()
@@ -193,22 +193,22 @@ def test_no_batch_of_shared_rows_is_larger_than_was_planned_for():
 
 
 def test_half_duty_takes_twice_the_time():
-    duty = Duty(0.5)
-    duty.rest()
+    duty = DutyCycle(0.5)
+    duty.pause()
     start = time.perf_counter()
     for _ in range(3):
         time.sleep(0.05)
-        duty.rest()
+        duty.pause()
     assert time.perf_counter() - start > 0.29
-    duty, start = Duty(1.0), time.perf_counter()
+    duty, start = DutyCycle(1.0), time.perf_counter()
     for _ in range(3):
-        duty.rest()
+        duty.pause()
     assert time.perf_counter() - start < 0.05
 
 
 def test_a_run_rests_between_blocks(options, monkeypatch):
     rests = []
-    monkeypatch.setattr(Duty, "rest", lambda duty: rests.append(duty.rest))
+    monkeypatch.setattr(DutyCycle, "pause", lambda duty: rests.append(duty.pause))
     finetune(options(duty=0.5, activations="spill", iters=1), notify=lambda line: None)
     assert len(rests) == 6  # three blocks, forward and backward
 
@@ -216,22 +216,22 @@ def test_a_run_rests_between_blocks(options, monkeypatch):
 @pytest.mark.slow
 def test_a_machine_is_measured_once(tmp_path, monkeypatch):
     calls = []
-    real = measured
+    real = measure_rates
 
     def counted(*args):
         calls.append(args)
         return real(*args)
 
-    monkeypatch.setattr("mlx_edgelora.planner.machine.measured", counted)
+    monkeypatch.setattr("mlx_edgelora.planner.machine.measure_rates", counted)
     start = time.perf_counter()
-    first = machine_here(tmp_path / "cache", tmp_path, mx.float32)
+    first = this_machine(tmp_path / "cache", tmp_path, mx.float32)
     assert time.perf_counter() - start < 10
-    assert machine_here(tmp_path / "cache", tmp_path, mx.float32) == first
+    assert this_machine(tmp_path / "cache", tmp_path, mx.float32) == first
     assert len(calls) == 1
-    machine_here(tmp_path / "cache", tmp_path, mx.bfloat16)
+    this_machine(tmp_path / "cache", tmp_path, mx.bfloat16)
     assert len(calls) == 2
     (tmp_path / "cache/machine.json").write_text("{]")
-    machine_here(tmp_path / "cache", tmp_path, mx.float32)
+    this_machine(tmp_path / "cache", tmp_path, mx.float32)
     assert len(calls) == 3
 
 

@@ -12,10 +12,10 @@ from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.planner.cost import Memory
 from mlx_edgelora.planner.duration import seconds
 from mlx_edgelora.planner.machine import Machine, Rates
-from mlx_edgelora.planner.measured import Measured
+from mlx_edgelora.planner.measured import Measurements
 from mlx_edgelora.planner.plan import MIB, Plan
-from mlx_edgelora.planner.search import SLACK, most, plan, smallest
-from mlx_edgelora.planner.sizes import Load, ModelShape
+from mlx_edgelora.planner.search import SLACK, largest_that, plan, smallest
+from mlx_edgelora.planner.sizes import BatchShape, ModelShape
 
 RATES = Rates(3e12, 2e12, 1e11, 1e11, 3e9, 3e9, 2e-6)
 MACHINE = Machine("a machine", RATES)
@@ -44,7 +44,7 @@ SHAPE = ModelShape(
     itemsize=2,
     gated=True,
 )
-LOAD = Load(4, 2048, 2400)
+LOAD = BatchShape(4, 2048, 2400)
 GB = 10**9
 
 SHAPES = st.builds(
@@ -58,7 +58,7 @@ SHAPES = st.builds(
     itemsize=st.sampled_from([2, 4]),
 )
 LOADS = st.builds(
-    lambda rows, tokens, share: Load(rows, tokens, max(1, int(share * rows * tokens))),
+    lambda rows, tokens, share: BatchShape(rows, tokens, max(1, int(share * rows * tokens))),
     rows=st.integers(1, 16),
     tokens=st.sampled_from([31, 128, 511, 1024, 4096]),
     share=st.floats(0, 1),
@@ -68,15 +68,15 @@ LOADS = st.builds(
 @pytest.mark.slow
 @settings(deadline=None, max_examples=40)
 @given(SHAPES, LOADS, st.lists(st.floats(1, 200), min_size=2, max_size=6))
-def test_larger_budgets_give_faster_plans_that_fit(shape, load, factors):
-    least = smallest(shape, load, MACHINE)
+def test_larger_budgets_give_faster_plans_that_fit(shape, batch_shape, factors):
+    least = smallest(shape, batch_shape, MACHINE)
     before = None
     for factor in sorted(factors):
         budget = round(factor * least.needs)
-        found = plan(shape, load, MACHINE, budget)
+        found = plan(shape, batch_shape, MACHINE, budget)
         assert found.needs <= budget
-        assert (found.peak, found.needs - SLACK) == Memory(shape, load, found.plan).peak()
-        assert found.seconds == seconds(shape, load, found.plan, MACHINE)
+        assert (found.peak, found.needs - SLACK) == Memory(shape, batch_shape, found.plan).peak()
+        assert found.seconds == seconds(shape, batch_shape, found.plan, MACHINE)
         assert before is None or found.seconds <= before + 2e-6
         before = found.seconds
 
@@ -84,19 +84,19 @@ def test_larger_budgets_give_faster_plans_that_fit(shape, load, factors):
 @pytest.mark.slow
 @settings(deadline=None, max_examples=25)
 @given(SHAPES, LOADS)
-def test_the_smallest_budget_works_and_none_below_it(shape, load):
-    least = smallest(shape, load, MACHINE)
-    assert plan(shape, load, MACHINE, least.needs).needs == least.needs
+def test_the_smallest_budget_works_and_none_below_it(shape, batch_shape):
+    least = smallest(shape, batch_shape, MACHINE)
+    assert plan(shape, batch_shape, MACHINE, least.needs).needs == least.needs
     with pytest.raises(EdgeLoraError, match="memory_budget: got"):
-        plan(shape, load, MACHINE, least.needs - 1)
+        plan(shape, batch_shape, MACHINE, least.needs - 1)
 
 
 @pytest.mark.slow
 @settings(deadline=None, max_examples=15)
 @given(SHAPES, LOADS, st.floats(1, 30), st.data())
-def test_no_random_plan_that_fits_is_faster(shape, load, factor, data):
-    budget = round(factor * smallest(shape, load, MACHINE).needs)
-    found = plan(shape, load, MACHINE, budget)
+def test_no_random_plan_that_fits_is_faster(shape, batch_shape, factor, data):
+    budget = round(factor * smallest(shape, batch_shape, MACHINE).needs)
+    found = plan(shape, batch_shape, MACHINE, budget)
     for _ in range(60):
         tiles = data.draw(st.sampled_from([None, 512, 1024, 2048]))
         other = Plan(
@@ -109,8 +109,8 @@ def test_no_random_plan_that_fits_is_faster(shape, load, factor, data):
             tile_tokens=tiles,
             mlp_bytes=data.draw(st.sampled_from([None, 16 * MIB])),
         )
-        if Memory(shape, load, other).peak()[1] + SLACK <= budget:
-            assert seconds(shape, load, other, MACHINE) >= 0.99 * found.seconds
+        if Memory(shape, batch_shape, other).peak()[1] + SLACK <= budget:
+            assert seconds(shape, batch_shape, other, MACHINE) >= 0.99 * found.seconds
 
 
 def test_plenty_is_plain_backpropagation():
@@ -128,11 +128,11 @@ def test_the_search_takes_less_than_a_second():
 
 def test_the_search_looks_at_few_of_many_plans(monkeypatch):
     """A thousand ways, each with up to 16 fills: all that fit took 16,570 looks, 4337 do."""
-    shape, load = replace(SHAPE, blocks=63, adapted=63), Load(12, 1024, 12 * 300)
-    budget, looked_at = 40 * smallest(shape, load, MACHINE).needs, []
+    shape, batch_shape = replace(SHAPE, blocks=63, adapted=63), BatchShape(12, 1024, 12 * 300)
+    budget, looked_at = 40 * smallest(shape, batch_shape, MACHINE).needs, []
     peak = Memory.peak
     monkeypatch.setattr(Memory, "peak", lambda memory: looked_at.append(1) or peak(memory))
-    plan(shape, load, MACHINE, budget)
+    plan(shape, batch_shape, MACHINE, budget)
     assert len(looked_at) < 8000
 
 
@@ -147,21 +147,22 @@ def test_the_kernel_is_the_faster_one_where_there_are_two():
     """Packed products take 50 % longer; unpacking pays for itself from some tokens on."""
     both = replace(MACHINE, kernels=("fused", "dequantize"))
     for tokens, kernel in ((16, "fused"), (8192, "dequantize")):
-        load = Load(1, tokens, tokens)
-        found = plan(SHAPE, load, both, 10**12)
+        batch_shape = BatchShape(1, tokens, tokens)
+        found = plan(SHAPE, batch_shape, both, 10**12)
         assert found.plan.kernel == kernel
-        assert plan(SHAPE, load, MACHINE, 10**12).plan.kernel == "dequantize"
+        assert plan(SHAPE, batch_shape, MACHINE, 10**12).plan.kernel == "dequantize"
         for other in both.kernels:
-            asked = plan(SHAPE, load, both, 10**12, {"kernel": other})
+            asked = plan(SHAPE, batch_shape, both, 10**12, {"kernel": other})
             assert asked.plan.kernel == other and asked.seconds >= found.seconds
     assert plan(replace(SHAPE, packed=False), LOAD, both, 10**12).plan.kernel == "auto"
 
 
 def test_slices_of_an_mlp_are_unpacked_whatever_the_kernel():
-    load = Load(1, 512, 512)
+    batch_shape = BatchShape(1, 512, 512)
     slow = replace(MACHINE, kernels=("fused",), rates=replace(RATES, fused_flops=1e9))
     sliced, layers = (
-        seconds(SHAPE, load, Plan(mlp_bytes=size, kernel="fused"), slow) for size in (MIB, None)
+        seconds(SHAPE, batch_shape, Plan(mlp_bytes=size, kernel="fused"), slow)
+        for size in (MIB, None)
     )
     share = SHAPE.mlp_weights / SHAPE.block_weights
     assert sliced / layers == pytest.approx(1 - share, rel=0.05)
@@ -169,7 +170,7 @@ def test_slices_of_an_mlp_are_unpacked_whatever_the_kernel():
 
 def test_a_measured_peak_corrects_the_expected_one():
     first = plan(SHAPE, LOAD, MACHINE, 2 * GB)
-    second = plan(SHAPE, LOAD, MACHINE, 2 * GB, known=Measured(correction=1.5))
+    second = plan(SHAPE, LOAD, MACHINE, 2 * GB, measurements=Measurements(correction=1.5))
     assert Memory(SHAPE, LOAD, second.plan).peak()[0] < first.peak / 1.3
     assert second.seconds >= first.seconds
 
@@ -199,7 +200,7 @@ def test_less_than_a_megabyte_helps_nothing():
     assert text.endswith("(rank 8 and batch_size 2 would change nothing)")
     # Rows are halved further until it can be seen.
     tokens, size = map(int, re.search(r"max_seq_length (\d+) needs (\d+) MB", text).groups())
-    longer = Load(LOAD.rows, 2 * tokens, LOAD.labelled * 2 * tokens // LOAD.tokens)
+    longer = BatchShape(LOAD.rows, 2 * tokens, LOAD.labelled * 2 * tokens // LOAD.tokens)
     needs = smallest(shape, longer, MACHINE).needs
     assert needs < least and -(-needs // 10**6) == -(-least // 10**6) > size
 
@@ -217,11 +218,11 @@ def test_what_helps_where_tokens_and_rows_are_computed_a_few_at_a_time():
         tokens = int(re.search(r"max_seq_length (\d+) needs", text)[1])
         least = smallest(shape, LOAD, MACHINE).needs
         for length, less in ((tokens, True), (2 * tokens, False)):
-            load = Load(LOAD.rows, length, LOAD.labelled * length // LOAD.tokens)
-            assert (smallest(shape, load, MACHINE).needs < least) == less
+            batch_shape = BatchShape(LOAD.rows, length, LOAD.labelled * length // LOAD.tokens)
+            assert (smallest(shape, batch_shape, MACHINE).needs < least) == less
 
 
 @given(st.integers(0, 200), st.integers(1, 9), st.integers(0, 150))
 def test_the_most_that_works(bound, step, limit):
-    found = most(lambda value: value <= bound, step, limit)
+    found = largest_that(lambda value: value <= bound, step, limit)
     assert found == min(bound // step, limit // step) * step

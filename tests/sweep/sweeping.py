@@ -51,7 +51,7 @@ from mlx_lm.utils import load_model, save_config, save_model
 
 from mlx_edgelora import EdgeLoraError, LoraParameters, TrainConfig, value_and_grad
 from mlx_edgelora.blocks import attention
-from mlx_edgelora.engine.build import Settings, assembled
+from mlx_edgelora.engine.build import Settings, build_engine
 from mlx_edgelora.layers import attention as layers_attention
 from mlx_edgelora.model.loading import open_model
 from mlx_edgelora.model.lora import add_lora
@@ -161,8 +161,8 @@ class Result:
                 f"{self.name}: {', '.join(refusals)} refused, but not {', '.join(others)}: {texts}"
             )
         if len(set(refusals.values())) > 1:
-            told = "; ".join(f"{run}: {text}" for run, text in refusals.items())
-            lines.append(f"{self.name}: refused for different reasons: {told}")
+            texts = "; ".join(f"{run}: {text}" for run, text in refusals.items())
+            lines.append(f"{self.name}: refused for different reasons: {texts}")
         return lines
 
 
@@ -272,7 +272,7 @@ def _walked(case: Case, plan: Plan, notify: Callable[[str], None]) -> Outcome:
     )
     add_lora(lazy.model, -1, **LORA, keys=case.keys)
     randomize(lazy.model)
-    with assembled(lazy, plan, Settings(str(case.folder)), notify) as engine:
+    with build_engine(lazy, plan, Settings(str(case.folder)), notify) as engine:
         (loss, _), gradients = engine.value_and_grad(case.batch)
         return case.reference.compare(loss, gradients)
 
@@ -344,11 +344,11 @@ def outcome(run: Callable[[], Outcome]) -> Outcome:
     except EdgeLoraError as error:
         found = Outcome("refused", str(error))
     except Exception as error:  # noqa: BLE001 - whatever comes out of a run is its outcome
-        found = Outcome("crashed", _told(error))
+        found = Outcome("crashed", _one_line(error))
     return replace(found, seconds=round(time.perf_counter() - start, 3))
 
 
-def _told(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     last = traceback.extract_tb(error.__traceback__)[-1]
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text} ({Path(last.filename).name}:{last.lineno})"
@@ -397,7 +397,7 @@ def examine(name: str, config: Mapping[str, Any], runs: Sequence[str] = RUNS) ->
             result.blocks = write(name, config, Path(folder))
             keys = adaptable(name, load_model(Path(folder), lazy=True)[0])
         except (Exception, SystemExit) as error:  # noqa: BLE001 - olmo exits without its package
-            result.unbuilt = _told(error)
+            result.unbuilt = _one_line(error)
             return result
         case = Case(Path(folder), keys, random_batch(ROWS, TOKENS, WORDS))
         _refer(case, result)
@@ -418,12 +418,12 @@ def _refer(case: Case, result: Result) -> None:
     try:
         mx.eval(load_model(case.folder)[0](mx.zeros((1, 4), mx.int32)))
     except Exception as error:  # noqa: BLE001 - mlx-lm's own, of any type
-        result.unbuilt = _told(error)
+        result.unbuilt = _one_line(error)
         return
     try:
         case.reference = Reference(plain(case.folder, keys=case.keys), case.batch)
     except Exception as error:  # noqa: BLE001 - mlx-lm's own, of any type
-        result.untrainable = _told(error)
+        result.untrainable = _one_line(error)
 
 
 def tiled_blocks(notes: Sequence[str]) -> tuple[int | None, str]:

@@ -187,13 +187,13 @@ def test_beyond_the_bound_only_what_float32_leaves_open_is_exact():
 def test_blocks_that_look_at_values_are_known_without_compiling():
     x = mx.zeros(2)
     with uncompiled():
-        assert not checks.looks_at_values(lambda x: [x + 1], [x])
-        assert checks.looks_at_values(lambda x: [x * x.sum().item()], [x])
+        assert not checks.depends_on_values(lambda x: [x + 1], [x])
+        assert checks.depends_on_values(lambda x: [x * x.sum().item()], [x])
 
 
 def test_what_a_run_tells_of_its_tiles():
-    told = ["loss over something", "tiles: 8 tokens at a time in 2 of 4 blocks (some\n reason)"]
-    assert tiled_blocks(told) == (2, "some reason")
+    logged = ["loss over something", "tiles: 8 tokens at a time in 2 of 4 blocks (some\n reason)"]
+    assert tiled_blocks(logged) == (2, "some reason")
     assert tiled_blocks(["tiles: 8 tokens at a time in 4 of 4 blocks"]) == (4, "")
     assert tiled_blocks([]) == (None, "")
 

@@ -16,8 +16,8 @@ from mlx_edgelora import train as command
 from mlx_edgelora.blocks.checks import checked_blocks
 from mlx_edgelora.blocks.parts import BlockParts
 from mlx_edgelora.blocks.tiling import Tiling
+from mlx_edgelora.engine.adapter_state import ResidentAdapterState
 from mlx_edgelora.engine.step import Engine
-from mlx_edgelora.engine.trained import ResidentTrained
 from mlx_edgelora.model.weights import ResidentWeights
 from mlx_edgelora.plan import main as plan
 from mlx_edgelora.planner import machine
@@ -113,7 +113,7 @@ def test_the_first_step(run, at_step, monkeypatch, tmp_path):
 
 
 def test_an_update_that_is_ended_is_not_saved_by_half(run, at_step, monkeypatch, tmp_path):
-    failing(monkeypatch, ResidentTrained, "_update_block", lambda: at_step() == 3)
+    failing(monkeypatch, ResidentAdapterState, "_update_block", lambda: at_step() == 3)
     status, sentence = run(adapters="resident", save_every=2)
     assert status == 2
     assert "the last good adapter, of step 2, is in" in sentence
@@ -154,7 +154,7 @@ def test_what_else_was_ended_in_the_step_does_not_stop_the_save(run, at_step, mo
 @pytest.mark.parametrize(
     ("owner", "name", "changes"),
     [
-        (machine, "measured", {"dtype": "bfloat16"}),  # where it was not measured before
+        (machine, "measure_rates", {"dtype": "bfloat16"}),  # where it was not measured before
         (finetuning, "settle", {}),
         (rehearsal, "passed", {"memory_budget": "60MB"}),
         (verdict, "_differences", {"verify": "on"}),
@@ -185,17 +185,19 @@ def test_the_command_that_plans(run, monkeypatch):
 
 def test_the_command_that_verifies(run, monkeypatch):
     """What plain MLX could not compute is no verdict on it, where macOS ended the computation."""
-    failing(monkeypatch, verification._Comparison, "_plain", lambda: True)
+    failing(monkeypatch, verification._GradientComparison, "_plain", lambda: True)
     status, sentence = run(verify)
     assert status == 2 and sentence.startswith(ENDED)
 
 
-@pytest.mark.parametrize(("owner", "name"), [(Tiling, "_disagreement"), (BlockParts, "for_rows")])
+@pytest.mark.parametrize(
+    ("owner", "name"), [(Tiling, "_disagreement"), (BlockParts, "output_rows")]
+)
 def test_a_trial_that_was_ended_says_nothing_about_a_block(monkeypatch, owner, name):
     failing(monkeypatch, owner, name, lambda: True)
     sources = ResidentWeights(), ResidentWeights()
     with pytest.raises(RuntimeError, match="Command buffer"):
-        Tiling(checked_blocks(build("llama", vocab_size=101)), sources).of(0)
+        Tiling(checked_blocks(build("llama", vocab_size=101)), sources).tileable(0)
 
 
 @pytest.mark.parametrize(
@@ -274,7 +276,7 @@ def started(monkeypatch):
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_mac_is_kept_awake_as_long_as_the_run_lasts(started, fails):
-    with contextlib.suppress(KeyboardInterrupt), awake.awake(True):
+    with contextlib.suppress(KeyboardInterrupt), awake.keep_awake(True):
         (process,) = started
         assert process.command == ["caffeinate", "-i", "-w", str(os.getpid())]
         assert process.events == []
@@ -284,10 +286,10 @@ def test_a_mac_is_kept_awake_as_long_as_the_run_lasts(started, fails):
 
 
 def test_nothing_is_started_where_it_is_not_wanted_or_not_there(started, monkeypatch):
-    with awake.awake(False):
+    with awake.keep_awake(False):
         assert started == []
     monkeypatch.setattr(awake.sys, "platform", "linux")
-    with awake.awake(True):
+    with awake.keep_awake(True):
         assert started == []
     monkeypatch.setattr(awake.sys, "platform", "darwin")
 
@@ -295,7 +297,7 @@ def test_nothing_is_started_where_it_is_not_wanted_or_not_there(started, monkeyp
         raise FileNotFoundError("caffeinate")
 
     monkeypatch.setattr(awake.subprocess, "Popen", missing)
-    with awake.awake(True):
+    with awake.keep_awake(True):
         pass
 
 
@@ -308,7 +310,7 @@ def test_a_run_keeps_awake_unless_it_is_told_not_to(run, monkeypatch, wanted):
         asked.append(wanted)
         yield
 
-    monkeypatch.setattr(finetuning, "awake", keeping)
+    monkeypatch.setattr(finetuning, "keep_awake", keeping)
     flags = [] if wanted else ["--no-caffeinate"]
     assert run(lambda argv: command.main([*argv, *flags]), iters=1) == (0, "")
     assert asked == [wanted]

@@ -362,10 +362,10 @@ def test_log_and_callbacks_are_told_of_every_report(options, tmp_path, tiny):
     kinds = ["train_loss" if "train_loss" in record else "val_loss" for record in records]
     assert kinds == ["val_loss", "train_loss", "val_loss", "train_loss"]
     assert [record["iteration"] for record in records] == [0, 1, 1, 2]
-    for record, told in zip(records[::2], recorder.val, strict=True):
-        assert record.items() <= told.items()
-    for record, told in zip(records[1::2], recorder.train, strict=True):
-        assert record.items() <= told.items()
+    for record, reported in zip(records[::2], recorder.val, strict=True):
+        assert record.items() <= reported.items()
+    for record, reported in zip(records[1::2], recorder.train, strict=True):
+        assert record.items() <= reported.items()
     last = records[-1]
     shapes = [value.size for value in adapter(tmp_path / "adapters").values()]
     assert last["trained_tokens"] == 2 * 3 * (LENGTH - 1)
@@ -451,7 +451,7 @@ def raising(error):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "dtype", "told"),
+    ("architecture", "dtype", "reported"),
     [
         ("applegpu_g14g", "bfloat16", True),
         ("applegpu_g14g", "float16", False),
@@ -459,11 +459,13 @@ def raising(error):
         ("applegpu_g16s", "bfloat16", False),
     ],
 )
-def test_bfloat16_on_a_gpu_that_has_none_is_told(options, monkeypatch, architecture, dtype, told):
+def test_bfloat16_on_a_gpu_that_has_none_is_told(
+    options, monkeypatch, architecture, dtype, reported
+):
     device = mx.device_info() | {"architecture": architecture}
     monkeypatch.setattr(mx, "device_info", lambda: device)
     _, _, lines = run(options(iters=1) if dtype is None else options(iters=1, dtype=dtype))
-    assert sum("float16 is faster" in line for line in lines) == told
+    assert sum("float16 is faster" in line for line in lines) == reported
 
 
 @pytest.mark.parametrize("quantized", [True, False])
@@ -503,6 +505,6 @@ def test_the_memory_profile_is_written_and_told(options, tmp_path):
     lines = []
     folder = tmp_path / "profile"
     finetune(options(memory_profile=str(folder)), notify=lines.append)
-    stretches = json.loads((folder / "memory.json").read_text())
-    assert {"load", "forward", "spill", "head", "update"} <= {s["phase"] for s in stretches}
+    entries = json.loads((folder / "memory.json").read_text())
+    assert {"load", "forward", "spill", "head", "update"} <= {s["phase"] for s in entries}
     assert any("<- the peak of the step" in line for line in lines)

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import pytest
 
-from mlx_edgelora.engine.finite import Finite, first_non_finite
+from mlx_edgelora.engine.finite import FiniteCheck, first_non_finite
 
 BAD = [float("nan"), float("inf"), -float("inf")]
 
@@ -33,7 +33,7 @@ def test_the_largest_numbers_are_finite(dtype):
 
 
 def test_the_first_bad_one_is_named_in_the_order_in_which_they_came():
-    finite = Finite()
+    finite = FiniteCheck()
     finite.add({"a": mx.ones(2), "b": mx.ones(3)})
     finite.add({})
     finite.add({"c": mx.ones(1), "d": with_one(BAD[0])})
@@ -42,7 +42,7 @@ def test_the_first_bad_one_is_named_in_the_order_in_which_they_came():
 
 
 def test_what_was_told_is_forgotten():
-    finite = Finite()
+    finite = FiniteCheck()
     assert finite.first_bad() is None
     finite.add({"a": with_one(BAD[0])})
     assert finite.first_bad() == "a"
@@ -55,7 +55,7 @@ def test_what_was_told_is_forgotten():
 
 def test_a_flag_is_of_the_array_as_it_was():
     """Gradients are added into one buffer, and let go, before the flags are read."""
-    finite, gradients = Finite(), {"a": with_one(BAD[0]), "b": mx.ones(2)}
+    finite, gradients = FiniteCheck(), {"a": with_one(BAD[0]), "b": mx.ones(2)}
     finite.add(gradients)
     gradients["a"] = gradients["b"] = None
     assert finite.first_bad() == "a"
@@ -69,7 +69,7 @@ def test_arrays_that_do_not_lie_densely():
 
 
 def test_nothing_of_an_array_is_kept(memory):
-    finite, size = Finite(), 2**20
+    finite, size = FiniteCheck(), 2**20
     before = mx.get_active_memory()
     for _ in range(3):
         array = mx.ones((size,))

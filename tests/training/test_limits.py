@@ -173,8 +173,8 @@ def test_pressure_is_told_once(options, monkeypatch):
     levels, lines = iter([None, "warning", "critical", None]), []
     monkeypatch.setattr(limits, "memory_pressure", lambda: next(levels))
     finetune(options(iters=4), notify=lines.append)
-    told = [line for line in lines if "short of memory" in line]
-    assert told == [
+    warnings = [line for line in lines if "short of memory" in line]
+    assert warnings == [
         "warning: macOS is short of memory (pressure: warning), so this run and other programs "
         "slow down; close some of them, or start again with a smaller --memory-budget"
     ]

@@ -304,7 +304,7 @@ def test_a_gradient_that_is_not_finite_is_named(make_config, quiet):
 def test_what_follows_a_bad_gradient_is_added_and_nothing_updated(make_config, quiet, monkeypatch):
     """Flags are read at the end of a step, also where more steps make one update."""
     engine = Spoiled(make_model(), step=2, gradient=float("nan"))
-    added, trained = [], engine.trained
+    added, trained = [], engine.adapters
     monkeypatch.setattr(trained, "add", lambda gradients: added.append(sorted(gradients)))
     monkeypatch.setattr(trained, "update", lambda *_: pytest.fail("there was an update"))
     with pytest.raises(EdgeLoraError, match=r"step 2: the gradient of .*q_proj\.lora_b holds NaN"):

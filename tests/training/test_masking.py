@@ -111,7 +111,7 @@ WHOLE = {("gemma2", 3), ("deepseek_v3", 3), ("qwen3_next", 3), ("olmo_hybrid", 3
 def test_gradients_equal_autodiff_of_the_masked_loss(name, layers, quantized, tmp_path):
     folder = save(tmp_path, name, quantized, num_hidden_layers=layers)
     ours, model = engine(folder, loss=CrossEntropy(16_384)), plain(folder)
-    assert ours.walk.spares_rows == ((name, layers) not in WHOLE)
+    assert ours.walk.computes_rows_only == ((name, layers) not in WHOLE)
     try:
         for made in BATCHES.values():
             check(ours, model, made)
@@ -126,7 +126,7 @@ def test_by_tiles_of_tokens(name, layers, prefetch, tmp_path):
     folder = save(tmp_path, name, True, num_hidden_layers=layers)
     ways = {"tile_tokens": 6, "prefetch": prefetch, "spilled": False}
     ours, model = engine(folder, loss=CrossEntropy(16_384), **ways), plain(folder)
-    assert ours.walk.spares_rows
+    assert ours.walk.computes_rows_only
     assert ours.walk.tile_choice(layers - 1, 7).possible
     for made in ("one label", "one label of three rows", "a row without labels"):
         check(ours, model, BATCHES[made])
@@ -159,7 +159,7 @@ def test_filled_up_there_are_few_numbers_of_rows():
     for count in range(1, 301):
         made = batch(3, 100, fill(), count)
         made.mask.reshape(-1)[np.random.RandomState(count).permutation(300)[:count]] = True
-        (part,) = step._labelled(made, 1, fills=True)
+        (part,) = step._labelled_parts(made, 1, fills=True)
         rows, weights = np.array(part.rows), np.array(part.weights)
         assert (np.diff(rows) > 0).all()
         assert part.count == count
@@ -277,7 +277,7 @@ def test_dropout_in_the_last_block_computes_every_token(tmp_path):
     for training in (True, False, True):
         ours.model.train(training)
         model.train(training)
-        assert ours.walk.spares_rows == (not training)
+        assert ours.walk.computes_rows_only == (not training)
         mx.random.seed(5)
         _, wanted = plain_value_and_grad(model, made)
         following = mx.random.uniform().item()
@@ -294,7 +294,7 @@ def test_dropout_in_other_blocks_leaves_the_last_one_spared(tmp_path):
     for each in (ours.model, model):
         for layer in dropout_layers(each.layers[-1]):
             layer._p_1 = 1.0
-    assert ours.walk.spares_rows
+    assert ours.walk.computes_rows_only
     mx.random.seed(5)
     _, expected = plain_value_and_grad(model, made)
     mx.random.seed(5)

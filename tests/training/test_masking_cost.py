@@ -33,7 +33,7 @@ def labelled(rows, tokens, count, vocabulary=101) -> Batch:
 def spied(tmp_path):
     """An engine whose head counts: tokens that reach the final norm, entries of its products."""
     ours, counts = engine(save(tmp_path, "granite", True), loss=CrossEntropy(16_384)), {}
-    enter, leave = ours.head.enter, ours.head.leave
+    final_norm, logits_transform = ours.head.final_norm, ours.head.logits_transform
 
     def count(name, function):
         def counted(x):
@@ -42,7 +42,10 @@ def spied(tmp_path):
 
         return counted
 
-    ours.head.enter, ours.head.leave = count("tokens", enter), count("entries", leave)
+    ours.head.final_norm, ours.head.logits_transform = (
+        count("tokens", final_norm),
+        count("entries", logits_transform),
+    )
 
     def run(share):
         counts.clear()
@@ -64,7 +67,7 @@ def test_products_with_the_head_are_made_for_labelled_tokens_only(spied, share):
 
 def test_the_last_mlp_is_computed_for_labelled_tokens_only(tmp_path, monkeypatch):
     ours, seen = engine(save(tmp_path, "llama", True)), []
-    assert ours.walk.spares_rows
+    assert ours.walk.computes_rows_only
     kind = type(ours.model.layers[0].mlp)
     call = kind.__call__
     monkeypatch.setattr(
@@ -117,13 +120,13 @@ def test_the_head_keeps_no_hidden_states(tmp_path, memory):
     ours = engine(save(tmp_path, "llama", True))
     hidden, labels = mx.random.normal((500, 64)), mx.zeros((500,), mx.int32)
     mx.eval(hidden, labels)
-    ours.head.enter(hidden[:2])
+    ours.head.final_norm(hidden[:2])
     gc.collect()
     before = mx.get_active_memory()
     gc.disable()
     try:
         for function in (
-            lambda: mx.eval(ours.head.enter(hidden)),
+            lambda: mx.eval(ours.head.final_norm(hidden)),
             lambda: CrossEntropy(2**16).value(hidden, ours.head, labels),
         ):
             for _ in range(3):
@@ -142,7 +145,7 @@ def test_peak_of_the_last_block_falls_with_the_labels(places, memory):
     model = build("llama", num_hidden_layers=1, **shape)
     add_lora(model)
     walk, tokens = Walk(model), mx.zeros((1, 400), mx.int32)
-    assert walk.spares_rows
+    assert walk.computes_rows_only
 
     def run(rows):
         with walk.forward(lambda: model(tokens), rows=rows) as state:

@@ -8,9 +8,9 @@ from mlx.utils import tree_flatten, tree_map
 from training_helpers import make_model
 
 from mlx_edgelora.config import OPTIMIZERS
-from mlx_edgelora.engine.optimizer import BlockUpdate, averaged, build_optimizer, by_block
-from mlx_edgelora.engine.paged import PagedTrained
-from mlx_edgelora.engine.trained import ResidentTrained
+from mlx_edgelora.engine.adapter_state import ResidentAdapterState
+from mlx_edgelora.engine.optimizer import BlockUpdate, average, build_optimizer, group_by_block
+from mlx_edgelora.engine.paged_adapters import PagedAdapterState
 from mlx_edgelora.errors import EdgeLoraError
 
 SETTINGS = {
@@ -55,7 +55,7 @@ def block_steps(optimizer, steps, compiled, factor=None):
     for step in range(steps):
         gradients = flat(random_gradients(model, step))
         update.begin()
-        for names in by_block(parameters).values():
+        for names in group_by_block(parameters).values():
             local = {name.split(".", 3)[-1]: name for name in names}  # model.layers.0. before it
             given = (
                 {short: source.get(name, {}) for short, name in local.items()}
@@ -150,7 +150,9 @@ def test_blocks_of_one_kind_share_one_trace(compiles):
 def test_in_either_home_blocks_of_one_kind_share_one_trace(paged, compiles, tmp_path):
     model, optimizer = make_model(blocks=3), build_optimizer(config())
     trained = (
-        PagedTrained(model, tmp_path, compiled=True) if paged else ResidentTrained(model, True)
+        PagedAdapterState(model, tmp_path, compiled=True)
+        if paged
+        else ResidentAdapterState(model, True)
     )
     calls = counted(optimizer)
     trained.start(optimizer)
@@ -162,7 +164,7 @@ def test_in_either_home_blocks_of_one_kind_share_one_trace(paged, compiles, tmp_
             for (n, s), key in zip(shapes.items(), keys, strict=False)
         }
         mx.eval(gradients)
-        for names in by_block(shapes).values():
+        for names in group_by_block(shapes).values():
             trained.add({name: gradients.pop(name) for name in names})
         trained.update(optimizer, 1)
     trained.close()
@@ -185,7 +187,7 @@ def test_what_an_update_does_not_see_stays_as_it_was():
 def test_gradients_are_averaged_and_let_go():
     for count in (1, 4):
         gradients = {"a": mx.array([4.0, 8.0]), "b": mx.array([2.0]).astype(mx.bfloat16)}
-        mean = averaged(gradients, count)
+        mean = average(gradients, count)
         assert gradients == {}
         assert mean["a"].tolist() == [4.0 / count, 8.0 / count]
         assert mean["b"].dtype == mx.bfloat16
@@ -214,7 +216,7 @@ def peak_of_update(start):
 
 def test_update_peaks_at_a_few_arrays_whatever_the_depth():
     def by_blocks(model, optimizer):
-        trained = ResidentTrained(model)
+        trained = ResidentAdapterState(model)
         trained.start(optimizer)
 
         def apply(gradients):
@@ -262,7 +264,7 @@ def test_a_schedule_with_warmup_takes_the_place_of_the_rate():
     schedule = {"name": "cosine_decay", "arguments": [1e-2, 100], "warmup": 4, "warmup_init": 0.0}
     model, optimizer = make_model(), build_optimizer(config(lr_schedule=schedule))
     rates = []
-    trained = ResidentTrained(model)
+    trained = ResidentAdapterState(model)
     trained.start(optimizer)
     for step in range(5):
         trained.add(flat(random_gradients(model, step)))

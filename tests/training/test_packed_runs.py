@@ -9,7 +9,7 @@ from tiny import make_model, words, write_rows
 
 from mlx_edgelora import EdgeLoraError, TrainConfig, finetune
 from mlx_edgelora.data.batches import iterate_batches
-from mlx_edgelora.planner.sizes import Load
+from mlx_edgelora.planner.sizes import BatchShape
 from mlx_edgelora.training import loop
 from mlx_edgelora.training.finetune import open_engine, plan_report
 from mlx_edgelora.training.rehearsal import synthetic_batch
@@ -116,5 +116,5 @@ def test_the_plan_knows_that_rows_are_short(options):
     load = json.loads(packed.json())["batch"]
     assert load["rows"] == 4 and load["tokens"] == 39 and 0 < load["context"] < 40
     assert "in rows of about" in packed.table() and "in rows of about" not in alone.table()
-    batch = synthetic_batch(Load(2, 39, 30, context=10), 50)
+    batch = synthetic_batch(BatchShape(2, 39, 30, context=10), 50)
     assert (batch.starts[:, 9:12] == [0, 10, 10]).all()

@@ -11,11 +11,11 @@ from architectures import add_lora, narrow_llama
 from harness import random_batch
 from peaks import Stepped, growth_with_depth, held, nbytes
 
+from mlx_edgelora.engine.adapter_state import ResidentAdapterState
 from mlx_edgelora.engine.finite import first_non_finite
 from mlx_edgelora.engine.optimizer import clip_factor
-from mlx_edgelora.engine.paged import PagedTrained
+from mlx_edgelora.engine.paged_adapters import PagedAdapterState
 from mlx_edgelora.engine.step import Engine
-from mlx_edgelora.engine.trained import ResidentTrained
 from mlx_edgelora.engine.walk import Walk
 from mlx_edgelora.measure.meter import DiskMeter, footprint
 from mlx_edgelora.planner.plan import Plan
@@ -36,11 +36,11 @@ def stepped(tmp_path):
             return Stepped(lambda: model_of(depth), lambda model: start(model, paged))
 
         def start(model, paged):
-            trained = PagedTrained(model, tmp_path) if paged else ResidentTrained(model)
+            trained = PagedAdapterState(model, tmp_path) if paged else ResidentAdapterState(model)
             opened.callback(trained.close)
             opened.callback((store := MappedStore(tmp_path)).close)
             walk = Walk(model, store, adapters=trained)
-            return step_of(Engine(model, walk, None, DiskMeter(), trained=trained), trained)
+            return step_of(Engine(model, walk, None, DiskMeter(), adapters=trained), trained)
 
         yield make
 
@@ -102,7 +102,7 @@ def rounds(folder):
     mx.clear_cache()
     before, resident = held(), footprint()
     mx.reset_peak_memory()
-    trained, optimizer = PagedTrained(Stack(), folder), optimizers.AdamW(1e-3)
+    trained, optimizer = PagedAdapterState(Stack(), folder), optimizers.AdamW(1e-3)
     trained.start(optimizer)
     for _ in range(2):
         for index in reversed(range(16)):
@@ -138,13 +138,13 @@ def test_by_tiles_a_block_reads_its_adapters_once_a_visit(tmp_path):
     model, meter = model_of(2), DiskMeter()
     size = nbytes(model.trainable_parameters())
     with (
-        closing(PagedTrained(model, tmp_path, meter)) as trained,
+        closing(PagedAdapterState(model, tmp_path, meter)) as trained,
         closing(MappedStore(tmp_path)) as store,
     ):
         plan = Plan(tile_tokens=16, prefetch=False)
         walk = Walk(model, store, adapters=trained, plan=plan)
         assert walk.tile_choice(0, 17).possible
-        engine = Engine(model, walk, None, DiskMeter(), trained=trained)
+        engine = Engine(model, walk, None, DiskMeter(), adapters=trained)
         engine.value_and_grad(random_batch())  # the first one also tries what can be tiled
         before, gradients = meter.read_bytes, {}
         engine.backward(random_batch(), gradients.update)

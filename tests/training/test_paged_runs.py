@@ -62,8 +62,8 @@ def run(tiny, tmp_path):
 
 def choices(lines):
     """What is told of a run, but for what the homes differ in, and for seconds."""
-    told = [line for line in lines if not line.startswith(("plan", "model", "scratch"))]
-    return [re.sub(r"\d+\.\d s\b", "some s", line) for line in told]
+    logged = [line for line in lines if not line.startswith(("plan", "model", "scratch"))]
+    return [re.sub(r"\d+\.\d s\b", "some s", line) for line in logged]
 
 
 def files(folder):
@@ -98,17 +98,17 @@ def test_resuming_and_testing_go_through_the_file(run):
     changes = {"resume_adapter_file": str(start / WEIGHTS), "iters": 2, "train": True, "test": True}
     changes["verbose"] = True
     expected, said, kept = run("resident", **changes)
-    got, told, folder = run("paged", **changes)
+    got, logged, folder = run("paged", **changes)
     assert got == expected
-    assert choices(told) == choices(said)  # for the walk among them
+    assert choices(logged) == choices(said)  # for the walk among them
     assert files(folder) == files(kept) != files(start)
     assert "adapters            in memory" in said[1]
-    assert "adapters            in a file" in told[1]
-    assert f"scratch files in {folder.parent} (as asked)" in told
+    assert "adapters            in a file" in logged[1]
+    assert f"scratch files in {folder.parent} (as asked)" in logged
     again = [
         run(adapters, "paged", train=False, test=True)[1][-1] for adapters in ("resident", "paged")
     ]
-    assert again == [told[-1]] * 2
+    assert again == [logged[-1]] * 2
 
 
 def test_clipping_changes_a_run(run):
@@ -147,11 +147,11 @@ def test_a_gradient_that_is_not_finite_changes_nothing(run, monkeypatch):
             return original(batch, spoil)
 
         engine.backward = backward
-        seen["before"] = dict(engine.trained.weights())
+        seen["before"] = dict(engine.adapters.weights())
         try:
             return train(engine, *rest)
         finally:
-            seen["after"] = dict(engine.trained.weights())
+            seen["after"] = dict(engine.adapters.weights())
 
     monkeypatch.setattr(module, "train", spoiled)
     with pytest.raises(
@@ -199,11 +199,11 @@ def test_a_norm_that_is_not_finite_ends_the_run(make_config, quiet, optimizer):
         return result, gradients
 
     engine.value_and_grad = huge
-    start = dict(engine.trained.weights())
+    start = dict(engine.adapters.weights())
     config = make_config(max_grad_norm=1.0, optimizer=optimizer)
     with pytest.raises(EdgeLoraError, match=r"step 1: the norm of the gradients is inf, .*no adap"):
         train(engine, build_optimizer(config), config, make_rows(8, 16), progress=quiet)
-    assert all(mx.array_equal(engine.trained.weights()[name], v) for name, v in start.items())
+    assert all(mx.array_equal(engine.adapters.weights()[name], v) for name, v in start.items())
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -237,7 +237,7 @@ def test_the_mean_of_accumulated_gradients_is_clipped(make_config, quiet, steps)
     engine.value_and_grad = spy
     train(engine, build_optimizer(config), config, make_rows(8, 16), progress=quiet)
     for name, value in tree_flatten(model.trainable_parameters()):
-        got = engine.trained.weights()[name]
+        got = engine.adapters.weights()[name]
         assert mx.allclose(got, value, rtol=1e-6, atol=1e-9), name
 
 
@@ -256,7 +256,7 @@ class Interrupted(optimizers.SGD):
 def test_half_an_update_is_never_saved(make_config, quiet):
     config = make_config(iters=9, save_every=2)
     engine = PlainEngine(plain_model())
-    assert len(engine.trained.weights()) == 28
+    assert len(engine.adapters.weights()) == 28
     with pytest.raises(KeyboardInterrupt):
         train(engine, Interrupted(0.1), config, make_rows(8, 16), progress=quiet)
     folder = Path(config.adapter_path)

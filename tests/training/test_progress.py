@@ -9,9 +9,9 @@ from training_helpers import RECORD_KEYS
 
 from mlx_edgelora.measure.meter import DiskMeter
 from mlx_edgelora.training.progress import Progress
-from mlx_edgelora.training.report import Report, Usage, UsageMeter, Window
+from mlx_edgelora.training.report import LossReport, Usage, UsageMeter, Window
 
-REPORT = Report(
+REPORT = LossReport(
     kind="train_loss",
     iteration=20,
     loss=2.5,

@@ -16,22 +16,22 @@ from tiny import run_options
 from mlx_edgelora.blocks.checks import checked_blocks
 from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.data import Batch
-from mlx_edgelora.engine.build import Settings, assembled
+from mlx_edgelora.engine.build import Settings, build_engine
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.model.checkpoint import write_model
 from mlx_edgelora.model.loading import open_model
 from mlx_edgelora.model.lora import add_lora
 from mlx_edgelora.planner.machine import Machine, Rates
-from mlx_edgelora.planner.measured import Measured
+from mlx_edgelora.planner.measured import Measurements
 from mlx_edgelora.planner.plan import MIB, Plan
 from mlx_edgelora.planner.run_plan import Budget, RunPlan
 from mlx_edgelora.planner.search import expected, smallest
 from mlx_edgelora.planner.shape import shape_of
-from mlx_edgelora.planner.sizes import Load
+from mlx_edgelora.planner.sizes import BatchShape
 from mlx_edgelora.training import finetune as module
 from mlx_edgelora.training import sampling
 from mlx_edgelora.training.finetune import finetune
-from mlx_edgelora.training.sampling import sample, settle
+from mlx_edgelora.training.sampling import measure_and_replan, sample
 
 MACHINE = Machine("a machine", Rates(5e10, 5e9, 1e9, 4e9, 2e9, 2e9, 2e-6))
 # As wide as Qwen-2.5-0.5B, six blocks, a small vocabulary.
@@ -85,24 +85,24 @@ def batch_of(rows, tokens):
 def run_by(lazy, batch, plan=None, budget=None):
     """The run by a plan, or by what is searched for."""
     shape = shape_of(checked_blocks(lazy.model), lazy.vocabulary, mx.float32)
-    load = Load(*batch.inputs().shape, int(batch.mask.sum()))
-    known = Measured()
-    arguments = shape, load, MACHINE
-    choice = plan and expected(*arguments, plan, known)
-    run = RunPlan(*arguments, Budget(budget, "as asked"), choice, {}, True, known)
-    return run if choice else run.by(run.searched())
+    batch_shape = BatchShape(*batch.inputs().shape, int(batch.mask.sum()))
+    measurements = Measurements()
+    arguments = shape, batch_shape, MACHINE
+    choice = plan and expected(*arguments, plan, measurements)
+    run = RunPlan(*arguments, Budget(budget, "as asked"), choice, {}, True, measurements)
+    return run if choice else run.with_choice(run.search())
 
 
 def step_peak(engine, batch, most):
     optimizer = optim.AdamW(1e-4)
-    engine.trained.start(optimizer)
+    engine.adapters.start(optimizer)
     # As in a run: how far MLX runs ahead is bounded by its limit alone.
     before = mx.set_memory_limit(most)
 
     def step():
         begin()
-        engine.backward(batch, engine.trained.add)
-        engine.trained.update(optimizer, 1)
+        engine.backward(batch, engine.adapters.add)
+        engine.adapters.update(optimizer, 1)
         return mx.get_peak_memory()
 
     step()
@@ -118,12 +118,14 @@ def test_a_few_blocks_tell_what_all_take(wide, name, memory):
     lazy, batch = opened(wide), batch_of(2 if name == "in parts" else 1, TOKENS)
     chosen = run_by(lazy, batch, PLANS[name])
     guessed = chosen.choice
-    with assembled(lazy, chosen.plan, Settings(wide, "float32")) as engine:
+    with build_engine(lazy, chosen.plan, Settings(wide, "float32")) as engine:
         sample(engine, chosen)
-        told = expected(chosen.shape, chosen.load, MACHINE, chosen.plan, chosen.known)
-        measured = step_peak(engine, batch, told.needs)
-    assert told.peak == pytest.approx(measured, rel=0.1)
-    assert measured <= told.needs
+        predicted = expected(
+            chosen.shape, chosen.batch_shape, MACHINE, chosen.plan, chosen.measurements
+        )
+        measured = step_peak(engine, batch, predicted.needs)
+    assert predicted.peak == pytest.approx(measured, rel=0.1)
+    assert measured <= predicted.needs
     assert measured <= guessed.needs
 
 
@@ -136,10 +138,10 @@ def test_what_was_measured_is_known(plan, tmp_path):
     """By the ways of the whole run: of the few blocks that are computed none may be on disk."""
     lazy = opened(saved(tmp_path, "llama", num_hidden_layers=4), rank=4)
     chosen = run_by(lazy, batch_of(1, 40), plan)
-    assert sampling.is_open(chosen)
-    with assembled(lazy, plan, Settings(tmp_path, "float32")) as engine:
+    assert sampling.needs_measuring(chosen)
+    with build_engine(lazy, plan, Settings(tmp_path, "float32")) as engine:
         sample(engine, chosen)
-    assert not sampling.is_open(chosen)
+    assert not sampling.needs_measuring(chosen)
 
 
 def test_of_blocks_of_several_kinds_each_is_measured(tmp_path):
@@ -149,12 +151,12 @@ def test_of_blocks_of_several_kinds_each_is_measured(tmp_path):
     lazy = opened(folder, rank=4)
     chosen = run_by(lazy, batch_of(1, 12), Plan(streamed_blocks=0))
     visited = []
-    with assembled(lazy, chosen.plan, Settings(folder, "float32")) as engine:
+    with build_engine(lazy, chosen.plan, Settings(folder, "float32")) as engine:
         kinds = sampling._kinds(engine, 0, 7)
         assert kinds == [[0, 2, 4, 6], [1, 3, 5]]
-        assert sampling._sampled(kinds, overlaps=False, kept=False) == [4, 5, 6]
-        assert sampling._sampled(kinds, overlaps=True, kept=False) == [2, 3, 4, 5, 6]
-        assert sampling._sampled(kinds, overlaps=False, kept=True) == [4, 5]
+        assert sampling._blocks_to_sample(kinds, overlaps=False, kept=False) == [4, 5, 6]
+        assert sampling._blocks_to_sample(kinds, overlaps=True, kept=False) == [2, 3, 4, 5, 6]
+        assert sampling._blocks_to_sample(kinds, overlaps=False, kept=True) == [4, 5]
         assert sampling._kinds(engine, 0, 5) == [[0, 2, 4], [1, 3]]
         called = engine.walk._functions.called
 
@@ -179,7 +181,7 @@ def test_gradients_after_a_sample_are_those_without(wide):
         lazy, batch = opened(wide), batch_of(1, 40)
         mx.random.seed(0)
         chosen = run_by(lazy, batch, Plan(kept_blocks=2, streamed_blocks=4))
-        with assembled(lazy, chosen.plan, Settings(wide, "float32")) as engine:
+        with build_engine(lazy, chosen.plan, Settings(wide, "float32")) as engine:
             if samples:
                 sample(engine, chosen)
             _, gradients = engine.value_and_grad(batch)
@@ -197,17 +199,19 @@ def test_a_plan_is_replaced_by_what_was_measured(wide, monkeypatch):
     lines = []
     chosen, engines = run_by(lazy, batch, budget=2 * least.needs), 0
     while chosen is not None:
-        with assembled(opened(wide), chosen.plan, Settings(wide, "float32")) as engine:
-            another, engines = settle(engine, chosen, lines.append), engines + 1
+        with build_engine(opened(wide), chosen.plan, Settings(wide, "float32")) as engine:
+            another, engines = measure_and_replan(engine, chosen, lines.append), engines + 1
             if another is None:
                 assert engine.plan == chosen.plan
                 # Another engine is made for what is better by more.
-                assert chosen.choice.seconds <= chosen.searched().seconds / (1 - sampling.WORTH)
+                assert chosen.choice.seconds <= chosen.search().seconds / (1 - sampling.WORTH)
                 peak = step_peak(engine, batch, chosen.budget.bytes)
                 assert peak <= chosen.budget.bytes
                 assert peak == pytest.approx(chosen.choice.peak, rel=0.1)
                 count = len(lines)
-                assert settle(engine, chosen, lines.append) is None and len(lines) == count
+                assert (
+                    measure_and_replan(engine, chosen, lines.append) is None and len(lines) == count
+                )
             else:
                 assert another.plan != chosen.plan
         chosen = another
@@ -222,8 +226,8 @@ def test_an_engine_that_stays_is_not_given_up(wide, monkeypatch):
     for stays in (False, True):
         chosen = run_by(lazy, batch, budget=10**9)
         chosen.choice = chosen.expected(Plan(kept_blocks=1))
-        with assembled(opened(wide), chosen.plan, Settings(wide, "float32")) as engine:
-            found = settle(engine, chosen, print, stays=stays)
+        with build_engine(opened(wide), chosen.plan, Settings(wide, "float32")) as engine:
+            found = measure_and_replan(engine, chosen, print, stays=stays)
         assert (found is None) == stays
     assert chosen.plan.streams
 
@@ -232,14 +236,14 @@ def test_a_plan_that_was_given_is_not_measured(wide):
     lazy, batch = opened(wide), batch_of(1, 20)
     chosen = run_by(lazy, batch, Plan())
     chosen.given = True
-    assert settle(None, chosen, None) is None
+    assert measure_and_replan(None, chosen, None) is None
 
 
 def test_nothing_is_measured_where_there_is_plenty(wide):
     lazy, batch = opened(wide), batch_of(1, 20)
     chosen = run_by(lazy, batch, budget=10**12)
     assert chosen.plan.kept_blocks == 6
-    assert settle(None, chosen, None) is None
+    assert measure_and_replan(None, chosen, None) is None
 
 
 def test_a_budget_that_is_too_small_by_what_was_measured(wide, monkeypatch):
@@ -247,18 +251,18 @@ def test_a_budget_that_is_too_small_by_what_was_measured(wide, monkeypatch):
     chosen = run_by(lazy, batch, budget=run_by(lazy, batch).choice.needs)
 
     def measured(engine, chosen):
-        chosen.known.correction = 3.0
+        chosen.measurements.correction = 3.0
         return 0.1
 
     monkeypatch.setattr(sampling, "sample", measured)
     monkeypatch.setattr(sampling, "PLENTY", 0.0)
     with pytest.raises(EdgeLoraError, match="memory_budget: got"):
-        settle(None, chosen, print)
+        measure_and_replan(None, chosen, print)
 
 
 def _sizes(lazy, batch):
     chosen = run_by(lazy, batch)
-    return chosen.shape, chosen.load
+    return chosen.shape, chosen.batch_shape
 
 
 @pytest.mark.slow
@@ -266,8 +270,8 @@ def test_the_least_is_measured_too(wide):
     lazy, batch = opened(wide), batch_of(1, TOKENS)
     chosen = run_by(lazy, batch)
     assert chosen.budget.bytes is None and chosen.plan.adapters == "paged"
-    with assembled(opened(wide), chosen.plan, Settings(wide, "float32")) as engine:
-        assert settle(engine, chosen, print) is None
+    with build_engine(opened(wide), chosen.plan, Settings(wide, "float32")) as engine:
+        assert measure_and_replan(engine, chosen, print) is None
         assert step_peak(engine, batch, chosen.choice.needs) == pytest.approx(
             chosen.choice.peak, rel=0.1
         )
@@ -281,18 +285,18 @@ def test_adapters_outside_the_blocks_alone(keys, tmp_path):
     lazy = open_model(str(folder), streamed=True, quantize=None, cache=folder)
     add_lora(lazy.model, -1, rank=4, keys=keys)
     chosen = run_by(lazy, batch_of(2, 20))
-    assert sampling.is_open(chosen) == (keys == ["model.embed_tokens"])
-    with assembled(lazy, chosen.plan, Settings(folder, "float32")) as engine:
-        assert settle(engine, chosen, print) is None
-        assert not sampling.is_open(chosen)
+    assert sampling.needs_measuring(chosen) == (keys == ["model.embed_tokens"])
+    with build_engine(lazy, chosen.plan, Settings(folder, "float32")) as engine:
+        assert measure_and_replan(engine, chosen, print) is None
+        assert not sampling.needs_measuring(chosen)
         step_peak(engine, batch_of(2, 20), 10**9)
 
 
 def test_a_rest_is_no_part_of_what_is_measured(wide):
     lazy, batch, rests = opened(wide), batch_of(1, 20), []
     chosen = run_by(lazy, batch, Plan())
-    resting = Settings(wide, "float32", rest=lambda: rests.append(1))
-    with assembled(lazy, chosen.plan, resting) as engine:
+    resting = Settings(wide, "float32", pause=lambda: rests.append(1))
+    with build_engine(lazy, chosen.plan, resting) as engine:
         sample(engine, chosen)
         assert not rests
         engine.value_and_grad(batch)
@@ -340,7 +344,7 @@ def test_the_model_of_an_engine_that_was_given_up_is_gone(run, monkeypatch):
         settled.append(stays)
         return chosen if len(settled) == 1 else None
 
-    monkeypatch.setattr(module, "settle", settle_twice)
+    monkeypatch.setattr(module, "measure_and_replan", settle_twice)
     original = module.train
 
     def train(*args):
@@ -359,7 +363,7 @@ def test_engines_are_not_made_without_end(run, monkeypatch):
         settled.append(stays)
         return None if stays else chosen
 
-    monkeypatch.setattr(module, "settle", never)
+    monkeypatch.setattr(module, "measure_and_replan", never)
     run()
     assert settled == [False, False, False, True]
 

@@ -169,7 +169,7 @@ def test_a_block_is_read_once_per_visit_and_ahead_of_it(
         monkeypatch.setattr(StreamedWeights, name, spied(letter, getattr(StreamedWeights, name)))
     monkeypatch.setattr(sources, "ThreadPoolExecutor", InTurn)
     ours = engine(save(tmp_path, "llama", True), num_layers=num_layers)
-    assert ours.walk.spares_rows
+    assert ours.walk.computes_rows_only
     assert set(events) == {"b2", "r2"}  # for its trial
     events.clear()
     ours.value_and_grad(random_batch())
@@ -312,7 +312,7 @@ def test_blocks_that_stay_in_memory_are_read_once(tmp_path):
         weights = ours._walk.weights
         assert not weights.block(2).keys() - weights.block(1).keys()
         assert read[1] == read[2] < read[0]
-        weights.hold_from(3)  # a plan that was corrected
+        weights.set_resident_from(3)  # a plan that was corrected
         before = ours.disk.read_bytes
         ours.value_and_grad(random_batch())
         assert ours.disk.read_bytes - before > read[2]

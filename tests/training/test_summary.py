@@ -15,7 +15,7 @@ from mlx_edgelora.training import finetune, summary
 @pytest.fixture(scope="module")
 def embedded():
     config = finetune._with_embedded(config_from_cli([], preset=read_yaml(DEFAULT_CONFIG)))
-    lazy = finetune._adapted(config)
+    lazy = finetune._adapted_model(config)
     sets = finetune._data(config, finetune._tokenizer(lazy), lazy.vocabulary, lambda line: None)
     return config, lazy, sets
 
@@ -40,7 +40,7 @@ def test_long_lines_go_on_below(embedded, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("plan", "told"),
+    ("plan", "expected"),
     [
         (Plan(streamed_blocks=0, head="resident", kept_blocks=4), "weights in memory; activations"),
         (
@@ -56,5 +56,5 @@ def test_long_lines_go_on_below(embedded, monkeypatch):
     ],
     ids=["kept", "some", "tiles"],
 )
-def test_a_plan_in_a_sentence(plan, told):
-    assert plan.summary(4).startswith(told)
+def test_a_plan_in_a_sentence(plan, expected):
+    assert plan.summary(4).startswith(expected)

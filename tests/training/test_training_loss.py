@@ -80,11 +80,11 @@ def test_approximate_is_what_its_options_say(tmp_path, corrected, cap):
         assert type(loss) is ApproximateCrossEntropy
         got, expected = (each.value(hidden, HEAD, labels)[0] for each in (loss, reference))
     assert got.item() == pytest.approx(expected.item(), rel=1e-6)
-    subset = len(reference.restricted(hidden, HEAD, labels)[1])
+    subset = len(reference.restrict(hidden, HEAD, labels)[1])
     assert subset <= 9 if cap else subset
 
 
-def told(folder, **options):
+def logged_lines(folder, **options):
     """The lines that a run gets before it trains."""
     lines = []
     with training_loss(approximate(**options), HEAD, SET, folder, lines.append) as loss:
@@ -94,12 +94,12 @@ def told(folder, **options):
 
 
 def test_lines_say_what_is_done_before_it_is_done(tmp_path, capsys):
-    lines, path = told(tmp_path, loss_k=5)
+    lines, path = logged_lines(tmp_path, loss_k=5)
     assert lines == [
         f"nearest tokens: 4 of 4 labels to compute, kept in {path} for the next run",
         "approximate loss over the 5 nearest tokens of each label, with tail correction",
     ]
-    lines, _ = told(tmp_path, loss_k=5, loss_tail_correction=False)
+    lines, _ = logged_lines(tmp_path, loss_k=5, loss_tail_correction=False)
     assert lines == [
         f"nearest tokens: all of 4 labels are in {path}",
         "approximate loss over the 5 nearest tokens of each label, without tail correction",
@@ -108,7 +108,7 @@ def test_lines_say_what_is_done_before_it_is_done(tmp_path, capsys):
 
 
 def test_the_default_k_is_1000_or_the_whole_vocabulary(tmp_path):
-    assert "over the 50 nearest tokens" in told(tmp_path)[0][-1]
+    assert "over the 50 nearest tokens" in logged_lines(tmp_path)[0][-1]
     large = MatrixHead(mx.random.normal((1500, 8)))
     with training_loss(approximate(), large, SET, tmp_path, lambda line: None) as loss:
         assert loss.neighbours(LABELS).shape == (4, 1000)
@@ -124,11 +124,11 @@ def test_a_live_line_on_a_terminal(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setattr(neighbour_cache, "SLOTS_BYTES", 1)
     monkeypatch.setattr(neighbour_cache, "nearest", slow)
-    told(tmp_path, loss_k=5)
+    logged_lines(tmp_path, loss_k=5)
     shown = screen.getvalue()
     assert "nearest tokens" in shown
     assert "0/4" in shown and "2/4" in shown
-    told(tmp_path, loss_k=5)
+    logged_lines(tmp_path, loss_k=5)
     assert screen.getvalue() == shown  # nothing to wait for
 
 

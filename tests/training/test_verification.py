@@ -22,13 +22,13 @@ from mlx_edgelora.blocks import parts
 from mlx_edgelora.blocks.block_list import BlockList
 from mlx_edgelora.engine.hidden import Hidden
 from mlx_edgelora.engine.tail import Tail
-from mlx_edgelora.engine.tiled import _Visit
+from mlx_edgelora.engine.tiled_block import _TiledBackward
 from mlx_edgelora.engine.walk import Walk
 from mlx_edgelora.layers import attention as attention_layer
 from mlx_edgelora.layers import grid
 from mlx_edgelora.layers.grid import KeySums
 from mlx_edgelora.losses.exact import CrossEntropy
-from mlx_edgelora.storage.promise import Promise
+from mlx_edgelora.storage.deferred import DeferredArray
 from mlx_edgelora.training import plain, verdict, verification
 from mlx_edgelora.training.verdict import refuse_wrong
 from mlx_edgelora.training.verification import verify
@@ -95,7 +95,7 @@ def test_in_16_bits_rounding_is_no_error(llama, plan, dtype):
 @pytest.fixture(params=[10, 8])
 def in_fewer_bits(request, monkeypatch):
     """The walk multiplies float32 as TF32 does, or worse; the reference happens not to."""
-    walked = verification._Comparison._walked
+    walked = verification._GradientComparison._walked
 
     def rounding(*args):
         with tf32(bits=request.param):
@@ -105,7 +105,7 @@ def in_fewer_bits(request, monkeypatch):
         error = verdict._rounding.__wrapped__()
     assert error > verdict.EXACT > verdict._rounding()
     monkeypatch.setattr(verdict, "_rounding", lambda: error)
-    monkeypatch.setattr(verification._Comparison, "_walked", rounding)
+    monkeypatch.setattr(verification._GradientComparison, "_walked", rounding)
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -256,7 +256,7 @@ def test_a_skipped_tile_is_seen(llama, monkeypatch):
 
 
 def test_keys_and_values_of_a_tile_without_a_gradient_are_seen(llama, monkeypatch):
-    original = _Visit.rest
+    original = _TiledBackward.finish_tile
 
     def rest(self, number, x, dx):
         if number != 1:
@@ -264,14 +264,14 @@ def test_keys_and_values_of_a_tile_without_a_gradient_are_seen(llama, monkeypatc
         self._settle(dx)
         return dx
 
-    monkeypatch.setattr(_Visit, "rest", rest)
+    monkeypatch.setattr(_TiledBackward, "finish_tile", rest)
     found = problems(llama, **TILES)
     assert found and all("k_proj" in text or "v_proj" in text for text in found)
 
 
 def test_gradients_of_matrices_that_leave_a_tile_out_are_seen(llama, monkeypatch):
     """The input's gradient is right, and so is that of what other tiles alone reach."""
-    original = _Visit._vjp
+    original = _TiledBackward._vjp
 
     def vjp(self, function, inputs, cotangents):
         before, first = dict(self._sums), not self._sums
@@ -280,7 +280,7 @@ def test_gradients_of_matrices_that_leave_a_tile_out_are_seen(llama, monkeypatch
             self._sums = before
         return found
 
-    monkeypatch.setattr(_Visit, "_vjp", vjp)
+    monkeypatch.setattr(_TiledBackward, "_vjp", vjp)
     found = problems(llama, **TILES)
     assert found and not any("shift is" in text for text in found)
 
@@ -322,8 +322,8 @@ def test_a_wrong_gradient_below_the_kept_blocks_is_seen(llama, monkeypatch):
 
 
 def test_a_wrong_gradient_of_a_kept_block_is_seen(llama, monkeypatch):
-    original = Promise.keep
-    monkeypatch.setattr(Promise, "keep", lambda self, value: original(self, 1.01 * value))
+    original = DeferredArray.fill
+    monkeypatch.setattr(DeferredArray, "fill", lambda self, value: original(self, 1.01 * value))
     found = problems(llama, **PLANS["kept"])
     assert found and all("kept" in text for text in found)
 
@@ -352,7 +352,7 @@ def test_a_wrong_head_is_seen_where_it_is_a_part_of_a_tail(llama, monkeypatch):
 
 def test_what_plain_mlx_cannot_differentiate_is_no_pass(llama, monkeypatch):
     monkeypatch.setattr(
-        verification._Comparison,
+        verification._GradientComparison,
         "_plain",
         lambda *args: (_ for _ in ()).throw(ValueError("no vjp")),
     )
@@ -390,7 +390,7 @@ def test_a_loop_that_asks_for_a_class_is_seen(tmp_path, monkeypatch):
     """OLMo-Hybrid: its full attention lost the causal mask."""
 
     @contextmanager
-    def intercepted(self, handler):
+    def intercept(self, handler):
         owner, key = next(
             (module, key)
             for _, module in self.model.named_modules()
@@ -404,7 +404,7 @@ def test_a_loop_that_asks_for_a_class_is_seen(tmp_path, monkeypatch):
             owner[key] = list(self.blocks)
 
     folder = save(tmp_path, "olmo_hybrid", True)
-    monkeypatch.setattr(BlockList, "intercepted", intercepted)
+    monkeypatch.setattr(BlockList, "intercept", intercept)
     (found,) = problems(folder)
     assert "calls of blocks, by the model: block 1 is called with another mask" in found
 
@@ -425,7 +425,7 @@ def test_experts_first_picked_in_a_later_tile_are_seen(tmp_path, monkeypatch):
     monkeypatch.setitem(CONFIGS, "dbrx", DBRX)
     folder = save(tmp_path, "dbrx", True)
     assert problems(folder, **TILES) == []
-    original = _Visit._vjp
+    original = _TiledBackward._vjp
 
     def vjp(self, *args):
         """As if only these experts had gradients that had one in the first tile."""
@@ -436,7 +436,7 @@ def test_experts_first_picked_in_a_later_tile_are_seen(tmp_path, monkeypatch):
             del self._sums[name]
         return found
 
-    monkeypatch.setattr(_Visit, "_vjp", vjp)
+    monkeypatch.setattr(_TiledBackward, "_vjp", vjp)
     found = problems(folder, **TILES)
     assert found and "ffn.experts" in found[0]
 
@@ -521,7 +521,7 @@ def test_a_run_ends_before_its_first_step_where_gradients_are_wrong(run, tmp_pat
 
 
 @pytest.fixture
-def told(tiny, tmp_path, capsys):
+def run_command(tiny, tmp_path, capsys):
     def call(*flags):
         common = ["--model", tiny / "model", "--spill-dir", tmp_path, "--num-layers", "-1"]
         status = command.main([str(flag) for flag in (*common, *flags)])
@@ -531,9 +531,9 @@ def told(tiny, tmp_path, capsys):
     return call
 
 
-def test_the_command_prints_a_table(told, tiny):
+def test_the_command_prints_a_table(run_command, tiny):
     for flags in ([], ["--data", tiny / "data"], ["--memory-budget", "min"]):
-        status, out, err = told("--max-seq-length", 33, *flags)
+        status, out, err = run_command("--max-seq-length", 33, *flags)
         assert (status, err) == (0, "")
         lines = out.splitlines()
         start = next(i for i, line in enumerate(lines) if line.startswith("kind "))
@@ -541,23 +541,23 @@ def test_the_command_prints_a_table(told, tiny):
         assert lines[start + 1].startswith("calls of blocks")
 
 
-def test_the_command_takes_a_plan(told, tmp_path):
+def test_the_command_takes_a_plan(run_command, tmp_path):
     plan = tmp_path / "a.plan"
     plan.write_text(json.dumps({"version": 2, "tile_tokens": 8}))
-    status, out, _ = told("--max-seq-length", 33, "--plan", plan)
+    status, out, _ = run_command("--max-seq-length", 33, "--plan", plan)
     assert status == 0
     assert "by tiles, labelled tokens" in out
 
 
-def test_the_command_exits_with_1_on_a_mismatch(told, monkeypatch):
+def test_the_command_exits_with_1_on_a_mismatch(run_command, monkeypatch):
     monkeypatch.setattr(Walk, "backward", scaled(1.01))
-    status, out, err = told("--max-seq-length", 33)
+    status, out, err = run_command("--max-seq-length", 33)
     assert (status, err) == (1, "")
     assert "WRONG: self_attn.o_proj.lora_a is" in out
 
 
-def test_wrong_input_is_one_sentence(told, capsys):
-    status, out, err = told("--max-seq-lenth", 33)
+def test_wrong_input_is_one_sentence(run_command, capsys):
+    status, out, err = run_command("--max-seq-lenth", 33)
     assert (status, out) == (2, "")
     assert err.startswith("error: command line: --max-seq-lenth")
 
@@ -565,7 +565,7 @@ def test_wrong_input_is_one_sentence(told, capsys):
 def test_rows_that_plain_mlx_has_no_memory_for_are_compared_shorter(tmp_path):
     folder, lines = save(tmp_path, "llama", True, num_hidden_layers=2), []
     with closing(engine(folder)) as ours:
-        found = verify(ours, 1, 1500, memory=30_000_000, notify=lines.append)
+        found = verify(ours, 1, 1500, memory=30_000_000, log=lines.append)
     refuse_wrong(found)
     assert lines
     assert all(" GB for a block of " in line for line in lines)

@@ -7,7 +7,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from mlx_edgelora.engine.trained import ResidentTrained
+from mlx_edgelora.engine.adapter_state import ResidentAdapterState
 from mlx_edgelora.measure.meter import DiskMeter
 
 VOCABULARY = 50
@@ -50,7 +50,7 @@ class PlainEngine:
     def __init__(self, model):
         self.model = model
         self.disk = DiskMeter()
-        self.trained = ResidentTrained(model)
+        self.adapters = ResidentAdapterState(model)
         self._value_and_grad = nn.value_and_grad(model, self._mean_loss)
 
     def _mean_loss(self, tokens, mask):

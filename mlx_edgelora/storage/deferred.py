@@ -21,7 +21,7 @@ from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.storage.safetensors import NAMES, to_numpy
 
 
-class Promise:
+class DeferredArray:
     """An array whose values come later.
 
     Args:
@@ -49,10 +49,10 @@ class Promise:
                 os.truncate(file.fileno(), len(header))  # whoever reads too early finds nothing
                 self._file = os.fdopen(os.dup(file.fileno()), "wb", buffering=0)
         except OSError as error:
-            raise _unwritable(error) from error
+            raise _cannot_write(error) from error
         weakref.finalize(self, self._file.close)  # of a step that failed before `keep`
 
-    def keep(self, value: mx.array) -> None:
+    def fill(self, value: mx.array) -> None:
         """Give the array its values, once.
 
         Raises:
@@ -69,10 +69,10 @@ class Promise:
                 while done < len(data):
                     done += os.pwrite(file.fileno(), data[done:], self._start + done)
         except OSError as error:
-            raise _unwritable(error) from error
+            raise _cannot_write(error) from error
 
 
-def _unwritable(error: OSError) -> EdgeLoraError:
+def _cannot_write(error: OSError) -> EdgeLoraError:
     return EdgeLoraError(
         f"{tempfile.gettempdir()}: cannot be written ({error.strerror}); free some space there, "
         "name another folder in TMPDIR, or keep no activations with --activations spill"

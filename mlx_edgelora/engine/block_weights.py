@@ -11,7 +11,7 @@ from mlx_edgelora.measure.profile import phase
 Arrays = dict[str, mx.array]
 
 
-class Visits:
+class BlockWeights:
     """Brings blocks their arrays.
 
     Args:
@@ -28,9 +28,9 @@ class Visits:
         self._blocks, self.prefetches = blocks, True
         self.weights, self.adapters = weights, adapters
         self.slots: list[dict[str, Slot]] = []
-        self.look_again()
+        self.refresh()
 
-    def look_again(self) -> None:
+    def refresh(self) -> None:
         """Find out anew which arrays there are, and which are trained."""
         self.slots = [array_slots(block) for block in self._blocks.blocks]
         self._trained = [_trained(block) for block in self._blocks.blocks]
@@ -40,29 +40,29 @@ class Visits:
         """The lowest block in which something is trained; their number if there is none."""
         return next((i for i, names in enumerate(self._trained) if names), len(self._trained))
 
-    def of(
-        self, index: int, following: int | None = None, lasting: bool = False
+    def load(
+        self, index: int, next_block: int | None = None, own_memory: bool = False
     ) -> tuple[Arrays, Arrays]:
         """What is trained of a block, and all else that it holds, by name inside it.
 
         Args:
             index: of the block.
-            following: the block that is visited next, which is read ahead; None for none.
-            lasting: beyond the second next visit; what is made of them is evaluated before it
+            next_block: the block that is visited next, which is read ahead; None for none.
+            own_memory: beyond the second next visit; what is made of them is evaluated before it
                 otherwise.
         """
         slots, names = self.slots[index], self._trained[index]
         with phase("load", index):
-            frozen, own = self.weights.block(index, lasting), self.adapters.block(index)
-            self.ahead(following)
+            frozen, own = self.weights.block(index, own_memory), self.adapters.block(index)
+            self.prefetch(next_block)
         held = {name: box[key] for name, (box, key) in slots.items()}
         trained = {name: own.get(name, held[name]) for name in names}
         return trained, {n: frozen.get(n, v) for n, v in held.items() if n not in trained}
 
-    def ahead(self, following: int | None) -> None:
+    def prefetch(self, next_block: int | None) -> None:
         """Begin to read the weights of the block that is visited next; None for none."""
-        if following is not None and self.prefetches:
-            self.weights.prefetch(following)
+        if next_block is not None and self.prefetches:
+            self.weights.prefetch(next_block)
 
 
 def _trained(block: nn.Module) -> list[str]:

@@ -14,13 +14,13 @@ import mlx.nn as nn
 import mlx.optimizers as optimizers
 
 from mlx_edgelora.blocks.block_list import BlockList, array_slots
-from mlx_edgelora.engine.optimizer import BlockUpdate, averaged, global_norm, squares
-from mlx_edgelora.engine.trained import Arrays, Update, add_to, names_of
+from mlx_edgelora.engine.adapter_state import Arrays, UpdateGuard, add_to, names_of
+from mlx_edgelora.engine.optimizer import BlockUpdate, average, global_norm, squares
 from mlx_edgelora.measure.meter import DiskMeter
 from mlx_edgelora.storage.page_file import PageFile, Section, Spec
 
 
-class PagedTrained:
+class PagedAdapterState:
     """The blocks' parameters, gradients and optimizer state in a file.
 
     In the model stand lazy arrays of NaN that nobody evaluates, of the right shapes. What is
@@ -50,21 +50,21 @@ class PagedTrained:
         self._compiled, self._outside_states = compiled, {}
         self._arithmetic: BlockUpdate | None = None
         self._model, self._meter = model, meter or DiskMeter()
-        self._blocks, self._update = BlockList(model), Update()
+        self._blocks, self._update = BlockList(model), UpdateGuard()
         self._names = names_of(model)
         self._outside: Arrays = {}  # sums of gradients of what is in memory
         self._summed: set[int] = set()  # blocks whose sum of gradients has begun
-        self._moved: set[int] = set()  # blocks that were updated
+        self._updated: set[int] = set()  # blocks that were updated
         self._gradients: dict[int, Section] = {}
         self._states: dict[int, Section] = {}
         self._file = PageFile(folder, "adapters", "--adapters resident")
         try:
-            self._parameters, self._end = self._claim()
+            self._parameters, self._end = self._move_to_file()
         except BaseException:
             self.close()
             raise
 
-    def block(self, index: int, lasting: bool = False) -> Arrays:
+    def block(self, index: int, own_memory: bool = False) -> Arrays:
         """Read a block's parameters.
 
         Raises:
@@ -99,7 +99,7 @@ class PagedTrained:
         self._outside_states.clear()
         self._arithmetic = BlockUpdate(optimizer, self._compiled)
         self._summed.clear()
-        self._moved.clear()
+        self._updated.clear()
         specs = {index: section.specs() for index, section in self._parameters.items()}
         self._gradients, end = self._sections(self._end, specs)
         states = {index: _state_specs(optimizer, arrays) for index, arrays in specs.items()}
@@ -150,7 +150,7 @@ class PagedTrained:
         """Free the file's space."""
         self._file.close()
 
-    def _claim(self) -> tuple[dict[int, Section], int]:
+    def _move_to_file(self) -> tuple[dict[int, Section], int]:
         """Move the blocks' parameters into the file; placeholders stay in the model."""
         slots = array_slots(self._model)
         specs: dict[int, dict[str, Spec]] = {}
@@ -184,7 +184,7 @@ class PagedTrained:
         """Update what is in memory."""
         slots = array_slots(self._model)
         boxes = {name: slots[name] for name in self._resident()}
-        gradients = averaged(self._outside, count)
+        gradients = average(self._outside, count)
         parameters = {name: box[key] for name, (box, key) in boxes.items()}
         updated, states = self._arithmetic.apply(
             gradients, parameters, self._outside_states, factor
@@ -196,9 +196,9 @@ class PagedTrained:
             box[key] = value
 
     def _update_block(self, index: int, count: float, factor: mx.array | None) -> None:
-        gradients = averaged(self._gradients[index].read(), count)
+        gradients = average(self._gradients[index].read(), count)
         parameters, states = self._parameters[index].read(), {name: {} for name in gradients}
-        if index in self._moved:
+        if index in self._updated:
             for (name, key), value in self._states[index].read().items():
                 states[name][key] = value
         parameters, states = self._arithmetic.apply(gradients, parameters, states, factor)
@@ -208,12 +208,12 @@ class PagedTrained:
         self._states[index].write(
             {(name, key): value for name, state in states.items() for key, value in state.items()}
         )
-        self._moved.add(index)
+        self._updated.add(index)
 
     def _prefetch_update(self, index: int) -> None:
         self._parameters[index].prefetch()
         self._gradients[index].prefetch()
-        if index in self._moved:
+        if index in self._updated:
             self._states[index].prefetch()
 
     def _by_block(self, gradients: Arrays) -> dict[int | None, Arrays]:

@@ -2,16 +2,16 @@
 
 from collections.abc import Callable
 
+from mlx_edgelora.engine.block_weights import Arrays
 from mlx_edgelora.engine.context import Context
-from mlx_edgelora.engine.functions import Wanted
+from mlx_edgelora.engine.functions import OutputRows
 from mlx_edgelora.engine.hidden import Hidden
-from mlx_edgelora.engine.record import Call
-from mlx_edgelora.engine.visits import Arrays
+from mlx_edgelora.engine.record import BlockCall
 from mlx_edgelora.measure.profile import phase
-from mlx_edgelora.storage.promise import Promise
+from mlx_edgelora.storage.deferred import DeferredArray
 
 
-class Kept:
+class KeptBlock:
     """One block that is not computed twice, below a head that is no part of its graph.
 
     Memory, from its forward to its backward: what autodiff keeps of it, and its weights.
@@ -23,41 +23,43 @@ class Kept:
         wanted: of its output.
     """
 
-    def __init__(self, context: Context, index: int, call: Call, wanted: Wanted) -> None:
+    def __init__(self, context: Context, index: int, call: BlockCall, wanted: OutputRows) -> None:
         self._context, self.index, self._call, self._wanted = context, index, call, wanted
-        self._promise: Promise | None = None
+        self._cotangent: DeferredArray | None = None
         self._found: tuple = ()
 
-    def forward(self, x: Hidden, following: int | None) -> Hidden:
+    def forward(self, x: Hidden, next_block: int | None) -> Hidden:
         """The block's output; see `Segment`."""
         context, array, rows = self._context, x.whole(), self._wanted.rows
         x.forget()
-        arrays = context.visits.of(self.index, following, lasting=True)
+        arrays = context.weights.load(self.index, next_block, own_memory=True)
         with phase("forward", self.index):
             shape = array.shape if rows is None else (1, rows.size, array.shape[-1])
             dtype = context.functions.dtype(self.index, arrays, array, self._call, self._wanted)
-            self._promise = Promise(shape, dtype)
+            self._cotangent = DeferredArray(shape, dtype)
             out, *self._found = context.functions.gradients(
                 self.index,
                 arrays,
                 array,
-                self._promise.array,
+                self._cotangent.array,
                 self._call,
                 self._wanted,
-                context.goes_below(self.index),
+                context.needs_input_grad(self.index),
                 first=True,
             )
             del arrays, array
             context.pipeline.submit(out)
         return Hidden(out)
 
-    def backward(self, dy: Hidden, ahead: Callable[[], int | None]) -> tuple[Hidden | None, Arrays]:
+    def backward(
+        self, dy: Hidden, prefetch_next: Callable[[], int | None]
+    ) -> tuple[Hidden | None, Arrays]:
         """Gradients of the input and of what is trained; see `Segment`."""
         context, cotangent = self._context, dy.whole()
         dy.forget()
-        context.visits.ahead(ahead())
+        context.weights.prefetch(prefetch_next())
         with phase("backward", self.index):
-            self._promise.keep(cotangent)
+            self._cotangent.fill(cotangent)
             del cotangent
             (gradients, dx), self._found = self._found, ()
             context.pipeline.submit(gradients, dx)

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_edgelora.config import OPTIMIZERS
+from mlx_edgelora.engine.adapter_state import ResidentAdapterState
 from mlx_edgelora.engine.optimizer import clip_factor
-from mlx_edgelora.engine.paged import PagedTrained
-from mlx_edgelora.engine.trained import ResidentTrained
+from mlx_edgelora.engine.paged_adapters import PagedAdapterState
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.measure.meter import DiskMeter
 
@@ -64,7 +64,7 @@ def home(request, tmp_path):
 
     def make(model):
         paged = request.param == "paged"
-        made.append(PagedTrained(model, tmp_path) if paged else ResidentTrained(model))
+        made.append(PagedAdapterState(model, tmp_path) if paged else ResidentAdapterState(model))
         return made[-1]
 
     yield make
@@ -74,7 +74,7 @@ def home(request, tmp_path):
 
 @pytest.fixture
 def paged(tmp_path):
-    made = PagedTrained(make_model(), tmp_path, DiskMeter())
+    made = PagedAdapterState(make_model(), tmp_path, DiskMeter())
     yield made
     made.close()
 
@@ -171,7 +171,7 @@ def test_the_optimizers_of_the_configuration_are_among_them():
 )
 def test_clipping_is_that_of_mlx(max_norm, size, batches):
     model = make_model()
-    trained = ResidentTrained(model)
+    trained = ResidentAdapterState(model)
     every = [gradients_of(shapes_of(model), i, size) for i in range(batches)]
     mean = {name: sum(g[name] for g in every) / batches for name in every[0]}
     expected, norm = optimizers.clip_grad_norm(mean, max_norm)
@@ -225,7 +225,7 @@ def test_a_start_forgets_what_was_summed(home):
 def test_how_a_gradient_lies_in_memory_does_not_matter(tmp_path):
     """The order of a sum follows it, so bits of the norm would differ between the homes."""
     models = [make_model(), make_model()]
-    homes = [ResidentTrained(models[0]), PagedTrained(models[1], tmp_path)]
+    homes = [ResidentAdapterState(models[0]), PagedAdapterState(models[1], tmp_path)]
     shapes, norms = shapes_of(models[0]), ([], [])
     for trained, seen in zip(homes, norms, strict=True):
         for seed in range(20):  # one sum may come out the same by chance
@@ -278,7 +278,7 @@ def test_half_an_update_is_never_walked_on(paged):
 def test_blocks_are_given_by_their_local_names(tmp_path):
     model = make_model()
     expected = parameters(model)
-    trained = PagedTrained(model, tmp_path)
+    trained = PagedAdapterState(model, tmp_path)
     trained.prefetch(0)
     assert trained.block(0) == {}
     for index in (1, 2):
@@ -297,7 +297,7 @@ def test_placeholders_cost_nothing_and_are_no_values(memory, tmp_path):
     specs = {name: (v.dtype, v.shape) for name, v in before.items()}
     held = mx.get_active_memory()
     del before
-    trained = PagedTrained(model, tmp_path)
+    trained = PagedAdapterState(model, tmp_path)
     assert mx.get_active_memory() <= held - inside + 4096
     after = parameters(model)
     assert {name: (v.dtype, v.shape) for name, v in after.items()} == specs
@@ -333,13 +333,13 @@ def test_a_full_disk_is_one_sentence(paged, tmp_path, monkeypatch):
         paged.start(optimizers.AdamW(1e-3))
     model = make_model()
     with pytest.raises(EdgeLoraError, match=sentence):
-        PagedTrained(model, tmp_path)
+        PagedAdapterState(model, tmp_path)
     assert not any(mx.isnan(value).any().item() for value in parameters(model).values())
 
 
 def test_a_folder_that_takes_no_file_is_named(tmp_path):
     with pytest.raises(EdgeLoraError, match=r"missing: no spill file .*--adapters resident"):
-        PagedTrained(make_model(), tmp_path / "missing")
+        PagedAdapterState(make_model(), tmp_path / "missing")
 
 
 def test_bytes_are_counted(paged):
@@ -361,7 +361,7 @@ def test_bytes_are_counted(paged):
 def test_nothing_trained_takes_no_space(tmp_path):
     model = make_model()
     model.freeze()
-    trained = PagedTrained(model, tmp_path)
+    trained = PagedAdapterState(model, tmp_path)
     assert os.fstat(trained._file.fileno()).st_size == 0
     assert dict(trained.weights()) == {}
     assert trained.block(1) == {}

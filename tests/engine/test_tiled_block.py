@@ -21,13 +21,13 @@ from mlx import nn
 from peaks import ROUNDS, above, begin, growth, lowest
 from tf32 import tf32
 
-from mlx_edgelora.blocks.block_list import BlockList, array_slots, bound
-from mlx_edgelora.blocks.gated_mlp import gated_form, slice_mlps
-from mlx_edgelora.blocks.masks import banded
-from mlx_edgelora.blocks.parts import Span, keys_seen, mask_at
+from mlx_edgelora.blocks.block_list import BlockList, array_slots, bind_arrays
+from mlx_edgelora.blocks.gated_mlp import find_gated_mlp, slice_mlps
+from mlx_edgelora.blocks.masks import simplest_mask
+from mlx_edgelora.blocks.parts import TokenSpan, mask_at, visible_keys
 from mlx_edgelora.blocks.tiling import Tiling
 from mlx_edgelora.engine.hidden import spans_of
-from mlx_edgelora.layers.grid import _Added
+from mlx_edgelora.layers.grid import _SummedHeads
 from mlx_edgelora.measure.profile import recording
 from mlx_edgelora.model.weights import ResidentWeights
 
@@ -52,7 +52,7 @@ def test_what_can_be_tiled(name):
     add_lora(model)
     blocks = BlockList(model)
     tiling = Tiling(blocks, [ResidentWeights()])
-    choices = [tiling.of(index) for index in range(3)]
+    choices = [tiling.tileable(index) for index in range(3)]
     tileable, by_rows, gated = KINDS[name]
     assert sum(choice.possible for choice in choices) == tileable
     assert sum(choice.by_rows for choice in choices) == by_rows
@@ -73,7 +73,7 @@ def test_products_in_fewer_bits_do_not_look_like_other_tokens(name):
     add_lora(model)
     with tf32(least=4):
         tiling = Tiling(BlockList(model), [ResidentWeights()])
-        choices = [tiling.of(index) for index in range(3)]
+        choices = [tiling.tileable(index) for index in range(3)]
     found = [sum(getattr(choice, kind) for choice in choices) for kind in ("possible", "by_rows")]
     assert tuple(found) == KINDS[name][:2]
 
@@ -103,8 +103,8 @@ def test_gradients_of_keys_and_values_are_added_where_attention_makes_them(
     monkeypatch.setattr("mlx_edgelora.blocks.attention.TILE_BYTES", 0)
     monkeypatch.setattr("mlx_edgelora.layers.attention.TILE_BYTES", 600)
     added = []
-    original = _Added.add
-    monkeypatch.setattr(_Added, "add", lambda *args: added.append(1) or original(*args))
+    original = _SummedHeads.add
+    monkeypatch.setattr(_SummedHeads, "add", lambda *args: added.append(1) or original(*args))
     folder, batch = save(tmp_path, name, True), random_batch(2, 23)
     reference = plain(folder)
     _, expected = plain_value_and_grad(reference, batch)
@@ -130,7 +130,7 @@ def test_gradients_of_all_keys_are_held_once(tmp_path, memory, monkeypatch):
             return lowest(lambda: backward_peak(ours, batch), below)
 
     with monkeypatch.context() as patch:
-        patch.setattr("mlx_edgelora.engine.tiled.key_gradients_added", nullcontext)
+        patch.setattr("mlx_edgelora.engine.tiled_block.add_key_gradients", nullcontext)
         twice = taken()
     bound = twice - 0.7 * keys_and_values
     assert taken(bound) < bound
@@ -200,14 +200,14 @@ def test_tiles_are_of_nearly_one_length(tokens, size):
 def test_masks_of_tiles_are_those_of_the_whole(tokens, span, window, more):
     """Over the keys that are seen, and over more of them."""
     start, stop = min(span[0], tokens - 1), min(max(span[0] + 1, span[1]), tokens)
-    span, mask = Span(start, stop), banded(range(tokens), tokens, window)
+    span, mask = TokenSpan(start, stop), simplest_mask(range(tokens), tokens, window)
     ago = np.arange(tokens)[:, None] - np.arange(tokens)
     whole = (ago >= 0) & (ago < (window or tokens))
     if mask is None:  # a single token
         assert whole.all()
         return
-    seen = keys_seen(mask, span, tokens)
-    for keys in (seen, Span(max(0, seen.start - more[0]), min(tokens, seen.stop + more[1]))):
+    seen = visible_keys(mask, span, tokens)
+    for keys in (seen, TokenSpan(max(0, seen.start - more[0]), min(tokens, seen.stop + more[1]))):
         expected = whole[span.start : span.stop, keys.start : keys.stop]
         assert expected.sum() == whole[span.start : span.stop].sum()  # nothing that is seen is lost
         for every in (mask, mx.array(whole)):  # one that knows what it says, and one that does not
@@ -237,9 +237,9 @@ def test_an_activation_that_looks_across_features_is_left_alone():
         def __call__(self, x):
             return x + super().__call__(x)
 
-    assert gated_form(MLP(False)).down == "w2"
-    assert gated_form(MLP(True)) is None
-    assert gated_form(Residual(False)) is None
+    assert find_gated_mlp(MLP(False)).down == "w2"
+    assert find_gated_mlp(MLP(True)) is None
+    assert find_gated_mlp(Residual(False)) is None
 
 
 def backward_peak(ours, batch):
@@ -282,7 +282,7 @@ def holding(tiling, index):
     mx.eval(arrays)
 
     def compute(function, *args):
-        with bound(slots, arrays):
+        with bind_arrays(slots, arrays):
             made = function(*args)
         mx.eval(made)
         return made
@@ -302,7 +302,7 @@ def test_a_trial_does_not_hold_a_second_block(tmp_path, memory, monkeypatch):
 
         def trial():
             walk._tiling._found.clear()
-            assert walk._tiling.of(0).by_rows
+            assert walk._tiling.tileable(0).by_rows
 
         assert lowest(lambda: above(trial), block) < block
         monkeypatch.setattr(Tiling, "_computing", holding)

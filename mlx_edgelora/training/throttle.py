@@ -3,7 +3,7 @@
 import time
 
 
-class Duty:
+class DutyCycle:
     """Rests in proportion to what was computed.
 
     Args:
@@ -13,7 +13,7 @@ class Duty:
     def __init__(self, share: float) -> None:
         self._share, self._since = share, None
 
-    def rest(self) -> None:
+    def pause(self) -> None:
         """Sleep for what was computed since the last call."""
         if self._share == 1:
             return

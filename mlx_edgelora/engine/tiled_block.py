@@ -7,7 +7,7 @@ its tokens see of that. Backward, from the last tile, with one gradient of the b
     dx, dW, dK, dV = block'(x, K, V; dy);    sum dK, dV over tiles
 
 and when those of a tile are whole (under a causal mask: at once, for no token before it sees
-it), `dx += kept'(x; dK, dV)`. Hidden states and their gradient are read from and written to a
+it), `dx += key_values'(x; dK, dV)`. Hidden states and their gradient are read from and written to a
 store, tile by tile. Memory: T (Dk + Dv) of key heads, their float32 gradients and what one tile
 adds to these; one tile's graph. Time beside a whole block: norm and projections of keys and
 values once more in the forward and twice in the backward. Each tile is evaluated once.
@@ -19,21 +19,21 @@ from contextlib import ExitStack
 import mlx.core as mx
 import numpy as np
 
-from mlx_edgelora.blocks.attention import gradient_traced, key_gradients_added
-from mlx_edgelora.blocks.block_list import bound
-from mlx_edgelora.blocks.checks import watched
+from mlx_edgelora.blocks.attention import add_key_gradients, tracing_gradient
+from mlx_edgelora.blocks.block_list import bind_arrays
+from mlx_edgelora.blocks.checks import gradient_hook
 from mlx_edgelora.blocks.masks import band_of
-from mlx_edgelora.blocks.parts import BlockParts, Span
+from mlx_edgelora.blocks.parts import BlockParts, TokenSpan
+from mlx_edgelora.engine.block_weights import Arrays
 from mlx_edgelora.engine.context import Context
-from mlx_edgelora.engine.functions import Wanted, rows_of
+from mlx_edgelora.engine.functions import OutputRows, rows_of
 from mlx_edgelora.engine.hidden import Hidden
-from mlx_edgelora.engine.record import Call
-from mlx_edgelora.engine.visits import Arrays
+from mlx_edgelora.engine.record import BlockCall
 from mlx_edgelora.layers.attention import KeySums
 from mlx_edgelora.measure.profile import phase
 
 
-class Tiled:
+class TiledBlock:
     """One block. Memory: see the module.
 
     Args:
@@ -45,7 +45,7 @@ class Tiled:
     """
 
     def __init__(
-        self, context: Context, index: int, call: Call, wanted: Wanted, through_cache: bool
+        self, context: Context, index: int, call: BlockCall, wanted: OutputRows, through_cache: bool
     ) -> None:
         self._context, self.index, self._wanted = context, index, wanted
         block = context.functions.blocks.blocks[index]
@@ -54,19 +54,19 @@ class Tiled:
         self._places: list[mx.array | None] | None = None  # the wanted rows of each tile
         self._order: list[np.ndarray] = []  # their places among all wanted ones
 
-    def forward(self, x: Hidden, following: int | None) -> Hidden:
+    def forward(self, x: Hidden, next_block: int | None) -> Hidden:
         """The block's output; see `Segment`."""
-        context, x = self._context, self._context.kept(x)
+        context, x = self._context, self._context.store(x)
         self._find_places()
-        trained, frozen = context.visits.of(self.index, following)
+        trained, frozen = context.weights.load(self.index, next_block)
         out, pieces = Hidden.tiles(context.spans, context.slots), []
-        with phase("forward", self.index), bound(self._slots, frozen | trained):
-            kept = self._kept(x)
+        with phase("forward", self.index), bind_arrays(self._slots, frozen | trained):
+            key_values = self._key_values(x)
             for number, span in enumerate(context.spans):
                 if self._places is not None and self._places[number] is None:
                     continue
-                seen = self._parts.seen(span, context.spans[-1].stop)
-                tile = self._finished(x.tile(number), number, seen, _tokens(seen, kept))
+                seen = self._parts.visible_keys(span, context.spans[-1].stop)
+                tile = self._tile_output(x.tile(number), number, seen, _tokens(seen, key_values))
                 context.pipeline.submit(tile)
                 if self._places is None:
                     out.put(number, tile)
@@ -79,16 +79,22 @@ class Tiled:
             x.forget()
         return out if self._places is None else Hidden(self._in_order(pieces))
 
-    def backward(self, dy: Hidden, ahead: Callable[[], int | None]) -> tuple[Hidden | None, Arrays]:
+    def backward(
+        self, dy: Hidden, prefetch_next: Callable[[], int | None]
+    ) -> tuple[Hidden | None, Arrays]:
         """Gradients of the input and of what is trained; see `Segment`."""
-        context, x, onward = self._context, self._input, self._context.goes_below(self.index)
+        context, x, needs_input_grad = (
+            self._context,
+            self._input,
+            self._context.needs_input_grad(self.index),
+        )
         wanted = None if self._places is None else dy.whole()
-        trained, frozen = context.visits.of(self.index, ahead())
-        visit = _Visit(self, trained, onward)
-        dx = Hidden.tiles(context.spans, context.slots) if onward else None
-        with bound(self._slots, frozen | trained):
+        trained, frozen = context.weights.load(self.index, prefetch_next())
+        visit = _TiledBackward(self, trained, needs_input_grad)
+        dx = Hidden.tiles(context.spans, context.slots) if needs_input_grad else None
+        with bind_arrays(self._slots, frozen | trained):
             with phase("recompute", self.index):
-                visit.kept = self._kept(x)
+                visit.key_values = self._key_values(x)
             with phase("backward", self.index):
                 for number in reversed(range(len(context.spans))):
                     if wanted is None:
@@ -99,15 +105,15 @@ class Tiled:
                         cotangent = wanted[:, mx.array(self._order[number])]
                     piece = visit.tile(number, x.tile(number), cotangent)
                     del cotangent
-                    if onward:
+                    if needs_input_grad:
                         dx.put(number, piece)
                     del piece
                 if not self._is_causal:
                     for number in range(len(context.spans)):
-                        piece = visit.rest(
-                            number, x.tile(number), dx.tile(number) if onward else None
+                        piece = visit.finish_tile(
+                            number, x.tile(number), dx.tile(number) if needs_input_grad else None
                         )
-                        if onward:
+                        if needs_input_grad:
                             dx.put(number, piece)
         dy.forget()
         x.forget()
@@ -118,7 +124,7 @@ class Tiled:
 
     @property
     def _slots(self) -> dict:
-        return self._context.visits.slots[self.index]
+        return self._context.weights.slots[self.index]
 
     @property
     def _is_causal(self) -> bool:
@@ -147,11 +153,11 @@ class Tiled:
         mx.eval(whole)
         return whole
 
-    def _kept(self, x: Hidden) -> list[mx.array]:
+    def _key_values(self, x: Hidden) -> list[mx.array]:
         """What is kept of all tokens, [B, heads, T, n] twice."""
         whole: list[mx.array] = []
         for number, span in enumerate(self._context.spans):
-            pieces = self._parts.kept(x.tile(number), span)
+            pieces = self._parts.key_values(x.tile(number), span)
             if not whole:
                 tokens = self._context.spans[-1].stop
                 whole = [mx.zeros((*p.shape[:2], tokens, p.shape[3]), p.dtype) for p in pieces]
@@ -161,29 +167,31 @@ class Tiled:
             mx.eval(whole)
         return whole
 
-    def _finished(self, x: mx.array, number: int, seen: Span, kept: list[mx.array]) -> mx.array:
+    def _tile_output(
+        self, x: mx.array, number: int, seen: TokenSpan, key_values: list[mx.array]
+    ) -> mx.array:
         """The block for a tile: [B, t, D], or [1, m, D] of what is wanted of it."""
         span = self._context.spans[number]
         if self._places is None:
-            return self._parts.finished(x, span, seen, kept)
+            return self._parts.output(x, span, seen, key_values)
         rows = self._places[number]
-        if self._wanted.spares:
-            return self._parts.finished_at(x, span, seen, kept, rows)
-        return rows_of(self._parts.finished(x, span, seen, kept), rows)
+        if self._wanted.rows_only:
+            return self._parts.output_at(x, span, seen, key_values, rows)
+        return rows_of(self._parts.output(x, span, seen, key_values), rows)
 
 
-class _Visit:
+class _TiledBackward:
     """One backward of a block whose arrays are bound: sums over its tiles.
 
     Attributes:
-        kept: what is kept of all tokens.
+        key_values: what is kept of all tokens.
     """
 
-    def __init__(self, block: Tiled, trained: Arrays, onward: bool) -> None:
-        self._block, self._trained, self._onward = block, trained, onward
+    def __init__(self, block: TiledBlock, trained: Arrays, needs_input_grad: bool) -> None:
+        self._block, self._trained, self._needs_input_grad = block, trained, needs_input_grad
         self._sums: Arrays = {}
-        self._kept_sums: KeySums | None = None
-        self.kept: list[mx.array] = []
+        self._key_value_sums: KeySums | None = None
+        self.key_values: list[mx.array] = []
 
     def tile(self, number: int, x: mx.array, cotangent: mx.array | None) -> mx.array | None:
         """Differentiate a tile; gives the gradient of its input, if it is needed.
@@ -193,42 +201,44 @@ class _Visit:
             cotangent: of what is wanted of the tile's output; None where that is nothing.
         """
         block, spans = self._block, self._block._context.spans
-        seen = block._parts.seen(spans[number], spans[-1].stop)
+        seen = block._parts.visible_keys(spans[number], spans[-1].stop)
         dx = None
         if cotangent is not None:
 
-            def finished(x: mx.array, *kept: mx.array) -> list[mx.array]:
-                return [block._finished(x, number, seen, list(kept))]
+            def output(x: mx.array, *key_values: mx.array) -> list[mx.array]:
+                return [block._tile_output(x, number, seen, list(key_values))]
 
             sums = self._sums_from(seen)
             with ExitStack() as stack:
                 # What is kept goes to attention then, and nowhere else.
                 if not block._parts.through_cache:
-                    stack.enter_context(key_gradients_added(sums))
-                dx, *pair = self._vjp(finished, [x, *_tokens(seen, self.kept)], [cotangent])
+                    stack.enter_context(add_key_gradients(sums))
+                dx, *pair = self._vjp(output, [x, *_tokens(seen, self.key_values)], [cotangent])
             if not sums.used:
                 for index, more in enumerate(pair):
                     sums.add(index, more.reshape(-1, *more.shape[2:]), 0)
-        elif self._onward:
+        elif self._needs_input_grad:
             dx = mx.zeros_like(x)
         if block._is_causal:
-            return self.rest(number, x, dx)
+            return self.finish_tile(number, x, dx)
         self._settle(dx)
         return dx
 
-    def rest(self, number: int, x: mx.array, dx: mx.array | None) -> mx.array | None:
+    def finish_tile(self, number: int, x: mx.array, dx: mx.array | None) -> mx.array | None:
         """Add what reaches a tile's input by its keys and values: their gradients are whole."""
         block = self._block
         span = block._context.spans[number]
-        if self._kept_sums is not None:
+        if self._key_value_sums is not None:
             cotangents = [
-                total.astype(kept.dtype)
-                for total, kept in zip(
-                    _tokens(span, self._kept_sums.arrays), _tokens(span, self.kept), strict=True
+                total.astype(key_values.dtype)
+                for total, key_values in zip(
+                    _tokens(span, self._key_value_sums.arrays),
+                    _tokens(span, self.key_values),
+                    strict=True,
                 )
             ]
-            (more,) = self._vjp(lambda x: block._parts.kept(x, span), [x], cotangents)
-            dx = dx + more if self._onward else None
+            (more,) = self._vjp(lambda x: block._parts.key_values(x, span), [x], cotangents)
+            dx = dx + more if self._needs_input_grad else None
         self._settle(dx)
         return dx
 
@@ -239,17 +249,20 @@ class _Visit:
         return found
 
     def _settle(self, dx: mx.array | None) -> None:
-        kept = self._kept_sums.arrays if self._kept_sums else []
-        arrays = dx if self._onward else [], self._sums, kept
+        key_values = self._key_value_sums.arrays if self._key_value_sums else []
+        arrays = dx if self._needs_input_grad else [], self._sums, key_values
         self._block._context.pipeline.submit(*arrays)
 
-    def _sums_from(self, seen: Span) -> KeySums:
+    def _sums_from(self, seen: TokenSpan) -> KeySums:
         """The sums of the gradients of what is kept, for a tile that sees these tokens."""
-        if self._kept_sums is None:
-            (batch, heads, tokens, size), other = self.kept[0].shape, self.kept[1].shape[-1]
-            self._kept_sums = KeySums(batch, heads, tokens, (size, other))
-        self._kept_sums.start, self._kept_sums.used = seen.start, False
-        return self._kept_sums
+        if self._key_value_sums is None:
+            (batch, heads, tokens, size), other = (
+                self.key_values[0].shape,
+                self.key_values[1].shape[-1],
+            )
+            self._key_value_sums = KeySums(batch, heads, tokens, (size, other))
+        self._key_value_sums.start, self._key_value_sums.used = seen.start, False
+        return self._key_value_sums
 
     def _vjp(
         self,
@@ -262,10 +275,10 @@ class _Visit:
 
         def bound_function(*primals: mx.array) -> list[mx.array]:
             seen = {
-                name: watched(lambda name=name: reached.add(name))(value)
+                name: gradient_hook(lambda name=name: reached.add(name))(value)
                 for name, value in zip(self._trained, primals[:count], strict=True)
             }
-            with gradient_traced(), bound(self._block._slots, seen):
+            with tracing_gradient(), bind_arrays(self._block._slots, seen):
                 return function(*primals[count:])
 
         _, found = mx.vjp(bound_function, [*self._trained.values(), *inputs], cotangents)
@@ -277,6 +290,6 @@ class _Visit:
         return found[count:]
 
 
-def _tokens(span: Span, arrays: list[mx.array]) -> list[mx.array]:
+def _tokens(span: TokenSpan, arrays: list[mx.array]) -> list[mx.array]:
     """The tokens of a span, of arrays [B, heads, T, n]."""
     return [array[:, :, span.start : span.stop] for array in arrays]

@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.storage.promise import Promise
+from mlx_edgelora.storage.deferred import DeferredArray
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
@@ -19,26 +19,26 @@ def test_a_graph_is_built_before_the_values_are_known(dtype):
     def function(x, w):
         return mx.tanh(x @ w)
 
-    promise = Promise((3, 4), dtype)
+    promise = DeferredArray((3, 4), dtype)
     (out,), found = mx.vjp(function, [x, w], [promise.array])
     mx.eval(out)
-    promise.keep(value)
+    promise.fill(value)
     _, expected = mx.vjp(function, [x, w], [value])
     for got, wanted in zip(found, expected, strict=True):
         assert mx.array_equal(got, wanted)
 
 
 def test_nobody_gets_values_before_they_are_known():
-    promise = Promise((3, 4), mx.float32)
+    promise = DeferredArray((3, 4), mx.float32)
     with pytest.raises(RuntimeError, match="read"):
         mx.eval(promise.array + 1)
 
 
 def test_other_values_than_promised_are_refused():
-    promise = Promise((3, 4), mx.float32)
+    promise = DeferredArray((3, 4), mx.float32)
     for value in (mx.ones((4, 3)), mx.ones((3, 4), mx.float16)):
         with pytest.raises(ValueError, match="promised"):
-            promise.keep(value)
+            promise.fill(value)
 
 
 def test_nothing_is_left_behind(tmp_path, monkeypatch):
@@ -46,10 +46,10 @@ def test_nothing_is_left_behind(tmp_path, monkeypatch):
     gc.collect()  # what earlier tests left
     before = len(os.listdir("/dev/fd"))
     for kept in (True, False):
-        promise = Promise((3, 4), mx.float32)
+        promise = DeferredArray((3, 4), mx.float32)
         assert not list(tmp_path.iterdir())
         if kept:
-            promise.keep(mx.ones((3, 4)))
+            promise.fill(mx.ones((3, 4)))
             mx.eval(promise.array)
         del promise
     assert len(os.listdir("/dev/fd")) == before
@@ -58,4 +58,4 @@ def test_nothing_is_left_behind(tmp_path, monkeypatch):
 def test_a_folder_that_takes_no_file_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
     with pytest.raises(EdgeLoraError, match="nowhere: cannot be written"):
-        Promise((3, 4), mx.float32)
+        DeferredArray((3, 4), mx.float32)

@@ -6,7 +6,7 @@ from peaks import above, highest, lowest
 
 from mlx_edgelora.layers import linear
 from mlx_edgelora.layers.linear import frozen_matmul
-from mlx_edgelora.layers.order import wait
+from mlx_edgelora.layers.tile_order import depend_on
 
 MIB = 2**20
 SETTINGS = {"group_size": 64, "bits": 4}
@@ -33,7 +33,7 @@ def test_tiles_wait_for_one_another(packed, memory, monkeypatch):
     # The output, for a moment twice (its pieces), and half of the matrix.
     bound = 2 * waiting.nbytes + 8 * MIB
     assert lowest(lambda: above(product), bound) < bound
-    monkeypatch.setattr(linear, "wait", lambda arrays, after: arrays)
+    monkeypatch.setattr(linear, "depend_on", lambda arrays, after: arrays)
     linear._product.cache_clear()
     assert mx.array_equal(product(), waiting).item()
     assert highest(lambda: above(product)) > bound
@@ -57,6 +57,6 @@ def test_16_bits_hold_less_than_float32(packed, memory):
 
 def test_an_array_that_waits_is_the_same():
     a, b = mx.arange(3), mx.ones(3)
-    assert wait([a], [])[0] is a
-    (made,) = wait([a], [b])
+    assert depend_on([a], [])[0] is a
+    (made,) = depend_on([a], [b])
     assert mx.array_equal(made, a).item()

@@ -2,8 +2,11 @@
 
 import mlx.core as mx
 
+# From the first number to the one behind the last.
+Span = tuple[int, int]
 
-def wait(arrays: list[mx.array], after: list[mx.array]) -> list[mx.array]:
+
+def depend_on(arrays: list[mx.array], after: list[mx.array]) -> list[mx.array]:
     """The same arrays, usable when `after` is there, so that one tile is needed at a time.
 
     That puts an order into a graph. MLX allocates some operations ahead of what it runs, two or

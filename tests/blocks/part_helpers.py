@@ -6,8 +6,8 @@ import mlx.core as mx
 from architectures import relative_error
 from mlx.utils import tree_flatten
 
-from mlx_edgelora.blocks.block_list import array_slots, bound
-from mlx_edgelora.blocks.parts import BlockParts, Span
+from mlx_edgelora.blocks.block_list import array_slots, bind_arrays
+from mlx_edgelora.blocks.parts import BlockParts, TokenSpan
 
 
 def both(function, block, x, cotangent):
@@ -15,7 +15,7 @@ def both(function, block, x, cotangent):
     slots, trained = array_slots(block), dict(tree_flatten(block.trainable_parameters()))
 
     def run(x, *values):
-        with bound(slots, dict(zip(trained, values, strict=True))):
+        with bind_arrays(slots, dict(zip(trained, values, strict=True))):
             return function(x)
 
     (out,), gradients = mx.vjp(run, [x, *trained.values()], [cotangent])
@@ -38,11 +38,11 @@ def assert_same(function, expected_function, block, x, cotangent, tolerance):
     return gradients
 
 
-def assert_spared_equals_whole(block, rows, x, *args, tolerance=1e-5, **kwargs):
-    """`for_rows`; gives the gradients."""
+def assert_rows_equal_whole(block, rows, x, *args, tolerance=1e-5, **kwargs):
+    """`output_rows`; gives the gradients."""
     rows = mx.array(rows)
     return assert_same(
-        lambda x: BlockParts(block, args, kwargs).for_rows(x, rows),
+        lambda x: BlockParts(block, args, kwargs).output_rows(x, rows),
         lambda x: block(x, *args, **kwargs).reshape(1, -1, x.shape[-1])[:, rows],
         block,
         x,
@@ -51,24 +51,24 @@ def assert_spared_equals_whole(block, rows, x, *args, tolerance=1e-5, **kwargs):
     )
 
 
-def kept_of_all(parts, x, spans):
+def key_values_of_all(parts, x, spans):
     """What is kept of all tokens, by tiles."""
-    pieces = [parts.kept(x[:, span.start : span.stop], span) for span in spans]
+    pieces = [parts.key_values(x[:, span.start : span.stop], span) for span in spans]
     return [mx.concatenate(both, axis=2) for both in zip(*pieces, strict=True)]
 
 
-def tiles_of(parts, x, spans, kept):
-    """Of each tile the arguments of `finished`."""
+def tiles_of(parts, x, spans, key_values):
+    """Of each tile the arguments of `output`."""
     for span in spans:
-        seen = parts.seen(span, x.shape[1])
-        some = [array[:, :, seen.start : seen.stop] for array in kept]
+        seen = parts.visible_keys(span, x.shape[1])
+        some = [array[:, :, seen.start : seen.stop] for array in key_values]
         yield x[:, span.start : span.stop], span, seen, some
 
 
 def assert_tiles_equal_whole(
     block, cuts, x, *args, rows=None, tolerance=1e-5, through_cache=False, **kwargs
 ):
-    """`finished` of all tiles, or `finished_at` of some rows of them.
+    """`output` of all tiles, or `output_at` of some rows of them.
 
     Args:
         cuts: where a tile begins, but the first.
@@ -76,7 +76,7 @@ def assert_tiles_equal_whole(
     """
     parts = BlockParts(block, args, kwargs, through_cache)
     _, tokens, width = x.shape
-    spans = [Span(*ends) for ends in pairwise([0, *cuts, tokens])]
+    spans = [TokenSpan(*ends) for ends in pairwise([0, *cuts, tokens])]
     order, places = [], []  # of the rows, as the tiles give them; of each tile
     for span in spans if rows is not None else ():
         own = [row for row in rows if span.start <= row % tokens < span.stop]
@@ -85,12 +85,12 @@ def assert_tiles_equal_whole(
         places.append([row // tokens * length + row % tokens - span.start for row in own])
 
     def by_tiles(x):
-        kept = kept_of_all(parts, x, spans)
-        tiles = tiles_of(parts, x, spans, kept)
+        key_values = key_values_of_all(parts, x, spans)
+        tiles = tiles_of(parts, x, spans, key_values)
         if rows is None:
-            return mx.concatenate([parts.finished(*tile) for tile in tiles], axis=1)
+            return mx.concatenate([parts.output(*tile) for tile in tiles], axis=1)
         pairs = zip(tiles, places, strict=True)
-        made = [parts.finished_at(*tile, mx.array(own)) for tile, own in pairs if own]
+        made = [parts.output_at(*tile, mx.array(own)) for tile, own in pairs if own]
         return mx.concatenate(made, axis=1)
 
     def whole(x):

@@ -2,15 +2,15 @@
 
 from collections.abc import Callable
 
+from mlx_edgelora.engine.block_weights import Arrays
 from mlx_edgelora.engine.context import Context
-from mlx_edgelora.engine.functions import Wanted
+from mlx_edgelora.engine.functions import OutputRows
 from mlx_edgelora.engine.hidden import Hidden
-from mlx_edgelora.engine.record import Call
-from mlx_edgelora.engine.visits import Arrays
+from mlx_edgelora.engine.record import BlockCall
 from mlx_edgelora.measure.profile import phase
 
 
-class Whole:
+class WholeBlock:
     """One block. Memory: its graph; between forward and backward its input, in the store.
 
     Args:
@@ -20,38 +20,40 @@ class Whole:
         wanted: of its output.
     """
 
-    def __init__(self, context: Context, index: int, call: Call, wanted: Wanted) -> None:
+    def __init__(self, context: Context, index: int, call: BlockCall, wanted: OutputRows) -> None:
         self._context, self.index, self._call, self._wanted = context, index, call, wanted
         self._input: Hidden | None = None
 
-    def forward(self, x: Hidden, following: int | None) -> Hidden:
+    def forward(self, x: Hidden, next_block: int | None) -> Hidden:
         """The block's output; see `Segment`."""
         context, array = self._context, x.whole()
         if self.index < context.first:
             x.forget()
-        arrays = context.visits.of(self.index, following)
+        arrays = context.weights.load(self.index, next_block)
         with phase("forward", self.index):
             out = context.functions.forward(self.index, arrays, array, self._call, self._wanted)
             del arrays, array
             context.pipeline.submit(out)
         if self.index >= context.first:  # not before, for a file waits for the values
-            self._input = context.kept(x)
-        return Hidden(out) if self._wanted.rows is not None else context.handed_on(out)
+            self._input = context.store(x)
+        return Hidden(out) if self._wanted.rows is not None else context.to_next_segment(out)
 
-    def backward(self, dy: Hidden, ahead: Callable[[], int | None]) -> tuple[Hidden | None, Arrays]:
+    def backward(
+        self, dy: Hidden, prefetch_next: Callable[[], int | None]
+    ) -> tuple[Hidden | None, Arrays]:
         """Gradients of the input and of what is trained; see `Segment`."""
         context, cotangent = self._context, dy.whole()
         dy.forget()
-        x, onward = self._input.whole(), context.goes_below(self.index)
+        x, needs_input_grad = self._input.whole(), context.needs_input_grad(self.index)
         self._input.forget()
-        arrays = context.visits.of(self.index, ahead())
+        arrays = context.weights.load(self.index, prefetch_next())
         with phase("backward", self.index):
             _, gradients, dx = context.functions.gradients(
-                self.index, arrays, x, cotangent, self._call, self._wanted, onward
+                self.index, arrays, x, cotangent, self._call, self._wanted, needs_input_grad
             )
             del arrays, x, cotangent
             context.pipeline.submit(gradients, dx)
-        return (context.handed_on(dx) if onward else None), gradients
+        return (context.to_next_segment(dx) if needs_input_grad else None), gradients
 
     def prefetch(self) -> int:
         """Begin to bring the input back; see `Segment`."""

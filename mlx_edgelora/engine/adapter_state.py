@@ -1,4 +1,4 @@
-"""Where what is trained lives: the model, as in plain MLX, or a file (`engine/paged.py`).
+"""Where what is trained lives: the model, as in plain MLX, or a file (`engine/paged_adapters.py`).
 
 With LoRA, parameters, gradients and an Adam's two moments are four arrays of the adapters'
 size, most of what a step still holds once blocks are walked. Every bit of the result is
@@ -18,9 +18,9 @@ from mlx_edgelora.blocks.block_list import array_slots
 from mlx_edgelora.blocks.weight_source import WeightSource
 from mlx_edgelora.engine.optimizer import (
     BlockUpdate,
-    averaged,
-    by_block,
+    average,
     global_norm,
+    group_by_block,
     squares,
 )
 from mlx_edgelora.errors import EdgeLoraError
@@ -29,7 +29,7 @@ from mlx_edgelora.model.weights import ResidentWeights
 Arrays = dict[str, mx.array]
 
 
-class Trained(WeightSource, Protocol):
+class AdapterState(WeightSource, Protocol):
     """The trained parameters of a model, their gradients and what the optimizer remembers.
 
     As a `WeightSource` it gives a block's parameters, for those that are not in the model.
@@ -63,7 +63,7 @@ class Trained(WeightSource, Protocol):
         """Give disk space back."""
 
 
-class Update:
+class UpdateGuard:
     """Knows whether an update was begun and broken off."""
 
     def __init__(self) -> None:
@@ -90,7 +90,7 @@ class Update:
             )
 
 
-class ResidentTrained(ResidentWeights):
+class ResidentAdapterState(ResidentWeights):
     """Everything in memory, parameters in the model. Memory: all of it.
 
     Args:
@@ -99,7 +99,7 @@ class ResidentTrained(ResidentWeights):
     """
 
     def __init__(self, model: nn.Module, compiled: bool = False) -> None:
-        self._model, self._sum, self._update = model, {}, Update()
+        self._model, self._sum, self._update = model, {}, UpdateGuard()
         self._compiled, self._states = compiled, {}
         self._arithmetic: BlockUpdate | None = None
         slots = array_slots(model)
@@ -130,7 +130,7 @@ class ResidentTrained(ResidentWeights):
         """Update the model, a block at a time."""
         with self._update.running():
             self._arithmetic.begin()
-            for block, names in by_block(self._sum).items():
+            for block, names in group_by_block(self._sum).items():
                 self._update_block(block, names, count, factor)
             mx.eval(optimizer.state, [box[key] for box, key in self._slots.values()], self._states)
 
@@ -139,7 +139,7 @@ class ResidentTrained(ResidentWeights):
     ) -> None:
         # By their names inside the block: blocks of one kind then share a compiled function.
         local = {name.removeprefix(block): name for name in names}
-        gradients = averaged({own: self._sum.pop(name) for own, name in local.items()}, count)
+        gradients = average({own: self._sum.pop(name) for own, name in local.items()}, count)
         slots = {own: self._slots[name] for own, name in local.items()}
         parameters = {own: box[key] for own, (box, key) in slots.items()}
         before = {own: self._states.get(name, {}) for own, name in local.items()}
