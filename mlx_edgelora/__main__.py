@@ -11,6 +11,7 @@ COMMANDS = {
     "verify": ("verify", "Compare the gradients of a run with those of plain MLX."),
     "benchmark": ("benchmark.__main__", "Compare memory and time with mlx-lm."),
     "doctor": ("doctor", "Measure what this machine can do, and write a report of it."),
+    "report": ("report.__main__", "Make a page about a run from its log."),
 }
 USAGE = """usage: mlx-edgelora COMMAND [options]
 

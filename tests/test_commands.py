@@ -71,6 +71,7 @@ NO_DEFAULT = {
     "report_to",
     "project_name",
     "log",
+    "report",
     "quantize",
     "plan",
     "plan_out",

@@ -292,7 +292,7 @@ def test_train_is_the_default_unless_test_is_given(argv, train, test):
             {"lr_schedule": {"name": "cosine_decay", "arguments": [1], "warm_up": 3}},
             r"lr_schedule\.warm_up: unknown key, .* is warmup;",
         ),
-        ({"report_to": "tensorboard"}, r"report_to: got 'tensorboard', expected wandb or swanlab"),
+        ({"report_to": "board"}, r"report_to: got 'board', expected some of wandb, swanlab, t"),
         ({"quantize": 7}, r"quantize: got 7, expected one of 2, 3, 4, 5, 6, 8"),
         ({"dtype": "int8"}, r"dtype: got 'int8', expected one of float32"),
         ({"weights": "disk"}, r"weights: got 'disk', expected one of streamed, resident"),

@@ -306,7 +306,7 @@ def test_a_rank_that_no_memory_holds(refused, tmp_path):
     assert "lora_parameters.rank: got 1000000000, expected" in refused(config=tmp_path / "run.yaml")
 
 
-@pytest.mark.parametrize("name", ["model", "data", "log", "spill_dir", "cache_dir"])
+@pytest.mark.parametrize("name", ["model", "data", "log", "report", "spill_dir", "cache_dir"])
 def test_an_empty_name_is_not_passed_over(refused, name):
     text = refused(**{name: ""})
     assert text == f"--{name.replace('_', '-')}: got '', expected text that is not empty"
@@ -578,7 +578,9 @@ def test_a_good_run_as_a_process(command, tmp_path):
     assert (process.returncode, stderr) == (0, "")
     assert "2/2  adapter saved in" in stdout
     assert "test loss " in stdout
-    assert len((tmp_path / "run.jsonl").read_text().splitlines()) == 3
+    lines = (tmp_path / "run.jsonl").read_text().splitlines()
+    assert sum("iteration" in json.loads(line) for line in lines) == 3
+    assert "test" in json.loads(lines[-2]) and "end" in json.loads(lines[-1])
     assert (tmp_path / "adapters" / "adapter_config.json").exists()
 
 

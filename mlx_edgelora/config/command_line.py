@@ -76,6 +76,7 @@ GROUPS: dict[str, dict[str, str | None]] = {
         "steps_per_report": "N",
         "save_every": "N",
         "log": "FILE",
+        "report": "FILE",
         "report_to": "NAMES",
         "project_name": "NAME",
         "verbose": None,

@@ -37,7 +37,7 @@ from mlx_edgelora.config.nested import (
 from mlx_edgelora.config.yaml_file import read_yaml
 from mlx_edgelora.errors import EdgeLoraError
 
-REPORTERS = ("wandb", "swanlab")
+REPORTERS = ("wandb", "swanlab", "tensorboard")
 DEFAULT_ITERS = 1000
 # Two ways to say how long a run is: a later layer of options replaces either by its own.
 EITHER = {"iters": "epochs", "epochs": "iters"}
@@ -46,7 +46,7 @@ MOST_LAYERS = 16
 
 _NAME = text("text that is not empty", bool)
 _REPORT_TO = text(
-    f"{' or '.join(REPORTERS)}, or both with a comma",
+    f"some of {', '.join(REPORTERS)}, separated by a comma",
     lambda value: all(name.strip().lower() in ("", *REPORTERS) for name in value.split(",")),
 )
 _FINE_TUNE_TYPE = dataclasses.replace(
@@ -196,11 +196,16 @@ class TrainConfig:
     steps_per_eval: int = option(200, "Steps between validations.", integer(1))
     save_every: int = option(100, "Steps between saved adapters.", integer(1))
     report_to: str | None = option(
-        None, "Services to log to, separated by a comma: wandb, swanlab.", _REPORT_TO
+        None, f"Services to log to, separated by a comma: {', '.join(REPORTERS)}.", _REPORT_TO
     )
     project_name: str | None = option(None, "Name of the project for --report-to.", text())
     log: str | None = option(
         None, "JSONL file to which every report is appended as one record.", _NAME
+    )
+    report: str | None = option(
+        None,
+        "HTML file about the run, written when it ends: loss, speed, memory and plan.",
+        _NAME,
     )
 
     verbose: bool = option(

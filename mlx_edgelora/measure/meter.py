@@ -86,8 +86,8 @@ def _resident_set() -> int | None:
     return pages * resource.getpagesize()
 
 
-# The largest of the laps since `reset_peak`; MLX's own counter is as global.
-_laps = [0]
+# The largest lap since `reset_peak`, and since `recent_peak`; MLX's own counter is as global.
+_laps = [0, 0]
 
 
 def peak_memory() -> int:
@@ -97,15 +97,22 @@ def peak_memory() -> int:
 
 def reset_peak() -> None:
     """Start a new measurement of `peak_memory`."""
-    _laps[0] = 0
+    _laps[:] = [0, 0]
     mx.reset_peak_memory()
 
 
 def lap() -> int:
     """The peak since the last lap; a new lap begins. `peak_memory` goes on over all of them."""
     peak = mx.get_peak_memory()
-    _laps[0] = max(_laps[0], peak)
+    _laps[:] = [max(before, peak) for before in _laps]
     mx.reset_peak_memory()
+    return peak
+
+
+def recent_peak() -> int:
+    """The peak since this was asked last, or since `reset_peak`; `peak_memory` goes on."""
+    lap()
+    peak, _laps[1] = _laps[1], 0
     return peak
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import mlx.core as mx
 
@@ -104,9 +104,13 @@ class Profile:
             )
         return "\n".join(lines)
 
+    def rows(self) -> list[dict[str, Any]]:
+        """All entries as JSON values."""
+        return [asdict(entry) for entry in self.entries]
+
     def json(self) -> str:
-        """All stretches."""
-        return json.dumps([asdict(entry) for entry in self.entries], indent=1)
+        """All entries as text."""
+        return json.dumps(self.rows(), indent=1)
 
     def plot(self, file: BinaryIO) -> None:
         """Draw the peak of each stretch over the step; needs matplotlib (the `plot` extra)."""

@@ -205,7 +205,7 @@ class ModelHead:
         """Whether its rows are in memory."""
         return isinstance(self._rows, ResidentRows)
 
-    def named(self, gradients: Gradients) -> Arrays:
+    def gradients_by_name(self, gradients: Gradients) -> Arrays:
         """Gradients of the adapter by the names of the model's parameters; empty without one."""
         if gradients.up is None:
             return {}

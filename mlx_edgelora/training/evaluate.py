@@ -12,6 +12,7 @@ from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.data.batches import Batch, iterate_batches
 from mlx_edgelora.engine.adapter_state import AdapterState, Arrays
 from mlx_edgelora.measure.meter import DiskMeter
+from mlx_edgelora.measure.profile import begin_step
 
 
 class GradientEngine(Protocol):
@@ -66,6 +67,7 @@ def evaluate(
     losses, counts = [], []
     with _evaluation_mode(engine.model):
         for done, batch in enumerate(batches, start=1):
+            begin_step()  # a profile forgets the batch before
             loss, tokens = engine.loss(batch)
             losses.append(loss.item() * tokens)
             counts.append(tokens)

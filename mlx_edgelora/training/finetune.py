@@ -7,9 +7,10 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -29,7 +30,7 @@ from mlx_edgelora.engine.step import Engine
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.losses.exact import CrossEntropy
 from mlx_edgelora.measure.meter import peak_memory, reset_peak
-from mlx_edgelora.measure.profile import recording
+from mlx_edgelora.measure.profile import Profile, recording
 from mlx_edgelora.measure.units import size
 from mlx_edgelora.model.checkpoint import LazyModel, error_text, quantize_in_place
 from mlx_edgelora.model.headers import headers_of
@@ -47,6 +48,7 @@ from mlx_edgelora.training.callbacks import TrainingCallback, reporting_callback
 from mlx_edgelora.training.evaluate import evaluate
 from mlx_edgelora.training.failures import explain_failures
 from mlx_edgelora.training.limits import PressureWatch, limits
+from mlx_edgelora.training.log import RunLog, recorded
 from mlx_edgelora.training.loop import TrainResult, train
 from mlx_edgelora.training.rehearsal import rehearse
 from mlx_edgelora.training.sampling import first_plan, measure_and_replan
@@ -72,6 +74,7 @@ def finetune(
     config: TrainConfig,
     callbacks: Sequence[TrainingCallback] = (),
     notify: Callable[[str], None] = print,
+    log: RunLog | None = None,
 ) -> TrainResult | None:
     """Fine-tune a model, test it, or both, as `config` says.
 
@@ -79,6 +82,8 @@ def finetune(
         config: every option of the run.
         callbacks: told of every report, as in `mlx_lm.tuner`.
         notify: gets a line for every choice made, warning, and test result.
+        log: gets the records of the run, as `recorded` gives it; by default this function opens
+            what config.log and config.report name.
 
     Returns:
         How training ended; None where only a test was asked for.
@@ -91,7 +96,9 @@ def finetune(
         config = _with_saved_layers(config)
     optimizer = build_optimizer(config)  # refuses what it cannot use before anything slow
     callbacks = [*callbacks, *reporting_callbacks(config)]
-    with _explained_failures(config), keep_awake(config.caffeinate):
+    opened = recorded(config) if log is None else nullcontext(log)
+    with opened as records, _explained_failures(config), keep_awake(config.caffeinate):
+        note = _discard_record if records is None else records.note
         lazy = _adapted_model(config)
         config = _with_layers(config, lazy, notify)
         if converts_dtype(_dtype(config) or lazy.blocks.hidden_dtype):
@@ -99,11 +106,14 @@ def finetune(
         tokenizer = _tokenizer(lazy)
         train_set, valid_set, test_set = _data(config, tokenizer, lazy.vocabulary, notify)
         config = _with_iters(config, train_set)
-        notify(summary.facts(config, lazy, (train_set, valid_set, test_set)))
+        facts = summary.facts(config, lazy, (train_set, valid_set, test_set))
+        notify(summary.lines(facts))
+        note("run", summary.run_record(config, facts))
         sets = [dataset for dataset in (train_set, valid_set, test_set) if dataset is not None]
         place = _spill_place(config)
         with _open_run(config, lazy, sets, place, notify) as (engine, chosen):
             check_loss(config, engine.head)
+            note("plan", summary.plan_record(chosen))
             if config.train and (advice := _packing_advice(config, engine, train_set, chosen)):
                 notify(summary.line("packing", advice))
             result = None
@@ -112,15 +122,21 @@ def finetune(
             if config.train:
                 folder, tiles = _cache(config), chosen.plan.loss_bytes
                 wanted = training_loss(config, engine.head, train_set, folder, notify, tiles)
-                with wanted as loss, _memory_profile(config, notify):
+                with wanted as loss, _memory_profile(config, notify, records) as first:
                     engine.training_loss = loss
+                    planned = chosen.plan
                     rehearse(engine, chosen, notify)
+                    if chosen.plan != planned:
+                        note("plan", summary.plan_record(chosen))
                     reset_peak()
-                    watches = _BudgetWatch(engine, chosen, notify), PressureWatch(notify)
-                    callbacks = [*callbacks, *watches]
-                    result = train(engine, optimizer, config, train_set, valid_set, callbacks)
+                    watches = _BudgetWatch(engine, chosen, notify, note), PressureWatch(notify)
+                    callbacks = [*first, *callbacks, *watches]
+                    both = train_set, valid_set
+                    result = train(engine, optimizer, config, *both, callbacks, None, records)
             if config.test:
-                notify(_test_result(*evaluate(engine, test_set, config, config.test_batches)))
+                loss, tokens = evaluate(engine, test_set, config, config.test_batches)
+                notify(_test_result(loss, tokens))
+                note("test", {"loss": loss, "tokens": tokens})
     return result
 
 
@@ -254,6 +270,10 @@ def _discard(line: str) -> None:
     """Where details are not asked for."""
 
 
+def _discard_record(kind: str, facts: Any) -> None:
+    """Where there is no log."""
+
+
 @contextmanager
 def _open_run(
     config: TrainConfig,
@@ -308,8 +328,14 @@ def _write_plan(config: TrainConfig, chosen: RunPlan) -> None:
 class _BudgetWatch(TrainingCallback):
     """Compares the peak with the budget, and has less used where that was too little."""
 
-    def __init__(self, engine: Engine, chosen: RunPlan, log: Callable[[str], None]) -> None:
-        self._engine, self._chosen, self._log = engine, chosen, log
+    def __init__(
+        self,
+        engine: Engine,
+        chosen: RunPlan,
+        log: Callable[[str], None],
+        note: Callable[[str, Any], None],
+    ) -> None:
+        self._engine, self._chosen, self._log, self._note = engine, chosen, log, note
 
     def on_train_loss_report(self, train_info: dict) -> None:
         """Called at every report."""
@@ -323,6 +349,7 @@ class _BudgetWatch(TrainingCallback):
         if plan is not None:
             self._engine.set_plan_and_residency(plan)
             self._log(f"{message}; from here on\n{summary.memory(self._chosen)}")
+            self._note("plan", summary.plan_record(self._chosen))
 
 
 def _with_embedded(config: TrainConfig) -> TrainConfig:
@@ -495,17 +522,44 @@ def _explained_failures(config: TrainConfig) -> AbstractContextManager:
 
 
 @contextmanager
-def _memory_profile(config: TrainConfig, log: Callable[[str], None]) -> Iterator[None]:
-    """Where it is asked for, tell where the memory of the last step went, and write it down."""
-    if config.memory_profile is None:
-        yield
+def _memory_profile(
+    config: TrainConfig, notify: Callable[[str], None], log: RunLog | None
+) -> Iterator[list[TrainingCallback]]:
+    """Record where the memory of a step goes, for the log and the files that are asked for.
+
+    Gives the callbacks that this takes: of a run that does not end well the first step is logged.
+    """
+    if config.memory_profile is None and log is None:
+        yield []
         return
-    folder = Path(config.memory_profile)
-    make_folder(folder)
+    if config.memory_profile is not None:
+        make_folder(Path(config.memory_profile))
     with recording() as profile:
-        yield
+        yield [] if log is None else [_FirstStep(profile, log)]
+    if log is not None:
+        log.note("step_memory", profile.rows())
+    if config.memory_profile is not None:
+        _write_profile(Path(config.memory_profile), profile, notify)
+
+
+class _FirstStep(TrainingCallback):
+    """Logs the memory of the step before the first report."""
+
+    def __init__(self, profile: Profile, log: RunLog) -> None:
+        self._profile, self._log = profile, log
+        self._done = False
+
+    def on_train_loss_report(self, train_info: dict) -> None:
+        """Called at every report."""
+        if not self._done:
+            self._done = True
+            self._log.note("step_memory", self._profile.rows())
+
+
+def _write_profile(folder: Path, profile: Profile, notify: Callable[[str], None]) -> None:
+    """Write down where the memory of the last step went, and print it."""
     writers = {folder / "memory.json": lambda file: file.write(profile.json().encode())}
     if find_spec("matplotlib") is not None:
         writers[folder / "memory.png"] = profile.plot
     write_atomically(writers)
-    log(f"memory of the last step ({', '.join(map(str, writers))}):\n{profile.table()}")
+    notify(f"memory of the last step ({', '.join(map(str, writers))}):\n{profile.table()}")

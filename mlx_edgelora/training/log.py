@@ -1,13 +1,22 @@
-"""The run's log: one JSON record a line, for plots and comparisons."""
+"""The run's log: one JSON record a line, for plots and comparisons, and the page made of it.
+
+A report of a loss is one flat record (`Report.record`). Everything else is a record with one key:
+`run` (model, data, adapters, optimizer and options), `plan`, `step_memory`, `test`, `answers`, and
+`end`. `mlx_edgelora/report` reads them.
+"""
 
 import json
 import math
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
+from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.report.page import check_target, write_report
 from mlx_edgelora.storage.files import cannot_write
 
 
@@ -15,15 +24,20 @@ class RunLog:
     """Appends records to a JSONL file, each on disk's way before the next step begins.
 
     Args:
-        path: opened for appending, created where missing.
+        path: opened for appending, created where missing; None for a scratch file that nobody
+            sees, for a run that only wants a report.
 
     Raises:
         EdgeLoraError: the file cannot be opened, or later written.
     """
 
-    def __init__(self, path: str | os.PathLike) -> None:
-        self._path = Path(path)
+    def __init__(self, path: str | os.PathLike | None) -> None:
+        self._path = Path(tempfile.gettempdir() if path is None else path)
+        self._begun = False
         try:
+            if path is None:
+                self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
+                return
             self._file = open(self._path, "ab+")  # noqa: SIM115 - closed by close()
             # A run that was killed may have left half a record; do not glue ours to it.
             if self._file.tell() and not self._ends_a_line():
@@ -45,15 +59,53 @@ class RunLog:
                     f"{self._path}: iteration {record['iteration']}: {key} is {value}, expected a "
                     "finite number; check the learning rate and its schedule"
                 )
-        try:
-            self._file.write(json.dumps(record).encode() + b"\n")
-            self._file.flush()
-        except OSError as error:
-            raise cannot_write(self._path, error) from error
+        self._append(record)
+
+    def note(self, kind: str, facts: Any) -> None:
+        """Append what is not a report of a loss: JSON values under a key that says what they are.
+
+        Raises:
+            EdgeLoraError: the disk is full.
+        """
+        self._begun = self._begun or kind == "run"
+        self._append({kind: facts})
+
+    def end(self, error: BaseException | None) -> None:
+        """Say how the run ended; nothing where it never began.
+
+        Raises:
+            EdgeLoraError: the disk is full.
+        """
+        if not self._begun:
+            return
+        if error is None:
+            self.note("end", {"status": "finished"})
+        elif isinstance(error, KeyboardInterrupt):
+            self.note("end", {"status": "interrupted"})
+        else:
+            reason = str(error) or type(error).__name__
+            self.note("end", {"status": "failed", "reason": reason})
+
+    def report(self, target: Path) -> None:
+        """Write the page about the run, unless it never began.
+
+        Raises:
+            EdgeLoraError: the page cannot be written.
+        """
+        if self._begun:
+            self._file.seek(0)
+            write_report(self._file, str(self._path), target)
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file.
+
+        Raises:
+            EdgeLoraError: the disk is full.
+        """
+        try:
+            self._file.close()
+        except OSError as error:  # what could not be written before is tried again
+            raise cannot_write(self._path, error) from error
 
     def __enter__(self) -> Self:
         return self
@@ -61,6 +113,42 @@ class RunLog:
     def __exit__(self, *_exception) -> None:
         self.close()
 
+    def _append(self, record: Mapping[str, Any]) -> None:
+        try:
+            self._file.write(json.dumps(record).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise cannot_write(self._path, error) from error
+
     def _ends_a_line(self) -> bool:
         self._file.seek(-1, os.SEEK_END)
         return self._file.read(1) == b"\n"
+
+
+@contextmanager
+def recorded(config: TrainConfig) -> Iterator[RunLog | None]:
+    """The log of a run; at its end, whatever that is, the page that config.report names.
+
+    Gives None where neither is wanted.
+
+    Raises:
+        EdgeLoraError: one of the files cannot be written.
+    """
+    if config.log is None and config.report is None:
+        yield None
+        return
+    target = None if config.report is None else Path(config.report)
+    if target is not None:
+        check_target(target)
+    with RunLog(config.log) as log:
+        try:
+            yield log
+        except BaseException as error:
+            with suppress(EdgeLoraError):  # the first error is the one to tell
+                log.end(error)
+                if target is not None:
+                    log.report(target)
+            raise
+        log.end(None)
+        if target is not None:
+            log.report(target)

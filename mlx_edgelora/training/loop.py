@@ -33,7 +33,7 @@ from mlx_edgelora.engine.adapter_state import Arrays
 from mlx_edgelora.engine.finite import FiniteCheck
 from mlx_edgelora.engine.optimizer import clip_factor
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.measure.meter import peak_memory
+from mlx_edgelora.measure.meter import peak_memory, recent_peak
 from mlx_edgelora.measure.profile import begin_step, phase
 from mlx_edgelora.storage.files import make_folder
 from mlx_edgelora.training.adapters import WEIGHTS_FILE, save_adapters
@@ -75,6 +75,7 @@ def train(
     valid_set: Sequence | None = None,
     callbacks: Sequence[TrainingCallback] = (),
     progress: Progress | None = None,
+    log: RunLog | None = None,
 ) -> TrainResult:
     """Train the model's trainable parameters for `config.iters` steps.
 
@@ -86,6 +87,7 @@ def train(
         callbacks: told of every report. If one raises, the steps since the last save
             are saved and the exception goes on.
         progress: replaces the display on standard output and error.
+        log: gets a record of every report.
 
     Raises:
         EdgeLoraError: a loss or gradient is NaN or infinite, or a file cannot be
@@ -95,7 +97,6 @@ def train(
     """
     make_folder(Path(config.adapter_path))
     with contextlib.ExitStack() as stack:
-        log = stack.enter_context(RunLog(config.log)) if config.log else None
         progress = stack.enter_context(progress or Progress(config.iters, verbose=config.verbose))
         run = _Run(engine, optimizer, config, train_set, callbacks, progress, log)
         validates = valid_set and config.val_batches != 0
@@ -310,7 +311,7 @@ class _Run:
         self._progress.report(report)
         with self._saved_on_failure():
             if self._log is not None:
-                self._log.write(report.record())
+                self._log.write(report.record() | {"recent_peak_bytes": recent_peak()})
             for callback in self._callbacks:
                 if report.kind == "val_loss":
                     callback.on_val_loss_report(report.callback_info())

@@ -1,8 +1,11 @@
 """The header of a run: what is trained, on what, how, and within which memory."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from textwrap import fill
+from typing import Any
 
 from mlx.utils import tree_flatten
 from mlx_lm.utils import get_total_parameters
@@ -13,6 +16,7 @@ from mlx_edgelora.data.batches import count_batches, padding_share
 from mlx_edgelora.embedded import DATA_PATH, MODEL_PATH
 from mlx_edgelora.measure.units import duration, size
 from mlx_edgelora.model.checkpoint import LazyModel
+from mlx_edgelora.planner.report import PlanReport
 from mlx_edgelora.planner.run_plan import RunPlan
 
 # Of a line; what is longer goes on below.
@@ -20,10 +24,11 @@ COLUMNS = 80
 NAMES = 11
 # Packing is worth a word where an epoch has so many times fewer batches with it.
 FEWER = 2
+EMBEDDED = "the tiny model of this package"
 
 
-def facts(config: TrainConfig, lazy: LazyModel, sets: Sequence[Dataset | None]) -> str:
-    """Lines about the model, the data, the adapters and the optimizer.
+def facts(config: TrainConfig, lazy: LazyModel, sets: Sequence[Dataset | None]) -> dict[str, str]:
+    """Words about the model, the data, the adapters and the optimizer.
 
     Args:
         config: of the run.
@@ -34,7 +39,19 @@ def facts(config: TrainConfig, lazy: LazyModel, sets: Sequence[Dataset | None]) 
     if config.train:
         rows |= {"batches": _batches(config, sets[0])}
         rows |= {"adapters": _adapters(config, lazy), "optimizer": _optimizer(config)}
-    return _lines(rows)
+    return rows
+
+
+def run_record(config: TrainConfig, facts: Mapping[str, str]) -> dict[str, Any]:
+    """What a log says of a run at its beginning."""
+    return {
+        "model": EMBEDDED if config.model == str(MODEL_PATH) else config.model,
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "version": _version(),
+        "iters": config.iters if config.train else None,
+        "facts": dict(facts),
+        "options": config.to_dict(),
+    }
 
 
 def packing_advice(config: TrainConfig, train_set: Dataset) -> str | None:
@@ -55,7 +72,7 @@ def packing_advice(config: TrainConfig, train_set: Dataset) -> str | None:
 
 def line(name: str, text: str) -> str:
     """One more line under the header, of the same form."""
-    return _lines({name: text})
+    return lines({name: text})
 
 
 def memory(chosen: RunPlan) -> str:
@@ -64,7 +81,7 @@ def memory(chosen: RunPlan) -> str:
     limit = "no limit" if most is None else size(most)
     measured = ", by formula" if chosen.measurements.is_empty else ""
     expected = f"{size(choice.peak)} and {duration(choice.seconds)} a step expected{measured}"
-    return _lines(
+    return lines(
         {
             "memory": f"{limit} ({chosen.budget.why}); {expected}",
             "plan": chosen.plan.summary(chosen.shape.blocks),
@@ -72,9 +89,29 @@ def memory(chosen: RunPlan) -> str:
     )
 
 
+def plan_record(chosen: RunPlan) -> dict[str, Any]:
+    """What a log says of the budget and the plan; sizes in bytes, times in seconds."""
+    choice = chosen.choice
+    return {
+        "budget_bytes": chosen.budget.bytes,
+        "budget_reason": chosen.budget.why,
+        "expected_peak_bytes": choice.peak,
+        "expected_seconds": choice.seconds,
+        "phases": PlanReport(chosen, True).phases(),
+        "rows": dict(chosen.plan.rows(chosen.shape.blocks)),
+    }
+
+
+def _version() -> str | None:
+    try:
+        return version("mlx-edgelora")
+    except PackageNotFoundError:  # run from a folder of sources
+        return None
+
+
 def _model(lazy: LazyModel) -> str:
     path = lazy.checkpoint.path
-    name = "the tiny model of this package" if path == MODEL_PATH else _short(path)
+    name = EMBEDDED if path == MODEL_PATH else _short(path)
     bits = (lazy.config.get("quantization") or {}).get("bits")
     packed = f", {bits}-bit" if bits else ""
     total = _count(get_total_parameters(lazy.model))
@@ -136,7 +173,8 @@ def _short(path: Path) -> str:
     return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
 
 
-def _lines(rows: dict[str, str]) -> str:
+def lines(rows: Mapping[str, str]) -> str:
+    """The header's lines for some facts."""
     return "\n".join(
         fill(
             text,

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from mlx_edgelora.measure import meter
-from mlx_edgelora.measure.meter import DiskMeter, footprint, peak_memory, reset_peak
+from mlx_edgelora.measure.meter import DiskMeter, footprint, peak_memory, recent_peak, reset_peak
+from mlx_edgelora.measure.profile import phase, recording
 
 
 def test_footprint_follows_memory_that_is_touched():
@@ -50,6 +51,17 @@ def test_peak_memory_starts_anew_after_reset():
     mx.clear_cache()
     reset_peak()
     assert peak_memory() < 4 << 20
+
+
+def test_the_recent_peak_begins_anew_and_the_whole_one_goes_on():
+    reset_peak()
+    mx.eval(mx.zeros((1 << 20,)))
+    with recording(), phase("head"):  # which takes laps of its own
+        mx.eval(mx.zeros((1 << 10,)))
+    assert recent_peak() >= 4 << 20
+    mx.clear_cache()
+    mx.eval(mx.zeros((1 << 10,)))
+    assert recent_peak() < 4 << 20 <= peak_memory()
 
 
 def test_disk_meter_counts_from_many_threads():

@@ -358,7 +358,13 @@ def test_log_and_callbacks_are_told_of_every_report(options, tmp_path, tiny):
     recorder = Recorder()
     config = options(data=str(data), log=str(tmp_path / "run.jsonl"), steps_per_eval=2)
     finetune(config, [recorder], lambda line: None)
-    records = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
+    records = [record for record in lines if "iteration" in record]
+    events = [next(iter(record)) for record in lines if "iteration" not in record]
+    assert events == ["run", "plan", "step_memory", "step_memory", "end"]
+    assert lines[0]["run"]["options"] == config.to_dict()
+    peaks = [record.pop("recent_peak_bytes") for record in records]
+    assert max(peaks) == records[-1]["peak_memory_bytes"]
     kinds = ["train_loss" if "train_loss" in record else "val_loss" for record in records]
     assert kinds == ["val_loss", "train_loss", "val_loss", "train_loss"]
     assert [record["iteration"] for record in records] == [0, 1, 1, 2]

@@ -12,18 +12,20 @@ from mlx_edgelora.data.batches import iterate_batches
 from mlx_edgelora.data.dataset import Dataset, Row
 from mlx_edgelora.engine.optimizer import build_optimizer
 from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.measure.meter import reset_peak
 from mlx_edgelora.training.adapters import load_adapter_weights
 from mlx_edgelora.training.evaluate import evaluate
+from mlx_edgelora.training.log import RunLog
 from mlx_edgelora.training.loop import TrainResult, train
 
 WEIGHTS = "adapters.safetensors"
 
 
-def run(config, progress, rows=None, valid=None, model=None, engine=None, callbacks=()):
+def run(config, progress, rows=None, valid=None, model=None, engine=None, callbacks=(), log=None):
     engine = engine or PlainEngine(model or make_model())
     rows = rows or make_rows(8, 16)
     optimizer = build_optimizer(config)
-    return engine, train(engine, optimizer, config, rows, valid, callbacks, progress)
+    return engine, train(engine, optimizer, config, rows, valid, callbacks, progress, log)
 
 
 def parameters(model):
@@ -227,11 +229,13 @@ def test_saves_every_so_many_steps_and_at_the_end(make_config, quiet):
 
 
 def test_log_records(make_config, quiet, tmp_path):
-    config = make_config(iters=4, steps_per_report=2, log=str(tmp_path / "run.jsonl"))
-    _, result = run(config, quiet, valid=make_rows(4, 16))
-    records = [json.loads(line) for line in Path(config.log).read_text().splitlines()]
+    config, path = make_config(iters=4, steps_per_report=2), tmp_path / "run.jsonl"
+    reset_peak()
+    with RunLog(path) as log:
+        _, result = run(config, quiet, valid=make_rows(4, 16), log=log)
+    records = [json.loads(line) for line in path.read_text().splitlines()]
     assert [list(record) for record in records] == [
-        ["iteration", kind, *RECORD_KEYS]
+        ["iteration", kind, *RECORD_KEYS, "recent_peak_bytes"]
         for kind in ("val_loss", "train_loss", "val_loss", "train_loss")
     ]
     assert [record["iteration"] for record in records] == [0, 2, 3, 4]
@@ -242,6 +246,8 @@ def test_log_records(make_config, quiet, tmp_path):
     assert records[2]["val_loss"] == result.val_loss
     times = [record["time"] for record in records]
     assert times == sorted(times)
+    recent = [record["recent_peak_bytes"] for record in records]
+    assert max(recent) == records[-1]["peak_memory_bytes"] and min(recent) > 0
 
 
 class Spoiled(PlainEngine):

@@ -21,7 +21,7 @@ def embedded():
 
 
 def test_facts_of_the_embedded_run(embedded):
-    assert summary.facts(*embedded).splitlines() == [
+    assert summary.lines(summary.facts(*embedded)).splitlines() == [
         "model      the tiny model of this package (4 blocks, 1.15 M parameters, 4-bit)",
         "data       800 rows for training, 64 rows for validation; longest 31 tokens",
         "batches    100 an epoch, of 8 rows; 15 % of their tokens are padding",
@@ -34,7 +34,8 @@ def test_long_lines_go_on_below(embedded, monkeypatch):
     config, lazy, sets = embedded
     monkeypatch.setattr(Path, "home", lambda: Path("/home/someone"))
     place = f"/home/someone/{'a/long folder of data/' * 4}"
-    lines = summary.facts(replace(config, data=place), lazy, sets).splitlines()
+    facts = summary.facts(replace(config, data=place), lazy, sets)
+    lines = summary.lines(facts).splitlines()
     assert lines[1].startswith("data       ~/a/long folder")
     assert lines[2].startswith(" " * summary.NAMES) and max(map(len, lines)) <= summary.COLUMNS
 

@@ -1,0 +1,1 @@
+"""A page about a run, drawn from its log alone."""

@@ -1,0 +1,260 @@
+"""The page: one HTML file without anything from outside, for any width, light and dark."""
+
+import base64
+import hashlib
+import statistics
+from collections.abc import Iterable, Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.measure.profile import PhasePeak
+from mlx_edgelora.measure.units import clock, duration, size
+from mlx_edgelora.report.charts import MOST_HEADROOM, Line, curves, phases
+from mlx_edgelora.report.run import Run, number, read_run
+from mlx_edgelora.storage.files import make_folder, write_atomically
+
+STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+SCRIPT = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
+# Only this script runs, and nothing is loaded: whatever a log holds, it stays text.
+SCRIPT_HASH = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+POLICY = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{SCRIPT_HASH}'"
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<main>
+{body}
+</main>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+
+def write_report(lines: Iterable[bytes], place: str, target: Path) -> None:
+    """Read the last run of a log and write the page about it.
+
+    Args:
+        lines: of the log.
+        place: what to call the log.
+        target: the HTML file; one that exists is replaced whole.
+
+    Raises:
+        EdgeLoraError: the log holds no run, or the file cannot be written.
+    """
+    text = page(read_run(lines, place)).encode()
+    write_atomically({target: lambda file: file.write(text)})
+
+
+def check_target(target: Path) -> None:
+    """See that a report can be written to a file: better before a run than after it.
+
+    Raises:
+        EdgeLoraError: it is a folder, or its folder is none or cannot be written.
+    """
+    if target.is_dir():
+        raise EdgeLoraError(f"{target}: is a folder, expected the report's file; name one in it")
+    if not target.parent.is_dir():
+        raise EdgeLoraError(f"{target}: {target.parent} is no folder; choose one that exists")
+    make_folder(target.parent)
+
+
+def page(run: Run) -> str:
+    """The whole page about a run, as far as its log goes."""
+    name = _name(run)
+    budget = number(run.event("plan").get("budget_bytes"))
+    loss = Line("training", "c0", run.train_loss.points)
+    validation = Line("validation", "c1", run.val_loss.points, dotted=True)
+    pair = curves("Tokens per second", [Line("training", "c0", run.speed.points)], _speed, True)
+    pair += _memory(run, budget)
+    parts = [
+        _head(run, name),
+        _tiles(run, budget),
+        _facts("Run", run.event("run").get("facts")),
+        curves("Loss", [loss, validation], _loss),
+        f'<div class="pair">{pair}</div>' if pair else "",
+        _step_memory(run),
+        _plan(run),
+        _answers(run.event("answers")),
+        _foot(run),
+    ]
+    title = escape(f"{name}: report of a training run")
+    body = "\n".join(filter(None, parts))
+    return PAGE.format(policy=POLICY, title=title, style=STYLE, body=body, script=SCRIPT)
+
+
+def _name(run: Run) -> str:
+    """What was trained, without its folder."""
+    model = str(run.event("run").get("model") or "a training run").rstrip("/").rpartition("/")[2]
+    return model[:1].upper() + model[1:] if " " in model else model
+
+
+def _head(run: Run, name: str) -> str:
+    end, steps = run.event("end"), number(run.event("run").get("iters"))
+    where = f"step {max(run.step, 0):,.0f}" + (f" of {steps:,.0f}" if steps else "")
+    words, style = {
+        "finished": (f"finished, {where}", "good"),
+        "interrupted": (f"interrupted after {where}", "poor"),
+        "failed": (f"ended by an error after {where}", "poor"),
+    }.get(str(end.get("status")), (f"no end in the log; last report at {where}", "poor"))
+    if not run.event("run"):  # nor would there be one
+        words, style = f"last report at {where}", "plain"
+    reason = f'<p class="reason">{escape(str(end["reason"]))}</p>' if end.get("reason") else ""
+    started = str(run.event("run").get("started") or "").replace("T", " ")[:16]
+    over = " · ".join(filter(None, ("mlx-edgelora training run", started)))
+    return (
+        f'<header><p class="over">{escape(over)}</p><h1>{escape(name)}</h1>'
+        f'<p class="status {style}">{escape(words)}</p>{reason}</header>'
+    )
+
+
+def _tiles(run: Run, budget: float | None) -> str:
+    """The figures that matter, large."""
+    tiles, speed = [], 0.0
+    for name, curve in (("Validation loss", run.val_loss), ("Training loss", run.train_loss)):
+        if curve:
+            tiles.append((name, f"{curve.last:.3f}", f"from {curve.first:.3f}", None))
+    if (loss := number(run.event("test").get("loss"))) is not None:
+        tokens = number(run.event("test").get("tokens")) or 0
+        tiles.append(("Test loss", f"{loss:.3f}", f"on {tokens:,.0f} tokens", None))
+    if run.peak:
+        of = "" if budget is None else f"budget {_size(budget)}"
+        tiles.append(("Peak memory", size(run.peak.high), of, budget and run.peak.high / budget))
+    if run.speed:
+        speed = statistics.median(value for _, value in run.speed.points)
+        more = f"{run.tokens:,.0f} tokens" if run.tokens else "median"
+        tiles.append(("Tokens/s", f"{speed:,.0f}", more, None))
+    if run.seconds:
+        steps = run.step if speed > 0 and run.tokens > 0 else 0
+        more = f"{duration(run.tokens / steps / speed)} a step" if steps > 0 else ""
+        tiles.append(("Time", clock(run.seconds), more, None))
+    return f'<section class="tiles">{"".join(map(_tile, tiles))}</section>' if tiles else ""
+
+
+def _tile(tile: tuple[str, str, str, float | None]) -> str:
+    name, value, more, share = tile
+    bar = "" if share is None else f'<i class="bar"><b style="width:{min(share, 1):.1%}"></b></i>'
+    return (
+        f'<div class="card tile"><h3>{escape(name)}</h3><strong>{escape(value)}</strong>'
+        f"<span>{escape(more)}</span>{bar}</div>"
+    )
+
+
+def _memory(run: Run, budget: float | None) -> str:
+    """Memory over the run; the process is only named where it would flatten the rest."""
+    peak = Line("peak of MLX", "c0", run.peak.points)
+    process = Line("whole process", "c2", run.process.points)
+    limit = None if budget is None else (f"MLX budget {_size(budget)}", budget)
+    if run.peak and run.process and run.process.high > MOST_HEADROOM * run.peak.high:
+        above = f"whole process {_size(run.process.high)}"
+        return curves("Memory", [peak], _size, True, limit, above)
+    return curves("Memory", [peak, process], _size, True, limit)
+
+
+def _facts(title: str, facts: Any, more: str = "") -> str:
+    """Names and what they are, as a list."""
+    if not isinstance(facts, Mapping) or not facts:
+        return ""
+    rows = "".join(
+        f"<dt>{escape(str(name))}</dt><dd>{escape(str(value))}</dd>"
+        for name, value in facts.items()
+    )
+    return f'<section class="card"><h2>{escape(title)}</h2>{more}<dl>{rows}</dl></section>'
+
+
+def _step_memory(run: Run) -> str:
+    """Where the memory of a step goes: as measured, or else as the planner expects it."""
+    found = run.events.get("step_memory")
+    rows = [row for row in found if isinstance(row, Mapping)] if isinstance(found, list) else []
+    title = "Memory of one step, by phase and block"
+    if not rows:
+        title = "Memory of one step by phase, as expected"
+        expected = run.event("plan").get("phases")
+        pairs = expected.items() if isinstance(expected, Mapping) else ()
+        rows = [{"phase": phase, "peak_bytes": peak} for phase, peak in pairs]
+    entries = [
+        PhasePeak(
+            str(row.get("phase")),
+            None if number(row.get("block")) is None else int(row["block"]),
+            number(row.get("start_bytes")) or 0,
+            number(row.get("peak_bytes")) or 0,
+        )
+        for row in rows
+    ]
+    # What reads nothing, say, has nothing to show.
+    entries = [e for e in entries if e.peak_bytes > e.start_bytes]
+    return phases(title, entries, _size) if entries else ""
+
+
+def _plan(run: Run) -> str:
+    plan = run.event("plan")
+    peak, seconds = number(plan.get("expected_peak_bytes")), number(plan.get("expected_seconds"))
+    words = []
+    if peak is not None and seconds is not None:
+        words.append(f"Expected: {size(peak)} and {duration(seconds)} a step.")
+    if plan.get("budget_reason"):
+        budget = number(plan.get("budget_bytes"))
+        most = "no limit" if budget is None else size(budget)
+        words.append(f"Budget: {most}, {plan['budget_reason']}.")
+    return _facts("Plan", plan.get("rows"), f"<p>{escape(' '.join(words))}</p>" if words else "")
+
+
+def _answers(answers: Mapping[str, Any]) -> str:
+    """What the model answers before and after training."""
+    if "after" not in answers:
+        return ""
+    cells = {name: str(answers.get(name, "")) for name in ("prompt", "expected", "before", "after")}
+    rows = "".join(
+        f'<dt>{name}</dt><dd class="{_verdict(name, cells)}">{escape(text)}</dd>'
+        for name, text in cells.items()
+    )
+    shares = [number(answers.get(f"exact_match_{when}")) for when in ("before", "after")]
+    words = ""
+    if None not in shares:
+        before, after = shares
+        words = f"<p>Held-out rows answered exactly: {before:.0%} before, {after:.0%} after.</p>"
+    return (
+        f'<section class="card"><h2>An answer before and after training</h2>{words}'
+        f'<dl class="answer">{rows}</dl></section>'
+    )
+
+
+def _verdict(name: str, cells: Mapping[str, str]) -> str:
+    """Style of a text: plain, or of a right or wrong answer."""
+    if name not in ("before", "after"):
+        return "plain"
+    return "right" if cells[name].strip() == cells["expected"].strip() else "wrong"
+
+
+def _foot(run: Run) -> str:
+    notes = []
+    if run.count > 1:
+        notes.append(f"The last of {run.count} runs in this log.")
+    if run.unread:
+        notes.append(f"Lines of the log that hold no record: {run.unread:,}.")
+    version = run.event("run").get("version")
+    if version:
+        notes.append(f"mlx-edgelora {version}")
+    return f"<footer>{escape(' '.join(notes))}</footer>" if notes else ""
+
+
+def _loss(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def _speed(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 or value == 0 else f"{value:.2g}"
+
+
+def _size(value: float) -> str:
+    digits, unit = size(value).split()
+    return f"{digits.rstrip('0').rstrip('.') if '.' in digits else digits} {unit}"

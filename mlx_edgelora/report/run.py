@@ -1,0 +1,166 @@
+"""A run as its log describes it: what a report is made of.
+
+A log has a JSON record on each line. A record is a report of a loss (`iteration`, `train_loss` or
+`val_loss`, figures) or has one key that says what it holds: `run`, `plan`, `step_memory`, `test`,
+`answers`, `end`. What mlx-lm gives its callbacks, written down as JSON, is read too.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx_edgelora.errors import EdgeLoraError
+
+# A curve has at most so many points; those of a longer log are merged.
+MOST_POINTS = 512
+EVENTS = ("run", "plan", "step_memory", "test", "answers", "end")
+# A number beyond it is damage.
+HUGE = 1e30
+
+
+class Curve:
+    """A figure over steps. However long the log is, few points are kept.
+
+    Args:
+        highest: whether merged points become their highest value, or else their mean.
+    """
+
+    def __init__(self, highest: bool = False) -> None:
+        self._highest = highest
+        self._stride = 1
+        self._merged: list[tuple[float, float]] = []
+        self._waiting: list[tuple[float, float]] = []
+        self.first = self.last = self.low = self.high = math.nan
+
+    def add(self, step: float, value: float) -> None:
+        """Append a point; steps do not decrease."""
+        if not self:
+            self.first = self.low = self.high = value
+        self.last, self.low, self.high = value, min(self.low, value), max(self.high, value)
+        self._waiting.append((step, value))
+        if len(self._waiting) == self._stride:
+            self._merged.append(self._merge(self._waiting))
+            self._waiting = []
+        if len(self._merged) == MOST_POINTS:
+            pairs = zip(self._merged[::2], self._merged[1::2], strict=True)
+            self._merged = [self._merge(pair) for pair in pairs]
+            self._stride *= 2
+
+    @property
+    def points(self) -> list[tuple[float, float]]:
+        """(step, value) in order."""
+        return self._merged + ([self._merge(self._waiting)] if self._waiting else [])
+
+    def __bool__(self) -> bool:
+        return not math.isnan(self.last)
+
+    def _merge(self, points: Iterable[tuple[float, float]]) -> tuple[float, float]:
+        steps, values = zip(*points, strict=True)
+        return steps[-1], max(values) if self._highest else math.fsum(values) / len(values)
+
+
+@dataclass
+class Run:
+    """The last run of a log.
+
+    Attributes:
+        count: runs that the log holds, this one included.
+        events: the last record of each kind in `EVENTS`, as it was written.
+        train_loss, val_loss: mean losses by step.
+        speed: labelled tokens a second.
+        peak: of MLX's allocator since the report before, in bytes.
+        process: memory of the process, in bytes.
+        step, tokens, seconds: of the last report: steps, labelled tokens and time since the start.
+        unread: lines of the log that hold no record.
+    """
+
+    count: int = 1
+    events: dict[str, Any] = field(default_factory=dict)
+    train_loss: Curve = field(default_factory=Curve)
+    val_loss: Curve = field(default_factory=Curve)
+    speed: Curve = field(default_factory=Curve)
+    peak: Curve = field(default_factory=lambda: Curve(highest=True))
+    process: Curve = field(default_factory=lambda: Curve(highest=True))
+    step: float = -1
+    tokens: float = 0
+    seconds: float | None = None
+    unread: int = 0
+
+    def event(self, kind: str) -> Mapping[str, Any]:
+        """The last record of a kind; empty where there is none."""
+        found = self.events.get(kind)
+        return found if isinstance(found, Mapping) else {}
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Take a record in."""
+        self.events |= {kind: record[kind] for kind in EVENTS if kind in record}
+        step = number(record.get("iteration"))
+        if step is None:
+            return
+        self.step = step
+        self.tokens = number(record.get("trained_tokens")) or self.tokens
+        self.seconds = number(record.get("time")) or self.seconds
+        peak = record.get("recent_peak_bytes", record.get("peak_memory_bytes"))
+        if peak is None and number(record.get("peak_memory")) is not None:
+            peak = record["peak_memory"] * 10**9  # as mlx-lm counts
+        figures = {
+            "train_loss": record.get("train_loss"),
+            "val_loss": record.get("val_loss"),
+            "speed": record.get("tokens_per_second") if "train_loss" in record else None,
+            "peak": peak,
+            "process": record.get("footprint_bytes"),
+        }
+        for name, value in figures.items():
+            if (value := number(value)) is not None:
+                getattr(self, name).add(step, value)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is known of it."""
+        return not (self.events or self.train_loss or self.val_loss)
+
+
+def read_run(lines: Iterable[bytes], place: str) -> Run:
+    """The last run of a log.
+
+    Args:
+        lines: of the log, as a file gives them; not kept.
+        place: what to call the log in an error.
+
+    Raises:
+        EdgeLoraError: no line holds a record of a run.
+    """
+    run, unread, count = Run(), 0, 0
+    for line in lines:
+        count += 1
+        record = _record(line)
+        if record is None:
+            unread += bool(line.strip())
+            continue
+        step = number(record.get("iteration"))
+        if "run" in record or (step is not None and step < run.step):
+            run = Run(run.count + (not run.is_empty))
+        run.add(record)
+    if run.is_empty:
+        what = f"{count} lines without a record of a training run" if count else "an empty file"
+        raise EdgeLoraError(f"{place}: {what}, expected the file that a run wrote with --log")
+    run.unread = unread
+    return run
+
+
+def number(value: Any) -> float | None:
+    """The value where it is a number that a chart can have; else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if abs(value) < HUGE else None  # false of NaN too
+
+
+def _record(line: bytes) -> Mapping[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
+        return None
+    known = ("iteration", *EVENTS)
+    return record if isinstance(record, dict) and not record.keys().isdisjoint(known) else None
