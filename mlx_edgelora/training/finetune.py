@@ -7,7 +7,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -110,12 +110,10 @@ def finetune(
         notify(summary.lines(facts))
         note("run", summary.run_record(config, facts))
         sets = [dataset for dataset in (train_set, valid_set, test_set) if dataset is not None]
-        place = _spill_place(config)
-        with _open_run(config, lazy, sets, place, notify) as (engine, chosen):
+        with _open_run(config, lazy, sets, _spill_place(config), notify) as (engine, chosen):
             check_loss(config, engine.head)
             note("plan", summary.plan_record(chosen))
-            if config.train and (advice := _packing_advice(config, engine, train_set, chosen)):
-                notify(summary.line("packing", advice))
+            _advise_packing(config, engine, train_set, chosen, notify)
             result = None
             if config.train and config.verify == "on":
                 notify(_verification_line(engine, chosen, config))
@@ -459,17 +457,19 @@ def _with_iters(config: TrainConfig, train_set: Dataset | None) -> TrainConfig:
     return dataclasses.replace(config, iters=iters, epochs=None)
 
 
-def _packing_advice(
-    config: TrainConfig, engine: Engine, train_set: Dataset, chosen: RunPlan
-) -> str | None:
-    """What packing would save, where that is much and the model can be packed."""
-    advice = summary.packing_advice(config, train_set)
-    if advice is not None:
-        try:
-            engine.walk.check_packing(chosen.batch_shape.tokens)
-        except EdgeLoraError:
-            return None
-    return advice
+def _advise_packing(
+    config: TrainConfig,
+    engine: Engine,
+    train_set: Dataset | None,
+    chosen: RunPlan,
+    notify: Callable[[str], None],
+) -> None:
+    """Say what packing would save, where that is much and the model can be packed."""
+    if not config.train or (advice := summary.packing_advice(config, train_set)) is None:
+        return
+    with suppress(EdgeLoraError):
+        engine.walk.check_packing(chosen.batch_shape.tokens)
+        notify(summary.line("packing", advice))
 
 
 def _resume(trained: AdapterState, model: nn.Module, config: TrainConfig) -> None:

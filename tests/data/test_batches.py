@@ -75,10 +75,10 @@ def test_rows_that_reach_the_limit_come_as_in_mlx_lm(wrap, lengths):
 def test_several_spans_of_a_row_are_labels_and_what_is_between_is_not():
     (tokens, _), spans = make_rows([40])[0], [(0, 3), (10, 12), (39, 40)]
     for rows in ([(tokens, spans)], make_dataset([(tokens, spans)])):
-        (batch,) = iterate_batches(rows, 1, 64)
+        (batch,) = iterate_batches(rows, 1, 65)
         assert batch.tokens.shape == (1, 65) and batch.mask.shape == (1, 64)
         assert np.flatnonzero(batch.mask[0]).tolist() == [0, 1, 9, 10, 38]
-        assert largest_batch([rows], 1, 64) == (64, 5)
+        assert largest_batch([rows], 1, 65) == (1, 64, 5, 64)
     with pytest.raises(EdgeLoraError, match=r"^row 0: has no token to train on within"):
         iterate_batches([(tokens, [(20, 30)])], 1, 16)
 
