@@ -5,6 +5,7 @@
     taskset -c 0 python benchmarks/speed.py host --rounds 30
     python benchmarks/speed.py reading --shape llama-3.2-3b --blocks 4
     LD_PRELOAD=libopenblas.so.0 python benchmarks/speed.py products
+    python benchmarks/speed.py packing --shape llama-3.2-1b --blocks 4 --tokens 1024 --short-rows 84
 
 `steps` is the table of a GPU: peak and seconds of a step within some budgets, beside mlx-lm's. Each
 row is a process of its own, which is ended after `--seconds`; a row that fails costs its own
@@ -51,6 +52,7 @@ from mlx_lm.models import llama
 from mlx_lm.tuner import trainer
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model
+from packing import compare_packing
 
 from mlx_edgelora.benchmark import contenders, rows, shapes
 from mlx_edgelora.benchmark.job import TrainingJob
@@ -378,6 +380,14 @@ def main() -> None:
     one.set_defaults(run=reading)
     one = commands.add_parser("products", help="quantized products of a CPU")
     one.set_defaults(run=products)
+    one = commands.add_parser("packing", help="what packing short rows gains")
+    one.add_argument("--shape", choices=shapes.SHAPES, default="llama-3.2-1b")
+    one.add_argument("--blocks", type=int, default=4)
+    one.add_argument("--tokens", type=int, default=1024)
+    one.add_argument("--short-rows", type=int, default=84, help="tokens of a row on average")
+    one.add_argument("--steps", type=int, default=5)
+    one.add_argument("--budget", type=float, default=1000, help="GB")
+    one.set_defaults(run=compare_packing)
     for command in commands.choices.values():
         command.add_argument("--cache", type=Path, default=shapes.default_cache())
     args = parser.parse_args()

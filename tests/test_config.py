@@ -185,6 +185,23 @@ def test_a_preset_lies_under_a_run_that_names_nothing(argv):
     assert (config.batch_size, config.iters) == (3, 3 if argv else 9)
 
 
+def test_epochs_take_the_place_of_steps(write):
+    """Of a file or a preset as well, which the command line wins over."""
+    assert TrainConfig().iters == 1000
+    for argv, preset in (
+        (["--epochs", "3"], {"iters": 9}),
+        (["-c", write("iters: 5"), "--epochs", "3"], None),
+        (["-c", write("epochs: 3")], {"iters": 9}),
+    ):
+        config = config_from_cli(argv, preset=preset)
+        assert (config.iters, config.epochs) == (None, 3)
+    config = config_from_cli(["-c", write("epochs: 5"), "--iters", "7"])
+    assert (config.iters, config.epochs) == (7, None)
+    for both in (["--iters", "7", "--epochs", "2"], ["-c", write("iters: 7\nepochs: 2")]):
+        with pytest.raises(EdgeLoraError, match=r"^epochs: got 2 with iters 7, expected one of"):
+            config_from_cli(both)
+
+
 @pytest.mark.parametrize("argv", [["--model", "m"], ["--data", "d"]])
 def test_a_preset_is_not_for_runs_of_something_else(argv):
     assert config_from_cli(argv, preset={"batch_size": 3}).batch_size == 4

@@ -33,6 +33,7 @@ GROUPS: dict[str, dict[str, str | None]] = {
         "train_on": None,
         "allow_lost_content": None,
         "max_seq_length": "TOKENS",
+        "packing": None,
         "prompt_feature": "NAME",
         "completion_feature": "NAME",
         "text_feature": "NAME",
@@ -54,6 +55,7 @@ GROUPS: dict[str, dict[str, str | None]] = {
     },
     "optimization": {
         "iters": "N",
+        "epochs": "N",
         "batch_size": "N",
         "grad_accumulation_steps": "N",
         "learning_rate": "RATE",

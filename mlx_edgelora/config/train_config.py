@@ -42,6 +42,14 @@ from mlx_edgelora.config.yaml_file import read_yaml
 from mlx_edgelora.errors import EdgeLoraError
 
 REPORTERS = ("wandb", "swanlab", "tensorboard")
+DEFAULT_ITERS = 1000
+# Two ways to say how long a run is: a later layer of options replaces either by its own.
+EITHER = {
+    "iters": "epochs",
+    "epochs": "iters",
+    "train_on": "mask_prompt",
+    "mask_prompt": "train_on",
+}
 # So many last blocks are adapted by default, as in mlx-lm, or all of a model that has fewer.
 MOST_LAYERS = 16
 
@@ -137,6 +145,12 @@ class TrainConfig:
     max_seq_length: int = option(
         2048, "Maximum number of tokens in a row; longer rows are truncated.", integer(2)
     )
+    packing: bool = option(
+        False,
+        "Let short rows share a row of max_seq_length tokens, each attending only to itself; "
+        "batch_size then counts shared rows.",
+        FLAG,
+    )
 
     train: bool | None = option(None, "Train. Default: yes, unless --test is given.", FLAG)
     test: bool = option(False, "Evaluate on the test set, after training if any.", FLAG)
@@ -176,7 +190,12 @@ class TrainConfig:
     )
 
     batch_size: int = option(4, "Rows in a batch.", integer(1))
-    iters: int = option(1000, "Number of training steps.", integer(1))
+    iters: int | None = option(
+        None, f"Number of training steps, in place of epochs. Default: {DEFAULT_ITERS}.", integer(1)
+    )
+    epochs: int | None = option(
+        None, "Number of passes over the training set, in place of iters.", integer(1)
+    )
     grad_accumulation_steps: int = option(
         1, "Number of steps whose gradients are averaged before an update.", integer(1)
     )
@@ -359,6 +378,8 @@ class TrainConfig:
         check_options(self)
         if self.train is None:
             object.__setattr__(self, "train", not self.test)
+        if self.iters is None and self.epochs is None:
+            object.__setattr__(self, "iters", DEFAULT_ITERS)
         _check_together(self)
 
     @classmethod
@@ -385,14 +406,13 @@ class TrainConfig:
         values: dict[str, Any] = {}
         for mapping, place in layers:
             try:
-                read = read_options(cls, mapping)
+                found = read_options(cls, mapping)
             except EdgeLoraError as error:
                 raise EdgeLoraError(f"{place}: {error}" if place else str(error)) from None
-            if read.get("train_on") is not None:  # they say the same thing; the later one counts
-                values.pop("mask_prompt", None)
-            elif read.get("mask_prompt"):
-                values.pop("train_on", None)
-            values |= read
+            for name in EITHER.keys() & found.keys():
+                if found[name]:
+                    values.pop(EITHER[name], None)
+            values |= found
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -440,6 +460,11 @@ def _check_together(config: TrainConfig) -> None:
             "0: a target over the whole vocabulary needs the exact one"
         )
     _check_labels(config)
+    if config.iters is not None and config.epochs is not None:
+        raise EdgeLoraError(
+            f"epochs: got {config.epochs} with iters {config.iters}, expected one of the two; "
+            "leave the other out"
+        )
     _check_memory(config)
     if config.memory_profile is not None and not config.train:
         raise EdgeLoraError(

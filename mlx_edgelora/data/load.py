@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from mlx_edgelora.config import TrainConfig
-from mlx_edgelora.data.batches import check_batch_size
 from mlx_edgelora.data.conversation import RowError
 from mlx_edgelora.data.dataset import Dataset, Row
 from mlx_edgelora.data.encode import EVERYTHING, LAST_ANSWER, Encoder, rows_of
@@ -30,7 +29,7 @@ def load_datasets(
 
     Raises:
         EdgeLoraError: a data set that is missing, cannot be read, holds a bad row (named by
-            file and line) or has fewer usable rows than a batch.
+            file and line) or has no usable row.
     """
     *sets, about = find_sets(config)
     for line in about:
@@ -47,7 +46,6 @@ def _build(parts: Sequence[Part], config: TrainConfig, tokenizer: Any) -> Datase
     dataset = Dataset(rows, config.max_seq_length, name, findings)
     if not config.allow_lost_content:
         findings.refuse_lost(name)
-    check_batch_size(dataset, config.batch_size)
     return dataset
 
 

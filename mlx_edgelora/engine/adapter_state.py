@@ -52,11 +52,11 @@ class AdapterState(WeightSource, Protocol):
         `look` gets their sums so far, evaluated, by name; it keeps none of them.
         """
 
-    def norm(self, count: int) -> mx.array:
+    def norm(self, count: float) -> mx.array:
         """Global norm of the gradients' sum divided by `count`: float32 scalar, evaluated."""
 
     def update(
-        self, optimizer: optimizers.Optimizer, count: int, factor: mx.array | None = None
+        self, optimizer: optimizers.Optimizer, count: float, factor: mx.array | None = None
     ) -> None:
         """Apply the gradients' sum divided by `count`, times `factor`; then the sum is empty."""
 
@@ -146,12 +146,12 @@ class ResidentAdapterState(ResidentWeights):
         add_to(gradients, self._sum)
         look({name: self._sum[name] for name in names})
 
-    def norm(self, count: int) -> mx.array:
+    def norm(self, count: float) -> mx.array:
         """Norm of the mean."""
         return global_norm(squares(self._sum, count), names_of(self._model))
 
     def update(
-        self, optimizer: optimizers.Optimizer, count: int, factor: mx.array | None = None
+        self, optimizer: optimizers.Optimizer, count: float, factor: mx.array | None = None
     ) -> None:
         """Update the model, a block at a time."""
         with self._update.running():
@@ -161,7 +161,7 @@ class ResidentAdapterState(ResidentWeights):
             mx.eval(optimizer.state, [box[key] for box, key in self._slots.values()], self._states)
 
     def _update_block(
-        self, block: str, names: list[str], count: int, factor: mx.array | None
+        self, block: str, names: list[str], count: float, factor: mx.array | None
     ) -> None:
         # By their names inside the block: blocks of one kind then share a compiled function.
         local = {name.removeprefix(block): name for name in names}

@@ -120,7 +120,7 @@ class PagedAdapterState:
             self._summed.add(index)
             look({f"{self._blocks.prefix}{index}.{local}": x for local, x in total.items()})
 
-    def norm(self, count: int) -> mx.array:
+    def norm(self, count: float) -> mx.array:
         """Norm of the mean; reads all gradients once."""
         every = squares(self._outside, count)
         for index in sorted(self._summed):
@@ -130,7 +130,7 @@ class PagedAdapterState:
         return global_norm(every, self._names)
 
     def update(
-        self, optimizer: optimizers.Optimizer, count: int, factor: mx.array | None = None
+        self, optimizer: optimizers.Optimizer, count: float, factor: mx.array | None = None
     ) -> None:
         """Update a block at a time, after what is in memory."""
         with self._update.running():
@@ -225,7 +225,7 @@ class PagedAdapterState:
             start = sections[index].stop
         return sections, start
 
-    def _update_outside(self, count: int, factor: mx.array | None) -> None:
+    def _update_outside(self, count: float, factor: mx.array | None) -> None:
         """Update what is in memory."""
         slots = array_slots(self._model)
         boxes = {name: slots[name] for name in self._resident()}
@@ -240,7 +240,7 @@ class PagedAdapterState:
             box, key = boxes[name]
             box[key] = value
 
-    def _update_block(self, index: int, count: int, factor: mx.array | None) -> None:
+    def _update_block(self, index: int, count: float, factor: mx.array | None) -> None:
         gradients = average(self._gradients[index].read(), count)
         parameters, states = self._parameters[index].read(), {name: {} for name in gradients}
         if index in self._updated:

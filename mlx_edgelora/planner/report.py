@@ -60,9 +60,8 @@ class PlanReport:
 
         def fits(tokens: int) -> bool:
             share = batch_shape.labelled / batch_shape.size
-            longer = BatchShape(
-                batch_shape.rows, tokens, max(1, round(share * batch_shape.rows * tokens))
-            )
+            labelled = max(1, round(share * batch_shape.rows * tokens))
+            longer = replace(batch_shape, tokens=tokens, labelled=labelled)
             needs = smallest(shape, longer, machine, self._chosen.fixed, self._measurements).needs
             return needs <= self._budget
 
@@ -76,7 +75,7 @@ class PlanReport:
 
         def fits(rows: int) -> bool:
             share = batch_shape.labelled / batch_shape.rows
-            larger = BatchShape(rows, batch_shape.tokens, max(1, round(share * rows)))
+            larger = replace(batch_shape, rows=rows, labelled=max(1, round(share * rows)))
             return smallest(shape, larger, machine, fixed, self._measurements).needs <= self._budget
 
         return largest_that(fits, 1, MOST_ROWS)
@@ -122,9 +121,9 @@ class PlanReport:
         budget = "the least memory" if self._unlimited else size(self._budget)
         verdict = "fits in" if self.fits else "does not fit in"
         lines = [
-            f"{batch.rows} x {batch.tokens} tokens, {batch.labelled} of them labelled, "
-            f"adapters of rank {chosen.shape.rank} on {chosen.shape.adapted} of "
-            f"{chosen.shape.blocks} blocks",
+            f"{batch.rows} x {batch.tokens} tokens{_shared(batch)}, "
+            f"{batch.labelled} of them labelled, adapters of rank {chosen.shape.rank} on "
+            f"{chosen.shape.adapted} of {chosen.shape.blocks} blocks",
             f"{verdict} {budget} ({chosen.budget.why})" if not self._unlimited else f"for {budget}",
             "",
             "plan" if self.fits else "smallest plan",
@@ -207,6 +206,10 @@ class PlanReport:
     @property
     def _budget(self) -> int:
         return self._chosen.choice.needs if self._unlimited else self._chosen.budget.bytes
+
+
+def _shared(batch_shape: BatchShape) -> str:
+    return f" in rows of about {batch_shape.context}, packed" if batch_shape.context else ""
 
 
 def with_smallest_plan(chosen: RunPlan) -> RunPlan:

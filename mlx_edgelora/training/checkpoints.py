@@ -58,7 +58,8 @@ class RunState:
 
     Attributes:
         step: steps done.
-        accumulated: steps since the last update, whose gradients are summed.
+        accumulated: weight of the gradients that are summed since the last update; 0 after one.
+        first_tokens: labels of the first batch among them, whose weight is 1.
         trained_tokens: labelled tokens over all steps.
         random_key: of MLX's generator, two halves of 32 bits.
         train_loss, val_loss: of the last reports; None before the first.
@@ -67,7 +68,8 @@ class RunState:
     """
 
     step: int
-    accumulated: int
+    accumulated: float
+    first_tokens: int
     trained_tokens: int
     random_key: tuple[int, int]
     train_loss: float | None
@@ -271,7 +273,7 @@ def _json_writer(content: Mapping[str, object]) -> Writer:
 
 
 def _state_writer(
-    trained: AdapterState, optimizer: optimizers.Optimizer, accumulated: int
+    trained: AdapterState, optimizer: optimizers.Optimizer, accumulated: float
 ) -> Writer:
     arrays: dict[str, Any] = {}
     for name, value in optimizer.state.items():

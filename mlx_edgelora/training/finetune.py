@@ -7,7 +7,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from mlx_edgelora.blocks.checks import checked_blocks
 from mlx_edgelora.config import LoraParameters, TrainConfig
 from mlx_edgelora.config.train_config import MOST_LAYERS
 from mlx_edgelora.data import Dataset, load_datasets
+from mlx_edgelora.data.batches import count_batches
 from mlx_edgelora.data.findings import LINES
 from mlx_edgelora.embedded import DATA_PATH, MODEL_PATH
 from mlx_edgelora.engine.adapter_state import AdapterState
@@ -61,6 +62,7 @@ from mlx_edgelora.training.loop import TrainResult, train
 from mlx_edgelora.training.rehearsal import rehearse
 from mlx_edgelora.training.resuming import (
     check_contents,
+    check_iters,
     fingerprints,
     planned,
     run_folder,
@@ -128,6 +130,7 @@ def finetune(
         found = train_set, valid_set, test_set = _data(
             config, tokenizer, lazy.vocabulary, notify, about_rows.append
         )
+        config = _with_iters(config, train_set)
         facts = summary.facts(config, lazy, found, about_rows)
         notify(summary.lines(facts))
         note("run", summary.run_record(config, facts))
@@ -135,6 +138,7 @@ def finetune(
         known = fingerprints(lazy.checkpoint, train_set) if config.train else {}
         start, wanted = _start(config), config
         if checkpoint is not None:
+            check_iters(config, checkpoint)
             check_contents(known, config, checkpoint)
             start, wanted = checkpoint.weights, planned(config, checkpoint)
         if start is not None:
@@ -143,6 +147,7 @@ def finetune(
         with _open_run(wanted, lazy, sets, place, notify, start) as (engine, chosen):
             check_loss(config, engine.head)
             note("plan", summary.plan_record(chosen))
+            _advise_packing(config, engine, train_set, chosen, notify)
             result = None
             if config.train and config.verify == "on":
                 notify(_verification_line(engine, chosen, config))
@@ -276,7 +281,7 @@ def read_data(
     config = _with_embedded(config)
     with _explained_failures(config), headers_of(config.model) as path:
         lazy = open_model(str(path), streamed=False, quantize=None, cache=_cache(config))
-        tokenizer = _tokenizer(lazy)
+        tokenizer = load_tokenizer_of(lazy)
         sets = load_datasets(config, tokenizer, log)
         for dataset in sets:
             if dataset is not None:
@@ -355,6 +360,8 @@ def _open_run(
             _engine(config, lazy, chosen, place, log, start) as engine,
         ):
             left -= 1
+            if config.packing:
+                engine.walk.check_packing(chosen.batch_shape.tokens)
             another = (
                 measure_and_replan(engine, chosen, log, stays=not left) if config.train else None
             )
@@ -500,6 +507,36 @@ def _with_layers(config: TrainConfig, lazy: LazyModel, log: Callable[[str], None
     if count < MOST_LAYERS:
         log(f"num_layers: all {count} blocks are adapted (by default the last {MOST_LAYERS})")
     return dataclasses.replace(config, num_layers=count)
+
+
+def _with_iters(config: TrainConfig, train_set: Dataset | None) -> TrainConfig:
+    """Epochs as a number of steps, which all that follows counts by."""
+    if config.epochs is None or train_set is None:
+        return config
+    iters = count_batches(
+        train_set,
+        config.batch_size,
+        config.max_seq_length,
+        epochs=config.epochs,
+        seed=config.seed,
+        packing=config.packing,
+    )
+    return dataclasses.replace(config, iters=iters, epochs=None)
+
+
+def _advise_packing(
+    config: TrainConfig,
+    engine: Engine,
+    train_set: Dataset | None,
+    chosen: RunPlan,
+    notify: Callable[[str], None],
+) -> None:
+    """Say what packing would save, where that is much and the model can be packed."""
+    if not config.train or (advice := summary.packing_advice(config, train_set)) is None:
+        return
+    with suppress(EdgeLoraError):
+        engine.walk.check_packing(chosen.batch_shape.tokens)
+        notify(summary.line("packing", advice))
 
 
 def _start(config: TrainConfig) -> Path | None:

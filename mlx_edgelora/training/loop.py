@@ -3,6 +3,8 @@
 Where it differs from `mlx_lm.tuner.trainer.train`, on purpose:
 - the training loss of a report is the mean over the window's tokens, not the mean of
   its batches' means, and the speed of a short last window is divided by its own length;
+- gradients of several batches are averaged over their labelled tokens, as those of one batch of
+  all their rows are, not over batches;
 - the last `iters % grad_accumulation_steps` batches are applied, as their own mean;
 - every validation sees the same batches, in evaluation mode and with exact sums;
 - a loss or gradient that is not finite ends the run before it reaches a parameter;
@@ -24,7 +26,7 @@ import mlx.core as mx
 import mlx.optimizers as optimizers
 
 from mlx_edgelora.config import TrainConfig
-from mlx_edgelora.data.batches import Batch, iterate_batches
+from mlx_edgelora.data.batches import Batch, count_batches, iterate_batches
 from mlx_edgelora.data.dataset import Dataset
 from mlx_edgelora.engine.adapter_state import Arrays
 from mlx_edgelora.engine.finite import Magnitudes
@@ -113,7 +115,12 @@ def train(
         engine.model.train()
         first = run.resumed() + 1
         batches = iterate_batches(
-            train_set, config.batch_size, config.max_seq_length, loop=True, seed=config.seed
+            train_set,
+            config.batch_size,
+            config.max_seq_length,
+            loop=True,
+            seed=config.seed,
+            packing=config.packing,
         )
         batches = itertools.islice(batches, first - 1, None)
         requests = stack.enter_context(stop_requests(config.max_time))
@@ -170,8 +177,10 @@ class _Run:
         self._adapters = engine.adapters
         self._adapters.start(optimizer)
         self._magnitudes = Magnitudes()
-        self._accumulated = 0
         self._grad_norm: float | None = None  # of the last update, before clipping
+        self._weights = 0.0  # of the gradients in the sum
+        self._first_tokens = 0  # labels of the first batch among them
+        self._weight = 1.0  # of the present batch
         self._trained_tokens = 0
         self._iteration = 0
         self._between = True  # whether no step is half done
@@ -189,7 +198,8 @@ class _Run:
         state = checkpoint.state
         checkpoint.restore(self._adapters, self._optimizer)
         self._key = mx.random.state[0]
-        self._accumulated, self._trained_tokens = state.accumulated, state.trained_tokens
+        self._weights, self._first_tokens = state.accumulated, state.first_tokens
+        self._trained_tokens = state.trained_tokens
         self._iteration = self._updated = self._saved = state.step
         losses = {"train_loss": state.train_loss, "val_loss": state.val_loss}
         self._last = {name: loss for name, loss in losses.items() if loss is not None}
@@ -208,10 +218,11 @@ class _Run:
         begin_step()
         start = time.perf_counter()
         self._between = False
+        self._weigh(int(batch.mask.sum()))
         loss, tokens = self._engine.backward(batch, self._add_gradients)
         loss = loss.item()
         self._check_finite(iteration, batch, loss)
-        self._accumulated += 1
+        self._weights += self._weight
         if self.is_due(self._config.grad_accumulation_steps, iteration):
             self._update(iteration)
             self._updated = iteration
@@ -221,23 +232,36 @@ class _Run:
         self._window.add(loss, tokens, time.perf_counter() - start)
         self._progress.step(self._make_report("train_loss", self._window, iteration))
 
+    def _weigh(self, tokens: int) -> None:
+        """Let the next gradients count by their labels, relative to the first ones of an update.
+
+        Gradients in 16 bits would not bear numbers of tokens.
+        """
+        if not self._weights:
+            self._first_tokens = tokens
+        self._weight = tokens / max(1, self._first_tokens)
+
     def _add_gradients(self, gradients: Arrays) -> None:
         """Add gradients to the sum, and look at what it has become."""
+        if self._weight != 1:
+            for name in list(gradients):
+                gradients[name] = self._weight * gradients.pop(name)
+            mx.eval(gradients)
         self._adapters.add(gradients, self._magnitudes.add)
 
     def _update(self, iteration: int) -> None:
-        count, self._accumulated = self._accumulated, 0
+        weights, self._weights = self._weights, 0.0
         norm = self._magnitudes.norm()
-        self._grad_norm = None if norm is None else norm / count
+        self._grad_norm = None if norm is None else norm / weights
         self._magnitudes.clear()
         with phase("update"):
-            self._adapters.update(self._optimizer, count, self._clipping(iteration, count))
+            self._adapters.update(self._optimizer, weights, self._clipping(iteration, weights))
 
-    def _clipping(self, iteration: int, count: int) -> mx.array | None:
+    def _clipping(self, iteration: int, weights: float) -> mx.array | None:
         """What the mean of the gradients is multiplied by; None where they are not clipped."""
         if self._config.max_grad_norm is None:
             return None
-        norm = self._adapters.norm(count)
+        norm = self._adapters.norm(weights)
         if not math.isfinite(norm.item()):
             raise EdgeLoraError(
                 f"step {iteration}: the norm of the gradients is {norm.item()}, expected a finite "
@@ -254,7 +278,13 @@ class _Run:
     def validate(self, iteration: int, valid_set: Sequence) -> None:
         """Report the validation loss before the step `iteration`."""
         config, window = self._config, Window(self._meter)
-        total = len(valid_set) // config.batch_size
+        total = count_batches(
+            valid_set,
+            config.batch_size,
+            config.max_seq_length,
+            seed=config.seed,
+            packing=config.packing,
+        )
         if config.val_batches != -1:
             total = min(total, config.val_batches)
         start = time.perf_counter()
@@ -300,13 +330,14 @@ class _Run:
 
     def _is_whole(self) -> bool:
         """Whether what is in memory is what a step left, and not half of the next one."""
-        return self._between or not self._accumulated
+        return self._between or not self._weights
 
     def _state(self) -> RunState:
         high, low = self._key.tolist()
         return RunState(
             step=self._iteration,
-            accumulated=self._accumulated,
+            accumulated=self._weights,
+            first_tokens=self._first_tokens,
             trained_tokens=self._trained_tokens,
             random_key=(high, low),
             train_loss=self._last.get("train_loss"),

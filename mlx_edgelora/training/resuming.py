@@ -33,6 +33,7 @@ FREE = frozenset(
         "clear_cache_threshold",
         "config",
         "duty",
+        "epochs",
         "grad_checkpoint",
         "iters",
         "keep_checkpoints",
@@ -90,11 +91,6 @@ def run_folder(config: TrainConfig) -> Iterator[Checkpoint | None]:
         if config.resume:
             checkpoint = find_checkpoint(folder if config.resume is True else Path(config.resume))
             _check_place(checkpoint, folder)
-            if config.iters <= checkpoint.state.step:
-                raise EdgeLoraError(
-                    f"iters: got {config.iters}, but {checkpoint.folder} is of step "
-                    f"{checkpoint.state.step} already; raise it to go on"
-                )
         elif not config.overwrite:
             check_unused(folder)
         yield checkpoint
@@ -114,6 +110,15 @@ def _check_place(checkpoint: Checkpoint, folder: Path) -> None:
         raise EdgeLoraError(
             f"resume: {checkpoint.folder} is not the newest checkpoint, {newest.folder} is, which "
             "would be overwritten; resume from that one, or choose another --adapter-path"
+        )
+
+
+def check_iters(config: TrainConfig, checkpoint: Checkpoint) -> None:
+    """Refuse to go on with a run that has done all its steps."""
+    if config.iters <= checkpoint.state.step:
+        raise EdgeLoraError(
+            f"iters: got {config.iters}, but {checkpoint.folder} is of step "
+            f"{checkpoint.state.step} already; raise it to go on"
         )
 
 

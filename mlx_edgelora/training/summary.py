@@ -11,6 +11,7 @@ from mlx_lm.utils import get_total_parameters
 
 from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.data import Dataset
+from mlx_edgelora.data.batches import count_batches, padding_share
 from mlx_edgelora.embedded import DATA_PATH, MODEL_PATH
 from mlx_edgelora.measure.text import named_rows
 from mlx_edgelora.measure.units import duration, size
@@ -19,6 +20,8 @@ from mlx_edgelora.planner.report import PlanReport
 from mlx_edgelora.planner.run_plan import RunPlan
 
 NAMES = 11
+# Packing is worth a word where an epoch has so many times fewer batches with it.
+FEWER = 2
 EMBEDDED = "the tiny model of this package"
 
 
@@ -40,6 +43,7 @@ def facts(
     if about_rows:
         rows["rows"] = "; ".join(about_rows)
     if config.train:
+        rows |= {"batches": _batches(config, sets[0])}
         rows |= {"adapters": _adapters(config, lazy), "optimizer": _optimizer(config)}
     return rows
 
@@ -54,6 +58,22 @@ def run_record(config: TrainConfig, facts: Mapping[str, str]) -> dict[str, Any]:
         "facts": dict(facts),
         "options": config.to_dict(),
     }
+
+
+def packing_advice(config: TrainConfig, train_set: Dataset) -> str | None:
+    """What packing would save; None where it is on, or would not even halve the steps."""
+    if config.packing:
+        return None
+    settings = train_set, config.batch_size, config.max_seq_length
+    now, then = (count_batches(*settings, seed=config.seed, packing=p) for p in (False, True))
+    if now < FEWER * then:
+        return None
+    shares = [padding_share(*settings, seed=config.seed, packing=p) for p in (False, True)]
+    fewer = 1 - (1 - shares[0]) / (1 - shares[1])
+    return (
+        f"rows are short: with --packing an epoch has {then:,} batches instead of {now:,}, and "
+        f"{100 * fewer:.0f} % fewer tokens are computed"
+    )
 
 
 def line(name: str, text: str) -> str:
@@ -113,6 +133,16 @@ def _data(config: TrainConfig, sets: Sequence[Dataset | None]) -> str:
     place = config.data if config.data and config.data != str(DATA_PATH) else None
     where = f"{_short(Path(place))}: " if place else ""
     return f"{where}{', '.join(found)}; longest {min(longest, config.max_seq_length):,} tokens"
+
+
+def _batches(config: TrainConfig, train_set: Dataset) -> str:
+    settings = train_set, config.batch_size, config.max_seq_length
+    options = {"seed": config.seed, "packing": config.packing}
+    count, share = count_batches(*settings, **options), padding_share(*settings, **options)
+    rows = f"{config.batch_size} rows"
+    if config.packing:
+        rows = f"{rows} of {config.max_seq_length:,} tokens that short rows share"
+    return f"{count:,} an epoch, of {rows}; {100 * share:.0f} % of their tokens are padding"
 
 
 def _adapters(config: TrainConfig, lazy: LazyModel) -> str:

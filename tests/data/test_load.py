@@ -92,8 +92,6 @@ def test_a_line_that_is_not_text_is_named(tokenizer, folder, tmp_path):
         ({"train": TEXT}, {"test": True}, r"has no test set, expected test\.jsonl"),
         ({"train": ""}, {}, r"train\.jsonl: has no rows, expected at least one"),
         ({"train": TEXT, "valid": "\n"}, {}, r"valid\.jsonl: has no rows"),
-        ({"train": TEXT[:1]}, {}, r"train\.jsonl: got 1 usable rows, expected .* batch_size 2"),
-        ({"train": TEXT, "valid": TEXT[:1]}, {}, r"valid\.jsonl: got 1 usable rows"),
         ({"train": TEXT}, {"mask_prompt": True}, r"line 1: got a row of plain text, which has no"),
         ({"train": [{"q": "w1"}]}, {}, r"train\.jsonl: line 1: got the keys 'q', expected 'prompt"),
     ],

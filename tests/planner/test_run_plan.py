@@ -181,9 +181,25 @@ def test_the_largest_batch_is_that_of_the_batches():
     for size, limit in ((1, 100), (4, 60), (7, 33)):
         usable = [row for row in rows if row[1] < min(len(row[0]), limit) - 1]
         batches = list(iterate_batches(usable, size, limit, seed=0))
-        tokens, labels = largest_batch([usable], size, limit)
-        assert tokens == max(batch.inputs().shape[1] for batch in batches)
-        assert labels == max(int(batch.mask.sum()) for batch in batches)
+        for seed in range(1, 20):
+            batches += iterate_batches(usable, size, limit, seed=seed)
+        most = largest_batch([usable], size, limit)
+        assert most.rows == size
+        assert most.tokens == max(batch.inputs().shape[1] for batch in batches)
+        assert most.labels == max(int(batch.mask.sum()) for batch in batches)
+
+
+def test_no_batch_of_shared_rows_is_larger_than_was_planned_for():
+    rng = np.random.default_rng(0)
+    rows = [(list(range(n)), int(rng.integers(0, n - 1))) for n in rng.integers(2, 60, 80)]
+    for size, limit in ((1, 100), (4, 60), (7, 333), (9, 9999)):
+        usable = [row for row in rows if row[1] < min(len(row[0]), limit) - 1]
+        most = largest_batch([usable], size, limit, packing=True)
+        for seed in range(9):
+            for batch in iterate_batches(usable, size, limit, seed=seed, packing=True):
+                assert batch.tokens.shape[0] <= most.rows
+                assert batch.inputs().shape[1] <= most.tokens
+                assert batch.mask.sum() <= most.labels
 
 
 @pytest.mark.parametrize(("share", "rests"), [(1.0, []), (0.5, [3.0, 4.0]), (0.25, [9.0, 12.0])])

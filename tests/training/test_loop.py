@@ -177,6 +177,44 @@ def test_the_remainder_of_accumulation_is_applied_as_its_own_mean(make_config, q
         assert mx.allclose(parameters(engine.model)[name], array, rtol=1e-5, atol=1e-8), name
 
 
+@pytest.mark.parametrize("clipped", [None, 0.05])
+def test_batches_whose_gradients_are_accumulated_count_by_their_labels(make_config, quiet, clipped):
+    """They are one batch of all their rows; mlx-lm lets a batch of three labels count as much."""
+    options = {"optimizer": "sgd", "learning_rate": 0.5, "max_grad_norm": clipped}
+    rows, found = make_rows(5, [16, 3, 9, 4, 13]), []
+    for size, steps in ((5, 1), (1, 5), (2, 3)):
+        config = make_config(batch_size=size, grad_accumulation_steps=steps, iters=steps, **options)
+        engine, _ = run(config, quiet, rows)
+        found.append(parameters(engine.model))
+    for other in found[1:]:
+        for name, array in found[0].items():
+            assert mx.allclose(other[name], array, rtol=1e-4, atol=1e-7), name
+    reference = PlainEngine(make_model())
+    trees = [reference.value_and_grad(batch)[1] for batch in iterate_batches(rows, 1, 16)]
+    mean = tree_map(lambda *leaves: sum(leaves) / len(leaves), *trees)
+    build_optimizer(config).update(reference.model, mean)
+    theirs = parameters(reference.model)
+    assert not all(mx.allclose(theirs[n], found[0][n], rtol=1e-2, atol=1e-5) for n in theirs)
+
+
+def test_a_set_smaller_than_a_batch_is_trained_and_validated(make_config, quiet):
+    config, recorder = make_config(batch_size=8, iters=3, steps_per_eval=1), Recorder()
+    rows, valid = make_rows(3, [16, 9, 4]), make_rows(2, [5, 7], seed=1)
+    _, result = run(config, quiet, rows, valid, callbacks=[recorder])
+    assert result.trained_tokens == 3 * (15 + 8 + 3)
+    assert len(recorder.val) == 3 and all(np.isfinite(info["val_loss"]) for info in recorder.val)
+
+
+def test_every_row_is_validated_and_counts_by_its_labels(make_config):
+    engine, rows = PlainEngine(make_model()), make_rows(7, [4, 4, 9, 9, 16, 16, 12])
+    config = make_config(batch_size=3)
+    loss, tokens = evaluate(engine, rows, config, -1)
+    (whole,) = iterate_batches(rows, 7, 16)
+    expected, count = engine.loss(whole)
+    assert tokens == count == 63
+    assert loss == pytest.approx(expected.item(), rel=1e-6)
+
+
 def test_saves_every_so_many_steps_and_at_the_end(make_config, quiet):
     config = make_config(iters=5, save_every=2)
     engine, result = run(config, quiet)
