@@ -7,6 +7,7 @@ tokens. A subcommand of `speed.py`.
 """
 
 import argparse
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
