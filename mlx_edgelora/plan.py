@@ -11,7 +11,8 @@ from mlx_edgelora.config.yaml_file import read_yaml
 from mlx_edgelora.embedded import DEFAULT_CONFIG
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.storage.files import write_atomically
-from mlx_edgelora.training.finetune import has_data, plan_report
+from mlx_edgelora.training.inspecting import plan_report
+from mlx_edgelora.training.opening import has_data
 
 # Exit statuses.
 FITS, DOES_NOT_FIT, USER_ERROR = 0, 1, 2

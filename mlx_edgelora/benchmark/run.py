@@ -42,7 +42,7 @@ from mlx_edgelora.model.checkpoint import LazyModel
 from mlx_edgelora.model.loading import open_model
 from mlx_edgelora.model.lora import add_lora
 from mlx_edgelora.planner.machine import this_machine
-from mlx_edgelora.training.finetune import plan_report
+from mlx_edgelora.training.inspecting import plan_report
 
 SCALE = 20.0
 # Initial adapters change what a layer gives by about so much.

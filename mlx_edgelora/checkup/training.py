@@ -17,7 +17,8 @@ from mlx_edgelora.engine.optimizer import build_optimizer
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.measure.meter import footprint, peak_memory, reset_peak
 from mlx_edgelora.planner.machine import default_budget
-from mlx_edgelora.training.finetune import open_planned, verification
+from mlx_edgelora.training.inspecting import verification
+from mlx_edgelora.training.opening import open_planned
 from mlx_edgelora.training.rehearsal import rehearse, synthetic_batch
 
 

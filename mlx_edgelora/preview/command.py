@@ -17,7 +17,7 @@ from mlx_edgelora.measure.units import duration, size
 from mlx_edgelora.preview import facts, terminal
 from mlx_edgelora.preview.page import page
 from mlx_edgelora.storage.files import write_atomically
-from mlx_edgelora.training.finetune import plan_report, read_data
+from mlx_edgelora.training.inspecting import plan_report, read_data
 
 # Exit statuses.
 TRAINS, REFUSED, WRONG = 0, 1, 2

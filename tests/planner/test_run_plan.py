@@ -17,9 +17,10 @@ from mlx_edgelora.planner.plan import Plan
 from mlx_edgelora.planner.run_plan import Budget, RunPlan
 from mlx_edgelora.planner.search import Choice
 from mlx_edgelora.planner.sizes import BatchShape
-from mlx_edgelora.training import finetune as module
+from mlx_edgelora.training import limits as module
 from mlx_edgelora.training import rehearsal
-from mlx_edgelora.training.finetune import finetune, open_engine
+from mlx_edgelora.training.finetune import finetune
+from mlx_edgelora.training.opening import open_engine
 from mlx_edgelora.training.throttle import DutyCycle
 
 

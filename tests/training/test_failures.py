@@ -21,7 +21,7 @@ from mlx_edgelora.engine.step import Engine
 from mlx_edgelora.model.weights import ResidentWeights
 from mlx_edgelora.plan import main as plan
 from mlx_edgelora.planner import machine
-from mlx_edgelora.training import adapters, awake, loop, rehearsal, verdict, verification
+from mlx_edgelora.training import adapters, awake, loop, opening, rehearsal, verdict, verification
 from mlx_edgelora.verify import main as verify
 
 finetuning = importlib.import_module("mlx_edgelora.training.finetune")
@@ -155,7 +155,7 @@ def test_what_else_was_ended_in_the_step_does_not_stop_the_save(run, at_step, mo
     ("owner", "name", "changes"),
     [
         (machine, "measure_rates", {}),
-        (finetuning, "settle", {}),
+        (opening, "measure_and_replan", {}),
         (rehearsal, "passed", {"memory_budget": "60MB"}),
         (verdict, "_differences", {"verify": "on"}),
     ],

@@ -23,8 +23,8 @@ from mlx_edgelora import EdgeLoraError, TrainConfig, finetune
 from mlx_edgelora.data import iterate_batches, load_datasets
 from mlx_edgelora.model import checkpoint
 from mlx_edgelora.planner.plan import Plan
-from mlx_edgelora.training.finetune import open_engine
 from mlx_edgelora.training.loop import train
+from mlx_edgelora.training.opening import open_engine
 
 module = importlib.import_module("mlx_edgelora.training.finetune")
 

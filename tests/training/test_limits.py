@@ -9,8 +9,8 @@ from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.planner.plan import Plan
 from mlx_edgelora.storage import page_file
-from mlx_edgelora.training import finetune as module
 from mlx_edgelora.training import limits
+from mlx_edgelora.training import opening as module
 from mlx_edgelora.training.callbacks import TrainingCallback
 from mlx_edgelora.training.finetune import finetune
 

@@ -29,7 +29,7 @@ from mlx_edgelora.planner.search import expected, smallest
 from mlx_edgelora.planner.shape import shape_of
 from mlx_edgelora.planner.sizes import BatchShape
 from mlx_edgelora.training import finetune as module
-from mlx_edgelora.training import sampling
+from mlx_edgelora.training import opening, sampling
 from mlx_edgelora.training.finetune import finetune
 from mlx_edgelora.training.sampling import measure_and_replan, sample
 
@@ -350,12 +350,12 @@ def test_the_model_of_an_engine_that_was_given_up_is_gone(run, monkeypatch):
         settled.append(stays)
         return chosen if len(settled) == 1 else None
 
-    monkeypatch.setattr(module, "measure_and_replan", settle_twice)
+    monkeypatch.setattr(opening, "measure_and_replan", settle_twice)
     original = module.train
 
-    def train(*args):
+    def train(*args, **more):
         assert models[0]() is None and models[1]() is not None
-        return original(*args)
+        return original(*args, **more)
 
     monkeypatch.setattr(module, "train", train)
     run()
@@ -369,7 +369,7 @@ def test_engines_are_not_made_without_end(run, monkeypatch):
         settled.append(stays)
         return None if stays else chosen
 
-    monkeypatch.setattr(module, "measure_and_replan", never)
+    monkeypatch.setattr(opening, "measure_and_replan", never)
     run()
     assert settled == [False, False, False, True]
 
