@@ -156,7 +156,7 @@ def test_what_else_was_ended_in_the_step_does_not_stop_the_save(run, at_step, mo
     [
         (machine, "measure_rates", {}),
         (opening, "measure_and_replan", {}),
-        (rehearsal, "passed", {"memory_budget": "60MB"}),
+        (rehearsal, "measure_pass", {"memory_budget": "60MB"}),
         (verdict, "_differences", {"verify": "on"}),
     ],
     ids=["rates", "measuring", "rehearsal", "verification"],

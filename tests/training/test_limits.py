@@ -75,9 +75,9 @@ def run(config, notify=lambda line: None):
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_limits_are_set_and_put_back(options, unlimited, plans, fails):
-    config = options(memory_budget="900MB", batch_size=100 if fails else 2)
+    config = options(memory_budget="900MB", learning_rate=1e38 if fails else 1e-5)
     if fails:
-        with pytest.raises(EdgeLoraError):
+        with pytest.raises(EdgeLoraError, match="expected finite numbers"):
             run(config)
     else:
         seen = run(config)
