@@ -13,6 +13,7 @@ from mlx_lm.models import llama
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
 from mlx_edgelora.config import LoraParameters, TrainConfig, build_parser, config_from_cli
+from mlx_edgelora.config.hints import HINTS
 from mlx_edgelora.errors import EdgeLoraError
 
 MLX_LM_FILE = """
@@ -231,6 +232,14 @@ def test_train_is_the_default_unless_test_is_given(argv, train, test):
         ({"learing_rate": 1e-3}, r"learing_rate: unknown key, .* nearest .* is learning_rate;"),
         ({"lora_parameters": {"rnk": 4}}, r"lora_parameters\.rnk: unknown key, .* is rank;"),
         ({"lora_parameters": {"alpha": 4}}, r"lora_parameters\.alpha: unknown key; .* scale"),
+        ({"lora_layers": 4}, r"lora_layers: unknown key; write num_layers"),
+        ({"steps_per_save": 4}, r"steps_per_save: unknown key; write save_every"),
+        ({"use_dora": True}, r"use_dora: unknown key; only LoRA is trained here"),
+        ({"gradient_accumulation_steps": 4}, r"unknown key; write grad_accumulation_steps"),
+        ({"xyz": 4}, r"xyz: unknown key, --help lists all; correct it or take it out"),
+        ({"data_format": "messages"}, r"data_format: got 'messages', expected one of chat, comp"),
+        ({"val_split": 1}, r"val_split: got 1, expected a number above 0 and below 1"),
+        ({"system_prompt": ""}, r"system_prompt: got '', expected text that is not empty"),
         ({"lora_parameters": {"rank": 0}}, r"lora_parameters\.rank: got 0, expected a whole"),
         ({"lora_parameters": {"dropout": 1.0}}, r"lora_parameters\.dropout: got 1\.0, expected"),
         ({"lora_parameters": {"dropout": -0.1}}, r"got -0\.1, expected a number from 0"),
@@ -264,7 +273,10 @@ def test_train_is_the_default_unless_test_is_given(argv, train, test):
         ({"mask_prompt": "yes"}, r"mask_prompt: got 'yes', expected true or false"),
         ({"model": 3}, r"model: got 3, expected text"),
         ({"optimizer": "lion"}, r"optimizer: got 'lion', expected one of adam, adamw"),
-        ({"optimizer_config": {"lion": {}}}, r"optimizer_config\.lion: unknown key"),
+        (
+            {"optimizer_config": {"lion": {}}},
+            r"lion: unknown key, expected one of adam,",
+        ),
         ({"optimizer_config": {"adamw": 3}}, r"optimizer_config\.adamw: got 3, expected"),
         ({"optimizer_config": [1]}, r"optimizer_config: got \[1\], expected a mapping"),
         (
@@ -364,6 +376,8 @@ def test_python_callers_get_the_same_checks():
         (["--learing-rate", "1"], r"--learing-rate: unknown key, .* is --learning-rate;"),
         (["--learing-rate=1"], r"--learing-rate: unknown key, .* is --learning-rate;"),
         (["--iter", "3"], r"--iter: unknown key, .* is --iters;"),
+        (["--lora-layers=3"], r"--lora-layers: unknown key; write num_layers"),
+        (["--xyz", "3"], r"--xyz: unknown key, --help lists all"),
         (["--iters", "3.5"], r"--iters: got '3\.5', expected a whole number"),
         (["--iters", "0"], r"--iters: got 0, expected a whole number"),
         (["--iters"], r"argument --iters: expected one argument; --help"),
@@ -511,3 +525,8 @@ def test_num_layers_zero_is_refused_where_mlx_lm_adapts_all_blocks(make_model):
 def test_what_contradicts_a_memory_budget_is_refused(options, sentence):
     with pytest.raises(EdgeLoraError, match=sentence):
         TrainConfig(**options)
+
+
+def test_hints_are_for_keys_that_do_not_exist():
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    assert not names & HINTS.keys()

@@ -5,7 +5,7 @@ size, most of what a step still holds once blocks are walked. Every bit of the r
 that of `optimizer.update(model, gradients)`, whichever home is chosen.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -27,6 +27,11 @@ from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.model.weights import ResidentWeights
 
 Arrays = dict[str, mx.array]
+Look = Callable[[Mapping[str, mx.array]], None]
+
+
+def ignored(arrays: Mapping[str, mx.array]) -> None:
+    """Where nobody looks at sums of gradients."""
 
 
 class AdapterState(WeightSource, Protocol):
@@ -41,8 +46,11 @@ class AdapterState(WeightSource, Protocol):
     def start(self, optimizer: optimizers.Optimizer) -> None:
         """Make room for a run with an optimizer that was not used yet; forgets gradients."""
 
-    def add(self, gradients: Arrays) -> None:
-        """Add evaluated gradients to the sum; each name once for a batch. Empties the mapping."""
+    def add(self, gradients: Arrays, look: Look = ignored) -> None:
+        """Add evaluated gradients to the sum; each name once for a batch. Empties the mapping.
+
+        `look` gets their sums so far, evaluated, by name; it keeps none of them.
+        """
 
     def norm(self, count: float) -> mx.array:
         """Global norm of the gradients' sum divided by `count`: float32 scalar, evaluated."""
@@ -58,6 +66,22 @@ class AdapterState(WeightSource, Protocol):
         Raises:
             EdgeLoraError: an update was broken off, so that some are newer than others.
         """
+
+    def optimizer_state(self) -> Mapping[tuple[str, str], mx.array]:
+        """What the optimizer remembers of each parameter, by the parameter's name and its own.
+
+        Evaluated when looked at; nothing of parameters that were not updated yet.
+        """
+
+    def gradients(self) -> Mapping[str, mx.array]:
+        """The sums of gradients since the last update by name, evaluated when looked at."""
+
+    def restore(
+        self,
+        states: Iterable[tuple[tuple[str, str], mx.array]],
+        gradients: Iterable[tuple[str, mx.array]],
+    ) -> None:
+        """After `start`, take over what `optimizer_state` and `gradients` gave, one at a time."""
 
     def close(self) -> None:
         """Give disk space back."""
@@ -116,9 +140,11 @@ class ResidentAdapterState(ResidentWeights):
         self._states.clear()
         self._arithmetic = BlockUpdate(optimizer, self._compiled)
 
-    def add(self, gradients: Arrays) -> None:
+    def add(self, gradients: Arrays, look: Look = ignored) -> None:
         """Add to the sum."""
+        names = list(gradients)
         add_to(gradients, self._sum)
+        look({name: self._sum[name] for name in names})
 
     def norm(self, count: float) -> mx.array:
         """Norm of the mean."""
@@ -157,6 +183,29 @@ class ResidentAdapterState(ResidentWeights):
         """The model's own arrays."""
         self._update.check()
         return dict(tree_flatten(self._model.trainable_parameters()))
+
+    def optimizer_state(self) -> Mapping[tuple[str, str], mx.array]:
+        """The arrays in memory."""
+        self._update.check()
+        return {
+            (name, key): value
+            for name, state in self._states.items()
+            for key, value in state.items()
+        }
+
+    def gradients(self) -> Mapping[str, mx.array]:
+        """The arrays in memory."""
+        return dict(self._sum)
+
+    def restore(
+        self,
+        states: Iterable[tuple[tuple[str, str], mx.array]],
+        gradients: Iterable[tuple[str, mx.array]],
+    ) -> None:
+        """Keep the arrays."""
+        for (name, key), value in states:
+            self._states.setdefault(name, {})[key] = value
+        self._sum.update(gradients)
 
     def close(self) -> None:
         """Nothing to do."""

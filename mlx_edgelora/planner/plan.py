@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.measure.units import size
 
 MIB = 2**20
 # Of the file that a plan is saved in: raise it when what it says changes its meaning.
@@ -154,8 +155,8 @@ class Plan:
             else f"{self.tile_tokens} at a time",
             "MLP": "layer by layer"
             if self.mlp_bytes is None
-            else f"slices of {_mib(self.mlp_bytes)}",
-            "head": f"tiles of {_mib(self.loss_bytes)}",
+            else f"slices of {size(self.mlp_bytes)}",
+            "head": f"tiles of {size(self.loss_bytes)}",
         }
         if self.kernel != "auto":
             rows["packed matrices"] = "unpacked" if self.kernel == "dequantize" else "MLX's kernel"
@@ -211,7 +212,3 @@ def _split(first: int, count: int, one: str, other: str) -> str:
     if first in (0, count):
         return other if first == 0 else one
     return f"{first} of {count} blocks {one}, {count - first} {other}"
-
-
-def _mib(size: int) -> str:
-    return f"{size / MIB:g} MiB"

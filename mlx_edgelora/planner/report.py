@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import BinaryIO
 
 from mlx_edgelora.data.batches import PAD_TO
+from mlx_edgelora.measure.text import named_rows, wrapped
 from mlx_edgelora.measure.units import duration, size
 from mlx_edgelora.planner.cost import Memory
 from mlx_edgelora.planner.run_plan import RunPlan
@@ -41,6 +42,11 @@ class PlanReport:
         self._chosen, self.fits = chosen, fits
         self._arguments = chosen.shape, chosen.batch_shape, chosen.machine
         self._measurements = chosen.measurements
+
+    @property
+    def expected(self) -> Choice:
+        """The plan, with its peak in bytes and the seconds of a step."""
+        return self._chosen.choice
 
     @cached_property
     def smallest(self) -> Choice:
@@ -131,7 +137,10 @@ class PlanReport:
             *_rows({size(self.smallest.needs): f"{duration(self.smallest.seconds)} a step"}),
         ]
         if not self._unlimited:
-            rows = {"longest rows": f"{self.context} tokens", "largest batch": f"{self.batch} rows"}
+            rows = {
+                "longest rows": f"{_at_least(self.context, MOST_TOKENS)} tokens",
+                "largest batch": f"{_at_least(self.batch, MOST_ROWS)} rows",
+            }
             lines += ["", f"in {budget} there is room for", *_rows(rows)]
         if self.next_gigabytes:
             lines += ["", "a larger budget buys"]
@@ -139,7 +148,7 @@ class PlanReport:
             lines += _rows(points)
         elif not self._unlimited and self.fits:
             lines += ["", "a larger budget buys nothing"]
-        return "\n".join(lines)
+        return wrapped("\n".join(lines))
 
     def json(self) -> str:
         """The same for programs; sizes in bytes, times in seconds."""
@@ -222,5 +231,10 @@ def _figure(file: BinaryIO) -> Iterator[tuple]:
     pyplot.close(figure)
 
 
+def _at_least(count: int, most: int) -> str:
+    """A number that was looked for up to `most`."""
+    return f"at least {count:,}" if count >= most else f"{count:,}"
+
+
 def _rows(values: dict[str, str]) -> list[str]:
-    return [f"  {name:<22}{value}" for name, value in values.items()]
+    return named_rows(values, 22, indent=2)

@@ -14,6 +14,7 @@ from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.data import Batch
 from mlx_edgelora.data.batches import largest_batch
 from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.measure.text import named_rows, wrapped
 from mlx_edgelora.measure.units import size
 from mlx_edgelora.model.checkpoint import LazyModel
 from mlx_edgelora.model.loading import DTYPES
@@ -209,14 +210,12 @@ class RunPlan:
         """What was chosen, for whom and why, in a few lines."""
         most = self.budget.bytes
         limit = "no limit" if most is None else f"{size(most)} at most"
-        lines = [
+        head = (
             f"plan for {self.batch_shape.rows} x {self.batch_shape.tokens} tokens: "
-            f"{size(self.choice.peak)} expected{self._by_formula}, {limit} "
-            f"({self.budget.why})"
-        ]
-        rows = self.plan.rows(self.shape.blocks)
-        lines += [f"  {name:<20}{value}" for name, value in rows.items()]
-        return "\n".join(lines)
+            f"{size(self.choice.peak)} expected{self._by_formula}, {limit} ({self.budget.why})"
+        )
+        rows = named_rows(self.plan.rows(self.shape.blocks), 20, indent=2)
+        return "\n".join([wrapped(head), *rows])
 
     @property
     def _by_formula(self) -> str:

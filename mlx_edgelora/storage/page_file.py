@@ -24,6 +24,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.measure import units
 from mlx_edgelora.measure.meter import DiskMeter
 from mlx_edgelora.storage.safetensors import DTYPES, NAMES, to_numpy
 
@@ -138,10 +139,10 @@ class PageFile:
     def _disk_error(self, size: int, error: OSError) -> EdgeLoraError:
         reason = error.strerror
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            reason = f"{shutil.disk_usage(self._folder).free / 2**20:,.0f} MiB are free"
+            reason = f"{units.size(shutil.disk_usage(self._folder).free)} are free"
         return EdgeLoraError(
-            f"{self._folder}: spilling {self._what} needs {size / 2**20:,.0f} MiB there ({reason});"
-            f" free some space, choose another folder with --spill-dir, or use {self._instead}"
+            f"{self._folder}: spilling {self._what} needs {units.size(size)} there ({reason}); "
+            f"free some space, choose another folder with --spill-dir, or use {self._instead}"
         )
 
 

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from textwrap import fill
 from typing import Any
 
 from mlx.utils import tree_flatten
@@ -14,28 +13,35 @@ from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.data import Dataset
 from mlx_edgelora.data.batches import count_batches, padding_share
 from mlx_edgelora.embedded import DATA_PATH, MODEL_PATH
+from mlx_edgelora.measure.text import named_rows
 from mlx_edgelora.measure.units import duration, size
 from mlx_edgelora.model.checkpoint import LazyModel
 from mlx_edgelora.planner.report import PlanReport
 from mlx_edgelora.planner.run_plan import RunPlan
 
-# Of a line; what is longer goes on below.
-COLUMNS = 80
 NAMES = 11
 # Packing is worth a word where an epoch has so many times fewer batches with it.
 FEWER = 2
 EMBEDDED = "the tiny model of this package"
 
 
-def facts(config: TrainConfig, lazy: LazyModel, sets: Sequence[Dataset | None]) -> dict[str, str]:
+def facts(
+    config: TrainConfig,
+    lazy: LazyModel,
+    sets: Sequence[Dataset | None],
+    about_rows: Sequence[str] = (),
+) -> dict[str, str]:
     """Words about the model, the data, the adapters and the optimizer.
 
     Args:
         config: of the run.
         lazy: its adapted model.
         sets: training, validation and test set, as far as they are there.
+        about_rows: lines about where they come from.
     """
     rows = {"model": _model(lazy), "data": _data(config, sets)}
+    if about_rows:
+        rows["rows"] = "; ".join(about_rows)
     if config.train:
         rows |= {"batches": _batches(config, sets[0])}
         rows |= {"adapters": _adapters(config, lazy), "optimizer": _optimizer(config)}
@@ -175,14 +181,4 @@ def _short(path: Path) -> str:
 
 def lines(rows: Mapping[str, str]) -> str:
     """The header's lines for some facts."""
-    return "\n".join(
-        fill(
-            text,
-            COLUMNS,
-            initial_indent=name.ljust(NAMES),
-            subsequent_indent=" " * NAMES,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-        for name, text in rows.items()
-    )
+    return "\n".join(named_rows(rows, NAMES))

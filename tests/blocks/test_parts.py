@@ -193,14 +193,14 @@ def test_the_block_must_ask_attention_or_its_cache_once():
     with pytest.raises(RuntimeError, match="it asks attention 2 times, expected once"):
         parts.output_rows(x, rows)
     with pytest.raises(RuntimeError, match="it asks its cache 2 times, expected once"):
-        cut.finished(x, every, every, kept)
+        cut.output(x, every, every, kept)
     block.self_attn = lambda x, mask, cache: x
     with pytest.raises(RuntimeError, match="it does not call mlx-lm's attention"):
         parts.output_rows(x, rows)
     with pytest.raises(RuntimeError, match="it asks attention 0 times, expected once"):
         parts.output(x, every, every, kept)
     with pytest.raises(RuntimeError, match="its cache is not asked for keys and values"):
-        cut.kept(x, every)
+        cut.key_values(x, every)
 
 
 def test_a_mask_of_another_name_is_an_error():

@@ -45,7 +45,7 @@ def scores(batch_shape, **choices):
 
 
 @pytest.mark.parametrize(
-    ("load", "choices", "size"),
+    ("batch_shape", "choices", "size"),
     [
         (BatchShape(1, 2048, 600), {}, 150_994_944),
         (BatchShape(4, 2048, 600), {"attention_block": 1024}, 603_979_776),

@@ -11,7 +11,8 @@ from mlx_edgelora import EdgeLoraError, TrainConfig, finetune
 from mlx_edgelora.data.batches import iterate_batches
 from mlx_edgelora.planner.sizes import BatchShape
 from mlx_edgelora.training import loop
-from mlx_edgelora.training.finetune import open_engine, plan_report
+from mlx_edgelora.training.inspecting import plan_report
+from mlx_edgelora.training.opening import open_engine
 from mlx_edgelora.training.rehearsal import synthetic_batch
 
 LENGTHS = [5, 9, 3, 30, 6, 4, 8, 12, 7, 5, 3, 21, 6]

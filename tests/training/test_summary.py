@@ -30,6 +30,11 @@ def test_facts_of_the_embedded_run(embedded):
     ]
 
 
+def test_lines_about_rows_follow_those_about_data(embedded):
+    lines = summary.lines(summary.facts(*embedded, ["text (text)", "no valid set"]))
+    assert lines.splitlines()[2] == "rows       text (text); no valid set"
+
+
 def test_long_lines_go_on_below(embedded, monkeypatch):
     config, lazy, sets = embedded
     monkeypatch.setattr(Path, "home", lambda: Path("/home/someone"))
@@ -37,7 +42,7 @@ def test_long_lines_go_on_below(embedded, monkeypatch):
     facts = summary.facts(replace(config, data=place), lazy, sets)
     lines = summary.lines(facts).splitlines()
     assert lines[1].startswith("data       ~/a/long folder")
-    assert lines[2].startswith(" " * summary.NAMES) and max(map(len, lines)) <= summary.COLUMNS
+    assert lines[2].startswith(" " * summary.NAMES) and max(map(len, lines)) <= 80
 
 
 @pytest.mark.parametrize(
