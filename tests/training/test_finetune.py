@@ -356,7 +356,7 @@ lr_schedule:
 
 
 def test_log_and_callbacks_are_told_of_every_report(options, tmp_path, tiny):
-    data = make_data(tmp_path / "data")
+    data = make_data(tmp_path / "data", rows=9)
     recorder = Recorder()
     config = options(data=str(data), log=str(tmp_path / "run.jsonl"), steps_per_eval=2)
     finetune(config, [recorder], lambda line: None)
