@@ -37,7 +37,7 @@ def run(config: TrainConfig) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, 2 for what the user can mend, 130 for ^C.
 
-    141 stands for a reader of the output that is gone, as with `| head`.
+    141 means that the reader of the output has exited, as with `| head`.
     """
     try:
         config = config_from_cli(
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # Whoever read the output has gone; Python would complain once more when it exits.
+        # The reader of the output has exited; Python would report it once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     return 0

@@ -7,14 +7,14 @@ import numpy as np
 
 
 class FiniteCheck:
-    """Whether all arrays of a step are finite, known once at its end: no evaluation for each."""
+    """Checks whether all arrays of a step are finite, with one evaluation at its end."""
 
     def __init__(self) -> None:
         self._names: list[str] = []
         self._flags: list[mx.array | bool] = []
 
     def add(self, arrays: Mapping[str, mx.array]) -> None:
-        """Look at some more evaluated arrays; on a GPU in the background."""
+        """Check more evaluated arrays; on a GPU in the background."""
         self._names += arrays
         if mx.default_device() == mx.cpu:  # NumPy takes a tenth of the time for small arrays
             self._flags += [_is_finite(array) for array in arrays.values()]
@@ -23,7 +23,7 @@ class FiniteCheck:
             mx.async_eval(self._flags[-len(arrays) :])
 
     def first_bad(self) -> str | None:
-        """Name of the first array that holds a NaN or an infinity, or None; forgets all of them."""
+        """Return the name of the first array with a NaN or an infinity, or None; start anew."""
         names, flags = self._names, self._flags
         self._names, self._flags = [], []
         if flags and isinstance(flags[0], mx.array):
@@ -38,7 +38,7 @@ def _is_finite(array: mx.array) -> bool:
 
 
 def first_non_finite(arrays: Mapping[str, mx.array]) -> str | None:
-    """Name of the first array that holds a NaN or an infinity, or None."""
+    """Return the name of the first array with a NaN or an infinity, or None."""
     finite = FiniteCheck()
     finite.add(arrays)
     return finite.first_bad()

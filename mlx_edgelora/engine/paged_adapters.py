@@ -1,8 +1,8 @@
 """Trained parameters, gradients and optimizer state in a file, a block in memory at a time.
 
 QLoRA's paged optimizers (arXiv 2305.14314, section 3) let the moments wait outside a GPU's
-memory until a page fault brings them back. Here parameters and gradients wait as well, on
-disk, and the walk over blocks says whose turn it is.
+memory until a page fault brings them back. Here parameters and gradients are on disk as well,
+and the walk over blocks decides which ones are read.
 """
 
 import os
@@ -23,8 +23,8 @@ from mlx_edgelora.storage.page_file import PageFile, Section, Spec
 class PagedAdapterState:
     """The blocks' parameters, gradients and optimizer state in a file.
 
-    In the model stand lazy arrays of NaN that nobody evaluates, of the right shapes. What is
-    trained outside the blocks (adapters of embedding and head) stays in memory.
+    The model keeps lazy arrays of NaN of the same shapes, which are never evaluated. Adapters
+    outside the blocks (of embedding and head) stay in memory.
 
     Memory: one block's parameters, gradients and state, and the new ones while it is updated.
     Disk: all blocks'; each step reads parameters three times and writes them once, writes
@@ -68,7 +68,7 @@ class PagedAdapterState:
         """Read a block's parameters.
 
         Raises:
-            EdgeLoraError: an update was broken off.
+            EdgeLoraError: an update was interrupted.
         """
         self._update.check()
         return self._parameters[index].read() if index in self._parameters else {}
@@ -142,7 +142,7 @@ class PagedAdapterState:
             self._summed.clear()
 
     def weights(self) -> Mapping[str, mx.array]:
-        """A view that reads each array from the file when it is looked at."""
+        """A view that reads each array from the file when it is accessed."""
         self._update.check()
         return _View(self._names, self._array)
 
@@ -236,7 +236,7 @@ class PagedAdapterState:
 
 
 class _View(Mapping[str, mx.array]):
-    """Arrays by name that are read when they are looked at."""
+    """Arrays by name that are read when they are accessed."""
 
     def __init__(self, names: list[str], read: Callable[[str], mx.array]) -> None:
         self._names, self._read = dict.fromkeys(names), read
@@ -256,7 +256,7 @@ class _View(Mapping[str, mx.array]):
 def _state_specs(
     optimizer: optimizers.Optimizer, parameters: Mapping[str, Spec]
 ) -> dict[tuple[str, str], Spec]:
-    """What the optimizer will remember of each parameter; nothing is evaluated."""
+    """Dtype and shape of the optimizer state of each parameter; nothing is evaluated."""
     specs = {}
     for name, (dtype, shape) in parameters.items():
         state: Arrays = {}

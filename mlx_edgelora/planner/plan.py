@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.measure.units import size
 
 MIB = 2**20
 # Of the file that a plan is saved in: raise it when what it says changes its meaning.
@@ -74,7 +75,7 @@ class Plan:
         if self.kept_blocks and self.tile_tokens is not None:
             raise EdgeLoraError(
                 f"kept_blocks: got {self.kept_blocks} with tile_tokens {self.tile_tokens}, "
-                "expected one of them: what is computed by tiles is not kept"
+                "expected one of them: blocks computed by tiles cannot be kept"
             )
 
     @property
@@ -146,19 +147,20 @@ class Plan:
             "weights": _split(streamed, blocks, "from disk", "in memory")
             + ", the next block read ahead" * (self.prefetch and streamed > 0),
             "embedding and head": "from disk" if self.head == "streamed" else "in memory",
-            "activations": _split(blocks - kept, blocks, "computed again", "kept"),
+            "activations": _split(blocks - kept, blocks, "recomputed", "kept"),
             "inputs of blocks": "in a file" if self.spills and kept < blocks else "in memory",
             "adapters": "in memory" if self.adapters == "resident" else "in a file",
-            "tokens": "all at once"
+            "token tiles": "none"
             if self.tile_tokens is None
-            else f"{self.tile_tokens} at a time",
+            else f"{self.tile_tokens} tokens at a time",
             "MLP": "layer by layer"
             if self.mlp_bytes is None
-            else f"slices of {_mib(self.mlp_bytes)}",
-            "head": f"tiles of {_mib(self.loss_bytes)}",
+            else f"slices of {size(self.mlp_bytes)}",
+            "vocabulary head": f"tiles of {size(self.loss_bytes)}",
         }
         if self.kernel != "auto":
-            rows["packed matrices"] = "unpacked" if self.kernel == "dequantize" else "MLX's kernel"
+            fused = self.kernel == "fused"
+            rows["quantized matrices"] = "MLX's kernel" if fused else "dequantized first"
         if self.attention_block is not None:
             block = self.attention_block
             rows["attention gradient"] = f"{block} x {block} scores at a time"
@@ -211,7 +213,3 @@ def _split(first: int, count: int, one: str, other: str) -> str:
     if first in (0, count):
         return other if first == 0 else one
     return f"{first} of {count} blocks {one}, {count - first} {other}"
-
-
-def _mib(size: int) -> str:
-    return f"{size / MIB:g} MiB"

@@ -135,11 +135,11 @@ class PlanReport:
             rows = {"longest rows": f"{self.context} tokens", "largest batch": f"{self.batch} rows"}
             lines += ["", f"in {budget} there is room for", *_rows(rows)]
         if self.next_gigabytes:
-            lines += ["", "a larger budget buys"]
+            lines += ["", "a larger budget gives"]
             points = {size(b.budget): f"{duration(b.seconds)} a step" for b in self.next_gigabytes}
             lines += _rows(points)
         elif not self._unlimited and self.fits:
-            lines += ["", "a larger budget buys nothing"]
+            lines += ["", "a larger budget would not be faster"]
         return "\n".join(lines)
 
     def json(self) -> str:

@@ -206,9 +206,9 @@ class RunPlan:
         return MOMENTS * (blocks + shape.outside_adapter_bytes)
 
     def table(self) -> str:
-        """What was chosen, for whom and why, in a few lines."""
+        """The plan with its budget and expected peak, in a few lines."""
         most = self.budget.bytes
-        limit = "no limit" if most is None else f"{size(most)} at most"
+        limit = "no limit" if most is None else f"limit {size(most)}"
         lines = [
             f"plan for {self.batch_shape.rows} x {self.batch_shape.tokens} tokens: "
             f"{size(self.choice.peak)} expected{self._by_formula}, {limit} "
@@ -220,7 +220,7 @@ class RunPlan:
 
     @property
     def _by_formula(self) -> str:
-        return ", not measured here" if self.measurements.is_empty else ""
+        return " (not measured yet)" if self.measurements.is_empty else ""
 
 
 def plan_request(

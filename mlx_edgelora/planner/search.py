@@ -354,12 +354,12 @@ def _too_small(search: _Search, budget: int) -> str:
     if shape.itemsize > 2:
         ways.append(("dtype bfloat16", needs(_in_16_bits(shape))))
     helping = sorted((way for way in ways if helps(way[1])), key=lambda way: way[1])
-    problem_text = ", ".join(f"{name} needs {_mb(size)}" for name, size in helping)
+    advice = ", ".join(f"{name} needs {_mb(size)}" for name, size in helping)
     idle = " and ".join(name for name, size in ways if not helps(size))
     return (
         f"memory_budget: got {_mb(budget)}, expected at least {_mb(least)} for this model and "
-        f"batch; raise it, or lower what it must hold: {problem_text or 'use a smaller model'}"
-        + (f" ({idle} would change nothing)" if idle else "")
+        f"batch; raise it, or {f'lower the need: {advice}' if advice else 'use a smaller model'}"
+        + (f" ({idle} would not help)" if idle else "")
     )
 
 

@@ -60,10 +60,9 @@ from mlx_edgelora.training.verification import verify
 ENGINES = 4
 # The largest number that math.exp takes is a little above it.
 MAX_EXPONENT = 700.0
-# For whoever trains on a GPU without bfloat16.
 BFLOAT16 = (
-    "note: the GPUs of M1 and M2 have no bfloat16 and convert it; --dtype float16 is faster, where "
-    "the model bears numbers up to 65504 (a run that meets larger ones ends)"
+    "note: the GPUs of M1 and M2 have no bfloat16 and convert it; --dtype float16 is faster, but "
+    "the run stops if a number exceeds 65504"
 )
 # One of these holds the words of any tokenizer; without one transformers makes up an empty one.
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
@@ -79,13 +78,13 @@ def finetune(
 
     Args:
         config: every option of the run.
-        callbacks: told of every report, as in `mlx_lm.tuner`.
-        notify: gets a line for every choice made, warning, and test result.
+        callbacks: called with every report, as in `mlx_lm.tuner`.
+        notify: called with every line to show: choices, warnings and test results.
         log: gets the records of the run, as `recorded` gives it; by default this function opens
             what config.log and config.report name.
 
     Returns:
-        How training ended; None where only a test was asked for.
+        How training ended; None without training.
 
     Raises:
         EdgeLoraError: something the user can mend, in one sentence; no file is damaged.
@@ -334,15 +333,15 @@ class _BudgetWatch(TrainingCallback):
     def on_train_loss_report(self, train_info: dict) -> None:
         """Called at every report."""
         peak = peak_memory()
-        message = f"MLX took {size(peak)}, more than was expected"
+        message = f"the peak of {size(peak)} is higher than expected"
         try:
             plan = self._chosen.replan(peak, anew=False)
         except EdgeLoraError as error:
-            self._log(f"{message}; the run goes on, but {error}")
+            self._log(f"{message}; the run continues, but {error}")
             return
         if plan is not None:
             self._engine.set_plan_and_residency(plan)
-            self._log(f"{message}; from here on\n{summary.memory(self._chosen)}")
+            self._log(f"{message}; new plan\n{summary.memory(self._chosen)}")
             self._note("plan", summary.plan_record(self._chosen))
 
 
@@ -374,8 +373,8 @@ def _with_saved_layers(config: TrainConfig) -> TrainConfig:
     """For a test alone: the adapter in `adapter_path` says what its layers look like."""
     if config.resume_adapter_file is not None:
         raise EdgeLoraError(
-            f"resume_adapter_file: got {config.resume_adapter_file!r} for a test alone, expected "
-            "nothing: what adapter_path holds is tested"
+            f"resume_adapter_file: got {config.resume_adapter_file!r} without training, but a test "
+            "evaluates the adapter in adapter_path; leave it out, or train"
         )
     if not config.adapter_path:  # the base model, as in mlx-lm
         return config
@@ -385,8 +384,8 @@ def _with_saved_layers(config: TrainConfig) -> TrainConfig:
         layers = {key: saved[key] for key in ("num_layers", "lora_parameters")}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise EdgeLoraError(
-            f"{path}: not the configuration of an adapter ({error_text(error)}); test one that was "
-            "trained, or the base model with --adapter-path ''"
+            f"{path}: not the configuration of an adapter ({error_text(error)}); name the folder "
+            "of a trained adapter, or test the base model with --adapter-path ''"
         ) from error
     like = TrainConfig.from_dict(layers, str(path))
     return dataclasses.replace(
@@ -449,7 +448,7 @@ def _data(
 ) -> tuple[Dataset | None, Dataset | None, Dataset | None]:
     sets = load_datasets(config, tokenizer)
     if config.train and config.val_batches and sets[1] is None:
-        log("no valid set, so no validation")
+        log("note: the data has no valid set, so no validation runs")
     for dataset in sets:
         if dataset is None:
             continue
@@ -472,7 +471,7 @@ def _test_result(loss: float, tokens: int) -> str:
 def _spill_place(config: TrainConfig) -> tuple[str | Path, str]:
     """The folder of scratch files, and why it is this one."""
     if config.spill_dir:
-        return config.spill_dir, "as asked"
+        return config.spill_dir, "set by --spill-dir"
     return spill_folder([tempfile.gettempdir(), user_cache()])
 
 
@@ -483,7 +482,7 @@ def _cache(config: TrainConfig) -> Path:
 def _explained_failures(config: TrainConfig) -> AbstractContextManager:
     """For what comes before and after training, which knows itself what is on disk."""
     return explain_failures(
-        f"an adapter saved before is untouched in {config.adapter_path or 'its folder'}"
+        f"an adapter saved before is unchanged in {config.adapter_path or 'its folder'}"
     )
 
 

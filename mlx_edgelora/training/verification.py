@@ -39,6 +39,7 @@ from mlx_edgelora.engine.step import Engine
 from mlx_edgelora.engine.walk import Walk
 from mlx_edgelora.layers import attention as attention_layer
 from mlx_edgelora.losses.exact import CrossEntropy
+from mlx_edgelora.measure.units import size
 from mlx_edgelora.model.weights import cast
 from mlx_edgelora.training.plain import (
     OneBlockModel,
@@ -92,8 +93,8 @@ def verify(
         comparison = _GradientComparison(engine, rows, tokens, dtype, light)
         while memory is not None and (needed := comparison.plain_peak()) > memory:
             log(
-                f"plain MLX would need {needed / 1e9:.1f} GB for a block of {tokens} tokens: rows "
-                f"of {tokens // 2} are compared"
+                f"plain MLX would need {size(needed)} for a block of {tokens} tokens, so rows of "
+                f"{tokens // 2} tokens are compared"
             )
             tokens //= 2
             comparison = _GradientComparison(engine, rows, tokens, dtype, light)
@@ -349,7 +350,7 @@ class _GradientComparison:
 
 
 class _ProjectedLoss:
-    """In place of a loss: the last hidden state times a cotangent, summed; see `tail.Loss`."""
+    """In place of a loss: the last hidden state times a cotangent, summed; see `tail.GraphLoss`."""
 
     key, arrays = "projected", ()
 

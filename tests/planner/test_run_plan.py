@@ -74,7 +74,7 @@ def test_a_prediction_that_was_too_low_is_corrected_once(options, monkeypatch):
     monkeypatch.setattr(module, "peak_memory", lambda: next(peaks))
     lines = []
     finetune(options(memory_budget="100MB", iters=3), notify=lines.append)
-    messages = [line for line in lines if "more than was expected" in line]
+    messages = [line for line in lines if "higher than expected" in line]
     assert len(messages) == 1
 
 

@@ -23,7 +23,7 @@ def test_spill_folder_passes_over_memory_and_what_cannot_be_written(tmp_path, on
     folder, reason = spill_folder(candidates)
     assert folder == tmp_path / "made" / "here"
     assert folder.is_dir()
-    assert reason == "the only local volume at hand"
+    assert reason == "the only local disk found"
     with pytest.raises(EdgeLoraError, match=r"spill_dir: none of .*memory, .*below is a writable"):
         spill_folder(candidates[:2])
 
@@ -47,7 +47,7 @@ def test_fastest_volume_is_taken(tmp_path, monkeypatch):
         monkeypatch.setattr(stores, "_write_seconds", seconds.__getitem__)
         folder, reason = spill_folder([tmp_path, other])
         assert seconds[folder] == 0.25
-        assert reason == "the fastest of 2 volumes: 8 MiB written in 0.250 s"
+        assert reason == "the fastest of 2 disks: 8.4 MB written in 0.250 s"
 
 
 def test_full_volume_is_the_last_choice(tmp_path, monkeypatch):

@@ -164,7 +164,7 @@ def test_a_volume_without_room_is_told_before_the_first_step(options, tmp_path, 
     given = tmp_path / "plan.json"
     given.write_text(Plan(inputs="file").json())
     monkeypatch.setattr(page_file, "_preallocate", full)
-    with pytest.raises(EdgeLoraError, match=r"spilling activations needs .* MiB are free"):
+    with pytest.raises(EdgeLoraError, match=r"scratch file of activations needs .*B are free"):
         finetune(options(plan=str(given), verify="off"), notify=lambda line: None)
     assert not (tmp_path / "adapters").exists()
 

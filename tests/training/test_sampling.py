@@ -158,13 +158,13 @@ def test_of_blocks_of_several_kinds_each_is_measured(tmp_path):
         assert sampling._blocks_to_sample(kinds, overlaps=True, kept=False) == [2, 3, 4, 5, 6]
         assert sampling._blocks_to_sample(kinds, overlaps=False, kept=True) == [4, 5]
         assert sampling._kinds(engine, 0, 5) == [[0, 2, 4], [1, 3]]
-        called = engine.walk._functions.called
+        called = engine.walk._functions.call_block
 
         def spied(index, *arguments):
             visited.append(index)
             return called(index, *arguments)
 
-        engine.walk._functions.called = spied
+        engine.walk._functions.call_block = spied
         state = mx.random.state[0].tolist()
         sample(engine, chosen)
         assert mx.random.state[0].tolist() == state
