@@ -39,7 +39,7 @@ part() {
 }
 
 steps() {
-    part "steps-$1" "$2" "$PYTHON" benchmarks/gpu_steps.py --tokens "$1" --output "$out/steps" "${@:3}"
+    part "steps-$1" "$2" "$PYTHON" benchmarks/speed.py steps --tokens "$1" --output "$out/steps" "${@:3}"
 }
 
 steps 1024 150 --steps 8 --seconds 30

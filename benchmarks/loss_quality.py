@@ -1,12 +1,11 @@
 """What the losses leave of the quality of a fine-tuned model: the embedded task, several seeds.
 
-    python benchmarks/loss_quality.py
-
-Fine-tunes the model inside the package as `python -m mlx_edgelora.train` does (data, adapters,
-optimizer and learning rate of `assets/default.yaml`), once per seed: with mlx-lm's own trainer
-and loss, with these on this package's batches, with the exact loss and with the approximate
-one. Adapters are judged after each of `--steps` steps of one run (the learning rate is
-constant, so a shorter run ends there too). It takes 20 minutes on two free cores.
+`loss.py quality` runs it. It fine-tunes the model inside the package as
+`python -m mlx_edgelora.train` does (data, adapters, optimizer and learning rate of
+`assets/default.yaml`), once per seed: with mlx-lm's own trainer and loss, with these on this
+package's batches, with the exact loss and with the approximate one. Adapters
+are judged after each of `--steps` steps of one run (the learning rate is constant, so a shorter run
+ends there too). It takes 20 minutes on two free cores.
 
 One judge for all: mlx-lm loads the adapter and answers the held-out prompts, and the exact loss
 is that of MLX's own cross-entropy on the tokens of the held-out answers, one row at a time,
@@ -129,13 +128,8 @@ def judge(folder: Path, step: int, rows: list[dict[str, str]]) -> tuple[float, f
     return exact_match(model, tokenizer, rows, MAX_TOKENS), total / count
 
 
-def main() -> None:
+def quality(args: argparse.Namespace) -> None:
     """Train every arm with every seed, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, nargs="+", default=[8, 10, 20, 50])
-    parser.add_argument("--rows", type=int, default=200, help="held-out rows to judge by")
-    args = parser.parse_args()
     rows = held_out_rows(args.rows)
     heads = [f"match at {n} | loss at {n}" for n in args.steps]
     print(
@@ -160,7 +154,3 @@ def spread(values: Sequence[float], form: str) -> str:
     """The mean, and from where to where."""
     low, high = (form.format(bound(values)) for bound in (min, max))
     return f"{form.format(statistics.mean(values))} [{low}, {high}]"
-
-
-if __name__ == "__main__":
-    main()

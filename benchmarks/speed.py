@@ -1,53 +1,204 @@
-"""Time of a step against mlx-lm's own, at budgets from its peak with checkpointing to plenty.
+"""Time: of steps beside mlx-lm's, of the host alone, of reading weights, of products.
 
-    python benchmarks/speed.py --shape llama-3.2-1b --blocks 4 --tokens 256
-    python benchmarks/speed.py --shape llama-3.2-1b --blocks 4 --tokens 256 --labelled 0.3
+    python benchmarks/speed.py steps --output out
+    python benchmarks/speed.py steps --shape small --blocks 4 --tokens 64 --budgets plenty min
+    taskset -c 0 python benchmarks/speed.py host --rounds 30
+    python benchmarks/speed.py reading --shape llama-3.2-3b --blocks 4
+    LD_PRELOAD=libopenblas.so.0 python benchmarks/speed.py products
+    python benchmarks/speed.py packing --shape llama-3.2-1b --blocks 4 --tokens 1024 --short-rows 84
 
-On an unquantized random model in float32, so that both multiply by the same kernels: MLX's own
-product with a packed matrix is 20 times slower on a CPU than unpacking it, and only this package
-unpacks. Same batch, same LoRA layers, AdamW. Contenders take turns; every ratio is of two
-steps that followed one another. `peak` is `mx.get_peak_memory` of the last step, weights included,
-MLX's buffer cache left as it is. mlx-lm's step is that of `mlx_lm.tuner.trainer.train`: its loss,
-its compiled step, its gradient checkpointing.
+`steps` is the table of a GPU: peak and seconds of a step within some budgets, beside mlx-lm's. Each
+row is a process of its own, which is ended after `--seconds`; a row that fails costs its own
+figures alone. The table is written after every row, with every step's seconds in `steps.jsonl`.
+Shape, tokens, rank, rows and start matrices are the same for all. Ratios are of medians; a GPU
+that nobody else uses is steady enough for that. (`mlx-edgelora benchmark` takes turns, and checks
+that all compute the same.)
+
+`host` is what Python takes, for which a fast GPU waits: 28 blocks of 64 entries, 64 tokens,
+float32. All steps are whole ones: loss, gradients, whether these are finite, AdamW. Contenders take
+turns in one process, a step each; ratios are of steps that followed one another, and the median is
+told.
+
+`reading` reads blocks of a shape again and again from a warm cache: in turn by `StreamedWeights`
+(with every check and the dictionary that a step gets), by `mx.load`, and as many bytes by one
+`preadv` into memory that is used again.
+
+`products` is how a CPU multiplies: MLX's fused quantized kernel against dequantize and multiply,
+best of three, 1024 rows by a 3072 x 3072 matrix, 4-bit in groups of 64. Errors are relative to
+float32.
 """
 
 import argparse
 import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-import floor
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optimizers
 import numpy as np
+from memory import random_batch
+from mlx_lm.models import llama
 from mlx_lm.tuner import trainer
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model
+from packing import compare_packing
 
-from mlx_edgelora.benchmark import shapes
+from mlx_edgelora.benchmark import contenders, rows, shapes
+from mlx_edgelora.benchmark.job import TrainingJob
+from mlx_edgelora.benchmark.machine import commit
+from mlx_edgelora.benchmark.run import write_start
 from mlx_edgelora.blocks.checks import checked_blocks
 from mlx_edgelora.data import Batch
 from mlx_edgelora.engine.build import Settings, build_engine
-from mlx_edgelora.model.loading import open_model
+from mlx_edgelora.engine.finite import Magnitudes
+from mlx_edgelora.measure.meter import DiskMeter
+from mlx_edgelora.measure.units import size
+from mlx_edgelora.model.loading import attach, open_model
 from mlx_edgelora.model.lora import add_lora
 from mlx_edgelora.planner.machine import this_machine
-from mlx_edgelora.planner.search import plan
+from mlx_edgelora.planner.plan import MIB, Plan
+from mlx_edgelora.planner.search import smallest
 from mlx_edgelora.planner.shape import shape_of
 from mlx_edgelora.planner.sizes import BatchShape
 
-Step = Callable[[], float]
-checkpoint = partial(shapes.checkpoint, weights="float32")
+RIVALS = ("mlx-lm", "mlx-lm, checkpointing")
+RANK = 8
+# The model of `host`.
+BLOCKS, TOKENS = 28, 64
+RESIDENT = Plan(streamed_blocks=0, head="resident", inputs="memory", loss_bytes=160 * MIB)
+PLANS = {
+    "no limit": Plan(**(vars(RESIDENT) | {"kept_blocks": BLOCKS})),
+    "all in memory, blocks recomputed": RESIDENT,
+    "min": None,
+}
+PACKING = {"group_size": 64, "bits": 4}
 
 
-def theirs(folder: Path, rank: int, batch: Batch, checkpointing: bool) -> Step:
-    """mlx-lm's step; gives its loss."""
+def job_of(args: argparse.Namespace, work: Path) -> TrainingJob:
+    """Steps of one contender on random rows."""
+    folder = shapes.checkpoint(args.cache, args.shape, args.blocks, args.weights)
+    shapes.add_tokenizer(folder, shapes.SHAPES[args.shape][-1])
+    (work / "data").mkdir()
+    tokenizer, words = rows.tokenizer_of(folder), rows.words_for(folder)
+    made = rows.synthetic_rows(tokenizer, 2, args.tokens, 0.3, words)
+    masked, options = rows.write_rows(work / "data", made), {}
+    opened = open_model(str(folder), streamed=False, quantize=None, cache=args.cache)
+    write_start(opened, RANK, work / "start.safetensors")
+    if args.row not in RIVALS:
+        words = {"plenty": contenders.PLENTY, "min": "min"}
+        budget = words.get(args.row) or round(float(args.row) * 1e9)
+        options = {"memory_budget": budget, "spill_dir": str(work)}
+    return TrainingJob(
+        model=str(folder),
+        data=str(work / "data"),
+        start=str(work / "start.safetensors"),
+        context=args.tokens,
+        batch=1,
+        steps=args.steps,
+        rank=RANK,
+        scale=20.0,
+        learning_rate=1e-4,
+        mask_prompt=masked,
+        last=args.steps,
+        output=str(work),
+        checkpointing=args.row == RIVALS[1],
+        options=options,
+    )
+
+
+def measured(args: argparse.Namespace) -> dict[str, Any]:
+    """Steps of one contender, in this process."""
+    job = job_of(args, Path(tempfile.mkdtemp(prefix="edgelora-")))
+    gc.collect()
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    times, losses, last = [], [], time.perf_counter()
+
+    def pause(loss: float, trained: dict | None = None, disk: object = None) -> None:
+        nonlocal last
+        if trained is not None:
+            mx.eval(list(trained.values()))
+        mx.synchronize()
+        times.append(time.perf_counter() - last)
+        losses.append(loss)
+        last = time.perf_counter()
+
+    (contenders.mlx_lm if args.row in RIVALS else contenders.mlx_edgelora)(job, pause)
+    return {
+        "row": args.row,
+        "tokens": args.tokens,
+        "peak": mx.get_peak_memory(),
+        "first_s": times[0],
+        "median_s": statistics.median(times[2:] or times),
+        "times": times,
+        "losses": losses,
+    }
+
+
+def table(found: list[dict[str, Any]], tokens: int, device: str) -> str:
+    """What was measured so far."""
+    by_row = {one["row"]: one for one in found}
+    lines = [f"{device}, commit {commit()}, {tokens} tokens, 30 % labelled, rank {RANK}", ""]
+    lines += ["| row | peak | s a step | first s | over mlx-lm | over checkpointing | loss |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for one in found:
+        ratios = [
+            f"{one['median_s'] / by_row[rival]['median_s']:.2f}" if rival in by_row else "-"
+            for rival in RIVALS
+        ]
+        losses = f"{one['losses'][0]:.4f} to {one['losses'][-1]:.4f}"
+        budget = "" if one["row"] in (*RIVALS, "plenty", "min") else " GB"
+        lines.append(
+            f"| {one['row']}{budget} | {size(one['peak'])} | {one['median_s']:.3f} | "
+            f"{one['first_s']:.1f} | {ratios[0]} | {ratios[1]} | {losses} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def steps(args: argparse.Namespace) -> None:
+    """Measure every row in a process of its own."""
+    args.cache.mkdir(parents=True, exist_ok=True)
+    if args.row:
+        print("RESULT " + json.dumps(measured(args)))
+        return
+    args.output.mkdir(parents=True, exist_ok=True)
+    found: list[dict[str, Any]] = []
+    device = str(mx.device_info().get("device_name", mx.default_device()))
+    for row in (*RIVALS, *args.budgets):
+        command = [sys.executable, __file__, *sys.argv[1:], "--row", row]
+        log = args.output / f"{args.tokens}-{row.replace(' ', '')}.log"
+        with log.open("w") as file:
+            try:
+                subprocess.run(command, stdout=file, stderr=file, timeout=args.seconds, check=False)
+            except subprocess.TimeoutExpired:
+                file.write(f"\nended after {args.seconds} s\n")
+        results = [line for line in log.read_text().splitlines() if line.startswith("RESULT ")]
+        if not results:
+            print(f"{row}: nothing measured, see {log}", flush=True)
+            continue
+        found.append(json.loads(results[0].removeprefix("RESULT ")))
+        with (args.output / "steps.jsonl").open("a") as file:
+            file.write(json.dumps(found[-1]) + "\n")
+        (args.output / f"{args.tokens}.md").write_text(table(found, args.tokens, device))
+    print(table(found, args.tokens, device))
+
+
+def theirs(folder: Path, batch: Batch, checkpointing: bool) -> Callable[[], float]:
+    """mlx-lm's step as in `mlx_lm.tuner.trainer.train`; gives its loss."""
     model, _ = load_model(folder)
     model.freeze()
-    linear_to_lora_layers(model, len(model.layers), {"rank": rank, "scale": 20.0, "dropout": 0.0})
+    linear_to_lora_layers(model, len(model.layers), {"rank": RANK, "scale": 20.0, "dropout": 0.0})
     model.train()
     kind = type(model.layers[0])
     call = kind.__call__
@@ -58,17 +209,17 @@ def theirs(folder: Path, rank: int, batch: Batch, checkpointing: bool) -> Step:
     state = [model.state, optimizer.state, mx.random.state]
 
     @partial(mx.compile, inputs=state, outputs=state)
-    def step(tokens: mx.array, lengths: mx.array) -> tuple[mx.array, mx.array]:
-        (loss, count), gradients = value_and_grad(model, tokens, lengths)
+    def step(tokens: mx.array, lengths: mx.array) -> mx.array:
+        (loss, _), gradients = value_and_grad(model, tokens, lengths)
         optimizer.update(model, gradients)
-        return loss, count
+        return loss
 
     tokens = mx.array(batch.tokens)
     first = int(batch.mask.argmax())  # of the only row, whose labels are its last tokens
     lengths = mx.array([[first + 1, batch.tokens.shape[1]]])
 
     def run() -> float:
-        loss, _ = step(tokens, lengths)
+        loss = step(tokens, lengths)
         mx.eval(state, loss)
         return loss.item()
 
@@ -78,81 +229,169 @@ def theirs(folder: Path, rank: int, batch: Batch, checkpointing: bool) -> Step:
     return run
 
 
-def ours(folder: Path, rank: int, batch: Batch, budget: int, stack: ExitStack) -> tuple[Step, str]:
-    """This package's step within a budget, and the plan in words."""
+def ours(folder: Path, plan: Plan | None, batch: Batch, stack: ExitStack) -> Callable[[], float]:
+    """This package's step by a plan; None for the least memory."""
     lazy = open_model(str(folder), streamed=True, quantize=None, cache=folder)
-    add_lora(lazy.model, -1, rank=rank)
-    shape = shape_of(checked_blocks(lazy.model), lazy.vocabulary)
-    load = BatchShape(*batch.inputs().shape, int(batch.mask.sum()))
-    machine = this_machine(folder.parent, folder.parent, mx.float32)
-    choice = plan(shape, load, machine, budget)
-    settings = Settings(folder.parent)
-    engine = stack.enter_context(build_engine(lazy, choice.plan, settings))
-    optimizer = optimizers.AdamW(1e-5)
+    mx.random.seed(1)
+    add_lora(lazy.model, -1, rank=RANK)
+    if plan is None:
+        shape = shape_of(checked_blocks(lazy.model), shapes.SHAPES["thin"][-1])
+        load = BatchShape(1, TOKENS, int(batch.mask.sum()))
+        plan = smallest(shape, load, this_machine(folder, folder, mx.float32)).plan
+    engine = stack.enter_context(build_engine(lazy, plan, Settings(folder)))
+    optimizer, magnitudes = optimizers.AdamW(1e-5), Magnitudes()
     engine.adapters.start(optimizer)
 
-    def run() -> float:
-        loss, _ = engine.backward(batch, engine.adapters.add)
+    def take(gradients: dict[str, mx.array]) -> None:
+        engine.adapters.add(gradients, magnitudes.add)
+
+    def step() -> float:
+        loss, _ = engine.backward(batch, take)
+        value = loss.item()
+        assert magnitudes.first_bad() is None
+        magnitudes.clear()
         engine.adapters.update(optimizer, 1)
-        return loss.item()
+        return value
 
-    return run, f"{choice.plan.describe(shape.blocks)}; {choice.peak / 1e6:.0f} MB expected"
+    step()
+    return step
 
 
-def timed(step: Step) -> tuple[float, int, float]:
-    """Seconds, peak and loss of one step."""
-    gc.collect()
-    mx.synchronize()
-    mx.reset_peak_memory()
-    start = time.perf_counter()
-    loss = step()
-    mx.synchronize()
-    return time.perf_counter() - start, mx.get_peak_memory(), loss
+def host(args: argparse.Namespace) -> None:
+    """Print the time of steps whose arithmetic is next to nothing."""
+    shapes.SHAPES["thin"] = (llama, BLOCKS, 64, 128, 4, 2, 1024)
+    folder = shapes.checkpoint(args.cache, "thin", BLOCKS, "float32")
+    batch = random_batch(1024, TOKENS, 0.3)
+    with ExitStack() as stack:
+        every = {name: theirs(folder, batch, name != RIVALS[0]) for name in RIVALS}
+        every |= {name: ours(folder, plan, batch, stack) for name, plan in PLANS.items()}
+        times = in_turn(every, args.rounds)
+    print("| who | ms a step | over mlx-lm | over mlx-lm, checkpointing |\n|---|---|---|---|")
+    for name, own in times.items():
+        ratios = [
+            statistics.median(mine / other for mine, other in zip(own, times[rival], strict=True))
+            for rival in RIVALS
+        ]
+        print(
+            f"| {name} | {1e3 * statistics.median(own):.0f} | {ratios[0]:.2f} | {ratios[1]:.2f} |"
+        )
+
+
+def in_turn(ways: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each way in each round."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            gc.collect()
+            start = time.perf_counter()
+            way()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def reading(args: argparse.Namespace) -> None:
+    """Print bytes a second, and ratios of readings that followed one another."""
+    args.cache.mkdir(parents=True, exist_ok=True)
+    mx.set_cache_limit(0)
+    folder = shapes.checkpoint(args.cache, args.shape, args.blocks)
+    lazy = open_model(str(folder), streamed=True, quantize=None, cache=folder)
+    add_lora(lazy.model, 1)
+    weights = attach(lazy, streamed=True, dtype=None, meter=DiskMeter()).weights
+    count = sum(array.nbytes for array in weights.block(0).values())
+    shard = next(folder.glob("*.safetensors"))
+    view, number = memoryview(np.zeros(count, np.uint8)), 0
+    names = [name for name in mx.load(str(shard)) if ".layers.0." in name]
+    with shard.open("rb", buffering=0) as file:
+
+        def plain() -> None:
+            done = 0
+            while done < count:
+                done += os.preadv(file.fileno(), [view[done:]], done)
+
+        def streamed() -> None:
+            nonlocal number
+            number = (number + 1) % args.blocks
+            weights.block(number)
+
+        def loaded() -> None:
+            arrays = mx.load(str(shard))
+            mx.eval([arrays[name] for name in names])
+
+        ways = {"preadv, memory used again": plain, "streamed": streamed, "mx.load": loaded}
+        times = in_turn(ways, args.rounds)
+    weights.close()
+    print(f"a block of {size(count)}\n\n| way | GB/s | of preadv's speed |\n|---|---|---|")
+    first, *_ = times.values()
+    for name, own in times.items():
+        share = statistics.median(a / b for a, b in zip(first, own, strict=True))
+        print(f"| {name} | {count / statistics.median(own) / 1e9:.2f} | {share:.2f} |")
+
+
+def products(args: argparse.Namespace) -> None:
+    """Print times in float32 and errors in bfloat16."""
+    x = mx.random.normal((1024, 3072), key=mx.random.key(0))
+    matrix = mx.random.normal((3072, 3072), key=mx.random.key(1))
+    packed = mx.quantize(matrix, **PACKING)
+    mx.eval(x, matrix, packed)
+    ways = {
+        "float32 product": lambda: mx.eval(x @ matrix.T),
+        "fused quantized": lambda: mx.eval(mx.quantized_matmul(x, *packed, **PACKING)),
+        "dequantize, multiply": lambda: mx.eval(x @ mx.dequantize(*packed, **PACKING).T),
+    }
+    print(f"preloaded: {os.environ.get('LD_PRELOAD') or 'nothing'}")
+    for name, times in in_turn(ways, 4).items():
+        print(f"{name}: {min(times[1:]):.3f} s")
+    weight, *rest = packed
+    low = [weight, *(array.astype(mx.bfloat16) for array in rest)]
+    exact = [weight, *(array.astype(mx.float32) for array in low[1:])]
+    some = x[:16].astype(mx.bfloat16)
+    expected = some.astype(mx.float32) @ mx.dequantize(*exact, **PACKING).T
+    found = mx.quantized_matmul(some, *low, **PACKING), some @ mx.dequantize(*low, **PACKING).T
+    errors = [
+        (mx.linalg.norm(p.astype(mx.float32) - expected) / mx.linalg.norm(expected)).item()
+        for p in found
+    ]
+    print(f"bfloat16 error: fused {errors[0]:.1%}, dequantized {errors[1]:.1%}")
 
 
 def main() -> None:
-    """Time every contender in turn and print ratios."""
+    """Run a subcommand."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=shapes.SHAPES, default="small")
-    parser.add_argument("--blocks", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--labelled", type=float, default=1.0, help="share of the tokens")
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--cache", type=Path, default=shapes.default_cache())
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("steps", help="peak and seconds of steps, beside mlx-lm's")
+    one.add_argument("--shape", choices=shapes.SHAPES, default="llama-3.2-3b")
+    one.add_argument("--blocks", type=int, default=28)
+    one.add_argument("--tokens", type=int, default=1024)
+    one.add_argument("--weights", choices=shapes.WEIGHTS, default="4bit")
+    budgets = ["plenty", "3.7", "1.9", "1.0", "0.5", "min"]
+    one.add_argument("--budgets", nargs="+", default=budgets, metavar="GB")
+    one.add_argument("--steps", type=int, default=8)
+    one.add_argument("--seconds", type=int, default=60, help="of a row at most")
+    one.add_argument("--output", type=Path, default=Path("steps"))
+    one.add_argument("--row", help=argparse.SUPPRESS)
+    one.set_defaults(run=steps)
+    one = commands.add_parser("host", help="what Python takes of a step")
+    one.add_argument("--rounds", type=int, default=15)
+    one.set_defaults(run=host)
+    one = commands.add_parser("reading", help="weights from a warm cache")
+    one.add_argument("--shape", choices=shapes.SHAPES, default="llama-3.2-1b")
+    one.add_argument("--blocks", type=int, default=3)
+    one.add_argument("--rounds", type=int, default=20)
+    one.set_defaults(run=reading)
+    one = commands.add_parser("products", help="quantized products of a CPU")
+    one.set_defaults(run=products)
+    one = commands.add_parser("packing", help="what packing short rows gains")
+    one.add_argument("--shape", choices=shapes.SHAPES, default="llama-3.2-1b")
+    one.add_argument("--blocks", type=int, default=4)
+    one.add_argument("--tokens", type=int, default=1024)
+    one.add_argument("--short-rows", type=int, default=84, help="tokens of a row on average")
+    one.add_argument("--steps", type=int, default=5)
+    one.add_argument("--budget", type=float, default=1000, help="GB")
+    one.set_defaults(run=compare_packing)
+    for command in commands.choices.values():
+        command.add_argument("--cache", type=Path, default=shapes.default_cache())
     args = parser.parse_args()
-    args.cache.mkdir(parents=True, exist_ok=True)
-    folder = checkpoint(args.cache, args.shape, args.blocks)
-    batch = floor.random_batch(shapes.SHAPES[args.shape][-1], args.tokens, args.labelled)
-    print(f"{args.shape}, {args.blocks} blocks, {args.tokens} tokens, {args.labelled:.0%} labelled")
-    pairs = [("plenty", False), ("its peak with checkpointing", True)]
-    print("| against mlx-lm | budget MB | its peak | our peak | median ratio | lowest | highest |")
-    print("|---|---|---|---|---|---|---|")
-    for name, checkpointing in pairs:
-        with ExitStack() as stack:
-            other = theirs(folder, args.rank, batch, checkpointing)
-            held = mx.get_active_memory()  # its weights stay while ours is measured
-            _, peak, _ = timed(other)
-            budget = peak if checkpointing else 10**12
-            own, words = ours(folder, args.rank, batch, budget, stack)
-            timed(own)
-            before = mx.get_active_memory()
-            own_held = before - held
-            ratios = []
-            for _ in range(args.steps):
-                t, their_peak, their_loss = timed(other)
-                o, own_peak, own_loss = timed(own)
-                ratios.append(o / t)
-            their_peak -= own_held
-            own_peak -= held
-            print(
-                f"| {name} | {budget / 1e6:.0f} | {their_peak / 1e6:.0f} | {own_peak / 1e6:.0f} | "
-                f"{np.median(ratios):.3f} | {min(ratios):.3f} | {max(ratios):.3f} |",
-                flush=True,
-            )
-            print(f"\n{words}; losses {their_loss:.4f} and {own_loss:.4f}\n", flush=True)
-        del other, own
-        gc.collect()
+    args.run(args)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ from importlib.metadata import version
 
 COMMANDS = {
     "train": ("train", "Fine-tune a model."),
+    "data": ("preview.command", "Show the data as a run will see it, with the labels."),
     "plan": ("plan", "Tell whether a run fits into memory, and how it would be computed."),
+    "fuse": ("fuse", "Merge an adapter into its model."),
     "verify": ("verify", "Compare the gradients of a run with those of plain MLX."),
     "benchmark": ("benchmark.__main__", "Compare memory and time with mlx-lm."),
     "doctor": ("doctor", "Measure what this machine can do, and write a report of it."),

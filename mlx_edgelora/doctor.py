@@ -12,6 +12,7 @@ from mlx_edgelora.checkup.job import Checkup, Sizes, environment_variable
 from mlx_edgelora.checkup.report import as_json, lines_of, make_report, problems
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.measure.meter import footprint
+from mlx_edgelora.measure.text import wrapped
 from mlx_edgelora.storage.files import make_folder, write_atomically
 
 FILE = "mlx-edgelora-report.json"
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None, sizes: Sizes | None = None) -> int:
     found = problems(report)
     print(f"\n{'Problems found:' if found else 'Nothing failed.'}")
     for line in found:
-        print(f"  {line}")
+        print(wrapped(f"  {line}"))
     print(f"\n{_next_steps(file)}")
     return FAILED if found else PASSED
 

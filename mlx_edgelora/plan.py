@@ -11,7 +11,8 @@ from mlx_edgelora.config.yaml_file import read_yaml
 from mlx_edgelora.embedded import DEFAULT_CONFIG
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.storage.files import write_atomically
-from mlx_edgelora.training.finetune import plan_report
+from mlx_edgelora.training.inspecting import plan_report
+from mlx_edgelora.training.opening import has_data
 
 # Exit statuses.
 FITS, DOES_NOT_FIT, USER_ERROR = 0, 1, 2
@@ -35,13 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--labelled",
         type=float,
-        default=1.0,
         metavar="SHARE",
         help="Without --data: fraction of the tokens with a label. Default: 1.0.",
     )
     try:
         own, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-        if not 0 < own.labelled <= 1:
+        if own.labelled is not None and not 0 < own.labelled <= 1:
             raise EdgeLoraError(
                 f"--labelled: got {own.labelled}, expected a number above 0 and at most 1"
             )
@@ -50,7 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "--plot: matplotlib is not installed; run `pip install 'mlx-edgelora[plot]'`"
             )
         config = config_from_cli(rest, preset=read_yaml(DEFAULT_CONFIG))
-        report = plan_report(config, own.labelled)
+        if own.labelled is not None and has_data(config):
+            raise EdgeLoraError(
+                f"--labelled: got {own.labelled} for rows that are given, expected nothing: their "
+                "own labels count; leave it out, or name a --model without --data"
+            )
+        report = plan_report(config, 1.0 if own.labelled is None else own.labelled)
         print(report.json() if own.json else report.table())
         if own.plot:
             write_atomically({Path(own.plot): report.plot})

@@ -1,18 +1,20 @@
 """`python -m mlx_edgelora.train`: fine-tune a model from the command line."""
 
-import os
 import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
+from mlx_edgelora.command import command
 from mlx_edgelora.config import TrainConfig, config_from_cli
 from mlx_edgelora.config.yaml_file import read_yaml
 from mlx_edgelora.embedded import DEFAULT_CONFIG, MODEL_PATH, demonstrate
-from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.measure.text import COLUMNS, wrapped
 from mlx_edgelora.training.failures import explain_failures
 from mlx_edgelora.training.finetune import finetune
 from mlx_edgelora.training.log import recorded
+from mlx_edgelora.training.resuming import saved_options
 
 
 def run(config: TrainConfig) -> None:
@@ -23,37 +25,29 @@ def run(config: TrainConfig) -> None:
             print("\nWhat the adapter changed, asked through mlx-lm:")
             with explain_failures(f"the adapter is in {result.adapter_path}"):
                 shown = demonstrate(result.adapter_path)
-            print(shown)
+            print(wrapped(str(shown)))
             if log is not None:
                 log.note("answers", asdict(shown))
-        elif result is not None:
-            command = ["--model", config.model or MODEL_PATH, "--adapter-path", result.adapter_path]
-            words = shlex.join(["mlx_lm.generate", *map(str, command)])
-            print(f'\nTry it:\n  {words} --prompt "..."')
+        if result is not None:
+            print(f"\nThe adapter is in {result.adapter_path}. Try it:")
+            print(command_to_try(config.model or str(MODEL_PATH), result.adapter_path))
     if config.report is not None:
         print(f"\nThe report is in {config.report}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, 2 for what the user can mend, 130 for ^C.
-
-    141 means that the reader of the output has exited, as with `| head`.
-    """
-    try:
-        config = config_from_cli(
-            sys.argv[1:] if argv is None else argv, preset=read_yaml(DEFAULT_CONFIG)
-        )
-        run(config)
-    except EdgeLoraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # The reader of the output has exited; Python would report it once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+@command
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns the exit status (`mlx_edgelora.command`)."""
+    run(config_from_cli(argv, read_yaml(DEFAULT_CONFIG), saved_options))
     return 0
+
+
+def command_to_try(model: str, adapter_path: Path) -> str:
+    """The command that answers a prompt with the adapter; where it is long on several lines."""
+    options = [f"--model {shlex.quote(model)}", f"--adapter-path {shlex.quote(str(adapter_path))}"]
+    words = ["mlx_lm.generate", *options, '--prompt "..."']
+    line = f"  {' '.join(words)}"
+    return line if len(line) <= COLUMNS else "  " + " \\\n      ".join(words)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from mlx_edgelora.config import config_from_cli
 from mlx_edgelora.config.yaml_file import read_yaml
 from mlx_edgelora.embedded import DEFAULT_CONFIG
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.training.finetune import verification
+from mlx_edgelora.training.inspecting import verification
 from mlx_edgelora.training.verdict import table
 
 # Exit statuses.

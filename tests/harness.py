@@ -1,26 +1,27 @@
-"""Puts the pieces together as `finetune` does, on tiny models, with everything to choose."""
+"""Engines as a run has them, on tiny models, with everything to choose; and plain MLX beside."""
 
 import functools
 import weakref
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import pytest
 from architectures import build, config, quantizable
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model, save_config, save_model
 
 from mlx_edgelora import data
+from mlx_edgelora.engine import build as build_module
+from mlx_edgelora.engine.build import Settings, build_engine
 from mlx_edgelora.engine.step import Engine, Loss
-from mlx_edgelora.engine.walk import Walk
-from mlx_edgelora.measure.meter import DiskMeter
-from mlx_edgelora.model.loading import attach, open_model
-from mlx_edgelora.model.lora import add_lora, set_kernel
+from mlx_edgelora.model.loading import open_model
+from mlx_edgelora.model.lora import add_lora
 from mlx_edgelora.planner.plan import Plan
-from mlx_edgelora.storage.stores import MappedStore, RamStore
 
 
 class Batch(data.Batch):
@@ -54,42 +55,38 @@ def engine(
     *,
     streamed: bool = True,
     spilled: bool = True,
-    kernel: str = "auto",
     dtype: str | None = None,
     compiled: bool = False,
     num_layers: int = -1,
     loss: Loss | None = None,
     **options,
 ) -> Engine:
-    """An engine on a checkpoint; options are of LoRA or choices of a `Plan`."""
+    """The engine that a run by some plan has, on a checkpoint, with random adapters.
+
+    Args:
+        folder: the checkpoint; scratch files are made there as well.
+        streamed, spilled: False for a plan with all weights, or all inputs of blocks, in memory.
+        compiled: as where MLX compiles. Unless the test has the fixture `compiles`, MLX builds
+            each graph anew nevertheless.
+        options: choices of the `Plan`, or of LoRA.
+    """
+    choices = {} if streamed else {"streamed_blocks": 0}
+    choices |= {} if spilled else {"inputs": "memory"}
     names = {field.name for field in fields(Plan)}
-    plan = Plan(**{name: value for name, value in options.items() if name in names})
+    plan = Plan(**choices | {name: value for name, value in options.items() if name in names})
     lora = {name: value for name, value in options.items() if name not in names}
-    lazy = open_model(str(folder), streamed=streamed, quantize=None, cache=folder / "cache")
+    lazy = open_model(str(folder), streamed=plan.streams, quantize=None, cache=folder / "cache")
     add_lora(lazy.model, num_layers, **({"rank": 4, "scale": 3.0} | lora))
     randomize(lazy.model)
-    set_kernel(lazy.model, kernel)
-    meter = DiskMeter()
-    attached = attach(
-        lazy,
-        streamed=streamed,
-        dtype=dtype,
-        meter=meter,
-        streamed_blocks=plan.streamed_blocks,
-        head_streamed=plan.head == "streamed",
-    )
-    lazy.model.train()
-    store = MappedStore(folder, meter) if spilled else RamStore()
-    _opened.add(store)
-    walk = Walk(
-        lazy.model,
-        store,
-        attached.weights,
-        compiled,
-        plan=plan,
-    )
-    made = Engine(lazy.model, walk, attached.head, meter, loss)
-    made.set_plan(plan)
+    stack = ExitStack()
+    with pytest.MonkeyPatch.context() as patch:
+        if compiled:
+            patch.setattr(build_module, "can_compile", lambda: True)
+        made = stack.enter_context(
+            build_engine(lazy, plan, Settings(folder, dtype, loss, compiled=compiled))
+        )
+    made.close = stack.close
+    _opened.add(made)
     return made
 
 
@@ -97,8 +94,8 @@ def engine(
 _opened: weakref.WeakSet = weakref.WeakSet()
 
 
-def close_stores() -> None:
-    """Close the stores of all engines that are still there."""
+def close_engines() -> None:
+    """Close all engines that are still there."""
     while _opened:
         _opened.pop().close()
 

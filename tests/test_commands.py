@@ -40,11 +40,19 @@ def test_no_such_command(capsys):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_fits_a_terminal_and_names_the_command(name):
-    command = [sys.executable, "-m", "mlx_edgelora", name, "--help"]
+def test_help_fits_a_terminal_and_names_the_command(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    out, err = capsys.readouterr()
+    assert (ended.value.code, err) == (0, "") and out.startswith(f"usage: mlx-edgelora {name} ")
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_the_module_is_a_command():
+    command = [sys.executable, "-m", "mlx_edgelora", "plan", "--help"]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert found.stderr == "" and found.stdout.startswith(f"usage: mlx-edgelora {name} ")
-    assert max(map(len, found.stdout.splitlines())) <= 80
+    assert found.stderr == "" and found.stdout.startswith("usage: mlx-edgelora plan ")
 
 
 def test_every_option_is_in_one_group_of_the_help():

@@ -13,6 +13,7 @@ from mlx_lm.models import llama
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
 from mlx_edgelora.config import LoraParameters, TrainConfig, build_parser, config_from_cli
+from mlx_edgelora.config.hints import HINTS
 from mlx_edgelora.errors import EdgeLoraError
 
 MLX_LM_FILE = """
@@ -184,6 +185,23 @@ def test_a_preset_lies_under_a_run_that_names_nothing(argv):
     assert (config.batch_size, config.iters) == (3, 3 if argv else 9)
 
 
+def test_epochs_take_the_place_of_steps(write):
+    """Of a file or a preset as well, which the command line wins over."""
+    assert TrainConfig().iters == 1000
+    for argv, preset in (
+        (["--epochs", "3"], {"iters": 9}),
+        (["-c", write("iters: 5"), "--epochs", "3"], None),
+        (["-c", write("epochs: 3")], {"iters": 9}),
+    ):
+        config = config_from_cli(argv, preset=preset)
+        assert (config.iters, config.epochs) == (None, 3)
+    config = config_from_cli(["-c", write("epochs: 5"), "--iters", "7"])
+    assert (config.iters, config.epochs) == (7, None)
+    for both in (["--iters", "7", "--epochs", "2"], ["-c", write("iters: 7\nepochs: 2")]):
+        with pytest.raises(EdgeLoraError, match=r"^epochs: got 2 with iters 7, expected one of"):
+            config_from_cli(both)
+
+
 @pytest.mark.parametrize("argv", [["--model", "m"], ["--data", "d"]])
 def test_a_preset_is_not_for_runs_of_something_else(argv):
     assert config_from_cli(argv, preset={"batch_size": 3}).batch_size == 4
@@ -214,6 +232,14 @@ def test_train_is_the_default_unless_test_is_given(argv, train, test):
         ({"learing_rate": 1e-3}, r"learing_rate: unknown key, .* nearest .* is learning_rate;"),
         ({"lora_parameters": {"rnk": 4}}, r"lora_parameters\.rnk: unknown key, .* is rank;"),
         ({"lora_parameters": {"alpha": 4}}, r"lora_parameters\.alpha: unknown key; .* scale"),
+        ({"lora_layers": 4}, r"lora_layers: unknown key; write num_layers"),
+        ({"steps_per_save": 4}, r"steps_per_save: unknown key; write save_every"),
+        ({"use_dora": True}, r"use_dora: unknown key; only LoRA is trained here"),
+        ({"gradient_accumulation_steps": 4}, r"unknown key; write grad_accumulation_steps"),
+        ({"xyz": 4}, r"xyz: unknown key, --help lists all; correct it or take it out"),
+        ({"data_format": "messages"}, r"data_format: got 'messages', expected one of chat, comp"),
+        ({"val_split": 1}, r"val_split: got 1, expected a number above 0 and below 1"),
+        ({"system_prompt": ""}, r"system_prompt: got '', expected text that is not empty"),
         ({"lora_parameters": {"rank": 0}}, r"lora_parameters\.rank: got 0, expected a whole"),
         ({"lora_parameters": {"dropout": 1.0}}, r"lora_parameters\.dropout: got 1\.0, expected"),
         ({"lora_parameters": {"dropout": -0.1}}, r"got -0\.1, expected a number from 0"),
@@ -247,7 +273,10 @@ def test_train_is_the_default_unless_test_is_given(argv, train, test):
         ({"mask_prompt": "yes"}, r"mask_prompt: got 'yes', expected true or false"),
         ({"model": 3}, r"model: got 3, expected text"),
         ({"optimizer": "lion"}, r"optimizer: got 'lion', expected one of adam, adamw"),
-        ({"optimizer_config": {"lion": {}}}, r"optimizer_config\.lion: unknown key"),
+        (
+            {"optimizer_config": {"lion": {}}},
+            r"lion: unknown key, expected one of adam,",
+        ),
         ({"optimizer_config": {"adamw": 3}}, r"optimizer_config\.adamw: got 3, expected"),
         ({"optimizer_config": [1]}, r"optimizer_config: got \[1\], expected a mapping"),
         (
@@ -347,6 +376,8 @@ def test_python_callers_get_the_same_checks():
         (["--learing-rate", "1"], r"--learing-rate: unknown key, .* is --learning-rate;"),
         (["--learing-rate=1"], r"--learing-rate: unknown key, .* is --learning-rate;"),
         (["--iter", "3"], r"--iter: unknown key, .* is --iters;"),
+        (["--lora-layers=3"], r"--lora-layers: unknown key; write num_layers"),
+        (["--xyz", "3"], r"--xyz: unknown key, --help lists all"),
         (["--iters", "3.5"], r"--iters: got '3\.5', expected a whole number"),
         (["--iters", "0"], r"--iters: got 0, expected a whole number"),
         (["--iters"], r"argument --iters: expected one argument; --help"),
@@ -494,3 +525,8 @@ def test_num_layers_zero_is_refused_where_mlx_lm_adapts_all_blocks(make_model):
 def test_what_contradicts_a_memory_budget_is_refused(options, sentence):
     with pytest.raises(EdgeLoraError, match=sentence):
         TrainConfig(**options)
+
+
+def test_hints_are_for_keys_that_do_not_exist():
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    assert not names & HINTS.keys()

@@ -132,9 +132,15 @@ def run_command(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "failure", [RuntimeError, ValueError, OSError, AttributeError, MemoryError]
+    ("name", "failure"),
+    [
+        ("first", RuntimeError),
+        ("second", ValueError),
+        ("third", OSError),
+        ("second", AttributeError),
+        ("second", MemoryError),
+    ],
 )
-@pytest.mark.parametrize("name", ["first", "second", "third"])
 def test_what_fails_is_told_and_the_others_go_on(run_command, name, failure):
     def fails(job):
         raise failure("[METAL] Command buffer execution failed:\n Caused GPU Timeout Error")

@@ -4,7 +4,7 @@ import mlx.core as mx
 import pytest
 from harness import (
     assert_same_gradients,
-    close_stores,
+    close_engines,
     engine,
     norm,
     plain,
@@ -68,8 +68,8 @@ def test_the_resolution_of_a_model_is_small_and_leaves_it_as_it_was(tmp_path):
     assert all(1e-7 < moves[name] / norm(value) < 1e-5 for name, value in expected.items())
 
 
-def test_stores_that_a_failing_test_leaves_open_are_closed(tmp_path):
+def test_an_engine_that_a_failing_test_leaves_open_is_closed(tmp_path):
     ours = engine(save(tmp_path, "llama", True))
-    close_stores()
-    assert ours._walk.store._file.closed
+    close_engines()
+    assert ours.walk.store._file.closed
     ours.close()  # once more does no harm

@@ -54,7 +54,12 @@ def test_json_has_the_same_answers(run_command):
     status, out, _ = run_command("--json", "--labelled", 0.5, "--memory-budget", "1GB")
     answers = json.loads(out)
     assert (status, answers["fits"], answers["budget_bytes"]) == (0, True, 10**9)
-    assert answers["batch"] == {"rows": 4, "tokens": 2047, "labelled": 4094}
+    assert answers["batch"] == {
+        "rows": 4,
+        "tokens": 2047,
+        "labelled": 4094,
+        "context": 0,
+    }
     assert answers["smallest_budget_bytes"] <= answers["expected_peak_bytes"] * 2
     assert answers["longest_context_tokens"] >= 2047 and answers["largest_batch_rows"] >= 4
     peaks = answers["expected_peak_bytes_by_phase"].values()

@@ -3,10 +3,16 @@
 import json
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 from harness import save
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
+from mlx_lm.utils import load_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from mlx_edgelora.training.adapters import save_adapters
 
 VOCABULARY = 128
 TEMPLATE = (
@@ -31,6 +37,29 @@ def make_model(folder: Path, name="qwen3", quantized=True, first_word=0, **chang
     )
     outer.chat_template = TEMPLATE
     outer.save_pretrained(folder)
+    return folder
+
+
+def make_adapter(folder, model, keys=None, rank=4, scale=3.0, num_layers=2, seed=0):
+    """An adapter with matrices that are not zero, as training leaves them."""
+    loaded, _ = load_model(model, lazy=True)
+    loaded.freeze()
+    parameters = {"rank": rank, "scale": scale, "dropout": 0.0}
+    if keys is not None:
+        parameters["keys"] = keys
+    mx.random.seed(seed)
+    linear_to_lora_layers(loaded, num_layers, parameters)
+    weights = {
+        name: mx.random.normal(value.shape) * 0.1
+        for name, value in tree_flatten(loaded.trainable_parameters())
+    }
+    config = {
+        "fine_tune_type": "lora",
+        "num_layers": num_layers,
+        "lora_parameters": parameters,
+        "model": str(model),
+    }
+    save_adapters(folder, weights, config)
     return folder
 
 

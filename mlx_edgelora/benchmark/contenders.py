@@ -7,7 +7,7 @@ its turn again; the harness takes the time in between, so that a runner reports 
 Another package joins in with `--also module:function`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,11 +24,15 @@ from mlx_lm.utils import load
 
 from mlx_edgelora import LoraParameters, TrainConfig, TrainingCallback, finetune
 from mlx_edgelora.benchmark.job import TrainingJob
+from mlx_edgelora.config.kinds import BUDGET
+from mlx_edgelora.measure.units import size
 
 # No run is as long: nothing is saved before its end.
 NEVER = 10**9
 # A budget that every plan fits into.
 PLENTY = 2**50
+# Of this package, where the user names none.
+BUDGETS = ("none", "100%", "50%", "25%", "min")
 _HERE = __name__
 
 
@@ -56,7 +60,6 @@ class Contender:
         share: of the peak of mlx-lm with gradient checkpointing that is its memory budget; None
             without one.
         budget: one that does not depend on that peak.
-        missing: why it cannot run here.
     """
 
     name: str
@@ -65,7 +68,6 @@ class Contender:
     checkpointing: bool = False
     share: float | None = None
     budget: int | str | None = None
-    missing: str | None = None
 
     @property
     def is_ours(self) -> bool:
@@ -77,31 +79,49 @@ class Contender:
         return self.budget if self.share is None else int(self.share * peak)
 
 
-def contenders(also: tuple[str, ...] = ()) -> list[Contender]:
-    """All of them; the first is the reference, the second gives budgets."""
-    mlx_lm, own = f"{_HERE}:mlx_lm", f"{_HERE}:mlx_edgelora"
-    installed = find_spec("unsloth_zoo") is not None
-    return [
+def contenders(
+    budgets: Sequence[str] = BUDGETS, also: Sequence[str] = (), variants: bool = True
+) -> list[Contender]:
+    """All of them; the first is the reference, the second gives budgets.
+
+    Args:
+        budgets: of this package, a row for each: as `own` takes them.
+        also: runners of others.
+        variants: whether mlx-lm's other order of evaluation, and unsloth where it is installed,
+            are among them.
+    """
+    mlx_lm = f"{_HERE}:mlx_lm"
+    rivals = [
         Contender("mlx-lm", mlx_lm),
         Contender("mlx-lm, checkpointing", mlx_lm, checkpointing=True),
-        Contender(
-            "mlx-lm, checkpointing, MLX_BFS_MAX_WIDTH=1",
-            mlx_lm,
-            environment={"MLX_BFS_MAX_WIDTH": "1"},
-            checkpointing=True,
-        ),
-        Contender(
-            "unsloth",
-            f"{_HERE}:unsloth",
-            missing=None if installed else "unsloth_zoo is not installed",
-        ),
-        *(Contender(runner, runner) for runner in also),
-        Contender("edgelora, plenty", own, budget=PLENTY),
-        Contender("edgelora, mlx-lm's peak", own, share=1.0),
-        Contender("edgelora, half of it", own, share=0.5),
-        Contender("edgelora, a quarter", own, share=0.25),
-        Contender("edgelora, min", own, budget="min"),
     ]
+    if variants:
+        narrow = {"MLX_BFS_MAX_WIDTH": "1"}
+        name = "mlx-lm, checkpointing, narrow"
+        rivals.append(Contender(name, mlx_lm, environment=narrow, checkpointing=True))
+        if find_spec("unsloth_zoo") is not None:
+            rivals.append(Contender("unsloth", f"{_HERE}:unsloth"))
+    rivals += [Contender(runner, runner) for runner in also]
+    return rivals + [own(budget) for budget in budgets]
+
+
+def own(budget: str) -> Contender:
+    """This package within none, min, 4GB, or 25% of the peak of mlx-lm with checkpointing.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    runner, text = f"{_HERE}:mlx_edgelora", budget.strip().lower()
+    if text == "none":
+        return Contender("mlx-edgelora, no limit", runner, budget=PLENTY)
+    if text.endswith("%"):
+        share = float(text[:-1])
+        if not 0 < share <= 1000:
+            raise ValueError
+        return Contender(f"mlx-edgelora, {share:g} %", runner, share=share / 100)
+    count = BUDGET.read(text)
+    name = count if count == "min" else size(count)
+    return Contender(f"mlx-edgelora, {name}", runner, budget=count)
 
 
 def mlx_lm(job: TrainingJob, pause: StepCallback) -> None:

@@ -12,13 +12,14 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from mlx_edgelora.benchmark.contenders import Contender, contenders
+from mlx_edgelora.benchmark.contenders import Contender, own
 from mlx_edgelora.benchmark.job import TrainingJob
 from mlx_edgelora.benchmark.machine import free_memory
 from mlx_edgelora.benchmark.published import ROWS, published
 from mlx_edgelora.benchmark.rounds import ContenderExited, ContenderProcess, Log
 from mlx_edgelora.benchmark.shapes import SHAPES, random_model
 from mlx_edgelora.blocks.checks import checked_blocks
+from mlx_edgelora.measure.units import duration, size
 from mlx_edgelora.model.lora import add_lora
 from mlx_edgelora.planner.machine import Machine
 from mlx_edgelora.planner.plan import MIB, Plan
@@ -28,7 +29,6 @@ from mlx_edgelora.planner.sizes import BatchShape, ModelShape
 
 RANK, NEIGHBOURS, LABELLED = 16, 1000, 0.3
 STEPS = 2
-GB = 10**9
 
 _KEPT = Plan(streamed_blocks=0, head="resident", prefetch=False, kept_blocks=2**20, inputs="memory")
 _CHECKPOINTED = Plan(prefetch=False)
@@ -96,8 +96,8 @@ class TableRow:
         "technique",
         "tokens",
         "blocks",
-        "peak GB",
-        "step s",
+        "peak",
+        "step",
         "how",
         "published GB",
     )
@@ -115,7 +115,7 @@ class TableRow:
         published_figure = self.published
         if published_figure and self.blocks != self.whole:
             published_figure += f" ({self.whole} blocks)"
-        figures = (f"{self.peak / GB:.3f}", f"{self.seconds:.3g}")
+        figures = (size(self.peak), duration(self.seconds))
         return (
             self.name,
             str(self.context),
@@ -192,8 +192,7 @@ class PublishedTable:
     def _measured(self, technique: Technique, job: TrainingJob) -> tuple[int, float]:
         file = self._folder / "plan.json"
         file.write_text(technique.plan.json())
-        own = next(one for one in contenders() if one.is_ours)
-        rival = Contender(technique.name, own.runner)
+        rival = Contender(technique.name, own("none").runner)
         own_job = job.with_(options=job.options | technique.options(file))
         running = ContenderProcess(rival, own_job, self._folder / "out")
         try:

@@ -6,15 +6,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
+from mlx_edgelora.benchmark.contenders import BUDGETS, own
 from mlx_edgelora.benchmark.machine import on_cpu
 from mlx_edgelora.benchmark.published import CONTEXTS
 from mlx_edgelora.benchmark.shapes import SHAPES, WEIGHTS, default_cache
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.storage.files import make_folder
 
-# Of the embedded model, whose rows are short.
-EMBEDDED_CONTEXT, EMBEDDED_BATCH = 64, 4
 CONTEXT, BATCH, LABELLED = 512, 1, 0.3
+# Without a model and a shape: two minutes on two cores of a CPU with a fast BLAS.
+DEMO_SHAPE, DEMO_BLOCKS, DEMO_BUDGETS = "smollm2-135m", 6, ("none", "25%", "min")
 LEAST_STEPS = 5
 
 
@@ -33,11 +34,14 @@ def options_from_cli(argv: Sequence[str]) -> argparse.Namespace:
     """
     options = _parser().parse_args(argv)
     _check_together(options)
-    embedded = options.model is None and options.shape is None
-    options.embedded = embedded
-    options.contexts = options.contexts or [EMBEDDED_CONTEXT if embedded else CONTEXT]
-    options.batch = options.batch or (EMBEDDED_BATCH if embedded else BATCH)
-    if options.labelled is None and options.data is None and not embedded:
+    options.is_demo = options.model is None and options.shape is None
+    if options.is_demo:
+        options.shape, options.blocks = DEMO_SHAPE, DEMO_BLOCKS
+    options.budgets = options.budgets or (DEMO_BUDGETS if options.is_demo else BUDGETS)
+    options.may_shorten = options.is_demo and options.contexts is None
+    options.contexts = options.contexts or [CONTEXT]
+    options.batch = options.batch or BATCH
+    if options.labelled is None and options.data is None:
         options.labelled = LABELLED
     if options.shape is not None:
         options.blocks = options.blocks or SHAPES[options.shape][1]
@@ -53,9 +57,9 @@ def _parser() -> _Parser:
     parser = _Parser(
         prog="mlx-edgelora benchmark",
         usage="%(prog)s [options]",
-        description="Compare memory and time of a training step with mlx-lm on one model, and see "
-        "whether both compute the same. Without --model or --shape the tiny model that comes with "
-        "the package is taken.",
+        description="Compare memory and time of a training step with mlx-lm's on one model, and "
+        "check that both compute the same. Without --model and --shape it takes a small random "
+        "model and about two minutes.",
         allow_abbrev=False,
     )
     model = parser.add_argument_group("model")
@@ -84,26 +88,25 @@ def _parser() -> _Parser:
         type=_count,
         nargs="+",
         metavar="TOKENS",
-        help=f"Tokens of a row; several are measured in turn. Default: {CONTEXT}, or "
-        f"{EMBEDDED_CONTEXT} of the tiny model.",
+        help=f"Tokens of a row; several are measured in turn. Default: {CONTEXT}.",
     )
     work.add_argument(
         "--batch",
         type=_count,
         metavar="N",
-        help=f"Rows of a batch. Default: {BATCH}, or {EMBEDDED_BATCH} of the tiny model.",
+        help=f"Rows of a batch. Default: {BATCH}.",
     )
     work.add_argument(
         "--data",
         type=Path,
         metavar="FOLDER",
-        help="Folder with train.jsonl. Default: random tokens, or the data of the tiny model.",
+        help="Folder with train.jsonl, whose prompts are masked. Default: random words.",
     )
     work.add_argument(
         "--labelled",
         type=_share,
         metavar="SHARE",
-        help=f"Fraction of random tokens that have a label. Default: {LABELLED}.",
+        help=f"Fraction of the tokens of random rows that have a label. Default: {LABELLED}.",
     )
     work.add_argument(
         "--rank", type=_count, default=8, metavar="N", help="Rank of the adapters. Default: 8."
@@ -116,6 +119,15 @@ def _parser() -> _Parser:
         help="Learning rate of AdamW. Default: 0.0001.",
     )
     how = parser.add_argument_group("comparison")
+    how.add_argument(
+        "--budgets",
+        type=_budget,
+        nargs="+",
+        metavar="BUDGET",
+        help="Memory budgets of this package, a row for each: none, min, 4GB, or 25% of the peak "
+        f"of mlx-lm with checkpointing. Default: {' '.join(BUDGETS)}; without --model and --shape "
+        f"{' '.join(DEMO_BUDGETS)}.".replace("%", "%%"),
+    )
     how.add_argument(
         "--steps",
         type=_count,
@@ -176,11 +188,10 @@ def _check_together(options: argparse.Namespace) -> None:
             f"--blocks: got {options.blocks}, expected at most {SHAPES[options.shape][1]}, which "
             f"{options.shape} has; lower it"
         )
-    given = options.data is not None or (options.model is None and options.shape is None)
-    if options.labelled is not None and given:
+    if options.labelled is not None and options.data is not None:
         raise EdgeLoraError(
             "--labelled: got it where rows are given, expected none: their prompts are masked; "
-            "leave it out, or --data, and name a model"
+            "leave one of the two out"
         )
     if options.steps < LEAST_STEPS:
         raise EdgeLoraError(
@@ -199,7 +210,7 @@ def _check_together(options: argparse.Namespace) -> None:
 def _check_ladder(options: argparse.Namespace) -> None:
     if options.shape is None:
         raise EdgeLoraError("--ladder: got it without --shape, expected one; name a shape")
-    for name in ("weights", "labelled", "data", "batch"):
+    for name in ("weights", "labelled", "data", "batch", "budgets"):
         if getattr(options, name) is not None:
             raise EdgeLoraError(
                 f"--{name}: got it with --ladder, whose rows have their own; leave it out"
@@ -228,6 +239,16 @@ def _share(text: str) -> float:
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"got {text}, expected a number above 0 and at most 1")
     return value
+
+
+def _budget(text: str) -> str:
+    try:
+        own(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"got {text}, expected none, min, 25% of mlx-lm's peak, or memory such as 800MB or 4GB"
+        ) from None
+    return text
 
 
 _count.__name__, _share.__name__ = "whole number", "number"

@@ -1,25 +1,30 @@
 """What came out: for the terminal, as Markdown and as JSON."""
 
 import json
+import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mlx_edgelora.benchmark.contenders import PLENTY
 from mlx_edgelora.benchmark.ladder import TableRow
 from mlx_edgelora.benchmark.results import Result
+from mlx_edgelora.measure.text import wrapped
+from mlx_edgelora.measure.units import duration, size
 
-MB = 10**6
+# Of a line in a terminal.
+WIDTH = 100
 COLUMNS = (
     "contender",
-    "budget MB",
-    "peak MB",
-    "process MB",
-    "step s",
-    "of mlx-lm's time",
-    "tokens/s",
-    "read MB",
-    "written MB",
-    "loss",
+    "memory",
+    "time",
+    "budget",
+    "peak",
+    "process",
+    "step",
+    "tok/s",
+    "read",
+    "written",
 )
 
 
@@ -88,7 +93,7 @@ class BenchmarkReport:
 
     def text(self) -> str:
         """Tables for a terminal."""
-        return "\n\n".join(self._parts(_aligned))
+        return wrapped("\n\n".join(self._parts(_aligned)), WIDTH)
 
     def markdown(self) -> str:
         """The same as Markdown."""
@@ -101,41 +106,42 @@ class BenchmarkReport:
         return "\n\n".join([*head, "\n".join(lines), command, *self._parts(_marked)]) + "\n"
 
     def _parts(self, drawn: Any) -> list[str]:
-        parts = list(self.notes)
+        parts = []
         for context in self.contexts:
             if context.failed:
                 parts.append(f"{context.tokens} tokens: {context.failed}")
                 continue
-            parts.append(heading(context))
+            parts.append(self._heading(context))
             parts.append(drawn([COLUMNS, *(row(result, context) for result in context.results)]))
-            parts += remarks(context)
         if self.ladder:
             parts.append("The published table, one technique at a time (docs/benchmarks.md):")
             parts.append(drawn([TableRow.COLUMNS, *(table_row.row() for table_row in self.ladder)]))
+        notes = [note for context in self.contexts for note in remarks(context)]
+        if measured := [context for context in self.contexts if context.results]:
+            notes += legend(measured)
+        notes += self.notes
+        if notes:
+            parts.append("\n".join(f"- {note}" for note in dict.fromkeys(notes)))
         return parts
 
-
-def heading(context: ContextResults) -> str:
-    """One line above a table."""
-    bare = context.results[0].bare
-    return (
-        f"{context.tokens} tokens: {context.batch_tokens} in a step, {context.labelled:.0%} of "
-        f"them labelled; the interpreter with all libraries and no model is {bare / MB:.0f} MB of "
-        "every process"
-    )
+    def _heading(self, context: ContextResults) -> str:
+        """A line above a table."""
+        model, dtype = self.settings.get("model"), self.settings.get("dtype")
+        rows = self.settings.get("batch", 1)
+        shape = f"{context.tokens} tokens" if rows == 1 else f"{rows} x {context.tokens} tokens"
+        return f"{model}, {dtype}; {shape}, {100 * context.labelled:.0f} % of them labelled"
 
 
 def row(result: Result, context: ContextResults) -> tuple[str, ...]:
-    """The figures of a contender."""
+    """The figures of a contender: multiples of mlx-lm's, then as they are."""
     budget = _budget(result.budget)
     if result.absent is not None:
-        return (result.name, budget, "-", "-", "-", "not measured", "-", "-", "-", "-")
-    times = f"{result.seconds:.3g} ({min(result.timed):.3g} to {max(result.timed):.3g})"
+        return (result.name, "-", "-", budget, *("-",) * 6)
+    memory = f"{result.peak / context.results[0].peak:.2f}" if result.ratios else "1"
+    figures = size(result.peak), size(result.footprint), duration(result.seconds)
     speed = f"{context.batch_tokens / result.seconds:.0f}"
-    figures = (f"{result.peak / MB:.1f}", f"{result.footprint / MB:.0f}", times)
-    moved = tuple(_mb(result.moved(name)) for name in ("read", "written"))
-    losses = f"{result.losses[0]:.4f} to {result.losses[-1]:.4f}"
-    return (result.name, budget, *figures, ratio(result), speed, *moved, losses)
+    moved = (_moved(result.moved(name)) for name in ("read", "written"))
+    return (result.name, memory, ratio(result), budget, *figures, speed, *moved)
 
 
 def ratio(result: Result) -> str:
@@ -145,10 +151,8 @@ def ratio(result: Result) -> str:
     if not result.ratios:
         return "1"
     if result.kernels:
-        return "other kernels"
-    ordered = sorted(result.ratios)
-    middle = (ordered[len(ordered) // 2] + ordered[(len(ordered) - 1) // 2]) / 2
-    return f"{middle:.2f} ({ordered[0]:.2f} to {ordered[-1]:.2f})"
+        return "-"
+    return f"{statistics.median(result.ratios):.2f}"
 
 
 def remarks(context: ContextResults) -> list[str]:
@@ -159,29 +163,76 @@ def remarks(context: ContextResults) -> list[str]:
         if result.absent is not None:
             lines.append(f"{result.name} was not measured: {result.absent}")
         if result.kernels:
-            lines.append(f"{result.name}: {result.kernels}")
-    if context.movement is None:
-        lines.append("no batch came twice, so that the adapters alone tell who trained")
-    return ["\n".join(f"- {line}" for line in lines)] if lines else []
+            lines.append(f"{result.name}: no time, for {result.kernels}")
+    if context.results and context.movement is None:
+        lines.append("No batch came twice, so that the adapters alone tell who trained.")
+    return lines
+
+
+def legend(contexts: Sequence[ContextResults]) -> list[str]:
+    """What the columns are, and how far the contenders agree."""
+    results = [result for context in contexts for result in context.results]
+    bare = max(context.results[0].bare for context in contexts)
+    lines = [
+        "memory: peak of MLX's allocator over a run, weights included, as a multiple of mlx-lm's. "
+        f"process: the largest footprint, {size(bare)} of it the interpreter with all libraries.",
+        "time: of a step, over mlx-lm's step of the same round; the median of "
+        f"{max(len(result.ratios) for result in results)} rounds{_spread(results)}.",
+    ]
+    if any(result.name.endswith("%") for result in results):
+        lines.append("A budget in % is a share of the peak of mlx-lm with checkpointing.")
+    if agreed := [agreement(context) for context in contexts if agreement(context)]:
+        losses, adapters = (max(found) for found in zip(*agreed, strict=True))
+        lines.append(
+            f"All train the same: losses of every step are within {losses:.0e} of mlx-lm's, "
+            f"trained adapters within {adapters:.0e} of the way that mlx-lm's went."
+        )
+    return lines
+
+
+def agreement(context: ContextResults) -> tuple[float, float] | None:
+    """The largest relative distance of losses, and of adapters; None where somebody is invalid."""
+    first, *others = context.results
+    others = [result for result in others if result.absent is None]
+    if not others or any(result.faults for result in context.results):
+        return None
+    losses = [
+        abs(own - theirs) / max(1.0, abs(theirs))
+        for result in others
+        for own, theirs in zip(result.losses, first.losses, strict=False)
+    ]
+    return max(losses), max(result.adapter_gap or 0.0 for result in others)
+
+
+def _spread(results: Sequence[Result]) -> str:
+    """How far single rounds are from their median at most, in words."""
+    shares = [
+        abs(one / statistics.median(result.ratios) - 1)
+        for result in results
+        if not result.kernels
+        for one in result.ratios
+    ]
+    return f", none of which is more than {100 * max(shares):.0f} % off" if shares else ""
 
 
 def _budget(budget: int | str | None) -> str:
     if not isinstance(budget, int):
         return budget or ""
-    return "plenty" if budget == PLENTY else f"{budget / MB:.1f}"
+    return "none" if budget == PLENTY else size(budget)
 
 
-def _mb(size: float | None) -> str:
-    return "unknown" if size is None else f"{size / MB:.1f}"
+def _moved(count: float | None) -> str:
+    return "unknown" if count is None else size(count)
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    gap = "  " if sum(widths) + 2 * len(widths) <= WIDTH else " "
     lines = []
     for row in rows:
         first, *rest = zip(row, widths, strict=True)
         cells = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]
-        lines.append("  ".join(cells).rstrip())
+        lines.append(gap.join(cells).rstrip())
     return "\n".join(lines)
 
 

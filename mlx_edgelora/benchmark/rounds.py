@@ -21,6 +21,7 @@ from mlx_edgelora.benchmark.job import TrainingJob
 from mlx_edgelora.benchmark.machine import free_memory
 from mlx_edgelora.benchmark.results import Result, Step, Tolerance, adapter_gap, find_faults
 from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.measure.units import size
 
 # Of the budget a process may need besides: what is not MLX's, or was not foreseen.
 BESIDES = 1.1
@@ -197,8 +198,8 @@ class Comparison:
                     need, room = self._need(rival, job), self._room(group)
                     yield Result(
                         rival.name,
-                        absent=f"needs about {need / 1e9:.1f} GB beside mlx-lm's process, and "
-                        f"{room / 1e9:.1f} are free",
+                        absent=f"needs about {size(need)} beside mlx-lm's process, and "
+                        f"{size(room)} are free",
                     )
                 yield from self._measured(group)
             finally:
@@ -207,8 +208,6 @@ class Comparison:
 
     def _started(self, rival: Contender, job: TrainingJob) -> "ContenderProcess | Result":
         """A contender after its first step, or why there is none."""
-        if rival.missing:
-            return Result(rival.name, absent=rival.missing)
         running = self._running(rival, job)
         try:
             running.start()
@@ -261,7 +260,7 @@ class Comparison:
         return ContenderProcess(rival, job, self._folder / f"{self._job.context}-{self._count}")
 
     def _has_room(self, rival: Contender, job: TrainingJob, group: list[ContenderProcess]) -> bool:
-        return bool(rival.missing) or self._need(rival, job) <= self._room(group)
+        return self._need(rival, job) <= self._room(group)
 
     def _need(self, rival: Contender, job: TrainingJob) -> int:
         """Most memory that a contender's process is expected to take."""

@@ -36,18 +36,19 @@ from mlx_edgelora.benchmark.rows import (
 )
 from mlx_edgelora.benchmark.shapes import SHAPES, add_tokenizer, checkpoint
 from mlx_edgelora.blocks.checks import checked_blocks
-from mlx_edgelora.embedded import DATA_PATH, MODEL_PATH
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.layers.linear import resolve_kernel
 from mlx_edgelora.model.checkpoint import LazyModel
 from mlx_edgelora.model.loading import open_model
 from mlx_edgelora.model.lora import add_lora
 from mlx_edgelora.planner.machine import this_machine
-from mlx_edgelora.training.finetune import plan_report
+from mlx_edgelora.training.inspecting import plan_report
 
 SCALE = 20.0
 # Initial adapters change what a layer gives by about so much.
 CHANGE = 0.1
+# Tokens of a row where a slow BLAS multiplies.
+SLOW_CONTEXT = 64
 # A loss that moves by less than so many tolerances does not tell who trained.
 TELLING = 3
 
@@ -79,6 +80,8 @@ def run(
     )
     slow = slow_blas()
     if slow:
+        if options.may_shorten:
+            options.contexts = [SLOW_CONTEXT]  # or it would take an hour
         log(f"warning: {slow}")
         report.notes.append(slow)
     with tempfile.TemporaryDirectory(prefix="edgelora-benchmark-") as folder:
@@ -109,7 +112,7 @@ class _Bench:
             self._kernel = "fused"
         self._start = folder / "start.safetensors"
         write_start(lazy, options.rank, self._start)
-        self._rivals = contenders(tuple(options.also))
+        self._rivals = contenders(options.budgets, options.also, variants=not options.is_demo)
         self._last: tuple[TrainingJob, list] | None = None
         report.settings |= {
             "model": _name(options),
@@ -193,8 +196,8 @@ class _Bench:
     def _job(self, tokens: int) -> TrainingJob:
         options = self._options
         count = BATCHES * options.batch
-        if options.data or options.embedded:
-            rows = given_rows(options.data or DATA_PATH, count)
+        if options.data:
+            rows = given_rows(options.data, count)
         else:
             words = words_for(self._model)
             rows = synthetic_rows(self._tokenizer, count, tokens, options.labelled, words)
@@ -238,7 +241,7 @@ def write_start(lazy: LazyModel, rank: int, file: Path) -> None:
 
 def _opened(options: argparse.Namespace, log: Log) -> LazyModel:
     """The model, none of it read."""
-    name = options.model or str(MODEL_PATH)
+    name = options.model
     if options.shape is not None:
         log(f"weights of {_name(options)} in {options.weights}")
         folder = checkpoint(options.cache, options.shape, options.blocks, options.weights)
@@ -297,11 +300,11 @@ def _ladder_job(
 
 def _name(options: argparse.Namespace) -> str:
     if options.shape is not None:
-        return f"{options.shape}, {options.blocks} of {SHAPES[options.shape][1]} blocks"
-    return Path(options.model).name if options.model else "the embedded model"
+        return f"random {options.shape}, {options.blocks} of {SHAPES[options.shape][1]} blocks"
+    return Path(options.model).name
 
 
 def _rows_named(options: argparse.Namespace) -> str:
     if options.labelled is not None:
         return f"random words, {options.labelled:.0%} of the tokens labelled"
-    return "the embedded data set's" if options.data is None else "of --data"
+    return "of --data"

@@ -20,6 +20,7 @@ COMMON = {"rms_norm_eps": 1e-5, "tie_word_embeddings": True, "rope_theta": 50000
 SHAPES = {
     "small": (llama, 4, 256, 1024, 8, 2, 1024),
     "medium": (llama, 8, 512, 2048, 8, 2, 8192),
+    "smollm2-135m": (llama, 30, 576, 1536, 9, 3, 49152),
     "llama-3.2-3b": (llama, 28, 3072, 8192, 24, 8, 128256),
     "llama-3.2-1b": (llama, 16, 2048, 8192, 32, 8, 128256),
     "llama-3.1-8b": (llama, 32, 4096, 14336, 32, 8, 128256),
@@ -33,7 +34,10 @@ WEIGHTS = ("float32", "bfloat16", "4bit")
 GROUP, BITS = 64, 4
 # The tokenizer of a random model knows so many words.
 WORDS = 1000
-TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}"
+TEMPLATE = (
+    "{% for message in messages %}{{ message.content }} "
+    "{% if message.role == 'assistant' %}</s> {% endif %}{% endfor %}"
+)
 
 
 def default_cache() -> Path:

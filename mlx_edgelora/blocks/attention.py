@@ -16,6 +16,7 @@ import mlx.core as mx
 from mlx_lm.models import base
 
 from mlx_edgelora.blocks.masks import tiled_mask, with_bands
+from mlx_edgelora.blocks.packing import packing_now
 from mlx_edgelora.layers.attention import (
     TILE_BYTES,
     KeySums,
@@ -140,11 +141,34 @@ def attend_bounded(
 ) -> mx.array:
     """Attention that never holds tokens x tokens scores, forward or backward.
 
-    For `replace_attention`. It calls MLX's attention if that is fused (`use_fused`) or if all
-    scores fit into one tile; otherwise it computes tiles, which also give a floating mask its
-    gradient and never evaluate a mask with a band. With a cache, or a mask that tiles do not
-    support, it calls `original`.
+    MLX's own where it is fused (`use_fused`), or where all scores are no more than a tile; in
+    tiles elsewhere, where a floating mask gets its gradient as well. Masks that know what they
+    mean are not evaluated where there is more than a tile. With a cache, or what tiles do not
+    know, `original` as it is. Rows that share a row attend to themselves alone (`packing.py`).
     """
+    packing, sums = packing_now(), _sums[-1] if _sums else None
+    if packing is None:
+        return _bounded(original, queries, keys, values, cache, scale, mask, sinks, sums)
+    if cache is not None:
+        raise ValueError("a block that shares rows is called with a cache")
+
+    def attend(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | str | None) -> mx.array:
+        return _bounded(original, q, k, v, None, scale, mask, sinks, None)
+
+    return packing.attention(attend, queries, keys, values, mask)
+
+
+def _bounded(
+    original: Attention,
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    cache: object,
+    scale: float,
+    mask: mx.array | str | None,
+    sinks: mx.array | None,
+    sums: KeySums | None,
+) -> mx.array:
     tiled = tiled_mask(mask, queries.shape[2], keys.shape[2])
     if cache is None and isinstance(tiled, str):
         mask = tiled
@@ -159,7 +183,7 @@ def attend_bounded(
         or use_fused(queries, keys, values, traced=_traced[0], mask=tiled, sinks=sinks)[0]
     ):
         return original(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
-    operands, sums = promote(queries, keys, values), _sums[-1] if _sums else None
+    operands = promote(queries, keys, values)
     return tiled_attention(*operands, scale=scale, mask=tiled, sinks=sinks, sums=sums)
 
 

@@ -25,6 +25,7 @@ from mlx.utils import tree_flatten
 
 from mlx_edgelora.blocks.attention import Attention, replace_attention
 from mlx_edgelora.blocks.masks import band_of, causal_array, simplest_mask
+from mlx_edgelora.blocks.packing import packing_now
 
 
 @dataclass(frozen=True)
@@ -235,8 +236,11 @@ class BlockParts:
         return self.output_at(x, every, every, [inputs.k, inputs.v], rows)
 
     def visible_keys(self, span: TokenSpan, tokens: int) -> TokenSpan:
-        """The span of tokens, among `tokens`, that the tokens of a span may see."""
-        return visible_keys(self.mask, span, tokens)
+        """The tokens, of so many, that those of a span may see."""
+        seen = visible_keys(self.mask, span, tokens)
+        if (packing := packing_now()) is None:
+            return seen
+        return TokenSpan(max(seen.start, packing.first(span.start, span.stop)), seen.stop)
 
     @cached_property
     def mask(self) -> mx.array | str | None:
@@ -313,15 +317,12 @@ def _attend(
     keys: TokenSpan,
     key_values: list[mx.array],
 ) -> mx.array:
-    """Attention of a span's queries over the keys that they may see."""
-    return original(
-        inputs.q,
-        *key_values,
-        cache=None,
-        scale=inputs.scale,
-        mask=mask_at(inputs.mask, span, keys),
-        sinks=inputs.sinks,
-    )
+    """Attention of a span's queries over what is kept of the keys they may see."""
+    options = {"cache": None, "scale": inputs.scale, "sinks": inputs.sinks}
+    if (packing := packing_now()) is not None:
+        with packing.between((span.start, span.stop), (keys.start, keys.stop)):
+            return original(inputs.q, *key_values, mask=inputs.mask, **options)
+    return original(inputs.q, *key_values, mask=mask_at(inputs.mask, span, keys), **options)
 
 
 def _check_calls(count: int, what: str) -> None:

@@ -18,6 +18,7 @@ from mlx_edgelora.blocks.block_list import (
 from mlx_edgelora.blocks.checks import MODEL_ERRORS, depends_on_values, gradient_hook
 from mlx_edgelora.blocks.dropout import without_dropout
 from mlx_edgelora.blocks.masks import band_of, simplest_mask
+from mlx_edgelora.blocks.packing import rows_packed
 from mlx_edgelora.blocks.parts import BlockParts, TokenSpan
 from mlx_edgelora.blocks.weight_source import WeightSource
 from mlx_edgelora.errors import is_killed
@@ -88,7 +89,8 @@ class Tiling:
             self._keys[index] = signature(block) + call_signature(args, kwargs)
         key = self._keys[index]
         if key not in self._found:
-            self._found[key] = self._trial(index)
+            with rows_packed(None):
+                self._found[key] = self._trial(index)
         return self._found[key]
 
     def summary(self) -> str:
@@ -128,9 +130,9 @@ class Tiling:
                 return "a block adds a mask to its scores that depends on its input"
             key_values = compute(_key_values, x, parts)
             tiles = [compute(_tile, x, parts, span, key_values) for span in TRIAL_SPANS]
-            difference = _difference(mx.concatenate(tiles, axis=1), compute(parts.whole, x), x)
-            if not difference <= TOLERANCES[x.dtype]:  # NaN is no agreement
-                return f"computed by parts a block differs by {difference:.1e} of its norm"
+            off = difference(mx.concatenate(tiles, axis=1), compute(parts.whole, x), x)
+            if not off <= TOLERANCES[x.dtype]:  # NaN is no agreement
+                return f"computed by parts a block differs by {off:.1e} of its norm"
         return None
 
     def _rows_differ(self, index: int, calls: list[tuple[mx.array, BlockParts]]) -> bool:
@@ -154,7 +156,7 @@ class Tiling:
                         v[:, part.start : part.stop].reshape(1, -1, x.shape[2])[:, places]
                         for v in (whole, x)
                     )
-                    if not _difference(got, expected, before) <= TOLERANCES[x.dtype]:
+                    if not difference(got, expected, before) <= TOLERANCES[x.dtype]:
                         return True
         except MODEL_ERRORS as error:
             if is_killed(error):
@@ -203,8 +205,8 @@ def _key_values(x: mx.array, parts: BlockParts) -> list[mx.array]:
     return [mx.concatenate(both, axis=2) for both in zip(*pairs, strict=True)]
 
 
-def _difference(got: mx.array, expected: mx.array, before: mx.array) -> float:
-    """The largest difference of a token, relative to the norm of the block's contribution.
+def difference(got: mx.array, expected: mx.array, before: mx.array) -> float:
+    """The largest difference of a token, over the norm of what the block adds to it.
 
     A large input may round the contribution; twice that rounding is allowed. The result is NaN if
     the block contributes nothing, because then nothing can be compared.

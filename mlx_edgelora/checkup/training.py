@@ -17,7 +17,8 @@ from mlx_edgelora.engine.optimizer import build_optimizer
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.measure.meter import footprint, peak_memory, reset_peak
 from mlx_edgelora.planner.machine import default_budget
-from mlx_edgelora.training.finetune import open_planned, verification
+from mlx_edgelora.training.inspecting import verification
+from mlx_edgelora.training.opening import open_planned
 from mlx_edgelora.training.rehearsal import rehearse, synthetic_batch
 
 
@@ -96,7 +97,7 @@ def _run_steps(job: Checkup, options: dict[str, Any], budget: int | str) -> Foun
             "footprint_bytes": footprint(),
             "plan": asdict(choice.plan),
             "shape": asdict(chosen.shape),
-            # What phases of a step took beside what is accounted for: `benchmarks/needs.py` fits
+            # What phases of a step took beside what is accounted for: `benchmarks/planner.py` fits
             # the planner's formula to such rows.
             "phases": [
                 {"kind": kind, "way": way, "load": asdict(batch_shape), **asdict(taken)}

@@ -2,9 +2,11 @@
 
 import argparse
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
+from mlx_edgelora.config.hints import HINTS
 from mlx_edgelora.config.kinds import read_value, unknown_key
 from mlx_edgelora.config.train_config import TrainConfig
 from mlx_edgelora.config.yaml_file import read_yaml
@@ -24,8 +26,14 @@ GROUPS: dict[str, dict[str, str | None]] = {
         "config": "FILE",
         "model": "MODEL",
         "data": "DATA",
+        "data_format": None,
+        "val_split": "SHARE",
+        "system_prompt": "TEXT",
         "mask_prompt": None,
+        "train_on": None,
+        "allow_lost_content": None,
         "max_seq_length": "TOKENS",
+        "packing": None,
         "prompt_feature": "NAME",
         "completion_feature": "NAME",
         "text_feature": "NAME",
@@ -38,8 +46,16 @@ GROUPS: dict[str, dict[str, str | None]] = {
         "resume_adapter_file": "FILE",
         "fine_tune_type": None,
     },
+    "interrupted runs": {
+        "resume": "FOLDER",
+        "accept_changes": "NAMES",
+        "overwrite": None,
+        "keep_checkpoints": "N",
+        "max_time": "TIME",
+    },
     "optimization": {
         "iters": "N",
+        "epochs": "N",
         "batch_size": "N",
         "grad_accumulation_steps": "N",
         "learning_rate": "RATE",
@@ -73,6 +89,7 @@ GROUPS: dict[str, dict[str, str | None]] = {
     "output": {
         "steps_per_report": "N",
         "save_every": "N",
+        "save_best": None,
         "log": "FILE",
         "report": "FILE",
         "report_to": "NAMES",
@@ -124,9 +141,10 @@ def _add(group: argparse._ArgumentGroup, field: dataclasses.Field, metavar: str 
         return
     if field.default is not None:
         text = f"{text} Default: {field.default}."
-    group.add_argument(
-        *flags, metavar=metavar or "|".join(map(str, kind.choices)), help=_escaped(text)
-    )
+    # --resume may stand alone.
+    optional = {"nargs": "?", "const": True} if field.name == "resume" else {}
+    metavar = metavar or "|".join(map(str, kind.choices))
+    group.add_argument(*flags, metavar=metavar, help=_escaped(text), **optional)
 
 
 def _escaped(text: str) -> str:
@@ -134,13 +152,18 @@ def _escaped(text: str) -> str:
     return text.replace("%", "%%")
 
 
-def config_from_cli(argv: Sequence[str], preset: Mapping[str, Any] | None = None) -> TrainConfig:
+def config_from_cli(
+    argv: Sequence[str],
+    preset: Mapping[str, Any] | None = None,
+    saved: Callable[[Path], Mapping[str, Any]] | None = None,
+) -> TrainConfig:
     """The run that a command line describes; it wins over its `--config` file.
 
     Args:
         argv: the arguments, without the name of the command.
         preset: options below those of the command line, used only when it names no model, no
             data and no file.
+        saved: gives the options of the run in a folder, for what is left out with `--resume`.
 
     Raises:
         EdgeLoraError: an unknown flag or key, or a value that is not accepted.
@@ -149,7 +172,17 @@ def config_from_cli(argv: Sequence[str], preset: Mapping[str, Any] | None = None
     layers = []
     if "config" in parsed:
         layers.append((read_yaml(parsed["config"]), parsed["config"]))
-    elif preset is not None and not parsed.keys() & {"model", "data"}:
+    if parsed.get("resume") and "resume_adapter_file" in parsed:
+        raise EdgeLoraError(
+            "command line: got --resume and --resume-adapter-file, expected one of them: the "
+            "first goes on with a run, the second starts one from an adapter"
+        )
+    merged = {key: value for layer, _ in layers for key, value in layer.items()} | parsed
+    if saved is not None and (place := merged.get("resume")):
+        if place is True:
+            place = merged.get("adapter_path") or TrainConfig.adapter_path
+        layers.insert(0, (saved(Path(place)), f"{place}"))
+    elif preset is not None and not parsed.keys() & {"model", "data", "config"}:
         layers.append((preset, "preset"))
     return TrainConfig.from_layers(*layers, (parsed, None))
 
@@ -165,6 +198,9 @@ def _refuse(argument: str) -> NoReturn:
     in_file = [field for field in dataclasses.fields(TrainConfig) if _takes_file_only(field)]
     if argument in map(_flag, in_file):
         raise EdgeLoraError(f"command line: {argument} is not a flag; write it in a --config file")
+    hint = HINTS.get(argument.lstrip("-").replace("-", "_"))
+    if hint is not None:
+        raise EdgeLoraError(f"command line: {argument}: unknown key; {hint}")
     flags = [_flag(field) for field in dataclasses.fields(TrainConfig) if field not in in_file]
     raise unknown_key(f"command line: {argument}", argument, flags)
 
@@ -185,7 +221,7 @@ def _parse(argv: Sequence[str]) -> dict[str, Any]:
         value, kind = getattr(known, field.name), field.metadata["kind"]
         name = _flag(field)
         try:
-            value = value if kind.parse is bool else kind.parse(value)
+            value = value if isinstance(value, bool) else kind.parse(value)
         except ValueError:
             raise EdgeLoraError(f"{name}: got {value!r}, expected {kind.expected}") from None
         values[field.name] = read_value(name, value, kind)

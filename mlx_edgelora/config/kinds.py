@@ -119,6 +119,9 @@ def _read_mapping(value: Any) -> dict[str, Any]:
     return dict(value)
 
 
+# So many known keys are all named where none is near to an unknown one.
+FEW = 12
+
 _UNITS = {"": 1, "M": 10**6, "MB": 10**6, "G": 10**9, "GB": 10**9}
 
 
@@ -148,12 +151,42 @@ def _read_switch(value: Any) -> str:
     return value.lower()
 
 
+def _read_resume(value: Any) -> bool | str:
+    _require(isinstance(value, bool | str | os.PathLike))
+    return value if isinstance(value, bool) else os.fspath(value)
+
+
+def _read_names(value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        value = [name.strip().lstrip("-").replace("-", "_") for name in value.split(",")]
+    _require(isinstance(value, Sequence) and len(value) > 0)
+    _require(all(isinstance(name, str) and name for name in value))
+    return tuple(value)
+
+
+_SECONDS = {"h": 3600, "m": 60, "s": 1}
+
+
+def _read_duration(value: Any) -> float:
+    """Seconds of `2h`, `1h30m`, `90s` or of a number."""
+    if isinstance(value, str) and (parts := re.findall(r"([\d.]+)\s*([hms])\s*", value)):
+        _require(re.fullmatch(r"\s*([\d.]+\s*[hms]\s*)+", value) is not None)
+        return _read_duration(sum(float(count) * _SECONDS[unit] for count, unit in parts))
+    value = float(value) if isinstance(value, str) else value
+    _require(isinstance(value, int | float) and not isinstance(value, bool))
+    _require(math.isfinite(value) and value > 0)
+    return float(value)
+
+
 FLAG = Kind("true or false", _read_flag, bool)
 SWITCH = Kind("on or off", _read_switch, str, ("on", "off"))
 TEXTS = Kind("a list of at least one text", _read_texts, None)
 NUMBERS = Kind("a list of at least one number", _read_numbers, None)
 MAPPING = Kind("a mapping of names to values", _read_mapping, None)
-BUDGET = Kind("min, or a size such as 800MB or 4GB (at least 1MB)", _read_budget)
+BUDGET = Kind("min, or memory such as 800MB or 4GB (at least 1MB)", _read_budget)
+RESUME = Kind("nothing, or the folder of a run or of one of its checkpoints", _read_resume)
+NAMES = Kind("names with a comma between them", _read_names)
+DURATION = Kind("a time above 0 such as 90s, 45m, 2h or 1h30m", _read_duration)
 SIZE = Kind("bytes, as a whole number of at least 0 or a text such as 500MB or 4GB", _read_size)
 
 
@@ -177,11 +210,13 @@ def read_value(name: str, value: Any, kind: Kind) -> Any:
 
 def unknown_key(name: str, key: Any, known: Sequence[str]) -> EdgeLoraError:
     """The error for a key that is none of `known`; `name` is how to call it in the text."""
-    nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
-    return EdgeLoraError(
-        f"{name}: unknown key, the nearest known one is {nearest}; correct its spelling "
-        "or take it out"
-    )
+    if near := difflib.get_close_matches(str(key), known, n=1):
+        return EdgeLoraError(
+            f"{name}: unknown key, the nearest known one is {near[0]}; correct its spelling or "
+            "take it out"
+        )
+    names = f"expected one of {', '.join(known)}" if len(known) <= FEW else "--help lists all"
+    return EdgeLoraError(f"{name}: unknown key, {names}; correct it or take it out")
 
 
 def read_options(cls: type, mapping: Any, prefix: str = "") -> dict[str, Any]:

@@ -8,11 +8,15 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from mlx_edgelora.config import hints
 from mlx_edgelora.config.kinds import (
     BUDGET,
+    DURATION,
     FLAG,
+    NAMES,
+    RESUME,
     SIZE,
     SWITCH,
     Kind,
@@ -38,7 +42,15 @@ from mlx_edgelora.config.yaml_file import read_yaml
 from mlx_edgelora.errors import EdgeLoraError
 
 REPORTERS = ("wandb", "swanlab", "tensorboard")
-# Number of last blocks adapted by default, as in mlx-lm; all blocks of a model that has fewer.
+DEFAULT_ITERS = 1000
+# Two ways to say how long a run is: a later layer of options replaces either by its own.
+EITHER = {
+    "iters": "epochs",
+    "epochs": "iters",
+    "train_on": "mask_prompt",
+    "mask_prompt": "train_on",
+}
+# So many last blocks are adapted by default, as in mlx-lm, or all of a model that has fewer.
 MOST_LAYERS = 16
 
 _NAME = text("text that is not empty", bool)
@@ -73,6 +85,8 @@ class TrainConfig:
         EdgeLoraError: naming the option, the value it got and what it expects.
     """
 
+    HINTS: ClassVar[dict[str, str]] = hints.HINTS
+
     config: str | None = option(
         None, "YAML file with options; the command line takes precedence.", text()
     )
@@ -84,20 +98,58 @@ class TrainConfig:
     )
     data: str | None = option(
         None,
-        "Folder with train.jsonl, valid.jsonl and test.jsonl, or the name of a Hugging Face data "
-        "set. Default: the example data of the tiny model.",
+        "Folder with train.jsonl, valid.jsonl and test.jsonl, a file of training rows (.jsonl, "
+        ".json, .csv, .tsv, .parquet, .txt), or the name of a Hugging Face data set. Default: the "
+        "example data of the tiny model.",
         _NAME,
     )
     hf_dataset: tuple[HubDataset, ...] | None = option(
         None, "Hugging Face data sets with splits and features, in place of data.", HUB
     )
+    data_format: str | None = option(
+        None,
+        "Kind of the rows. Default: found from their columns.",
+        one_of("chat", "completions", "text", "alpaca", "sharegpt", "qa"),
+    )
+    val_split: float | None = option(
+        None,
+        "Share of the training rows that is split off for validation, such as 0.05; drawn by the "
+        "seed. Default: none.",
+        number("a number above 0 and below 1", lambda x: 0 < x < 1),
+    )
+    system_prompt: str | None = option(
+        None, "System message for conversations that have none. Default: none.", _NAME
+    )
     prompt_feature: str = option("prompt", "Name of the prompt column.", text())
     completion_feature: str = option("completion", "Name of the completion column.", text())
     text_feature: str = option("text", "Name of the text column.", text())
     chat_feature: str = option("messages", "Name of the column with chat messages.", text())
-    mask_prompt: bool = option(False, "Compute the loss on completions only, not on prompts.", FLAG)
+    mask_prompt: bool = option(
+        False,
+        "Train on the last answer of each row only, as mlx-lm does; the same as --train-on "
+        "last-answer.",
+        FLAG,
+    )
+    train_on: str | None = option(
+        None,
+        "Which tokens are trained: all answers of a conversation, its last answer, or everything. "
+        "Default: everything, or last-answer with --mask-prompt.",
+        one_of("answers", "last-answer", "everything"),
+    )
+    allow_lost_content: bool = option(
+        False,
+        "Go on if the chat template leaves out reasoning, tool calls or messages of a tenth of "
+        "the rows that have them, or more.",
+        FLAG,
+    )
     max_seq_length: int = option(
         2048, "Maximum number of tokens in a row; longer rows are truncated.", integer(2)
+    )
+    packing: bool = option(
+        False,
+        "Let short rows share a row of max_seq_length tokens, each attending only to itself; "
+        "batch_size then counts shared rows.",
+        FLAG,
     )
 
     train: bool | None = option(None, "Train. Default: yes, unless --test is given.", FLAG)
@@ -121,9 +173,29 @@ class TrainConfig:
     adapter_path: str = option(
         "adapters", "Folder of the adapter: written by training, read by a test alone.", text()
     )
+    resume: bool | str | None = option(
+        None,
+        "Continue an interrupted run exactly: from the newest checkpoint in --adapter-path, or in "
+        "the folder given. Options not given are those of that run.",
+        RESUME,
+    )
+    accept_changes: tuple[str, ...] | None = option(
+        None,
+        "With --resume: options that may differ from the interrupted run, separated by commas, "
+        "such as learning_rate,data.",
+        NAMES,
+    )
+    overwrite: bool = option(
+        False, "Replace the adapter and checkpoints of another run in --adapter-path.", FLAG
+    )
 
     batch_size: int = option(4, "Rows in a batch.", integer(1))
-    iters: int = option(1000, "Number of training steps.", integer(1))
+    iters: int | None = option(
+        None, f"Number of training steps, in place of epochs. Default: {DEFAULT_ITERS}.", integer(1)
+    )
+    epochs: int | None = option(
+        None, "Number of passes over the training set, in place of iters.", integer(1)
+    )
     grad_accumulation_steps: int = option(
         1, "Number of steps whose gradients are averaged before an update.", integer(1)
     )
@@ -180,7 +252,19 @@ class TrainConfig:
     )
     steps_per_report: int = option(10, "Steps between reports of the training loss.", integer(1))
     steps_per_eval: int = option(200, "Steps between validations.", integer(1))
-    save_every: int = option(100, "Steps between saved adapters.", integer(1))
+    save_every: int = option(100, "Steps between saved adapters and checkpoints.", integer(1))
+    keep_checkpoints: int = option(
+        2, "Number of newest checkpoints to keep for --resume; 0 writes none.", integer(0)
+    )
+    save_best: bool = option(
+        False,
+        "Also keep the adapter with the lowest validation loss, in the folder best inside "
+        "--adapter-path.",
+        FLAG,
+    )
+    max_time: float | None = option(
+        None, "Save and end after this time, such as 90s, 45m or 2h. Default: no limit.", DURATION
+    )
     report_to: str | None = option(
         None, f"Services to log to, separated by a comma: {', '.join(REPORTERS)}.", _REPORT_TO
     )
@@ -195,7 +279,10 @@ class TrainConfig:
     )
 
     verbose: bool = option(
-        False, "Also print the memory of the process and what a step reads and writes.", FLAG
+        False,
+        "Print more: every choice of the plan, the memory of the process, and what a step reads "
+        "and writes.",
+        FLAG,
     )
 
     weights: str | None = option(
@@ -216,8 +303,8 @@ class TrainConfig:
     )
     kernel: str = option(
         "auto",
-        "How quantized weights are multiplied: by MLX's kernel (fused), unpacked first "
-        "(dequantize), or whichever is faster on this device (auto).",
+        "How quantized weights are multiplied: by MLX's kernel (fused) or unpacked first "
+        "(dequantize). auto: fused on a GPU, dequantize on a CPU.",
         one_of("auto", "fused", "dequantize"),
     )
     activations: str | None = option(
@@ -235,7 +322,8 @@ class TrainConfig:
     memory_budget: str | int | None = option(
         None,
         "Memory limit for MLX, such as 4GB or 800MB; the fastest plan that fits is used. min: as "
-        "little as possible. Default: 80 % of the free memory, or less if macOS recommends less.",
+        "little as possible. Default: 80 % of the free memory, on a Mac at most what Metal "
+        "recommends.",
         BUDGET,
     )
     plan: str | None = option(
@@ -296,6 +384,8 @@ class TrainConfig:
         check_options(self)
         if self.train is None:
             object.__setattr__(self, "train", not self.test)
+        if self.iters is None and self.epochs is None:
+            object.__setattr__(self, "iters", DEFAULT_ITERS)
         _check_together(self)
 
     @classmethod
@@ -322,9 +412,13 @@ class TrainConfig:
         values: dict[str, Any] = {}
         for mapping, place in layers:
             try:
-                values |= read_options(cls, mapping)
+                found = read_options(cls, mapping)
             except EdgeLoraError as error:
                 raise EdgeLoraError(f"{place}: {error}" if place else str(error)) from None
+            for name in EITHER.keys() & found.keys():
+                if found[name]:
+                    values.pop(EITHER[name], None)
+            values |= found
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -333,6 +427,8 @@ class TrainConfig:
         _drop_none(result["lora_parameters"])
         if self.hf_dataset is not None:
             result["hf_dataset"] = list(map(_drop_none, result["hf_dataset"]))
+        if self.accept_changes is not None:
+            result["accept_changes"] = list(self.accept_changes)
         if self.lora_parameters.keys is not None:
             result["lora_parameters"]["keys"] = list(self.lora_parameters.keys)
         return result
@@ -348,8 +444,15 @@ def _check_together(config: TrainConfig) -> None:
     """Refuse options that contradict each other."""
     if not config.train and not config.test:
         raise EdgeLoraError("train: got false without test, expected one of the two to be true")
+    has_other = "val_batches 0" if config.val_batches == 0 else config.hf_dataset and "hf_dataset"
+    if config.train and config.val_split is not None and has_other:
+        raise EdgeLoraError(
+            f"val_split: got {config.val_split:g} with {has_other}, expected no val_split there: "
+            "nothing is validated, or valid_split says on what; leave one of them out"
+        )
     if config.train and not config.adapter_path:
         raise EdgeLoraError("adapter_path: got no name, expected a folder to write the adapter to")
+    _check_resume(config)
     if config.loss == "exact":
         for name in ("loss_k", "loss_max_subset", "loss_tail_correction"):
             if getattr(config, name) is not None:
@@ -361,6 +464,12 @@ def _check_together(config: TrainConfig) -> None:
         raise EdgeLoraError(
             f"label_smoothing: got {config.label_smoothing} with the approximate loss, expected "
             "0: a target over the whole vocabulary needs the exact one"
+        )
+    _check_labels(config)
+    if config.iters is not None and config.epochs is not None:
+        raise EdgeLoraError(
+            f"epochs: got {config.epochs} with iters {config.iters}, expected one of the two; "
+            "leave the other out"
         )
     _check_memory(config)
     if config.memory_profile is not None and not config.train:
@@ -375,6 +484,34 @@ def _check_together(config: TrainConfig) -> None:
         raise EdgeLoraError(
             f"spill_dir: got {config.spill_dir!r} with activations {config.activations} and "
             f"adapters {config.adapters}, which write no file; leave it out"
+        )
+
+
+def _check_resume(config: TrainConfig) -> None:
+    """Refuse options about runs in the adapter's folder that make no sense together."""
+    if config.resume and config.overwrite:
+        raise EdgeLoraError("overwrite: got true with resume, expected one of the two")
+    if config.accept_changes is not None and not config.resume:
+        raise EdgeLoraError(
+            f"accept_changes: got {','.join(config.accept_changes)} without resume, which is what "
+            "it is for; leave it out"
+        )
+    known = {field.name for field in dataclasses.fields(config)}
+    for name in config.accept_changes or ():
+        if name not in known:
+            raise EdgeLoraError(f"accept_changes: got {name!r}, expected the names of options")
+    if config.save_best and config.val_batches == 0:
+        raise EdgeLoraError(
+            "save_best: got true with val_batches 0, which validates never; leave one of them out"
+        )
+
+
+def _check_labels(config: TrainConfig) -> None:
+    """Refuse two ways of saying what is trained."""
+    if config.mask_prompt and config.train_on is not None:
+        raise EdgeLoraError(
+            f"train_on: got {config.train_on!r} with mask_prompt, which is last-answer; leave one "
+            "of them out"
         )
 
 

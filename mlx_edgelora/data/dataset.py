@@ -2,13 +2,15 @@
 
 from array import array
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
-from mlx_edgelora.data.spans import Labelled, spans_of
+from mlx_edgelora.data.findings import Findings
+from mlx_edgelora.data.spans import Labelled, count_labels, spans_of
 from mlx_edgelora.errors import EdgeLoraError
 
 
@@ -39,6 +41,10 @@ class DataReport:
         longest: tokens of the longest row read.
         dropped: rows left out because nothing in them can be trained.
         max_seq_length: the limit, in tokens.
+        tokens: of all rows kept.
+        labels: those of them that are trained.
+        labels_cut: tokens that would be trained, but are beyond the limit.
+        findings: what was noticed while the rows became tokens.
     """
 
     name: str
@@ -47,18 +53,26 @@ class DataReport:
     longest: int
     dropped: int
     max_seq_length: int
+    tokens: int = 0
+    labels: int = 0
+    labels_cut: int = 0
+    findings: Findings = field(default_factory=Findings)
 
     def warning(self) -> str | None:
         """One sentence about truncated and dropped rows, or None without any."""
         parts = []
         if self.truncated:
+            cut = ""
+            if self.labels_cut:
+                share = 100 * self.labels_cut / (self.labels + self.labels_cut)
+                cut = f", which cuts {share:.2g} % of the labels"
             parts.append(
-                f"{self.truncated} longer than max_seq_length {self.max_seq_length} (up to "
-                f"{self.longest} tokens) and truncated"
+                f"{self.truncated:,} longer than max_seq_length {self.max_seq_length} (up to "
+                f"{self.longest:,} tokens) and truncated{cut}"
             )
         if self.dropped:
-            parts.append(f"{self.dropped} without a token to train on and left out")
-        return f"{self.name}: of {self.rows} rows, {' and '.join(parts)}" if parts else None
+            parts.append(f"{self.dropped:,} without a token to train on and left out")
+        return f"{self.name}: of {self.rows:,} rows, {' and '.join(parts)}" if parts else None
 
 
 class Dataset(Sequence[tuple[np.ndarray, np.ndarray]]):
@@ -73,26 +87,56 @@ class Dataset(Sequence[tuple[np.ndarray, np.ndarray]]):
         report: counts of truncated and dropped rows.
     """
 
-    def __init__(self, rows: Iterable[Row], max_seq_length: int, name: str) -> None:
+    def __init__(
+        self,
+        rows: Iterable[Row],
+        max_seq_length: int,
+        name: str,
+        findings: Findings | None = None,
+    ) -> None:
         self._tokens = array("i")
         self._starts = array("q", [0])
         self._spans = array("i")
         self._span_starts = array("q", [0])
         self._numbers = array("q")
         self._sources: list[tuple[int, str]] = []
-        read = truncated = longest = 0
-        for row in rows:
-            read += 1
-            longest = max(longest, len(row.tokens))
-            tokens = row.tokens[:max_seq_length]
-            spans = spans_of(row.labelled, len(tokens))
-            if not len(spans):
-                continue
-            truncated += len(tokens) < len(row.tokens)
-            self._append(row, tokens, spans)
-        self.report = DataReport(name, read, truncated, longest, read - len(self), max_seq_length)
+        counts: Counter[str] = Counter()
+        self._read(rows, max_seq_length, counts)
+        self.report = DataReport(
+            name,
+            rows=counts["rows"],
+            truncated=counts["truncated"],
+            longest=counts["longest"],
+            dropped=counts["rows"] - counts["kept"],
+            max_seq_length=max_seq_length,
+            tokens=len(self._tokens),
+            labels=counts["labels"],
+            labels_cut=counts["labels_cut"],
+            findings=findings or Findings(),
+        )
         if len(self) == 0:
             raise _nothing_to_train(self.report)
+
+    def _read(self, rows: Iterable[Row], max_seq_length: int, counts: Counter[str]) -> None:
+        """Keep what can be trained. Several pieces of a row, one after another, count as one."""
+        place, is_kept = None, False
+        for row in rows:
+            if (row.source, row.number) != place:
+                place, is_kept = (row.source, row.number), False
+                counts["rows"] += 1
+            length = len(row.tokens)
+            counts["longest"] = max(counts["longest"], length)
+            tokens = row.tokens[:max_seq_length]
+            spans = spans_of(row.labelled, len(tokens))
+            labels = count_labels(spans)
+            counts["labels_cut"] += count_labels(spans_of(row.labelled, length)) - labels
+            if not labels:
+                continue
+            counts["kept"] += not is_kept
+            is_kept = True
+            counts["truncated"] += len(tokens) < length
+            counts["labels"] += labels
+            self._append(row, tokens, spans)
 
     def _append(self, row: Row, tokens: Sequence[int], spans: np.ndarray) -> None:
         if not self._sources or self._sources[-1][1] != row.source:
@@ -144,7 +188,9 @@ class Dataset(Sequence[tuple[np.ndarray, np.ndarray]]):
 def _nothing_to_train(report: DataReport) -> EdgeLoraError:
     if report.rows == 0:
         return EdgeLoraError(f"{report.name}: has no rows, expected at least one")
+    told = "".join(f"; {line}" for line in report.findings.lines())
     return EdgeLoraError(
         f"{report.name}: none of its {report.rows} rows has a token to train on within "
-        f"max_seq_length {report.max_seq_length}; raise it, or turn mask_prompt off"
+        f"max_seq_length {report.max_seq_length}; raise it, or train on more of each row by "
+        f"--train-on everything{told}"
     )

@@ -5,7 +5,7 @@ are walked one by one; `engine/paged_adapters.py` keeps them in a file instead. 
 result is that of `optimizer.update(model, gradients)`, bit for bit.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -27,6 +27,11 @@ from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.model.weights import ResidentWeights
 
 Arrays = dict[str, mx.array]
+Look = Callable[[Mapping[str, mx.array]], None]
+
+
+def ignored(arrays: Mapping[str, mx.array]) -> None:
+    """Where nobody looks at sums of gradients."""
 
 
 class AdapterState(WeightSource, Protocol):
@@ -41,14 +46,17 @@ class AdapterState(WeightSource, Protocol):
     def start(self, optimizer: optimizers.Optimizer) -> None:
         """Prepare for a new optimizer and discard gradients."""
 
-    def add(self, gradients: Arrays) -> None:
-        """Add evaluated gradients to the sum, each name once per batch; empties the mapping."""
+    def add(self, gradients: Arrays, look: Look = ignored) -> None:
+        """Add evaluated gradients to the sum; each name once for a batch. Empties the mapping.
 
-    def norm(self, count: int) -> mx.array:
+        `look` gets their sums so far, evaluated, by name; it keeps none of them.
+        """
+
+    def norm(self, count: float) -> mx.array:
         """Global norm of the gradients' sum divided by `count`: float32 scalar, evaluated."""
 
     def update(
-        self, optimizer: optimizers.Optimizer, count: int, factor: mx.array | None = None
+        self, optimizer: optimizers.Optimizer, count: float, factor: mx.array | None = None
     ) -> None:
         """Apply the gradients' sum divided by `count`, times `factor`, and clear the sum."""
 
@@ -58,6 +66,22 @@ class AdapterState(WeightSource, Protocol):
         Raises:
             EdgeLoraError: an update was interrupted, so that some are newer than others.
         """
+
+    def optimizer_state(self) -> Mapping[tuple[str, str], mx.array]:
+        """What the optimizer remembers of each parameter, by the parameter's name and its own.
+
+        Evaluated when looked at; nothing of parameters that were not updated yet.
+        """
+
+    def gradients(self) -> Mapping[str, mx.array]:
+        """The sums of gradients since the last update by name, evaluated when looked at."""
+
+    def restore(
+        self,
+        states: Iterable[tuple[tuple[str, str], mx.array]],
+        gradients: Iterable[tuple[str, mx.array]],
+    ) -> None:
+        """After `start`, take over what `optimizer_state` and `gradients` gave, one at a time."""
 
     def close(self) -> None:
         """Free disk space."""
@@ -116,16 +140,18 @@ class ResidentAdapterState(ResidentWeights):
         self._states.clear()
         self._arithmetic = BlockUpdate(optimizer, self._compiled)
 
-    def add(self, gradients: Arrays) -> None:
+    def add(self, gradients: Arrays, look: Look = ignored) -> None:
         """Add to the sum."""
+        names = list(gradients)
         add_to(gradients, self._sum)
+        look({name: self._sum[name] for name in names})
 
-    def norm(self, count: int) -> mx.array:
+    def norm(self, count: float) -> mx.array:
         """Norm of the mean."""
         return global_norm(squares(self._sum, count), names_of(self._model))
 
     def update(
-        self, optimizer: optimizers.Optimizer, count: int, factor: mx.array | None = None
+        self, optimizer: optimizers.Optimizer, count: float, factor: mx.array | None = None
     ) -> None:
         """Update the model, a block at a time."""
         with self._update.running():
@@ -135,7 +161,7 @@ class ResidentAdapterState(ResidentWeights):
             mx.eval(optimizer.state, [box[key] for box, key in self._slots.values()], self._states)
 
     def _update_block(
-        self, block: str, names: list[str], count: int, factor: mx.array | None
+        self, block: str, names: list[str], count: float, factor: mx.array | None
     ) -> None:
         # By their names inside the block: blocks of one kind then share a compiled function.
         local = {name.removeprefix(block): name for name in names}
@@ -157,6 +183,29 @@ class ResidentAdapterState(ResidentWeights):
         """The model's own arrays."""
         self._update.check()
         return dict(tree_flatten(self._model.trainable_parameters()))
+
+    def optimizer_state(self) -> Mapping[tuple[str, str], mx.array]:
+        """The arrays in memory."""
+        self._update.check()
+        return {
+            (name, key): value
+            for name, state in self._states.items()
+            for key, value in state.items()
+        }
+
+    def gradients(self) -> Mapping[str, mx.array]:
+        """The arrays in memory."""
+        return dict(self._sum)
+
+    def restore(
+        self,
+        states: Iterable[tuple[tuple[str, str], mx.array]],
+        gradients: Iterable[tuple[str, mx.array]],
+    ) -> None:
+        """Keep the arrays."""
+        for (name, key), value in states:
+            self._states.setdefault(name, {})[key] = value
+        self._sum.update(gradients)
 
     def close(self) -> None:
         """Free nothing: there are no files."""

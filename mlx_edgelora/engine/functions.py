@@ -16,6 +16,7 @@ from mlx_edgelora.blocks.block_list import BlockList, Slot, bind_arrays, signatu
 from mlx_edgelora.blocks.checks import EVALUATES
 from mlx_edgelora.blocks.dropout import KeyTape
 from mlx_edgelora.blocks.masks import pack_masks, unpack_masks
+from mlx_edgelora.blocks.packing import packing_now
 from mlx_edgelora.blocks.parts import BlockParts
 from mlx_edgelora.engine.record import BlockCall
 
@@ -58,12 +59,13 @@ class Functions:
         """Call a function, or the compiled function with the same key.
 
         Args:
-            key: equal for functions that compute the same from their arguments; None to call
-                `function` without compiling.
-            function: captures the same values for the same key.
+            key: the same for functions that compute the same of their arguments; None for one
+                that is not to be compiled. Nor is one that computes rows that share rows, which
+                are others in every batch.
+            function: what it captures must be the same for all of one key.
             args: trees of arrays and constants.
         """
-        if not self.compiles or key is None or key in self._refused:
+        if not self.compiles or key is None or key in self._refused or packing_now() is not None:
             return function(*args)
         if key not in self._known:
             self._known[key] = mx.compile(function)

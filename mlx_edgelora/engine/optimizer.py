@@ -123,8 +123,8 @@ class BlockUpdate:
         return updated, after
 
 
-def average(gradients: dict[str, mx.array], count: int) -> dict[str, mx.array]:
-    """Gradients by name divided by `count`, lazy; `gradients` is emptied."""
+def average(gradients: dict[str, mx.array], count: float) -> dict[str, mx.array]:
+    """Gradients by name divided by `count`, not yet evaluated; empties them."""
     result = {}
     for name in list(gradients):
         gradient = gradients.pop(name)
@@ -132,7 +132,7 @@ def average(gradients: dict[str, mx.array], count: int) -> dict[str, mx.array]:
     return result
 
 
-def squares(gradients: Mapping[str, mx.array], count: int) -> dict[str, mx.array]:
+def squares(gradients: Mapping[str, mx.array], count: float) -> dict[str, mx.array]:
     """Sum of squares of each gradient divided by `count`: float32 scalars, evaluated."""
     result = {}
     for name, gradient in gradients.items():

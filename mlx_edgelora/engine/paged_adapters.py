@@ -6,7 +6,7 @@ and the walk over blocks decides which ones are read.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from itertools import zip_longest
 
 import mlx.core as mx
@@ -14,7 +14,7 @@ import mlx.nn as nn
 import mlx.optimizers as optimizers
 
 from mlx_edgelora.blocks.block_list import BlockList, array_slots
-from mlx_edgelora.engine.adapter_state import Arrays, UpdateGuard, add_to, names_of
+from mlx_edgelora.engine.adapter_state import Arrays, Look, UpdateGuard, add_to, ignored, names_of
 from mlx_edgelora.engine.optimizer import BlockUpdate, average, global_norm, squares
 from mlx_edgelora.measure.meter import DiskMeter
 from mlx_edgelora.storage.page_file import PageFile, Section, Spec
@@ -106,18 +106,21 @@ class PagedAdapterState:
         self._states, end = self._sections(end, states)
         self._file.reserve(end)
 
-    def add(self, gradients: Arrays) -> None:
+    def add(self, gradients: Arrays, look: Look = ignored) -> None:
         """Add to the sums in the file, block by block."""
         for index, arrays in self._by_block(gradients).items():
             if index is None:
+                names = list(arrays)
                 add_to(arrays, self._outside)
+                look({name: self._outside[name] for name in names})
                 continue
             total = self._gradients[index].read() if index in self._summed else {}
             add_to(arrays, total)
             self._gradients[index].write(total)
             self._summed.add(index)
+            look({f"{self._blocks.prefix}{index}.{local}": x for local, x in total.items()})
 
-    def norm(self, count: int) -> mx.array:
+    def norm(self, count: float) -> mx.array:
         """Norm of the mean; reads all gradients once."""
         every = squares(self._outside, count)
         for index in sorted(self._summed):
@@ -127,7 +130,7 @@ class PagedAdapterState:
         return global_norm(every, self._names)
 
     def update(
-        self, optimizer: optimizers.Optimizer, count: int, factor: mx.array | None = None
+        self, optimizer: optimizers.Optimizer, count: float, factor: mx.array | None = None
     ) -> None:
         """Update a block at a time, after what is in memory."""
         with self._update.running():
@@ -145,6 +148,48 @@ class PagedAdapterState:
         """A view that reads each array from the file when it is accessed."""
         self._update.check()
         return _View(self._names, self._array)
+
+    def optimizer_state(self) -> Mapping[tuple[str, str], mx.array]:
+        """A view that reads each array from the file when it is looked at."""
+        self._update.check()
+        names = [(name, key) for name, state in self._outside_states.items() for key in state]
+        for index in sorted(self._updated):
+            prefix = f"{self._blocks.prefix}{index}."
+            names += [(prefix + local, key) for local, key in self._states[index].specs()]
+        return _View(names, self._state)
+
+    def gradients(self) -> Mapping[str, mx.array]:
+        """A view that reads each array from the file when it is looked at."""
+        names = list(self._outside)
+        for index in sorted(self._summed):
+            prefix = f"{self._blocks.prefix}{index}."
+            names += [prefix + local for local in self._gradients[index].specs()]
+        return _View(names, self._gradient)
+
+    def restore(
+        self,
+        states: Iterable[tuple[tuple[str, str], mx.array]],
+        gradients: Iterable[tuple[str, mx.array]],
+    ) -> None:
+        """Write the arrays of blocks to the file, one at a time."""
+        for (name, key), value in states:
+            place = self._blocks.local(name)
+            if place is None:
+                self._outside_states.setdefault(name, {})[key] = value
+            else:
+                index, local = place
+                mx.eval(value)
+                self._states[index].write({(local, key): value})
+                self._updated.add(index)
+        for name, value in gradients:
+            place = self._blocks.local(name)
+            if place is None:
+                self._outside[name] = value
+            else:
+                index, local = place
+                mx.eval(value)
+                self._gradients[index].write({local: value})
+                self._summed.add(index)
 
     def close(self) -> None:
         """Free the file's space."""
@@ -180,7 +225,7 @@ class PagedAdapterState:
             start = sections[index].stop
         return sections, start
 
-    def _update_outside(self, count: int, factor: mx.array | None) -> None:
+    def _update_outside(self, count: float, factor: mx.array | None) -> None:
         """Update what is in memory."""
         slots = array_slots(self._model)
         boxes = {name: slots[name] for name in self._resident()}
@@ -195,7 +240,7 @@ class PagedAdapterState:
             box, key = boxes[name]
             box[key] = value
 
-    def _update_block(self, index: int, count: int, factor: mx.array | None) -> None:
+    def _update_block(self, index: int, count: float, factor: mx.array | None) -> None:
         gradients = average(self._gradients[index].read(), count)
         parameters, states = self._parameters[index].read(), {name: {} for name in gradients}
         if index in self._updated:
@@ -234,19 +279,32 @@ class PagedAdapterState:
         box, key = array_slots(self._model)[name]
         return box[key]
 
+    def _state(self, name_and_key: tuple[str, str]) -> mx.array:
+        name, key = name_and_key
+        place = self._blocks.local(name)
+        if place is None:
+            return self._outside_states[name][key]
+        return self._states[place[0]].read_one((place[1], key))
 
-class _View(Mapping[str, mx.array]):
-    """Arrays by name that are read when they are accessed."""
+    def _gradient(self, name: str) -> mx.array:
+        place = self._blocks.local(name)
+        if place is None:
+            return self._outside[name]
+        return self._gradients[place[0]].read_one(place[1])
 
-    def __init__(self, names: list[str], read: Callable[[str], mx.array]) -> None:
+
+class _View(Mapping[Hashable, mx.array]):
+    """Arrays by name that are read when they are looked at."""
+
+    def __init__(self, names: Iterable[Hashable], read: Callable[[Hashable], mx.array]) -> None:
         self._names, self._read = dict.fromkeys(names), read
 
-    def __getitem__(self, name: str) -> mx.array:
+    def __getitem__(self, name: Hashable) -> mx.array:
         if name not in self._names:
             raise KeyError(name)
         return self._read(name)
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[Hashable]:
         return iter(self._names)
 
     def __len__(self) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 
 from mlx_edgelora.blocks.block_list import bind_arrays
 from mlx_edgelora.blocks.gated_mlp import set_slices
+from mlx_edgelora.blocks.packing import Packing
 from mlx_edgelora.data import Batch
 from mlx_edgelora.data.batches import PAD_TO
 from mlx_edgelora.engine.adapter_state import AdapterState, ResidentAdapterState
@@ -123,8 +124,9 @@ class Engine:
         return loss, count
 
     def _backward(self, part: "_Part", share: float, sink: Callable[[Arrays], None]) -> mx.array:
-        """The loss of a part, and its gradients, both multiplied by its share of the batch."""
-        with self._walk.forward(lambda: self.model(part.tokens), rows=part.rows) as state:
+        """A part's share of the mean loss; gradients are multiplied by the share as well."""
+        run = partial(self.model, part.tokens)
+        with self._walk.forward(run, rows=part.rows, packing=part.packing) as state:
             if state.tail is not None:
                 loss, outside = self._walk.finish(state, _TailLoss(self, state, part, share))
             else:
@@ -153,7 +155,8 @@ class Engine:
         total, count = 0.0, 0
         for part in self._parts(batch, evaluates=True):
             run = partial(self.model, part.tokens)
-            with self._walk.forward(run, keep=False, rows=part.rows) as state:
+            options = {"keep": False, "rows": part.rows, "packing": part.packing}
+            with self._walk.forward(run, **options) as state:
                 hidden, state.hidden = state.hidden[0], None
                 loss, _, _ = self._loss(state, hidden, part, gradient=False)
             total, count = total + part.count * loss, count + part.count
@@ -276,9 +279,9 @@ class _Part(NamedTuple):
         rows: int [n], indices among the B * T tokens: the labelled ones and, if there are
             `weights`, some others.
         labels: int [n].
-        count: number of labelled tokens.
-        weights: float32 [n], the weight of each row in the mean loss, 0 for rows without a label;
-            None if all are equal.
+        count: of labelled tokens.
+        weights: float32 [n], of each in the mean loss, 0 without a label; None if all are equal.
+        packing: where rows share rows; None where they do not.
     """
 
     tokens: mx.array
@@ -286,6 +289,7 @@ class _Part(NamedTuple):
     labels: mx.array
     count: int
     weights: mx.array | None = None
+    packing: Packing | None = None
 
 
 def _labelled_parts(batch: Batch, count: int, fills: bool) -> list[_Part]:
@@ -312,7 +316,8 @@ def _labelled_parts(batch: Batch, count: int, fills: bool) -> list[_Part]:
         wanted = labels[piece].reshape(-1)[rows]
         number, arrays = int(own.sum()), [inputs[piece], rows, wanted]
         weights = mx.array(own[rows].astype(np.float32) / number) if fills else None
-        parts.append(_Part(*map(mx.array, arrays), number, weights))
+        packing = None if batch.starts is None else Packing(batch.starts[piece])
+        parts.append(_Part(*map(mx.array, arrays), number, weights, packing))
     return parts
 
 

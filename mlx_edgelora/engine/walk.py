@@ -27,6 +27,8 @@ from mlx_edgelora.blocks.block_list import BlockList, Slot, array_slots, bind_ar
 from mlx_edgelora.blocks.checks import checked_blocks
 from mlx_edgelora.blocks.dropout import KeyTape, dropout_layers, keyed_dropout
 from mlx_edgelora.blocks.norms import bounded_norms
+from mlx_edgelora.blocks.packable import check_packing
+from mlx_edgelora.blocks.packing import Packing, packing_now, rows_packed
 from mlx_edgelora.blocks.parts import BlockParts, TokenSpan
 from mlx_edgelora.blocks.tiling import Tileable, Tiling
 from mlx_edgelora.blocks.weight_source import WeightSource
@@ -184,28 +186,41 @@ class Walk:
         """The tiling of a block for a batch with `tokens` tokens; None if it is not tiled."""
         return self._tiling.tileable(index) if self._cuts(tokens) else None
 
+    def check_packing(self, tokens: int) -> None:
+        """See that rows can share a row of so many tokens in this model.
+
+        Raises:
+            EdgeLoraError: they would mix; names the architecture, the block and the reason.
+        """
+        check_packing(self.blocks, (self.weights, self.adapters), self._tiling, tokens)
+
     def _cuts(self, tokens: int) -> bool:
         """Whether a batch with `tokens` tokens, over all rows, is computed by tiles."""
         return self._plan.tile_tokens is not None and tokens > self._plan.tile_tokens
 
     @contextmanager
     def forward(
-        self, run: Callable[[], Any], keep: bool = True, rows: mx.array | None = None
+        self,
+        run: Callable[[], Any],
+        keep: bool = True,
+        rows: mx.array | None = None,
+        packing: Packing | None = None,
     ) -> Iterator[Pass]:
         """Run the blocks; call `backward` inside the context.
 
         Args:
             run: calls the model, directly or inside a loss; stopped after its last block.
-            keep: whether to keep the blocks' inputs for a backward.
-            rows: int [n], ascending: indices of the needed rows among the batch * tokens rows of
-                the last block's output. `hidden` and `cotangent` are then [1, n, hidden], and the
-                last block is computed for these rows only, if it can be.
+            keep: keep the blocks' inputs for a backward pass.
+            rows: int [n], ascending: of the batch * tokens rows of the last block's output
+                those that are needed. `hidden` and `cotangent` are then [1, n, hidden],
+                and where it can be the last block is computed for these rows only.
+            packing: where rows of the batch are shared by several, which must not mix.
 
         Raises:
             ValueError: rows are not ascending indices of the batch * tokens rows.
         """
         layers = keyed_dropout(self._dropout, self._tape)
-        with layers, bounded_attention(), bounded_norms():
+        with layers, bounded_attention(), bounded_norms(), rows_packed(packing):
             first, entry = self._lowest_reached(run) if keep else (len(self.blocks), False)
             with self._tape.recording() as entry_keys:
                 x, calls = record(self.blocks, run)
@@ -302,7 +317,9 @@ class Walk:
         return kept_from, spans, Slots(store, waiting * len(spans), batch * longest * nbytes)
 
     def _can_cut(self, index: int, call: BlockCall, tokens: int) -> bool:
-        """Whether the arguments of a block can be cut into tiles, as in its trial."""
+        """Whether what a block is called with can be cut into tokens, as in the trial of it."""
+        if packing_now() is not None and self._tiling.tileable(index).through_cache:
+            return False  # its attention is not known to be in that of mlx-lm
         parts = BlockParts(self.blocks.blocks[index], call.args, call.kwargs)
         return parts.untileable_reason(tokens) is None
 

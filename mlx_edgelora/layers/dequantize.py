@@ -3,7 +3,7 @@
 MLX's CPU backend has no kernel for it: `mx.dequantize` becomes shifts, masks, a cast, a
 product and a sum over 32-bit lanes. For affine 4-bit, much the most common packing, bytes
 can be spread in 16-bit lanes instead, which moves a quarter of the memory; the result is
-equal bit for bit and took 0.6 of the time (`benchmarks/kernels.py`). On a GPU, and for every
+equal bit for bit and took 0.6 of the time (`benchmarks/speed.py`). On a GPU, and for every
 other packing, this is `mx.dequantize`.
 """
 

@@ -9,7 +9,7 @@ layer, in the same dtype.
 On Metal and CUDA MLX's fused `quantized_matmul` does this inside one kernel and
 is the default there. On a CPU that kernel is more than 20 times slower than
 dequantizing and multiplying with a good BLAS, and in bfloat16 it accumulates in
-bfloat16 (6 % relative error; `benchmarks/kernels.py` measures both), so tiles are
+bfloat16 (6 % relative error; `benchmarks/speed.py` measures both), so tiles are
 the default there.
 
 Not optimal yet: the pieces of `y` are concatenated, which holds `y` twice for a moment.

@@ -16,8 +16,9 @@ from typing import Any, BinaryIO
 import mlx.core as mx
 
 from mlx_edgelora.measure.meter import lap
+from mlx_edgelora.measure.units import size
 
-MIB = 2**20
+MB = 10**6
 PHASES = (
     "load",
     "forward",
@@ -94,12 +95,12 @@ class Profile:
     def table(self) -> str:
         """A few lines: of each phase its peak, and where the peak of the step stands."""
         top = self.peak()
-        lines = [f"{'phase':<20}{'peak MiB':>10}{'began at':>10}  block"]
+        lines = [f"{'phase':<12}{'peak':>10}{'began at':>10}  block"]
         for phase, entry in self.by_phase().items():
             mark = "  <- the peak of the step" if entry is top else ""
             where = "-" if entry.block is None else entry.block
             lines.append(
-                f"{phase:<20}{entry.peak_bytes / MIB:>10.1f}{entry.start_bytes / MIB:>10.1f}"
+                f"{phase:<12}{size(entry.peak_bytes):>10}{size(entry.start_bytes):>10}"
                 f"  {where}{mark}"
             )
         return "\n".join(lines)
@@ -122,15 +123,15 @@ class Profile:
         figure, axis = pyplot.subplots(figsize=(10, 4), layout="constrained")
         for number, phase in enumerate(self.by_phase()):
             places = [i for i, s in enumerate(self.entries) if s.phase == phase]
-            heights = [self.entries[i].peak_bytes / MIB for i in places]
+            heights = [self.entries[i].peak_bytes / MB for i in places]
             axis.bar(places, heights, width=1.0, color=f"C{number}", label=phase)
         top = self.peak()
-        axis.axhline(top.peak_bytes / MIB, color="black", linewidth=0.8, linestyle="--")
+        axis.axhline(top.peak_bytes / MB, color="black", linewidth=0.8, linestyle="--")
         where = "" if top.block is None else f" of block {top.block}"
         axis.set(
-            title=f"One step: peak {top.peak_bytes / MIB:.0f} MiB, in {top.phase}{where}",
+            title=f"One step: peak {size(top.peak_bytes)}, in {top.phase}{where}",
             xlabel="phases of blocks, in order",
-            ylabel="peak of MLX's allocator, MiB",
+            ylabel="peak of MLX's allocator, MB",
         )
         axis.legend(fontsize=8, ncols=4, loc="lower center")
         figure.savefig(file, format="png", dpi=110)

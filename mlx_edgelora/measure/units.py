@@ -1,15 +1,22 @@
 """Sizes and times as people read them: decimal units, three digits."""
 
+import math
+
 UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
-def size(count: float) -> str:
-    """Bytes in decimal units: 18.4 kB, 512 MB, 4.20 GB."""
+def size(count: float, up: bool = False) -> str:
+    """Bytes in decimal units: 18.4 kB, 512 MB, 4.20 GB.
+
+    With `up` no less than there are, as what is needed at least is told.
+    """
     for unit in UNITS:
         if abs(count) < 999.5 or unit == UNITS[-1]:
             break
         count /= 1000
     digits = 0 if unit == "B" or abs(count) >= 99.95 else 1 if abs(count) >= 9.995 else 2
+    if up:
+        count = math.ceil(round(count * 10**digits, 9)) / 10**digits
     return f"{count:.{digits}f} {unit}"
 
 

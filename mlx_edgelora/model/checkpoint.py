@@ -21,6 +21,7 @@ from mlx_lm.utils import _get_classes, load_model, quantize_model, save_config
 
 from mlx_edgelora.blocks.block_list import BlockList
 from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.measure.units import size
 from mlx_edgelora.model.weights import TensorLocation
 from mlx_edgelora.storage.files import WatchedFiles, sync, sync_folder
 from mlx_edgelora.storage.safetensors import TensorInfo, read_header, write_tensors
@@ -270,7 +271,7 @@ def convert_checkpoint(lazy: LazyModel, cache: Path, quantize: int | None = None
     except OSError as error:
         if (folder / "config.json").exists():  # another run was faster
             return folder
-        free = f", {shutil.disk_usage(cache).free / 2**30:.1f} GiB free" if cache.is_dir() else ""
+        free = f", {size(shutil.disk_usage(cache).free)} free" if cache.is_dir() else ""
         raise EdgeLoraError(
             f"{folder}: the converted model cannot be written ({error.strerror}{free}); free some "
             "space or choose another folder with --cache-dir"

@@ -201,6 +201,11 @@ class ModelHead:
         return Adapter(a.T, b.T, scale)
 
     @property
+    def module(self) -> nn.Module:
+        """The head, adapted or not."""
+        return self._module
+
+    @property
     def is_resident(self) -> bool:
         """Whether its rows are in memory."""
         return isinstance(self._rows, ResidentRows)

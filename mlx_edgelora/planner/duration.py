@@ -51,7 +51,7 @@ def longest_operation(
     if not shape.blocked_heads:
         return product
     # Five products; of the last tokens, which see nearly all.
-    pairs = tokens * (part.tokens - tokens / part.rows / 2)
+    pairs = tokens * min(part.tokens - tokens / part.rows / 2, part.attended)
     return max(product, 5 * 2 * pairs * shape.queries / machine.rates.flops)
 
 
@@ -205,7 +205,7 @@ class _BlockTime:
 
     def _attention(self, products: int) -> float:
         """So many products of tokens x tokens, half of each causal."""
-        size = self.batch_shape.size * self.batch_shape.tokens * self.shape.queries
+        size = self.batch_shape.size * self.batch_shape.attended * self.shape.queries
         return products * size / self.rates.flops
 
     def _entrywise(self) -> float:

@@ -6,10 +6,12 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
+from typing import BinaryIO
 
 import mlx.core as mx
 
@@ -22,10 +24,10 @@ from mlx_edgelora.storage.page_file import unlinked_file
 MIB = 2**20
 # Of the file that rates are kept in: raise it when they mean something else.
 VERSION = 2
-# A product of so many tokens by a square matrix of so many columns is timed. Of a CPU's packed
-# one, which is slow, with fewer tokens.
+# A product of so many tokens by a square matrix of so many columns is timed. With fewer tokens on
+# a CPU where it is slow: with a packed matrix, and in 16 bits.
 TOKENS, COLUMNS = 512, 2048
-FEW_TOKENS = 32
+FEW_TOKENS = 8
 # So many in one evaluation on a GPU: alone one takes as long as the call.
 AT_ONCE = 16
 DISK_BYTES = 32 * MIB
@@ -89,7 +91,7 @@ class Machine:
 
 
 def this_machine(cache: Path, folder: Path, dtype: mx.Dtype) -> Machine:
-    """This machine, measured per dtype and kept in a file for a month.
+    """This machine, measured per dtype and volume and kept in a file for a month.
 
     Args:
         cache: folder of that file.
@@ -103,7 +105,8 @@ def this_machine(cache: Path, folder: Path, dtype: mx.Dtype) -> Machine:
     key = f"{VERSION} {mx.__version__} {name} {os.cpu_count()} {blas}{bits} {dtype}" + _conditions()
     file = cache / "machine.json"
     known = _read(file)
-    place = f"{key} {folder}"
+    with _scratch_file(folder):  # what cannot be written is refused, whatever is known
+        place = f"{key} {_volume(folder)}"
     if place not in known:
         known[place] = measure_rates(folder, dtype), time.time()
         _write(file, known)
@@ -144,7 +147,8 @@ def measure_rates(folder: Path, dtype: mx.Dtype) -> Rates:
     mx.eval(x, dense, packed, small)
     on_gpu = mx.default_device() == mx.gpu
     times, some = (AT_ONCE, x) if on_gpu else (1, x[:FEW_TOKENS])
-    product = 2.0 * TOKENS * COLUMNS * COLUMNS
+    rows = x if dtype == mx.float32 else some
+    a_token = 2.0 * COLUMNS * COLUMNS
     if on_gpu:
         begun = time.perf_counter()
         while time.perf_counter() - begun < WARM_UP:
@@ -158,9 +162,9 @@ def measure_rates(folder: Path, dtype: mx.Dtype) -> Rates:
 
     read, written = _disk(folder)
     return Rates(
-        flops=product / _seconds(lambda: x @ dense.T, times),
-        fused_flops=product
-        * (some.shape[0] / TOKENS)
+        flops=a_token * rows.shape[0] / _seconds(lambda: rows @ dense.T, times),
+        fused_flops=a_token
+        * some.shape[0]
         / _seconds(lambda: mx.quantized_matmul(some, *packed), times),
         dequantized=dense.size / _seconds(lambda: mx.dequantize(*packed), times),
         moved=3.0 * x.nbytes / _seconds(lambda: x * x + x, times),
@@ -187,25 +191,37 @@ def _seconds(function: Callable[[], mx.array], times: int = 1, rounds: int = 3) 
 def _disk(folder: Path) -> tuple[float, float]:
     """Bytes a second read and written, through the system's cache as spilling does."""
     data, best = bytes(DISK_BYTES), [float("inf"), float("inf")]
+    with _scratch_file(folder) as file:
+        for _ in range(2):
+            file.seek(0)
+            start = time.perf_counter()
+            file.write(data)
+            middle = time.perf_counter()
+            file.seek(0)
+            file.read(DISK_BYTES)
+            best = [
+                min(best[0], time.perf_counter() - middle),
+                min(best[1], middle - start),
+            ]
+    return DISK_BYTES / max(best[0], 1e-9), DISK_BYTES / max(best[1], 1e-9)
+
+
+@contextmanager
+def _scratch_file(folder: Path) -> Iterator[BinaryIO]:
     try:
         with unlinked_file(folder) as file:
-            for _ in range(2):
-                file.seek(0)
-                start = time.perf_counter()
-                file.write(data)
-                middle = time.perf_counter()
-                file.seek(0)
-                file.read(DISK_BYTES)
-                best = [
-                    min(best[0], time.perf_counter() - middle),
-                    min(best[1], middle - start),
-                ]
+            yield file
     except OSError as error:
         raise EdgeLoraError(
             f"{folder}: cannot be written ({error.strerror}); choose another folder with "
             "--spill-dir"
         ) from error
-    return DISK_BYTES / max(best[0], 1e-9), DISK_BYTES / max(best[1], 1e-9)
+
+
+def _volume(folder: Path) -> Path:
+    """Where the folder's volume is mounted: all folders of a volume are equally fast."""
+    here = folder.resolve()
+    return next(parent for parent in (here, *here.parents) if parent.is_mount())
 
 
 def default_budget() -> tuple[int, str]:

@@ -7,7 +7,7 @@ measured; what was measured of something like it says how much larger or smaller
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
 from mlx_edgelora.errors import EdgeLoraError
@@ -15,7 +15,7 @@ from mlx_edgelora.planner.sizes import BatchShape
 from mlx_edgelora.storage.files import write_atomically
 
 # Of the file: raise it when its numbers mean something else, or the engine takes another amount.
-VERSION = 3
+VERSION = 4
 # Of each kind of phase, what names a way to compute it (`cost.ways_of`).
 BLOCK = ("forward", "backward", "tiles forward", "tiles backward")
 LENGTHS = dict.fromkeys(BLOCK, 5) | {"load": 0, "head": 2, "tail": 5, "update": 1}
@@ -186,7 +186,7 @@ class Measurements:
         entries = _entries(self.file)
         entries.pop(self.key, None)
         own = [
-            [kind, list(way), [n.rows, n.tokens, n.labelled], [taken.bytes, taken.seconds]]
+            [kind, list(way), list(astuple(n)), [taken.bytes, taken.seconds]]
             for kind, way, n, taken in self.rows()
         ]
         kept = dict([*entries.items(), (self.key, own)][-MODELS:])
@@ -218,7 +218,9 @@ def _is_row(row: list) -> bool:
     return (
         len(way) == LENGTHS.get(kind, len(way))
         and not any(isinstance(part, list | dict) for part in [kind, *way])
-        and len(batch_shape) == 3
-        and all(type(number) is int and number > 0 for number in batch_shape)
+        and len(batch_shape) == 4
+        and all(type(number) is int and number > 0 for number in batch_shape[:3])
+        and type(batch_shape[3]) is int
+        and batch_shape[3] >= 0
         and all(type(number) in (int, float) and 0 <= number < 2**60 for number in numbers)
     )

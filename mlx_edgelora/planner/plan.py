@@ -156,7 +156,7 @@ class Plan:
             "MLP": "layer by layer"
             if self.mlp_bytes is None
             else f"slices of {size(self.mlp_bytes)}",
-            "vocabulary head": f"tiles of {size(self.loss_bytes)}",
+            "head": f"tiles of {size(self.loss_bytes)}",
         }
         if self.kernel != "auto":
             fused = self.kernel == "fused"

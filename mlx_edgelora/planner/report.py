@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import BinaryIO
 
 from mlx_edgelora.data.batches import PAD_TO
+from mlx_edgelora.measure.text import named_rows, wrapped
 from mlx_edgelora.measure.units import duration, size
 from mlx_edgelora.planner.cost import Memory
 from mlx_edgelora.planner.run_plan import RunPlan
@@ -42,6 +43,11 @@ class PlanReport:
         self._arguments = chosen.shape, chosen.batch_shape, chosen.machine
         self._measurements = chosen.measurements
 
+    @property
+    def expected(self) -> Choice:
+        """The plan, with its peak in bytes and the seconds of a step."""
+        return self._chosen.choice
+
     @cached_property
     def smallest(self) -> Choice:
         """The plan that takes the least memory."""
@@ -54,9 +60,8 @@ class PlanReport:
 
         def fits(tokens: int) -> bool:
             share = batch_shape.labelled / batch_shape.size
-            longer = BatchShape(
-                batch_shape.rows, tokens, max(1, round(share * batch_shape.rows * tokens))
-            )
+            labelled = max(1, round(share * batch_shape.rows * tokens))
+            longer = replace(batch_shape, tokens=tokens, labelled=labelled)
             needs = smallest(shape, longer, machine, self._chosen.fixed, self._measurements).needs
             return needs <= self._budget
 
@@ -70,7 +75,7 @@ class PlanReport:
 
         def fits(rows: int) -> bool:
             share = batch_shape.labelled / batch_shape.rows
-            larger = BatchShape(rows, batch_shape.tokens, max(1, round(share * rows)))
+            larger = replace(batch_shape, rows=rows, labelled=max(1, round(share * rows)))
             return smallest(shape, larger, machine, fixed, self._measurements).needs <= self._budget
 
         return largest_that(fits, 1, MOST_ROWS)
@@ -116,9 +121,9 @@ class PlanReport:
         budget = "the least memory" if self._unlimited else size(self._budget)
         verdict = "fits in" if self.fits else "does not fit in"
         lines = [
-            f"{batch.rows} x {batch.tokens} tokens, {batch.labelled} of them labelled, "
-            f"adapters of rank {chosen.shape.rank} on {chosen.shape.adapted} of "
-            f"{chosen.shape.blocks} blocks",
+            f"{batch.rows} x {batch.tokens} tokens{_shared(batch)}, "
+            f"{batch.labelled} of them labelled, adapters of rank {chosen.shape.rank} on "
+            f"{chosen.shape.adapted} of {chosen.shape.blocks} blocks",
             f"{verdict} {budget} ({chosen.budget.why})" if not self._unlimited else f"for {budget}",
             "",
             "plan" if self.fits else "smallest plan",
@@ -132,15 +137,18 @@ class PlanReport:
             *_rows({size(self.smallest.needs): f"{duration(self.smallest.seconds)} a step"}),
         ]
         if not self._unlimited:
-            rows = {"longest rows": f"{self.context} tokens", "largest batch": f"{self.batch} rows"}
+            rows = {
+                "longest rows": f"{_at_least(self.context, MOST_TOKENS)} tokens",
+                "largest batch": f"{_at_least(self.batch, MOST_ROWS)} rows",
+            }
             lines += ["", f"in {budget} there is room for", *_rows(rows)]
         if self.next_gigabytes:
             lines += ["", "a larger budget gives"]
             points = {size(b.budget): f"{duration(b.seconds)} a step" for b in self.next_gigabytes}
             lines += _rows(points)
         elif not self._unlimited and self.fits:
-            lines += ["", "a larger budget would not be faster"]
-        return "\n".join(lines)
+            lines += ["", "a larger budget buys nothing"]
+        return wrapped("\n".join(lines))
 
     def json(self) -> str:
         """The same for programs; sizes in bytes, times in seconds."""
@@ -200,6 +208,10 @@ class PlanReport:
         return self._chosen.choice.needs if self._unlimited else self._chosen.budget.bytes
 
 
+def _shared(batch_shape: BatchShape) -> str:
+    return f" in rows of about {batch_shape.context}, packed" if batch_shape.context else ""
+
+
 def with_smallest_plan(chosen: RunPlan) -> RunPlan:
     """The run by the smallest plan there is, for a budget that it does not fit."""
     least = chosen.smallest()
@@ -219,5 +231,10 @@ def _figure(file: BinaryIO) -> Iterator[tuple]:
     pyplot.close(figure)
 
 
+def _at_least(count: int, most: int) -> str:
+    """A number that was looked for up to `most`."""
+    return f"at least {count:,}" if count >= most else f"{count:,}"
+
+
 def _rows(values: dict[str, str]) -> list[str]:
-    return [f"  {name:<22}{value}" for name, value in values.items()]
+    return named_rows(values, 22, indent=2)

@@ -14,6 +14,7 @@ from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.data import Batch
 from mlx_edgelora.data.batches import largest_batch
 from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.measure.text import named_rows, wrapped
 from mlx_edgelora.measure.units import size
 from mlx_edgelora.model.checkpoint import LazyModel
 from mlx_edgelora.model.loading import DTYPES
@@ -148,7 +149,7 @@ class RunPlan:
         if not self._varies or tokens == self.batch_shape.tokens:
             return self.plan
         labelled = min(self.batch_shape.labelled, rows * tokens)
-        batch_shape = BatchShape(rows, tokens, labelled)
+        batch_shape = replace(self.batch_shape, rows=rows, tokens=tokens, labelled=labelled)
         if batch_shape not in self._variants:
             fixed = self.fixed | {name: getattr(self.plan, name) for name in FIXED_AT_START}
             arguments = self.shape, batch_shape, self.machine, self.budget.bytes
@@ -208,15 +209,13 @@ class RunPlan:
     def table(self) -> str:
         """The plan with its budget and expected peak, in a few lines."""
         most = self.budget.bytes
-        limit = "no limit" if most is None else f"limit {size(most)}"
-        lines = [
+        limit = "no limit" if most is None else f"{size(most)} at most"
+        head = (
             f"plan for {self.batch_shape.rows} x {self.batch_shape.tokens} tokens: "
-            f"{size(self.choice.peak)} expected{self._by_formula}, {limit} "
-            f"({self.budget.why})"
-        ]
-        rows = self.plan.rows(self.shape.blocks)
-        lines += [f"  {name:<20}{value}" for name, value in rows.items()]
-        return "\n".join(lines)
+            f"{size(self.choice.peak)} expected{self._by_formula}, {limit} ({self.budget.why})"
+        )
+        rows = named_rows(self.plan.rows(self.shape.blocks), 20, indent=2)
+        return "\n".join([wrapped(head), *rows])
 
     @property
     def _by_formula(self) -> str:
@@ -247,11 +246,7 @@ def plan_request(
     dtype = DTYPES[config.dtype] if config.dtype else None
     blocks = lazy.blocks or checked_blocks(lazy.model)
     shape = shape_of(blocks, lazy.vocabulary, dtype)
-    tokens, labels = largest_batch(datasets, config.batch_size, config.max_seq_length)
-    if not tokens:
-        tokens = config.max_seq_length - 1
-        labels = max(1, round(labelled * config.batch_size * tokens))
-    batch_shape = BatchShape(config.batch_size, tokens, labels)
+    batch_shape = _largest_batch_shape(config, datasets, labelled)
     machine = this_machine(cache, folder, dtype or blocks.hidden_dtype)
     arguments = shape, batch_shape, machine
     measurements = _read_measurements(config, lazy, shape, cache / "measured.json", machine)
@@ -266,6 +261,18 @@ def plan_request(
     if config.memory_budget is None:
         budget = Budget(*default_budget())
     return RunPlan(*arguments, budget, None, _fixed(config), True, measurements)
+
+
+def _largest_batch_shape(config: TrainConfig, datasets: Sequence, labelled: float) -> BatchShape:
+    """The largest batch."""
+    most = largest_batch(datasets, config.batch_size, config.max_seq_length, config.packing)
+    if not most.tokens:
+        tokens = config.max_seq_length - 1
+        return BatchShape(
+            config.batch_size, tokens, max(1, round(labelled * config.batch_size * tokens))
+        )
+    context = most.context if config.packing else 0
+    return BatchShape(most.rows, most.tokens, most.labels, context)
 
 
 def _read_measurements(

@@ -16,6 +16,7 @@ from math import inf
 from typing import Any
 
 from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.measure.units import size
 from mlx_edgelora.planner.cost import Memory
 from mlx_edgelora.planner.duration import longest_operation, seconds
 from mlx_edgelora.planner.machine import Machine
@@ -23,6 +24,7 @@ from mlx_edgelora.planner.measured import Measurements
 from mlx_edgelora.planner.plan import MIB, Plan
 from mlx_edgelora.planner.sizes import BatchShape, ModelShape
 
+MB = 10**6
 # What MLX holds besides: scalars, masks, a batch.
 SLACK = 2 * MIB
 TILES = (256, 512, 1024, 2048, 4096)
@@ -332,17 +334,17 @@ def _too_small(search: _Search, budget: int) -> str:
         settings = search.machine, search.fixed, search.measurements
         return _Search(shape, replace(batch_shape, **changes), *settings).least().needs
 
-    def helps(size: int) -> bool:
-        return _megabytes(size) < _megabytes(least)  # less than what is said is nothing
+    def helps(needed: int) -> bool:
+        return needed < least and _said(needed) != _said(least)  # else nothing is gained
 
     ways = []
     tokens = batch_shape.tokens
     while tokens > SHORTEST:  # rows of more than a tile may take no more than those of one
         tokens = max(SHORTEST, tokens // 2)
         labelled = max(1, batch_shape.labelled * tokens // batch_shape.tokens)
-        size = needs(tokens=tokens, labelled=labelled)
-        if helps(size) or tokens == SHORTEST:
-            ways.append((f"max_seq_length {tokens}", size))
+        needed = needs(tokens=tokens, labelled=labelled)
+        if helps(needed) or tokens == SHORTEST:
+            ways.append((f"max_seq_length {tokens}", needed))
             break
     if shape.rank > 4:
         rank = shape.rank // 2
@@ -354,12 +356,12 @@ def _too_small(search: _Search, budget: int) -> str:
     if shape.itemsize > 2:
         ways.append(("dtype bfloat16", needs(_in_16_bits(shape))))
     helping = sorted((way for way in ways if helps(way[1])), key=lambda way: way[1])
-    advice = ", ".join(f"{name} needs {_mb(size)}" for name, size in helping)
-    idle = " and ".join(name for name, size in ways if not helps(size))
+    problem_text = ", ".join(f"{name} needs {_said(needed)}" for name, needed in helping)
+    idle = " and ".join(name for name, needed in ways if not helps(needed))
     return (
-        f"memory_budget: got {_mb(budget)}, expected at least {_mb(least)} for this model and "
-        f"batch; raise it, or {f'lower the need: {advice}' if advice else 'use a smaller model'}"
-        + (f" ({idle} would not help)" if idle else "")
+        f"memory_budget: got {size(budget)}, expected at least {_said(least)} for this model and "
+        f"batch; raise it, or lower what it must hold: {problem_text or 'use a smaller model'}"
+        + (f" ({idle} would change nothing)" if idle else "")
     )
 
 
@@ -386,10 +388,6 @@ def _with_rank(shape: ModelShape, rank: int) -> ModelShape:
     )
 
 
-def _mb(size: int) -> str:
-    return f"{_megabytes(size)} MB"
-
-
-def _megabytes(size: int) -> int:
-    """Decimal ones; rounded up, for this is what a budget must be."""
-    return -(-size // 10**6)
+def _said(needed: int) -> str:
+    """Rounded up to whole megabytes, for this is what a budget must be."""
+    return size(-(-needed // MB) * MB, up=True)

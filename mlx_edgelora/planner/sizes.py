@@ -67,20 +67,27 @@ class BatchShape:
         rows: of the batch.
         tokens: of a row, padding included.
         labelled: tokens of the batch that carry a label.
+        context: where rows share rows, tokens of the one that a token is in, averaged over
+            tokens; 0 where they do not.
     """
 
     rows: int
     tokens: int
     labelled: int
+    context: int = 0
 
     @property
     def size(self) -> int:
         """All tokens."""
         return self.rows * self.tokens
 
+    @property
+    def attended(self) -> int:
+        """Tokens of what a token may attend to, half of which it sees on average."""
+        return min(self.context or self.tokens, self.tokens)
+
     def part(self, count: int) -> "BatchShape":
         """The largest of so many parts of the rows."""
         rows = -(-self.rows // min(count, self.rows))
-        return BatchShape(
-            rows, self.tokens, min(self.labelled, -(-self.labelled * rows // self.rows))
-        )
+        labelled = min(self.labelled, -(-self.labelled * rows // self.rows))
+        return BatchShape(rows, self.tokens, labelled, self.context)

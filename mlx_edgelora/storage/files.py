@@ -2,15 +2,21 @@
 
 Every file is written whole under a temporary name in its own folder and synced to
 the medium before any of them takes its final name, so a set of files either keeps its
-old state or takes its new one, up to the instant between two renames.
+old state or takes its new one, up to the instant between two renames. A temporary name is
+drawn at random and opened only if nothing has it yet, so that no other process can have it,
+whatever container it runs in, and no link is followed.
 """
 
 import contextlib
 import errno
 import fcntl
 import os
+import re
+import secrets
+import shutil
+import stat
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,6 +27,9 @@ Writer = Callable[[BinaryIO], None]
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOTTY)
+_LOCK_FILE = ".lock"
+# `.adapters.safetensors.0123456789abcdef.tmp`
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 
 
 def user_cache() -> Path:
@@ -69,27 +78,29 @@ def _stamp(path: Path) -> tuple[int, int, int]:
     return status.st_size, status.st_mtime_ns, status.st_ino
 
 
-def write_atomically(writers: Mapping[Path, Writer]) -> None:
+def write_atomically(writers: Mapping[Path, Writer], outdated: Path | None = None) -> None:
     """Replace the contents of files, all of them or none.
 
     Args:
         writers: for every path the function that writes its bytes. Renames happen in
             this order once everything is written, so name last the file that makes
             the others count.
+        outdated: a file that is removed before the first rename.
 
     Raises:
         EdgeLoraError: the disk is full, or a file cannot be written; the old files
             are as they were. Whatever else a writer raises comes through unchanged.
     """
-    # The process id keeps two runs that share a folder out of each other's files.
-    temporaries = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in writers}
+    temporaries = {path: temporary_name(path) for path in writers}
     path = Path()
     try:
         for path, writer in writers.items():
-            with open(temporaries[path], "wb") as file:
+            with create(temporaries[path], like=path) as file:
                 writer(file)
                 file.flush()
                 sync(file.fileno())
+        if outdated is not None:
+            outdated.unlink(missing_ok=True)
         for path in writers:
             os.replace(temporaries[path], path)
         for folder in {path.parent for path in writers}:
@@ -102,6 +113,79 @@ def write_atomically(writers: Mapping[Path, Writer]) -> None:
                 temporary.unlink(missing_ok=True)
 
 
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` that nobody else has; `remove_temporaries` knows it again."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
+def create(path: Path, like: Path | None = None) -> BinaryIO:
+    """Open a new file for writing, with the permissions of the file `like`, if there is one.
+
+    Raises:
+        OSError: the name is taken, by a link as well, or the folder takes no file.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    if like is not None:
+        with contextlib.suppress(OSError):
+            os.fchmod(descriptor, stat.S_IMODE(os.stat(like).st_mode))
+    return os.fdopen(descriptor, "wb")
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what runs that were killed left in a folder; hold its lock."""
+    with contextlib.suppress(OSError):
+        for path in list(folder.iterdir()):
+            if not _TEMPORARY.fullmatch(path.name):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, option: str = "--adapter-path") -> Iterator[None]:
+    """Keep other runs out of a folder. The system lifts the lock when the process ends.
+
+    Raises:
+        EdgeLoraError: another process has the lock, or the folder cannot be written.
+    """
+    path, descriptor = folder / _LOCK_FILE, -1
+    try:
+        try:
+            while not _is_same(path, descriptor):  # the owner of the lock removes the file
+                if descriptor >= 0:
+                    os.close(descriptor)
+                flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+                descriptor = os.open(path, flags, 0o666)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise EdgeLoraError(
+                f"{folder}: another run is writing to this folder; wait for its end, or choose "
+                f"another folder with {option}"
+            ) from error
+        except OSError as error:  # some network volumes have no locks
+            if error.errno not in (*_NOT_SUPPORTED, errno.ENOLCK):
+                raise cannot_write(folder, error) from error
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def _is_same(path: Path, descriptor: int) -> bool:
+    """Whether an open file is still the one of its name."""
+    if descriptor < 0:
+        return False
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    return False
+
+
 def make_folder(folder: Path) -> None:
     """Create `folder` and its parents, and make sure that files can be created in it.
 
@@ -109,10 +193,10 @@ def make_folder(folder: Path) -> None:
         EdgeLoraError: it cannot be created or written to; better before the first
             step than after the hundredth.
     """
-    probe = folder / f".probe.{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
+        probe = temporary_name(folder / "probe")
+        create(probe).close()
         probe.unlink()
     except OSError as error:
         raise cannot_write(folder, error) from error

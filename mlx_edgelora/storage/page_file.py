@@ -23,6 +23,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.measure import units
 from mlx_edgelora.measure.meter import DiskMeter
 from mlx_edgelora.measure.units import size as format_size
 from mlx_edgelora.storage.safetensors import DTYPES, NAMES, to_numpy
@@ -139,11 +140,10 @@ class PageFile:
     def _disk_error(self, size: int, error: OSError) -> EdgeLoraError:
         reason = error.strerror
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            reason = f"{format_size(shutil.disk_usage(self._folder).free)} are free"
+            reason = f"{units.size(shutil.disk_usage(self._folder).free)} are free"
         return EdgeLoraError(
-            f"{self._folder}: the scratch file of {self._what} needs {format_size(size)} "
-            f"({reason}); free some space, choose another folder with --spill-dir, or use "
-            f"{self._instead}"
+            f"{self._folder}: spilling {self._what} needs {units.size(size)} there ({reason}); "
+            f"free some space, choose another folder with --spill-dir, or use {self._instead}"
         )
 
 

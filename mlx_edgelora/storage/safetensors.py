@@ -5,6 +5,7 @@ Here a file is validated before it is used, and single rows of a matrix can be r
 rows, a tile of the head). Format: https://github.com/huggingface/safetensors#format
 """
 
+import hashlib
 import json
 import math
 import os
@@ -39,6 +40,10 @@ DTYPES: Mapping[str, tuple[mx.Dtype, type]] = {
     "I64": (mx.int64, np.int64),
     "F8_E4M3": (mx.uint8, np.uint8),
 }
+# The checksum is computed with zeros in its own place.
+_CHECKSUM, _NO_CHECKSUM = "sha256", "0" * 64
+_PROGRAM = "mlx_edgelora"
+_CHECKSUM_ENTRY = b'"sha256": "'
 NAMES = {dtype: name for name, (dtype, _) in DTYPES.items() if name != "F8_E4M3"}
 
 
@@ -218,7 +223,10 @@ class RowReader:
 
 
 def write_tensors(
-    file: BinaryIO, specs: Mapping[str, tuple[mx.Dtype, tuple[int, ...]]], arrays: Iterable
+    file: BinaryIO,
+    specs: Mapping[str, tuple[mx.Dtype, tuple[int, ...]]],
+    arrays: Iterable,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a safetensors file one tensor at a time.
 
@@ -227,8 +235,14 @@ def write_tensors(
         specs: dtype and shape by name, in the order in which tensors come.
         arrays: yields the tensors in that order; each is evaluated, written and
             dropped before the next is drawn, so the cost is one tensor.
+        metadata: kept in the header. If given, the header also holds a checksum of the whole
+            file, which `verify_checksum` compares; the file is then written from its beginning
+            and must be seekable.
     """
-    header, at = {"__metadata__": {"format": "mlx"}}, 0
+    entries = {"format": "mlx"}
+    if metadata is not None:
+        entries |= {"program": _PROGRAM} | dict(metadata) | {_CHECKSUM: _NO_CHECKSUM}
+    header, at = {"__metadata__": entries}, 0
     for name, (dtype, shape) in specs.items():
         size = math.prod(shape) * dtype.size
         header[name] = {
@@ -239,10 +253,67 @@ def write_tensors(
         at += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    file.write(struct.pack("<Q", len(text)) + text)
+    text = struct.pack("<Q", len(text)) + text
+    file.write(text)
+    digest = hashlib.sha256(text)
     for array in _evaluate_each(arrays):
-        file.write(memoryview(to_numpy(array)).cast("B") if array.size else b"")
-        del array
+        data = memoryview(to_numpy(array)).cast("B") if array.size else b""
+        if metadata is not None:
+            digest.update(data)
+        file.write(data)
+        del array, data
+    if metadata is not None:
+        file.seek(text.index(_CHECKSUM_ENTRY) + len(_CHECKSUM_ENTRY))
+        file.write(digest.hexdigest().encode())
+        file.seek(0, os.SEEK_END)
+
+
+def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """What the header of a safetensors file says besides its tensors; empty if nothing.
+
+    Raises:
+        EdgeLoraError: as `read_header`.
+    """
+    read_header(path)
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        metadata = json.loads(file.read(length)).get("__metadata__")
+    if not isinstance(metadata, dict):
+        return {}
+    return {key: value for key, value in metadata.items() if isinstance(value, str)}
+
+
+def verify_checksum(path: str | os.PathLike) -> bool:
+    """Compare a file with the checksum in its header. Reads it once; memory: 1 MB.
+
+    Returns:
+        False if the header has no checksum, as in files of other programs.
+
+    Raises:
+        EdgeLoraError: the file is not what was written, or as `read_header`.
+    """
+    path = Path(path)
+    read_header(path)
+    with path.open("rb") as file:
+        start = file.read(8)
+        start += file.read(struct.unpack("<Q", start)[0])
+        at = start.find(_CHECKSUM_ENTRY)
+        if at < 0 and _PROGRAM.encode() in start:  # a changed bit in the checksum's own name
+            raise _damaged(path, "its checksum is missing")
+        if at < 0:
+            return False
+        at += len(_CHECKSUM_ENTRY)
+        expected = start[at : at + len(_NO_CHECKSUM)]
+        blank = start[:at] + _NO_CHECKSUM.encode() + start[at + len(_NO_CHECKSUM) :]
+        digest = hashlib.sha256(blank)
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    if digest.hexdigest().encode() != expected:
+        raise EdgeLoraError(
+            f"{path}: damaged: its bytes are not those that were written (the checksum differs); "
+            "use an earlier checkpoint, or write the file again"
+        )
+    return True
 
 
 def _evaluate_each(arrays: Iterable) -> Iterator[mx.array]:

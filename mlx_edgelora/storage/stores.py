@@ -18,12 +18,13 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.measure import units
 from mlx_edgelora.measure.meter import DiskMeter
 from mlx_edgelora.storage.page_file import PAGE, PageFile, unlinked_file
 from mlx_edgelora.storage.safetensors import to_numpy
 
-# Large enough to exceed a disk's own cache, small enough to take well under a second.
-PROBE_BYTES = 8 * 2**20
+# Enough to see through a disk's own cache, little enough to take well under a second.
+PROBE_BYTES = 8 * 10**6
 # Entries of the longest array that MLX wraps: its shapes are 32-bit.
 LARGEST = 2**31 - 1
 # Errors of MLX if it cannot wrap memory, or if the backend has no such function.
@@ -237,8 +238,8 @@ def _pages(nbytes: int) -> int:
 def spill_folder(candidates: Sequence[str | os.PathLike]) -> tuple[Path, str]:
     """Choose the fastest local disk among folders that exist or can be created.
 
-    Folders in memory (tmpfs) are skipped, because a scratch file there frees nothing. If several
-    volumes are left, writing and syncing 8 MiB is timed on each.
+    Folders that live in memory (tmpfs) are passed over: spilling there frees nothing.
+    With more than one volume left, each is timed on writing and syncing 8 MB.
 
     Returns:
         The folder, and the reason for it.
@@ -258,7 +259,8 @@ def spill_folder(candidates: Sequence[str | os.PathLike]) -> tuple[Path, str]:
     if len(volumes) == 1:
         return next(iter(volumes.values())), "the only local disk found"
     seconds, best = min((_write_seconds(folder), folder) for folder in volumes.values())
-    return best, f"the fastest of {len(volumes)} disks: 8.4 MB written in {seconds:.3f} s"
+    written = f"{units.size(PROBE_BYTES)} written in {seconds:.3f} s"
+    return best, f"the fastest of {len(volumes)} volumes: {written}"
 
 
 def _is_writable(folder: Path) -> bool:

@@ -4,14 +4,20 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import mlx.core as mx
 
 from mlx_edgelora.engine.finite import first_non_finite
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.storage.files import WatchedFiles, make_folder, write_atomically
-from mlx_edgelora.storage.safetensors import TensorInfo, read_header, write_tensors
+from mlx_edgelora.storage.files import WatchedFiles, Writer, make_folder, write_atomically
+from mlx_edgelora.storage.safetensors import (
+    DTYPES,
+    TensorInfo,
+    read_header,
+    read_metadata,
+    verify_checksum,
+    write_tensors,
+)
 from mlx_edgelora.training.text import abbreviate
 
 WEIGHTS_FILE = "adapters.safetensors"
@@ -40,6 +46,34 @@ def save_adapters(
             cannot be written; what stood in the folder is untouched.
     """
     folder = Path(path)
+    write_weights = adapter_writer(folder, weights, config)
+    text = json.dumps(dict(config), indent=4, sort_keys=True) + "\n"
+    make_folder(folder)
+    writers = {folder / CONFIG_FILE: lambda file: file.write(text.encode())}
+    if step is not None:
+        # A second copy, not a hard link: mlx-lm overwrites adapters.safetensors in
+        # place, which would change a linked checkpoint as well.
+        writers[folder / f"{step:07d}_{WEIGHTS_FILE}"] = write_weights
+    writers[folder / WEIGHTS_FILE] = write_weights
+    # Between the renames of two files a crash would leave the weights of one run beside the
+    # configuration of another. Weights that do not go with the new one are removed before.
+    outdated = None if _goes_with(folder, config) else folder / WEIGHTS_FILE
+    write_atomically(writers, outdated)
+
+
+def adapter_writer(
+    folder: Path, weights: Mapping[str, mx.array], config: Mapping[str, object]
+) -> Writer:
+    """What writes a file of LoRA parameters that names its configuration and has a checksum.
+
+    Args:
+        folder: for messages.
+        weights: looked at twice, one by one.
+        config: of the run.
+
+    Raises:
+        EdgeLoraError: a weight is NaN or infinite.
+    """
     specs = {}
     for name, array in weights.items():
         specs[name] = (array.dtype, array.shape)
@@ -48,50 +82,96 @@ def save_adapters(
                 f"{folder}: not saved: {name} holds NaN or infinity, expected finite numbers; "
                 "lower the learning rate and resume from the last good adapter"
             )
-    text = json.dumps(dict(config), indent=4, sort_keys=True) + "\n"
-
-    def write_weights(file: BinaryIO) -> None:
-        write_tensors(file, specs, weights.values())
-
-    make_folder(folder)
-    writers = {folder / CONFIG_FILE: lambda file: file.write(text.encode())}
-    if step is not None:
-        # A second copy, not a hard link: mlx-lm overwrites adapters.safetensors in
-        # place, which would change a linked checkpoint as well.
-        writers[folder / f"{step:07d}_{WEIGHTS_FILE}"] = write_weights
-    writers[folder / WEIGHTS_FILE] = write_weights
-    write_atomically(writers)
+    metadata = {"lora": json.dumps(_shape_of_lora(config), sort_keys=True)}
+    return lambda file: write_tensors(file, specs, weights.values(), metadata)
 
 
-def load_adapter_weights(
-    file: str | os.PathLike, expected: Mapping[str, Sequence[int]]
-) -> dict[str, mx.array]:
-    """All that `read_adapter_weights` gives, by name."""
-    return dict(read_adapter_weights(file, expected))
+def _shape_of_lora(config: Mapping[str, object]) -> dict[str, object]:
+    """The options without which an adapter's weights mean something else."""
+    parameters = config.get("lora_parameters") or {}
+    return {
+        "fine_tune_type": config.get("fine_tune_type"),
+        "num_layers": config.get("num_layers"),
+        **{key: parameters.get(key) for key in ("rank", "scale", "keys")},
+    }
+
+
+def _goes_with(folder: Path, config: Mapping[str, object]) -> bool:
+    """Whether the weights in a folder, if any, are of an adapter with this configuration."""
+    if not (folder / WEIGHTS_FILE).exists():
+        return True
+    try:
+        saved = json.loads((folder / CONFIG_FILE).read_bytes())
+        return _shape_of_lora(saved) == _shape_of_lora(json.loads(json.dumps(dict(config))))
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
+
+
+def adapter_file(place: str | os.PathLike) -> Path:
+    """The file of weights that `place` names: itself, or the one in a folder.
+
+    Raises:
+        EdgeLoraError: a folder without one.
+    """
+    path = Path(place)
+    if not path.is_dir():
+        return path
+    if not (path / WEIGHTS_FILE).exists():
+        raise EdgeLoraError(
+            f"{path}: has no {WEIGHTS_FILE}, expected an adapter's folder or its file of weights"
+        )
+    return path / WEIGHTS_FILE
+
+
+def check_adapter(file: Path) -> str | None:
+    """Compare an adapter's file with its checksum, and with the configuration beside it.
+
+    Returns:
+        A note if the file has no checksum, as those of other programs.
+
+    Raises:
+        EdgeLoraError: the file is damaged, or belongs to another configuration.
+    """
+    if file.suffix == ".npz":
+        return f"{file} has no checksum, so that damage to it cannot be seen"
+    if not verify_checksum(file):
+        return f"{file} has no checksum, so that damage to it cannot be seen"
+    lora = read_metadata(file).get("lora")
+    path = file.parent / CONFIG_FILE
+    if lora is not None and path.exists():
+        try:
+            saved = _shape_of_lora(json.loads(path.read_bytes()))
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            raise EdgeLoraError(f"{path}: not the configuration of an adapter") from error
+        if saved != json.loads(lora):
+            raise EdgeLoraError(
+                f"{file}: was trained with {lora}, but {path.name} says "
+                f"{json.dumps(saved, sort_keys=True)}; put back the files that belong together"
+            )
+    return None
 
 
 def read_adapter_weights(
     file: str | os.PathLike, expected: Mapping[str, Sequence[int]]
 ) -> Iterator[tuple[str, mx.array]]:
-    """Read an adapter file that must fit the model exactly, one array at a time.
+    """Read an adapter file that must fit the model, one array at a time.
 
     Args:
-        file: a safetensors file, such as `adapters/adapters.safetensors`.
+        file: a safetensors file, such as `adapters/adapters.safetensors`, or an `.npz` file of
+            early versions of mlx-lm.
         expected: shape by name of every LoRA parameter of the model.
 
     Yields:
-        Name and float32 array, evaluated, in the order of `expected`. Memory: one of them.
+        Name and float32 array, evaluated, in the order of `expected`. Memory: one of them. More
+        tensors than these are not looked at, as in mlx-lm.
 
     Raises:
-        EdgeLoraError: the file is missing or damaged, a tensor is missing, unexpected,
-            of another shape, not of a float dtype, or holds NaN or infinity.
+        EdgeLoraError: the file is missing or damaged, a tensor is missing, of another shape, not
+            of a float dtype, or holds NaN or infinity.
     """
-    header, files = read_header(file), WatchedFiles()
+    files = WatchedFiles()
     files.watch(Path(file))
-    _check_names(file, header, expected)
-    for name, info in header.items():
-        _check_tensor(file, name, info, tuple(expected[name]))
-    loaded = mx.load(os.fspath(file), format="safetensors")
+    loaded = _open_adapter(Path(file), expected)
     for name in expected:
         array = loaded.pop(name).astype(mx.float32)
         mx.eval(array)
@@ -105,11 +185,34 @@ def read_adapter_weights(
         del array
 
 
+def _open_adapter(file: Path, expected: Mapping[str, Sequence[int]]) -> dict[str, mx.array]:
+    """The file's arrays, which are checked and not read yet."""
+    if file.suffix == ".npz":
+        try:
+            loaded = mx.load(os.fspath(file), format="npz")
+        except (RuntimeError, ValueError, OSError) as error:
+            raise EdgeLoraError(f"{file}: is not a file of arrays ({error})") from error
+        kinds = {dtype: name for name, (dtype, _) in DTYPES.items()}
+        header = {
+            name: TensorInfo(kinds.get(array.dtype, str(array.dtype)), array.shape, 0, 0)
+            for name, array in loaded.items()
+        }
+    else:
+        header = read_header(file)
+        loaded = mx.load(os.fspath(file), format="safetensors")
+    _check_names(file, header, expected)
+    for name in expected:
+        _check_tensor(file, name, header[name], tuple(expected[name]))
+    return loaded
+
+
 def _check_names(
     file: str | os.PathLike, header: Mapping[str, TensorInfo], expected: Mapping[str, object]
 ) -> None:
     missing = [name for name in expected if name not in header]
-    unexpected = [name for name in header if name not in expected]
+    # mlx-lm leaves out what the model has no place for. An adapter of more blocks or layers than
+    # are trained is no mistake there; here it is one, as half of it would be lost.
+    unexpected = [name for name in header if name not in expected and ".lora_" in name]
     problems = []
     if missing:
         problems.append(f"lacks {abbreviate(missing)}")

@@ -44,10 +44,12 @@ def evaluate(
 ) -> tuple[float, int]:
     """Mean loss over the labelled tokens of some batches, the same ones at every call.
 
+    Where all batches are asked for, every row is in one of them, and every label counts once.
+
     Args:
         engine: its model computes in evaluation mode (no dropout) and is put back.
         dataset: a data set for `iterate_batches`.
-        config: gives batch_size, max_seq_length, seed and clear_cache_threshold.
+        config: gives batch_size, max_seq_length, packing, seed and clear_cache_threshold.
         num_batches: -1 for all.
         advance: called after every batch.
 
@@ -55,7 +57,12 @@ def evaluate(
         The mean loss, which may be NaN, and the number of tokens.
     """
     batches = iterate_batches(
-        dataset, config.batch_size, config.max_seq_length, loop=False, seed=config.seed
+        dataset,
+        config.batch_size,
+        config.max_seq_length,
+        loop=False,
+        seed=config.seed,
+        packing=config.packing,
     )
     losses, counts = [], []
     with _evaluation_mode(engine.model):

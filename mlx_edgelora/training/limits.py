@@ -2,11 +2,16 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import mlx.core as mx
 
-from mlx_edgelora.measure.meter import memory_pressure
+from mlx_edgelora.engine.step import Engine
+from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.measure.meter import memory_pressure, peak_memory
+from mlx_edgelora.measure.units import size
 from mlx_edgelora.planner.run_plan import RunPlan
+from mlx_edgelora.training import summary
 from mlx_edgelora.training.callbacks import TrainingCallback
 
 
@@ -49,3 +54,30 @@ class PressureWatch(TrainingCallback):
                 "programs slow down; close some of them, or start again with a smaller "
                 "--memory-budget"
             )
+
+
+class BudgetWatch(TrainingCallback):
+    """Compares the peak with the budget, and has less used where that was too little."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        chosen: RunPlan,
+        log: Callable[[str], None],
+        note: Callable[[str, Any], None],
+    ) -> None:
+        self._engine, self._chosen, self._log, self._note = engine, chosen, log, note
+
+    def on_train_loss_report(self, train_info: dict) -> None:
+        """Called at every report."""
+        peak = peak_memory()
+        message = f"MLX took {size(peak)}, more than was expected"
+        try:
+            plan = self._chosen.replan(peak, anew=False)
+        except EdgeLoraError as error:
+            self._log(f"{message}; the run goes on, but {error}")
+            return
+        if plan is not None:
+            self._engine.set_plan_and_residency(plan)
+            self._log(f"{message}; from here on\n{summary.memory(self._chosen)}")
+            self._note("plan", summary.plan_record(self._chosen))

@@ -36,13 +36,13 @@ class RunLog:
         self._begun = False
         try:
             if path is None:
-                self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
+                self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - closed by close()
                 return
-            self._file = open(self._path, "ab+")  # noqa: SIM115 - closed by close()
+            # Without a buffer, which would be written once more, and fail once more, at the end.
+            self._file = open(self._path, "ab+", buffering=0)  # noqa: SIM115 - see close()
             # A run that was killed may have left half a record; do not glue ours to it.
             if self._file.tell() and not self._ends_a_line():
                 self._file.write(b"\n")
-                self._file.flush()
         except OSError as error:
             raise cannot_write(self._path, error) from error
 

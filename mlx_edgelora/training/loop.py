@@ -3,6 +3,8 @@
 Where it differs from `mlx_lm.tuner.trainer.train`, on purpose:
 - the training loss of a report is the mean over the window's tokens, not the mean of
   its batches' means, and the speed of a short last window is divided by its own length;
+- gradients of several batches are averaged over their labelled tokens, as those of one batch of
+  all their rows are, not over batches;
 - the last `iters % grad_accumulation_steps` batches are applied, as their own mean;
 - every validation sees the same batches, in evaluation mode and with exact sums;
 - a loss or gradient that is not finite ends the run before it reaches a parameter;
@@ -12,23 +14,22 @@ Where it differs from `mlx_lm.tuner.trainer.train`, on purpose:
 """
 
 import contextlib
+import itertools
 import math
 import signal
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import mlx.core as mx
 import mlx.optimizers as optimizers
 
 from mlx_edgelora.config import TrainConfig
-from mlx_edgelora.data.batches import Batch, iterate_batches
+from mlx_edgelora.data.batches import Batch, count_batches, iterate_batches
 from mlx_edgelora.data.dataset import Dataset
 from mlx_edgelora.engine.adapter_state import Arrays
-from mlx_edgelora.engine.finite import FiniteCheck
+from mlx_edgelora.engine.finite import Magnitudes
 from mlx_edgelora.engine.optimizer import clip_factor
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.measure.meter import peak_memory, recent_peak
@@ -36,11 +37,19 @@ from mlx_edgelora.measure.profile import begin_step, phase
 from mlx_edgelora.storage.files import make_folder
 from mlx_edgelora.training.adapters import WEIGHTS_FILE, save_adapters
 from mlx_edgelora.training.callbacks import TrainingCallback
+from mlx_edgelora.training.checkpoints import (
+    BEST_FOLDER,
+    Origin,
+    RunState,
+    remove_old,
+    save_checkpoint,
+)
 from mlx_edgelora.training.evaluate import GradientEngine, evaluate, limit_cache
 from mlx_edgelora.training.failures import explain
 from mlx_edgelora.training.log import RunLog
 from mlx_edgelora.training.progress import Progress
 from mlx_edgelora.training.report import LossReport, UsageMeter, Window
+from mlx_edgelora.training.stopping import Stopped, StopRequests, stop_requests
 from mlx_edgelora.training.text import abbreviate
 
 
@@ -73,6 +82,7 @@ def train(
     valid_set: Sequence | None = None,
     callbacks: Sequence[TrainingCallback] = (),
     progress: Progress | None = None,
+    origin: Origin | None = None,
     log: RunLog | None = None,
 ) -> TrainResult:
     """Train the model's trainable parameters for `config.iters` steps.
@@ -85,36 +95,50 @@ def train(
         callbacks: told of every report. If one raises, the steps since the last save
             are saved and the exception goes on.
         progress: replaces the display on standard output and error.
+        origin: what checkpoints say about the run, and the one that it goes on from, whose
+            weights the engine has.
         log: gets a record of every report.
 
     Raises:
         EdgeLoraError: a loss or gradient is NaN or infinite, or a file cannot be
             written; the last saved adapter stands. Or memory or the GPU's time ran out; then
             the steps since the last save are saved, if that is possible.
-        KeyboardInterrupt: after telling which adapter stands.
+        Stopped: a signal asked for the end; all steps are saved.
     """
     make_folder(Path(config.adapter_path))
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(progress or Progress(config.iters, verbose=config.verbose))
-        run = _Run(engine, optimizer, config, train_set, callbacks, progress, log)
+        run = _Run(
+            engine, optimizer, config, train_set, callbacks, progress, log, origin or Origin()
+        )
         validates = valid_set and config.val_batches != 0
         engine.model.train()
+        first = run.resumed() + 1
         batches = iterate_batches(
-            train_set, config.batch_size, config.max_seq_length, loop=True, seed=config.seed
+            train_set,
+            config.batch_size,
+            config.max_seq_length,
+            loop=True,
+            seed=config.seed,
+            packing=config.packing,
         )
-        iteration = 0
+        batches = itertools.islice(batches, first - 1, None)
+        requests = stack.enter_context(stop_requests(config.max_time))
+        iteration = first - 1
         try:
-            interrupted = stack.enter_context(_interrupts())
-            for iteration, batch in zip(range(1, config.iters + 1), batches, strict=False):
-                if interrupted:  # and the exception was lost in a callback from C++
-                    raise KeyboardInterrupt
+            for iteration, batch in zip(range(first, config.iters + 1), batches, strict=False):
                 if validates and run.is_due(config.steps_per_eval, iteration, first=True):
                     run.validate(iteration, valid_set)
                 run.step(iteration, batch)
                 if run.is_due(config.steps_per_report, iteration):
                     run.report(iteration)
                 if run.is_due(config.save_every, iteration):
-                    run.save(iteration, numbered=iteration % config.save_every == 0)
+                    run.save(numbered=iteration % config.save_every == 0)
+                if requests.signal is not None or requests.time_is_over:
+                    run.end_early(requests)
+                    break
+        except Stopped:
+            raise
         except KeyboardInterrupt:
             progress.note(f"interrupted; {run.last_saved_message()}")
             raise
@@ -122,35 +146,23 @@ def train(
             if (message := explain(error)) is None:
                 raise
             raise EdgeLoraError(f"step {iteration}: {message}; {run.save_unsaved()}") from error
+        except BrokenPipeError:
+            run.save_unsaved()
+            raise
+        except OSError as error:  # of files of ours nothing but sentences come
+            raise EdgeLoraError(
+                f"step {iteration}: standard output cannot be written ({error.strerror}); "
+                f"{run.save_unsaved()}"
+            ) from error
     return run.result()
-
-
-@contextlib.contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """Give a list that an interrupt of the process is noted in, besides being raised."""
-    seen: list[int] = []
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler or (
-        threading.current_thread() is not threading.main_thread()
-    ):
-        yield seen
-        return
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        seen.append(number)
-        signal.default_int_handler(number, frame)
-
-    signal.signal(signal.SIGINT, handler)
-    try:
-        yield seen
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 class _Run:
     """The state of one call of `train`."""
 
-    def __init__(self, engine, optimizer, config, train_set, callbacks, progress, log) -> None:
+    def __init__(
+        self, engine, optimizer, config, train_set, callbacks, progress, log, origin
+    ) -> None:
         self._engine = engine
         self._optimizer = optimizer
         self._config = config
@@ -158,17 +170,42 @@ class _Run:
         self._callbacks = callbacks
         self._progress = progress
         self._log = log
+        self._origin = origin
+        self._folder = Path(config.adapter_path)
         self._meter = UsageMeter(engine.disk)
         self._window = Window(self._meter)
         self._adapters = engine.adapters
         self._adapters.start(optimizer)
-        self._finite = FiniteCheck()
-        self._accumulated = 0
+        self._magnitudes = Magnitudes()
+        self._grad_norm: float | None = None  # of the last update, before clipping
+        self._weights = 0.0  # of the gradients in the sum
+        self._first_tokens = 0  # labels of the first batch among them
+        self._weight = 1.0  # of the present batch
         self._trained_tokens = 0
         self._iteration = 0
+        self._between = True  # whether no step is half done
+        self._key = mx.random.state[0]
         self._updated = 0  # last step that changed the parameters
         self._saved = 0  # last step whose parameters are on disk
         self._last: dict[str, float] = {}
+        self._best: float | None = None  # lowest validation loss
+
+    def resumed(self) -> int:
+        """Take over the state of the checkpoint that the run goes on from; gives its step."""
+        checkpoint = self._origin.checkpoint
+        if checkpoint is None:
+            return 0
+        state = checkpoint.state
+        checkpoint.restore(self._adapters, self._optimizer)
+        self._key = mx.random.state[0]
+        self._weights, self._first_tokens = state.accumulated, state.first_tokens
+        self._trained_tokens = state.trained_tokens
+        self._iteration = self._updated = self._saved = state.step
+        losses = {"train_loss": state.train_loss, "val_loss": state.val_loss}
+        self._last = {name: loss for name, loss in losses.items() if loss is not None}
+        self._best = state.best_val_loss
+        self._progress.note(f"resumed after step {state.step} from {checkpoint.folder}")
+        return state.step
 
     def is_due(self, every: int, iteration: int, first: bool = False) -> bool:
         """Every so many steps and at the last one, for validations at the first as well."""
@@ -180,34 +217,51 @@ class _Run:
         """One batch: loss, gradients and, when enough are summed, an optimizer update."""
         begin_step()
         start = time.perf_counter()
+        self._between = False
+        self._weigh(int(batch.mask.sum()))
         loss, tokens = self._engine.backward(batch, self._add_gradients)
         loss = loss.item()
         self._check_finite(iteration, batch, loss)
-        self._accumulated += 1
+        self._weights += self._weight
         if self.is_due(self._config.grad_accumulation_steps, iteration):
             self._update(iteration)
             self._updated = iteration
-        self._iteration = iteration
+        self._iteration, self._key, self._between = iteration, mx.random.state[0], True
         limit_cache(self._engine, self._config)
         self._trained_tokens += tokens
         self._window.add(loss, tokens, time.perf_counter() - start)
         self._progress.step(self._make_report("train_loss", self._window, iteration))
 
+    def _weigh(self, tokens: int) -> None:
+        """Let the next gradients count by their labels, relative to the first ones of an update.
+
+        Gradients in 16 bits would not bear numbers of tokens.
+        """
+        if not self._weights:
+            self._first_tokens = tokens
+        self._weight = tokens / max(1, self._first_tokens)
+
     def _add_gradients(self, gradients: Arrays) -> None:
-        """Add gradients to the sum, and look whether they are finite."""
-        self._finite.add(gradients)
-        self._adapters.add(gradients)
+        """Add gradients to the sum, and look at what it has become."""
+        if self._weight != 1:
+            for name in list(gradients):
+                gradients[name] = self._weight * gradients.pop(name)
+            mx.eval(gradients)
+        self._adapters.add(gradients, self._magnitudes.add)
 
     def _update(self, iteration: int) -> None:
-        count, self._accumulated = self._accumulated, 0
+        weights, self._weights = self._weights, 0.0
+        norm = self._magnitudes.norm()
+        self._grad_norm = None if norm is None else norm / weights
+        self._magnitudes.clear()
         with phase("update"):
-            self._adapters.update(self._optimizer, count, self._clipping(iteration, count))
+            self._adapters.update(self._optimizer, weights, self._clipping(iteration, weights))
 
-    def _clipping(self, iteration: int, count: int) -> mx.array | None:
+    def _clipping(self, iteration: int, weights: float) -> mx.array | None:
         """What the mean of the gradients is multiplied by; None where they are not clipped."""
         if self._config.max_grad_norm is None:
             return None
-        norm = self._adapters.norm(count)
+        norm = self._adapters.norm(weights)
         if not math.isfinite(norm.item()):
             raise EdgeLoraError(
                 f"step {iteration}: the norm of the gradients is {norm.item()}, expected a finite "
@@ -224,7 +278,13 @@ class _Run:
     def validate(self, iteration: int, valid_set: Sequence) -> None:
         """Report the validation loss before the step `iteration`."""
         config, window = self._config, Window(self._meter)
-        total = len(valid_set) // config.batch_size
+        total = count_batches(
+            valid_set,
+            config.batch_size,
+            config.max_seq_length,
+            seed=config.seed,
+            packing=config.packing,
+        )
         if config.val_batches != -1:
             total = min(total, config.val_batches)
         start = time.perf_counter()
@@ -236,31 +296,94 @@ class _Run:
                 f"lower the learning rate; {self.last_saved_message()}"
             )
         window.add(loss, tokens, time.perf_counter() - start)
+        is_best = self._best is None or loss < self._best
+        self._best = loss if is_best else self._best
         self._publish(self._make_report("val_loss", window, iteration - 1))
+        if is_best and self._config.save_best:
+            best = self._folder / BEST_FOLDER
+            save_adapters(best, self._adapters.weights(), self._config.to_dict())
+            self._progress.saved(iteration - 1, best)
 
-    def save(self, iteration: int, numbered: bool) -> None:
-        """Put the adapter of this step on disk, under its number as well if asked."""
-        folder, weights = Path(self._config.adapter_path), self._adapters.weights()
-        save_adapters(folder, weights, self._config.to_dict(), iteration if numbered else None)
+    def save(self, numbered: bool = False) -> None:
+        """Put the run on disk as it is after the last whole step.
+
+        Args:
+            numbered: also keep the adapter under its step's number, as mlx-lm does.
+        """
+        iteration, config = self._iteration, self._config.to_dict()
+        if not self._saved:
+            self._origin.clear(self._folder)
+        if self._config.keep_checkpoints and self._is_whole():
+            save_checkpoint(
+                self._folder,
+                self._adapters,
+                self._optimizer,
+                self._state(),
+                config,
+                self._origin.plan(),
+            )
+            remove_old(self._folder, self._config.keep_checkpoints)
+        step = iteration if numbered else None
+        save_adapters(self._folder, self._adapters.weights(), config, step)
         self._saved = iteration
-        self._progress.saved(iteration, folder)
+        self._progress.saved(iteration, self._folder)
+
+    def _is_whole(self) -> bool:
+        """Whether what is in memory is what a step left, and not half of the next one."""
+        return self._between or not self._weights
+
+    def _state(self) -> RunState:
+        high, low = self._key.tolist()
+        return RunState(
+            step=self._iteration,
+            accumulated=self._weights,
+            first_tokens=self._first_tokens,
+            trained_tokens=self._trained_tokens,
+            random_key=(high, low),
+            train_loss=self._last.get("train_loss"),
+            val_loss=self._last.get("val_loss"),
+            best_val_loss=self._best,
+            fingerprints=self._origin.fingerprints,
+        )
+
+    def end_early(self, requests: StopRequests) -> None:
+        """Save, and say why the run ends here.
+
+        Raises:
+            Stopped: a signal asked for it.
+        """
+        if self._saved < self._iteration:
+            self.save()
+        why = "max_time is over"
+        if requests.signal is not None:
+            why = signal.Signals(requests.signal).name
+        more = ""
+        if self._config.keep_checkpoints and self._iteration < self._config.iters:
+            more = "; the same command with --resume goes on"
+        self._progress.note(
+            f"{why}: ended after step {self._iteration} of {self._config.iters}{more}"
+        )
+        if requests.signal is not None:
+            raise Stopped(requests.signal)
 
     def save_unsaved(self) -> str:
         """Save the steps since the last save if the machine still can; tells what is on disk."""
-        failures = EdgeLoraError, RuntimeError, MemoryError
+        failures = EdgeLoraError, RuntimeError, MemoryError, OSError
         if self._updated > self._saved:
             with contextlib.suppress(*failures):
                 mx.synchronize()  # raises what else of the step was ended, for the last time
             with contextlib.suppress(*failures):
-                self.save(self._updated, numbered=False)
+                self.save()
         return self.last_saved_message()
 
     def last_saved_message(self) -> str:
         """Which adapter is on disk, for messages."""
-        file = Path(self._config.adapter_path) / WEIGHTS_FILE
+        file = self._folder / WEIGHTS_FILE
         if self._saved:
             return f"the last good adapter, of step {self._saved}, is in {file}"
-        return f"no adapter was saved yet in this run, {file} is as it was before"
+        if file.exists():
+            return f"no adapter was saved yet in this run, {file} is as it was before"
+        return "no adapter was saved yet in this run"
 
     def result(self) -> TrainResult:
         """How the run ended."""
@@ -270,17 +393,18 @@ class _Run:
             val_loss=self._last.get("val_loss"),
             trained_tokens=self._trained_tokens,
             peak_memory_bytes=peak_memory(),
-            adapter_path=Path(self._config.adapter_path),
+            adapter_path=self._folder,
         )
 
     def _make_report(self, kind: str, window: Window, iteration: int) -> LossReport:
         rate = self._optimizer.learning_rate.item()
-        return window.report(kind, iteration, rate, self._trained_tokens)
+        norm = self._grad_norm if kind == "train_loss" else None
+        return window.report(kind, iteration, rate, self._trained_tokens, norm)
 
     def _publish(self, report: LossReport) -> None:
         self._last[report.kind] = report.loss
-        self._progress.report(report)
         with self._saved_on_failure():
+            self._progress.report(report)
             if self._log is not None:
                 self._log.write(report.record() | {"recent_peak_bytes": recent_peak()})
             for callback in self._callbacks:
@@ -298,10 +422,11 @@ class _Run:
             finished = True
         finally:
             if not finished and self._updated > self._saved:
-                self.save(self._updated, numbered=False)
+                with contextlib.suppress(OSError):  # of an output that is gone
+                    self.save()
 
     def _check_finite(self, iteration: int, batch: Batch, loss: float) -> None:
-        what, bad = None, self._finite.first_bad()
+        what, bad = None, self._magnitudes.first_bad()
         if not math.isfinite(loss):
             what = f"loss is {loss}"
         elif bad is not None:

@@ -77,10 +77,17 @@ def measure_pass(engine: Engine, batch: Batch, keeps: bool) -> tuple[list[PhaseP
 
 
 def synthetic_batch(batch_shape: BatchShape, vocabulary: int) -> Batch:
-    """Random tokens, in each row as many of the last ones labelled as there can be."""
+    """Random tokens, in each row as many of the last ones labelled as there can be.
+
+    Rows that share a row are all of one length.
+    """
     shape = batch_shape.rows, batch_shape.tokens + 1
     tokens = np.random.RandomState(0).randint(0, vocabulary, shape).astype(np.int32)
     labelled = min(batch_shape.tokens, -(-batch_shape.labelled // batch_shape.rows))
     mask = np.zeros((batch_shape.rows, batch_shape.tokens), bool)
     mask[:, batch_shape.tokens - labelled :] = True
-    return Batch(tokens, mask, tuple(range(batch_shape.rows)))
+    starts = None
+    if batch_shape.context:
+        places = np.arange(batch_shape.tokens, dtype=np.int32)
+        starts = np.repeat((places - places % batch_shape.context)[None], batch_shape.rows, 0)
+    return Batch(tokens, mask, tuple(range(batch_shape.rows)), starts)

@@ -47,6 +47,8 @@ class LossReport:
             before step n reports n - 1.
         loss: mean over the tokens of the window or of the validation batches.
         learning_rate: of the last optimizer update.
+        grad_norm: global norm of the gradients of the last update, before clipping; None in a
+            validation, and before the first update.
         trained_tokens: labelled tokens since the run began.
         tokens, seconds, batches: of the window or validation itself.
         read_bytes, written_bytes: disk traffic of the window or validation itself.
@@ -64,6 +66,7 @@ class LossReport:
     read_bytes: int
     written_bytes: int
     usage: Usage
+    grad_norm: float | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -76,6 +79,7 @@ class LossReport:
             "iteration": self.iteration,
             self.kind: self.loss,
             "learning_rate": self.learning_rate,
+            **({} if self.grad_norm is None else {"grad_norm": self.grad_norm}),
             "tokens_per_second": self.tokens_per_second,
             "trained_tokens": self.trained_tokens,
             **asdict(self.usage),
@@ -111,7 +115,12 @@ class Window:
         self._batches += 1
 
     def report(
-        self, kind: str, iteration: int, learning_rate: float, trained_tokens: int
+        self,
+        kind: str,
+        iteration: int,
+        learning_rate: float,
+        trained_tokens: int,
+        grad_norm: float | None = None,
     ) -> LossReport:
         """The report of all batches counted so far; at least one."""
         usage = self._meter.read()
@@ -127,4 +136,5 @@ class Window:
             read_bytes=usage.disk_read_bytes - self._start.disk_read_bytes,
             written_bytes=usage.disk_write_bytes - self._start.disk_write_bytes,
             usage=usage,
+            grad_norm=grad_norm,
         )

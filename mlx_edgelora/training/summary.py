@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from textwrap import fill
 from typing import Any
 
 from mlx.utils import tree_flatten
@@ -12,28 +11,39 @@ from mlx_lm.utils import get_total_parameters
 
 from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.data import Dataset
+from mlx_edgelora.data.batches import count_batches, padding_share
 from mlx_edgelora.embedded import DATA_PATH, MODEL_PATH
+from mlx_edgelora.measure.text import named_rows
 from mlx_edgelora.measure.units import duration, size
 from mlx_edgelora.model.checkpoint import LazyModel
 from mlx_edgelora.planner.report import PlanReport
 from mlx_edgelora.planner.run_plan import RunPlan
 
-# Of a line; what is longer goes on below.
-COLUMNS = 80
 NAMES = 11
+# Packing is worth a word where an epoch has so many times fewer batches with it.
+FEWER = 2
 EMBEDDED = "the tiny model of this package"
 
 
-def facts(config: TrainConfig, lazy: LazyModel, sets: Sequence[Dataset | None]) -> dict[str, str]:
+def facts(
+    config: TrainConfig,
+    lazy: LazyModel,
+    sets: Sequence[Dataset | None],
+    about_rows: Sequence[str] = (),
+) -> dict[str, str]:
     """Words about the model, the data, the adapters and the optimizer.
 
     Args:
         config: of the run.
         lazy: its adapted model.
         sets: training, validation and test set, as far as they are there.
+        about_rows: lines about where they come from.
     """
     rows = {"model": _model(lazy), "data": _data(config, sets)}
+    if about_rows:
+        rows["rows"] = "; ".join(about_rows)
     if config.train:
+        rows |= {"batches": _batches(config, sets[0])}
         rows |= {"adapters": _adapters(config, lazy), "optimizer": _optimizer(config)}
     return rows
 
@@ -48,6 +58,22 @@ def run_record(config: TrainConfig, facts: Mapping[str, str]) -> dict[str, Any]:
         "facts": dict(facts),
         "options": config.to_dict(),
     }
+
+
+def packing_advice(config: TrainConfig, train_set: Dataset) -> str | None:
+    """What packing would save; None where it is on, or would not even halve the steps."""
+    if config.packing:
+        return None
+    settings = train_set, config.batch_size, config.max_seq_length
+    now, then = (count_batches(*settings, seed=config.seed, packing=p) for p in (False, True))
+    if now < FEWER * then:
+        return None
+    shares = [padding_share(*settings, seed=config.seed, packing=p) for p in (False, True)]
+    fewer = 1 - (1 - shares[0]) / (1 - shares[1])
+    return (
+        f"rows are short: with --packing an epoch has {then:,} batches instead of {now:,}, and "
+        f"{100 * fewer:.0f} % fewer tokens are computed"
+    )
 
 
 def line(name: str, text: str) -> str:
@@ -109,6 +135,16 @@ def _data(config: TrainConfig, sets: Sequence[Dataset | None]) -> str:
     return f"{where}{', '.join(found)}; longest {min(longest, config.max_seq_length):,} tokens"
 
 
+def _batches(config: TrainConfig, train_set: Dataset) -> str:
+    settings = train_set, config.batch_size, config.max_seq_length
+    options = {"seed": config.seed, "packing": config.packing}
+    count, share = count_batches(*settings, **options), padding_share(*settings, **options)
+    rows = f"{config.batch_size} rows"
+    if config.packing:
+        rows = f"{rows} of {config.max_seq_length:,} tokens that short rows share"
+    return f"{count:,} an epoch, of {rows}; {100 * share:.0f} % of their tokens are padding"
+
+
 def _adapters(config: TrainConfig, lazy: LazyModel) -> str:
     trained = sum(value.size for _, value in tree_flatten(lazy.model.trainable_parameters()))
     total, blocks = get_total_parameters(lazy.model), len(lazy.model.layers)
@@ -145,14 +181,4 @@ def _short(path: Path) -> str:
 
 def lines(rows: Mapping[str, str]) -> str:
     """The header's lines for some facts."""
-    return "\n".join(
-        fill(
-            text,
-            COLUMNS,
-            initial_indent=name.ljust(NAMES),
-            subsequent_indent=" " * NAMES,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-        for name, text in rows.items()
-    )
+    return "\n".join(named_rows(rows, NAMES))

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.data import Dataset
@@ -16,6 +15,7 @@ from mlx_edgelora.losses.approximate import ApproximateCrossEntropy
 from mlx_edgelora.losses.exact import TILE_BYTES, CrossEntropy
 from mlx_edgelora.model.head import ModelHead
 from mlx_edgelora.model.neighbour_cache import NeighbourCache
+from mlx_edgelora.training.progress import bars
 
 DEFAULT_K = 1000
 
@@ -78,7 +78,7 @@ def training_loss(
 
 
 def _build(cache: NeighbourCache, labels: np.ndarray, log: Callable[[str], None]) -> None:
-    """Compute the neighbours that are not there yet, with a live line on a terminal."""
+    """Compute the neighbours that are not there yet, with a bar on a terminal."""
     missing = cache.missing(labels)
     if not missing.size:
         log(f"nearest tokens: all of {len(labels)} labels are in {cache.path}")
@@ -87,7 +87,6 @@ def _build(cache: NeighbourCache, labels: np.ndarray, log: Callable[[str], None]
         f"nearest tokens: {len(missing)} of {len(labels)} labels to compute, kept in "
         f"{cache.path} for the next run"
     )
-    with tqdm(
-        total=len(missing), desc="nearest tokens", disable=not sys.stderr.isatty(), leave=False
-    ) as bar:
-        cache.build(missing, lambda count: bar.update(count) and None)
+    with bars(sys.stderr) as shown:
+        task = shown.add_task("nearest tokens", total=len(missing), figures="", left="")
+        cache.build(missing, lambda count: shown.advance(task, count))

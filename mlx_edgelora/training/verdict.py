@@ -18,6 +18,7 @@ import numpy as np
 
 from mlx_edgelora.blocks.checks import MODEL_ERRORS
 from mlx_edgelora.errors import EdgeLoraError, is_killed
+from mlx_edgelora.measure.text import wrapped
 
 Arrays = dict[str, mx.array]
 # Largest relative error, and largest |slope - 1|, that rounding explains at once in float32,
@@ -70,18 +71,20 @@ def refuse_wrong(verdicts: Sequence[Verdict]) -> None:
 
 
 def table(verdicts: Sequence[Verdict]) -> str:
-    """The verdicts in lines of columns."""
-    rows = [("kind", "blocks", "computed", "largest relative error", "verdict")]
+    """The verdicts in lines of columns; what is wrong follows its row."""
+    rows = [("kind", "blocks", "computed", "error", "")]
     rows += [
-        (v.kind, v.blocks, v.way, f"{v.error:.1e}", f"WRONG: {v.problem}" if v.problem else "ok")
+        (v.kind, v.blocks, v.way, f"{v.error:.1e}", "WRONG" if v.problem else "ok")
         for v in verdicts
     ]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)] + [0]
-    lines = (
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    )
-    return "\n".join(line.rstrip() for line in lines)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row, problem in zip(rows, ["", *(v.problem for v in verdicts)], strict=True):
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append("  ".join(cells).rstrip())
+        if problem:
+            lines.append(f"  {problem}")
+    return wrapped("\n".join(lines))
 
 
 def compare_gradients(

@@ -93,8 +93,8 @@ def verify(
         comparison = _GradientComparison(engine, rows, tokens, dtype, light)
         while memory is not None and (needed := comparison.plain_peak()) > memory:
             log(
-                f"plain MLX would need {size(needed)} for a block of {tokens} tokens, so rows of "
-                f"{tokens // 2} tokens are compared"
+                f"plain MLX would need {size(needed)} for a block of {tokens} tokens: rows "
+                f"of {tokens // 2} are compared"
             )
             tokens //= 2
             comparison = _GradientComparison(engine, rows, tokens, dtype, light)

@@ -55,8 +55,14 @@ def job(tmp_path_factory):
 @pytest.fixture(scope="session")
 def compared(job, tmp_path_factory):
     """Results by name: mlx-lm's, some of this package's and those of all cheats."""
-    wanted = ("mlx-lm", "mlx-lm, checkpointing", *CHEATS, "edgelora, plenty", "edgelora, min")
-    rivals = [rival for rival in contenders(CHEATS) if rival.name in wanted]
+    wanted = (
+        "mlx-lm",
+        "mlx-lm, checkpointing",
+        *CHEATS,
+        "mlx-edgelora, no limit",
+        "mlx-edgelora, min",
+    )
+    rivals = [rival for rival in contenders(also=CHEATS) if rival.name in wanted]
     folder, here = tmp_path_factory.mktemp("compared"), str(Path(__file__).parent)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([here, os.environ.get("PYTHONPATH", "")]))

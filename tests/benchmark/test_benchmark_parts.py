@@ -243,7 +243,13 @@ def test_a_slow_blas_is_told(monkeypatch):
             ["--labelled", "2"],
             "command line: argument --labelled: got 2, expected",
         ),
-        (["--labelled", "0.5"], "--labelled: got it where rows are given"),
+        (["--labelled", "0.5", "--data", "x"], "--labelled: got it where rows are given"),
+        (["--budgets", "much"], "command line: argument --budgets: got much, expected none, min"),
+        (["--budgets", "0%"], "command line: argument --budgets: got 0%, expected none, min"),
+        (
+            ["--ladder", "--shape", "small", "--budgets", "min"],
+            "--budgets: got it with --ladder",
+        ),
         (["--ladder"], "--ladder: got it without --shape"),
         (["--ladder", "--shape", "small", "--batch", "2"], "--batch: got it with --ladder"),
         (["--also", "cheats"], "--also: got 'cheats', expected module:function"),
@@ -258,7 +264,9 @@ def test_wrong_options_are_one_sentence(flags, sentence):
 
 def test_defaults():
     own = options.options_from_cli([])
-    assert (own.contexts, own.batch, own.labelled) == ([64], 4, None)
+    assert (own.shape, own.contexts, own.batch, own.labelled) == ("smollm2-135m", [512], 1, 0.3)
+    assert own.is_demo and own.may_shorten and len(own.budgets) == 3
+    assert not options.options_from_cli(["--contexts", "512"]).may_shorten
     shape = options.options_from_cli(["--shape", "qwen2.5-3b"])
     assert (shape.contexts, shape.batch, shape.labelled, shape.blocks) == ([512], 1, 0.3, 36)
     ladder = options.options_from_cli(["--shape", "qwen2.5-3b", "--ladder"])
@@ -266,16 +274,22 @@ def test_defaults():
 
 
 def test_who_is_compared():
-    rivals = contenders(("cheats:honest",))
-    assert [rival.name for rival in rivals if not rival.is_ours] == [
+    rivals = contenders(("none", "100%", "12.5%", "1.5GB", "min"), ["cheats:honest"])
+    assert [rival.name for rival in rivals] == [
         "mlx-lm",
         "mlx-lm, checkpointing",
-        "mlx-lm, checkpointing, MLX_BFS_MAX_WIDTH=1",
-        "unsloth",
+        "mlx-lm, checkpointing, narrow",
         "cheats:honest",
+        "mlx-edgelora, no limit",
+        "mlx-edgelora, 100 %",
+        "mlx-edgelora, 12.5 %",
+        "mlx-edgelora, 1.50 GB",
+        "mlx-edgelora, min",
     ]
     budgets = [rival.budget_for(1000) for rival in rivals if rival.is_ours]
-    assert budgets == [2**50, 1000, 500, 250, "min"]
+    assert budgets == [2**50, 1000, 125, 1_500_000_000, "min"]
+    few = contenders(("min",), variants=False)
+    assert [rival.name for rival in few] == ["mlx-lm", "mlx-lm, checkpointing", "mlx-edgelora, min"]
 
 
 def test_too_few_rows(tmp_path):

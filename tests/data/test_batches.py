@@ -9,7 +9,7 @@ from mlx_lm.tuner import trainer
 from mlx_lm.tuner.datasets import CacheDataset
 
 from mlx_edgelora.data import Dataset, Row, iterate_batches
-from mlx_edgelora.data.batches import largest_batch
+from mlx_edgelora.data.batches import count_batches, largest_batch, padding_share
 from mlx_edgelora.errors import EdgeLoraError
 
 
@@ -59,7 +59,7 @@ class Raw:
 
 
 @pytest.mark.parametrize("wrap", [list, make_dataset])
-@pytest.mark.parametrize("lengths", [[40] * 23, list(range(40, 63)), [41, 40] * 500])
+@pytest.mark.parametrize("lengths", [[40] * 20, list(range(40, 60)), [41, 40] * 500])
 def test_rows_that_reach_the_limit_come_as_in_mlx_lm(wrap, lengths):
     rows = make_rows(lengths, offset=5)
     ours = take(iterate_batches(wrap(rows), 4, 40, loop=True, seed=3), 17)  # 3 epochs and more
@@ -75,10 +75,10 @@ def test_rows_that_reach_the_limit_come_as_in_mlx_lm(wrap, lengths):
 def test_several_spans_of_a_row_are_labels_and_what_is_between_is_not():
     (tokens, _), spans = make_rows([40])[0], [(0, 3), (10, 12), (39, 40)]
     for rows in ([(tokens, spans)], make_dataset([(tokens, spans)])):
-        (batch,) = iterate_batches(rows, 1, 64)
+        (batch,) = iterate_batches(rows, 1, 65)
         assert batch.tokens.shape == (1, 65) and batch.mask.shape == (1, 64)
         assert np.flatnonzero(batch.mask[0]).tolist() == [0, 1, 9, 10, 38]
-        assert largest_batch([rows], 1, 64) == (64, 5)
+        assert largest_batch([rows], 1, 65) == (1, 64, 5, 64)
     with pytest.raises(EdgeLoraError, match=r"^row 0: has no token to train on within"):
         iterate_batches([(tokens, [(20, 30)])], 1, 16)
 
@@ -120,7 +120,7 @@ def test_every_batch_holds_its_rows_and_labels_real_tokens_only(shapes, batch_si
             assert batch.tokens[i].tolist() == kept + [0] * (width - len(kept))
             assert batch.labels()[i][batch.mask[i]].tolist() == kept[max(offset, 1) :]
         seen += batch.indices
-    assert len(seen) == len(set(seen)) == len(rows) // batch_size * batch_size
+    assert sorted(seen) == list(range(len(rows)))
 
 
 @pytest.mark.parametrize(("device", "most"), [(mx.cpu, 64), (mx.gpu, 28)])
@@ -134,7 +134,8 @@ def test_batches_have_few_lengths(monkeypatch, device, most):
     for length in (40, 513, 700, 1990):
         (batch,) = iterate_batches(rows[length - 2 : length - 1], 1, 1990)
         tokens = batch.inputs().shape[1]
-        assert largest_batch([rows[length - 2 : length - 1]], 1, 1990) == (tokens, length - 1)
+        most = largest_batch([rows[length - 2 : length - 1]], 1, 1990)
+        assert most == (1, tokens, length - 1, tokens)
         assert length <= tokens + 1 <= 1990 and tokens - length < 128
 
 
@@ -182,8 +183,33 @@ def test_a_row_without_a_token_to_train_on_is_refused_at_the_call():
         iterate_batches(dataset, 2, 8)
 
 
-def test_fewer_rows_than_a_batch_are_refused_at_the_call():
-    with pytest.raises(EdgeLoraError, match=r"^data set: got 3 usable rows, .* batch_size 4;"):
-        iterate_batches(make_rows([9] * 3), 4, 16)
-    with pytest.raises(EdgeLoraError, match=r"^train\.jsonl: got 3 usable rows"):
-        iterate_batches(make_dataset(make_rows([9] * 3)), 4, 16)
+def test_fewer_rows_than_a_batch_are_a_smaller_batch():
+    for wrap in (list, make_dataset):
+        batches = list(iterate_batches(wrap(make_rows([9] * 3)), 4, 16, seed=0))
+        assert [sorted(batch.indices) for batch in batches] == [[0, 1, 2]]
+        assert count_batches(make_rows([9] * 3), 4, 16, epochs=5) == 5
+
+
+def test_every_row_is_in_every_epoch_and_the_smaller_batch_is_another_one_each_time():
+    """mlx-lm never trains the rows at the end of the file."""
+    rows, epochs = make_rows(range(10, 33)), 40
+    count = count_batches(rows, 4, 64, epochs)
+    assert count == 6 * epochs
+    batches = take(iterate_batches(rows, 4, 64, loop=True, seed=5), count)
+    smaller = []
+    for first in range(0, count, 6):
+        epoch = [batch.indices for batch in batches[first : first + 6]]
+        assert sorted(sum(epoch, ())) == list(range(23))
+        smaller += [indices for indices in epoch if len(indices) < 4]
+    assert len(smaller) == epochs and {len(indices) for indices in smaller} == {3}
+    assert len(set(smaller)) == 6  # of each length of rows
+    theirs = trainer.iterate_batches(CacheDataset(Raw(rows)), 4, 64, loop=True, seed=5)
+    seen = {tuple(row) for tokens, _ in take(theirs, count) for row in np.array(tokens).tolist()}
+    assert len(seen) == 20
+
+
+def test_the_share_of_padding():
+    rows = make_rows([10, 20, 40])
+    assert padding_share(rows, 3, 64) == pytest.approx(1 - 70 / (3 * 64))
+    assert padding_share(rows, 1, 65) == pytest.approx(1 - 70 / (33 + 33 + 65))
+    assert padding_share(rows, 1, 70, packing=True) == 0

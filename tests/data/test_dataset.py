@@ -29,8 +29,10 @@ def test_long_rows_are_truncated_and_counted():
     dataset = make_dataset(([1, 2, 3, 4, 5], 0), ([1, 2, 3, 4], 0), ([1] * 9, 3))
     assert [len(tokens) for tokens, _ in dataset] == [4, 4, 4]
     assert (dataset.report.truncated, dataset.report.longest) == (2, 9)
+    assert (dataset.report.tokens, dataset.report.labels, dataset.report.labels_cut) == (12, 7, 6)
     assert dataset.report.warning() == (
-        "train.jsonl: of 3 rows, 2 longer than max_seq_length 4 (up to 9 tokens) and truncated"
+        "train.jsonl: of 3 rows, 2 longer than max_seq_length 4 (up to 9 tokens) and truncated, "
+        "which cuts 46 % of the labels"
     )
 
 
@@ -47,8 +49,8 @@ def test_rows_with_nothing_to_train_are_left_out_counted_and_places_stay_right()
 def test_both_are_one_warning():
     dataset = make_dataset(([1], 0), ([1] * 5, 0))
     assert dataset.report.warning() == (
-        "train.jsonl: of 2 rows, 1 longer than max_seq_length 4 (up to 5 tokens) and truncated "
-        "and 1 without a token to train on and left out"
+        "train.jsonl: of 2 rows, 1 longer than max_seq_length 4 (up to 5 tokens) and truncated, "
+        "which cuts 25 % of the labels and 1 without a token to train on and left out"
     )
 
 

@@ -5,7 +5,24 @@ import types
 import pytest
 from mlx_lm.tuner.datasets import create_dataset
 
-from mlx_edgelora.data.formats import Features, RowError, find_encoder
+from mlx_edgelora.data.conversation import Conversation, PlainText, RowError
+from mlx_edgelora.data.encode import EVERYTHING, LAST_ANSWER, Encoder
+from mlx_edgelora.data.findings import NO_TEXT, UNANSWERED
+from mlx_edgelora.data.row_kinds import Features, find_kind
+
+
+def find_encoder(first, tokenizer, features, mask_prompt):
+    """The function row -> (tokens, offset) for rows like the first one."""
+    kind = find_kind([first], features)
+    encode = Encoder(tokenizer, LAST_ANSWER if mask_prompt else EVERYTHING, "mask_prompt")
+
+    def encoded(row):
+        ((tokens, ((start, stop),)),) = encode(kind.read(row)).pieces
+        assert stop == len(tokens)
+        return tokens, start
+
+    return encoded
+
 
 CHAT = [
     {"role": "system", "content": "w1"},
@@ -20,7 +37,6 @@ ROWS = {
     "completions": {"prompt": "w1 w2", "completion": "w3 w4 w5"},
     "completions with tools": {"prompt": "w1", "completion": "w3", "tools": [{"name": "search"}]},
     "chat": {"messages": CHAT},
-    "chat that ends with the user": {"messages": CHAT[:4]},
     "tools": {"messages": CHAT, "tools": [{"name": "search"}]},
     "both keys": {"prompt": "w1", "completion": "w2", "text": "w3", "messages": CHAT},
 }
@@ -56,9 +72,20 @@ def test_other_keys_can_hold_the_parts(tokenizer):
         assert find_encoder(row, tokenizer, features, False)(row) == theirs
 
 
-def test_empty_text_is_only_its_end(tokenizer):
-    encode = find_encoder({"text": ""}, tokenizer, Features(), False)
-    assert encode({"text": ""}) == ([tokenizer.eos_token_id], 0)
+def test_a_row_without_text_is_left_out(tokenizer):
+    for text in ("", " \n"):
+        encoded = Encoder(tokenizer, EVERYTHING, "")(PlainText(text))
+        assert not encoded.pieces
+        assert [finding.kind for finding in encoded.findings] == [NO_TEXT]
+
+
+def test_a_last_message_that_is_no_answer_is_left_off(tokenizer):
+    """mlx-lm trains it: the words of a user."""
+    encoded = Encoder(tokenizer, LAST_ANSWER, "mask_prompt")(Conversation(CHAT[:4]))
+    ((tokens, ((start, stop),)),) = encoded.pieces
+    assert tokenizer.decode(tokens[start:stop]) == "w4 </s>"
+    assert stop == len(tokens)
+    assert [finding.kind for finding in encoded.findings] == [UNANSWERED]
 
 
 def test_a_message_that_only_calls_tools_needs_no_content(make_tokenizer):
@@ -100,10 +127,14 @@ def test_a_prompt_that_does_not_begin_its_conversation_is_refused(make_tokenizer
     ("first", "row", "sentence"),
     [
         ({"text": "a"}, {"text": 3}, r"text: got 3, expected text"),
-        ({"text": "a"}, {"txt": "a"}, r"got the keys 'txt', expected 'text' as in the first row"),
+        ({"text": "a"}, {"txt": "a"}, r"got the keys 'txt', expected 'text' as in other rows"),
         ({"text": "a"}, {}, r"got the keys of an empty object, expected 'text'"),
         ({"prompt": "a", "completion": "b"}, {"prompt": "a"}, r"expected 'completion' as in"),
-        ({"prompt": "a", "completion": "b"}, {"text": "a"}, r"keys 'text', expected 'prompt'"),
+        (
+            {"prompt": "a", "completion": "b"},
+            {"text": "a"},
+            r"keys 'text', expected 'prompt' as in",
+        ),
         (
             {"prompt": "a", "completion": "b"},
             {"prompt": None, "completion": "b"},
@@ -146,8 +177,9 @@ def test_a_first_row_of_no_format_is_refused(tokenizer):
 
 
 def test_text_has_no_prompt_to_mask(tokenizer):
-    with pytest.raises(RowError, match=r"got a row with 'text', which has no prompt, with mask"):
-        find_encoder({"text": "w1"}, tokenizer, Features(), True)
+    encode = find_encoder({"text": "w1"}, tokenizer, Features(), True)
+    with pytest.raises(RowError, match=r"got a row of plain text, which has no prompt, with mask"):
+        encode({"text": "w1"})
 
 
 def test_a_tokenizer_without_a_chat_template_is_named(make_tokenizer):

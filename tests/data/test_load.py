@@ -92,9 +92,7 @@ def test_a_line_that_is_not_text_is_named(tokenizer, folder, tmp_path):
         ({"train": TEXT}, {"test": True}, r"has no test set, expected test\.jsonl"),
         ({"train": ""}, {}, r"train\.jsonl: has no rows, expected at least one"),
         ({"train": TEXT, "valid": "\n"}, {}, r"valid\.jsonl: has no rows"),
-        ({"train": TEXT[:1]}, {}, r"train\.jsonl: got 1 usable rows, expected .* batch_size 2"),
-        ({"train": TEXT, "valid": TEXT[:1]}, {}, r"valid\.jsonl: got 1 usable rows"),
-        ({"train": TEXT}, {"mask_prompt": True}, r"line 1: got a row with 'text', which has no"),
+        ({"train": TEXT}, {"mask_prompt": True}, r"line 1: got a row of plain text, which has no"),
         ({"train": [{"q": "w1"}]}, {}, r"train\.jsonl: line 1: got the keys 'q', expected 'prompt"),
     ],
 )
@@ -103,15 +101,15 @@ def test_bad_folders_are_refused(tokenizer, folder, splits, options, sentence):
         load(tokenizer, folder(**splits), **options)
 
 
-def test_what_is_not_a_folder_is_told_apart(tokenizer, folder, tmp_path):
-    folder(train=TEXT)
-    with pytest.raises(EdgeLoraError, match=r"train\.jsonl is a file, expected the folder it is"):
-        load(tokenizer, str(tmp_path / "train.jsonl"))
+def test_what_is_no_data_is_told_apart(tokenizer, tmp_path):
+    (tmp_path / "notes.md").write_text("notes")
+    with pytest.raises(EdgeLoraError, match=r"notes\.md: its name says no kind of file that is"):
+        load(tokenizer, str(tmp_path / "notes.md"))
     with pytest.raises(EdgeLoraError, match=r"data: ./none does not exist, expected a folder with"):
         load(tokenizer, "./none")
     with pytest.raises(EdgeLoraError, match=r"data: a/b/c does not exist"):
         load(tokenizer, "a/b/c")
-    with pytest.raises(EdgeLoraError, match=r"data: got nothing, expected a folder"):
+    with pytest.raises(EdgeLoraError, match=r"data: got nothing, expected a folder, a file"):
         load(tokenizer, None)
 
 
@@ -196,3 +194,103 @@ def test_the_hub_without_its_package(tokenizer, monkeypatch):
         EdgeLoraError, match=r"'my/data', no folder here, needs .*`pip install data"
     ):
         load(tokenizer, "my/data")
+
+
+THOUGHT = {"reasoning_content": "because", "role": "assistant", "content": "w2"}
+
+
+def test_a_set_that_loses_content_by_rule_is_refused_with_a_remedy(tokenizer, folder):
+    """The template of these tests knows no reasoning."""
+    rows = [{"messages": [{"role": "user", "content": "w1"}, THOUGHT]}] * 2
+    sentence = (
+        r"train\.jsonl: 2 of 2 rows with reasoning in an answer lose it: the chat template cuts it "
+        r"out \(first: .*train\.jsonl: line 1, 'because'\); .*, or train without it by --allow-lost"
+    )
+    for options in ({}, {"mask_prompt": True}, {"train_on": "answers"}):
+        with pytest.raises(EdgeLoraError, match=sentence):
+            load(tokenizer, folder(train=rows), **options)
+        train, _, _ = load(tokenizer, folder(train=rows), allow_lost_content=True, **options)
+        assert len(train) == 2 and train.report.findings.rows == 2
+
+
+def test_which_answers_are_labels(tokenizer, folder):
+    turns = [("user", "w1"), ("assistant", "w2 w3"), ("user", "w4"), ("assistant", "w5")]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in turns]}] * 2
+    expected = {"answers": "w2 w3 </s> | w5 </s>", "last-answer": "w5 </s>", None: None}
+    for train_on, text in expected.items():
+        train, _, _ = load(tokenizer, folder(train=rows), train_on=train_on)
+        tokens, spans = train[0]
+        if text is not None:
+            found = [tokenizer.decode(tokens[a:b].tolist()) for a, b in spans]
+            assert " | ".join(found) == text
+        else:
+            assert spans.tolist() == [[1, len(tokens)]]
+    train, _, _ = load(tokenizer, folder(train=rows), mask_prompt=True)
+    (line,) = train.report.findings.lines()
+    assert line.startswith("2 rows with several answers: only the last one is trained (first: ")
+    assert line.endswith("; --train-on answers trains all")
+
+
+def test_pieces_of_a_row_count_as_one_row(make_tokenizer, folder):
+    """A template that cuts earlier answers short makes rows of them."""
+    template = (
+        "{% for m in messages %}<{{ m.role }}> {% if m.role == 'user' or loop.last %}"
+        "{{ m.content }}{% endif %} </s> {% endfor %}"
+        "{% if add_generation_prompt %}<assistant> {% endif %}"
+    )
+    turns = [("user", "w1"), ("assistant", "w2"), ("user", "w4"), ("assistant", "w5")]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in turns]}]
+    empty = {"messages": [{"role": "user", "content": "w1"}]}
+    train, _, _ = load(
+        make_tokenizer(template),
+        folder(train=[*rows, empty, *rows]),
+        train_on="answers",
+        allow_lost_content=True,
+    )
+    assert len(train) == 4
+    assert (train.report.rows, train.report.dropped) == (3, 1)
+    assert [train.place(i)[-6:] for i in range(4)] == ["line 1", "line 1", "line 3", "line 3"]
+
+
+def test_rows_without_any_answer_say_why(tokenizer, folder):
+    rows = [{"messages": [{"role": "user", "content": "w1"}]}] * 3
+    with pytest.raises(
+        EdgeLoraError, match=r"none of its 3 rows has a token to train .*; 3 rows without an answer"
+    ):
+        load(tokenizer, folder(train=rows), train_on="answers")
+
+
+def test_splits_of_the_hub_have_other_names_too(tokenizer, hub):
+    hub.sets["someone/named"] = {"train": PAIRS, "validation": PAIRS[:4], "unsupervised": TEXT}
+    lines = []
+    train, valid, _ = load_datasets(
+        TrainConfig(data="someone/named", batch_size=2), tokenizer, lines.append
+    )
+    assert (len(train), len(valid)) == (6, 4)
+    assert lines == [
+        "named train for training, named validation for validation: "
+        "completions (prompt, completion)"
+    ]
+    with pytest.raises(
+        EdgeLoraError, match=r"no test set, .* called test or testing, found train,"
+    ):
+        load(tokenizer, "someone/named", test=True)
+
+
+def test_nulls_of_the_hub_are_missing_columns(tokenizer, hub):
+    message = {"role": "user", "content": "w1", "tool_calls": None, "name": None}
+    answer = message | {"role": "assistant", "content": "w2"}
+    row = {"messages": [message, answer], "tools": None, "text": None}
+    hub.sets["chats"] = {"train": [row] * 2}
+    train, _, _ = load(tokenizer, "chats")
+    assert lines(train, tokenizer)[0] == "<user> w1 </s> <assistant> w2 </s>"
+
+
+def test_a_share_of_one_file_is_the_valid_set(tokenizer, tmp_path):
+    rows = "text\n" + "".join(f"w{n} w1 w2\n" for n in range(20))
+    (tmp_path / "rows.csv").write_text(rows)
+    train, valid, _ = load(tokenizer, str(tmp_path / "rows.csv"), val_split=0.1)
+    assert (len(train), len(valid)) == (18, 2)
+    places = {part.place(i) for part in (train, valid) for i in range(len(part))}
+    assert len(places) == 20
+    assert "(2 of 20 rows, seed 0)" in valid.report.name

@@ -141,7 +141,7 @@ def test_a_compiled_tail_keeps_nothing_of_a_batch(tmp_path, compiles):
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe", "gemma3_text"])
 def test_the_next_segment_is_built_while_one_is_computed(name, plan, tmp_path, monkeypatch):
     """As on a GPU. What was read is overwritten as soon as it may be."""
-    folder = save(tmp_path, name, True, num_hidden_layers=6)
+    folder = save(tmp_path, name, True, num_hidden_layers=4)
     buffer = StreamedWeights._release
 
     def released(weights):

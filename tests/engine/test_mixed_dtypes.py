@@ -13,6 +13,7 @@ from architectures import build, config, relative_error
 from harness import engine, plain, plain_value_and_grad, random_batch
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.utils import save_config, save_model
+from pairwise import pairwise
 
 PACKINGS = {"mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8), "affine": (32, 4)}
 WAYS = {
@@ -58,9 +59,11 @@ def assert_as_plain_mlx(folder, tolerance, **options):
         assert relative_error(got[name], value) <= tolerance, name
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("mode", ["mxfp4", "nvfp4", "mxfp8"])
-@pytest.mark.parametrize("dtype", [mx.float16, mx.float32], ids=str)
+@pytest.mark.parametrize(
+    ("mode", "dtype", "way"),
+    pairwise(["mxfp4", "nvfp4", "mxfp8"], [mx.float16, mx.float32], WAYS),
+    ids=str,
+)
 def test_packed_as_floats_with_wider_norms(mode, dtype, way, tmp_path):
     """From the second operation on everything is float32, in plain MLX as well."""
     assert_as_plain_mlx(save(tmp_path, mode, [dtype] * 3), 1e-5, **WAYS[way])
@@ -89,17 +92,18 @@ def test_keys_of_another_dtype_than_values(way, tmp_path):
     assert_as_plain_mlx(tmp_path, 0.1, **WAYS[way])
 
 
-@pytest.mark.parametrize("streamed", [True, False])
-@pytest.mark.parametrize("mode", PACKINGS)
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "mode", "streamed"),
+    pairwise(["float32", "float16", "bfloat16"], PACKINGS, [True, False]),
+)
 def test_a_dtype_that_is_asked_for_is_that_of_all_hidden_states(
     dtype, mode, streamed, tmp_path, monkeypatch
 ):
     folder, seen = save(tmp_path, mode, [mx.float16] * 3), set()
     with closing(engine(folder, dtype=dtype, streamed=streamed)) as ours:
-        put = ours._walk.store.put
+        put = ours.walk.store.put
         monkeypatch.setattr(
-            ours._walk.store, "put", lambda slot, x: (seen.add(x.dtype), put(slot, x))
+            ours.walk.store, "put", lambda slot, x: (seen.add(x.dtype), put(slot, x))
         )
         ours.value_and_grad(random_batch())
     assert seen == {getattr(mx, dtype)}

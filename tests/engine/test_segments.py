@@ -34,7 +34,7 @@ CONSISTS = {
 KINDS = {"4bit, some labelled": (True, 0.4), "float, all labelled": (False, 2.0)}
 
 
-@pytest.fixture(scope="module", params=[(n, k) for n in CONFIGS for k in KINDS], ids="-".join)
+@pytest.fixture(scope="module")
 def case(request, tmp_path_factory):
     """A model, a batch of odd shape, and loss and gradients of plain MLX."""
     name, kind = request.param
@@ -60,7 +60,17 @@ def kinds_of_segments(ours, monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("segment", SEGMENTS)
+# Every architecture meets every segment, and both of them every kind.
+CASES = [
+    ((name, kind), segment)
+    for number, name in enumerate(CONFIGS)
+    for turn, kind in enumerate(KINDS)
+    for place, segment in enumerate(SEGMENTS)
+    if (number + place + turn) % 2 == 0
+]
+
+
+@pytest.mark.parametrize(("case", "segment"), CASES, indirect=["case"], ids=str)
 def test_gradients_equal_plain_mlx(case, segment, monkeypatch):
     folder, batch, expected_loss, expected, moves = case
     with closing(engine(folder, **SEGMENTS[segment])) as ours:

@@ -18,7 +18,7 @@ from harness import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx import nn
-from peaks import ROUNDS, above, begin, growth, lowest
+from peaks import ROUNDS, above, begin, growth, held, lowest
 from tf32 import tf32
 
 from mlx_edgelora.blocks.block_list import BlockList, array_slots, bind_arrays
@@ -81,9 +81,9 @@ def test_products_in_fewer_bits_do_not_look_like_other_tokens(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_tiles_of_tokens_and_slices_of_the_mlp_beside_them(name, tmp_path):
     folder = save(tmp_path, name, True)
-    batches = [random_batch(), random_batch(1, 13, seed=1), random_batch(share=2.0)]
+    batches = [random_batch(), random_batch(1, 13, seed=1, share=2.0)]
     reference = plain(folder)
-    with closing(engine(folder, tile_tokens=5, mlp_bytes=20_000, prefetch=False)) as ours:
+    with closing(engine(folder, tile_tokens=8, mlp_bytes=20_000, prefetch=False)) as ours:
         for batch in batches:
             expected_loss, expected = plain_value_and_grad(reference, batch)
             (loss, _), got = ours.value_and_grad(batch)
@@ -101,7 +101,7 @@ def test_gradients_of_keys_and_values_are_added_where_attention_makes_them(
 ):
     """As in rows of thousands of tokens: attention in its own tiles, of grouped heads, windows."""
     monkeypatch.setattr("mlx_edgelora.blocks.attention.TILE_BYTES", 0)
-    monkeypatch.setattr("mlx_edgelora.layers.attention.TILE_BYTES", 600)
+    monkeypatch.setattr("mlx_edgelora.layers.attention.TILE_BYTES", 1500)
     added = []
     original = _SummedHeads.add
     monkeypatch.setattr(_SummedHeads, "add", lambda *args: added.append(1) or original(*args))
@@ -157,17 +157,19 @@ def test_lower_blocks_and_an_embedding_that_is_trained(tmp_path):
         assert_same_gradients(got, expected)
 
 
-@pytest.mark.parametrize("tile_tokens", [None, 7])
-@pytest.mark.parametrize("inputs", ["file", "memory"])
+@pytest.mark.parametrize("tile_tokens", [None, 30])
 @pytest.mark.parametrize("num_layers", [-1, 2])
-def test_after_a_backward_nothing_waits_in_memory(num_layers, inputs, tile_tokens, tmp_path):
-    folder = save(tmp_path, "llama", True)
-    options = {"spilled": False, "num_layers": num_layers}
-    ours = engine(folder, tile_tokens=tile_tokens, inputs=inputs, **options)
-    ours.value_and_grad(random_batch(tokens=19))
-    assert not ours._walk.store._arrays and not ours._walk._ram._arrays
-    ours.loss(random_batch(tokens=19))
-    assert not ours._walk.store._arrays and not ours._walk._ram._arrays
+def test_after_a_backward_nothing_waits_in_memory(num_layers, tile_tokens, tmp_path):
+    folder, batch = save(tmp_path, "llama", True), random_batch(tokens=57)
+    options = {"tile_tokens": tile_tokens, "num_layers": num_layers, "spilled": False}
+    half_an_input = 4 * 57 * 64  # of a block; what is read ahead varies by less
+    with closing(engine(folder, **options)) as ours:
+        ours.value_and_grad(random_batch(tokens=2))
+        before = held()
+        ours.backward(batch, lambda gradients: None)
+        assert held() < before + half_an_input
+        ours.loss(batch)
+        assert held() < before + half_an_input
 
 
 def test_dropout_computes_blocks_whole_and_with_one_mask(tmp_path):
@@ -297,7 +299,7 @@ def test_a_trial_does_not_hold_a_second_block(tmp_path, memory, monkeypatch):
     wide |= {"num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 128}
     folder = save(tmp_path, "llama", True, **wide)
     with closing(engine(folder, tile_tokens=64, mlp_bytes=2**20)) as ours:
-        walk = ours._walk
+        walk = ours.walk
         block = sum(array.nbytes for array in walk.weights.block(0).values())
 
         def trial():

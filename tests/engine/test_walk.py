@@ -32,8 +32,9 @@ def small(**changes):
     return build("llama", vocab_size=101, **changes)
 
 
-@pytest.mark.parametrize("quantized", [False, True], ids=["float", "4bit"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "quantized"), [(name, number % 2 == 0) for number, name in enumerate(CONFIGS)]
+)
 def test_gradients_equal_plain_autodiff(name, quantized, spill):
     model = build(name)
     if quantized:
@@ -241,13 +242,13 @@ def stepped(depth, make_gradient):
     return Stepped(build_model, start)
 
 
-def growth_beyond_adapters(make_gradient, rounds=ROUNDS):
-    """Peak of 16 blocks over that of 4, less parameters, gradients and moments of 12 blocks.
+def growth_beyond_adapters(make_gradient, rounds=ROUNDS, blocks=16):
+    """Peak of so many blocks over that of 4, less parameters, gradients and moments of the others.
 
     A step's peak jitters by some four hidden states of 128 KiB; a third of a hidden state kept
     per block is still seen.
     """
-    shallow, deep = stepped(4, make_gradient), stepped(16, make_gradient)
+    shallow, deep = stepped(4, make_gradient), stepped(blocks, make_gradient)
     adapters = 4 * (deep.trained - shallow.trained)
     return growth_with_depth(shallow, deep, adapters, rounds) - adapters
 
@@ -260,9 +261,9 @@ def test_peak_does_not_grow_with_depth(memory, spill):
 
 @pytest.mark.slow
 def test_the_same_measurement_sees_inputs_kept_in_memory(memory):
-    assert growth_beyond_adapters(value_and_grad, rounds=2) > 4 * 2**17
+    assert growth_beyond_adapters(value_and_grad, rounds=1, blocks=10) > 4 * 2**17
 
 
 @pytest.mark.slow
 def test_the_same_measurement_fails_on_plain_backpropagation(memory):
-    assert growth_beyond_adapters(nn.value_and_grad, rounds=2) > 10 * 2**20
+    assert growth_beyond_adapters(nn.value_and_grad, rounds=1, blocks=10) > 5 * 2**20

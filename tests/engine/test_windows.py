@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from mlx_lm.models import base
+from pairwise import pairwise
 
 from mlx_edgelora.blocks import attention
 from mlx_edgelora.blocks.attention import attend_bounded, replace_attention
@@ -60,12 +61,18 @@ def assert_gradients_of_mlx_lm(folder, batch, **way):
     ours.close()
 
 
-@pytest.mark.parametrize("way", [{}, {"tile_tokens": 8}, {"tile_tokens": 64}])
-@pytest.mark.parametrize("name", WINDOWED)
-def test_gradients_in_tiles_of_attention_equal_mlx_lm(name, way, tmp_path, tiny_tiles):
+@pytest.mark.parametrize(
+    ("name", "way", "batch"),
+    pairwise(
+        WINDOWED,
+        [{}, {"tile_tokens": 8}, {"tile_tokens": 64}],
+        [{}, {"rows": 1, "tokens": 13}, {"share": 2.0}],
+    ),
+    ids=str,
+)
+def test_gradients_in_tiles_of_attention_equal_mlx_lm(name, way, batch, tmp_path, tiny_tiles):
     folder = save(tmp_path, name, True)
-    for batch in (random_batch(), random_batch(1, 13, seed=1), random_batch(share=2.0)):
-        assert_gradients_of_mlx_lm(folder, batch, **way)
+    assert_gradients_of_mlx_lm(folder, random_batch(**batch), **way)
 
 
 @pytest.fixture(scope="module")

@@ -90,7 +90,7 @@ shapes = st.tuples(*[st.integers(1, most) for most in (2, 3, 3, 40, 40, 9, 9)])
 tiles = st.integers(1, 6000)  # of one score to all heads at once
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30)
 @given(shape=shapes, tile_bytes=tiles, sinks=st.booleans())
 def test_exact_without_a_mask(shape, tile_bytes, sinks):
     arrays, cotangent = inputs(*shape)
@@ -98,7 +98,7 @@ def test_exact_without_a_mask(shape, tile_bytes, sinks):
     assert_exact(arrays + extra, cotangent, tile_bytes)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30)
 @given(
     shape=shapes,
     tile_bytes=tiles,
@@ -112,7 +112,7 @@ def test_exact_under_causal_mask_and_window(shape, tile_bytes, sinks, window):
     assert_exact(arrays + extra, cotangent, tile_bytes, mask="causal", window=window)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30)
 @given(
     shape=shapes,
     tile_bytes=tiles,
@@ -193,7 +193,7 @@ def test_large_logits_do_not_overflow():
     assert_exact(arrays, cotangent, 100, 1e-3, mask="causal")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30)
 @given(
     shape=shapes,
     tile_bytes=tiles,

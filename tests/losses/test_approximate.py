@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_cases import cases, listed, subsets
 from loss_references import cross_entropy, terms
+from pairwise import pairwise
 from peaks import above, lowest
 
 from mlx_edgelora.losses.approximate import ApproximateCrossEntropy, choose_subset
@@ -141,10 +142,10 @@ TABLE = np.random.RandomState(0).randint(0, 21, (21, 4))
 LABELS = [0, 20, 7, 7, 13, 1, 0]
 
 
-@pytest.mark.parametrize("budget", [1, 1500, 10**6])
-@pytest.mark.parametrize("corrected", [False, True], ids=["plain", "tail"])
-@pytest.mark.parametrize("biased", [False, True], ids=["", "bias"])
-@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize(
+    ("around", "biased", "corrected", "budget"),
+    pairwise(AROUND, [False, True], [False, True], [1, 1500, 10**6]),
+)
 def test_gradient_is_that_of_autodiff(around, biased, corrected, budget):
     """Of all that lies around the head; the row of the tail goes the same way as the others."""
     keys = mx.random.split(mx.random.key(1), 3)

@@ -8,6 +8,7 @@ from architectures import relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_references import cross_entropy, terms
+from pairwise import pairwise
 
 from mlx_edgelora.losses.exact import CrossEntropy, tile_shape
 from mlx_edgelora.losses.head import Adapter, MatrixHead, Tile
@@ -128,10 +129,13 @@ AROUND = {
 }
 
 
-@pytest.mark.parametrize("budget", [1, 1500, 10**6])
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
-@pytest.mark.parametrize("adapted", [False, True], ids=["frozen", "adapted"])
-@pytest.mark.parametrize("around", AROUND)
+BUDGETS, SMOOTHINGS = [1, 1500, 10**6], [0.0, 0.2]
+
+
+@pytest.mark.parametrize(
+    ("around", "adapted", "smoothing", "budget"),
+    pairwise(AROUND, [False, True], SMOOTHINGS, BUDGETS),
+)
 def test_gradients_of_all_that_is_trained(around, adapted, smoothing, budget):
     """Against MLX's autodiff of the whole logits, adapters with a B that is not zero included."""
     keys = iter(mx.random.split(mx.random.key(1), 6))
@@ -180,11 +184,10 @@ WEIGHTS = {
 }
 
 
-@pytest.mark.parametrize("budget", [1, 1500, 10**6])
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
-@pytest.mark.parametrize("adapted", [False, True], ids=["frozen", "adapted"])
-@pytest.mark.parametrize("around", AROUND)
-@pytest.mark.parametrize("weighting", WEIGHTS)
+@pytest.mark.parametrize(
+    ("weighting", "around", "adapted", "smoothing", "budget"),
+    pairwise(WEIGHTS, AROUND, [False, True], SMOOTHINGS, BUDGETS),
+)
 def test_a_weighted_sum(weighting, around, adapted, smoothing, budget):
     """Value and all gradients, in a graph and not, against MLX's autodiff of the whole logits."""
     keys = iter(mx.random.split(mx.random.key(2), 6))

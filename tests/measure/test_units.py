@@ -38,3 +38,17 @@ def test_durations(seconds, text):
 )
 def test_clocks(seconds, text):
     assert clock(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (12_300_001, "12.4 MB"),
+        (12_300_000, "12.3 MB"),
+        (999_600_000, "1.00 GB"),
+        (1_234_000_000, "1.24 GB"),
+        (999_200_000, "1000 MB"),
+    ],
+)
+def test_what_is_needed_is_rounded_up(count, text):
+    assert size(count, up=True) == text

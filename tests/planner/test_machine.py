@@ -7,7 +7,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_edgelora.planner import machine
-from mlx_edgelora.planner.machine import Rates, converts_dtype, this_machine
+from mlx_edgelora.planner.machine import Rates, converts_dtype, measure_rates, this_machine
 
 SETTINGS = """System-wide power settings:
 Currently in use:
@@ -122,7 +122,7 @@ def test_a_gpu_is_warmed_up_before_it_is_timed(monkeypatch, tmp_path, device, wa
     monkeypatch.setattr(machine, "_disk", lambda folder: (1.0, 1.0))
     monkeypatch.setattr(machine.time, "perf_counter", tick)
     monkeypatch.setattr(machine, "_seconds", seconds)
-    machine.measure_rates(tmp_path, mx.float32)
+    measure_rates(tmp_path, mx.float32)
     assert (timed[0] >= 0.2) == warm
 
 

@@ -1,7 +1,6 @@
 """The planner as a pure function: what fits, the fastest of it, and words where nothing does."""
 
 import re
-import time
 from dataclasses import replace
 
 import pytest
@@ -9,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.measure.units import size
 from mlx_edgelora.planner.cost import Memory
 from mlx_edgelora.planner.duration import seconds
 from mlx_edgelora.planner.machine import Machine, Rates
@@ -119,13 +119,6 @@ def test_plenty_is_plain_backpropagation():
     assert (found.adapters, found.tile_tokens, found.micro_batches) == ("resident", None, 1)
 
 
-def test_the_search_takes_less_than_a_second():
-    start = time.process_time()  # other processes may run beside
-    for budget in (GB // 2, 2 * GB, 8 * GB):
-        plan(replace(SHAPE, blocks=80, adapted=80), LOAD, MACHINE, budget)
-    assert (time.process_time() - start) / 3 < 1
-
-
 def test_the_search_looks_at_few_of_many_plans(monkeypatch):
     """A thousand ways, each with up to 16 fills: all that fit took 16,570 looks, 4337 do."""
     shape, batch_shape = replace(SHAPE, blocks=63, adapted=63), BatchShape(12, 1024, 12 * 300)
@@ -175,13 +168,17 @@ def test_a_measured_peak_corrects_the_expected_one():
     assert second.seconds >= first.seconds
 
 
+def said(needed):
+    return size(-(-needed // 10**6) * 10**6, up=True)
+
+
 def test_a_budget_that_is_too_small_names_what_would_help():
     fixed = {"micro_batches": 1}  # else a smaller batch would help nothing
     with pytest.raises(EdgeLoraError) as caught:
         plan(SHAPE, LOAD, MACHINE, 20 * 10**6, fixed)
     text = str(caught.value)
     least = smallest(SHAPE, LOAD, MACHINE, fixed).needs
-    assert text.startswith(f"memory_budget: got 20 MB, expected at least {-(-least // 10**6)} MB")
+    assert text.startswith(f"memory_budget: got 20.0 MB, expected at least {said(least)} for")
     for option in ("max_seq_length 1024 needs", "rank 8 needs", "batch_size 2 needs"):
         assert option in text
     assert "\n" not in text
@@ -199,10 +196,10 @@ def test_less_than_a_megabyte_helps_nothing():
     assert halved < least < halved + 10**6 / 2
     assert text.endswith("(rank 8 and batch_size 2 would not help)")
     # Rows are halved further until it can be seen.
-    tokens, size = map(int, re.search(r"max_seq_length (\d+) needs (\d+) MB", text).groups())
-    longer = BatchShape(LOAD.rows, 2 * tokens, LOAD.labelled * 2 * tokens // LOAD.tokens)
+    tokens, needed = re.search(r"max_seq_length (\d+) needs ([\d.]+ [MG]B)", text).groups()
+    longer = BatchShape(LOAD.rows, 2 * int(tokens), LOAD.labelled * 2 * int(tokens) // LOAD.tokens)
     needs = smallest(shape, longer, MACHINE).needs
-    assert needs < least and -(-needs // 10**6) == -(-least // 10**6) > size
+    assert needs < least and said(needs) == said(least) != needed
 
 
 def test_what_helps_where_tokens_and_rows_are_computed_a_few_at_a_time():

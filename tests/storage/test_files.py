@@ -200,6 +200,6 @@ def test_make_folder_where_a_file_stands(tmp_path):
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
 def test_make_folder_that_is_not_writable(tmp_path, monkeypatch, code):
-    monkeypatch.setattr(files.Path, "touch", failing(code))
+    monkeypatch.setattr(files.os, "open", failing(code))
     with pytest.raises(EdgeLoraError, match=r"change its permissions or choose another folder"):
         make_folder(tmp_path)

@@ -47,7 +47,7 @@ def test_fastest_volume_is_taken(tmp_path, monkeypatch):
         monkeypatch.setattr(stores, "_write_seconds", seconds.__getitem__)
         folder, reason = spill_folder([tmp_path, other])
         assert seconds[folder] == 0.25
-        assert reason == "the fastest of 2 disks: 8.4 MB written in 0.250 s"
+        assert reason == "the fastest of 2 volumes: 8.00 MB written in 0.250 s"
 
 
 def test_full_volume_is_the_last_choice(tmp_path, monkeypatch):

@@ -282,7 +282,7 @@ def test_full_disk_is_one_sentence(tmp_path, monkeypatch, reserving):
     else:
         monkeypatch.delattr(os, "posix_fallocate", raising=False)
         monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(EdgeLoraError, match=r"needs 12\.6 MB \(.*B are free.*--spill-dir"):
+    with pytest.raises(EdgeLoraError, match=r"needs 12.6 MB there .*[MG]B are free.*--spill-dir"):
         store.reserve(3, 4 * MIB)
     store.close()
 

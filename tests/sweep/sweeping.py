@@ -56,7 +56,7 @@ from mlx_edgelora.layers import attention as layers_attention
 from mlx_edgelora.model.loading import open_model
 from mlx_edgelora.model.lora import add_lora
 from mlx_edgelora.planner.plan import Plan
-from mlx_edgelora.training.finetune import plan_report
+from mlx_edgelora.training.inspecting import plan_report
 
 CONFIGS = Path(__file__).parent / "configs.json"
 ROWS, TOKENS, WORDS = 2, 40, 90

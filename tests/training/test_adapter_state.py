@@ -7,11 +7,13 @@ import sys
 
 import mlx.core as mx
 import mlx.optimizers as optimizers
+import numpy as np
 import pytest
 from architectures import add_lora, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from pairwise import pairwise
 
 from mlx_edgelora.config import OPTIMIZERS
 from mlx_edgelora.engine.adapter_state import ResidentAdapterState
@@ -57,7 +59,10 @@ def parameters(model):
     return dict(tree_flatten(model.trainable_parameters()))
 
 
-@pytest.fixture(params=["resident", "paged"])
+HOMES = "resident", "paged"
+
+
+@pytest.fixture(params=HOMES)
 def home(request, tmp_path):
     """home(model) -> that model's trained parameters in a home, closed afterwards."""
     made = []
@@ -93,14 +98,14 @@ def shapes_of(model):
     return {name: value.shape for name, value in parameters(model).items()}
 
 
-def give(trained, gradients):
+def give(trained, gradients, *look):
     """As the engine does: the last block first, what lies outside at the end."""
     groups = {}
     for name, value in gradients.items():
         index = name.split("layers.")[1].split(".")[0] if "layers." in name else "-1"
         groups.setdefault(int(index), {})[name] = value
     for index in sorted(groups, reverse=True):
-        trained.add(groups[index])
+        trained.add(groups[index], *look)
         assert groups[index] == {}
 
 
@@ -126,9 +131,11 @@ def reference_step(model, optimizer, batches, max_norm=None):
     return norm
 
 
-@pytest.mark.parametrize(("batches", "max_norm"), [(1, None), (3, None), (1, 2.0), (3, 2.0)])
-@pytest.mark.parametrize("scheduled", [False, True], ids=["rate", "schedule"])
-@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize(
+    ("home", "name", "scheduled", "batches", "max_norm"),
+    pairwise(HOMES, MAKE, [False, True], [1, 3], [None, 2.0]),
+    indirect=["home"],
+)
 def test_steps_are_those_of_mlx_bit_for_bit(home, name, scheduled, batches, max_norm):
     rate = optimizers.linear_schedule(1e-2, 1e-3, 3) if scheduled else 1e-2
     plain, ours = MAKE[name](rate), MAKE[name](rate)
@@ -206,6 +213,22 @@ def test_values_are_loaded_and_given(home):
     assert len(got) == len(values)
     with pytest.raises(KeyError):
         got["model.layers.0.self_attn.q_proj.lora_a"]  # a block that is not adapted
+
+
+def test_the_sums_are_shown_as_they_grow(home):
+    model = make_model()
+    trained, total = home(model), {}
+    trained.start(optimizers.SGD(0.1))
+    for seed in range(2):
+        more, shown = gradients_of(shapes_of(model), seed), {}
+        total = {name: value + total[name] if total else value for name, value in more.items()}
+        give(trained, more, lambda sums, shown=shown: shown.update(copied(sums)))
+        assert shown.keys() == total.keys()
+        assert all(np.array_equal(shown[name], np.array(total[name])) for name in total)
+
+
+def copied(arrays):
+    return {name: np.array(array) for name, array in arrays.items()}
 
 
 def test_a_start_forgets_what_was_summed(home):
@@ -330,7 +353,7 @@ def full(*_):
 
 def test_a_full_disk_is_one_sentence(paged, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
-    sentence = r"scratch file of adapters needs .*B \(.*are free.*or use --adapters resident"
+    sentence = r"spilling adapters needs [\d.]+ kB there .*are free.*or use --adapters resident"
     with pytest.raises(EdgeLoraError, match=sentence):
         paged.start(optimizers.AdamW(1e-3))
     model = make_model()

@@ -8,12 +8,12 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from mlx_lm.tuner.utils import load_adapters
-from training_helpers import make_model
+from training_helpers import load_adapter_weights, make_model
 
 from mlx_edgelora.config import LoraParameters, TrainConfig
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.storage import files
-from mlx_edgelora.training.adapters import load_adapter_weights, save_adapters
+from mlx_edgelora.training.adapters import save_adapters
 
 CONFIG = TrainConfig(num_layers=-1, lora_parameters=LoraParameters(4, scale=8.0)).to_dict()
 WEIGHTS = {"b.lora_a": mx.arange(6.0).reshape(2, 3), "a.lora_b": mx.ones((3, 4))}

@@ -21,7 +21,7 @@ from mlx_edgelora.engine.step import Engine
 from mlx_edgelora.model.weights import ResidentWeights
 from mlx_edgelora.plan import main as plan
 from mlx_edgelora.planner import machine
-from mlx_edgelora.training import adapters, awake, loop, rehearsal, verdict, verification
+from mlx_edgelora.training import adapters, awake, loop, opening, rehearsal, verdict, verification
 from mlx_edgelora.verify import main as verify
 
 finetuning = importlib.import_module("mlx_edgelora.training.finetune")
@@ -154,15 +154,16 @@ def test_what_else_was_ended_in_the_step_does_not_stop_the_save(run, at_step, mo
 @pytest.mark.parametrize(
     ("owner", "name", "changes"),
     [
-        (machine, "measure_rates", {"dtype": "bfloat16"}),  # where it was not measured before
-        (finetuning, "settle", {}),
-        (rehearsal, "passed", {"memory_budget": "60MB"}),
+        (machine, "measure_rates", {}),
+        (opening, "measure_and_replan", {}),
+        (rehearsal, "measure_pass", {"memory_budget": "60MB"}),
         (verdict, "_differences", {"verify": "on"}),
     ],
     ids=["rates", "measuring", "rehearsal", "verification"],
 )
 def test_before_the_first_step(run, monkeypatch, tmp_path, owner, name, changes):
     monkeypatch.setattr(rehearsal, "NEAR", 0.0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     calls = failing(monkeypatch, owner, name, lambda: True)
     status, sentence = run(**changes)
     assert (status, len(calls)) == (2, 1)
@@ -177,9 +178,10 @@ def test_while_the_test_set_is_evaluated(run, monkeypatch, tmp_path):
     assert adapter(tmp_path)
 
 
-def test_the_command_that_plans(run, monkeypatch):
-    failing(monkeypatch, machine, "measured", lambda: True)
-    status, sentence = run(plan, dtype="bfloat16")
+def test_the_command_that_plans(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    failing(monkeypatch, machine, "measure_rates", lambda: True)
+    status, sentence = run(plan)
     assert status == 2 and sentence.startswith(ENDED)
 
 
@@ -219,8 +221,10 @@ def test_other_means_that_run_out(run, at_step, monkeypatch, tmp_path, text, exp
 
 def test_any_other_error_in_a_step_comes_through(run, at_step, monkeypatch, tmp_path):
     failing(monkeypatch, Engine, "backward", lambda: at_step() == 3, "shapes differ")
+    status, sentence = run()
+    assert status == 70 and sentence.startswith("unexpected RuntimeError: shapes differ; ")
     with pytest.raises(RuntimeError, match="shapes differ"):
-        run()
+        run(lambda argv: command.main([*argv, "--debug", "--overwrite"]))
 
 
 # The driver's own limit

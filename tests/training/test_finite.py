@@ -1,9 +1,9 @@
-"""Flags are gathered while a step runs, and the first bad array is named at its end."""
+"""Squares are gathered while a step runs; at its end they tell the first bad array and the norm."""
 
 import mlx.core as mx
 import pytest
 
-from mlx_edgelora.engine.finite import FiniteCheck, first_non_finite
+from mlx_edgelora.engine.finite import Magnitudes, first_non_finite
 
 BAD = [float("nan"), float("inf"), -float("inf")]
 
@@ -33,7 +33,7 @@ def test_the_largest_numbers_are_finite(dtype):
 
 
 def test_the_first_bad_one_is_named_in_the_order_in_which_they_came():
-    finite = FiniteCheck()
+    finite = Magnitudes()
     finite.add({"a": mx.ones(2), "b": mx.ones(3)})
     finite.add({})
     finite.add({"c": mx.ones(1), "d": with_one(BAD[0])})
@@ -41,11 +41,12 @@ def test_the_first_bad_one_is_named_in_the_order_in_which_they_came():
     assert finite.first_bad() == "d"
 
 
-def test_what_was_told_is_forgotten():
-    finite = FiniteCheck()
-    assert finite.first_bad() is None
+def test_what_is_cleared_is_forgotten():
+    finite = Magnitudes()
+    assert finite.first_bad() is None and finite.norm() is None
     finite.add({"a": with_one(BAD[0])})
     assert finite.first_bad() == "a"
+    finite.clear()
     assert finite.first_bad() is None
     finite.add({"b": mx.ones(2)})
     assert finite.first_bad() is None
@@ -53,9 +54,23 @@ def test_what_was_told_is_forgotten():
     assert finite.first_bad() == "a"
 
 
+def test_the_norm_is_that_of_the_last_sums():
+    finite = Magnitudes()
+    finite.add({"a": mx.full((3, 5), 7.0), "b": mx.array([3.0, 4.0], mx.bfloat16)})
+    finite.add({"a": mx.zeros((2, 2)), "c": mx.array([[0.0, 12.0]], mx.float16)})
+    assert finite.norm() == pytest.approx(13.0)
+
+
+@pytest.mark.skipif(mx.default_device() == mx.gpu, reason="squares are of float32 there")
+def test_squares_of_large_numbers_do_not_overflow():
+    finite = Magnitudes()
+    finite.add({"a": mx.array([3e30, 4e30])})
+    assert finite.first_bad() is None and finite.norm() == pytest.approx(5e30)
+
+
 def test_a_flag_is_of_the_array_as_it_was():
     """Gradients are added into one buffer, and let go, before the flags are read."""
-    finite, gradients = FiniteCheck(), {"a": with_one(BAD[0]), "b": mx.ones(2)}
+    finite, gradients = Magnitudes(), {"a": with_one(BAD[0]), "b": mx.ones(2)}
     finite.add(gradients)
     gradients["a"] = gradients["b"] = None
     assert finite.first_bad() == "a"
@@ -69,7 +84,7 @@ def test_arrays_that_do_not_lie_densely():
 
 
 def test_nothing_of_an_array_is_kept(memory):
-    finite, size = FiniteCheck(), 2**20
+    finite, size = Magnitudes(), 2**20
     before = mx.get_active_memory()
     for _ in range(3):
         array = mx.ones((size,))

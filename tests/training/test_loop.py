@@ -4,16 +4,23 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.optimizers import clip_grad_norm
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner import trainer
-from training_helpers import RECORD_KEYS, PlainEngine, Recorder, make_model, make_rows
+from training_helpers import (
+    PlainEngine,
+    Recorder,
+    load_adapter_weights,
+    make_model,
+    make_rows,
+    record_keys,
+)
 
 from mlx_edgelora.data.batches import iterate_batches
 from mlx_edgelora.data.dataset import Dataset, Row
 from mlx_edgelora.engine.optimizer import build_optimizer
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.measure.meter import reset_peak
-from mlx_edgelora.training.adapters import load_adapter_weights
 from mlx_edgelora.training.evaluate import evaluate
 from mlx_edgelora.training.log import RunLog
 from mlx_edgelora.training.loop import TrainResult, train
@@ -170,6 +177,44 @@ def test_the_remainder_of_accumulation_is_applied_as_its_own_mean(make_config, q
         assert mx.allclose(parameters(engine.model)[name], array, rtol=1e-5, atol=1e-8), name
 
 
+@pytest.mark.parametrize("clipped", [None, 0.05])
+def test_batches_whose_gradients_are_accumulated_count_by_their_labels(make_config, quiet, clipped):
+    """They are one batch of all their rows; mlx-lm lets a batch of three labels count as much."""
+    options = {"optimizer": "sgd", "learning_rate": 0.5, "max_grad_norm": clipped}
+    rows, found = make_rows(5, [16, 3, 9, 4, 13]), []
+    for size, steps in ((5, 1), (1, 5), (2, 3)):
+        config = make_config(batch_size=size, grad_accumulation_steps=steps, iters=steps, **options)
+        engine, _ = run(config, quiet, rows)
+        found.append(parameters(engine.model))
+    for other in found[1:]:
+        for name, array in found[0].items():
+            assert mx.allclose(other[name], array, rtol=1e-4, atol=1e-7), name
+    reference = PlainEngine(make_model())
+    trees = [reference.value_and_grad(batch)[1] for batch in iterate_batches(rows, 1, 16)]
+    mean = tree_map(lambda *leaves: sum(leaves) / len(leaves), *trees)
+    build_optimizer(config).update(reference.model, mean)
+    theirs = parameters(reference.model)
+    assert not all(mx.allclose(theirs[n], found[0][n], rtol=1e-2, atol=1e-5) for n in theirs)
+
+
+def test_a_set_smaller_than_a_batch_is_trained_and_validated(make_config, quiet):
+    config, recorder = make_config(batch_size=8, iters=3, steps_per_eval=1), Recorder()
+    rows, valid = make_rows(3, [16, 9, 4]), make_rows(2, [5, 7], seed=1)
+    _, result = run(config, quiet, rows, valid, callbacks=[recorder])
+    assert result.trained_tokens == 3 * (15 + 8 + 3)
+    assert len(recorder.val) == 3 and all(np.isfinite(info["val_loss"]) for info in recorder.val)
+
+
+def test_every_row_is_validated_and_counts_by_its_labels(make_config):
+    engine, rows = PlainEngine(make_model()), make_rows(7, [4, 4, 9, 9, 16, 16, 12])
+    config = make_config(batch_size=3)
+    loss, tokens = evaluate(engine, rows, config, -1)
+    (whole,) = iterate_batches(rows, 7, 16)
+    expected, count = engine.loss(whole)
+    assert tokens == count == 63
+    assert loss == pytest.approx(expected.item(), rel=1e-6)
+
+
 def test_saves_every_so_many_steps_and_at_the_end(make_config, quiet):
     config = make_config(iters=5, save_every=2)
     engine, result = run(config, quiet)
@@ -179,6 +224,7 @@ def test_saves_every_so_many_steps_and_at_the_end(make_config, quiet):
         "0000004_adapters.safetensors",
         "adapter_config.json",
         WEIGHTS,
+        "checkpoints",
     ]
     assert same(on_disk(config, engine.model), parameters(engine.model))
     assert not same(
@@ -197,7 +243,7 @@ def test_log_records(make_config, quiet, tmp_path):
         _, result = run(config, quiet, valid=make_rows(4, 16), log=log)
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert [list(record) for record in records] == [
-        ["iteration", kind, *RECORD_KEYS, "recent_peak_bytes"]
+        [*record_keys(kind), "recent_peak_bytes"]
         for kind in ("val_loss", "train_loss", "val_loss", "train_loss")
     ]
     assert [record["iteration"] for record in records] == [0, 2, 3, 4]
@@ -270,10 +316,16 @@ def test_a_gradient_that_is_not_finite_is_named(make_config, quiet):
 
 
 def test_what_follows_a_bad_gradient_is_added_and_nothing_updated(make_config, quiet, monkeypatch):
-    """Flags are read at the end of a step, also where more steps make one update."""
+    """Squares are read at the end of a step, also where more steps make one update."""
     engine = Spoiled(make_model(), step=2, gradient=float("nan"))
     added, trained = [], engine.adapters
-    monkeypatch.setattr(trained, "add", lambda gradients: added.append(sorted(gradients)))
+    add = trained.add
+
+    def noted(gradients, look):
+        added.append(sorted(gradients))
+        add(gradients, look)
+
+    monkeypatch.setattr(trained, "add", noted)
     monkeypatch.setattr(trained, "update", lambda *_: pytest.fail("there was an update"))
     with pytest.raises(EdgeLoraError, match=r"step 2: the gradient of .*q_proj\.lora_b holds NaN"):
         run(make_config(grad_accumulation_steps=4), quiet, engine=engine)
@@ -388,3 +440,28 @@ def test_data_order_follows_the_seed(make_config, quiet):
         losses.append([info["train_loss"] for info in recorder.train])
     assert losses[0] == losses[1]
     assert losses[0] != losses[2]
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("most", [None, 1e-3])
+def test_the_norm_is_that_of_mlx_before_clipping(make_config, quiet, accumulation, most):
+    config = make_config(
+        iters=3,
+        grad_accumulation_steps=accumulation,
+        max_grad_norm=most,
+        learning_rate=1e-30,
+        optimizer="sgd",
+        steps_per_report=1,
+    )
+    rows, recorder = make_rows(8, 16), Recorder()
+    engine, _ = run(config, quiet, rows, callbacks=[recorder])
+    batches = iterate_batches(rows, 2, config.max_seq_length, loop=True, seed=config.seed)
+    each = [engine.value_and_grad(batch)[1] for _, batch in zip(range(3), batches, strict=False)]
+    if accumulation == 3:
+        mean = tree_map(lambda *gradients: sum(gradients) / 3, *each)
+        expected = [None, None, clip_grad_norm(mean, 1.0)[1].item()]
+    else:
+        expected = [clip_grad_norm(gradients, 1.0)[1].item() for gradients in each]
+    assert [info.get("grad_norm") for info in recorder.train] == [
+        norm and pytest.approx(norm, rel=1e-5) for norm in expected
+    ]

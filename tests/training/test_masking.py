@@ -109,11 +109,13 @@ WHOLE = {("gemma2", 3), ("deepseek_v3", 3), ("qwen3_next", 3), ("olmo_hybrid", 3
 @pytest.mark.parametrize("quantized", [False, True], ids=["float", "4bit"])
 @pytest.mark.parametrize(("name", "layers"), MODELS, ids=str)
 def test_gradients_equal_autodiff_of_the_masked_loss(name, layers, quantized, tmp_path):
+    """Of a model's batches its floats meet some, and its packed weights others."""
+    turn = MODELS.index((name, layers)) + quantized
     folder = save(tmp_path, name, quantized, num_hidden_layers=layers)
     ours, model = engine(folder, loss=CrossEntropy(16_384)), plain(folder)
     assert ours.walk.computes_rows_only == ((name, layers) not in WHOLE)
     try:
-        for made in BATCHES.values():
+        for made in list(BATCHES.values())[turn % 3 :: 3]:
             check(ours, model, made)
     finally:
         ours.close()
@@ -149,8 +151,8 @@ def test_filled_up_with_tokens_that_carry_no_label(name, way, tmp_path):
     ours = engine(folder, loss=CrossEntropy(16_384), compiled=True, **FILLED[way])
     assert ours.walk.is_compiled  # as far as MLX is asked: it does not here
     model = plain(folder)
-    for made in BATCHES.values():
-        check(ours, model, made)
+    for made in ("one label", "scattered", "a row without labels", "all tokens"):
+        check(ours, model, BATCHES[made])
     ours.close()
 
 
@@ -238,10 +240,10 @@ def test_in_other_tiles_rows_kept_are_the_unmasked_ones_to_rounding():
 def walked(ours, made, rows, cotangent):
     """Hidden states and gradients of one pass for some rows; for all where they are None."""
     tokens = mx.array(made.inputs())
-    with ours._walk.forward(lambda: ours.model(tokens), rows=rows) as state:
+    with ours.walk.forward(lambda: ours.model(tokens), rows=rows) as state:
         hidden, state.hidden, state.cotangent = state.hidden, None, cotangent
         gradients = {}
-        for more in ours._walk.backward(state):
+        for more in ours.walk.backward(state):
             gradients |= more
     return hidden, gradients
 

@@ -24,9 +24,15 @@ def test_facts_of_the_embedded_run(embedded):
     assert summary.lines(summary.facts(*embedded)).splitlines() == [
         "model      the tiny model of this package (4 blocks, 1.15 M parameters, 4-bit)",
         "data       800 rows for training, 64 rows for validation; longest 31 tokens",
+        "batches    100 an epoch, of 8 rows; 15 % of their tokens are padding",
         "adapters   rank 8 on all 4 blocks; trainable 7.3 % (83,968 of 1.15 M)",
         "optimizer  adamw, learning rate 0.0003; 50 steps of 8 rows",
     ]
+
+
+def test_lines_about_rows_follow_those_about_data(embedded):
+    lines = summary.lines(summary.facts(*embedded, ["text (text)", "no valid set"]))
+    assert lines.splitlines()[2] == "rows       text (text); no valid set"
 
 
 def test_long_lines_go_on_below(embedded, monkeypatch):
@@ -36,7 +42,7 @@ def test_long_lines_go_on_below(embedded, monkeypatch):
     facts = summary.facts(replace(config, data=place), lazy, sets)
     lines = summary.lines(facts).splitlines()
     assert lines[1].startswith("data       ~/a/long folder")
-    assert lines[2].startswith(" " * summary.NAMES) and max(map(len, lines)) <= summary.COLUMNS
+    assert lines[2].startswith(" " * summary.NAMES) and max(map(len, lines)) <= 80
 
 
 @pytest.mark.parametrize(

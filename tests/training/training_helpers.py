@@ -9,11 +9,11 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_edgelora.engine.adapter_state import ResidentAdapterState
 from mlx_edgelora.measure.meter import DiskMeter
+from mlx_edgelora.training.adapters import read_adapter_weights
 
 VOCABULARY = 50
-# Of a record of the log, behind `iteration` and the loss.
-RECORD_KEYS = [
-    "learning_rate",
+# Of a record of the log, behind `iteration`, the loss and the learning rate.
+_KEYS = [
     "tokens_per_second",
     "trained_tokens",
     "peak_memory_bytes",
@@ -22,6 +22,12 @@ RECORD_KEYS = [
     "disk_write_bytes",
     "time",
 ]
+
+
+def record_keys(kind):
+    """Of a record of the log: training has a norm of gradients."""
+    norm = ["grad_norm"] if kind == "train_loss" else []
+    return ["iteration", kind, "learning_rate", *norm, *_KEYS]
 
 
 def make_model(seed=0, blocks=2, dropout=0.0):
@@ -93,3 +99,8 @@ def make_rows(count, lengths, seed=0):
     generator = np.random.default_rng(seed)
     lengths = [lengths] * count if isinstance(lengths, int) else lengths
     return [(generator.integers(1, VOCABULARY, length).tolist(), 0) for length in lengths]
+
+
+def load_adapter_weights(file, expected):
+    """All arrays of an adapter by name."""
+    return dict(read_adapter_weights(file, expected))

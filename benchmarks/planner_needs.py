@@ -1,30 +1,15 @@
-"""The numbers of the planner's formula, fitted to phases that are measured on this machine.
+"""The numbers of the planner's formula, fitted to measured phases; `planner.py` runs it."""
 
-    python benchmarks/needs.py --collect phases.jsonl --shape llama-3.2-1b --blocks 4 --rank 4
-    python benchmarks/needs.py --fit phases.jsonl other.jsonl
-
-`--collect` measures phases of one shape as a run does before its first step
-(`training/sampling.py`), for several batches and ways to compute them, and appends a line for
-each. `--fit` prints for every kind of phase the numbers for the terms of `planner/needs.py`, none
-below 0, with the least relative error, and how far off these and the present ones are; it needs
-scipy. Products of bfloat16 are a stand-in's (`benchmarks/floor.py`).
-"""
-
-import argparse
 import json
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
-import floor
-import mlx.core as mx
 import numpy as np
-from plans import Case, Planned
 
-from mlx_edgelora.benchmark.shapes import default_cache
 from mlx_edgelora.engine.build import Settings, build_engine
-from mlx_edgelora.model.loading import DTYPES
 from mlx_edgelora.planner.measured import Measurements
 from mlx_edgelora.planner.needs import MIB, TERMS, sizes_of
 from mlx_edgelora.planner.plan import Plan
@@ -53,12 +38,14 @@ def ways(batch_shape: BatchShape) -> Iterator[Plan]:
             yield replace(base, kept_blocks=2, head=head)
 
 
-def collect(args: argparse.Namespace) -> None:
-    """Append what phases of one shape need."""
-    case = Case(args.shape, args.blocks, 128, 1, args.rank, args.dtype, 0.3, None)
-    planned = Planned(args, case)
-    if args.dtype == "bfloat16":
-        floor.stand_in(DTYPES[args.dtype])
+def collect(planned: Any, settings: Settings, file: Path) -> None:
+    """Append what phases need.
+
+    Args:
+        planned: a model, as `planner.Planned`.
+        settings: of its engines.
+        file: gets a line for each phase.
+    """
     for rows, tokens, share in LOADS:
         batch_shape = BatchShape(rows, tokens, max(1, round(rows * tokens * share)))
         for plan in ways(batch_shape):
@@ -75,13 +62,13 @@ def collect(args: argparse.Namespace) -> None:
                 True,
                 measurements,
             )
-            with build_engine(planned.lazy(), plan, Settings(args.cache, args.dtype)) as engine:
+            with build_engine(planned.lazy(), plan, settings) as engine:
                 spent = sample(engine, RunPlan(*arguments))
             print(f"{batch_shape}, {plan.tile_tokens or 'all'} tokens, {spent:.1f} s", flush=True)
-            with args.collect.open("a") as file:
+            with file.open("a") as target:
                 for kind, way, measured, taken in measurements.rows():
                     row = [asdict(planned.shape), kind, way, asdict(measured), taken.bytes]
-                    file.write(json.dumps(row) + "\n")
+                    target.write(json.dumps(row) + "\n")
 
 
 def fit(files: list[Path]) -> None:
@@ -105,27 +92,3 @@ def fit(files: list[Path]) -> None:
             errors = 100 * (x @ np.array(those) - y) / scale
             mean, low, high = np.abs(errors).mean(), errors.min(), errors.max()
             print(f"  {name}: {mean:.0f} % off on average, from {low:+.0f} to {high:+.0f} %")
-
-
-def main() -> None:
-    """Collect or fit."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--collect", type=Path, metavar="FILE", help="append phases to this file")
-    what.add_argument("--fit", type=Path, nargs="+", metavar="FILE", help="fit to these files")
-    parser.add_argument("--shape", default="qwen2.5-0.5b", help="of the model (%(default)s)")
-    parser.add_argument("--blocks", type=int, default=4, help="of it (%(default)s)")
-    parser.add_argument("--rank", type=int, default=8, help="of adapters (%(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="(%(default)s)")
-    parser.add_argument("--cache", type=Path, default=default_cache(), help="of random models")
-    args = parser.parse_args()
-    mx.set_cache_limit(0)
-    if args.fit:
-        fit(args.fit)
-    else:
-        args.cache.mkdir(parents=True, exist_ok=True)
-        collect(args)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,18 +1,31 @@
-"""Whether plans keep their promise: real steps against what was expected of them.
+"""The planner beside reality: whether plans keep their promise, what fits, the formula's numbers.
 
-    python benchmarks/plans.py --grid
-    python benchmarks/plans.py --budgets --shape llama-3.2-3b --blocks 8 --tokens 256 --plot p.png
+    python benchmarks/planner.py grid
+    python benchmarks/planner.py budgets --shape llama-3.2-3b --blocks 8 --tokens 256 --plot p.png
+    python benchmarks/planner.py fits
+    python benchmarks/planner.py collect phases.jsonl --shape llama-3.2-1b --blocks 4 --rank 4
+    python benchmarks/planner.py fit phases.jsonl other.jsonl
 
-`--grid` makes one step for each of some 60 combinations of shape, context, batch, rank, dtype and
+`grid` makes one step for each of some 60 combinations of shape, context, batch, rank, dtype and
 budget, each planned by the budget alone, as a run is: with what a few blocks take on this machine
 (`training/sampling.py`). `formula` is the peak that was expected before anything was measured,
 `expected` the planner's after it, `measured` that of `mx.get_peak_memory` over the second step
 (MLX's buffer cache off, its memory limit set to the budget), weights, adapters, gradients
 and optimizer state included. Rows marked * have products of bfloat16 by a stand-in
-(`benchmarks/floor.py`): the same arrays, without meaning.
+(`benchmarks/memory.py`): the same arrays, without meaning.
 
-`--budgets` times plans between the smallest budget and plenty for one shape, in turn, and prints
+`budgets` times plans between the smallest budget and plenty for one shape, in turn, and prints
 how much faster each is than the one before.
+
+`fits` is the README's table, by the formula alone: of each shape a block or a few of random 4-bit
+weights are made, and the planner is asked about the model of full depth, one row of 2048 tokens,
+half of them labelled, bfloat16, rank 8 on all blocks. Which of two ways is faster follows from the
+rates of the machine that this runs on.
+
+`collect` measures phases of one shape as a run does before its first step, for several batches and
+ways to compute them, and appends a line for each to a file. `fit` prints for every kind of phase
+the numbers for the terms of `planner/needs.py`, none below 0, with the least relative error, and
+how far off these and the present ones are; it needs scipy.
 """
 
 import argparse
@@ -23,16 +36,18 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import floor
+import memory
 import mlx.core as mx
 import mlx.optimizers as optimizers
 import numpy as np
+import planner_needs
 
-from mlx_edgelora.benchmark.shapes import default_cache
+from mlx_edgelora.benchmark.shapes import SHAPES, checkpoint, default_cache
 from mlx_edgelora.blocks.checks import checked_blocks
 from mlx_edgelora.data import Batch
 from mlx_edgelora.engine.build import Settings, build_engine
 from mlx_edgelora.engine.step import Engine
+from mlx_edgelora.measure.units import size
 from mlx_edgelora.model.checkpoint import LazyModel
 from mlx_edgelora.model.loading import DTYPES, open_model
 from mlx_edgelora.model.lora import add_lora
@@ -48,6 +63,10 @@ from mlx_edgelora.training.sampling import first_plan, measure_and_replan
 MB = 10**6
 # Budgets of the grid, in multiples of the smallest that works; None is plenty.
 BUDGETS = (1.03, 1.25, 1.6, 2.5, 4.0, None)
+# Of `fits`: blocks that are made of each shape, budgets in bytes, and the batch.
+MADE = {"llama-3.2-1b": 4, "llama-3.2-3b": 3, "llama-3.1-8b": 1, "llama-3.3-70b": 1}
+BYTES = (4 * 10**9, 10 * 10**9, 22 * 10**9)
+LOAD = BatchShape(1, 2048, 1024)
 
 
 @dataclass(frozen=True)
@@ -94,7 +113,7 @@ class Planned:
     """A model of some shape and a batch, to be computed by plans."""
 
     def __init__(self, args: argparse.Namespace, case: Case) -> None:
-        self._folder = floor.checkpoint(args.cache, case.shape, case.blocks)
+        self._folder = checkpoint(args.cache, case.shape, case.blocks)
         self._case, self._cache = case, args.cache
         lazy = self.lazy()
         dtype = DTYPES[case.dtype]
@@ -188,7 +207,7 @@ def batch_of(case: Case, vocabulary: int) -> Batch:
     return Batch(rows, mask, tuple(range(case.rows)))
 
 
-def run_grid(args: argparse.Namespace) -> None:
+def grid_of_plans(args: argparse.Namespace) -> None:
     """Print a Markdown row for every case, and how far off the expected peaks were."""
     names = [
         "shape",
@@ -210,7 +229,7 @@ def run_grid(args: argparse.Namespace) -> None:
         if known is None or (known[0] != replace(case, times=None)):
             known = replace(case, times=None), Planned(args, case)
         if case.stands_in:
-            floor.stand_in(mx.bfloat16)
+            memory.stand_in(mx.bfloat16)
         try:
             with known[1].settled(case.times) as (chosen, first, engine):
                 budget, choice = chosen.budget.bytes, chosen.choice
@@ -243,7 +262,7 @@ def run_grid(args: argparse.Namespace) -> None:
         )
 
 
-def run_budgets(args: argparse.Namespace) -> None:
+def budgets(args: argparse.Namespace) -> None:
     """Time distinct plans in turn."""
     case = Case(args.shape, args.blocks, args.tokens, 1, 16, "float32", args.labelled, None)
     planned = Planned(args, case)
@@ -306,26 +325,60 @@ def draw(file: Path, choices: list[Choice], peaks: list[int], medians: list[floa
     figure.savefig(file, dpi=110)
 
 
+def fits(args: argparse.Namespace) -> None:
+    """Print what the planner says of every shape and budget."""
+    for name, made in MADE.items():
+        planned = Planned(args, Case(name, made, 128, 1, 8, "bfloat16", 0.5, None))
+        blocks = SHAPES[name][1]
+        shape = replace(planned.shape, blocks=blocks, adapted=blocks)
+        for budget in BYTES:
+            choice = plan(shape, LOAD, planned.machine, budget)
+            text = f"{size(choice.peak)} expected; {choice.plan.summary(blocks)}"
+            print(f"{name}, {size(budget)}: {text}", flush=True)
+
+
+def collect(args: argparse.Namespace) -> None:
+    """Append what phases of one shape need."""
+    case = Case(args.shape, args.blocks, 128, 1, args.rank, args.dtype, 0.3, None)
+    if args.dtype == "bfloat16":
+        memory.stand_in(DTYPES[args.dtype])
+    planned = Planned(args, case)
+    planner_needs.collect(planned, Settings(args.cache, args.dtype), args.file)
+
+
 def main() -> None:
-    """Run one of the two."""
+    """Run a subcommand."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--grid", action="store_true")
-    parser.add_argument("--budgets", action="store_true")
-    parser.add_argument("--shape", choices=floor.SHAPES, default="llama-3.2-3b")
-    parser.add_argument("--blocks", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--labelled", type=float, default=0.1, help="share of the tokens")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--gain", type=float, default=0.05, help="least of a plan over the last")
-    parser.add_argument("--plot", type=Path)
-    parser.add_argument("--cache", type=Path, default=default_cache())
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("grid", help="expected and measured peaks of some 60 plans")
+    one.set_defaults(run=grid_of_plans)
+    one = commands.add_parser("budgets", help="time against the budget")
+    one.add_argument("--shape", choices=SHAPES, default="llama-3.2-3b")
+    one.add_argument("--blocks", type=int, default=8)
+    one.add_argument("--tokens", type=int, default=256)
+    one.add_argument("--labelled", type=float, default=0.1, help="share of the tokens")
+    one.add_argument("--rounds", type=int, default=3)
+    one.add_argument("--gain", type=float, default=0.05, help="least of a plan over the last")
+    one.add_argument("--plot", type=Path)
+    one.set_defaults(run=budgets)
+    one = commands.add_parser("fits", help="what fits into how much memory")
+    one.set_defaults(run=fits)
+    one = commands.add_parser("collect", help="measure what phases need")
+    one.add_argument("file", type=Path, help="gets a line for each phase")
+    one.add_argument("--shape", choices=SHAPES, default="qwen2.5-0.5b")
+    one.add_argument("--blocks", type=int, default=4)
+    one.add_argument("--rank", type=int, default=8)
+    one.add_argument("--dtype", choices=DTYPES, default="float32")
+    one.set_defaults(run=collect)
+    one = commands.add_parser("fit", help="fit the formula to phases")
+    one.add_argument("files", type=Path, nargs="+")
+    one.set_defaults(run=lambda args: planner_needs.fit(args.files))
+    for command in commands.choices.values():
+        command.add_argument("--cache", type=Path, default=default_cache())
     args = parser.parse_args()
     args.cache.mkdir(parents=True, exist_ok=True)
     mx.set_cache_limit(0)
-    if args.grid:
-        run_grid(args)
-    if args.budgets:
-        run_budgets(args)
+    args.run(args)
 
 
 if __name__ == "__main__":

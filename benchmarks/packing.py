@@ -1,0 +1,119 @@
+"""What packing gains: real tokens a second over short rows, packed and in padded batches.
+
+Rows of so many tokens on average, packed into rows of `--tokens`, against the same rows in padded
+batches, of four and of as many as have as many tokens. Real tokens a second, padding not counted.
+Contenders take turns, and each turn is a batch of packed rows or as many padded batches as have its
+tokens. A subcommand of `speed.py`.
+"""
+
+import argparse
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.optimizers as optimizers
+import numpy as np
+
+from mlx_edgelora.benchmark import shapes
+from mlx_edgelora.blocks.checks import checked_blocks
+from mlx_edgelora.data import iterate_batches
+from mlx_edgelora.data.batches import largest_batch, padding_share
+from mlx_edgelora.engine.build import Settings, build_engine
+from mlx_edgelora.model.loading import open_model
+from mlx_edgelora.model.lora import add_lora
+from mlx_edgelora.planner.machine import this_machine
+from mlx_edgelora.planner.search import plan
+from mlx_edgelora.planner.shape import shape_of
+from mlx_edgelora.planner.sizes import BatchShape
+
+RANK = 8
+
+
+class Rows:
+    """Steps over short rows, in batches of one kind.
+
+    Args:
+        folder: of the model.
+        rank: of the adapters.
+        rows: of (tokens, offset).
+        settings: of `iterate_batches`.
+        budget: bytes.
+        stack: closes the engine.
+    """
+
+    def __init__(
+        self, folder: Path, rank: int, rows: list, settings: dict, budget: int, stack: ExitStack
+    ) -> None:
+        lazy = open_model(str(folder), streamed=True, quantize=None, cache=folder)
+        add_lora(lazy.model, -1, rank=rank)
+        shape = shape_of(checked_blocks(lazy.model), lazy.vocabulary)
+        most = largest_batch([rows], **settings)
+        context = most.context if settings["packing"] else 0
+        load = BatchShape(most.rows, most.tokens, most.labels, context)
+        machine = this_machine(folder.parent, folder.parent, mx.float32)
+        choice = plan(shape, load, machine, budget)
+        self._engine = stack.enter_context(build_engine(lazy, choice.plan, Settings(folder.parent)))
+        self._optimizer = optimizers.AdamW(1e-5)
+        self._engine.adapters.start(self._optimizer)
+        self._batches = iterate_batches(rows, **settings, loop=True, seed=0)
+        self.padding = padding_share(rows, **settings, seed=0)
+        self.words = f"{load.rows} x {load.tokens}: {choice.plan.summary(shape.blocks)}"
+
+    def turn(self, least: int) -> tuple[float, float, int]:
+        """Train on so many real tokens or more; gives them a second, their mean loss, the peak."""
+        done, spent, losses = 0, 0.0, []
+        mx.reset_peak_memory()
+        while done < least:
+            batch = next(self._batches)
+            start = time.perf_counter()
+            loss, count = self._engine.backward(batch, self._engine.adapters.add)
+            self._engine.adapters.update(self._optimizer, 1)
+            mx.synchronize()
+            spent += time.perf_counter() - start
+            losses.append(loss.item())
+            done += count + len(batch.indices)  # the first token of a row is no label
+        return done / spent, float(np.mean(losses)), mx.get_peak_memory()
+
+
+def compare_packing(args: argparse.Namespace) -> None:
+    """Print real tokens a second of packed rows over those of padded batches."""
+    args.cache.mkdir(parents=True, exist_ok=True)
+    folder = shapes.checkpoint(args.cache, args.shape, args.blocks, "float32")
+    random = np.random.RandomState(0)
+    drawn = random.lognormal(np.log(args.short_rows) - 0.18, 0.6, 4000)
+    lengths = np.clip(drawn.round(), 8, args.tokens).astype(int)
+    vocabulary = shapes.SHAPES[args.shape][-1]
+    rows = [(random.randint(0, vocabulary, n).tolist(), 0) for n in lengths]
+    print(f"rows of {lengths.mean():.0f} tokens on average, {lengths.max()} at most")
+    common = {"max_seq_length": args.tokens + 1}
+    sizes = {"packed": 1, "4 rows": 4, "as many tokens": round(args.tokens / lengths.mean())}
+    with ExitStack() as stack:
+        contenders = {
+            name: Rows(
+                folder,
+                RANK,
+                rows,
+                common | {"batch_size": size, "packing": name == "packed"},
+                int(args.budget * 1e9),
+                stack,
+            )
+            for name, size in sizes.items()
+        }
+        found: dict[str, list[tuple[float, float, int]]] = {name: [] for name in sizes}
+        for number in range(args.steps + 1):
+            for name, contender in contenders.items():
+                turn = contender.turn(args.tokens * 9 // 10)
+                if number:  # the first one compiles and reads
+                    found[name].append(turn)
+    print("| batches of | padding | real tokens a second over packed | peak MB | mean loss |")
+    print("|---|---|---|---|---|")
+    for name, turns in found.items():
+        ratios = [own[0] / packed[0] for own, packed in zip(turns, found["packed"], strict=True)]
+        print(
+            f"| {name} | {contenders[name].padding:.0%} | {np.median(ratios):.3f} "
+            f"({min(ratios):.3f} to {max(ratios):.3f}) | {max(t[2] for t in turns) / 1e6:.0f} | "
+            f"{np.mean([t[1] for t in turns]):.3f} |"
+        )
+    for name, contender in contenders.items():
+        print(f"{name}: {contender.words}")

@@ -1,0 +1,28 @@
+"""What to write in place of options that other tools, or older versions of mlx-lm, have."""
+
+ITERS = "write epochs, or iters for steps"
+SAVES = "write save_every"
+ONLY_LORA = "only LoRA is trained here; take it out"
+
+HINTS = {
+    "lora_layers": "write num_layers, its name in mlx-lm today",
+    "steps_per_save": SAVES,
+    "save_steps": SAVES,
+    "num_epochs": ITERS,
+    "num_train_epochs": ITERS,
+    "max_steps": "write iters",
+    "use_dora": ONLY_LORA,
+    "lora_rank": "write rank under lora_parameters in a config file",
+    "lora_alpha": "write scale under lora_parameters in a config file: alpha / rank elsewhere",
+    "lora_dropout": "write dropout under lora_parameters in a config file",
+    "gradient_accumulation_steps": "write grad_accumulation_steps",
+    "gradient_checkpointing": "the memory budget decides what is recomputed; take it out",
+    "per_device_train_batch_size": "write batch_size",
+    "eval_steps": "write steps_per_eval",
+    "logging_steps": "write steps_per_report",
+    "output_dir": "write adapter_path",
+    "dataset": "write data",
+    "validation_split": "write val_split",
+    "completion_only": "write mask_prompt",
+    "train_on_completions": "write mask_prompt",
+}

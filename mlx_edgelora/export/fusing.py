@@ -1,0 +1,276 @@
+"""Merge adapters into their model, tensor by tensor.
+
+mlx-lm's own layers do the arithmetic (`fuse` of its LoRA and DoRA layers), on arrays that MLX has
+not read yet. Tensors are then computed, written and dropped one after the other, so that a model
+of any size is fused in the memory of a few of its tensors, and each tensor is that of
+`mlx_lm.fuse` to the last bit.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
+from mlx_lm.utils import dequantize_model, get_total_parameters, save_config
+
+from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.measure.units import size
+from mlx_edgelora.model.checkpoint import LazyModel, error_text
+from mlx_edgelora.model.loading import open_model
+from mlx_edgelora.storage.files import cannot_write, locked, sync, sync_folder, write_atomically
+from mlx_edgelora.storage.safetensors import read_header, write_tensors
+from mlx_edgelora.training.adapters import CONFIG_FILE, WEIGHTS_FILE, check_adapter
+
+# As mlx-lm's shards.
+SHARD_BYTES = 5 << 30
+# Beside the weights: what the tokenizer and generation need. Code is never copied.
+COMPANIONS = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "*.jsonl")
+NOT_COPIED = ("config.json", "model.safetensors.index.json")
+_NOTE = "fuse.json"
+
+Tensors = list[tuple[str, mx.array]]
+
+
+def fuse(
+    model: str | None,
+    adapters: Sequence[str | os.PathLike],
+    save_path: str | os.PathLike,
+    weights: Sequence[float] | None = None,
+    dequantize: bool = False,
+    notify: Callable[[str], None] = print,
+) -> Path:
+    """Write a model with adapters merged into its weights, in its own quantization.
+
+    Args:
+        model: a folder or a Hub name; None for the one that the first adapter was trained on.
+        adapters: their folders.
+        save_path: a folder that does not exist yet. A run that was interrupted goes on with the
+            shards that are missing.
+        weights: what each adapter is multiplied by; None for 1.
+        dequantize: write unpacked weights.
+        notify: gets a line for each shard.
+
+    Returns:
+        `save_path`. Memory: a few tensors. Disk: the size of the model.
+
+    Raises:
+        EdgeLoraError: an adapter does not fit the model or the others, or the disk is full;
+            `save_path` does not exist then.
+    """
+    adapters, save_path = [Path(folder) for folder in adapters], Path(save_path)
+    if save_path.exists():
+        raise EdgeLoraError(
+            f"save_path: {save_path} exists, expected a new folder; remove it or choose another"
+        )
+    configs = [_read_config(folder) for folder in adapters]
+    name = model or configs[0].get("model")
+    if not isinstance(name, str):
+        raise EdgeLoraError(f"{adapters[0] / CONFIG_FILE}: names no model; give one with --model")
+    for folder in adapters:
+        if note := check_adapter(folder / WEIGHTS_FILE):
+            notify(f"note: {note}")
+    lazy = open_model(name, streamed=False, quantize=None, cache=Path())
+    stamp = _stamp(lazy, adapters, weights, dequantize)
+    config = _merge(lazy, adapters, configs, weights, dequantize)
+    building = save_path.with_name(f".{save_path.name}.building")
+    try:
+        building.mkdir(parents=True, exist_ok=True)
+        with locked(building, "--save-path"):
+            _begin(building, stamp)
+            _write(building, lazy, config, notify)
+            (building / _NOTE).unlink()
+            sync_folder(building)
+            os.replace(building, save_path)
+            (save_path / ".lock").unlink(missing_ok=True)
+        sync_folder(save_path.parent)
+    except OSError as error:
+        raise cannot_write(save_path, error) from error
+    return save_path
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise EdgeLoraError(
+            f"{folder}: is not the folder of an adapter ({error_text(error)}), expected "
+            f"{CONFIG_FILE} and {WEIGHTS_FILE}"
+        ) from error
+    if not isinstance(config, dict):
+        raise EdgeLoraError(f"{folder / CONFIG_FILE}: got {type(config).__name__}, expected a map")
+    return config
+
+
+def _stamp(
+    lazy: LazyModel, adapters: Sequence[Path], weights: Sequence[float] | None, dequantize: bool
+) -> str:
+    """What the result depends on, so that shards of another one are not taken for it."""
+    digest = hashlib.sha256(repr((weights, dequantize)).encode())
+    for shard in sorted({shard for shard, _ in lazy.checkpoint.tensors.values()}):
+        status = shard.stat()
+        digest.update(repr((shard.name, status.st_size, status.st_mtime_ns)).encode())
+    for folder in adapters:
+        digest.update((folder / CONFIG_FILE).read_bytes())
+        digest.update((folder / WEIGHTS_FILE).read_bytes())
+    return digest.hexdigest()
+
+
+def _merge(
+    lazy: LazyModel,
+    adapters: Sequence[Path],
+    configs: Sequence[dict],
+    weights: Sequence[float] | None,
+    dequantize: bool,
+) -> dict[str, Any]:
+    """Make the model's parameters the merged ones, nothing of which is computed; its config."""
+    try:
+        if len(adapters) == 1 and weights is None:
+            load_adapters(lazy.model, str(adapters[0]))
+        else:
+            _add_adapters(lazy.model, adapters, configs, weights or [1.0] * len(adapters))
+    except (ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
+        raise EdgeLoraError(
+            f"{adapters[0]}: does not fit the model in {lazy.source} ({error_text(error)}); name "
+            "the model that it was trained on"
+        ) from error
+    fused = [
+        (name, module.fuse(dequantize=dequantize))
+        for name, module in lazy.model.named_modules()
+        if hasattr(module, "fuse")
+    ]
+    lazy.model.update_modules(tree_unflatten(fused))
+    config = dict(lazy.config)
+    if dequantize:
+        with contextlib.redirect_stdout(io.StringIO()):
+            lazy.model = dequantize_model(lazy.model)
+        config.pop("quantization", None)
+        config.pop("quantization_config", None)
+    return config
+
+
+def _add_adapters(
+    model: nn.Module, adapters: Sequence[Path], configs: Sequence[dict], weights: Sequence[float]
+) -> None:
+    """Give the model one LoRA layer for all adapters of a layer: their ranks side by side."""
+    parts: dict[str, list[tuple[mx.array, mx.array]]] = {}
+    for folder, config, weight in zip(adapters, configs, weights, strict=True):
+        if config.get("fine_tune_type", "lora") != "lora":
+            raise EdgeLoraError(
+                f"{folder}: is of type {config['fine_tune_type']}, expected lora: no other can be "
+                "added to another or weighted"
+            )
+        factor = weight * config["lora_parameters"]["scale"]
+        arrays = mx.load(str(folder / WEIGHTS_FILE))
+        for name in [name for name in arrays if name.endswith(".lora_a")]:
+            place = name.removesuffix(".lora_a")
+            parts.setdefault(place, []).append((arrays[name], factor * arrays[f"{place}.lora_b"]))
+    # mlx-lm names layers as they are called inside a block, or in full outside of the blocks.
+    keys = sorted({re.sub(r"^.*?\.\d+\.", "", place, count=1) for place in parts})
+    settings = {"rank": 1, "scale": 1.0, "dropout": 0.0, "keys": keys}
+    linear_to_lora_layers(model, len(model.layers), settings)
+    changed = []
+    for name, layer in model.named_modules():
+        if not hasattr(layer, "fuse"):
+            continue
+        if name in parts:
+            _set_side_by_side(layer, parts.pop(name))
+        else:
+            changed.append((name, layer["linear" if "linear" in layer else "embedding"]))
+    model.update_modules(tree_unflatten(changed))
+    if parts:
+        raise EdgeLoraError(f"{adapters[0]}: adapts {next(iter(parts))}, which the model lacks")
+
+
+def _set_side_by_side(layer: nn.Module, parts: Sequence[tuple[mx.array, mx.array]]) -> None:
+    """lora_a [in, r] and lora_b [r, out]; of experts [E, r, in] and [E, out, r]."""
+    a, b = zip(*parts, strict=True)
+    rank_of_a, rank_of_b = (1, 2) if b[0].ndim == 3 else (1, 0)
+    layer.lora_a = mx.concatenate(a, axis=rank_of_a)
+    layer.lora_b = mx.concatenate(b, axis=rank_of_b)
+
+
+def _begin(building: Path, stamp: str) -> None:
+    """Keep the shards of an interrupted run of the same kind, nothing else."""
+    try:
+        same = json.loads((building / _NOTE).read_bytes()) == {"inputs": stamp}
+    except (OSError, ValueError):
+        same = False
+    for path in building.iterdir():
+        if path.name != ".lock" and not (same and path.suffix == ".safetensors"):
+            path.unlink()
+    text = json.dumps({"inputs": stamp}).encode()
+    write_atomically({building / _NOTE: lambda file: file.write(text)})
+
+
+def _write(
+    building: Path, lazy: LazyModel, config: dict[str, Any], notify: Callable[[str], None]
+) -> None:
+    parameters = tree_flatten(lazy.model.parameters())
+    count = get_total_parameters(lazy.model)
+    total = sum(array.nbytes for _, array in parameters)
+    lazy.raw.clear()
+    lazy.model = None  # whoever held the arrays would keep all that was computed
+    shards = _shards(parameters)
+    parameters.clear()
+    index = {"metadata": {"total_size": total, "total_parameters": count}, "weight_map": {}}
+    for number, shard in enumerate(shards, start=1):
+        name = "model.safetensors"
+        if len(shards) > 1:
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        names = [key for key, _ in shard]
+        index["weight_map"] |= dict.fromkeys(names, name)
+        if (building / name).exists() and list(read_header(building / name)) == names:
+            shard.clear()
+            continue
+        specs = {key: (array.dtype, array.shape) for key, array in shard}
+        write_atomically(
+            {
+                building / name: lambda file, specs=specs, shard=shard: write_tensors(
+                    file, specs, _drained(shard)
+                )
+            }
+        )
+        lazy.checkpoint.files.check()
+        notify(f"{name}: {size((building / name).stat().st_size)} of {size(total)}")
+    index["weight_map"] = dict(sorted(index["weight_map"].items()))
+    text = json.dumps(index, indent=4).encode()
+    write_atomically({building / NOT_COPIED[1]: lambda file: file.write(text)})
+    _copy_companions(lazy.source, building)
+    save_config(config, building / "config.json")
+    with open(building / "config.json", "rb+") as file:
+        sync(file.fileno())
+
+
+def _shards(parameters: Tensors) -> list[Tensors]:
+    """As mlx-lm divides them."""
+    shards: list[Tensors] = []
+    filled = 0
+    for name, array in parameters:
+        if not shards or filled + array.nbytes > SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append((name, array))
+        filled += array.nbytes
+    return shards
+
+
+def _drained(shard: Tensors) -> Iterator[mx.array]:
+    while shard:
+        yield shard.pop(0)[1]
+
+
+def _copy_companions(source: Path, building: Path) -> None:
+    for pattern in COMPANIONS:
+        for path in source.glob(pattern):
+            if path.name not in NOT_COPIED:
+                shutil.copyfile(path, building / path.name)

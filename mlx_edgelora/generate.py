@@ -1,0 +1,237 @@
+"""`python -m mlx_edgelora.generate`: ask a model with its adapter, within a memory budget."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from mlx_edgelora.command import command
+from mlx_edgelora.config.kinds import BUDGET, read_value
+from mlx_edgelora.embedded import MODEL_PATH, held_out_rows
+from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.inference.generating import Generator, Sampling, open_generator
+from mlx_edgelora.measure.meter import peak_memory
+from mlx_edgelora.measure.units import size
+from mlx_edgelora.training.adapters import CONFIG_FILE, WEIGHTS_FILE, check_adapter
+
+
+@command
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns the exit status (`mlx_edgelora.command`)."""
+    options = _parser().parse_args(argv)
+    adapter = _adapter(options.adapter_path)
+    model = options.model or _model_of(adapter)
+    prompts = list(_prompts(options, adapter))
+    rows = max(1, min(options.batch_size, len(prompts)))
+    budget = options.memory_budget
+    if budget is not None:
+        budget = read_value("--memory-budget", budget, BUDGET)
+    sampling = Sampling(
+        options.max_tokens,
+        options.temp,
+        options.top_p,
+        options.min_p,
+        options.top_k,
+        options.seed,
+    )
+    tokens = max(map(len, prompts), default=0) + 256 + sampling.max_tokens
+    with open_generator(model, adapter, budget, rows, tokens, _note) as generator:
+        if options.chat:
+            _chat(generator, options.system_prompt, sampling)
+            return 0
+        _answer(generator, prompts, options, sampling)
+    _note(f"peak memory {size(peak_memory())}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mlx-edgelora generate",
+        usage="%(prog)s [options]",
+        description="Answer prompts with a model and its adapter. A model that does not fit into "
+        "the memory budget is read from disk block by block for each token, once for all prompts. "
+        "Without options the tiny model that comes with the package answers.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "--model",
+        metavar="MODEL",
+        help="Model folder or Hugging Face name. Default: the model the adapter was trained on.",
+    )
+    add(
+        "--adapter-path",
+        metavar="FOLDER",
+        help="Folder of an adapter. Default: none, the base model answers.",
+    )
+    add("--compare", action="store_true", help="Answer without and with the adapter.")
+    add("--prompt", "-p", metavar="TEXT", help="Prompt; - reads it from standard input.")
+    add(
+        "--prompts",
+        metavar="FILE",
+        help="File of prompts: a text in each line, or JSON objects with prompt or messages.",
+    )
+    add("--chat", action="store_true", help="Talk with the model in the terminal.")
+    add("--system-prompt", metavar="TEXT", help="System prompt. Default: none.")
+    add("--ignore-chat-template", action="store_true", help="Take prompts as plain text.")
+    add(
+        "--max-tokens",
+        "-m",
+        type=int,
+        default=256,
+        metavar="N",
+        help="Tokens of an answer, at most. Default: 256.",
+    )
+    add("--temp", type=float, default=0.0, metavar="T", help="Temperature. Default: 0.0.")
+    add("--top-p", type=float, default=1.0, metavar="P", help="Top-p. Default: 1.0.")
+    add("--min-p", type=float, default=0.0, metavar="P", help="Min-p. Default: 0.0.")
+    add("--top-k", type=int, default=0, metavar="K", help="Top-k; 0 for none. Default: 0.")
+    add("--seed", type=int, metavar="N", help="Random seed. Default: none.")
+    add(
+        "--batch-size",
+        type=int,
+        default=8,
+        metavar="N",
+        help="Prompts of a file that are answered at once. Default: 8.",
+    )
+    add(
+        "--memory-budget",
+        metavar="SIZE",
+        help="Memory limit for MLX, such as 2GB; min for the "
+        "least. Default: what is free, less 20 %%.",
+    )
+    return parser
+
+
+def _note(line: str) -> None:
+    """Apart from the answers."""
+    print(line, file=sys.stderr)
+
+
+def _adapter(folder: str | None) -> Path | None:
+    if folder is None:
+        return None
+    path = Path(folder)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (path / name).is_file():
+            raise EdgeLoraError(f"--adapter-path: {path} has no {name}, expected an adapter in it")
+    if note := check_adapter(path / WEIGHTS_FILE):
+        _note(f"note: {note}")
+    return path
+
+
+def _model_of(adapter: Path | None) -> str:
+    if adapter is None:
+        return str(MODEL_PATH)
+    try:
+        model = json.loads((adapter / CONFIG_FILE).read_bytes())["model"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        model = None
+    if not isinstance(model, str):
+        raise EdgeLoraError(f"{adapter / CONFIG_FILE}: names no model; give one with --model")
+    return model
+
+
+def _prompts(options: argparse.Namespace, adapter: Path | None) -> Iterator[list | str]:
+    """Conversations to answer, or texts."""
+    if options.compare and adapter is None:
+        raise EdgeLoraError("--compare: got no --adapter-path, expected the adapter to compare")
+    if options.max_tokens < 1 or options.batch_size < 1:
+        raise EdgeLoraError("--max-tokens, --batch-size: expected whole numbers of at least 1")
+    given = [name for name in ("prompt", "prompts", "chat") if getattr(options, name)]
+    if len(given) > 1:
+        raise EdgeLoraError(f"--{given[0]}, --{given[1]}: got both, expected one of them")
+    if options.chat:
+        return
+    if options.prompts is not None:
+        for place, row in _rows(Path(options.prompts)):
+            yield _conversation(row, place, options)
+        return
+    text = options.prompt
+    if text is None:
+        text = held_out_rows(1)[0]["prompt"]
+        _note(f"prompt: {text}")
+    yield _conversation(sys.stdin.read() if text == "-" else text, "--prompt", options)
+
+
+def _rows(path: Path) -> Iterator[tuple[str, object]]:
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise EdgeLoraError(f"--prompts: {path} cannot be read ({error})") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        place = f"{path}: line {number}"
+        if not line.lstrip().startswith("{"):
+            yield place, line
+            continue
+        try:
+            yield place, json.loads(line)
+        except ValueError as error:
+            raise EdgeLoraError(f"{place}: is not JSON ({error})") from error
+
+
+def _conversation(row: object, place: str, options: argparse.Namespace) -> list | str:
+    if isinstance(row, dict):
+        row = row.get("messages") or row.get("prompt")
+    if isinstance(row, list):
+        return row
+    if not isinstance(row, str) or not row.strip():
+        raise EdgeLoraError(f"{place}: got {row!r:.60}, expected a prompt or messages")
+    if options.ignore_chat_template:
+        return row
+    system = [{"role": "system", "content": options.system_prompt}]
+    return (system if options.system_prompt else []) + [{"role": "user", "content": row}]
+
+
+def _answer(
+    generator: Generator,
+    prompts: Sequence[list | str],
+    options: argparse.Namespace,
+    sampling: Sampling,
+) -> None:
+    encoded = [generator.encode(prompt) for prompt in prompts]
+    if len(encoded) == 1 and not options.compare:
+        for text in generator.stream(encoded[0], sampling):
+            print(text, end="", flush=True)
+        print()
+        return
+    base = [None] * len(encoded)
+    if options.compare:
+        with generator.without_adapter():
+            base = generator.answers(encoded, sampling)
+    answers = generator.answers(encoded, sampling)
+    for prompt, before, answer in zip(prompts, base, answers, strict=True):
+        asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        row = {"prompt": asked}
+        row |= {"answer": answer} if before is None else {"base": before, "adapter": answer}
+        if options.prompts is not None:
+            print(json.dumps(row, ensure_ascii=False))
+        else:
+            print("\n".join(f"{name}: {text}" for name, text in row.items()))
+
+
+def _chat(generator: Generator, system: str | None, sampling: Sampling) -> None:
+    """Talk until an empty line or the end of the input."""
+    messages = [{"role": "system", "content": system}] if system else []
+    _note("An empty line or Ctrl-D ends the chat.")
+    while True:
+        try:
+            text = input("> ")
+        except EOFError:
+            return
+        if not text.strip():
+            return
+        messages.append({"role": "user", "content": text})
+        pieces = []
+        for piece in generator.stream(generator.encode(messages), sampling):
+            print(piece, end="", flush=True)
+            pieces.append(piece)
+        print()
+        messages.append({"role": "assistant", "content": "".join(pieces)})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

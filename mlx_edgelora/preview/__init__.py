@@ -1,0 +1,1 @@
+"""The command that shows data as a run will see it."""

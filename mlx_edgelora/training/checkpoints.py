@@ -1,0 +1,367 @@
+"""Checkpoints: all that a run needs to go on as if it had never stopped.
+
+    adapters/checkpoints/0000100/
+        adapters.safetensors    the adapter, as at the top of the folder
+        adapter_config.json     all options of the run
+        state.safetensors       the optimizer's state, gradients that wait for an update
+        run.json                step, counts, the key of MLX's random numbers, fingerprints
+        plan.json               the memory plan: another one rounds differently
+        manifest.json           size and SHA-256 of each of these, and of itself
+
+A checkpoint is written under a temporary name, synced, given its manifest last and renamed. So
+it is whole or not there, and a changed bit in any of its files is found before it is used.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optimizers
+
+from mlx_edgelora.engine.adapter_state import AdapterState
+from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.storage.files import (
+    Writer,
+    cannot_write,
+    create,
+    sync,
+    sync_folder,
+    temporary_name,
+)
+from mlx_edgelora.storage.safetensors import write_tensors
+from mlx_edgelora.training.adapters import CONFIG_FILE, WEIGHTS_FILE, adapter_writer
+
+FOLDER = "checkpoints"
+BEST_FOLDER = "best"
+STATE_FILE, RUN_FILE, PLAN_FILE, MANIFEST_FILE = (
+    "state.safetensors",
+    "run.json",
+    "plan.json",
+    "manifest.json",
+)
+# Raise it when what a checkpoint holds changes its meaning.
+VERSION = 1
+_PACKAGES = ("mlx", "mlx-lm", "mlx-edgelora")
+
+
+@dataclass(frozen=True)
+class RunState:
+    """How far a run has come.
+
+    Attributes:
+        step: steps done.
+        accumulated: weight of the gradients that are summed since the last update; 0 after one.
+        first_tokens: labels of the first batch among them, whose weight is 1.
+        trained_tokens: labelled tokens over all steps.
+        random_key: of MLX's generator, two halves of 32 bits.
+        train_loss, val_loss: of the last reports; None before the first.
+        best_val_loss: the lowest so far.
+        fingerprints: SHA-256 of the model and of the tokenized data.
+    """
+
+    step: int
+    accumulated: float
+    first_tokens: int
+    trained_tokens: int
+    random_key: tuple[int, int]
+    train_loss: float | None
+    val_loss: float | None
+    best_val_loss: float | None
+    fingerprints: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read and found whole.
+
+    Attributes:
+        folder: where it is.
+        state: how far the run had come.
+        config: options of the run, as in `TrainConfig.to_dict`.
+    """
+
+    folder: Path
+    state: RunState
+    config: dict[str, Any]
+
+    @property
+    def weights(self) -> Path:
+        """The adapter's file."""
+        return self.folder / WEIGHTS_FILE
+
+    @property
+    def plan(self) -> Path | None:
+        """The plan's file; None if the run had none."""
+        path = self.folder / PLAN_FILE
+        return path if path.exists() else None
+
+    def restore(self, trained: AdapterState, optimizer: optimizers.Optimizer) -> None:
+        """Set the optimizer's state, waiting gradients and MLX's generator; not the weights.
+
+        Args:
+            trained: after `start`, with the parameters of this checkpoint.
+            optimizer: of the same kind and arguments as the run's.
+        """
+        arrays = mx.load(os.fspath(self.folder / STATE_FILE), format="safetensors")
+
+        def of(kind: str) -> Iterator[tuple[list[str], mx.array]]:
+            for name in [name for name in arrays if name.startswith(f"{kind}:")]:
+                yield name.split(":")[1:], arrays.pop(name)
+
+        trained.restore(
+            ((tuple(names), value) for names, value in of("state")),
+            ((name, value) for (name,), value in of("gradient")),
+        )
+        for (name,), value in of("optimizer"):
+            optimizer.state[name] = value
+        mx.eval(optimizer.state)
+        high, low = self.state.random_key
+        mx.random.seed(high << 32 | low)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a run comes from.
+
+    Attributes:
+        checkpoint: what it goes on from; None for a new run.
+        fingerprints: SHA-256 of the model and of the tokenized data.
+        plan: gives the memory plan that holds at the moment, as JSON text.
+        overwrites: files of another run in the adapter's folder are removed at the first save.
+    """
+
+    checkpoint: Checkpoint | None = None
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    plan: Callable[[], str | None] = lambda: None
+    overwrites: bool = False
+
+    def clear(self, run_folder: Path) -> None:
+        """Before the first save: remove what another run left, if that was asked for."""
+        if not self.overwrites or self.checkpoint is not None:
+            return
+        for folder in (FOLDER, BEST_FOLDER):
+            shutil.rmtree(run_folder / folder, ignore_errors=True)
+        for path in run_folder.glob(f"[0-9]*_{WEIGHTS_FILE}"):
+            path.unlink(missing_ok=True)
+
+
+def check_unused(run_folder: Path) -> None:
+    """Refuse a folder that holds a run.
+
+    Raises:
+        EdgeLoraError: it does.
+    """
+    if (run_folder / WEIGHTS_FILE).exists() or _folders(run_folder):
+        more = "--resume to go on with it, " if _folders(run_folder) else ""
+        raise EdgeLoraError(
+            f"adapter_path: {run_folder} holds the adapter of another run; use {more}--overwrite "
+            "to replace it, or another --adapter-path"
+        )
+
+
+def save_checkpoint(
+    run_folder: Path,
+    trained: AdapterState,
+    optimizer: optimizers.Optimizer,
+    state: RunState,
+    config: Mapping[str, object],
+    plan: str | None,
+) -> Path:
+    """Write a checkpoint of a run. Memory: one array at a time.
+
+    Args:
+        run_folder: the adapter's folder.
+        trained, optimizer: between two steps.
+        state: how far the run has come.
+        config: options of the run.
+        plan: JSON text of its memory plan, if it has one.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        EdgeLoraError: it cannot be written; nothing of it stays, earlier ones are untouched.
+    """
+    final = run_folder / FOLDER / f"{state.step:07d}"
+    writers: dict[str, Writer] = {
+        WEIGHTS_FILE: adapter_writer(final, trained.weights(), config),
+        CONFIG_FILE: _json_writer(config),
+        STATE_FILE: _state_writer(trained, optimizer, state.accumulated),
+        RUN_FILE: _json_writer(asdict(state)),
+    }
+    if plan is not None:
+        writers[PLAN_FILE] = lambda file: file.write(plan.encode())
+    building = temporary_name(final)
+    try:
+        building.mkdir(parents=True)
+        entries = {name: _write(building / name, writer) for name, writer in writers.items()}
+        _write(building / MANIFEST_FILE, _json_writer(_manifest(entries)))
+        sync_folder(building)
+        if final.exists():  # of the same step of the same run, so nothing is lost
+            shutil.rmtree(final)
+        os.replace(building, final)
+        sync_folder(final.parent)
+        sync_folder(run_folder)
+    except OSError as error:
+        raise cannot_write(final, error) from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return final
+
+
+def remove_old(run_folder: Path, keep: int) -> None:
+    """Remove all checkpoints but the newest `keep`."""
+    for folder in _folders(run_folder)[:-keep]:
+        # Without its manifest it is not half of a checkpoint, but none.
+        with contextlib.suppress(OSError):
+            (folder / MANIFEST_FILE).unlink()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def find_checkpoint(place: Path) -> Checkpoint:
+    """Read the checkpoint in a folder, or the newest one of a run's folder.
+
+    Raises:
+        EdgeLoraError: there is none, or a file of it is not what was written.
+    """
+    if (place / MANIFEST_FILE).exists():
+        return _read(place)
+    folders = _folders(place)
+    if not folders:
+        raise EdgeLoraError(
+            f"resume: {place} has no checkpoint, expected the adapter folder of a run or one of "
+            "its checkpoints; start without --resume, or load weights alone with "
+            "--resume-adapter-file"
+        )
+    return _read(folders[-1])
+
+
+def has_checkpoints(run_folder: Path) -> bool:
+    """Whether a folder holds a run that can be resumed."""
+    return bool(_folders(run_folder))
+
+
+def fingerprint(parts: Iterator[bytes]) -> str:
+    """SHA-256 of some bytes."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8))
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _folders(run_folder: Path) -> list[Path]:
+    """The folders of checkpoints, oldest first."""
+    try:
+        found = [path for path in (run_folder / FOLDER).iterdir() if path.name.isdecimal()]
+    except OSError:
+        return []
+    return sorted((path for path in found if path.is_dir()), key=lambda path: int(path.name))
+
+
+def _json_writer(content: Mapping[str, object]) -> Writer:
+    text = json.dumps(content, indent=1, sort_keys=True) + "\n"
+    return lambda file: file.write(text.encode())
+
+
+def _state_writer(
+    trained: AdapterState, optimizer: optimizers.Optimizer, accumulated: float
+) -> Writer:
+    arrays: dict[str, Any] = {}
+    for name, value in optimizer.state.items():
+        if isinstance(value, mx.array):
+            arrays[f"optimizer:{name}"] = lambda value=value: value
+    states = trained.optimizer_state()
+    # Without an accumulation they are half of a step that failed.
+    gradients = trained.gradients() if accumulated else {}
+    for name, key in states:
+        arrays[f"state:{name}:{key}"] = lambda at=(name, key): states[at]
+    for name in gradients:
+        arrays[f"gradient:{name}"] = lambda at=name: gradients[at]
+    specs = {}
+    for name, get in arrays.items():
+        array = get()
+        specs[name] = array.dtype, array.shape
+        del array
+    return lambda file: write_tensors(file, specs, (get() for get in arrays.values()))
+
+
+def _write(path: Path, writer: Writer) -> dict[str, object]:
+    """Write and sync a file; what the manifest says of it."""
+    with create(path) as file:
+        writer(file)
+        file.flush()
+        sync(file.fileno())
+    return _entry(path)
+
+
+def _entry(path: Path) -> dict[str, object]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"bytes": file.tell(), "sha256": digest}
+
+
+def _manifest(entries: Mapping[str, object]) -> dict[str, object]:
+    content = {"version": VERSION, "files": entries, "packages": _versions()}
+    return {"content": content, "sha256": _digest(content)}
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _read(folder: Path) -> Checkpoint:
+    content = _read_manifest(folder / MANIFEST_FILE)
+    if content.get("version") != VERSION:
+        raise EdgeLoraError(
+            f"{folder}: is a checkpoint of version {content.get('version')}, expected {VERSION}; "
+            "resume it with the version of mlx_edgelora that wrote it, or load its weights alone "
+            f"with --resume-adapter-file {folder / WEIGHTS_FILE}"
+        )
+    for name, expected in content["files"].items():
+        try:
+            found = _entry(folder / name)
+        except OSError as error:
+            raise _damaged(folder / name, error.strerror) from error
+        if found != expected:
+            raise _damaged(folder / name, "its size or checksum differs")
+    state = json.loads((folder / RUN_FILE).read_bytes())
+    known = {field.name for field in fields(RunState)}
+    state = RunState(**{key: value for key, value in state.items() if key in known})
+    return Checkpoint(folder, state, json.loads((folder / CONFIG_FILE).read_bytes()))
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_bytes())
+        content, digest = manifest["content"], manifest["sha256"]
+    except OSError as error:
+        raise _damaged(path, error.strerror) from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(path, "it is not a manifest") from error
+    if len(manifest) != 2 or _digest(content) != digest:
+        raise _damaged(path, "its checksum differs")
+    return content
+
+
+def _damaged(path: Path, why: str | None) -> EdgeLoraError:
+    return EdgeLoraError(
+        f"{path}: the checkpoint is damaged ({why}); resume from an earlier one with --resume "
+        f"{path.parent.parent}/STEP, or delete {path.parent}"
+    )

@@ -1,0 +1,269 @@
+"""From the options of a run to an engine with its plan: model, adapters, data and memory."""
+
+import dataclasses
+import gc
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_edgelora.blocks.checks import checked_blocks
+from mlx_edgelora.config import TrainConfig
+from mlx_edgelora.config.train_config import MOST_LAYERS
+from mlx_edgelora.data import Dataset, load_datasets
+from mlx_edgelora.data.findings import LINES
+from mlx_edgelora.embedded import DATA_PATH, MODEL_PATH
+from mlx_edgelora.engine.adapter_state import AdapterState
+from mlx_edgelora.engine.build import Settings, build_engine
+from mlx_edgelora.engine.step import Engine
+from mlx_edgelora.losses.exact import CrossEntropy
+from mlx_edgelora.measure.text import say
+from mlx_edgelora.model.checkpoint import LazyModel
+from mlx_edgelora.model.loading import DTYPES, can_stream, open_model
+from mlx_edgelora.model.lora import add_lora, freeze
+from mlx_edgelora.model.tokenizer import load_tokenizer_of
+from mlx_edgelora.planner.machine import free_memory
+from mlx_edgelora.planner.run_plan import RunPlan, plan_request
+from mlx_edgelora.storage.files import user_cache, write_atomically
+from mlx_edgelora.storage.stores import spill_folder
+from mlx_edgelora.training import summary
+from mlx_edgelora.training.adapters import (
+    adapter_file,
+    read_adapter_weights,
+)
+from mlx_edgelora.training.failures import explain_failures
+from mlx_edgelora.training.limits import limits
+from mlx_edgelora.training.sampling import first_plan, measure_and_replan
+from mlx_edgelora.training.throttle import DutyCycle
+
+# At most this many engines are built until the best plan is known.
+ENGINES = 4
+
+
+@contextmanager
+def open_engine(
+    config: TrainConfig, log: Callable[[str], None] = say
+) -> Iterator[tuple[Engine, object, int]]:
+    """Load and adapt the model that `config` names and settle where everything lives.
+
+    Gives the engine, the tokenizer and the size of the model's vocabulary.
+    """
+    lazy = adapted_model(config)
+    place = spill_place(config)
+    with open_run(config, lazy, (), place, log, adapter_to_start(config)) as (engine, _):
+        yield engine, load_tokenizer_of(lazy), lazy.vocabulary
+
+
+@contextmanager
+def open_planned(
+    config: TrainConfig, log: Callable[[str], None] = say
+) -> Iterator[tuple[Engine, RunPlan]]:
+    """As `open_engine`, of a run whose rows all have max_seq_length tokens; gives its plan too."""
+    with explained_failures(config):
+        lazy = adapted_model(config)
+        place = spill_place(config)
+        with open_run(config, lazy, (), place, log, adapter_to_start(config)) as settled:
+            yield settled
+
+
+def adapted_model(config: TrainConfig, streamed: bool = False) -> LazyModel:
+    """The model with adapters; nothing of it is read, unless it has to be rewritten first."""
+    lazy = open_model(
+        config.model, streamed=streamed, quantize=config.quantize, cache=cache_folder(config)
+    )
+    lazy.streamable = can_stream(lazy)
+    mx.random.seed(config.seed)
+    adapt(lazy, config)
+    return lazy
+
+
+@contextmanager
+def open_run(
+    config: TrainConfig,
+    lazy: LazyModel,
+    sets: Sequence,
+    place: tuple[str | Path, str],
+    log: Callable[[str], None],
+    start: Path | None = None,
+) -> Iterator[tuple[Engine, RunPlan]]:
+    """The engine and the plan of the run, measured, told and written down; MLX's limits set.
+
+    Args:
+        start: adapter to begin with.
+    """
+    request = plan_request(config, lazy, sets, user_cache(), Path(place[0]))
+    chosen: RunPlan | None = request if request.given else first_plan(request)
+    left = ENGINES
+    while chosen is not None:
+        log(chosen.table() if config.verbose else summary.memory(chosen))
+        with (
+            limits(chosen) as limit,
+            _engine(config, lazy, chosen, place, log, start) as engine,
+        ):
+            left -= 1
+            if config.packing:
+                engine.walk.check_packing(chosen.batch_shape.tokens)
+            another = (
+                measure_and_replan(engine, chosen, log, stays=not left) if config.train else None
+            )
+            if another is None:
+                _reserve(config, engine, chosen)
+                limit(chosen)
+                engine.empties_cache = chosen.is_tight
+                if config.plan_out is not None:
+                    write_plan(config, chosen)
+                engine.plan_for = chosen.plan_for
+                yield engine, chosen
+        chosen = another
+        if chosen is not None:
+            del engine
+            lazy.replace_with(adapted_model(config))
+            gc.collect()  # engines hold themselves; two would not fit
+
+
+@contextmanager
+def _engine(
+    config: TrainConfig,
+    lazy: LazyModel,
+    chosen: RunPlan,
+    place: tuple[str | Path, str],
+    log: Callable[[str], None],
+    start: Path | None,
+) -> Iterator[Engine]:
+    plan, free = chosen.plan, free_memory()
+    if plan.streams and not lazy.streamable:
+        lazy = adapted_model(config, streamed=True)
+    folder, why = place
+    settings = Settings(
+        folder,
+        config.dtype,
+        CrossEntropy(plan.loss_bytes),
+        load=lambda trained: _load(trained, lazy.model, start),
+        pause=DutyCycle(config.duty).pause,
+        file_cache=None if free is None else max(0, free - chosen.choice.peak),
+    )
+    details = log if config.verbose else _discard
+    if plan.spills or plan.adapters == "paged":
+        details(f"scratch files in {folder} ({why})")
+    with build_engine(lazy, plan, settings, details) as engine:
+        yield engine
+
+
+def _discard(line: str) -> None:
+    """Where details are not asked for."""
+
+
+def _reserve(config: TrainConfig, engine: Engine, chosen: RunPlan) -> None:
+    """Take the disk space of the largest batch at once, where there is a backward."""
+    if not config.train:
+        return
+    batch_shape = chosen.batch_shape.part(chosen.plan.micro_batches)
+    engine.walk.reserve(
+        batch_shape.rows, batch_shape.tokens, chosen.shape.hidden * chosen.shape.itemsize
+    )
+
+
+def write_plan(config: TrainConfig, chosen: RunPlan) -> None:
+    """Write the plan to the file that `plan_out` names."""
+    text = chosen.plan.json().encode()
+    write_atomically({Path(config.plan_out): lambda file: file.write(text)})
+
+
+def has_data(config: TrainConfig) -> bool:
+    """Whether there are rows: those that are named, or those of the embedded model."""
+    return bool(config.data or config.hf_dataset or config.model is None)
+
+
+def with_embedded(config: TrainConfig) -> TrainConfig:
+    """Without a model or data, the ones that come with the package."""
+    data = config.data or (None if config.hf_dataset else str(DATA_PATH))
+    return dataclasses.replace(config, model=config.model or str(MODEL_PATH), data=data)
+
+
+def largest_piece(chosen: RunPlan) -> tuple[int, int]:
+    """Rows and tokens of the largest piece of a batch that is computed at once."""
+    return -(-chosen.batch_shape.rows // chosen.plan.micro_batches), chosen.batch_shape.tokens
+
+
+def dtype_of(config: TrainConfig) -> mx.Dtype | None:
+    """The dtype to compute in, if one is asked for."""
+    return DTYPES[config.dtype] if config.dtype else None
+
+
+def adapt(lazy: LazyModel, config: TrainConfig) -> None:
+    """Add what is trained; then, before anything else looks at it, see that it can be walked."""
+    lora, model = config.lora_parameters, lazy.model
+    if config.train or config.resume_adapter_file is not None:
+        count = _default_layers(model) if config.num_layers is None else config.num_layers
+        add_lora(model, count, lora.rank, lora.scale, lora.dropout, lora.keys)
+    else:
+        freeze(model)
+    lazy.blocks = checked_blocks(model)
+
+
+def _default_layers(model: nn.Module) -> int:
+    return min(MOST_LAYERS, len(model.layers))
+
+
+def with_layers(config: TrainConfig, lazy: LazyModel, log: Callable[[str], None]) -> TrainConfig:
+    """The number of adapted blocks as a number, which the adapter's configuration holds."""
+    if config.num_layers is not None or not config.train:
+        return config
+    count = _default_layers(lazy.model)
+    if count < MOST_LAYERS:
+        log(f"num_layers: all {count} blocks are adapted (by default the last {MOST_LAYERS})")
+    return dataclasses.replace(config, num_layers=count)
+
+
+def adapter_to_start(config: TrainConfig) -> Path | None:
+    """The adapter to begin with."""
+    return adapter_file(config.resume_adapter_file) if config.resume_adapter_file else None
+
+
+def _load(trained: AdapterState, model: nn.Module, start: Path | None) -> None:
+    if start is not None:
+        shapes = {name: value.shape for name, value in tree_flatten(model.trainable_parameters())}
+        trained.load(read_adapter_weights(start, shapes))
+
+
+def read_sets(
+    config: TrainConfig,
+    tokenizer: object,
+    vocabulary: int,
+    log: Callable[[str], None],
+    about: Callable[[str], None] | None = None,
+) -> tuple[Dataset | None, Dataset | None, Dataset | None]:
+    """The data sets of a run; warnings and notes about their rows go to `log`."""
+    sets = load_datasets(config, tokenizer, about)
+    for dataset in sets:
+        if dataset is None:
+            continue
+        dataset.check_vocabulary(vocabulary)
+        if warning := dataset.report.warning():
+            log(f"warning: {warning}")
+        for line in dataset.report.findings.lines(LINES):
+            log(f"note: {line}")
+    return sets
+
+
+def spill_place(config: TrainConfig) -> tuple[str | Path, str]:
+    """The folder of scratch files, and why it is this one."""
+    if config.spill_dir:
+        return config.spill_dir, "as asked"
+    return spill_folder([tempfile.gettempdir(), user_cache()])
+
+
+def cache_folder(config: TrainConfig) -> Path:
+    """The folder of converted models."""
+    return Path(config.cache_dir) if config.cache_dir else user_cache()
+
+
+def explained_failures(config: TrainConfig) -> AbstractContextManager:
+    """For what comes before and after training, which knows itself what is on disk."""
+    return explain_failures(
+        f"an adapter saved before is untouched in {config.adapter_path or 'its folder'}"
+    )

@@ -1,0 +1,74 @@
+"""Requests to end a run before its last step: signals and a limit of time."""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ended the run between two steps, and what it had learned was saved.
+
+    Attributes:
+        status: the exit status that the signal stands for, such as 143 for SIGTERM.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.status = 128 + number
+
+
+class StopRequests:
+    """What asks a run to end after the present step.
+
+    Args:
+        seconds: the run may take so long; None for no limit.
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        self._end = None if seconds is None else time.monotonic() + seconds
+        self.signal: int | None = None
+
+    @property
+    def time_is_over(self) -> bool:
+        """Whether the limit of time has passed."""
+        return self._end is not None and time.monotonic() >= self._end
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """The handler of the signals: the first one is noted, a second one ends the process."""
+        if self.signal is not None:
+            if number == signal.SIGINT:
+                signal.default_int_handler(number, frame)
+            os._exit(128 + number)
+        self.signal = number
+        name = signal.Signals(number).name
+        text = f"\n{name}: the run ends after this step and is saved; once more ends it at once\n"
+        with contextlib.suppress(OSError):  # not print, which a signal must not interrupt
+            os.write(2, text.encode())
+
+
+@contextlib.contextmanager
+def stop_requests(seconds: float | None) -> Iterator[StopRequests]:
+    """Note signals instead of being ended by them, in the main thread.
+
+    A signal with a handler that is not Python's own stays with it.
+    """
+    requests = StopRequests(seconds)
+    if threading.current_thread() is not threading.main_thread():
+        yield requests
+        return
+    usual = {signal.SIG_DFL, signal.default_int_handler}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    ours = [number for number in SIGNALS if before[number] in usual]
+    for number in ours:
+        signal.signal(number, requests.handle)
+    try:
+        yield requests
+    finally:
+        for number in ours:
+            signal.signal(number, before[number])

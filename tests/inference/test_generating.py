@@ -1,0 +1,154 @@
+"""Streamed models answer as mlx-lm does, token for token, in less memory."""
+
+import json
+
+import mlx.core as mx
+import pytest
+from mlx_lm import load, stream_generate
+from mlx_lm.generate import batch_generate
+from tiny import make_adapter, make_model, words
+
+from mlx_edgelora import EdgeLoraError
+from mlx_edgelora.generate import main
+from mlx_edgelora.inference.generating import Sampling, open_generator
+from mlx_edgelora.inference.streamed import open_lazy, plan_inference, streamed
+
+PROMPTS = [words(range(9)), words([3, 1, 4, 1, 5]), words(range(30, 70))]
+MODELS = {
+    "llama": {"quantized": False},
+    "qwen3": {},
+    "gemma2": {},
+    "cohere2": {},
+    "qwen3_moe": {},
+    "gpt_oss": {"quantized": False},
+    "olmo_hybrid": {"quantized": False},
+}
+
+
+def theirs(model, adapter, prompts, count=12):
+    loaded, tokenizer = load(str(model), adapter_path=adapter and str(adapter))
+    return [
+        [
+            response.token
+            for response in stream_generate(
+                loaded, tokenizer, tokenizer.encode(prompt), max_tokens=count
+            )
+        ]
+        for prompt in prompts
+    ]
+
+
+def ours(model, adapter, prompts, budget="min", count=12):
+    lazy = open_lazy(str(model), adapter, model / "cache")
+    plan = plan_inference(lazy, budget, 1, 64)
+    _, tokenizer = load(str(model))
+    with streamed(lazy, plan) as ready:
+        return [
+            [
+                response.token
+                for response in stream_generate(
+                    ready,
+                    tokenizer,
+                    tokenizer.encode(prompt),
+                    max_tokens=count,
+                    prefill_step_size=plan.prefill_step,
+                )
+            ]
+            for prompt in prompts
+        ]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_tokens_are_those_of_mlx_lm(tmp_path, name):
+    model = make_model(tmp_path / "model", name, **MODELS[name])
+    assert ours(model, None, PROMPTS) == theirs(model, None, PROMPTS)
+
+
+def test_with_an_adapter_and_some_blocks_in_memory(tmp_path):
+    model = make_model(tmp_path / "model", "llama", num_hidden_layers=4)
+    adapter = make_adapter(tmp_path / "adapter", model, num_layers=4)
+    expected = theirs(model, adapter, PROMPTS)
+    assert expected != theirs(model, None, PROMPTS)
+    lazy = open_lazy(str(model), adapter, tmp_path)
+    least = plan_inference(lazy, "min", 1, 64)
+    for more in (0, 30_000, 10**6):
+        assert ours(model, adapter, PROMPTS, least.peak + more) == expected
+
+
+def test_many_prompts_are_answered_at_once(tmp_path):
+    model = make_model(tmp_path / "model", "qwen3")
+    adapter = make_adapter(tmp_path / "adapter", model)
+    loaded, tokenizer = load(str(model), adapter_path=str(adapter))
+    encoded = [tokenizer.encode(prompt) for prompt in PROMPTS]
+    expected = batch_generate(loaded, tokenizer, encoded, max_tokens=9).texts
+    with open_generator(str(model), adapter, "min", rows=3, tokens=64, notify=str) as generator:
+        assert generator.answers(encoded, Sampling(max_tokens=9)) == expected
+        with generator.without_adapter():
+            base = generator.answers(encoded, Sampling(max_tokens=9))
+    loaded, _ = load(str(model))
+    assert base == batch_generate(loaded, tokenizer, encoded, max_tokens=9).texts != expected
+
+
+def test_the_peak_is_the_plans(tmp_path):
+    model = make_model(
+        tmp_path / "model", "llama", quantized=False, num_hidden_layers=12, hidden_size=256
+    )
+    lazy = open_lazy(str(model), None, tmp_path)
+    whole = sum(info.stop - info.start for _, info in lazy.checkpoint.tensors.values())
+    plan = plan_inference(lazy, "min", 1, 64)
+    del lazy
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    with open_generator(str(model), None, "min", tokens=64, notify=str) as generator:
+        generator.answers([generator.encode(PROMPTS[0])], Sampling(max_tokens=5))
+    peak = mx.get_peak_memory() - before
+    assert peak < min(whole / 2, plan.peak)
+
+
+def test_a_budget_that_is_too_small_is_refused(tmp_path):
+    model = make_model(tmp_path / "model", "llama")
+    with (
+        pytest.raises(EdgeLoraError, match=r"memory_budget: got 1\.00 kB, but .* needs"),
+        open_generator(str(model), None, 1000, notify=str),
+    ):
+        pass
+
+
+def test_the_command_answers_a_file_of_prompts(tmp_path, capsys):
+    model = make_model(tmp_path / "model", "llama")
+    adapter = make_adapter(tmp_path / "adapter", model)
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": PROMPTS[0]}, {"messages": [{"role": "user", "content": PROMPTS[1]}]}]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows) + PROMPTS[2] + "\n")
+    flags = ["--adapter-path", str(adapter), "--memory-budget", "min", "-m", "4"]
+    assert main([*flags, "--prompts", str(prompts), "--compare"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["prompt"] for row in found] == PROMPTS
+    assert all(set(row) == {"prompt", "base", "adapter"} for row in found)
+    assert main([*flags, "--prompt", PROMPTS[0]]) == 0
+    assert capsys.readouterr().out.strip() == found[0]["adapter"].strip()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--compare"], "--compare: got no --adapter-path"),
+        (["--adapter-path", "nowhere"], "nowhere has no adapter_config.json"),
+        (["--prompts", "nowhere.txt"], "nowhere.txt cannot be read"),
+        (["--prompt", "a", "--chat"], "got both"),
+        (["--prompt", " "], "expected a prompt or messages"),
+        (["--memory-budget", "1KB"], "--memory-budget: got '1KB'"),
+    ],
+)
+def test_what_is_wrong_is_said(flags, message, capsys):
+    assert main(flags) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_chat_goes_on_until_an_empty_line(tmp_path, monkeypatch, capsys):
+    model = make_model(tmp_path / "model", "llama")
+    lines = iter([PROMPTS[1], PROMPTS[0], ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    assert main(["--model", str(model), "--chat", "-m", "3"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
