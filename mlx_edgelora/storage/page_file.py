@@ -25,7 +25,6 @@ import numpy as np
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.measure import units
 from mlx_edgelora.measure.meter import DiskMeter
-from mlx_edgelora.measure.units import size as format_size
 from mlx_edgelora.storage.safetensors import DTYPES, NAMES, to_numpy
 
 # 16 KiB on Apple silicon, 4 KiB elsewhere; Metal wraps only whole pages.
