@@ -75,6 +75,9 @@ def test_every_help_text_is_a_sentence_with_its_default():
 # Nothing happens without them.
 NO_DEFAULT = {
     "config",
+    "epochs",
+    "resume",
+    "accept_changes",
     "resume_adapter_file",
     "report_to",
     "project_name",
@@ -101,6 +104,7 @@ def test_verify_without_options_is_of_the_embedded_run(capsys):
 def test_the_default_number_of_layers_is_up_to_16(asked, count, tmp_path):
     """A number that is given stays strict; the adapter says what was adapted."""
     lines, options = [], {"iters": 1, "val_batches": 0, "adapter_path": str(tmp_path)}
+    options["overwrite"] = True
     config = TrainConfig.from_dict(options | ({} if asked is None else {"num_layers": asked}))
     finetune(config, notify=lines.append)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
