@@ -32,6 +32,7 @@ from mlx_edgelora.storage.files import (
     Writer,
     cannot_write,
     create,
+    remove,
     sync,
     sync_folder,
     temporary_name,
@@ -143,14 +144,30 @@ class Origin:
     plan: Callable[[], str | None] = lambda: None
     overwrites: bool = False
 
-    def clear(self, run_folder: Path) -> None:
-        """Before the first save: remove what another run left, if that was asked for."""
-        if not self.overwrites or self.checkpoint is not None:
-            return
-        for folder in (FOLDER, BEST_FOLDER):
-            shutil.rmtree(run_folder / folder, ignore_errors=True)
-        for path in run_folder.glob(f"[0-9]*_{WEIGHTS_FILE}"):
-            path.unlink(missing_ok=True)
+    @contextlib.contextmanager
+    def replacing(self, run_folder: Path) -> Iterator[None]:
+        """Around the first save: remove what another run left, if that was asked for.
+
+        It is out of the way meanwhile, under names that the next start removes, and comes back
+        if the save fails.
+        """
+        moved: list[tuple[Path, Path]] = []
+        try:
+            if self.overwrites and self.checkpoint is None:
+                old = [run_folder / FOLDER, run_folder / BEST_FOLDER]
+                for path in [*old, *run_folder.glob(f"[0-9]*_{WEIGHTS_FILE}")]:
+                    if os.path.lexists(path):
+                        moved.append((path, temporary_name(path)))
+                        os.replace(*moved[-1])
+            yield
+        except BaseException:
+            for path, aside in moved:
+                remove(path)
+                with contextlib.suppress(OSError):
+                    os.replace(aside, path)
+            raise
+        for _, aside in moved:
+            remove(aside)
 
 
 def check_unused(run_folder: Path) -> None:
@@ -159,7 +176,8 @@ def check_unused(run_folder: Path) -> None:
     Raises:
         EdgeLoraError: it does.
     """
-    if (run_folder / WEIGHTS_FILE).exists() or _folders(run_folder):
+    best = run_folder / BEST_FOLDER / WEIGHTS_FILE
+    if (run_folder / WEIGHTS_FILE).exists() or best.exists() or _folders(run_folder):
         more = "--resume to go on with it, " if _folders(run_folder) else ""
         raise EdgeLoraError(
             f"adapter_path: {run_folder} holds the adapter of another run; use {more}--overwrite "
@@ -341,6 +359,8 @@ def _read(folder: Path) -> Checkpoint:
             raise _damaged(folder / name, error.strerror) from error
         if found != expected:
             raise _damaged(folder / name, "its size or checksum differs")
+    if missing := {WEIGHTS_FILE, CONFIG_FILE, STATE_FILE, RUN_FILE} - content["files"].keys():
+        raise _damaged(folder / MANIFEST_FILE, f"it does not name {min(missing)}")
     state = json.loads((folder / RUN_FILE).read_bytes())
     known = {field.name for field in fields(RunState)}
     state = RunState(**{key: value for key, value in state.items() if key in known})
@@ -362,6 +382,6 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 def _damaged(path: Path, why: str | None) -> EdgeLoraError:
     return EdgeLoraError(
-        f"{path}: the checkpoint is damaged ({why}); resume from an earlier one with --resume "
-        f"{path.parent.parent}/STEP, or delete {path.parent}"
+        f"{path}: the checkpoint is damaged ({why}); delete {path.parent}, and --resume goes on "
+        "from the one before it"
     )
