@@ -366,6 +366,8 @@ class _Run:
         Raises:
             Stopped: a signal asked for it.
         """
+        if not self.is_due(self._config.steps_per_report, self._iteration):
+            self.report(self._iteration)
         if self._saved < self._iteration:
             self.save()
         why = "max_time is over"
