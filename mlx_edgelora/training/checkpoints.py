@@ -18,7 +18,7 @@ import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from mlx_edgelora.training.adapters import CONFIG_FILE, WEIGHTS_FILE, adapter_wr
 
 FOLDER = "checkpoints"
 BEST_FOLDER = "best"
+NUMBERED_FILES = f"[0-9]*_{WEIGHTS_FILE}"
 STATE_FILE, RUN_FILE, PLAN_FILE, MANIFEST_FILE = (
     "state.safetensors",
     "run.json",
@@ -145,7 +146,7 @@ class Origin:
     overwrites: bool = False
 
     @contextlib.contextmanager
-    def replacing(self, run_folder: Path) -> Iterator[None]:
+    def replacing(self, run_folder: Path, patterns: Iterable[str]) -> Iterator[None]:
         """Around the first save: remove what another run left, if that was asked for.
 
         It is out of the way meanwhile, under names that the next start removes, and comes back
@@ -154,11 +155,9 @@ class Origin:
         moved: list[tuple[Path, Path]] = []
         try:
             if self.overwrites and self.checkpoint is None:
-                old = [run_folder / FOLDER, run_folder / BEST_FOLDER]
-                for path in [*old, *run_folder.glob(f"[0-9]*_{WEIGHTS_FILE}")]:
-                    if os.path.lexists(path):
-                        moved.append((path, temporary_name(path)))
-                        os.replace(*moved[-1])
+                for path in [path for name in patterns for path in run_folder.glob(name)]:
+                    moved.append((path, temporary_name(path)))
+                    os.replace(*moved[-1])
             yield
         except BaseException:
             for path, aside in moved:

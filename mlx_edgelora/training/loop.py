@@ -39,6 +39,8 @@ from mlx_edgelora.training.adapters import WEIGHTS_FILE, save_adapters
 from mlx_edgelora.training.callbacks import TrainingCallback
 from mlx_edgelora.training.checkpoints import (
     BEST_FOLDER,
+    FOLDER,
+    NUMBERED_FILES,
     Origin,
     RunState,
     remove_old,
@@ -187,7 +189,7 @@ class _Run:
         self._key = mx.random.state[0]
         self._updated = 0  # last step that changed the parameters
         self._saved = 0  # last step whose parameters are on disk
-        self._replaced = False  # whether anything was saved
+        self._replaced: set[str] = set()  # files of which there are only this run's
         self._last: dict[str, float] = {}
         self._best: float | None = None  # lowest validation loss
 
@@ -302,7 +304,7 @@ class _Run:
         self._publish(self._make_report("val_loss", window, iteration - 1))
         if is_best and self._config.save_best:
             best = self._folder / BEST_FOLDER
-            with self._replacing():
+            with self._replacing(BEST_FOLDER):
                 save_adapters(best, self._adapters.weights(), self._config.to_dict())
             self._progress.saved(iteration - 1, best)
 
@@ -312,7 +314,7 @@ class _Run:
         Args:
             numbered: also keep the adapter under its step's number, as mlx-lm does.
         """
-        with self._replacing():
+        with self._replacing(BEST_FOLDER, FOLDER, NUMBERED_FILES):
             self._save(numbered)
         self._saved = self._iteration
         self._progress.saved(self._iteration, self._folder)
@@ -333,14 +335,12 @@ class _Run:
         save_adapters(self._folder, self._adapters.weights(), config, step)
 
     @contextlib.contextmanager
-    def _replacing(self) -> Iterator[None]:
-        """Around a save: the first one takes the place of what another run left."""
-        if self._replaced:
+    def _replacing(self, *patterns: str) -> Iterator[None]:
+        """Around a save: the first one of a kind takes the place of what another run left."""
+        others = [pattern for pattern in patterns if pattern not in self._replaced]
+        with self._origin.replacing(self._folder, others):
             yield
-            return
-        with self._origin.replacing(self._folder):
-            yield
-        self._replaced = True
+        self._replaced.update(others)
 
     def _is_whole(self) -> bool:
         """Whether what is in memory is what a step left, and not half of the next one."""

@@ -301,6 +301,9 @@ def test_overwriting_keeps_the_old_run_until_the_new_one_is_saved(options, monke
             patch.setattr(f"mlx_edgelora.training.loop.{place}", full)
             finetune(dataclasses.replace(over, save_best=False), notify=silent)
         assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    with pytest.raises(ZeroDivisionError):  # before its first save, but not of its best adapter
+        finetune(over, [EndsAt(1)], silent)
+    assert all(p.read_bytes() == before[p] for p in before if p.parent.name != "best")
     train(over)
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["0000004"]
     assert sorted(path.name for path in folder.iterdir()) == [
