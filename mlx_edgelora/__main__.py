@@ -51,7 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     module, _ = COMMANDS[argv[0]]
-    return import_module(f"mlx_edgelora.{module}").main(argv[1:])
+    try:
+        run = import_module(f"mlx_edgelora.{module}").main
+    except KeyboardInterrupt:  # importing takes a moment
+        return 130
+    return run(argv[1:])
 
 
 if __name__ == "__main__":

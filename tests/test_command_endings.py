@@ -8,7 +8,7 @@ from importlib import import_module
 import pytest
 
 from mlx_edgelora import command as endings
-from mlx_edgelora.__main__ import COMMANDS
+from mlx_edgelora.__main__ import COMMANDS, main
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -25,6 +25,14 @@ def test_no_command_ends_with_a_traceback(name, monkeypatch, capsys):
     assert err.startswith("error: unexpected ZeroDivisionError: broken here; ")
     with pytest.raises(ZeroDivisionError):
         module.main(["--debug"])
+
+
+def test_an_interrupt_while_a_command_is_imported(monkeypatch):
+    def interrupt(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlx_edgelora.__main__.import_module", interrupt)
+    assert main(["plan"]) == endings.INTERRUPTED
 
 
 @pytest.mark.parametrize(

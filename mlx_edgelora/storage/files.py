@@ -202,7 +202,7 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         probe = temporary_name(folder / "probe")
         create(probe).close()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # a run that begins there removes it as a left-over
     except OSError as error:
         raise cannot_write(folder, error) from error
 
