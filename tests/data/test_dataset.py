@@ -74,7 +74,8 @@ def test_nothing_to_train_at_all_names_the_data_set():
     with pytest.raises(EdgeLoraError) as caught:  # no limit is in the way, so none is named
         make_dataset(([1], 0), ([1, 2], 2))
     assert str(caught.value) == (
-        "train.jsonl: none of its 2 rows has a token to train on; add rows with an answer to train on"
+        "train.jsonl: none of its 2 rows has a token to train on; add rows with an answer to train "
+        "on"
     )
     with pytest.raises(EdgeLoraError, match=r"^train\.jsonl: has no rows, expected at least one"):
         make_dataset()
