@@ -22,8 +22,8 @@ PASSED, FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One sentence, as everything else that is wrong."""
-        raise EdgeLoraError(f"command line: {message}; --help lists what there is")
+        """Report a wrong option as one sentence."""
+        raise EdgeLoraError(f"command line: {message}; --help lists the options")
 
 
 def main(argv: Sequence[str] | None = None, sizes: Sizes | None = None) -> int:
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None, sizes: Sizes | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     found = problems(report)
-    print(f"\n{'Not as it should be:' if found else 'Nothing failed.'}")
+    print(f"\n{'Problems found:' if found else 'Nothing failed.'}")
     for line in found:
         print(wrapped(f"  {line}"))
     print(f"\n{_next_steps(file)}")
@@ -54,9 +54,9 @@ def _parser() -> _Parser:
     parser = _Parser(
         prog="mlx-edgelora doctor",
         description="Measure what this machine can do, and whether training on it gives the "
-        "gradients and keeps the memory budgets that it should. It takes about two minutes and no "
-        "network. No names of users, hosts or folders are in the report. Exits with 1 if something "
-        "failed.",
+        "gradients of plain MLX and stays within its memory budgets. It takes about two minutes "
+        "and uses no network. The report contains no user, host or folder names. Exits with 1 if "
+        "something failed.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -76,17 +76,19 @@ def _parser() -> _Parser:
 
 
 def _check_file(file: Path) -> None:
-    """Better before two minutes than after them."""
+    """Check that the report can be written, before two minutes of measuring."""
     if file.is_dir():
         raise EdgeLoraError(f"--report: {file} is a folder, expected a file; name one in it")
     if not file.parent.is_dir():
-        raise EdgeLoraError(f"--report: {file.parent} is no folder; choose one that exists")
+        raise EdgeLoraError(
+            f"--report: {file.parent} is not a folder; choose a file in an existing folder"
+        )
     make_folder(file.parent)
 
 
 @contextmanager
 def _scratch(folder: str) -> Iterator[Path]:
-    """A folder that goes afterwards. What earlier runs measured of this machine is not used."""
+    """A folder for scratch files, deleted afterwards; measurements of earlier runs are not used."""
     try:
         scratch = tempfile.TemporaryDirectory(prefix="mlx_edgelora-", dir=folder)
     except OSError as error:
@@ -107,10 +109,10 @@ def _print_and_write(report: Mapping[str, Any], file: Path | None) -> None:
 
 def _next_steps(file: Path | None) -> str:
     if file is None:
-        return "For a report that can be given to the project: --report."
+        return "Run it with --report to write a file that you can send to the project."
     return (
         f"The report is in {file}\n"
-        "Please open an issue of the project and paste it there, or add it to\n"
+        "Please paste it into an issue of the project, or add it to\n"
         "benchmarks/results/macs/ in a pull request."
     )
 

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         if own.plot and find_spec("matplotlib") is None:
             raise EdgeLoraError(
-                "--plot: matplotlib is not installed, expected it; install mlx_edgelora[plot]"
+                "--plot: matplotlib is not installed; run `pip install 'mlx-edgelora[plot]'`"
             )
         config = config_from_cli(rest, preset=read_yaml(DEFAULT_CONFIG))
         if own.labelled is not None and has_data(config):

@@ -106,5 +106,5 @@ def test_the_default_number_of_layers_is_up_to_16(asked, count, tmp_path):
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert saved["num_layers"] == count
     assert any("all 4 blocks are adapted" in line for line in lines) == (asked is None)
-    with pytest.raises(EdgeLoraError, match="num_layers: 5 asked, but the model has 4 blocks"):
+    with pytest.raises(EdgeLoraError, match="num_layers: got 5, but the model has 4 blocks"):
         finetune(dataclasses.replace(config, num_layers=5), notify=lines.append)

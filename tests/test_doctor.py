@@ -193,7 +193,7 @@ def test_without_the_least_plenty_is_still_tried(run_command, monkeypatch):
     _, _, found = run_command(steps=training.steps)
     least, twice, plenty = found["sections"]["steps"]["found"]["steps"]
     assert least == {"name": "least", "error": "too small"}
-    assert twice["error"] == "left out: the least is not known"
+    assert twice["error"] == "skipped: the smallest budget is not known"
     assert plenty["measured_bytes"] > 0
 
 
@@ -208,7 +208,7 @@ def test_a_report_is_left_if_the_process_dies(run_command):
 def test_what_is_slow_is_left_out_when_the_time_is_over(run_command):
     sections = {"verify": training.verify, "rates": probes.rates, "precision": probes.precision}
     _, _, found = run_command(sizes=replace(SMALL, seconds=-1.0), **sections)
-    left_out = "left out: -1 seconds were over"
+    left_out = "skipped: the limit of -1 seconds was reached"
     assert found["sections"]["verify"]["error"] == left_out
     assert found["sections"]["rates"]["found"]["rates"][0]["error"] == left_out
     assert found["sections"]["precision"]["error"] is None

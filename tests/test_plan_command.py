@@ -81,7 +81,7 @@ def test_the_least_memory(run_command):
     _, out, _ = run_command("--memory-budget", "min", "--max-seq-length", 16385, "--labelled", 0.02)
     assert "for the least memory" in out
     rows = dict(re.findall(r"^  (\S.*?)  +(.+)$", out, re.MULTILINE))
-    assert rows["tokens"] == "256 at a time"
+    assert rows["token tiles"] == "256 tokens at a time"
     assert rows["inputs of blocks"] == rows["adapters"] == "in a file"
     assert rows["weights"] == rows["embedding and head"] == "from disk"
 
@@ -99,7 +99,7 @@ def test_a_plan_is_written_and_read(run_command, tmp_path):
     ("flags", "sentence"),
     [
         (["--labelled", 0], "error: --labelled: got 0.0, expected a number above 0"),
-        (["--memory-budget", "lots"], "error: --memory-budget: got 'lots', expected min, or memo"),
+        (["--memory-budget", "lots"], "error: --memory-budget: got 'lots', expected min, or a si"),
         (["--memori-budget", "1GB"], "error: command line: --memori-budget: unknown key"),
         (["--plan", "nowhere.json"], "error: nowhere.json: cannot be read (No such file"),
     ],
@@ -164,4 +164,4 @@ def test_a_model_that_is_nowhere(run_command, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", nothing)
     status, _, err = run_command(model="someone/model")
     assert status == 2
-    assert err.startswith("error: model: 'someone/model' is not a folder here and cannot be look")
+    assert err.startswith("error: model: 'someone/model' is not a folder here and cannot be read")

@@ -288,7 +288,7 @@ def test_longer_rows_are_cut_and_counted_in_one_warning(arguments, data, capsys)
 
 def test_too_many_blocks(refused):
     assert refused(num_layers=4) == (
-        "num_layers: 4 asked, but the model has 3 blocks; lower it, or use -1 for all"
+        "num_layers: got 4, but the model has 3 blocks; lower it, or use -1 for all"
     )
 
 
@@ -325,7 +325,7 @@ def test_a_name_with_a_null_character(refused, tmp_path):
 
 def test_an_option_that_contradicts_the_model(refused, tiny):
     text = refused(quantize=4)
-    assert text.startswith(f"quantize: 4 bits asked, but {tiny / 'model'} is quantized already")
+    assert text.startswith(f"quantize: got 4 bits, but {tiny / 'model'} is already quantized")
 
 
 # The loss
@@ -457,7 +457,7 @@ def full_disk(size):
 def test_a_disk_full_while_spilling(refused, tmp_path):
     with full_disk(4096):
         text = refused()
-    assert text.startswith(f"{tmp_path}: spilling activations needs ")
+    assert text.startswith(f"{tmp_path}: the scratch file of activations needs ")
     assert text.endswith("choose another folder with --spill-dir, or use --activations ram")
 
 

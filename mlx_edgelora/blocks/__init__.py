@@ -1,1 +1,1 @@
-"""What mlx-lm's blocks are, and what they can be made to do."""
+"""mlx-lm's decoder blocks: finding, checking, tiling and patching them."""

@@ -1,10 +1,10 @@
-"""The one place where attention of mlx-lm's models is exchanged: for a while, and undone.
+"""Replace the attention function of mlx-lm's models temporarily.
 
-Every architecture of mlx-lm that has standard attention calls one function,
-`mlx_lm.models.base.scaled_dot_product_attention`, which it imported by name. So it is
-replaced wherever a loaded module holds it. An architecture with attention of its own
-never calls it and is not touched: who relies on the replacement must see that it is called.
-So is the one function that makes causal masks: see `blocks/masks.py`.
+Every architecture of mlx-lm with standard attention calls one function,
+`mlx_lm.models.base.scaled_dot_product_attention`, which it imports by name. So the function is
+replaced in every loaded module that holds it. An architecture with its own attention never calls
+it and is not affected, so code that relies on the replacement must check that it is called. The
+function that makes causal masks is replaced in the same way (`blocks/masks.py`).
 """
 
 import sys
@@ -33,7 +33,7 @@ PACKAGE = "mlx_lm.models."
 
 
 class _Dispatcher:
-    """Stands for mlx-lm's attention and calls the function whose turn it is."""
+    """Takes the place of mlx-lm's attention and calls the current replacement."""
 
     def __init__(self, function: Callable[..., mx.array]) -> None:
         self.function = function
@@ -44,16 +44,15 @@ class _Dispatcher:
 
 @contextmanager
 def replace_attention(function: Callable[..., mx.array]) -> Iterator[None]:
-    """Let mlx-lm's architectures call `function` as their attention; undone on exit, on error too.
+    """Let mlx-lm's architectures call `function` as their attention; undone on exit.
 
-    Contexts nest: the inner function is given the outer one as what it replaces. They are
-    for one thread: every model of the process sees the replacement. Only the outermost looks
-    through all modules, which takes a millisecond.
+    Contexts nest: an inner function gets the outer one as `original`. Every model of the process
+    sees the replacement, so use it in one thread. Only the outermost context searches all modules,
+    which takes a millisecond.
 
     Args:
-        function: called as `function(original, queries, keys, values, ...)`, with whatever
-            mlx-lm gives `scaled_dot_product_attention` behind `original`, which is the
-            function that stood there before.
+        function: called as `function(original, queries, keys, values, ...)` with the arguments of
+            `scaled_dot_product_attention`; `original` is the function that it replaces.
     """
     current = base.scaled_dot_product_attention
     if isinstance(current, _Dispatcher):
@@ -70,7 +69,7 @@ def replace_attention(function: Callable[..., mx.array]) -> Iterator[None]:
 
 @contextmanager
 def banded_masks() -> Iterator[None]:
-    """Let mlx-lm's causal masks know what they mean (`blocks/masks.py`); undone on exit."""
+    """Let mlx-lm make causal masks that carry their band (`blocks/masks.py`); undone on exit."""
     original = base.create_causal_mask
     with _replace_temporarily(original, with_bands(original)):
         yield
@@ -78,18 +77,18 @@ def banded_masks() -> Iterator[None]:
 
 @contextmanager
 def bounded_attention() -> Iterator[None]:
-    """Let mlx-lm's architectures attend without tokens x tokens, scores or mask; undone on exit."""
+    """Let mlx-lm's models compute attention without tokens x tokens arrays; undone on exit."""
     with replace_attention(attend_bounded), banded_masks():
         yield
 
 
-# Whether a gradient is traced where blocks call attention: what MLX does then is not the same.
+# Whether a gradient is being traced when blocks call attention: MLX then uses other kernels.
 _traced = [False]
 
 
 @contextmanager
 def tracing_gradient() -> Iterator[None]:
-    """Let `attend_bounded` know that a gradient is traced of what is called; undone on exit."""
+    """Tell `attend_bounded` that a gradient is being traced; undone on exit."""
     before, _traced[0] = _traced[0], True
     try:
         yield
@@ -97,7 +96,7 @@ def tracing_gradient() -> Iterator[None]:
         _traced[0] = before
 
 
-# Where tiles add the gradients of keys and values, of the calls of attention that go on.
+# The sums to which calls of attention add the gradients of keys and values.
 _sums: list[KeySums] = []
 
 
@@ -117,14 +116,14 @@ def _replace_temporarily(original: Callable, replacement: Callable) -> Iterator[
         _replace_everywhere(original, replacement)
         yield
     finally:
-        # Looked for again: a module that was imported meanwhile took the replacement.
+        # Search again: a module imported in the meantime holds the replacement.
         _replace_everywhere(replacement, original)
 
 
 def _replace_everywhere(old: Callable, new: Callable) -> None:
-    """Put `new` wherever a module of the package holds `old`, under whatever name."""
+    """Replace `old` by `new` in all modules of the package, under any name."""
     for name, module in list(sys.modules.items()):
-        # None stands for a module that may not be imported.
+        # None marks a module whose import is blocked.
         if name.startswith(PACKAGE) and module is not None:
             for key in [key for key, value in vars(module).items() if value is old]:
                 setattr(module, key, new)
@@ -140,7 +139,7 @@ def attend_bounded(
     mask: mx.array | str | None,
     sinks: mx.array | None = None,
 ) -> mx.array:
-    """For `replace_attention`: the same, but tokens x tokens is never held, forward or backward.
+    """Attention that never holds tokens x tokens scores, forward or backward.
 
     MLX's own where it is fused (`use_fused`), or where all scores are no more than a tile; in
     tiles elsewhere, where a floating mask gets its gradient as well. Masks that know what they
@@ -173,7 +172,7 @@ def _bounded(
     tiled = tiled_mask(mask, queries.shape[2], keys.shape[2])
     if cache is None and isinstance(tiled, str):
         mask = tiled
-    # On a GPU MLX's kernels raise where a floating mask is to have a gradient.
+    # On a GPU MLX's kernels raise an error if a floating mask needs a gradient.
     small = 4 * queries.size // queries.shape[-1] * keys.shape[2] <= TILE_BYTES and not (
         is_floating(mask) and mx.default_device() == mx.gpu
     )
@@ -189,7 +188,7 @@ def _bounded(
 
 
 def _is_known(mask: object) -> bool:
-    """Whether tiles know a mask: MLX takes masks of whole numbers as well."""
+    """Whether tiles support a mask; MLX also takes masks of integers."""
     if isinstance(mask, mx.array):
         return mask.dtype == mx.bool_ or is_floating(mask)
     return mask is None or mask == "causal"

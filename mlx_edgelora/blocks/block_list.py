@@ -1,9 +1,8 @@
-"""What a block is: finding the list of them in any model, standing in for them, their arrays.
+"""Find the decoder blocks of any model, intercept their calls, and bind their arrays.
 
-Nothing here names an architecture. The model's own `__call__` does embedding,
-scaling and masks; for the length of a call, calling a block reaches a handler that
-sees the arguments. The list and the blocks in it stay as they are, because a model's
-loop may ask anything of them: their class, their attributes, their identity.
+No architecture is named. The model's own `__call__` does embedding, scaling and masks, while calls
+of blocks reach a handler with their arguments. The list and its blocks are not changed, because a
+model's loop may depend on their class, their attributes or their identity.
 """
 
 import hashlib
@@ -19,22 +18,22 @@ import mlx.nn as nn
 from mlx_edgelora.blocks.refusals import Refusal, refusal_error
 from mlx_edgelora.errors import EdgeLoraError
 
-# handler(index, x, args, kwargs) -> what the model's loop goes on with
+# handler(index, x, args, kwargs) -> the block's output, as seen by the model's loop
 Handler = Callable[[int, mx.array, tuple, dict], mx.array]
-# Where an array hangs: its container (a module or a plain dict or list) and its key.
+# The place of an array: its container (a module, dict or list) and its key.
 Slot = tuple[Any, Any]
 
 
 class BlockList:
-    """The list of decoder blocks of a model, found by what it holds, not by its name.
+    """The list of decoder blocks of a model, found by its contents and not by its name.
 
     Attributes:
-        model: the model it was found in.
+        model: the model that contains it.
         blocks: the blocks, first to last.
-        hidden_dtype: of the last block's output, which may be wider than of the first one's
-            input; known once the blocks were checked (`walkable.checked_blocks`).
-        prefix: their names' beginning among the model's parameters, as in
-            `model.layers.`: block 3 owns every parameter under `model.layers.3.`.
+        hidden_dtype: dtype of the last block's output, which may be wider than that of the first
+            block's input; set by `checks.checked_blocks`.
+        prefix: prefix of the blocks' parameter names, such as `model.layers.`: the parameters of
+            block 3 begin with `model.layers.3.`.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -54,26 +53,26 @@ class BlockList:
         return len(self.blocks)
 
     def local(self, name: str) -> tuple[int, str] | None:
-        """Split a parameter's name into block index and name inside it; None outside the blocks."""
+        """Split a parameter's name into block index and local name; None outside the blocks."""
         if not name.startswith(self.prefix):
             return None
         index, _, rest = name[len(self.prefix) :].partition(".")
         return int(index), rest
 
     def refusal(self, index: int, reason: Refusal, **values: str) -> EdgeLoraError:
-        """The error of a model that cannot be trained because of one block; see `refusal_error`."""
+        """The error for a model with a block that cannot be trained; see `refusal_error`."""
         return refusal_error(self.model, reason, index, self.blocks[index], **values)
 
     def modules_outside(self) -> list[nn.Module]:
-        """The modules that are part of no block."""
+        """The modules outside the blocks."""
         inside = {id(module) for block in self.blocks for module in block.modules()}
         return [module for module in self.model.modules() if id(module) not in inside]
 
     @contextmanager
     def intercept(self, handler: Handler) -> Iterator[None]:
-        """Let calls of every block reach `handler` instead; undone on exit, on error too.
+        """Send the calls of every block to `handler`; undone on exit.
 
-        A block that `handler` calls is the block itself. Contexts nest; the inner one counts.
+        If `handler` calls a block, the block itself runs. In nested contexts the inner one counts.
         """
         calls = _CallInterceptor(self.blocks, handler)
         with ExitStack() as stack:
@@ -83,14 +82,14 @@ class BlockList:
 
     @contextmanager
     def skip_blocks(self, hidden: mx.array) -> Iterator[None]:
-        """Skip every block: the last one returns `hidden`, so a call of the model is its tail."""
+        """Skip all blocks: the last one returns `hidden`, so a call of the model is its tail."""
         last = len(self.blocks) - 1
         with self.intercept(lambda index, x, args, kwargs: hidden if index == last else x):
             yield
 
 
 class _CallInterceptor:
-    """Calls of some modules that go to a handler, by exchanging `__call__` of their classes."""
+    """Sends the calls of modules to a handler, by replacing `__call__` of their classes."""
 
     def __init__(self, blocks: list[nn.Module], handler: Handler) -> None:
         self._handler = handler
@@ -101,7 +100,7 @@ class _CallInterceptor:
 
     @contextmanager
     def replaced_call(self, kind: type[nn.Module]) -> Iterator[None]:
-        """Exchange `__call__` of a class; modules that are no blocks do not notice."""
+        """Replace `__call__` of a class; modules that are not blocks behave as before."""
         own, call = vars(kind).get("__call__"), kind.__call__
         first = _second_parameter(call)
 
@@ -122,7 +121,7 @@ class _CallInterceptor:
                 kind.__call__ = own
 
     def _handle(self, module: nn.Module, x: mx.array, args: tuple, kwargs: dict) -> mx.array:
-        # A module that is in the list twice is the block that is due, if it is one of them.
+        # A module that is in the list twice is the next expected block, if it can be.
         places = self._indices[id(module)]
         index = next((place for place in places if place >= self._next), places[0])
         self._next, self._is_handling = index + 1, True
@@ -133,15 +132,15 @@ class _CallInterceptor:
 
 
 def _second_parameter(function: Callable) -> str:
-    """Its name, behind `self`; empty where there is none to be found."""
+    """The name of the parameter after `self`; empty if it cannot be found."""
     try:
         return next(iter(list(inspect.signature(function).parameters)[1:]), "")
-    except ValueError:  # it is no Python function
+    except ValueError:  # not a Python function
         return ""
 
 
 def array_slots(module: nn.Module) -> dict[str, Slot]:
-    """Name every array a module holds, private ones (rotary frequencies) included."""
+    """The places of all arrays of a module by name, private ones (rotary frequencies) included."""
     slots: dict[str, Slot] = {}
 
     def visit(container: Any, path: str) -> None:
@@ -159,7 +158,7 @@ def array_slots(module: nn.Module) -> dict[str, Slot]:
 
 @contextmanager
 def bind_arrays(slots: Mapping[str, Slot], values: Mapping[str, mx.array]) -> Iterator[None]:
-    """Put `values` where the slots of the same names are; undone on exit, on error too."""
+    """Put `values` into the slots of the same names; undone on exit."""
     before = {}
     for name, value in values.items():
         container, key = slots[name]
@@ -168,18 +167,18 @@ def bind_arrays(slots: Mapping[str, Slot], values: Mapping[str, mx.array]) -> It
     try:
         yield
     finally:
-        # Backwards: one slot may have two names, and what it held first counts.
+        # In reverse: a slot may have two names, and its first value must be restored last.
         for name, value in reversed(before.items()):
             container, key = slots[name]
             container[key] = value
 
 
 def signature(block: nn.Module) -> str:
-    """Hash all that makes two blocks the same function of their arrays.
+    """Hash of a block: equal for blocks that are the same function of their arrays.
 
-    Classes, the tree of modules, and every attribute that is not an array. Two
-    blocks of one signature may share one compiled function; an attribute whose
-    value is unknown to us (any object) makes a block differ from all others.
+    It covers the classes, the tree of modules, and every attribute that is not an array. Blocks
+    with the same signature may share a compiled function. An attribute of an unknown type makes a
+    block different from all others.
     """
     parts = []
     for path, module in sorted(block.named_modules(), key=lambda item: item[0]):
@@ -194,16 +193,16 @@ def signature(block: nn.Module) -> str:
 
 
 def call_signature(args: tuple, kwargs: dict) -> str:
-    """What a block is called with, as far as it decides what the block computes.
+    """Description of a block's arguments: equal for calls that compute the same function.
 
-    Of arrays their types and shapes, of masks that know what they mean the window, of plain values
-    all; of two unknown objects none is like the other.
+    It has the type and shape of arrays, the window of masks with a band, and plain values. Two
+    objects of unknown types are never equal.
     """
     return _fingerprint([*args, kwargs])
 
 
 def _fingerprint(value: Any, child: bool = False) -> str:
-    """Tell values apart; modules and arrays among a module's children have their own paths."""
+    """Description of a value; modules and arrays below a module are described elsewhere."""
     if child and isinstance(value, nn.Module | mx.array):
         return type(value).__name__
     if isinstance(value, mx.array):
@@ -219,7 +218,7 @@ def _fingerprint(value: Any, child: bool = False) -> str:
 
 
 def _constant(value: Any) -> str:
-    """A plain value, or an object by its identity."""
+    """Description of a plain value, or of an object by its identity."""
     if isinstance(value, bool | int | float | str | None):
         return repr(value)
     if isinstance(value, tuple):

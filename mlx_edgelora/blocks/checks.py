@@ -1,9 +1,8 @@
-"""Which models can be walked block by block: proved before training, or refused by name.
+"""Check that a model can be walked block by block, or refuse it with a reason.
 
-The walk knows one way from block to block: the hidden state. A model in which anything
-else leads there (shared keys and values, an input passed around the blocks, a router's
-loss, a trained matrix in two blocks) would get wrong gradients without a word. The reasons
-are listed in `blocks/refusals.py`.
+In the walk, blocks depend on each other only through the hidden state. A model with any other
+dependency (shared keys and values, an input passed around the blocks, a router's loss, a trained
+matrix in two blocks) would silently get wrong gradients. `blocks/refusals.py` lists the reasons.
 """
 
 import itertools
@@ -21,9 +20,9 @@ from mlx_edgelora.blocks.dropout import KeyTape, dropout_layers, keyed_dropout
 from mlx_edgelora.blocks.masks import CausalMask, band_of
 from mlx_edgelora.blocks.refusals import Refusal, refusal_error
 
-# What a block is called with: x, args, kwargs.
+# The arguments of a block: x, args, kwargs.
 RecordedCall = tuple[mx.array, tuple, dict]
-# What a model may answer with where it cannot be run with other blocks than its own.
+# Errors of a model that cannot run with replaced blocks.
 MODEL_ERRORS = (
     ArithmeticError,
     AssertionError,
@@ -34,15 +33,15 @@ MODEL_ERRORS = (
     ValueError,
 )
 TOKENS = (1, 4)
-# Part of what MLX says where a function that it traces wants to know values.
+# Part of MLX's error if a traced function needs values.
 EVALUATES = "Attempting to eval an array during function transformations"
 
 
 def checked_blocks(model: nn.Module) -> BlockList:
-    """The blocks of a model, adapted or not, once it is proved that it can be walked.
+    """Check that a model, adapted or not, can be walked, and return its blocks.
 
-    Every way into training calls this before it looks at a model in any other way. It reads
-    no weights, and takes 5 to 20 milliseconds a block, the more the more blocks there are.
+    Every command calls this before it uses a model in any other way. It reads no weights and takes
+    5 to 20 milliseconds a block, more for models with more blocks.
 
     Raises:
         EdgeLoraError: names the architecture, the block and the reason.
@@ -50,8 +49,8 @@ def checked_blocks(model: nn.Module) -> BlockList:
     blocks, tape = BlockList(model), KeyTape()
     resting = [module for module in model.modules() if not module.training]
     try:
-        model.train()  # some architectures compute otherwise when they do not train
-        # Dropout must neither look like random numbers of a block nor move MLX's generator.
+        model.train()  # some architectures compute something else in evaluation mode
+        # Dropout must not count as random numbers of a block, and not advance MLX's generator.
         layers = keyed_dropout(dropout_layers(model), tape)
         with layers, tape.playing(itertools.repeat(mx.random.key(0))):
             check_walk(blocks)
@@ -62,16 +61,18 @@ def checked_blocks(model: nn.Module) -> BlockList:
 
 
 def check_walk(blocks: BlockList) -> None:
-    """Prove that the model can be walked block by block, or refuse it by name.
+    """Check that the model can be walked block by block.
 
-    The model's loop is run on four tokens with blocks that are not computed: each must be
-    called once, in order, on exactly what the one before returned. A gradient that went
-    another way would be lost, so no other argument may depend on what a block returned or
-    on what is trained before the blocks, and the logits only on the last block. Then the loop
-    is run with the blocks' own graphs, built on zeros: each must be called with the same
-    arguments as before, return one array of its input's shape and change nothing. At last their
-    gradients are built, and none may reach another block's input or what is trained in it. Only
-    such arguments are evaluated, so no weights are read.
+    1. The model's loop runs on four tokens with blocks that are not computed. Each block must be
+       called once, in order, on the output of the block before. No other argument may depend on
+       the output of a block or on trained parameters outside the blocks, and the logits may depend
+       only on the last block: gradients of other dependencies would be lost.
+    2. The loop runs with the blocks' own graphs, built on zeros. Each block must get the same
+       arguments as before, return one array of its input's shape, and change nothing.
+    3. The gradients of blocks are built. None may reach another block's input or its trained
+       parameters.
+
+    Only arguments of blocks are evaluated, so no weights are read.
 
     Raises:
         EdgeLoraError: names the architecture, the block and the reason.
@@ -83,7 +84,7 @@ def check_walk(blocks: BlockList) -> None:
     entry = {n: mx.full(v.shape, float("nan")) for n, v in trained if blocks.local(n) is None}
     if entry:
         with bind_arrays(array_slots(blocks.model), entry):
-            # The first block's input may depend on them, so it is not passed on.
+            # The first block's input may depend on them, so blocks return zeros instead.
             reached = _placeholder_calls(blocks, lambda index, x: mx.zeros(x.shape, x.dtype))
             _check_arguments(blocks, reached, Refusal.ENTRY)
     for index, (x, *arguments) in enumerate(_placeholder_calls(blocks, _marker)):
@@ -98,7 +99,7 @@ def check_walk(blocks: BlockList) -> None:
 
 
 def _check_owners(blocks: BlockList) -> None:
-    """A trained array that hangs in two blocks would get two gradients, each a part of its own."""
+    """Refuse a trained array in two blocks: it would get two partial gradients."""
     slots = array_slots(blocks.model)
     owners: dict[tuple[int, Any], int | None] = {}
     for name, _ in tree_flatten(blocks.model.trainable_parameters()):
@@ -116,11 +117,11 @@ def _marker(index: int, x: mx.array) -> mx.array:
 
 
 def _calls(blocks: BlockList, handler: Handler) -> list[RecordedCall]:
-    """Run the model's own loop on a few tokens; gives what each block was called with.
+    """Run the model's own loop on a few tokens and return the arguments of each block.
 
     Args:
-        blocks: the model's.
-        handler: gives what the loop goes on with where a block is due.
+        blocks: the model's blocks.
+        handler: called in place of each block; its result is the block's output.
 
     Raises:
         EdgeLoraError: blocks are not called once and in order.
@@ -150,7 +151,7 @@ def _calls(blocks: BlockList, handler: Handler) -> list[RecordedCall]:
 def _placeholder_calls(
     blocks: BlockList, output: Callable[[int, mx.array], mx.array]
 ) -> list[RecordedCall]:
-    """What each block is called with where blocks return `output(index, x)` instead."""
+    """The arguments of each block if blocks return `output(index, x)`."""
     returned: list[mx.array] = []
 
     def handler(index: int, x: mx.array, args: tuple, kwargs: dict) -> mx.array:
@@ -172,7 +173,7 @@ def _check_arguments(blocks: BlockList, calls: list[RecordedCall], reason: Refus
 
 
 def _check_tail(blocks: BlockList, hidden: mx.array) -> None:
-    """Find the blocks on whose output the logits depend, by building the gradient."""
+    """Refuse a model whose logits depend on the output of an earlier block."""
     used: set[int] = set()
 
     def logits(hidden: mx.array) -> mx.array:
@@ -191,7 +192,7 @@ def _check_tail(blocks: BlockList, hidden: mx.array) -> None:
 
 
 def gradient_hook(when_reached: Callable[[], None]) -> Callable[[mx.array], mx.array]:
-    """An identity that tells when a gradient passes through it; no copy of what is contiguous."""
+    """An identity function that calls `when_reached` if a gradient passes through it."""
 
     @mx.custom_function
     def identity(x: mx.array) -> mx.array:
@@ -206,10 +207,10 @@ def gradient_hook(when_reached: Callable[[], None]) -> Callable[[mx.array], mx.a
 
 
 def depends_on_values(function: Callable[..., Any], inputs: Sequence[mx.array]) -> bool:
-    """Whether a function decides by the values of its inputs what it computes.
+    """Whether the control flow of a function depends on the values of its inputs.
 
-    It is traced by `mx.compile`, where MLX forbids that anything is evaluated; nothing is
-    computed. Where compilation is switched off, it is on for that moment.
+    The function is traced by `mx.compile`, which forbids any evaluation; nothing is computed.
+    Compilation is switched on for the trial if it is off.
     """
 
     def raises(function: Callable[..., Any]) -> bool:
@@ -240,9 +241,9 @@ def _checked_output(
     args: tuple,
     kwargs: dict,
 ) -> mx.array:
-    """What a block returns for zeros, with zeros for weights, once its call is what it must be.
+    """Check one call of a block and return its output for zeros, with zeros as weights.
 
-    Its dtype is that of the hidden states there, which may get wider from block to block.
+    The output has the dtype of the hidden states, which may get wider from block to block.
     """
     block, zeros = blocks.blocks[index], mx.zeros(x.shape, x.dtype)
     if difference := different_argument(calls[index][1:], (args, kwargs)):
@@ -250,7 +251,7 @@ def _checked_output(
     if _identity(block) != before[index]:
         raise blocks.refusal(index, Refusal.SET)
     slots = array_slots(block)
-    # A block that looks at values must not read its weights for that.
+    # A block that evaluates values must not read its weights for that.
     empty = {name: mx.zeros(box[key].shape, box[key].dtype) for name, (box, key) in slots.items()}
     drawn = _generators()
     with bind_arrays(slots, empty):
@@ -274,17 +275,18 @@ def _checked_output(
 
 
 def _generators() -> tuple:
-    """The states of all generators of random numbers that a model may draw from."""
+    """The states of all random number generators that a model may use."""
     _, words, position, *_ = np.random.get_state()
     return mx.random.state[0].tolist(), random.getstate(), words.tobytes(), position
 
 
 def _check_crossings(blocks: BlockList) -> None:
-    """Find ways from block to block beside the hidden state, by what gradients reach.
+    """Refuse a model whose blocks depend on each other other than through the hidden state.
 
-    The inputs of blocks and all that is trained are cut off and watched. Of half of the blocks at
-    a time the gradients are built: none may reach a watcher of the other half. With halves by every
-    bit of a block's index each pair of blocks is apart once: 2 log2(blocks) graphs.
+    The inputs of blocks and the trained parameters are detached and observed. The gradients of one
+    half of the blocks at a time are built; none may reach an observer in the other half. Halves are
+    taken by every bit of a block's index, so each pair of blocks is separated once: 2 log2(blocks)
+    graphs.
     """
     count = len(blocks)
     for bit in range(max(1, (count - 1).bit_length())):
@@ -298,9 +300,10 @@ def _check_crossings(blocks: BlockList) -> None:
 
 
 def _reached_tags(blocks: BlockList, chosen: set[int]) -> set[int | None]:
-    """Which blocks' inputs, outputs or parameters the gradients of some blocks reach.
+    """The inputs, outputs and parameters that the gradients of the chosen blocks reach.
 
-    None stands for parameters outside the blocks, ~index for what is handed on behind a block.
+    A tag is the index of a block (its input or parameters), ~index (the state passed on after a
+    block), or None (parameters outside the blocks).
     """
     slots, reached = array_slots(blocks.model), set()
     trained = dict(tree_flatten(blocks.model.trainable_parameters()))
@@ -343,9 +346,9 @@ def _reached_tags(blocks: BlockList, chosen: set[int]) -> set[int | None]:
 
 
 def different_argument(expected: tuple[tuple, dict], got: tuple[tuple, dict]) -> str | None:
-    """The first of a call's arguments (args, kwargs) that is not as expected; None if all are.
+    """The first argument of a call (args, kwargs) that is not as expected; None if all are.
 
-    Arrays are evaluated, but for masks that know what they mean.
+    Arrays are evaluated, except masks with a band.
     """
     names = [f"argument {number + 2}" for number in range(len(expected[0]))] + list(expected[1])
     if len(expected[0]) != len(got[0]) or expected[1].keys() != got[1].keys():
@@ -373,7 +376,7 @@ def _same(first: Any, second: Any) -> bool:
 
 
 def _leaves(value: Any) -> list:
-    """What nested arguments hold, attributes of objects among them included."""
+    """All values in nested arguments, including the attributes of objects."""
     leaves = [leaf for _, leaf in tree_flatten(value, is_leaf=_is_module)]
     inside = [vars(leaf) for leaf in leaves if hasattr(leaf, "__dict__")]
     return leaves + [leaf for _, leaf in tree_flatten(inside, is_leaf=_is_module)]

@@ -1,9 +1,9 @@
-"""Dropout whose masks are the same when a block is computed a second time.
+"""Dropout with the same masks when a block is recomputed.
 
-`nn.Dropout` draws from a global generator at every call, so a block recomputed in the
-backward pass gets another mask and its gradients are silently wrong (`mx.checkpoint`
-has this flaw). Here each call draws its key from the same generator in the same order,
-so that masks equal those of plain MLX, and the key is kept for the second time.
+`nn.Dropout` draws from a global generator at every call, so a block that is recomputed in the
+backward gets another mask and silently wrong gradients (`mx.checkpoint` has this flaw). Here each
+call draws its key from the same generator in the same order, so that masks equal those of plain
+MLX, and the key is recorded for the recomputation.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,10 +14,10 @@ import mlx.nn as nn
 
 
 class KeyTape:
-    """The keys of the dropout calls of one segment: drawn and kept, or played back.
+    """The keys of the dropout calls of one segment: drawn and recorded, or played back.
 
     Attributes:
-        is_used: whether a layer that draws is at work.
+        is_used: whether any layer draws keys.
     """
 
     def __init__(self) -> None:
@@ -26,18 +26,18 @@ class KeyTape:
         self._playback: Iterator[mx.array] | None = None
 
     def next(self) -> mx.array:
-        """Give the key of the next call, uint32 [2]."""
+        """The key of the next call, uint32 [2]."""
         if self._playback is not None and (key := next(self._playback, None)) is not None:
             return key
         key = mx.random.split(mx.random.state[0])[1]
-        mx.random.uniform()  # unused and never computed: it moves the generator as a mask would
+        mx.random.uniform()  # never computed: it advances the generator as a mask would
         if self._keys is not None:
             self._keys.append(key)
         return key
 
     @contextmanager
     def recording(self) -> Iterator[list[mx.array]]:
-        """Keep the keys drawn from here on in the list that is given back."""
+        """Record the keys that are drawn in the returned list."""
         before, self._keys = self._keys, []
         try:
             yield self._keys
@@ -46,7 +46,7 @@ class KeyTape:
 
     @contextmanager
     def playing(self, keys: Iterable[mx.array]) -> Iterator[None]:
-        """Give these keys, in order, and draw again when they have run out."""
+        """Use these keys in order, then draw new ones."""
         before, self._playback = self._playback, iter(keys)
         try:
             yield
@@ -61,13 +61,13 @@ class _KeyedDropout(nn.Dropout):
 
 
 def dropout_layers(model: nn.Module) -> list[nn.Dropout]:
-    """Every `nn.Dropout` of a model; a layer that hangs in two places is one layer."""
+    """Every `nn.Dropout` of a model, each once."""
     return list({id(m): m for m in model.modules() if type(m) is nn.Dropout}.values())
 
 
 @contextmanager
 def keyed_dropout(layers: Sequence[nn.Dropout], tape: KeyTape) -> Iterator[None]:
-    """Give layers of dropout their keys from one tape; undone on exit."""
+    """Let dropout layers take their keys from a tape; undone on exit."""
     layers = [layer for layer in layers if layer.training and layer._p_1 != 1]
     before, tape.is_used = tape.is_used, bool(layers)
     for layer in layers:
@@ -84,7 +84,7 @@ def keyed_dropout(layers: Sequence[nn.Dropout], tape: KeyTape) -> Iterator[None]
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """For a trial: dropout would move MLX's generator, and is asked about apart."""
+    """Switch dropout off during a trial: it would advance MLX's generator; undone on exit."""
     layers = [m for m in model.modules() if isinstance(m, nn.Dropout) and m.training]
     for layer in layers:
         layer.eval()
@@ -97,9 +97,9 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def restore_generator() -> Iterator[None]:
-    """Put MLX's generator of random numbers back on exit, on error too."""
+    """Restore MLX's random number generator on exit."""
     high, low = mx.random.state[0].tolist()
     try:
         yield
     finally:
-        mx.random.seed(high << 32 | low)  # a key is the two halves of a seed
+        mx.random.seed(high << 32 | low)  # a key consists of the two halves of a seed

@@ -1,10 +1,9 @@
-"""Gated MLPs of a model, found by what their own code does, and computed in slices.
+"""Find the gated MLPs of a model by what their code does, and compute them in slices.
 
-A module is one if it holds three linear layers and nothing else, gives its input to two of
-them, and returns what the third makes of some function of their results, entry by entry.
-That function stays the module's own code: it is called with stand-ins for its layers. So
-every activation works, and one that looks across features (a top-k, a norm) is seen in a
-trial and left as it is.
+A gated MLP is a module with three linear layers and nothing else. It passes its input to two of
+them, and the third gets an entrywise function of their outputs. That function is the module's own
+code, called with stand-ins for its layers, so every activation works. A function that combines
+features (a top-k, a norm) is detected in a trial, and the module is left unchanged.
 """
 
 import inspect
@@ -26,17 +25,17 @@ TRIAL = (2, 8)
 
 
 class MlpLayers(NamedTuple):
-    """The names of a gated MLP's layers: those that take its input, and the last one."""
+    """The names of a gated MLP's layers: the two that take its input, and the last one."""
 
     inputs: tuple[str, str]
     down: str
 
 
 class _Sliced:
-    """Mixed into a gated MLP's class; what it needs is kept on the class made for it."""
+    """Mixin for the class of a gated MLP; its settings are attributes of the mixed class."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        """Map [..., d] to [..., d] in slices; dropout in an adapter needs all at once."""
+        """Map [..., d] to [..., d] in slices, or at once if an adapter has dropout."""
         layers = [self[name] for name in (*self._form.inputs, self._form.down)]
         if self._tile_bytes is None or any(_drops(layer) for layer in layers):
             return super().__call__(x)
@@ -48,11 +47,11 @@ def slice_mlps(blocks: BlockList, tile_bytes: int = TILE_BYTES) -> str:
     """Let every gated MLP in the blocks compute in slices; call it after `add_lora`.
 
     Args:
-        blocks: the blocks of a model; classes of their modules are exchanged.
+        blocks: the blocks of a model; the classes of their gated MLPs are replaced.
         tile_bytes: see `gated_mlp`.
 
     Returns:
-        How many there are, of how many blocks.
+        The number of gated MLPs and of blocks with one, as text.
     """
     found = 0
     with_one: set[int] = set()
@@ -64,7 +63,7 @@ def slice_mlps(blocks: BlockList, tile_bytes: int = TILE_BYTES) -> str:
                 continue
             found += 1
             with_one.add(index)
-            # One class for modules of the same settings: a compiled backward serves them all.
+            # One class for modules with the same settings, so that they share a compiled function.
             key = type(module), form, _settings(module)
             if key not in kinds:
                 members = {
@@ -74,15 +73,15 @@ def slice_mlps(blocks: BlockList, tile_bytes: int = TILE_BYTES) -> str:
                 }
                 kinds[key] = type(key[0].__name__, (_Sliced, key[0]), members)
             object.__setattr__(module, "__class__", kinds[key])
-    return f"{found} gated MLPs that can go in slices, in {len(with_one)} of {len(blocks)} blocks"
+    return f"{found} gated MLPs in {len(with_one)} of {len(blocks)} blocks"
 
 
 def set_slices(blocks: BlockList, tile_bytes: int | None, stop: int) -> None:
-    """Change how large slices are from now on, after `slice_mlps`.
+    """Change the size of slices, after `slice_mlps`.
 
     Args:
-        blocks: as of `slice_mlps`.
-        tile_bytes: in the blocks below `stop`; None computes them layer by layer.
+        blocks: as in `slice_mlps`.
+        tile_bytes: size in the blocks below `stop`; None computes MLPs layer by layer.
         stop: in this block and those above, MLPs are computed layer by layer.
     """
     for index, block in enumerate(blocks.blocks):
@@ -92,9 +91,9 @@ def set_slices(blocks: BlockList, tile_bytes: int | None, stop: int) -> None:
 
 
 def find_gated_mlp(module: nn.Module) -> MlpLayers | None:
-    """The form of a module if it is a gated MLP that can be sliced, else None.
+    """The layers of a module if it is a gated MLP that can be sliced, else None.
 
-    Nothing of the model is evaluated: its layers do not take part in the trial.
+    No weights are evaluated: stand-ins take the place of the layers.
     """
     if isinstance(module, _Sliced) or len(module) != 3 or not all(map(_is_known, module.values())):
         return None
@@ -134,7 +133,7 @@ def find_gated_mlp(module: nn.Module) -> MlpLayers | None:
 
 
 def own_activation(module: nn.Module, form: MlpLayers) -> Activation:
-    """What the module's own code makes of its two inputs' results before the last layer."""
+    """The module's own function of the outputs of its first two layers."""
     results: dict[str, mx.array] = {}
 
     def last(h: mx.array) -> mx.array:
@@ -155,14 +154,14 @@ def own_activation(module: nn.Module, form: MlpLayers) -> Activation:
 
 
 def _settings(module: nn.Module) -> str:
-    """What else its code may look at; of two unknown objects none is like the other."""
+    """Description of a module's attributes; two objects of unknown types are never equal."""
     items = sorted(vars(module).items())
     plain = (bool, int, float, str, set, type(None))
     return repr([(key, v if isinstance(v, plain) else id(v)) for key, v in items])
 
 
 def _stand_in(module: nn.Module, answers: dict[str, Callable]) -> nn.Module:
-    """A module of the same class and settings with functions for layers."""
+    """A module of the same class and settings with functions in place of layers."""
     copy = type(module).__new__(type(module))
     nn.Module.__init__(copy)
     for key, value in {**vars(module), **answers}.items():
@@ -171,7 +170,7 @@ def _stand_in(module: nn.Module, answers: dict[str, Callable]) -> nn.Module:
 
 
 def _is_pointwise(activation: Activation, first: mx.array, second: mx.array) -> bool:
-    """Whether an entry of the result depends on the same entry of both alone."""
+    """Whether an entry of the result depends only on the same entries of the inputs."""
     whole = activation(first, second)
     if whole.shape != first.shape:
         return False

@@ -28,7 +28,7 @@ class LoRASwitchLinear(MlxLoRASwitchLinear):
         """Map [..., 1, in] through the experts named by `indices` to [..., 1, out]."""
         y = self.linear(x, indices, sorted_indices=sorted_indices)
         z = self.dropout(x)
-        # MLX's gather_mm knows nothing but float32 on a CPU.
+        # MLX's gather_mm supports only float32 on a CPU.
         dtype = x.dtype if mx.default_device() == mx.gpu else mx.float32
         for factor in (self.lora_a, self.scale * self.lora_b):
             z = mx.gather_mm(

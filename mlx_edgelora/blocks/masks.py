@@ -1,11 +1,10 @@
-"""Causal masks that know what they mean, so that nobody needs their values.
+"""Causal masks that carry a short description of themselves, so that no values are needed.
 
-mlx-lm makes an array of tokens x tokens for a mask as soon as a text is longer than a
-block's window: 256 MiB at 16,384 tokens. But MLX's arrays are lazy: one that is never
-evaluated costs nothing. So a model is given mlx-lm's own array, of a class that remembers
-what it says (`CausalMask`), and attention goes by that. Whatever else a model does with it
-gives a plain array with the right values, at the old price; an operation in place makes it
-forget. So no architecture can break, and none has to be named.
+mlx-lm makes a mask of tokens x tokens as soon as a text is longer than a block's window: 256 MiB
+at 16,384 tokens. But MLX's arrays are lazy, and an array that is never evaluated costs nothing. So
+a model gets mlx-lm's own array as a `CausalMask`, which carries its band, and attention uses the
+band. Any other operation of the model on the mask gives a plain array with the right values, and an
+operation in place removes the band. So every architecture still works, and none is named.
 """
 
 from collections.abc import Callable
@@ -27,11 +26,11 @@ _IN_PLACE += ["sub", "truediv", "xor"]
 
 
 class CausalMask(mx.array):
-    """A bool array [Tq, Tk] that knows which keys each query sees.
+    """A bool array [Tq, Tk] with a description of the keys that each query sees.
 
     Args:
-        array: the values; T x T bytes, three times, once somebody evaluates them.
-        band: the same in few numbers, with its positions.
+        array: the values; evaluating them takes three times T x T bytes.
+        band: the description, with the positions of the queries.
     """
 
     def __init__(self, array: mx.array, band: Band) -> None:
@@ -49,13 +48,13 @@ def _forgetting(name: str) -> Callable[..., Any]:
     return changed
 
 
-# MLX's operators in place change the very object, values and all.
+# MLX's in-place operators change the object itself.
 for _name in ["__setitem__", *(f"__i{name}__" for name in _IN_PLACE)]:
     setattr(CausalMask, _name, _forgetting(_name))
 
 
 def band_of(mask: mx.array | str | None) -> Band | None:
-    """Which keys are seen under "causal" or a mask that knows it; None of any other."""
+    """The band of "causal" or of a mask that carries one; None for any other mask."""
     if isinstance(mask, CausalMask):
         return mask.band
     return Band() if isinstance(mask, str) and mask == "causal" else None
@@ -65,14 +64,14 @@ def simplest_mask(positions: Positions, keys: int, window: int | None) -> mx.arr
     """The mask between queries and keys in its shortest form.
 
     Args:
-        positions: which key is each query's own, ascending; may be before the first key or
-            behind the last one.
-        keys: how many there are.
-        window: how many a query sees at most, its own among them; None for all before it.
+        positions: index of each query's own key, ascending; may be before the first key or after
+            the last one.
+        keys: number of keys.
+        window: number of keys that a query sees at most, its own included; None for all.
 
     Returns:
-        None where nothing is hidden, "causal" where the last query sees the last key and
-        all before it, else a `CausalMask`, not evaluated.
+        None if every query sees every key, "causal" if the last query sees all keys and the
+        others all up to their own, else a `CausalMask`, not evaluated.
     """
     first, last = int(positions[0]), int(positions[-1])
     if window is not None and window > last:
@@ -95,12 +94,12 @@ def _causal_mask(positions: Positions, keys: int, window: int | None) -> CausalM
 
 
 def causal_array(positions: Positions, keys: int, window: int | None = None) -> mx.array:
-    """The mask of queries at these positions among so many keys, for whoever needs an array."""
+    """The causal mask of queries at these positions as an array [queries, keys]."""
     return _causal_mask(positions, keys, window)
 
 
 def tiled_mask(mask: mx.array | str | None, queries: int, keys: int) -> Mask:
-    """What tiled attention makes of a mask, of which it then needs no array if that can be."""
+    """The mask for tiled attention: a band or "causal" if possible, else the array itself."""
     if not isinstance(mask, CausalMask) or mask.band is None or mask.shape != (queries, keys):
         return mask
     positions, window = mask.band
@@ -109,9 +108,9 @@ def tiled_mask(mask: mx.array | str | None, queries: int, keys: int) -> Mask:
 
 
 def with_bands(original: Maker) -> Maker:
-    """mlx-lm's maker of causal masks, whose masks then know what they mean.
+    """Wrap mlx-lm's maker of causal masks, so that its masks carry their band.
 
-    Not those with padding, nor any where `original` makes other masks than are known here.
+    Masks with padding get no band, nor do any masks if `original` makes other ones than expected.
     """
     return original if isinstance(original, _BandedMaskMaker) else _BandedMaskMaker(original)
 
@@ -138,7 +137,7 @@ class _BandedMaskMaker:
 
 @lru_cache(maxsize=8)
 def _is_known(original: Maker) -> bool:
-    """Whether a maker's masks are what `simplest_mask` takes them for: tried."""
+    """Whether a maker's masks are those that a band describes, found by a trial."""
     ago = np.arange(2, 9)[:, None] - np.arange(9)
     made = [np.array(original(7, 2, window)) for window in (3, None)]
     expected = [(ago >= 0) & (ago < window) for window in (3, 9)]
@@ -146,12 +145,12 @@ def _is_known(original: Maker) -> bool:
 
 
 def pack_masks(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """A block's arguments for `mx.compile`: masks as constants, because arrays are evaluated."""
+    """A block's arguments for `mx.compile`: masks become constants, or they would be evaluated."""
     return tuple(map(_pack_mask, args)), {name: _pack_mask(value) for name, value in kwargs.items()}
 
 
 def unpack_masks(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """What `packed` was given."""
+    """The arguments that were given to `pack_masks`."""
     return tuple(map(_unpack_mask, args)), {
         name: _unpack_mask(value) for name, value in kwargs.items()
     }

@@ -1,6 +1,6 @@
-"""The one place where MLX's RMSNorm is exchanged: for a while, and undone.
+"""Replace MLX's RMSNorm temporarily.
 
-Models call it as `mx.fast.rms_norm`, `nn.RMSNorm` and norms of their own alike.
+`nn.RMSNorm` and the norms of models all call `mx.fast.rms_norm`.
 """
 
 from collections.abc import Iterator
@@ -13,9 +13,9 @@ from mlx_edgelora.layers.norm import TILE_BYTES, rms_norm
 
 @contextmanager
 def bounded_norms() -> Iterator[None]:
-    """Let models normalize some tokens at a time where MLX has no fused gradient of it.
+    """Let models normalize a few tokens at a time if MLX has no fused gradient; undone on exit.
 
-    Undone on exit, on error too. For one thread: every model of the process sees it.
+    Every model of the process sees the replacement, so use it in one thread.
     """
     if mx.default_device() == mx.gpu:
         yield

@@ -1,17 +1,17 @@
-"""A block's call, a part of its tokens at a time, by its own code.
+"""Compute a block for a part of its tokens, with its own code.
 
-Of other tokens a token sees nothing but their keys and values. Where a block calls mlx-lm's
-attention, they are what it gives that function, which is taken away from it for the time of a
-call (`key_values`); with those of all tokens in hand its own code computes the rest (`output`).
+A token depends on other tokens only through their keys and values. A block that calls mlx-lm's
+attention passes them to that function, which is replaced during a call (`key_values`). Given the
+keys and values of all tokens, the block's own code computes the output (`output`).
 
-A block whose attention is not all in that call (a floating mask made of its own input, as of
-multi-head latent attention; attention of its own) is cut at its cache instead: what it gives
-the cache for each token, be it keys and values or latents, is all that other tokens see of it,
-and with all of that in the cache its own code computes the rest.
+Some blocks do more in attention than that call shows: multi-head latent attention makes a floating
+mask from its input, and some architectures have attention of their own. Such a block is cut at its
+cache instead. Other tokens depend on a token only through the arrays that it passes to the cache
+(keys and values, or latents), so with a filled cache the block's own code computes the output.
 
-For some tokens alone (`output_rows`) attention is computed for all, and what lies behind it for
-these: products with most of a block's weights.
-No architecture is named: whether all this is true of a block is tried (`blocks/tiling.py`).
+For some tokens only (`output_rows`), attention is computed for all tokens, and the layers after it,
+with most of a block's weights, for these. No architecture is named: `blocks/tiling.py` tries
+whether all this holds for a block.
 """
 
 import inspect
@@ -37,7 +37,7 @@ class TokenSpan:
 
 
 class AttentionInputs(NamedTuple):
-    """What a block asks of attention: q [B, H, t, D], k and v [B, Hkv, t, D]."""
+    """The arguments of a block's attention: q [B, H, t, D], k and v [B, Hkv, t, D]."""
 
     q: mx.array
     k: mx.array
@@ -48,14 +48,14 @@ class AttentionInputs(NamedTuple):
 
 
 class _AttentionReached(Exception):
-    """Carries what a block asks of attention out of it."""
+    """Ends a block's call at its attention, and carries the arguments."""
 
     def __init__(self, inputs: AttentionInputs) -> None:
         self.inputs = inputs
 
 
 class _Position:
-    """Stands for a cache: it knows where the tokens are, and keeps nothing."""
+    """Takes the place of a cache: it has an offset and keeps nothing."""
 
     def __init__(self, offset: int | mx.array) -> None:
         self.offset = offset
@@ -65,11 +65,11 @@ class _Position:
 
 
 class _CacheReached(Exception):
-    """Carries what a block gives its cache out of it."""
+    """Ends a block's call at its cache, and carries the arguments."""
 
 
 class _EmptyCache:
-    """Stands for an empty cache; what it is given ends the call."""
+    """Takes the place of an empty cache; its first update ends the call."""
 
     def __init__(self, offset: int | mx.array) -> None:
         self.offset = offset
@@ -79,7 +79,7 @@ class _EmptyCache:
 
 
 class _FullCache:
-    """Stands for a cache that holds all keys and values: what it is given is in there already."""
+    """Takes the place of a cache that already holds the keys and values of all tokens."""
 
     def __init__(self, offset: int, keys: mx.array, values: mx.array) -> None:
         self.offset, self._held, self.calls = offset, (keys, values), 0
@@ -93,9 +93,9 @@ class BlockParts:
     """One call of a block, to be made for parts of its tokens.
 
     Args:
-        block: its weights are bound whenever it is called.
-        args, kwargs: what the model calls it with beside its input.
-        through_cache: cut the block at its cache, not at attention.
+        block: the block; its weights are bound when it is called.
+        args, kwargs: its arguments after the input.
+        through_cache: whether to cut the block at its cache instead of at attention.
     """
 
     def __init__(
@@ -107,10 +107,10 @@ class BlockParts:
     def attention_inputs(
         self, x: mx.array, span: TokenSpan, offset: int | mx.array | None = None
     ) -> AttentionInputs:
-        """What the tokens of a span, [B, t, D], ask of attention.
+        """The attention arguments for the tokens of a span, [B, t, D].
 
         Args:
-            offset: the first token's position, the span's own by default.
+            offset: position of the first token, by default that of the span.
 
         Raises:
             RuntimeError: the block does not call mlx-lm's attention.
@@ -130,18 +130,18 @@ class BlockParts:
     def key_values(
         self, x: mx.array, span: TokenSpan, offset: int | mx.array | None = None
     ) -> list[mx.array]:
-        """What other tokens see of those of a span: keys and values, or what they give the cache.
+        """The keys and values of a span, or the arrays that its tokens pass to the cache.
 
         Args:
-            x: [B, t, D].
-            span: where they are.
-            offset: as of `attention_inputs`.
+            x: input [B, t, D].
+            span: position of the tokens.
+            offset: as in `attention_inputs`.
 
         Returns:
-            [B, heads, t, n] twice.
+            Two arrays [B, heads, t, n].
 
         Raises:
-            RuntimeError: the block asks neither mlx-lm's attention nor, if it is cut there, its
+            RuntimeError: the block does not call mlx-lm's attention or, if it is cut there, its
                 cache.
         """
         if not self.through_cache:
@@ -157,16 +157,16 @@ class BlockParts:
     def output(
         self, x: mx.array, span: TokenSpan, keys: TokenSpan, key_values: list[mx.array]
     ) -> mx.array:
-        """What the block returns for the tokens of a span.
+        """The block's output for the tokens of a span, [B, t, D].
 
         Args:
-            x: [B, t, D].
-            span: where they are.
-            keys: the tokens that they may see (`seen`).
-            key_values: what is `key_values` of these.
+            x: input [B, t, D].
+            span: position of the tokens.
+            keys: span of the tokens that they may see (`visible_keys`).
+            key_values: `key_values` of these tokens.
 
         Raises:
-            RuntimeError: it does not ask attention, or its cache, once.
+            RuntimeError: the block does not call attention, or its cache, exactly once.
         """
         tokens = slice(span.start, span.stop)
         if self.through_cache:
@@ -195,10 +195,10 @@ class BlockParts:
         key_values: list[mx.array],
         rows: mx.array,
     ) -> mx.array:
-        """As `output`, for some of the span's tokens; not of a block that is cut at its cache.
+        """As `output`, for some of the span's tokens; not for a block that is cut at its cache.
 
         Args:
-            rows: int [n], of the B * t tokens.
+            rows: int [n], indices among the B * t tokens.
 
         Returns:
             [1, n, D].
@@ -222,11 +222,11 @@ class BlockParts:
         return out.swapaxes(0, 1)
 
     def output_rows(self, x: mx.array, rows: mx.array) -> mx.array:
-        """What the block returns for some of all tokens.
+        """The block's output for some of all tokens.
 
         Args:
-            x: [B, T, D].
-            rows: int [n], of the B * T tokens.
+            x: input [B, T, D].
+            rows: int [n], indices among the B * T tokens.
 
         Returns:
             [1, n, D].
@@ -260,11 +260,11 @@ class BlockParts:
         return inspect.signature(self.block.__call__)
 
     def bind(self, x: mx.array | None) -> inspect.BoundArguments:
-        """The arguments of the whole call, for input x."""
+        """Bind the arguments of the whole call for input x."""
         return self._signature.bind(x, *self._args, **self._kwargs)
 
     def untileable_reason(self, tokens: int) -> str | None:
-        """Why arguments beside input and mask cannot be cut into so many tokens, if so."""
+        """Why the other arguments cannot be cut into tiles of tokens; None if they can."""
         call = self.bind(None)
         for name, value in list(call.arguments.items())[1:]:
             kind = call.signature.parameters[name].kind
@@ -280,12 +280,12 @@ class BlockParts:
         return None
 
     def with_mask(self, mask: mx.array | str | None) -> "BlockParts":
-        """The same call under another mask."""
+        """The same call with another mask."""
         arguments = dict(list(self.bind(None).arguments.items())[1:])
         return BlockParts(self.block, (), arguments | {"mask": mask}, self.through_cache)
 
     def whole(self, x: mx.array) -> mx.array:
-        """What the block returns for all tokens."""
+        """The block's output for all tokens."""
         return self.block(x, *self._args, **self._kwargs)
 
     def _call(
@@ -295,10 +295,10 @@ class BlockParts:
         tokens: slice | mx.array,
         mask: mx.array | str | None = None,
     ) -> mx.array:
-        """Call the block for some tokens, [B, t, D] or, if they are an array, [n, 1, D]."""
+        """Call the block for some tokens: a slice [B, t, D], or an array of indices [n, 1, D]."""
         call = self.bind(x)
         for name, value in list(call.arguments.items())[1:]:
-            # Something said about each token, such as a scale of its queries.
+            # An array with a value for each token, such as a scale of its queries.
             if name != "mask" and isinstance(value, mx.array):
                 of_each = value[tokens]
                 call.arguments[name] = (
@@ -343,7 +343,7 @@ def _attention_inputs(
 
 
 def visible_keys(mask: mx.array | str | None, span: TokenSpan, tokens: int) -> TokenSpan:
-    """The keys, of so many tokens, among which are all that the tokens of a span see."""
+    """A span with all keys, among `tokens`, that the tokens of a span see."""
     band = band_of(mask)
     if band is None:
         return TokenSpan(0, tokens)
@@ -355,12 +355,12 @@ def mask_at(mask: mx.array | str | None, span: TokenSpan, keys: TokenSpan) -> mx
     """The mask between the tokens of a span and some keys.
 
     Args:
-        mask: of the whole call; "causal", an array [..., T, T], or None.
-        span: of the queries.
-        keys: of the keys; each query sees one of them.
+        mask: mask of the whole call: "causal", an array [..., T, T], or None.
+        span: span of the queries.
+        keys: span of the keys; each query sees at least one of them.
 
     Raises:
-        ValueError: the mask is another word.
+        ValueError: the mask is an unknown string.
     """
     if mask is None:
         return None
@@ -370,7 +370,7 @@ def mask_at(mask: mx.array | str | None, span: TokenSpan, keys: TokenSpan) -> mx
         return simplest_mask(positions, keys.stop - keys.start, band.window)
     if isinstance(mask, str):
         raise ValueError(f"the mask {mask!r} is none that attention knows")
-    # An axis of one is the same for all; MLX does not see an index beyond it.
+    # An axis of size one is broadcast; MLX would not report an index beyond it.
     if mask.ndim > 1 and mask.shape[-2] > 1:
         mask = mask[..., span.start : span.stop, :]
     return mask[..., keys.start : keys.stop] if mask.shape[-1] > 1 else mask

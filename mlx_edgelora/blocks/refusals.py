@@ -1,4 +1,4 @@
-"""Why a model cannot be trained block by block: one list, for every command and for the docs."""
+"""The reasons why a model cannot be trained block by block, for every command and the docs."""
 
 from enum import Enum
 
@@ -41,12 +41,12 @@ class Refusal(Enum):
 def refusal_error(
     model: nn.Module, reason: Refusal, index: int | None = None, block: object = None, **values: str
 ) -> EdgeLoraError:
-    """The error of a model that cannot be trained block by block.
+    """The error for a model that cannot be trained block by block.
 
     Args:
-        model: of which architecture.
-        reason: which of its placeholders `values` fill.
-        index, block: the block it is about, if it is about one.
+        model: the model, whose architecture is named.
+        reason: the reason; `values` fill its placeholders.
+        index, block: the block concerned, if it is a single one.
     """
     architecture = type(model).__module__.rpartition(".")[2]
     what = "the model" if index is None else f"block {index} ({type(block).__name__})"

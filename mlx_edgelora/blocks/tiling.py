@@ -1,4 +1,4 @@
-"""Which blocks can be computed a part of their tokens at a time: tried, not assumed."""
+"""Find out by trials which blocks can be computed by tiles of tokens."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -24,18 +24,18 @@ from mlx_edgelora.blocks.weight_source import WeightSource
 from mlx_edgelora.errors import is_killed
 from mlx_edgelora.layers.fused import is_floating
 
-# What the trial is made of: rows of the batch and tokens, and the tiles they are cut into.
+# Shape of the trial batch (rows, tokens), and the tiles of tokens.
 TRIAL_SHAPE = (2, 7)
 TRIAL_SPANS = (TokenSpan(0, 3), TokenSpan(3, 7))
-# Of the tokens of both rows some, and of those of the second tile.
+# Indices of some tokens of both rows, and of some tokens of the second tile.
 TRIAL_ROWS = (0, 3, 5, 11, 12, 13)
 TRIAL_TILE_ROWS = (0, 3, 5)
 TRIAL_WINDOW = 3
-# Of each row of the batch: a small one sees what a block adds; a large one sees positions where
-# there is no norm before attention, whose scores are the same for all tokens if inputs are small.
+# Scale of each row's input. A small input shows the block's own contribution. A large one shows
+# positions if there is no norm before attention: small inputs give all tokens the same scores.
 TRIAL_SCALES = (0.01, 1.0)
-# Rows may differ by so much of their norm. Rounding stays below it (TF32 makes 1e-3 of
-# float32); a token at a wrong position or under a wrong mask is off by a tenth and more.
+# Allowed difference, relative to the norm. Rounding stays below it (TF32 makes 1e-3 of float32);
+# a wrong position or mask gives differences of a tenth and more.
 TOLERANCES = {mx.float32: 5e-3, mx.float16: 2e-2, mx.bfloat16: 5e-2}
 
 
@@ -43,10 +43,10 @@ class Tileable(NamedTuple):
     """Whether a block can be computed by tiles of tokens, and why not.
 
     Attributes:
-        keys: how many numbers keys, or values, of a token are, the larger of the two; of a
-            block that is cut at its cache, what it gives the cache.
+        keys: entries of a token's keys or values, the larger of the two; for a block that is cut
+            at its cache, of the arrays that it passes to the cache.
         through_cache: see `BlockParts`.
-        by_rows: whether it can be computed for some of a tile's tokens.
+        by_rows: whether it can be computed for some of a tile's tokens only.
     """
 
     possible: bool
@@ -57,12 +57,12 @@ class Tileable(NamedTuple):
 
 
 class Tiling:
-    """Tells of each block of a model whether it can be computed by tiles of tokens.
+    """Decides for each block of a model whether it can be computed by tiles of tokens.
 
     Args:
         blocks: the model's blocks; they passed `check_walk`.
-        weights: where the blocks' arrays come from; one block of each kind is read some times.
-        like: of other blocks, some of which are these: what was tried there is not tried again.
+        weights: sources of the blocks' arrays; one block of each kind is read several times.
+        like: a tiling of blocks that include these, whose results are reused.
     """
 
     def __init__(
@@ -74,13 +74,13 @@ class Tiling:
         self._found: dict[str, Tileable] = {} if like is None else like._found
 
     def tileable(self, index: int) -> Tileable:
-        """Whether block `index` can be; not inside an intercepted call.
+        """Whether block `index` can be computed by tiles; not inside an intercepted call.
 
-        The first call for a block of its kind makes a trial: it runs the block
-        on 14 tokens, whole and by parts, and reads it each time.
+        The first call for a kind of block makes a trial: it runs the block on 14 tokens, whole and
+        by parts, and reads its weights each time.
         """
         block = self._blocks.blocks[index]
-        if has_active_dropout(block):  # asked anew: it goes on and off with the training mode
+        if has_active_dropout(block):  # checked each time: it depends on the training mode
             return Tileable(False, "dropout would draw other masks for parts of the tokens")
         if index not in self._keys:
             if self._calls is None:
@@ -94,7 +94,7 @@ class Tiling:
         return self._found[key]
 
     def summary(self) -> str:
-        """In words, over all blocks."""
+        """Describe the tiling of all blocks in words."""
         found = [self.tileable(index) for index in range(len(self._blocks))]
         reasons = sorted({choice.reason for choice in found if not choice.possible})
         count = sum(choice.possible for choice in found)
@@ -110,9 +110,8 @@ class Tiling:
                     reason = "what a block computes depends on how long the text is"
                 if not reason:
                     x, parts = calls[0]
-                    key_values = parts.key_values(
-                        x, TokenSpan(0, TRIAL_SHAPE[1])
-                    )  # for its shapes: never computed
+                    # Only the shapes are used; nothing is computed.
+                    key_values = parts.key_values(x, TokenSpan(0, TRIAL_SHAPE[1]))
                     keys = max(array.shape[1] * array.shape[3] for array in key_values)
                     by_rows = not through_cache and not self._rows_differ(index, calls)
                     return Tileable(True, "", keys, through_cache, by_rows)
@@ -124,7 +123,7 @@ class Tiling:
         return Tileable(False, reasons[0])
 
     def _disagreement(self, index: int, calls: list[tuple[mx.array, BlockParts]]) -> str | None:
-        """How the tiles differ from the whole, if they do."""
+        """How the tiles differ from the whole block; None if they do not."""
         compute = self._computing(index)
         for x, parts in calls:
             if not parts.through_cache and _mask_is_computed(x, parts):
@@ -137,7 +136,7 @@ class Tiling:
         return None
 
     def _rows_differ(self, index: int, calls: list[tuple[mx.array, BlockParts]]) -> bool:
-        """Whether a block computed for some tokens gives something else."""
+        """Whether the block gives something else if it is computed for some tokens only."""
         compute, span = self._computing(index), TRIAL_SPANS[1]
         try:
             for x, parts in calls:
@@ -166,10 +165,10 @@ class Tiling:
         return False
 
     def _computing(self, index: int) -> Callable:
-        """Something that calls a function with a block's arrays bound, and evaluates what it gives.
+        """A function that calls another one with a block's arrays bound, and evaluates the result.
 
-        They are read anew each time. Memory: streamed weights then belong to one graph alone,
-        which reads a matrix where it is multiplied and frees it.
+        The arrays are read each time, so that streamed weights belong to one graph only, which
+        frees each matrix after its product.
         """
         slots = array_slots(self._blocks.blocks[index])
 
@@ -187,7 +186,7 @@ class Tiling:
 def _seen(
     x: mx.array, parts: BlockParts, span: TokenSpan, key_values: Sequence[mx.array]
 ) -> tuple[mx.array, TokenSpan, list[mx.array]]:
-    """The tokens of a span, which keys they see, and what is kept of these."""
+    """The tokens of a span, the span of keys that they see, and these keys and values."""
     seen = parts.visible_keys(span, x.shape[1])
     some = [array[:, :, seen.start : seen.stop] for array in key_values]
     return x[:, span.start : span.stop], seen, some
@@ -201,7 +200,7 @@ def _tile(
 
 
 def _key_values(x: mx.array, parts: BlockParts) -> list[mx.array]:
-    """Keys and values of all tokens, by tiles; or what they give the cache."""
+    """Keys and values of all tokens, computed by tiles."""
     pairs = [parts.key_values(x[:, span.start : span.stop], span) for span in TRIAL_SPANS]
     return [mx.concatenate(both, axis=2) for both in zip(*pairs, strict=True)]
 
@@ -209,8 +208,8 @@ def _key_values(x: mx.array, parts: BlockParts) -> list[mx.array]:
 def difference(got: mx.array, expected: mx.array, before: mx.array) -> float:
     """The largest difference of a token, over the norm of what the block adds to it.
 
-    Beside a large input, what is added may be rounded away: twice that is allowed for. NaN
-    where nothing is added, so that nothing can be seen.
+    A large input may round the contribution; twice that rounding is allowed. The result is NaN if
+    the block contributes nothing, because then nothing can be compared.
     """
     dtype = expected.dtype
     got, expected, before = (value.astype(mx.float32) for value in (got, expected, before))
@@ -222,10 +221,10 @@ def difference(got: mx.array, expected: mx.array, before: mx.array) -> float:
 
 
 def _depends_on_length(x: mx.array, parts: BlockParts) -> bool:
-    """Whether a block decides by the position of its tokens what it computes, in Python.
+    """Whether the control flow of a block depends on the position of its tokens.
 
-    As rotary frequencies that change behind some length do: a trial on a few tokens would not see
-    it, and a tile does not know how long the text is.
+    For example, rotary frequencies may change after some length. A trial on a few tokens would not
+    show it, and a tile does not know the length of the text.
     """
     return depends_on_values(
         lambda offset: parts.key_values(x[:, :3], TokenSpan(0, 3), offset), [mx.array(3)]
@@ -233,7 +232,7 @@ def _depends_on_length(x: mx.array, parts: BlockParts) -> bool:
 
 
 def has_active_dropout(module: nn.Module) -> bool:
-    """Whether a layer of dropout is at work in a module."""
+    """Whether a module contains a dropout layer that is active."""
     return any(
         isinstance(layer, nn.Dropout) and layer.training and layer._p_1 < 1
         for layer in module.modules()
@@ -241,7 +240,7 @@ def has_active_dropout(module: nn.Module) -> bool:
 
 
 def block_calls(blocks: BlockList) -> list[tuple]:
-    """What the model calls each block with on the tokens of the trial; nothing is computed."""
+    """The arguments of each block on the tokens of the trial; nothing is computed."""
     calls: list[tuple] = []
 
     def record(index: int, x: mx.array, args: tuple, kwargs: dict) -> mx.array:
@@ -258,7 +257,7 @@ def block_calls(blocks: BlockList) -> list[tuple]:
 def _trials(
     block: nn.Module, x: mx.array, args: tuple, kwargs: dict, through_cache: bool
 ) -> Iterator[tuple[mx.array, BlockParts]]:
-    """The call at an input of one size in each row, and under a window: long texts may have one."""
+    """The call with scaled inputs, also with a window, because long texts may have one."""
     parts = BlockParts(block, args, kwargs, through_cache)
     if reason := parts.untileable_reason(TRIAL_SHAPE[1]):
         raise ValueError(reason)
@@ -272,9 +271,9 @@ def _trials(
 
 
 def _mask_is_computed(x: mx.array, parts: BlockParts) -> bool:
-    """Whether a gradient passes through the mask that a block gives attention.
+    """Whether a gradient passes through the mask that a block passes to attention.
 
-    It is then made of some tokens where it should be made of all.
+    A tile would then compute the mask from some tokens instead of all.
     """
     reached: list[bool] = []
     watch = gradient_hook(lambda: reached.append(True))

@@ -1,4 +1,4 @@
-"""Where the weights of a block come from, as whoever computes one sees it."""
+"""The interface of a source of block weights."""
 
 from typing import Protocol
 
@@ -8,16 +8,16 @@ Arrays = dict[str, mx.array]
 
 
 class WeightSource(Protocol):
-    """Gives a block its frozen weights for one visit."""
+    """Provides the arrays of a block each time that it is computed."""
 
     def block(self, index: int, own_memory: bool = False) -> Arrays:
-        """Arrays by their name inside the block; empty where the block already has them.
+        """Arrays by local name; empty if they are in the model already.
 
         Later calls may overwrite them (`StreamedWeights`), unless `own_memory` is set.
         """
 
     def prefetch(self, index: int) -> None:
-        """Begin to read a block that is needed next."""
+        """Start reading the block that is needed next."""
 
     def close(self) -> None:
-        """Let go of files."""
+        """Close files."""

@@ -63,7 +63,9 @@ class Checkup:
             EdgeLoraError: the time is over.
         """
         if time.monotonic() - self.began > self.sizes.seconds:
-            raise EdgeLoraError(f"left out: {self.sizes.seconds:.0f} seconds were over")
+            raise EdgeLoraError(
+                f"skipped: the limit of {self.sizes.seconds:.0f} seconds was reached"
+            )
 
 
 def run_probe(function: Callable[..., Mapping[str, Any]], *arguments: Any) -> Found:

@@ -63,7 +63,7 @@ def steps(job: Checkup) -> Found:
 
 def _run_with_twice(job: Checkup, options: dict[str, Any], least: Found) -> Found:
     if "error" in least:
-        raise EdgeLoraError("left out: the least is not known")
+        raise EdgeLoraError("skipped: the smallest budget is not known")
     return _run_steps(job, options, 2 * least["needs_bytes"])
 
 

@@ -20,7 +20,7 @@ class _Parser(argparse.ArgumentParser):
         raise EdgeLoraError(f"command line: {message}; --help lists the options")
 
 
-# What --help lists together: flags, with what stands for their values where it is not a choice.
+# The groups of --help: options, each with the placeholder of its value (None: a flag or choice).
 GROUPS: dict[str, dict[str, str | None]] = {
     "model and data": {
         "config": "FILE",
@@ -107,7 +107,7 @@ GROUPS: dict[str, dict[str, str | None]] = {
         "trust_remote_code": None,
     },
 }
-# Options that only a file can hold, for the end of --help.
+# The end of --help.
 IN_FILE = "Only in a config file: lora_parameters, optimizer_config, lr_schedule, hf_dataset."
 
 
@@ -148,7 +148,7 @@ def _add(group: argparse._ArgumentGroup, field: dataclasses.Field, metavar: str 
 
 
 def _escaped(text: str) -> str:
-    """For argparse, which formats help texts."""
+    """Escape a help text, which argparse formats with %."""
     return text.replace("%", "%%")
 
 

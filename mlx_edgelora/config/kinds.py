@@ -1,4 +1,4 @@
-"""What an option accepts: each kind turns what a user wrote into a value, or says what it expects.
+"""The values that an option accepts: a kind reads a value, or says what it expects.
 
 An option is a dataclass field with metadata from `option_metadata`. Its kind is the only place
 that knows its type, its range and how its text on a command line is read.
@@ -196,7 +196,7 @@ def _require(condition: bool) -> None:
 
 
 def read_value(name: str, value: Any, kind: Kind) -> Any:
-    """The option's value.
+    """Read the value of an option.
 
     Raises:
         EdgeLoraError: naming the option, the value and what was expected.
@@ -220,13 +220,13 @@ def unknown_key(name: str, key: Any, known: Sequence[str]) -> EdgeLoraError:
 
 
 def read_options(cls: type, mapping: Any, prefix: str = "") -> dict[str, Any]:
-    """The values of the options of a dataclass that a mapping gives.
+    """Read the options of a dataclass from a mapping.
 
     A null value leaves the option at its default, as in mlx-lm.
 
     Args:
-        cls: a dataclass of options. Its class attribute `HINTS`, if any, maps keys that users
-            of other tools write to what to write instead.
+        cls: a dataclass of options. Its class attribute `HINTS`, if any, maps keys of other
+            tools to advice for the error.
         mapping: as YAML gives it.
         prefix: put before the names in error texts.
 

@@ -47,22 +47,24 @@ class LoraParameters:
     """Which linear layers get adapters, and of what size."""
 
     HINTS: ClassVar[dict[str, str]] = {
-        "alpha": "mlx-lm's LoRA has scale, which multiplies directly (alpha / rank elsewhere)"
+        "alpha": "use scale, the factor itself, which is alpha / rank"
     }
 
     rank: int = option(8, "Rank of the adapters.", integer(1, 2**16))
     dropout: float = option(
         0.0,
-        "Probability of dropping an input of an adapter.",
+        "Probability with which an input of an adapter is dropped.",
         number("a number from 0 to less than 1", lambda value: 0 <= value < 1),
     )
     scale: float = option(
         20.0,
-        "Factor of the adapters' output.",
+        "Factor that multiplies the output of an adapter.",
         number("a number other than 0", lambda value: value != 0),
     )
     keys: tuple[str, ...] | None = option(
-        None, "Names, inside a block, of the layers to adapt; all linear ones if absent.", TEXTS
+        None,
+        "Names of the layers to adapt, as in a block. Default: all linear layers.",
+        TEXTS,
     )
 
     def __post_init__(self) -> None:
@@ -79,7 +81,7 @@ class _LrSchedule:
     arguments: list = field(
         metadata=option_metadata("a list of numbers for that function", NUMBERS)
     )
-    warmup: int = option(0, "Updates of linear warm-up before it.", integer(0))
+    warmup: int = option(0, "Number of warm-up updates before the schedule.", integer(0))
     warmup_init: float = option(
         0.0,
         "Learning rate at the start of the warm-up.",

@@ -64,7 +64,7 @@ _FINE_TUNE_TYPE = dataclasses.replace(
 )
 _NUM_LAYERS = dataclasses.replace(
     integer(1, also=-1),
-    expected="a whole number of at least 1, or -1 for all blocks (0, all in mlx-lm, is not taken)",
+    expected="a whole number of at least 1, or -1 for all blocks (0 is not accepted)",
 )
 
 
@@ -74,7 +74,7 @@ def _read_no(value: Any) -> bool:
     return value
 
 
-_NO_REMOTE_CODE = Kind("false: code that comes with a checkpoint is never run here", _read_no, bool)
+_NO_REMOTE_CODE = Kind("false: code from a checkpoint is never run", _read_no, bool)
 
 
 @dataclass(frozen=True)
@@ -327,7 +327,7 @@ class TrainConfig:
         BUDGET,
     )
     plan: str | None = option(
-        None, "Plan to follow in place of a budget: a file from --plan-out.", _NAME
+        None, "Plan file to follow instead of a budget, as --plan-out writes it.", _NAME
     )
     plan_out: str | None = option(None, "JSON file to write the plan to.", _NAME)
     duty: float = option(
@@ -357,7 +357,10 @@ class TrainConfig:
         _NAME,
     )
     cache_dir: str | None = option(
-        None, "Folder for converted models. Default: the user's cache.", _NAME
+        None,
+        "Folder for converted models and for the nearest tokens of the approximate loss. Default: "
+        "the user's cache.",
+        _NAME,
     )
     clear_cache_threshold: int | None = option(
         None,
@@ -367,11 +370,14 @@ class TrainConfig:
     )
     grad_checkpoint: bool = option(
         False,
-        "Accepted for mlx-lm's sake and ignored: the memory budget decides what is recomputed.",
+        "Accepted for compatibility with mlx-lm and ignored: the memory budget decides which "
+        "blocks are recomputed.",
         FLAG,
     )
     trust_remote_code: bool = option(
-        False, "Accepted for mlx-lm's sake: only false is allowed.", _NO_REMOTE_CODE
+        False,
+        "Accepted for compatibility with mlx-lm; only false is allowed.",
+        _NO_REMOTE_CODE,
     )
 
     def __post_init__(self) -> None:
@@ -468,8 +474,8 @@ def _check_together(config: TrainConfig) -> None:
     _check_memory(config)
     if config.memory_profile is not None and not config.train:
         raise EdgeLoraError(
-            f"memory_profile: got {config.memory_profile!r} for a test alone, expected nothing: a "
-            "step of training is profiled"
+            f"memory_profile: got {config.memory_profile!r} without training, but only training "
+            "steps are profiled; leave it out, or train"
         )
     if config.spill_dir is not None and (config.activations, config.adapters) == (
         "ram",
@@ -510,19 +516,19 @@ def _check_labels(config: TrainConfig) -> None:
 
 
 def _check_memory(config: TrainConfig) -> None:
-    """Refuse a budget or plan beside options that say otherwise."""
+    """Refuse options that contradict the budget or the plan."""
     if config.memory_budget == "min":
         keeps = {"weights": "resident", "activations": "ram", "adapters": "resident"}
         for name, value in keeps.items():
             if getattr(config, name) == value:
                 raise EdgeLoraError(
-                    f"{name}: got {value!r} with the least memory_budget, which keeps nothing in "
-                    "memory that can wait on disk; leave one of them out"
+                    f"{name}: got {value!r} with memory_budget min, which keeps in memory only "
+                    "what cannot be on disk; leave one of them out"
                 )
     if config.plan is not None:
         for name in ("memory_budget", "weights", "activations", "adapters", "kernel"):
             if getattr(config, name) not in (None, "auto"):
                 raise EdgeLoraError(
                     f"{name}: got {getattr(config, name)!r} with plan {config.plan!r}, which "
-                    "says it already; leave one of them out"
+                    "already decides it; leave one of them out"
                 )

@@ -1,1 +1,1 @@
-"""The walk over segments of blocks: what is recorded, computed, kept and differentiated."""
+"""The walk over segments of blocks, one training step, and the state of the adapters."""

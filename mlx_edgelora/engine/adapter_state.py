@@ -1,8 +1,8 @@
-"""Where what is trained lives: the model, as in plain MLX, or a file (`engine/paged_adapters.py`).
+"""The adapters, their gradients and the optimizer state: in memory, as in plain MLX.
 
-With LoRA, parameters, gradients and an Adam's two moments are four arrays of the adapters'
-size, most of what a step still holds once blocks are walked. Every bit of the result is
-that of `optimizer.update(model, gradients)`, whichever home is chosen.
+With Adam these are four arrays of the adapters' size, which is most of a step's memory once blocks
+are walked one by one; `engine/paged_adapters.py` keeps them in a file instead. In both cases the
+result is that of `optimizer.update(model, gradients)`, bit for bit.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -35,16 +35,16 @@ def ignored(arrays: Mapping[str, mx.array]) -> None:
 
 
 class AdapterState(WeightSource, Protocol):
-    """The trained parameters of a model, their gradients and what the optimizer remembers.
+    """The trained parameters of a model, their gradients and the optimizer state.
 
-    As a `WeightSource` it gives a block's parameters, for those that are not in the model.
+    As a `WeightSource` it provides a block's parameters if they are not in the model.
     """
 
     def load(self, weights: Iterable[tuple[str, mx.array]]) -> None:
-        """Take over values of parameters, by their names in the model."""
+        """Set parameters by their names in the model."""
 
     def start(self, optimizer: optimizers.Optimizer) -> None:
-        """Make room for a run with an optimizer that was not used yet; forgets gradients."""
+        """Prepare for a new optimizer and discard gradients."""
 
     def add(self, gradients: Arrays, look: Look = ignored) -> None:
         """Add evaluated gradients to the sum; each name once for a batch. Empties the mapping.
@@ -58,13 +58,13 @@ class AdapterState(WeightSource, Protocol):
     def update(
         self, optimizer: optimizers.Optimizer, count: float, factor: mx.array | None = None
     ) -> None:
-        """Apply the gradients' sum divided by `count`, times `factor`; then the sum is empty."""
+        """Apply the gradients' sum divided by `count`, times `factor`, and clear the sum."""
 
     def weights(self) -> Mapping[str, mx.array]:
-        """Parameters by name, in the model's order, each evaluated when it is looked at.
+        """Parameters by name, in the model's order, each evaluated when it is accessed.
 
         Raises:
-            EdgeLoraError: an update was broken off, so that some are newer than others.
+            EdgeLoraError: an update was interrupted, so that some are newer than others.
         """
 
     def optimizer_state(self) -> Mapping[tuple[str, str], mx.array]:
@@ -84,33 +84,33 @@ class AdapterState(WeightSource, Protocol):
         """After `start`, take over what `optimizer_state` and `gradients` gave, one at a time."""
 
     def close(self) -> None:
-        """Give disk space back."""
+        """Free disk space."""
 
 
 class UpdateGuard:
-    """Knows whether an update was begun and broken off."""
+    """Detects an update that was interrupted."""
 
     def __init__(self) -> None:
         self._broken = False
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Around an update; whatever ends it early leaves it broken off."""
+        """Context of an update; an exception marks it as interrupted."""
         self.check()
         self._broken = True
         yield
         self._broken = False
 
     def check(self) -> None:
-        """Refuse to go on with parameters of which some are newer than others.
+        """Check that no update was interrupted, or some parameters would be newer than others.
 
         Raises:
-            EdgeLoraError: an update was broken off.
+            EdgeLoraError: an update was interrupted.
         """
         if self._broken:
             raise EdgeLoraError(
-                "an update of the adapters was broken off half way, expected whole ones; resume "
-                "from the adapter that was saved last"
+                "an update of the adapters was interrupted, so that some are newer than others; "
+                "resume from the last saved adapter"
             )
 
 
@@ -135,7 +135,7 @@ class ResidentAdapterState(ResidentWeights):
         self._model.load_weights(list(weights), strict=False)
 
     def start(self, optimizer: optimizers.Optimizer) -> None:
-        """Forget gradients and what an optimizer remembered."""
+        """Discard gradients and optimizer state."""
         self._sum.clear()
         self._states.clear()
         self._arithmetic = BlockUpdate(optimizer, self._compiled)
@@ -208,7 +208,7 @@ class ResidentAdapterState(ResidentWeights):
         self._sum.update(gradients)
 
     def close(self) -> None:
-        """Nothing to do."""
+        """Free nothing: there are no files."""
 
 
 def names_of(model: nn.Module) -> list[str]:

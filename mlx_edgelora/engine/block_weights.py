@@ -1,4 +1,4 @@
-"""Visits of blocks: their arrays, for as long as they are computed."""
+"""The arrays of blocks, loaded for the time that a block is computed."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,16 +12,16 @@ Arrays = dict[str, mx.array]
 
 
 class BlockWeights:
-    """Brings blocks their arrays.
+    """Loads the arrays of blocks.
 
     Args:
-        blocks: of the model.
-        weights: where frozen weights come from.
-        adapters: where trained parameters come from.
+        blocks: the model's blocks.
+        weights: source of frozen weights.
+        adapters: source of trained parameters.
 
     Attributes:
-        slots: of every block, where its arrays hang.
-        prefetches: whether the next block's weights are read while one is computed.
+        slots: for every block, the places of its arrays.
+        prefetches: whether the next block's weights are read while a block is computed.
     """
 
     def __init__(self, blocks: BlockList, weights: WeightSource, adapters: WeightSource) -> None:
@@ -31,25 +31,25 @@ class BlockWeights:
         self.refresh()
 
     def refresh(self) -> None:
-        """Find out anew which arrays there are, and which are trained."""
+        """Look up the arrays of the blocks, and which are trained, again."""
         self.slots = [array_slots(block) for block in self._blocks.blocks]
         self._trained = [_trained(block) for block in self._blocks.blocks]
 
     @property
     def lowest_trained(self) -> int:
-        """The lowest block in which something is trained; their number if there is none."""
+        """Index of the lowest block with trained arrays; the number of blocks if there is none."""
         return next((i for i, names in enumerate(self._trained) if names), len(self._trained))
 
     def load(
         self, index: int, next_block: int | None = None, own_memory: bool = False
     ) -> tuple[Arrays, Arrays]:
-        """What is trained of a block, and all else that it holds, by name inside it.
+        """The trained arrays of a block and its other arrays, by local name.
 
         Args:
-            index: of the block.
-            next_block: the block that is visited next, which is read ahead; None for none.
-            own_memory: beyond the second next visit; what is made of them is evaluated before it
-                otherwise.
+            index: index of the block.
+            next_block: index of the block to prefetch, or None.
+            own_memory: whether the arrays must stay valid. Otherwise their memory is reused after
+                a few calls, and everything computed from them must be evaluated before.
         """
         slots, names = self.slots[index], self._trained[index]
         with phase("load", index):
@@ -60,7 +60,7 @@ class BlockWeights:
         return trained, {n: frozen.get(n, v) for n, v in held.items() if n not in trained}
 
     def prefetch(self, next_block: int | None) -> None:
-        """Begin to read the weights of the block that is visited next; None for none."""
+        """Start reading the weights of a block; None for none."""
         if next_block is not None and self.prefetches:
             self.weights.prefetch(next_block)
 

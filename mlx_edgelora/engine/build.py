@@ -1,4 +1,4 @@
-"""An engine put together from an adapted model and a plan."""
+"""Build an engine from an adapted model and a plan."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -14,6 +14,7 @@ from mlx_edgelora.engine.walk import Walk
 from mlx_edgelora.layers.fused import set_attention_block
 from mlx_edgelora.losses.exact import CrossEntropy
 from mlx_edgelora.measure.meter import DiskMeter
+from mlx_edgelora.measure.units import size
 from mlx_edgelora.model.checkpoint import LazyModel
 from mlx_edgelora.model.loading import attach
 from mlx_edgelora.model.lora import set_kernel
@@ -23,16 +24,16 @@ from mlx_edgelora.storage.stores import MappedStore, RamStore
 
 @dataclass(frozen=True)
 class Settings:
-    """What an engine is made of, beside a model and a plan.
+    """Settings of an engine that are in neither the model nor the plan.
 
     Attributes:
-        folder: of scratch files; used if the plan writes any.
-        dtype: of frozen floating weights and activations; the checkpoint's own if None.
-        loss: to train with; the exact one by default.
-        load: called with what is trained before the weights are attached.
+        folder: folder of scratch files, used if the plan writes any.
+        dtype: dtype of frozen floating weights and of activations; None for the checkpoint's.
+        loss: training loss; the exact cross-entropy by default.
+        load: called with the adapter state before the weights are attached.
         pause: called after every block.
-        compiled: compile where MLX can.
-        file_cache: bytes that the system can keep of files; None if that is not known.
+        compiled: whether to compile where MLX can.
+        file_cache: bytes of files that the system can cache; None if unknown.
     """
 
     folder: str | os.PathLike
@@ -51,22 +52,22 @@ def build_engine(
     settings: Settings,
     log: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Engine]:
-    """The engine of an adapted model in training mode; its files are gone on exit.
+    """Build the engine of an adapted model, in training mode; close its files on exit.
 
     Args:
-        lazy: its model went through `add_lora`.
-        plan: is obeyed until the engine is given another one.
-        settings: the rest.
-        log: gets a line for every choice that was made on the way.
+        lazy: the model, after `add_lora`.
+        plan: followed until `set_plan` is called.
+        settings: see `Settings`.
+        log: called with a line for every choice.
 
     Raises:
-        EdgeLoraError: the architecture cannot be walked, a file cannot be read or made.
+        EdgeLoraError: the architecture cannot be walked, or a file cannot be read or created.
     """
     meter, model = DiskMeter(), lazy.model
     kernel = set_kernel(model, plan.kernel)
     compiled = settings.compiled and can_compile()
     with ExitStack() as stack:
-        stack.callback(set_attention_block, None)  # of the plans that are obeyed
+        stack.callback(set_attention_block, None)  # set by the engine's plans
         if plan.adapters == "paged":
             adapters: AdapterState = PagedAdapterState(model, settings.folder, meter, compiled)
         else:
@@ -101,9 +102,10 @@ def build_engine(
         loss = settings.loss or CrossEntropy(plan.loss_bytes)
         engine = Engine(model, walk, attached.head, meter, loss, adapters)
         engine.set_plan(plan)
-        log(f"quantized products: {kernel}; {sliced}")
+        way = "layer by layer" if plan.mlp_bytes is None else f"in slices of {size(plan.mlp_bytes)}"
+        log(f"quantized matrices: kernel {kernel}; MLPs {way} ({sliced})")
         which = "labelled tokens" if walk.computes_rows_only else "all tokens"
-        log(f"loss over {attached.logits}; last block for {which}")
+        log(f"loss over {attached.logits}; last block computed for {which}")
         if plan.tile_tokens is not None:
             log(f"tiles: {walk.tiling}")
         yield engine

@@ -1,4 +1,4 @@
-"""What the segments of a pass share, and what a segment is."""
+"""The interface of a segment, and the objects that the segments of a pass share."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,16 +15,16 @@ from mlx_edgelora.engine.pipeline import Pipeline
 
 @dataclass(frozen=True)
 class Context:
-    """What the segments of a pass share.
+    """The objects that the segments of a pass share.
 
     Attributes:
-        weights: bring blocks their arrays.
-        functions: blocks as functions of them.
-        pipeline: evaluates what they compute.
-        slots: of the store in which hidden states wait.
-        spans: the tiles of tokens in which they do.
-        first: the lowest block that is differentiated.
-        entry: whether the gradient goes on to what lies before the blocks.
+        weights: loads the arrays of a block.
+        functions: computes blocks as functions of their arrays.
+        pipeline: evaluates the results.
+        slots: slots of the store that keeps hidden states until the backward.
+        spans: tiles of tokens in which hidden states are stored.
+        first: index of the lowest block that is differentiated.
+        entry: whether the gradient of the first block's input is needed as well.
     """
 
     weights: BlockWeights
@@ -40,11 +40,11 @@ class Context:
         return index > self.first or self.entry
 
     def store(self, x: Hidden) -> Hidden:
-        """Hidden states in the store."""
+        """Move hidden states into the store."""
         return x.cut(self.spans, self.slots)
 
     def to_next_segment(self, array: mx.array) -> Hidden:
-        """The same for the next segment: in tiles, if tokens are cut at all, or in memory."""
+        """Prepare an array for the next segment: in tiles in the store, or as one array."""
         return Hidden(array) if len(self.spans) == 1 else self.store(Hidden(array))
 
 
@@ -52,32 +52,32 @@ class Segment(Protocol):
     """One block, computed in one way, from its forward to its backward.
 
     Attributes:
-        index: of the block.
+        index: index of the block.
     """
 
     index: int
 
     def forward(self, x: Hidden, next_block: int | None) -> Hidden:
-        """What the block makes of its input, which is used up.
+        """Compute the block's output; the input is consumed.
 
         Args:
-            x: the input.
-            next_block: the block whose weights are needed next; None for none.
+            x: input, hidden states [B, T, D].
+            next_block: index of the block whose weights are needed next, or None.
         """
         ...
 
     def backward(
         self, dy: Hidden, prefetch_next: Callable[[], int | None]
     ) -> tuple[Hidden | None, Arrays]:
-        """The gradient of the input, if it is needed, and those of what is trained, by local name.
+        """Compute the gradient of the input, if needed, and those of the trained arrays by name.
 
         Args:
-            dy: the gradient of what `forward` gave; used up.
-            prefetch_next: called when the block's own input is there: begins to read what the next
-                segment needs, and gives its block.
+            dy: gradient of the output of `forward`; consumed.
+            prefetch_next: called once the block's own input is loaded; starts the reads of the
+                next segment and returns the index of its block.
         """
         ...
 
     def prefetch(self) -> int | None:
-        """Begin to bring back what `backward` needs; gives the block whose weights it reads."""
+        """Start the reads that `backward` needs; return the block whose weights it reads."""
         ...

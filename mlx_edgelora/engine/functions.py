@@ -1,7 +1,7 @@
-"""A block as a function of all that it depends on, its gradient, and both compiled.
+"""A block as a function of all its arrays, and its gradient, both compiled.
 
-Weights are arguments: what a compiled function captures it keeps for good. One function serves
-all blocks of a kind (`blocks.signature`), and is traced once for each shape.
+Weights are arguments, because a compiled function keeps the arrays that it captures. One function
+serves all blocks with the same signature (`block_list.signature`) and is traced once per shape.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -22,18 +22,18 @@ from mlx_edgelora.engine.record import BlockCall
 
 Arrays = dict[str, mx.array]
 RowIndices = mx.array | None
-# Part of what MLX says of arguments that are neither arrays nor constants.
+# Part of MLX's error for arguments that are neither arrays nor constants.
 NO_TREE = "Function arguments must be trees"
-# For dropout where only a graph is looked at: it must not move MLX's generator.
+# Keys for dropout where a graph is built but not computed: MLX's generator must not advance.
 SAME_KEY = repeat(mx.random.key(0))
 
 
 class OutputRows(NamedTuple):
-    """Which rows of a block's output are needed.
+    """The rows of a block's output that are needed.
 
     Attributes:
         rows: int [n], ascending, of the B * T tokens; None for all.
-        rows_only: whether the block is computed for these alone.
+        rows_only: whether the block computes only these rows.
     """
 
     rows: RowIndices = None
@@ -41,10 +41,10 @@ class OutputRows(NamedTuple):
 
 
 class Functions:
-    """Calls functions, compiled where that is wanted and possible.
+    """Calls functions, compiled where that is possible.
 
     Args:
-        compiles: whether it is wanted.
+        compiles: whether to compile.
     """
 
     def __init__(self, compiles: bool) -> None:
@@ -56,7 +56,7 @@ class Functions:
         return len(self._known)
 
     def call(self, key: Hashable, function: Callable, *args: Any) -> Any:
-        """Call a function, or the one that was compiled under this key.
+        """Call a function, or the compiled function with the same key.
 
         Args:
             key: the same for functions that compute the same of their arguments; None for one
@@ -72,8 +72,8 @@ class Functions:
         try:
             return self._known[key](*args)
         except (ValueError, RuntimeError, IndexError) as error:
-            # A function that decides by values what it computes has no one graph, there are
-            # arguments that MLX does not compile, and graphs that it loses its way in.
+            # MLX cannot compile a function whose control flow depends on values, some arguments,
+            # and some graphs (IndexError).
             lost = isinstance(error, IndexError)
             if not lost and not any(text in str(error) for text in (EVALUATES, NO_TREE)):
                 raise
@@ -86,9 +86,9 @@ class BlockFunctions:
     """The blocks of a model as functions.
 
     Args:
-        blocks: of the model.
-        slots: of every block, where its arrays hang.
-        tape: gives dropout its keys.
+        blocks: the model's blocks.
+        slots: for every block, the places of its arrays.
+        tape: provides the keys of dropout.
         compiles: see `Functions`.
     """
 
@@ -105,12 +105,12 @@ class BlockFunctions:
         self._dtypes: dict[tuple[int, mx.Dtype], mx.Dtype] = {}
 
     def refresh(self) -> None:
-        """Blocks may have other settings than before."""
+        """Forget signatures and dtypes, because settings of blocks may have changed."""
         self._signatures.clear()
         self._dtypes.clear()
 
     def signature(self, index: int) -> str:
-        """The same for blocks that are the same function of their arrays."""
+        """Signature of a block: equal for blocks that are the same function of their arrays."""
         if index not in self._signatures:
             self._signatures[index] = signature(self.blocks.blocks[index])
         return self._signatures[index]
@@ -118,7 +118,7 @@ class BlockFunctions:
     def call_block(
         self, index: int, x: mx.array, args: tuple, kwargs: dict, wanted: OutputRows
     ) -> mx.array:
-        """Call a block whose arrays are bound; gives [B, T, D], or [1, n, D] of some rows."""
+        """Call a block whose arrays are bound; returns [B, T, D], or [1, n, D] for some rows."""
         block = self.blocks.blocks[index]
         if wanted.rows is None:
             return block(x, *args, **kwargs)
@@ -134,14 +134,14 @@ class BlockFunctions:
         call: BlockCall,
         wanted: OutputRows,
     ) -> mx.array:
-        """What a block returns, lazy; `call` gets the keys that dropout draws.
+        """The block's output, lazy; the keys drawn by dropout are recorded in `call`.
 
         Args:
-            index: of the block.
-            arrays: what is trained of it, and all else that it holds.
-            x: [B, T, D].
-            call: what it is called with.
-            wanted: which rows of what it returns.
+            index: index of the block.
+            arrays: its trained arrays and its other arrays, by local name.
+            x: input [B, T, D].
+            call: the other arguments of the block.
+            wanted: rows of the output that are needed.
         """
 
         def function(
@@ -171,7 +171,7 @@ class BlockFunctions:
         call: BlockCall,
         wanted: OutputRows,
     ) -> mx.Dtype:
-        """Of what a block returns, whose graph is built for it once; as `forward` otherwise."""
+        """Dtype of the block's output, from a graph that is built once; arguments as `forward`."""
         key = index, x.dtype
         if key not in self._dtypes:
             args, kwargs = unpack_masks(*pack_masks(call.args, call.kwargs))
@@ -191,16 +191,16 @@ class BlockFunctions:
         needs_input_grad: bool,
         first: bool = False,
     ) -> tuple[mx.array | None, Arrays, mx.array | None]:
-        """Gradients of what is trained of a block and, if `needs_input_grad`, of its input; lazy.
+        """Gradients of a block's trained arrays and, if `needs_input_grad`, of its input; lazy.
 
         Args:
-            index, arrays, x, call, wanted: as of `forward`.
-            cotangent: of what the block returns.
+            index, arrays, x, call, wanted: as in `forward`.
+            cotangent: gradient of the block's output.
             needs_input_grad: whether the gradient of the input is needed.
-            first: what the block returns is wanted too, which was not computed before.
+            first: whether to return the output too, because it was not computed before.
 
         Returns:
-            That or None, gradients by local name, and that of the input or None.
+            The output or None, gradients by local name, and the gradient of the input or None.
         """
 
         def function(
@@ -240,14 +240,14 @@ class BlockFunctions:
 
 
 def rows_of(whole: mx.array, rows: mx.array) -> mx.array:
-    """Some rows, int [n], of [B, T, D] as [1, n, D]; no copy where they are all of them."""
+    """Select rows, int [n], of [B, T, D] as [1, n, D]; no copy if these are all rows."""
     flat = whole.reshape(1, -1, whole.shape[-1])
     return flat if rows.size == flat.shape[1] else flat[:, rows]
 
 
 @cache
 def can_compile() -> bool:
-    """Whether MLX compiles here: not where it is switched off, and on a CPU it needs a compiler."""
+    """Whether MLX can compile: it can be switched off, and on a CPU it needs a C++ compiler."""
     traced = []
 
     def probe(x: mx.array) -> mx.array:

@@ -1,4 +1,4 @@
-"""`value_and_grad` for any loss of any walkable model, and how gradients are arranged."""
+"""`value_and_grad` for any loss of a model that can be walked block by block."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,19 +28,19 @@ def value_and_grad(
     """A drop-in for `nn.value_and_grad(model, loss)` whose memory does not grow with depth.
 
     Args:
-        model: any mlx-lm model whose blocks can be walked; it is left as it was found.
-        loss: calls `model` once and returns a scalar, or a tuple that begins with one.
-        store: where the inputs of blocks wait; in memory by default, which grows with depth.
-        weights: where frozen weights come from; by default they are in the model.
-        compiled: compile one function per kind of block instead of building each graph anew.
+        model: an mlx-lm model whose blocks can be walked; it is not changed.
+        loss: calls `model` once and returns a scalar, or a tuple whose first item is a scalar.
+        store: keeps the inputs of blocks until the backward; by default in memory, which grows
+            with depth.
+        weights, compiled: see `Walk`.
 
     Returns:
         A function of the loss's arguments that gives `(value, gradients)`, the gradients
         evaluated and arranged as `model.trainable_parameters()`.
 
     Raises:
-        EdgeLoraError: the architecture cannot be walked, or the loss reaches what is trained in
-            blocks by another way than the one call of the model.
+        EdgeLoraError: the architecture cannot be walked, or the loss uses trained parameters of
+            blocks outside of its one call of the model.
     """
     walk = Walk(model, store, weights, compiled)
 
@@ -59,8 +59,8 @@ def value_and_grad(
             )
             if reached:
                 raise EdgeLoraError(
-                    f"value_and_grad: the loss depends on {min(reached)} beside what the model "
-                    "returns, which would be left out of the gradient; use mlx.nn.value_and_grad"
+                    f"value_and_grad: the loss depends on {min(reached)} other than through what "
+                    "the model returns, which the gradient would miss; use mlx.nn.value_and_grad"
                 )
             state.hidden = None
             mx.eval(value, state.cotangent, gradients)
@@ -73,9 +73,10 @@ def value_and_grad(
 
 @contextmanager
 def _called_once(walk: Walk, hidden: mx.array, zero: mx.array, reached: set[str]) -> Iterator[None]:
-    """Let the last block return `hidden`, once; `reached` gets what else the loss depends on.
+    """Let the last block return `hidden` once, and collect other dependencies of the loss.
 
-    A gradient passes through that because `zero`, which is differentiated, is added to it.
+    Adding `zero`, which is differentiated, to an array shows in `reached` whether the loss depends
+    on that array.
     """
     last, calls = len(walk.blocks) - 1, set()
 
@@ -103,7 +104,7 @@ def _called_once(walk: Walk, hidden: mx.array, zero: mx.array, reached: set[str]
 
 
 def add_into(gradients: Arrays, more: Arrays) -> None:
-    """Add gradients by name in place; a tied head and embedding contribute to one name."""
+    """Add gradients by name, in place; a tied head and embedding share one name."""
     for name, value in more.items():
         gradients[name] = gradients[name] + value if name in gradients else value
 

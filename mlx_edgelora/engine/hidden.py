@@ -1,4 +1,4 @@
-"""Hidden states on their way: tiles of tokens, in memory or in a store."""
+"""Hidden states between segments: tiles of tokens, in memory or in a store."""
 
 import copy
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ def spans_of(tokens: int, size: int) -> list[TokenSpan]:
 
 
 class Slots:
-    """Hands out the slots of a store, for one pass.
+    """Allocates the slots of a store for one pass.
 
     Args:
-        store: forgets what it holds.
-        count: slots that are in use at a time.
-        nbytes: the largest array, as far as it is known.
+        store: its contents are discarded.
+        count: number of slots in use at a time.
+        nbytes: size of the largest expected array.
     """
 
     def __init__(self, store: ActivationStore, count: int, nbytes: int) -> None:
@@ -34,8 +34,8 @@ class Slots:
         self._count = count
 
     def put(self, array: mx.array) -> int:
-        """Keep an evaluated array; gives its slot."""
-        if not self._free:  # more than was announced: the store makes room
+        """Store an evaluated array and return its slot."""
+        if not self._free:  # more arrays than expected: the store grows
             self._free.append(self._count)
             self._count += 1
         slot = self._free.pop()
@@ -44,7 +44,7 @@ class Slots:
         return slot
 
     def release(self, slot: int) -> None:
-        """Forget the array of a slot."""
+        """Discard the array of a slot."""
         self.store.forget(slot)
         self._free.append(slot)
 
@@ -52,8 +52,8 @@ class Slots:
 class Hidden:
     """Hidden states [B, T, D], or their gradient.
 
-    Made of one array that is in memory (`Hidden(array)`), or empty and then filled tile by tile
-    in a store (`Hidden.tiles`). Memory: the array, or what the store takes.
+    One array in memory (`Hidden(array)`), or tiles that are put into a store one by one
+    (`Hidden.tiles`). Memory: the array, or that of the store.
 
     Args:
         array: all tokens, evaluated.
@@ -67,23 +67,23 @@ class Hidden:
 
     @classmethod
     def tiles(cls, spans: Sequence[TokenSpan], slots: Slots) -> "Hidden":
-        """Nothing yet, for tiles of these tokens."""
+        """Create empty hidden states, to be filled with tiles of these spans."""
         made = cls(None)
         made._spans, made._slots, made._numbers = spans, slots, [None] * len(spans)
         return made
 
     def put(self, number: int, tile: mx.array) -> None:
-        """Keep an evaluated tile in place of the one that was there."""
+        """Store an evaluated tile, replacing an earlier one."""
         if (before := self._numbers[number]) is not None:
             self._slots.release(before)
         self._numbers[number] = self._slots.put(tile)
 
     def tile(self, number: int) -> mx.array:
-        """Give one tile; it stays, whatever is written into what is given."""
+        """Return one tile; writing into the result does not change the stored tile."""
         return copy.copy(self._slots.store.take(self._numbers[number], keep=True))
 
     def cut(self, spans: Sequence[TokenSpan], slots: Slots) -> "Hidden":
-        """The same in tiles of these tokens; what was one array in memory is let go."""
+        """The same hidden states in tiles of these spans; an array in memory is released."""
         if self._array is None and self._spans == spans:
             return self
         array, made = self.whole(), Hidden.tiles(spans, slots)
@@ -93,21 +93,21 @@ class Hidden:
         return made
 
     def whole(self) -> mx.array:
-        """All tokens; they stay, whatever is written into what is given."""
+        """All tokens; writing into the result does not change the stored ones."""
         if self._array is not None:
-            return copy.copy(self._array)  # of the description: the memory is the same
+            return copy.copy(self._array)  # a new array object on the same memory
         tiles = [self.tile(number) for number in range(len(self._numbers))]
         array = tiles[0] if len(tiles) == 1 else mx.concatenate(tiles, axis=1)
         mx.eval(array)
         return array
 
     def prefetch(self) -> None:
-        """Begin to bring back what is one tile."""
+        """Start reading the hidden states, if they are one tile."""
         if len(self._numbers) == 1 and self._numbers[0] is not None:
             self._slots.store.prefetch(self._numbers[0])
 
     def forget(self) -> None:
-        """Let go of all of it."""
+        """Release all tiles."""
         self._array = None
         for number, slot in enumerate(self._numbers):
             if slot is not None:
@@ -116,7 +116,7 @@ class Hidden:
 
 
 def _own(array: mx.array, span: TokenSpan) -> mx.array:
-    """The tokens of a span in memory of their own."""
+    """The tokens of a span, copied unless they are the whole array."""
     if span.stop - span.start == array.shape[1]:
         return array
     tile = mx.contiguous(array[:, span.start : span.stop])

@@ -1,4 +1,4 @@
-"""A block whose activations are kept: its graph waits for the gradient of what it returns."""
+"""A block whose activations are kept: its backward graph waits for the gradient of its output."""
 
 from collections.abc import Callable
 
@@ -12,15 +12,15 @@ from mlx_edgelora.storage.deferred import DeferredArray
 
 
 class KeptBlock:
-    """One block that is not computed twice, below a head that is no part of its graph.
+    """One block that is not recomputed; the head is not a part of its graph.
 
-    Memory, from its forward to its backward: what autodiff keeps of it, and its weights.
+    Memory, from forward to backward: the activations that autodiff keeps, and the weights.
 
     Args:
-        context: what the segments of a pass share.
-        index: of the block.
-        call: what it is called with.
-        wanted: of its output.
+        context: shared by the segments of a pass.
+        index: index of the block.
+        call: arguments of the block.
+        wanted: rows of its output that are needed.
     """
 
     def __init__(self, context: Context, index: int, call: BlockCall, wanted: OutputRows) -> None:
@@ -54,7 +54,7 @@ class KeptBlock:
     def backward(
         self, dy: Hidden, prefetch_next: Callable[[], int | None]
     ) -> tuple[Hidden | None, Arrays]:
-        """Gradients of the input and of what is trained; see `Segment`."""
+        """Gradients of the input and of the trained arrays; see `Segment`."""
         context, cotangent = self._context, dy.whole()
         dy.forget()
         context.weights.prefetch(prefetch_next())
@@ -66,4 +66,4 @@ class KeptBlock:
         return (Hidden(dx) if dx is not None else None), gradients
 
     def prefetch(self) -> None:
-        """Nothing is needed: all of it is there."""
+        """Read nothing: everything is in memory."""

@@ -1,8 +1,8 @@
 """Optimizers of mlx-lm, applied one block of the model at a time.
 
-So only one block's intermediate arrays are alive at once, and a gradient's buffer is free for
-reuse as soon as its block is done. The arithmetic is that of `optimizer.update(model, gradients)`;
-compiled, as mlx-lm compiles it, MLX may round the last bit of a fused operation otherwise.
+Only one block's intermediate arrays are alive at once, and a gradient's buffer can be reused as
+soon as its block is updated. The arithmetic is that of `optimizer.update(model, gradients)`; if it
+is compiled, as in mlx-lm, MLX may round the last bit of a fused operation differently.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -33,13 +33,13 @@ def build_optimizer(config: TrainConfig) -> optimizers.Optimizer:
         rate = _build_schedule(config.lr_schedule)
     arguments = dict(config.optimizer_config.get(name) or {})
     try:
-        # A step of a trial one: some arguments are only looked at there.
+        # One step with a trial optimizer, because some arguments are only checked there.
         trial = OPTIMIZERS[name](learning_rate=rate, **arguments)
         mx.eval(trial.apply_gradients({"x": mx.ones((2, 2))}, {"x": mx.ones((2, 2))}))
         return OPTIMIZERS[name](learning_rate=rate, **arguments)
     except (IndexError, TypeError, ValueError) as error:
         raise EdgeLoraError(
-            f"optimizer_config.{name}: got {arguments}, which {OPTIMIZERS[name].__name__} refuses "
+            f"optimizer_config.{name}: got {arguments}, which {OPTIMIZERS[name].__name__} rejects "
             f"({error}); see its arguments in mlx.optimizers"
         ) from error
 
@@ -58,11 +58,11 @@ def _build_schedule(lr_schedule: dict) -> Callable[[mx.array], mx.array]:
 
 
 class BlockUpdate:
-    """Applies an optimizer to some arrays at a time, blocks of one kind by one compiled function.
+    """Applies an optimizer to one block at a time; one compiled function serves similar blocks.
 
     Args:
-        optimizer: not used yet.
-        compiled: whether the arithmetic is compiled.
+        optimizer: a new optimizer.
+        compiled: whether to compile the arithmetic.
     """
 
     def __init__(self, optimizer: optimizers.Optimizer, compiled: bool) -> None:
@@ -70,7 +70,7 @@ class BlockUpdate:
         self._function = mx.compile(self._apply) if compiled else self._apply
 
     def begin(self) -> None:
-        """Count a step and set what is on a schedule, once for all blocks."""
+        """Count a step and advance the schedules, once for all blocks."""
         self._optimizer.apply_gradients({}, {})
 
     def apply(
@@ -80,13 +80,13 @@ class BlockUpdate:
         states: Mapping[str, dict],
         factor: mx.array | None,
     ) -> tuple[dict[str, mx.array], dict[str, dict]]:
-        """New parameters and states, by name, lazy.
+        """New parameters and optimizer states by name, lazy.
 
         Args:
-            gradients: of some parameters.
-            parameters: these; no others are looked at.
-            states: what the optimizer remembers of each; nothing before the first update.
-            factor: gradients are multiplied by it; None for 1.
+            gradients: gradients by parameter name.
+            parameters: includes these parameters; others are ignored.
+            states: optimizer state of each parameter; empty before the first update.
+            factor: scalar that multiplies the gradients; None for 1.
         """
         names = list(gradients)
         ready: dict[str, dict] = {}
@@ -106,7 +106,7 @@ class BlockUpdate:
         scalars: dict[str, mx.array],
         factor: mx.array | None,
     ) -> tuple[dict[str, mx.array], dict[str, dict]]:
-        # What the optimizer counts and schedules are arguments as well, or they would be constants.
+        # The step count and scheduled values are arguments, or they would be compiled as constants.
         state = self._optimizer.state
         before = {name: state[name] for name in scalars}
         state.update(scalars)
@@ -137,14 +137,14 @@ def squares(gradients: Mapping[str, mx.array], count: float) -> dict[str, mx.arr
     result = {}
     for name, gradient in gradients.items():
         mean = gradient / count if count > 1 else gradient
-        # How an array lies in memory decides in which order it is summed up, and a file has one.
+        # The layout of an array decides the order of summation; arrays from a file are contiguous.
         result[name] = mx.contiguous(mean.astype(mx.float32).square()).sum()
     mx.eval(result)
     return result
 
 
 def global_norm(squares: Mapping[str, mx.array], order: Iterable[str]) -> mx.array:
-    """Root of the sum in this order, as in `mlx.optimizers.clip_grad_norm`; evaluated."""
+    """Square root of the sum in this order, as in `mlx.optimizers.clip_grad_norm`; evaluated."""
     total = mx.array(0.0)
     for name in order:
         total = total + squares[name]
@@ -154,12 +154,12 @@ def global_norm(squares: Mapping[str, mx.array], order: Iterable[str]) -> mx.arr
 
 
 def clip_factor(norm: mx.array, max_norm: float) -> mx.array:
-    """What gradients of this norm are multiplied by so that it is `max_norm` at most."""
+    """Factor that scales gradients of this norm down to `max_norm`, at most 1."""
     return mx.minimum(max_norm / (norm + 1e-6), 1.0)
 
 
 def group_by_block(names: Iterable[str]) -> dict[str, list[str]]:
-    """Names of parameters, by what those of a block begin with."""
+    """Names of parameters, grouped by the prefix of their block."""
     blocks: dict[str, list[str]] = {}
     for name in names:
         blocks.setdefault(_block_name(name), []).append(name)

@@ -1,8 +1,8 @@
 """Trained parameters, gradients and optimizer state in a file, a block in memory at a time.
 
 QLoRA's paged optimizers (arXiv 2305.14314, section 3) let the moments wait outside a GPU's
-memory until a page fault brings them back. Here parameters and gradients wait as well, on
-disk, and the walk over blocks says whose turn it is.
+memory until a page fault brings them back. Here parameters and gradients are on disk as well,
+and the walk over blocks decides which ones are read.
 """
 
 import os
@@ -23,8 +23,8 @@ from mlx_edgelora.storage.page_file import PageFile, Section, Spec
 class PagedAdapterState:
     """The blocks' parameters, gradients and optimizer state in a file.
 
-    In the model stand lazy arrays of NaN that nobody evaluates, of the right shapes. What is
-    trained outside the blocks (adapters of embedding and head) stays in memory.
+    The model keeps lazy arrays of NaN of the same shapes, which are never evaluated. Adapters
+    outside the blocks (of embedding and head) stay in memory.
 
     Memory: one block's parameters, gradients and state, and the new ones while it is updated.
     Disk: all blocks'; each step reads parameters three times and writes them once, writes
@@ -68,7 +68,7 @@ class PagedAdapterState:
         """Read a block's parameters.
 
         Raises:
-            EdgeLoraError: an update was broken off.
+            EdgeLoraError: an update was interrupted.
         """
         self._update.check()
         return self._parameters[index].read() if index in self._parameters else {}
@@ -145,7 +145,7 @@ class PagedAdapterState:
             self._summed.clear()
 
     def weights(self) -> Mapping[str, mx.array]:
-        """A view that reads each array from the file when it is looked at."""
+        """A view that reads each array from the file when it is accessed."""
         self._update.check()
         return _View(self._names, self._array)
 
@@ -314,7 +314,7 @@ class _View(Mapping[Hashable, mx.array]):
 def _state_specs(
     optimizer: optimizers.Optimizer, parameters: Mapping[str, Spec]
 ) -> dict[tuple[str, str], Spec]:
-    """What the optimizer will remember of each parameter; nothing is evaluated."""
+    """Dtype and shape of the optimizer state of each parameter; nothing is evaluated."""
     specs = {}
     for name, (dtype, shape) in parameters.items():
         state: Arrays = {}

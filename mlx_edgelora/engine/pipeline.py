@@ -1,4 +1,4 @@
-"""Evaluation of one segment while the next one's graph is built."""
+"""Evaluate one segment while the graph of the next one is built."""
 
 from typing import Any
 
@@ -6,18 +6,18 @@ import mlx.core as mx
 
 
 class Pipeline:
-    """Evaluates arrays in order, at most one submission ahead of what is done.
+    """Evaluates arrays in order, with at most one submission pending.
 
     Args:
-        ahead: whether a submission returns before it is computed. A GPU would wait for the host
-            otherwise; on a CPU there is nothing to gain, and memory to lose.
+        ahead: whether `submit` returns before the arrays are computed, so that a GPU does not
+            wait for the host. On a CPU this would only cost memory.
     """
 
     def __init__(self, ahead: bool) -> None:
         self.ahead, self._pending = ahead, None
 
     def submit(self, *trees: Any) -> None:
-        """Evaluate trees of arrays; what was submitted before is done when this returns."""
+        """Evaluate trees of arrays; earlier submissions are finished when this returns."""
         if not self.ahead:
             mx.eval(trees)
             return
@@ -27,7 +27,7 @@ class Pipeline:
             mx.eval(before)
 
     def drain(self) -> None:
-        """Wait for everything."""
+        """Wait for the pending submission."""
         before, self._pending = self._pending, None
         if before is not None:
             mx.eval(before)

@@ -1,4 +1,4 @@
-"""What a model calls its blocks with: its own loop, run once, with blocks that compute nothing."""
+"""Record the arguments of all blocks: run the model's loop once with blocks that do nothing."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from mlx_edgelora.errors import EdgeLoraError
 
 @dataclass
 class BlockCall:
-    """What a block is called with beside its input, and the keys that its dropout drew."""
+    """The arguments of a block other than its input, and the keys that its dropout drew."""
 
     args: tuple
     kwargs: dict
@@ -21,18 +21,18 @@ class BlockCall:
 
 
 class _LoopEnded(Exception):
-    """Ends the model's loop at the block that was waited for."""
+    """Ends the model's loop at a block."""
 
 
 def record(blocks: BlockList, run: Callable[[], Any]) -> tuple[mx.array, list[BlockCall]]:
     """The first block's input, lazy, and the call of every block.
 
-    Each block hands on an array of its input's shape that nobody computes. That blocks are called
-    in order and on what the one before returned is checked here again: a loop may do otherwise
-    with other tokens than those of `check_walk`.
+    Each block returns an array of its input's shape that is never computed. The order of blocks
+    and their inputs are checked again, because a loop may behave differently than with the tokens
+    of `check_walk`.
 
     Args:
-        blocks: of the model.
+        blocks: the model's blocks.
         run: calls the model, directly or inside a loss; stopped at the last block.
 
     Raises:
@@ -69,7 +69,7 @@ def record(blocks: BlockList, run: Callable[[], Any]) -> tuple[mx.array, list[Bl
 
 
 def first_input(blocks: BlockList, run: Callable[[], Any]) -> mx.array:
-    """The first block's input; the model's loop ends there."""
+    """The first block's input; the model's loop is stopped there."""
     found: list[mx.array] = []
 
     def handler(index: int, x: mx.array, args: tuple, kwargs: dict) -> mx.array:

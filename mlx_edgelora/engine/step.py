@@ -30,32 +30,31 @@ from mlx_edgelora.planner.plan import Plan
 
 Loss = CrossEntropy | ApproximateCrossEntropy
 
-# Float32 logits of a chunk of tokens, where all logits of a token are made at once.
+# Float32 logits of a chunk of tokens, if all logits of a token are computed at once.
 LOGITS_BYTES = 4 * 2**20
-# Numbers of labelled tokens that are told apart in batches of one size, where graphs are compiled.
+# Number of different counts of labelled tokens for batches of one size: each one is compiled.
 FILLED = 8
 
 
 class Engine:
-    """Computes losses and gradients of batches, at a bounded peak.
+    """Computes losses and gradients of batches within a memory plan.
 
-    Tokens that carry no label never reach the final norm and the head, so a masked prompt
-    costs no logits; where the walk can, not even the last block but its keys and values.
+    Tokens without a label never reach the final norm and the head, so a masked prompt costs no
+    logits. If possible the last block, too, computes only keys and values for them.
 
     Args:
         model: the adapted model.
         walk: the walk over its blocks.
-        head: its head by tiles; None computes whole rows of logits.
-        disk: counts what the weights and the store read and write.
-        training_loss: the exact one by default. Evaluation is always exact, and a head that
-            is None takes no other than an exact one.
-        adapters: where trained parameters are, the source of the walk's adapters; by default
-            the model.
+        head: its head, read by tiles; None computes whole rows of logits.
+        disk: counts the bytes that weights and store read and write.
+        training_loss: the exact cross-entropy by default. Evaluation is always exact, and so is
+            training if `head` is None.
+        adapters: state of the adapters, also the walk's source of them; by default in the model.
 
     Attributes:
-        plan_for: the plan for a batch, where it is not always that of the last `set_plan`.
-        empties_cache: whether MLX's cache of freed buffers is emptied after every step, where no
-            option says when.
+        plan_for: returns the plan for a batch; by default that of the last `set_plan`.
+        empties_cache: whether MLX's buffer cache is emptied after every step, unless
+            `clear_cache_threshold` is set.
     """
 
     def __init__(
@@ -70,7 +69,7 @@ class Engine:
         self.model, self.disk = model, disk
         self.adapters = ResidentAdapterState(model) if adapters is None else adapters
         self._walk, self.head = walk, head
-        # The head's tiles are as large in evaluation.
+        # Evaluation uses tiles of the same size.
         tiles = getattr(training_loss, "exact", training_loss) or CrossEntropy()
         self._exact = CrossEntropy(tiles.tile_bytes)
         self.training_loss = training_loss or self._exact
@@ -85,19 +84,19 @@ class Engine:
 
     @property
     def plan(self) -> Plan:
-        """What is obeyed now."""
+        """The current plan."""
         return self._plan
 
     def set_plan(self, plan: Plan) -> None:
-        """Compute from now on as a plan says; what it leaves in memory or on disk stays there."""
+        """Follow another plan from now on; weights stay where they are."""
         self._plan = plan
         set_attention_block(plan.attention_block)
         blocks = self._walk.blocks
         set_slices(blocks, plan.mlp_bytes, len(blocks) - plan.kept_blocks)
-        self._walk.set_plan(plan)  # which looks at the blocks' settings
+        self._walk.set_plan(plan)  # last, because it reads the blocks' settings
 
     def set_plan_and_residency(self, plan: Plan) -> None:
-        """Obey a plan that has others of the streamed blocks in memory than the one before."""
+        """Follow another plan, and keep as many streamed blocks in memory as it says."""
         if isinstance(self._walk.weights, StreamedWeights):
             count = len(self._walk.blocks)
             streamed = count if plan.streamed_blocks is None else plan.streamed_blocks
@@ -111,12 +110,12 @@ class Engine:
         return result, gradient_tree(self.model, gradients)
 
     def backward(self, batch: Batch, sink: Callable[[Arrays], None]) -> tuple[mx.array, int]:
-        """Mean loss over the labelled tokens, and their count; gradients go to `sink`.
+        """Mean loss over the labelled tokens, and their count; gradients are passed to `sink`.
 
-        It is called with evaluated gradients by name, of one block at a time from the last
-        one down, and at the end of what lies outside the blocks; where the plan has more
-        micro-batches than one, so often, and the gradients add up. What it does not keep is
-        gone before the next block is computed.
+        `sink` is called with evaluated gradients by name: those of one block at a time, from the
+        last block to the first, then those outside the blocks. With several micro-batches each
+        name comes once per micro-batch, and the gradients add up. Gradients that `sink` does not
+        keep are freed before the next block is computed.
         """
         parts = self._parts(batch)
         count = sum(part.count for part in parts)
@@ -152,7 +151,7 @@ class Engine:
         return loss
 
     def loss(self, batch: Batch) -> tuple[mx.array, int]:
-        """Mean loss over the labelled tokens, and their count; nothing is kept or spilled."""
+        """Mean loss over the labelled tokens, and their count; no activations are stored."""
         total, count = 0.0, 0
         for part in self._parts(batch, evaluates=True):
             run = partial(self.model, part.tokens)
@@ -164,7 +163,7 @@ class Engine:
         return total / count, count
 
     def _parts(self, batch: Batch, evaluates: bool = False) -> list["_Part"]:
-        """The batch as its plan divides it; that plan is obeyed from now on."""
+        """Divide a batch into micro-batches by its plan, and follow that plan."""
         plan = self.plan_for(batch)
         if plan != self._plan:
             self.set_plan(plan)
@@ -173,7 +172,7 @@ class Engine:
         return _labelled_parts(batch, plan.micro_batches, fills)
 
     def close(self) -> None:
-        """Give the store's disk space back, and let go of the files that weights are read from."""
+        """Free the store's disk space and close the files of the weights."""
         self._walk.store.close()
         self._walk.weights.close()
         set_attention_block(None)
@@ -212,20 +211,20 @@ class Engine:
 
 
 class _TailLoss:
-    """The training loss as a part of the graph of the last blocks; see `tail.Loss`.
+    """The training loss as a part of the graph of the last blocks; see `tail.GraphLoss`.
 
     Args:
-        engine: whose loss.
-        state: the pass that is finished.
-        part: of the batch.
-        share: what the loss is multiplied by.
+        engine: the engine with the loss.
+        state: the current pass.
+        part: part of the batch.
+        share: factor of the loss.
     """
 
     def __init__(self, engine: Engine, state: Pass, part: "_Part", share: float) -> None:
         self._engine, self._state, self._share = engine, state, share
         self.outside = engine.walk.outside()
         loss, head = engine.training_loss, engine.head
-        # What chooses tokens by the labels, or draws keys, is another graph for every batch.
+        # A loss that chooses tokens by the labels is another graph for every batch.
         compiles = isinstance(loss, CrossEntropy) and head is not None and head.is_resident
         self.key = ("loss", id(engine), loss) if compiles else None
         weights = part.weights
@@ -235,11 +234,11 @@ class _TailLoss:
         if head is not None:
             check_labels(mx.zeros((part.labels.size, head.dims)), head, part.labels)
         exact = isinstance(loss, CrossEntropy) and head is not None
-        # A compiled function keeps what it captures: of this one nothing of the batch.
+        # A compiled function keeps the objects that it captures, so it captures nothing of a batch.
         self.graph = partial(_exact_graph, engine.walk, loss, head) if exact else self._any_graph
 
     def _any_graph(self, hidden: mx.array, outside: Arrays, *arrays: mx.array) -> mx.array:
-        """The part's share of the mean loss."""
+        """The loss of the part, times its share."""
         engine, (labels, _) = self._engine, arrays
         loss, head, hidden = engine.training_loss, engine.head, hidden.reshape(-1, hidden.shape[-1])
         if head is None:
@@ -269,7 +268,7 @@ def _exact_graph(
 
 
 def _nothing(*_: object) -> None:
-    """In place of an evaluation, where a graph is built."""
+    """Evaluate nothing, because a graph is being built."""
 
 
 class _Part(NamedTuple):
@@ -277,8 +276,8 @@ class _Part(NamedTuple):
 
     Attributes:
         tokens: int [B, T].
-        rows: int [n], indices of the B * T tokens, of labelled ones and, if there are `weights`,
-            some others.
+        rows: int [n], indices among the B * T tokens: the labelled ones and, if there are
+            `weights`, some others.
         labels: int [n].
         count: of labelled tokens.
         weights: float32 [n], of each in the mean loss, 0 without a label; None if all are equal.
@@ -294,12 +293,12 @@ class _Part(NamedTuple):
 
 
 def _labelled_parts(batch: Batch, count: int, fills: bool) -> list[_Part]:
-    """A batch in so many parts, fewer where it has not as many rows with labels.
+    """Divide a batch into `count` parts, or as many as it has rows with labels.
 
     Args:
-        batch: the whole.
-        count: of parts.
-        fills: add tokens without a label, so that few shapes are compiled.
+        batch: the whole batch.
+        count: number of parts.
+        fills: whether to add tokens without a label, so that few shapes are compiled.
     """
     mask = batch.mask
     labelled = np.flatnonzero(mask.any(axis=1))
@@ -311,7 +310,7 @@ def _labelled_parts(batch: Batch, count: int, fills: bool) -> list[_Part]:
     inputs, labels, parts = batch.inputs(), batch.labels(), []
     pieces = [slice(None)] if count == 1 else np.array_split(labelled, min(count, labelled.size))
     for piece in pieces:
-        # Of one length, as the batch: a token may depend on later ones, or on how many there are.
+        # Parts keep the length of the batch, because tokens may depend on later ones or on it.
         own = mask[piece].reshape(-1)
         rows = _pad_rows(own) if fills else np.flatnonzero(own)
         wanted = labels[piece].reshape(-1)[rows]
@@ -323,7 +322,7 @@ def _labelled_parts(batch: Batch, count: int, fills: bool) -> list[_Part]:
 
 
 def _pad_rows(labelled: np.ndarray) -> np.ndarray:
-    """Indices of what is true, and of some of the others: one of a few numbers of them."""
+    """Indices of the labelled tokens, padded with others to one of a few counts."""
     step = max(PAD_TO, -(-labelled.size // (FILLED * PAD_TO)) * PAD_TO)
     rows, others = np.flatnonzero(labelled), np.flatnonzero(~labelled)
     missing = min(-rows.size % step, others.size)

@@ -1,7 +1,7 @@
-"""The last blocks with the loss as one function of plain autodiff: nothing is computed twice.
+"""The last blocks and the loss as one function of plain autodiff: nothing is recomputed.
 
-They are the first that the backward needs, so theirs are the activations that wait shortest. If
-these are all blocks, a step is plain backpropagation, and compiled one function.
+The backward needs these blocks first, so their activations are kept for the shortest time. If all
+blocks are in the tail, a step is plain backpropagation, compiled as one function.
 """
 
 from collections.abc import Hashable, Iterator, Sequence
@@ -21,11 +21,11 @@ from mlx_edgelora.measure.profile import phase
 
 
 class GraphLoss(Protocol):
-    """What is made of the last hidden state.
+    """A loss that is part of the graph of the last blocks.
 
     Attributes:
-        key: the same for losses that compute the same of their arguments; None if it is not to be
-            compiled.
+        key: equal for losses that compute the same from their arguments; None for a loss that
+            cannot be compiled.
         arrays: arguments of `graph`.
         outside: trained parameters outside the blocks, by name.
     """
@@ -35,18 +35,18 @@ class GraphLoss(Protocol):
     outside: Arrays
 
     def graph(self, hidden: mx.array, outside: Arrays, *arrays: mx.array) -> mx.array | tuple:
-        """The loss, or a tuple that begins with it, of hidden states [B, T, D] or [1, n, D]."""
+        """The loss of hidden states [B, T, D] or [1, n, D], or a tuple whose first item it is."""
         ...
 
 
 class TailResult(NamedTuple):
-    """What a tail gives, evaluated.
+    """The result of a tail, evaluated.
 
     Attributes:
-        value: the loss, or what else `GraphLoss.graph` gives.
+        value: result of `GraphLoss.graph`.
         outside: gradients of `GraphLoss.outside`.
-        by_block: of each block, the last one first, index and gradients by local name.
-        dx: of the tail's input, if it is needed.
+        by_block: index of each block and its gradients by local name, the last block first.
+        dx: gradient of the tail's input, if it is needed.
     """
 
     value: mx.array | tuple
@@ -56,13 +56,13 @@ class TailResult(NamedTuple):
 
 
 class Tail:
-    """Last blocks, kept.
+    """The last blocks, whose activations are kept.
 
     Args:
-        context: what the segments of a pass share.
-        indices: of the blocks.
-        calls: what they are called with.
-        wanted: of the last one's output.
+        context: shared by the segments of a pass.
+        indices: indices of the blocks.
+        calls: arguments of the blocks.
+        wanted: rows of the last block's output that are needed.
     """
 
     def __init__(
@@ -71,17 +71,15 @@ class Tail:
         self._context, self._indices, self._calls, self._wanted = context, indices, calls, wanted
 
     def value_and_grad(self, x: Hidden, loss: GraphLoss) -> TailResult:
-        """Compute the blocks and the loss, forward and backward; `x` is used up."""
+        """Compute the blocks and the loss, forward and backward; `x` is consumed."""
         context, indices, wanted = self._context, self._indices, self._wanted
         functions, needs_input_grad = (
             context.functions,
             context.needs_input_grad(self._indices.start),
         )
         calls = [pack_masks(call.args, call.kwargs) for call in self._calls]
-        graph, rows_only = (
-            loss.graph,
-            wanted.rows_only,
-        )  # a compiled function keeps what it captures
+        # A compiled function keeps the objects that it captures, so it captures no arrays.
+        graph, rows_only = loss.graph, wanted.rows_only
 
         def function(
             trained: list[Arrays],

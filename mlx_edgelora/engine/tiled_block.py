@@ -1,16 +1,18 @@
-"""One block forward and backward, a tile of tokens at a time: nothing of tokens x hidden at all.
+"""One block forward and backward, a tile of tokens at a time: no array of tokens x hidden.
 
-A tile is a span of tokens of every row of the batch. Forward: what is kept of each tile (keys
-and values, or what its cache gets; `blocks/parts.py`), then for each tile the block over what
-its tokens see of that. Backward, from the last tile, with one gradient of the block each:
+A tile is a span of tokens of every row of the batch. The forward computes the keys and values of
+all tiles (or the inputs of the block's cache; `blocks/parts.py`), then the block's output for each
+tile over the keys that its tokens see. The backward goes from the last tile to the first, with one
+gradient of the block for each tile:
 
     dx, dW, dK, dV = block'(x, K, V; dy);    sum dK, dV over tiles
 
-and when those of a tile are whole (under a causal mask: at once, for no token before it sees
-it), `dx += key_values'(x; dK, dV)`. Hidden states and their gradient are read from and written to a
-store, tile by tile. Memory: T (Dk + Dv) of key heads, their float32 gradients and what one tile
-adds to these; one tile's graph. Time beside a whole block: norm and projections of keys and
-values once more in the forward and twice in the backward. Each tile is evaluated once.
+When dK and dV of a tile are complete (with a causal mask at once, because no earlier token sees
+it), `dx += key_values'(x; dK, dV)`. Hidden states and their gradients are read from and written to
+a store tile by tile. Memory: keys and values of all tokens, T (Dk + Dv), their float32 gradients
+with the contribution of one tile, and one tile's graph. Time: that of a whole block, and the norm
+and projections of keys and values once more in the forward and twice in the backward. Each tile is
+evaluated once.
 """
 
 from collections.abc import Callable
@@ -37,10 +39,10 @@ class TiledBlock:
     """One block. Memory: see the module.
 
     Args:
-        context: what the segments of a pass share.
-        index: of the block.
-        call: what it is called with.
-        wanted: of its output.
+        context: shared by the segments of a pass.
+        index: index of the block.
+        call: arguments of the block.
+        wanted: rows of its output that are needed.
         through_cache: see `BlockParts`.
     """
 
@@ -82,7 +84,7 @@ class TiledBlock:
     def backward(
         self, dy: Hidden, prefetch_next: Callable[[], int | None]
     ) -> tuple[Hidden | None, Arrays]:
-        """Gradients of the input and of what is trained; see `Segment`."""
+        """Gradients of the input and of the trained arrays; see `Segment`."""
         context, x, needs_input_grad = (
             self._context,
             self._input,
@@ -120,7 +122,7 @@ class TiledBlock:
         return dx, visit.totals()
 
     def prefetch(self) -> None:
-        """Nothing: tiles are read when they are computed."""
+        """Read nothing: tiles are read when they are computed."""
 
     @property
     def _slots(self) -> dict:
@@ -128,11 +130,11 @@ class TiledBlock:
 
     @property
     def _is_causal(self) -> bool:
-        """Whether it is known that no token sees a later one."""
+        """Whether the mask shows that no token sees a later one."""
         return band_of(self._parts.mask) is not None
 
     def _find_places(self) -> None:
-        """Which of the rows that are wanted are in which tile."""
+        """Find the wanted rows of each tile."""
         if self._wanted.rows is None:
             return
         tokens = self._context.spans[-1].stop
@@ -145,7 +147,7 @@ class TiledBlock:
             self._order.append(inside)
 
     def _in_order(self, pieces: list[mx.array]) -> mx.array:
-        """What was made of the tiles, [1, m, D] each, in the order of the rows that are wanted."""
+        """Join the outputs of the tiles, [1, m, D] each, in the order of the wanted rows."""
         whole = pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=1)
         order = np.concatenate(self._order)
         if (np.diff(order) < 0).any():
@@ -154,7 +156,7 @@ class TiledBlock:
         return whole
 
     def _key_values(self, x: Hidden) -> list[mx.array]:
-        """What is kept of all tokens, [B, heads, T, n] twice."""
+        """Keys and values of all tokens, [B, heads, T, n] each."""
         whole: list[mx.array] = []
         for number, span in enumerate(self._context.spans):
             pieces = self._parts.key_values(x.tile(number), span)
@@ -170,7 +172,7 @@ class TiledBlock:
     def _tile_output(
         self, x: mx.array, number: int, seen: TokenSpan, key_values: list[mx.array]
     ) -> mx.array:
-        """The block for a tile: [B, t, D], or [1, m, D] of what is wanted of it."""
+        """The block's output for a tile: [B, t, D], or [1, m, D] for its wanted rows."""
         span = self._context.spans[number]
         if self._places is None:
             return self._parts.output(x, span, seen, key_values)
@@ -184,7 +186,7 @@ class _TiledBackward:
     """One backward of a block whose arrays are bound: sums over its tiles.
 
     Attributes:
-        key_values: what is kept of all tokens.
+        key_values: keys and values of all tokens.
     """
 
     def __init__(self, block: TiledBlock, trained: Arrays, needs_input_grad: bool) -> None:
@@ -194,11 +196,11 @@ class _TiledBackward:
         self.key_values: list[mx.array] = []
 
     def tile(self, number: int, x: mx.array, cotangent: mx.array | None) -> mx.array | None:
-        """Differentiate a tile; gives the gradient of its input, if it is needed.
+        """Differentiate a tile; returns the gradient of its input, if it is needed.
 
         Args:
-            x: [B, t, D].
-            cotangent: of what is wanted of the tile's output; None where that is nothing.
+            x: input [B, t, D].
+            cotangent: gradient of the wanted rows of the tile's output; None if there are none.
         """
         block, spans = self._block, self._block._context.spans
         seen = block._parts.visible_keys(spans[number], spans[-1].stop)
@@ -210,7 +212,7 @@ class _TiledBackward:
 
             sums = self._sums_from(seen)
             with ExitStack() as stack:
-                # What is kept goes to attention then, and nowhere else.
+                # Only attention reads these keys and values.
                 if not block._parts.through_cache:
                     stack.enter_context(add_key_gradients(sums))
                 dx, *pair = self._vjp(output, [x, *_tokens(seen, self.key_values)], [cotangent])
@@ -225,7 +227,7 @@ class _TiledBackward:
         return dx
 
     def finish_tile(self, number: int, x: mx.array, dx: mx.array | None) -> mx.array | None:
-        """Add what reaches a tile's input by its keys and values: their gradients are whole."""
+        """Add the gradient through a tile's own keys and values, which is complete now."""
         block = self._block
         span = block._context.spans[number]
         if self._key_value_sums is not None:
@@ -243,7 +245,7 @@ class _TiledBackward:
         return dx
 
     def totals(self) -> Arrays:
-        """Gradients of all that is trained; zeros where nothing was reached."""
+        """Gradients of all trained arrays; zeros for those that no gradient reached."""
         found = {n: self._sums.get(n, mx.zeros_like(v)) for n, v in self._trained.items()}
         mx.eval(found)
         return found
@@ -254,7 +256,7 @@ class _TiledBackward:
         self._block._context.pipeline.submit(*arrays)
 
     def _sums_from(self, seen: TokenSpan) -> KeySums:
-        """The sums of the gradients of what is kept, for a tile that sees these tokens."""
+        """The sums of the gradients of keys and values, for a tile that sees these tokens."""
         if self._key_value_sums is None:
             (batch, heads, tokens, size), other = (
                 self.key_values[0].shape,
@@ -270,7 +272,7 @@ class _TiledBackward:
         inputs: list[mx.array],
         cotangents: list[mx.array],
     ) -> list[mx.array]:
-        """Differentiate a part of the block: gives gradients of its inputs, sums the others."""
+        """Differentiate a part of the block: return gradients of its inputs, sum the others."""
         reached, count = set(), len(self._trained)
 
         def bound_function(*primals: mx.array) -> list[mx.array]:
@@ -282,8 +284,8 @@ class _TiledBackward:
                 return function(*primals[count:])
 
         _, found = mx.vjp(bound_function, [*self._trained.values(), *inputs], cotangents)
-        # Of what a part does not reach the gradients are zeros: not evaluated, not added. Which
-        # arrays these are may be decided by the values of a tile: experts, for one.
+        # Arrays that a part does not use have zero gradients, which are not evaluated or added.
+        # The values of a tile may decide which arrays these are (experts).
         for name, value in zip(self._trained, found, strict=False):
             if name in reached:
                 self._sums[name] = self._sums[name] + value if name in self._sums else value

@@ -5,9 +5,9 @@
     loss, dy = …                                 # the tail's, or the caller's
     for segment in reversed(segments): dy, gradients = segment.backward(dy)
 
-It happens outside of any trace: an array that is evaluated while a gradient is traced keeps its
-whole graph, so nothing would be freed. Each segment is differentiated by itself and evaluated,
-and its graph is dropped. A segment is a block computed whole (`WholeBlock`), by tiles of tokens
+The walk is not traced by MLX: an array that is evaluated while a gradient is traced keeps its whole
+graph, so nothing would be freed. Each segment is differentiated separately and evaluated, and its
+graph is dropped. A segment is a block computed whole (`WholeBlock`), by tiles of tokens
 (`TiledBlock`), or once with its activations kept (`KeptBlock`); the last blocks and the loss can
 be one segment (`Tail`).
 """
@@ -51,19 +51,19 @@ from mlx_edgelora.storage.stores import ActivationStore, RamStore
 
 @dataclass
 class Pass:
-    """One forward pass waiting for its backward.
+    """One forward pass before its backward.
 
     Attributes:
-        run: what calls the model.
-        context: what its segments share.
+        run: calls the model.
+        context: shared by the segments.
         segments: the blocks below the tail.
         tail: the last blocks with the loss, not computed yet (`Walk.finish`); None if no block is
             kept, or nothing is differentiated.
-        rows: of the last block's output, that are needed; None for all.
-        hidden: without a tail the last block's output, [batch, tokens, hidden], or
-            [1, n, hidden] where n rows of it were asked for; whoever is done with it sets it to
-            None, so that its memory is free during the backward.
-        cotangent: the gradient of what the segments return; without a tail set it before
+        rows: rows of the last block's output that are needed; None for all.
+        hidden: without a tail, the last block's output: [batch, tokens, hidden], or
+            [1, n, hidden] for n rows. Set it to None after use, so that its memory is free during
+            the backward.
+        cotangent: gradient of the output of the segments; without a tail, set it before
             `Walk.backward`.
     """
 
@@ -84,28 +84,27 @@ class Walk:
 
     Args:
         model: any mlx-lm model that `check_walk` accepts.
-        store: where hidden states wait for the backward; RAM by default.
-        weights: where frozen weights come from; by default they are in the model.
-        compiled: compile one function per kind of segment instead of building each graph anew.
-            MLX fuses more then; on a CPU it calls a C++ compiler for every fused kernel, which
-            takes seconds. What decides by values what it computes is built anew nevertheless, and
-            so is what draws keys for dropout.
-        adapters: where trained parameters of the blocks come from; by default they are in
-            the model. What lies outside the blocks always is.
-        plan: how blocks are computed and where hidden states wait: `prefetch`, `tile_tokens`,
+        store: keeps hidden states until the backward; in memory by default.
+        weights: source of frozen weights; by default they are in the model.
+        compiled: whether to compile one function per kind of segment instead of building each
+            graph again. MLX then fuses more operations; on a CPU it calls a C++ compiler for every
+            fused kernel, which takes seconds. Blocks whose control flow depends on values, and
+            blocks with dropout, are not compiled.
+        adapters: source of the blocks' trained parameters; by default they are in the model.
+            Those outside the blocks always are.
+        plan: how blocks are computed and where hidden states are kept: `prefetch`, `tile_tokens`,
             `kept_blocks` and `inputs`.
         pause: called after every block, forward and backward.
-        blocks: the model's, if they were checked already.
-        like: a walk over a model that has these blocks among others: trials that were made of
-            them there are not made again.
+        blocks: the model's blocks, if they were checked already.
+        like: a walk over a model that contains these blocks, whose results of tiling trials are
+            reused.
 
     Attributes:
-        ahead: build a segment's graph while the one before is computed, where the plan reads
-            weights ahead as well; on a GPU.
+        ahead: whether to build a segment's graph while the previous segment is computed, if the
+            plan also prefetches weights; on a GPU.
         pause: called after every block.
-        sample: of the blocks that are not kept only these are computed; None for all. The last
-            block must be one of them or kept. What comes out is not the model's: it is for
-            measuring.
+        sample: indices of the blocks to compute among those that are not kept; None for all. The
+            last block must be one of them or kept. For measuring: the output is not the model's.
 
     Raises:
         EdgeLoraError: the architecture cannot be walked.
@@ -133,7 +132,7 @@ class Walk:
         self._block_weights = BlockWeights(self.blocks, self.weights, self.adapters)
         self._tiling = Tiling(self.blocks, (self.weights, self.adapters), like and like._tiling)
         self._ram, self._dropout = RamStore(), dropout_layers(model)
-        # One for good: a compiled function and the dropout layers must mean the same tape.
+        # The same tape for all passes, because compiled functions capture it.
         self._tape = KeyTape()
         self._functions = BlockFunctions(
             self.blocks, self._block_weights.slots, self._tape, compiled
@@ -142,7 +141,7 @@ class Walk:
         self.set_plan(plan)
 
     def refresh(self) -> None:
-        """Find out anew what is trained."""
+        """Look up the trained parameters again."""
         self._block_weights.refresh()
         self._functions.slots = self._block_weights.slots
         self._functions.refresh()
@@ -152,7 +151,7 @@ class Walk:
         self._reached: tuple[int, bool] | None = None
 
     def set_plan(self, plan: Plan) -> None:
-        """Compute the passes that begin from now on by another plan."""
+        """Follow another plan in later passes."""
         self._plan = plan
         self._block_weights.prefetches = plan.prefetch
         self._functions.refresh()
@@ -168,23 +167,23 @@ class Walk:
 
     @property
     def compiled_functions(self) -> int:
-        """How many there are so far."""
+        """Number of compiled functions so far."""
         return len(self._functions.functions)
 
     @property
     def computes_rows_only(self) -> bool:
-        """Whether the last block is computed for labelled tokens only, where rows are asked for."""
+        """Whether the last block can be computed for some rows only."""
         return self._tiling.tileable(len(self.blocks) - 1).by_rows
 
     @property
     def tiling(self) -> str:
-        """Which blocks are computed by tiles of tokens, and why others are not."""
+        """Describe which blocks are computed by tiles of tokens, and why others are not."""
         if self._plan.tile_tokens is None:
             return "none: all tokens at once"
         return f"{self._plan.tile_tokens} tokens at a time in {self._tiling.summary()}"
 
     def tile_choice(self, index: int, tokens: int) -> Tileable | None:
-        """How a block of a batch of so many tokens is cut; None where the batch is not."""
+        """The tiling of a block for a batch with `tokens` tokens; None if it is not tiled."""
         return self._tiling.tileable(index) if self._cuts(tokens) else None
 
     def check_packing(self, tokens: int) -> None:
@@ -196,7 +195,7 @@ class Walk:
         check_packing(self.blocks, (self.weights, self.adapters), self._tiling, tokens)
 
     def _cuts(self, tokens: int) -> bool:
-        """Whether a batch of so many tokens, over all rows, is computed by tiles."""
+        """Whether a batch with `tokens` tokens, over all rows, is computed by tiles."""
         return self._plan.tile_tokens is not None and tokens > self._plan.tile_tokens
 
     @contextmanager
@@ -207,7 +206,7 @@ class Walk:
         rows: mx.array | None = None,
         packing: Packing | None = None,
     ) -> Iterator[Pass]:
-        """Run the blocks; inside the context the pass can be finished by `backward`.
+        """Run the blocks; call `backward` inside the context.
 
         Args:
             run: calls the model, directly or inside a loss; stopped after its last block.
@@ -218,7 +217,7 @@ class Walk:
             packing: where rows of the batch are shared by several, which must not mix.
 
         Raises:
-            ValueError: rows are not what they should be.
+            ValueError: rows are not ascending indices of the batch * tokens rows.
         """
         layers = keyed_dropout(self._dropout, self._tape)
         with layers, bounded_attention(), bounded_norms(), rows_packed(packing):
@@ -255,7 +254,7 @@ class Walk:
         first: int,
         entry: bool,
     ) -> Pass:
-        """A pass whose segments are there, and nothing is computed."""
+        """Create a pass and its segments, without computing anything."""
         count, (batch, tokens, width) = len(self.blocks), x.shape
         kept_from, spans, slots = self._room(batch, tokens, width * x.dtype.size, first)
         pipeline = Pipeline(self._overlaps)
@@ -265,12 +264,12 @@ class Walk:
             self._block_weights, self._functions, pipeline, slots, spans, first, entry
         )
         if rows is not None and rows.size == batch * tokens:
-            last = OutputRows(rows)  # nothing is saved
+            last = OutputRows(rows)  # all rows are needed
         else:
             rows_only = rows is not None and self.computes_rows_only
             last = OutputRows(rows, rows_only and self._can_cut(count - 1, calls[-1], tokens))
         segments: list[Segment] = []
-        # A head that is read by tiles cannot be a part of the kept blocks' graph.
+        # A head that is read by tiles cannot be part of the kept blocks' graph.
         tail_from = count if self._plan.reads_head else kept_from
         for index in range(tail_from):
             if self.sample is not None and index < kept_from and index not in self.sample:
@@ -291,11 +290,11 @@ class Walk:
         return Pass(run, context, segments, tail, rows)
 
     def reserve(self, rows: int, tokens: int, nbytes: int) -> None:
-        """Take the disk space for a batch now, so that none that is smaller lets the file grow.
+        """Allocate the disk space for the largest batch, so that the file never grows later.
 
         Args:
-            rows, tokens: of the batch.
-            nbytes: of a token's hidden state.
+            rows, tokens: shape of the batch.
+            nbytes: bytes of a token's hidden state.
 
         Raises:
             EdgeLoraError: the volume is full, or cannot be used.
@@ -306,7 +305,7 @@ class Walk:
     def _room(
         self, batch: int, tokens: int, nbytes: int, first: int
     ) -> tuple[int, list[TokenSpan], Slots]:
-        """For a pass: the first kept block, the tiles of tokens, and where these wait."""
+        """For a pass: index of the first kept block, tiles of tokens, and slots of the store."""
         kept_from, spans = len(self.blocks), [TokenSpan(0, tokens)]
         if self._cuts(batch * tokens):
             spans = spans_of(tokens, max(1, self._plan.tile_tokens // batch))
@@ -325,10 +324,10 @@ class Walk:
         return parts.untileable_reason(tokens) is None
 
     def finish(self, state: Pass, loss: GraphLoss) -> tuple[mx.array | tuple, Arrays]:
-        """Compute the tail of a pass that has one, with its gradients.
+        """Compute the tail of a pass, with its gradients.
 
         Returns:
-            What `loss.graph` gives, and the gradients of `loss.outside`, evaluated.
+            The result of `loss.graph` and the gradients of `loss.outside`, evaluated.
         """
         hidden, state.below_tail = state.below_tail, None
         finished = state.tail.value_and_grad(hidden, loss)
@@ -337,15 +336,15 @@ class Walk:
 
     @contextmanager
     def tail(self, state: Pass, hidden: mx.array, outside: Arrays | None = None) -> Iterator[None]:
-        """Make a call of the model start from the last block's output.
+        """Let a call of the model start from the last block's output.
 
         Args:
-            state: the pass that is being finished.
-            hidden: what the last block returns, or any [1, n, hidden] rows of it: what
-                follows the blocks works token by token.
+            state: the current pass.
+            hidden: output of the last block, or [1, n, hidden] rows of it: the layers after the
+                blocks work token by token.
             outside: values for trained parameters outside the blocks.
         """
-        # The model's entry is called again, for nothing; its dropout must not draw again.
+        # The layers before the blocks are called again without effect; dropout reuses its keys.
         with (
             self._tape.playing(state.entry_keys),
             self.blocks.skip_blocks(hidden),
@@ -357,10 +356,10 @@ class Walk:
         """Carry `state.cotangent` down to the lowest trained block.
 
         Yields:
-            Evaluated gradients by parameter name, of a block at a time from the last one
-            down, then of what lies before the blocks; computed as they are asked for, so
-            whoever puts one block's away has no more than these in memory. The pass cannot
-            be used again.
+            Evaluated gradients by parameter name: those of one block at a time, from the last
+            block to the first, then those before the blocks. Each block is computed when its
+            gradients are requested, so only these need to be in memory. The pass cannot be used
+            again.
         """
         found, state.tail_gradients = state.tail_gradients, iter(())
         for index, gradients in found:
@@ -395,11 +394,11 @@ class Walk:
 
     @property
     def outside_slots(self) -> dict[str, Slot]:
-        """Where trained parameters hang that belong to no block, by name."""
+        """Places of the trained parameters outside the blocks, by name."""
         return self._outside
 
     def outside(self) -> Arrays:
-        """Trained parameters that belong to no block, by name."""
+        """Trained parameters outside the blocks, by name."""
         return {name: box[key] for name, (box, key) in self._outside.items()}
 
     def _named(self, index: int, gradients: Arrays) -> Arrays:
@@ -420,7 +419,7 @@ class Walk:
         return dict(zip(outside, gradients, strict=True))
 
     def _lowest_reached(self, run: Callable[[], Any]) -> tuple[int, bool]:
-        """How far down the backward must go: the lowest block, and whether beyond it."""
+        """The lowest block that the backward needs, and whether its input's gradient is needed."""
         if self._reached is None:
             with self._tape.playing(SAME_KEY):
                 entry = bool(self._outside) and self._trains_entry(run, self.outside())
@@ -428,7 +427,7 @@ class Walk:
         return self._reached
 
     def _trains_entry(self, run: Callable[[], Any], outside: Arrays) -> bool:
-        """Whether a parameter outside the blocks has a part in the first block's input."""
+        """Whether the first block's input depends on a trained parameter outside the blocks."""
         keys = mx.random.split(mx.random.key(0), len(outside))
         tangents = [
             mx.random.normal(value.shape, value.dtype, key=key)
@@ -450,10 +449,10 @@ class Walk:
 
 
 def check_row_indices(rows: mx.array, count: int) -> None:
-    """Evaluate row indices and see that they are ascending ones of `count` rows.
+    """Check that row indices are ascending and within `count` rows; evaluates them.
 
     Raises:
-        ValueError: none, no whole numbers, too large, negative, or not ascending.
+        ValueError: there are none, or they are no integers, out of range, or not ascending.
     """
     indices = np.asarray(rows)
     bounds = np.concatenate([[-1], indices.reshape(-1), [count]])

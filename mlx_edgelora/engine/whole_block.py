@@ -1,4 +1,4 @@
-"""A block computed for all tokens at once, and again in the backward (arXiv 1604.06174)."""
+"""A block that is computed for all tokens at once and recomputed in the backward (1604.06174)."""
 
 from collections.abc import Callable
 
@@ -11,13 +11,13 @@ from mlx_edgelora.measure.profile import phase
 
 
 class WholeBlock:
-    """One block. Memory: its graph; between forward and backward its input, in the store.
+    """One block. Memory: its graph; between forward and backward only its input, in the store.
 
     Args:
-        context: what the segments of a pass share.
-        index: of the block.
-        call: what it is called with.
-        wanted: of its output.
+        context: shared by the segments of a pass.
+        index: index of the block.
+        call: arguments of the block.
+        wanted: rows of its output that are needed.
     """
 
     def __init__(self, context: Context, index: int, call: BlockCall, wanted: OutputRows) -> None:
@@ -34,14 +34,14 @@ class WholeBlock:
             out = context.functions.forward(self.index, arrays, array, self._call, self._wanted)
             del arrays, array
             context.pipeline.submit(out)
-        if self.index >= context.first:  # not before, for a file waits for the values
+        if self.index >= context.first:  # after the computation, because a file needs the values
             self._input = context.store(x)
         return Hidden(out) if self._wanted.rows is not None else context.to_next_segment(out)
 
     def backward(
         self, dy: Hidden, prefetch_next: Callable[[], int | None]
     ) -> tuple[Hidden | None, Arrays]:
-        """Gradients of the input and of what is trained; see `Segment`."""
+        """Gradients of the input and of the trained arrays; see `Segment`."""
         context, cotangent = self._context, dy.whole()
         dy.forget()
         x, needs_input_grad = self._input.whole(), context.needs_input_grad(self.index)
@@ -56,6 +56,6 @@ class WholeBlock:
         return (context.to_next_segment(dx) if needs_input_grad else None), gradients
 
     def prefetch(self) -> int:
-        """Begin to bring the input back; see `Segment`."""
+        """Start reading the input; see `Segment`."""
         self._input.prefetch()
         return self.index

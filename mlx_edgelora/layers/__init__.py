@@ -1,1 +1,1 @@
-"""Layers with their own exact gradients; each is usable alone."""
+"""Layers with exact gradients of their own; each can be used alone."""

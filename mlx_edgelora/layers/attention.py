@@ -13,7 +13,7 @@ to. Masks of bool have none.
 All of it in float32, whatever the inputs are. Keys and values are never repeated for the
 query heads that share them; tiles that a causal mask or a window hides are not computed.
 
-Time: O(Tq Tk), one product Q K^T more than autodiff has. Memory beside the output and the
+Time: O(Tq Tk), one product Q K^T more than autodiff has. Memory in addition to the output and the
 gradients, with G = H / Hkv query heads to a key head:
 
     10 (tile_bytes + 4 G sqrt(tile_bytes / 4G) max(D, Dv)) + 8 (G Tq D + Tk (D + Dv)) bytes
@@ -92,7 +92,7 @@ def tiled_attention(
     _check(q, k, v, mask, sinks, tile_bytes)
     _check_sight(mask, k.shape[2])
     spec, arrays = _call(q, k, v, scale, mask, sinks, tile_bytes)
-    # Arrays of positions are other ones in every batch: not to be remembered.
+    # Arrays of positions differ in every batch, so functions with them are not cached.
     new = isinstance(mask, Band) and isinstance(mask.positions, np.ndarray)
     if sums is not None:
         function = _attention.__wrapped__(spec, sums)
@@ -102,7 +102,7 @@ def tiled_attention(
 
 
 def promote(*arrays: mx.array) -> list[mx.array]:
-    """The arrays in the one dtype that MLX's own attention computes them in."""
+    """Cast arrays to the common dtype in which MLX's own attention computes."""
     dtype = mx.result_type(*arrays)
     return [array.astype(dtype) for array in arrays]
 
@@ -116,7 +116,7 @@ def _call(
     sinks: mx.array | None,
     tile_bytes: int | None,
 ) -> tuple[AttentionSpec, tuple[mx.array, ...]]:
-    """A checked call: what is fixed in it, and its arrays."""
+    """The fixed settings of a checked call, and its arrays."""
     tile_bytes = TILE_BYTES if tile_bytes is None else tile_bytes
     extra = [] if sinks is None else [sinks]
     if isinstance(mask, mx.array):
@@ -172,7 +172,7 @@ def _check_band(band: Band, queries: int, keys: int) -> None:
 
 
 def _check_sight(mask: Mask, keys: int) -> None:
-    """Keys are skipped where none is seen, so that a query which sees none has no answer."""
+    """Check that each query sees a key: tiles without visible keys are skipped."""
     if not isinstance(mask, Band) or mask.positions is None:
         return
     first, last = int(mask.positions[0]), int(mask.positions[-1])

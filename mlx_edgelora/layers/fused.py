@@ -1,4 +1,4 @@
-"""Where MLX's own attention has a fused kernel forward *and* backward."""
+"""Decide whether MLX's own attention has fused kernels for forward and backward."""
 
 import os
 import platform
@@ -12,15 +12,15 @@ from mlx_edgelora.layers.grid import Band
 
 # Head sizes (of q and k, of v) for which MLX's Metal kernels have a backward.
 METAL_SIZES = {(size, size) for size in (64, 72, 80, 96, 128, 192, 256)} | {(96, 64)}
-# Head sizes whose fused kernel MLX mostly leaves out where no gradient is traced.
+# Head sizes whose fused kernel MLX mostly does not use if no gradient is traced.
 SCORED_SIZES = (192, 256)
-# Names the queries, and the keys, whose scores MLX's gradient of attention on Metal holds at a
-# time. MLX reads it at every call.
+# The variable that sets how many queries and keys MLX's gradient of attention on Metal takes at a
+# time, and its default. MLX reads it at every call.
 BLOCK_VARIABLE, BLOCK = "MLX_SDPA_VJP_BLOCK", 1024
 
 
 class Backend(NamedTuple):
-    """What decides whether MLX has a fused kernel: "cpu", "metal" or "cuda", and versions."""
+    """The properties that decide whether MLX has a fused kernel: device and versions."""
 
     name: str
     mlx: tuple[int, ...]
@@ -39,7 +39,7 @@ class Backend(NamedTuple):
 
     @classmethod
     def here(cls) -> "Backend":
-        """That of the default device."""
+        """The backend of the default device."""
         version = tuple(int(part) for part in mx.__version__.split(".")[:3] if part.isdigit())
         if mx.default_device() != mx.gpu:
             return cls("cpu", version)
@@ -55,14 +55,14 @@ def _macos() -> tuple[int, ...]:
     return tuple(int(part) for part in platform.mac_ver()[0].split(".") if part.isdigit())
 
 
-# What `BLOCK_VARIABLE` was before anybody here set it.
+# The value of `BLOCK_VARIABLE` before it was set here.
 _before: list[str | None] = []
 
 
 def set_attention_block(size: int | None) -> None:
-    """Let MLX's gradient of attention on Metal make so many queries' and keys' scores at a time.
+    """Set how many queries and keys MLX's gradient of attention on Metal takes at a time.
 
-    It holds three such blocks for every head and row. None puts back what was there before.
+    It holds three such blocks of scores for every head and row. None restores the original value.
     """
     if size is not None:
         if not _before:
@@ -91,14 +91,14 @@ def use_fused(
     sinks: mx.array | None = None,
     backend: Backend | None = None,
 ) -> tuple[bool, str]:
-    """Whether MLX's own attention never holds tokens x tokens scores here, and why (not).
+    """Whether MLX's own attention avoids tokens x tokens scores for this call, and the reason.
 
-    Arguments as of `tiled_attention`; only shapes and dtypes are looked at. Where this is
-    False MLX may build tokens x tokens scores without a word, in its gradient if not before.
+    Arguments as in `tiled_attention`; only shapes and dtypes are used. If the result is False, MLX
+    may silently build tokens x tokens scores, at least in its gradient.
 
     Args:
-        traced: whether a gradient is traced where attention is called: MLX on Metal then takes
-            fused kernels that it leaves out of a forward alone.
+        traced: whether a gradient is being traced: MLX on Metal then uses fused kernels that it
+            does not use for a forward alone.
     """
     backend = backend or Backend.here()
     if backend.name not in ("metal", "cuda"):
@@ -136,7 +136,7 @@ def use_fused(
 
 
 def _is_fused_untraced(backend: Backend, q: mx.array, keys: int, causal: bool) -> bool:
-    """Whether MLX 0.32.4 takes its Metal kernel for large heads where no gradient is traced."""
+    """Whether MLX 0.32.4 uses its Metal kernel for large heads if no gradient is traced."""
     rows, size = q.shape[2], q.shape[3]
     if size != 256 or not causal:
         return False

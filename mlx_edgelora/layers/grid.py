@@ -1,4 +1,4 @@
-"""The tiles of `layers/attention.py`, forward and backward: their order and their arithmetic."""
+"""The tiles of `layers/attention.py`: their order, and their arithmetic in both directions."""
 
 from dataclasses import dataclass
 from math import e, isqrt, log2
@@ -9,23 +9,23 @@ import numpy as np
 
 from mlx_edgelora.layers.tile_order import Span, depend_on
 
-# So many tiles of a head are more operations than MLX allocates ahead (measured: 1 is not).
+# With this many tiles, a head has more operations than MLX allocates ahead (1 is too few).
 IN_PLACE_TILES = 3
 LOG2E = log2(e)
 MASKED = mx.finfo(mx.float32).min
 
 Unit = tuple[int, int, int]  # batch entry, first key head, last key head + 1
-# Where queries stand among keys, ascending: one after the other, or int [Tq].
+# Positions of queries among the keys, ascending: a range, or int [Tq].
 Positions = range | np.ndarray
 
 
 class Band(NamedTuple):
-    """A causal mask of which no array is made: a query sees keys up to its own.
+    """A causal mask without an array: a query sees the keys up to its own.
 
     Attributes:
-        positions: which key is each query's own, ascending, a range or int [Tq]; by default
-            the last ones.
-        window: how many keys a query sees at most, its own among them; None for all.
+        positions: index of each query's own key, ascending, a range or int [Tq]; by default the
+            last keys.
+        window: number of keys that a query sees at most, its own included; None for all.
     """
 
     positions: Positions | None = None
@@ -34,7 +34,7 @@ class Band(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """What one call of attention is asked for, beside its arrays; see `tiled_attention`."""
+    """The settings of one call of attention; see `tiled_attention`."""
 
     scale: float
     band: Band | None
@@ -43,17 +43,17 @@ class AttentionSpec:
 
 
 class KeySums:
-    """Float32 sums of the gradients of keys and values, that calls of attention add to in place.
+    """Float32 sums of the gradients of keys and values, to which calls of attention add in place.
 
-    Each call would give gradients as large as all its keys and values otherwise. Memory: the sums.
+    Otherwise each call would return gradients for all of its keys and values. Memory: the sums.
 
     Args:
-        batch, heads, tokens: of all keys.
-        sizes: of a key and of a value.
+        batch, heads, tokens: shape of the keys.
+        sizes: sizes of a key and of a value.
 
     Attributes:
         start: the first token that the next call sees.
-        used: whether a call has added something since this was last set to False.
+        used: whether a call has added to the sums since this was set to False.
     """
 
     def __init__(self, batch: int, heads: int, tokens: int, sizes: tuple[int, int]) -> None:
@@ -66,22 +66,22 @@ class KeySums:
         return [total.reshape(*self._shape, -1) for total in self._sums]
 
     def add(self, index: int, heads: mx.array, first: int) -> mx.array:
-        """Add to some key heads of the keys (0) or values (1); gives what to wait for.
+        """Add the gradients of some key heads; returns the array that later tiles depend on.
 
         Args:
-            index: which of the two.
-            heads: [n, tokens, size], of the tokens from `start` on.
-            first: the first of these heads, counted over the batch.
+            index: 0 for keys, 1 for values.
+            heads: gradients [n, tokens, size] of the tokens from `start` on.
+            first: index of the first of these heads, counted over the batch.
         """
         self.used = True
-        total, self._sums[index] = self._sums[index], None  # nobody else holds it: in place
+        total, self._sums[index] = self._sums[index], None  # the only reference: in place
         place = slice(first, first + len(heads)), slice(self.start, self.start + heads.shape[1])
         self._sums[index] = total.at[place].add(heads.astype(mx.float32))
         return self._sums[index]
 
 
 class Grid:
-    """The tiles of one call: which key heads, rows of queries and keys are taken together."""
+    """The tiles of one call: the key heads, rows of queries and keys of each."""
 
     def __init__(self, spec: AttentionSpec, arrays: tuple[mx.array, ...]) -> None:
         self.q, self.k, self.v, *extra = arrays
@@ -149,7 +149,7 @@ class Grid:
         return scores, k, v
 
     def hidden(self, unit: Unit, rows: Span, keys: Span) -> list[mx.array]:
-        """What `bias` is made from, if any score of a tile is to be masked."""
+        """The input of `bias` for a tile; empty if no score of the tile is masked."""
         entry, first, last = unit
         if self.mask is not None:
             spans = (entry, entry + 1), (first * self.group, last * self.group), rows, keys
@@ -163,7 +163,7 @@ class Grid:
         return [mx.arange(*keys)] if keys[1] - 1 > low or past else []
 
     def bias(self, hidden: mx.array, rows: Span) -> mx.array:
-        """What is added to scores [key heads, group, rows, keys]."""
+        """The bias of scores [key heads, group, rows, keys]."""
         if self.mask is None:
             at = self.positions[slice(*rows)]
             at = mx.arange(at.start, at.stop) if isinstance(at, range) else mx.array(at)
@@ -183,7 +183,7 @@ class Grid:
         return mx.repeat(sinks, rows[1] - rows[0]).reshape(last - first, -1, 1)
 
     def zeros(self, unit: Unit) -> dict[Span, list[mx.array]]:
-        """The sums of dK and dV for each tile of keys, still empty."""
+        """Zero sums of dK and dV for each tile of keys."""
         heads, sizes = unit[2] - unit[1], (self.k.shape[-1], self.v.shape[-1])
         return {
             keys: [mx.zeros((heads, keys[1] - keys[0], size)) for size in sizes]
@@ -280,7 +280,8 @@ def _row_backward(
 ) -> tuple[mx.array, mx.array, list[mx.array]]:
     """Add these rows' part of dK and dV to `sums`, and that of the mask to `dmask`.
 
-    Returns their dQ, -1 times their part of the sinks' gradient, and what to wait for.
+    Returns their dQ, -1 times their part of the sinks' gradient, and the arrays that later tiles
+    depend on.
     """
     queries, cotangent, output, statistics = tiles
     top, total = statistics[..., :1], statistics[..., 1:]
@@ -321,7 +322,7 @@ class _HeadBuffer:
         self.filled = 0
 
     def add(self, pieces: list[mx.array], wait: bool) -> mx.array:
-        """Write the next heads, given in pieces of their rows; returns what to wait for."""
+        """Write the next heads, given in pieces of rows; returns the array to depend on."""
         heads = mx.concatenate(pieces, axis=1).astype(self.whole.dtype)
         self.whole[self.filled : self.filled + len(heads)] = heads
         self.filled += len(heads)
@@ -359,14 +360,14 @@ class _MaskGradient:
         self._parts: list[list[mx.array]] = [[], [], [], []]  # of an axis, not joined yet
 
     def add(self, tile: mx.array) -> mx.array:
-        """Take the gradient [heads, rows, keys] of one tile's scores; gives what is kept of it."""
+        """Add the gradient [heads, rows, keys] of one tile's scores; returns the array kept."""
         shared = [axis for axis in (1, 2, 3) if self._shared[axis]]
         part = tile[None].sum(shared, keepdims=True) if shared else tile[None]
         self._put(3, part)
         return self._parts[3][-1]
 
     def end(self, axis: int) -> None:
-        """The tiles along an axis, of the batch, heads, rows or keys, are all there."""
+        """Join the tiles along an axis (batch, heads, rows or keys), which are complete."""
         parts, self._parts[axis] = self._parts[axis], []
         whole = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=axis)
         self._put(axis - 1, whole)

@@ -1,9 +1,9 @@
-"""Products with a frozen quantized matrix, tile by tile, and the LoRA branch beside them.
+"""Products with a frozen quantized matrix, tile by tile.
 
 The packed matrix W [out, in] is never dequantized whole. Forward:
 `y[:, t] = x W[t]^T` for one tile t of output rows after the other; backward:
-`dx = sum_t dy[:, t] W[t]`, each tile dequantized again. Cost beside input and
-output: one dequantized tile. It is exact: the same products as on a dequantized
+`dx = sum_t dy[:, t] W[t]`, each tile dequantized again. Memory in addition to input
+and output: one dequantized tile. It is exact: the same products as on a dequantized
 layer, in the same dtype.
 
 On Metal and CUDA MLX's fused `quantized_matmul` does this inside one kernel and
@@ -137,9 +137,9 @@ def _frozen_product(layer: nn.Module, x: mx.array) -> mx.array:
 
 
 def resolve_kernel(kernel: str) -> tuple[str, str]:
-    """The kernel that "auto" means here, or the one that is named, and the reason."""
+    """The kernel to use on this device, with "auto" resolved, and the reason."""
     if kernel != "auto":
-        return kernel, "as asked"
+        return kernel, "set by the plan"
     on_gpu = mx.default_device() == mx.gpu
-    reason = "the fastest on a GPU" if on_gpu else "much the fastest on a CPU"
+    reason = "the fastest on a GPU" if on_gpu else "the fastest on a CPU"
     return "fused" if on_gpu else "dequantize", reason

@@ -13,11 +13,11 @@ with the slice's three pieces of weights dequantized once for both. The LoRA bra
 along: what they map from x is made once, what they map to x or y is summed over slices.
 Exact; sums over slices are float32 whatever the activations are.
 
-Memory beside input and output, for n tokens of width d: `tile_bytes`, once or twice as MLX
-allocates ahead (slices wait for one another by `mx.depends`), and in the backward one or two
-arrays of n x d in float32. All at once would be about seven of n x intermediate. Time: one
-forward more than autodiff, which would have kept it; two dequantizations of three matrices
-fewer than recomputing the layers.
+Memory in addition to input and output, for n tokens of width d: `tile_bytes`, once or twice
+because MLX allocates ahead (slices depend on one another by `mx.depends`), and in the backward one
+or two arrays of n x d in float32. Without slices it would be about seven arrays of n x
+intermediate. Time: one forward more than autodiff, which keeps the activations, and two
+dequantizations of three matrices fewer than recomputing the layers.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ from mlx_edgelora.layers.tile_order import Span, depend_on
 # Three pieces of weights and what is made of 1024 tokens: at 3072 x 8192 slices of 4 to 32 MiB
 # took the same time but for noise.
 TILE_BYTES = 16 * 2**20
-# A slice's activations are made for so many tokens at a time.
+# Number of tokens for which a slice's activations are computed at a time.
 TOKENS = 1024
 # The graph of a slice takes some 100 KB of the process, which MLX does not count: 448 slices
 # of a 70B shape took more than they saved.
@@ -52,7 +52,7 @@ class Packing(NamedTuple):
 
 @dataclass(frozen=True)
 class Projection:
-    """A frozen linear layer, [out, in], and the LoRA branch beside it.
+    """A frozen linear layer, [out, in], with its LoRA branch.
 
     Attributes:
         weight: [out, in] floating, or packed.
@@ -147,16 +147,16 @@ def gated_mlp(
 
 
 def slice_features(tile_bytes: int, width: int, tokens: int, intermediate: int, group: int) -> int:
-    """How many intermediate features a slice has.
+    """Number of intermediate features in a slice.
 
     Args:
         tile_bytes: see `gated_mlp`.
-        width: rows or columns of the three matrices together.
-        tokens: that are computed at a time, at most `TOKENS`.
-        intermediate: of the MLP.
-        group: features that lie packed together; 1 for none.
+        width: number of rows or columns of the three matrices together.
+        tokens: number of tokens computed at a time, at most `TOKENS`.
+        intermediate: intermediate size of the MLP.
+        group: number of features that are quantized together; 1 for none.
     """
-    # Of 16 bits as much: what is added up is cast (`add_product`).
+    # The same for 16 bits, because factors are cast to float32 (`add_product`).
     wanted = tile_bytes // (4 * (width + 6 * tokens))
     fewest = -(-intermediate // MOST_SLICES)
     return max(group, wanted // group * group, -(-fewest // group) * group)
@@ -335,7 +335,7 @@ class _Chunk:
         return sums
 
     def arrays(self) -> list[mx.array]:
-        """What the next slice must wait for."""
+        """The arrays that the next slice depends on."""
         return [a for a in (self.dx, self.z_down, *self.dz) if a is not None]
 
     def input_gradient(self) -> mx.array:

@@ -1,4 +1,4 @@
-"""RMSNorm whose backward is made for a few tokens at a time.
+"""RMSNorm whose backward is computed for a few tokens at a time.
 
 `y = x r w` with `r = 1 / sqrt(mean(x^2) + eps)`; with `g = dy w` its gradient is
 
@@ -8,9 +8,9 @@ MLX has fused kernels for both directions on a GPU. On a CPU the gradient is a g
 operations over all tokens, which holds five arrays of tokens x hidden in float32 whatever
 the activations are, and more with 16 bits: of a tile's backward that was the most.
 
-Memory beside x, dy and dx: dx once more, in pieces before they are joined, and some ten arrays
-of `tile_bytes`, because MLX allocates about 50 operations ahead of what it runs (pieces wait
-for one another by `mx.depends`). Time: that of MLX's own.
+Memory in addition to x, dy and dx: dx once more, as pieces before they are joined, and about ten
+arrays of `tile_bytes`, because MLX allocates about 50 operations ahead (pieces depend on one
+another by `mx.depends`). Time: that of MLX's own norm.
 """
 
 from functools import lru_cache
@@ -21,7 +21,7 @@ from mlx_edgelora.layers.tile_order import depend_on
 
 TILE_BYTES = 2**18
 
-# MLX's own, whatever stands in its place later.
+# MLX's own function, which models may replace later.
 _FUSED = mx.fast.rms_norm
 
 
@@ -34,7 +34,7 @@ def rms_norm(
         x: [..., d], floating.
         weight: [d], or None for ones.
         eps: added to the mean of squares.
-        tile_bytes: a float32 array of the tokens taken at a time, at least one token.
+        tile_bytes: bound on a float32 array of the tokens computed at a time, at least one token.
 
     Returns:
         [..., d] in the dtype of `x`, differentiable in both arrays.
@@ -65,7 +65,7 @@ def _norm(eps: float, rows: int) -> mx.custom_function:
     def backward(
         primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array
     ) -> tuple[mx.array, ...]:
-        # One array comes as itself, several as a sequence.
+        # MLX passes a single array as itself, several arrays as a sequence.
         x, *weight = [primals] if isinstance(primals, mx.array) else primals
         results: list[mx.array] = []
         dweight: mx.array | None = None

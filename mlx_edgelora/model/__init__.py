@@ -1,1 +1,1 @@
-"""Loading, LoRA injection, weight sources, and what a block is."""
+"""Checkpoints, loading, LoRA layers, weight sources and the vocabulary head."""

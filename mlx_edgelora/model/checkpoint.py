@@ -1,4 +1,4 @@
-"""A model folder: found, checked, and rewritten once where its tensors cannot be streamed."""
+"""Find and check a model folder, and rewrite it once if its tensors cannot be streamed."""
 
 import contextlib
 import hashlib
@@ -26,11 +26,11 @@ from mlx_edgelora.model.weights import TensorLocation
 from mlx_edgelora.storage.files import WatchedFiles, sync, sync_folder
 from mlx_edgelora.storage.safetensors import TensorInfo, read_header, write_tensors
 
-# Layers all of whose parameters are floating numbers, and those that hold packed ones.
+# Layers with floating parameters only, and layers with packed ones.
 FLOATING = (nn.Linear, nn.Embedding, nn.RMSNorm, nn.LayerNorm)
 PACKED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
-# What mlx-lm raises for a config.json or tensors that make no model; its olmo leaves the process
-# where a package is missing.
+# Errors of mlx-lm for a config.json or tensors that make no model; its olmo exits the process if a
+# package is missing.
 BUILD_ERRORS = (
     ArithmeticError,
     AssertionError,
@@ -42,9 +42,9 @@ BUILD_ERRORS = (
     TypeError,
     ValueError,
 )
-# What a model needs from the Hub; Python files are never fetched.
+# The files that a model needs from the Hub; Python files are never downloaded.
 HUB_PATTERNS = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
-# Part of a converted copy's name: raise it when what is written changes.
+# Part of a converted copy's name: increase it when the written format changes.
 FORMAT = 1
 
 
@@ -56,7 +56,7 @@ class Checkpoint:
         path: the folder.
         config: its config.json.
         tensors: for every tensor its shard and place in it, from checked headers.
-        files: watches config.json and the shards since before they were read.
+        files: watches config.json and the shards for changes.
     """
 
     path: Path
@@ -67,19 +67,19 @@ class Checkpoint:
 
 @dataclass
 class LazyModel:
-    """A model none of whose weights is in memory yet.
+    """A model whose weights are not in memory yet.
 
     Attributes:
         model: an mlx-lm model whose parameters are unevaluated.
         config: its configuration, quantization included.
         checkpoint: where its weights are.
-        source: the folder that was named, with the tokenizer; another one than the
-            checkpoint's where the weights were rewritten.
-        raw: the shards' own arrays by the identity of the Python object, with their
-            place on disk; a parameter found here can be read again from its shard.
+        source: the folder that the user named, with the tokenizer; not the checkpoint's folder if
+            the weights were rewritten.
+        raw: the arrays of the shards by the id of the Python object, with their location on disk;
+            a parameter found here can be read again from its shard.
         vocabulary: number of logits.
-        streamable: whether every parameter lies in a shard as the model has it.
-        blocks: of the model, once it was adapted and checked.
+        streamable: whether every parameter is stored in a shard as the model uses it.
+        blocks: the model's blocks, once it was adapted and checked.
     """
 
     model: nn.Module
@@ -92,11 +92,11 @@ class LazyModel:
     blocks: BlockList | None = None
 
     def replace_with(self, other: "LazyModel") -> None:
-        """Become another one; whoever holds this holds the old weights no longer."""
+        """Take over another model's state, so that the old weights can be freed."""
         vars(self).update(vars(other))
 
     def location(self, array: mx.array) -> TensorLocation | None:
-        """Where a parameter lies on disk; None where it is computed from what lies there."""
+        """Location of a parameter on disk; None if mlx-lm computes it from stored tensors."""
         found = self.raw.get(id(array))
         return found[1] if found else None
 
@@ -105,7 +105,7 @@ def resolve_model(name: str) -> Path:
     """Find a model: a folder, or the name of one on the Hugging Face Hub.
 
     Raises:
-        EdgeLoraError: neither a folder nor a repository that can be reached.
+        EdgeLoraError: it is neither a folder nor a repository that can be reached.
     """
     if Path(name).is_dir():
         return Path(name)
@@ -124,10 +124,10 @@ def resolve_model(name: str) -> Path:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Check a model folder before anything trusts it: config, index, every shard's header.
+    """Check a model folder before it is used: config, index, every shard's header.
 
     Raises:
-        EdgeLoraError: a file is missing, truncated or does not say what it must.
+        EdgeLoraError: a file is missing, truncated or invalid.
     """
     files = WatchedFiles()
     config = _read_json(path / "config.json")
@@ -174,7 +174,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def load_lazily(checkpoint: Checkpoint) -> LazyModel:
-    """Build the model with unevaluated parameters and remember where each one lies.
+    """Build the model with unevaluated parameters and record where each one is stored.
 
     Raises:
         EdgeLoraError: mlx-lm does not know the architecture or the tensors do not fit it.
@@ -187,19 +187,19 @@ def load_lazily(checkpoint: Checkpoint) -> LazyModel:
             get_model_classes=lambda config: _recording_classes(config, checkpoint, raw),
         )
         _check_dtypes(checkpoint.path, model)
-        # Builds a graph and reads nothing; some settings only show in a call that they are wrong.
+        # Builds a graph and reads nothing: some wrong settings only fail in a call.
         vocabulary = model(mx.zeros((1, 4), mx.int32)).shape[-1]
     except BUILD_ERRORS as error:
         raise EdgeLoraError(
             f"{checkpoint.path}: mlx-lm cannot build this model "
             f"({type(error).__name__}: {error_text(error)}); use a model that it can load"
         ) from error
-    checkpoint.files.check()  # mlx-lm has read them once more
+    checkpoint.files.check()  # mlx-lm read them again
     return LazyModel(model, config, checkpoint, raw, checkpoint.path, vocabulary)
 
 
 def _check_dtypes(path: Path, model: nn.Module) -> None:
-    """Refuse tensors of a kind that their layer cannot have: mlx-lm looks at shapes only."""
+    """Refuse tensors of a dtype that their layer cannot have: mlx-lm checks shapes only."""
     for place, module in model.named_modules():
         if type(module) not in (*FLOATING, *PACKED):
             continue
@@ -217,7 +217,7 @@ def _check_dtypes(path: Path, model: nn.Module) -> None:
 
 
 def _recording_classes(config: dict, checkpoint: Checkpoint, raw: dict) -> tuple[Callable, Any]:
-    """mlx-lm's classes for a config, with a look at the weights before `sanitize` has them."""
+    """mlx-lm's classes for a config, which record the weights before `sanitize` changes them."""
     model_class, args_class = _get_classes(config)
 
     def build(args: Any) -> nn.Module:
@@ -237,10 +237,10 @@ def _recording_classes(config: dict, checkpoint: Checkpoint, raw: dict) -> tuple
 
 
 def convert_checkpoint(lazy: LazyModel, cache: Path, quantize: int | None = None) -> Path:
-    """Write the model once as plain MLX shards, quantized or as it is; reuse it ever after.
+    """Write the model once as plain MLX shards, quantized or not, and reuse the copy later.
 
     Args:
-        lazy: the model; it is used up.
+        lazy: the model; it cannot be used afterwards.
         cache: the folder of such copies.
         quantize: bits of affine quantization in groups of 64, or None.
 
@@ -280,14 +280,14 @@ def convert_checkpoint(lazy: LazyModel, cache: Path, quantize: int | None = None
 
 
 def quantize_in_place(lazy: LazyModel, bits: int) -> dict[str, Any]:
-    """Quantize the model in place, in groups of 64, when it is evaluated; gives its new config."""
+    """Quantize the model lazily, in place, in groups of 64; returns its new config."""
     with contextlib.redirect_stdout(io.StringIO()):  # it prints where a library should not
         _, config = quantize_model(lazy.model, lazy.config, 64, bits)
     return config
 
 
 def write_model(folder: Path, parameters: list[tuple[str, mx.array]], config: dict) -> None:
-    """Write one shard and config.json, synced; `parameters` is emptied, a tensor at a time."""
+    """Write one shard and config.json, synced; `parameters` is emptied tensor by tensor."""
     specs = {name: (array.dtype, array.shape) for name, array in parameters}
     with open(folder / "model.safetensors", "wb") as file:
         write_tensors(file, specs, _drain(parameters))
@@ -326,7 +326,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def error_text(error: Exception) -> str:
-    """The text of a library's error as a part of one of our sentences."""
+    """The text of a library's error, to be quoted in an error message."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, KeyError):

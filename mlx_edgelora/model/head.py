@@ -1,9 +1,9 @@
-"""The vocabulary head of any model, found by what it does, and read by rows.
+"""Find the vocabulary head of any model by what it does, and read it by rows.
 
-The head is the one matrix outside the blocks whose output becomes the logits: let it
-answer with fewer columns and the model returns as many. What lies before it (final norm)
-and behind it (logit scaling, soft-capping) stays the model's own code. The same matrix may
-be the token embedding, of which only the batch's rows are ever needed.
+The head is the matrix outside the blocks whose output becomes the logits: if its output has fewer
+columns, the model returns as few logits. The layers before it (final norm) and after it (logit
+scaling, soft-capping) stay the model's own code. The same matrix may be the token embedding, of
+which only the batch's rows are needed.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -31,12 +31,12 @@ from mlx_edgelora.storage.safetensors import RowReader
 MATRICES = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
 ADAPTED = (MlxLoRALinear, LoRAEmbedding)
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding, LoRAEmbedding)
-# Parameters of such a module; the rows of each belong to one token.
+# Parameters of such a module; each of their rows belongs to one token.
 ROW_NAMES = ("weight", "scales", "biases", "bias")
-# Embeddings are looked up in pieces of so much: unpacking takes some of them at a time.
+# Size of the pieces in which embeddings are looked up, because unpacking takes several of them.
 LOOKUP_BYTES = 2**20
-# Logits of a token may differ by so much of their norm: float32 may be multiplied as TF32, and by
-# the model's own kernel not. A single logit near zero may be off by far more of itself.
+# Allowed difference of a token's logits, relative to their norm: one product may use TF32 and the
+# other not. The relative error of a single logit near zero may be far larger.
 ROUNDING = 5e-3
 
 
@@ -75,7 +75,7 @@ class StreamedRows:
 
     @property
     def columns(self) -> int:
-        """Of the matrix, packed as it is."""
+        """Columns of the stored matrix, packed if it is quantized."""
         return self._readers["weight"].shape[1]
 
     def slice(self, start: int, stop: int) -> Arrays:
@@ -95,7 +95,7 @@ class StreamedRows:
         return {name: self.cast(array) for name, array in arrays.items()}
 
     def cast(self, array: mx.array) -> mx.array:
-        """Floating rows in the dtype that was asked for."""
+        """Cast floating rows to the requested dtype."""
         return array if self._dtype is None else cast(array, self._dtype)
 
 
@@ -105,8 +105,8 @@ class _StreamedLookup:
     def __call__(self, x: mx.array) -> mx.array:
         """Map int tokens [...] to embeddings [..., dims].
 
-        Memory beside the result: the packed rows, and some pieces of `LOOKUP_BYTES`, if it is
-        evaluated by `meter.eval_without_run_ahead`.
+        Memory in addition to the result: the packed rows and some pieces of `LOOKUP_BYTES`, if it
+        is evaluated by `meter.eval_without_run_ahead`.
         """
         tokens = np.array(x).reshape(-1)
         packed = isinstance(self, nn.QuantizedEmbedding)
@@ -117,12 +117,12 @@ class _StreamedLookup:
             whole = mx.zeros((tokens.size, piece.shape[1]), piece.dtype)
             whole[:step] = piece
         for start in range(step, tokens.size, step):
-            # Before the next piece is made, and in place if MLX does not run ahead.
+            # Written before the next piece is made, and in place if MLX does not run ahead.
             whole[start : start + step] = self._looked_up(tokens[start : start + step], whole)
         return whole.reshape(*x.shape, whole.shape[1])
 
     def _looked_up(self, tokens: np.ndarray, after: mx.array | None) -> mx.array:
-        """The embeddings of int [m] as [m, dims], computed when `after` is there."""
+        """The embeddings of int [m] as [m, dims], computed after `after`."""
         rows = self._rows.take(mx.array(tokens))
         if after is not None:
             rows = dict(zip(rows, mx.depends(list(rows.values()), [after]), strict=True))
@@ -149,9 +149,9 @@ def stream_embedding(module: nn.Module, rows: StreamedRows) -> None:
 
 
 def cast_lookups(modules: Iterable[nn.Module], dtype: mx.Dtype) -> None:
-    """Let packed embeddings give their rows in a dtype, in place.
+    """Let packed embeddings return their rows in a dtype, in place.
 
-    Those packed as fp4 or fp8 give bfloat16 otherwise; of others it is that of their scales.
+    Otherwise fp4 and fp8 embeddings return bfloat16, and others the dtype of their scales.
     """
     for module in modules:
         if isinstance(module, nn.QuantizedEmbedding) and module.mode != "affine":
@@ -161,7 +161,7 @@ def cast_lookups(modules: Iterable[nn.Module], dtype: mx.Dtype) -> None:
 
 @cache
 def _casting_kind(kind: type[nn.Module]) -> type[nn.Module]:
-    """A class for good, as in `_replaced_class`."""
+    """A cached class, as in `_replaced_class`."""
     call = kind.__call__
     return type(
         kind.__name__, (kind,), {"__call__": lambda self, x: call(self, x).astype(self._row_dtype)}
@@ -169,7 +169,7 @@ def _casting_kind(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 class ModelHead:
-    """The head of a model, with what lies around it: a `losses.head.Head`.
+    """The head of a model, with the layers before and after it: a `losses.head.Head`.
 
     Args:
         blocks: the blocks of the model.
@@ -192,7 +192,7 @@ class ModelHead:
 
     @property
     def adapter(self) -> Adapter | None:
-        """What is trained of the head, as it is now."""
+        """The current adapter of the head; None without one."""
         if not isinstance(self._module, ADAPTED):
             return None
         a, b, scale = self._module.lora_a, self._module.lora_b, self._module.scale
@@ -217,7 +217,7 @@ class ModelHead:
         return self._by_name(gradients.down, gradients.up)
 
     def adapter_arrays(self, count: int) -> Arrays:
-        """What is trained of the first `count` rows, by the same names; empty without any."""
+        """The adapter of the first `count` rows, by the same names; empty without one."""
         adapter = self.adapter
         return {} if adapter is None else self._by_name(adapter.down, adapter.up[:count])
 
@@ -227,7 +227,7 @@ class ModelHead:
         return {f"{path}.lora_a": a, f"{path}.lora_b": b}
 
     def slice(self, start: int, stop: int) -> Arrays:
-        """Rows `start` to `stop`, read from disk where they are there."""
+        """Rows `start` to `stop`, from memory or disk."""
         return self._rows.slice(start, stop)
 
     def take(self, indices: mx.array) -> Arrays:
@@ -247,12 +247,12 @@ class ModelHead:
         return Tile(weight.astype(mx.float32), bias)
 
     def final_norm(self, hidden: mx.array, tokens: mx.array | None = None) -> mx.array:
-        """Carry last hidden states [n, width] to the matrix: [n, dims].
+        """Map last hidden states [n, width] to the input of the matrix, [n, dims].
 
         Args:
-            hidden: of any tokens.
-            tokens: int [n], which ones; what follows the blocks does not know them, unless it is
-                asked whether that is so.
+            hidden: hidden states of any tokens.
+            tokens: int [n], these tokens; only for the check that the result does not depend on
+                them.
         """
         reached: list[mx.array] = []
 
@@ -266,17 +266,17 @@ class ModelHead:
         return reached[0][0]
 
     def check_rows(self) -> None:
-        """See that what follows the blocks is computed token by token.
+        """Check that the layers after the blocks work token by token.
 
         Raises:
-            EdgeLoraError: it is not, so that it cannot be computed for labelled tokens alone.
+            EdgeLoraError: they do not, so they cannot be computed for labelled tokens only.
         """
         check_rows(self._blocks, self.final_norm)
         if self.logits_transform is not None:
             check_rows(self._blocks, lambda products, _: self.logits_transform(products), 5)
 
     def is_separable(self) -> bool:
-        """Whether this is how the model makes logits, each of its own row alone."""
+        """Whether this head gives the model's logits, each computed from its own row only."""
         hidden = mx.random.normal((2, self._width), key=mx.random.key(0))
         half = min(8, self.vocabulary // 2)
         x = self.final_norm(hidden).astype(mx.float32)
@@ -300,21 +300,21 @@ class ModelHead:
         return self._logits_of(products[None])[0]
 
     def _logits_of(self, products: mx.array) -> mx.array:
-        """What the model returns where its head gives `products` [1, n, m]."""
+        """The model's logits if the product with its head is `products` [1, n, m]."""
         hidden = mx.zeros((*products.shape[:2], self._width))
         with replace_output(self._module, lambda x: products), self._blocks.skip_blocks(hidden):
             return self._blocks.model(mx.zeros(products.shape[:2], mx.int32))
 
     def own_logits(self, hidden: mx.array, count: int) -> mx.array:
-        """The model's own first `count` logits, with as few rows bound to its head.
+        """The model's own first `count` logits, with only these rows bound to its head.
 
         Args:
             hidden: last hidden states, [n, width].
-            count: of the vocabulary.
+            count: number of logits.
 
         Returns:
-            [n, count], differentiable in `hidden` and in what is trained of the head; in the
-            dtype of `hidden`, which the rows are cast to.
+            [n, count], differentiable in `hidden` and in the adapter of the head; in the dtype of
+            `hidden`, to which the rows are cast.
         """
         rows = self.slice(0, count)
         values = {name: cast(array, hidden.dtype) for name, array in rows.items()}
@@ -330,10 +330,10 @@ class ModelHead:
 def check_rows(
     blocks: BlockList, tail: Callable[[mx.array, mx.array], mx.array], width: int | None = None
 ) -> None:
-    """See that some function of last hidden states and tokens works token by token.
+    """Check that a function of last hidden states and tokens works token by token.
 
     Args:
-        blocks: of the model, for the error.
+        blocks: the model's blocks, for the error.
         tail: hidden states [n, width] and tokens int [n] -> [n, ...].
         width: of the hidden states; the model's by default.
 
@@ -350,13 +350,13 @@ def check_rows(
 
 
 def frozen_matrix(module: nn.Module) -> nn.Module:
-    """The matrix itself, where `module` is an adapter around one."""
+    """The matrix of a module, which may be an adapter around it."""
     return module.get("linear") or module.get("embedding") or module
 
 
 @contextmanager
 def replace_output(module: nn.Module, answer: Callable[[mx.array], mx.array]) -> Iterator[None]:
-    """Let a linear layer, or an embedding used as one, give `answer(x)`; undone on exit."""
+    """Let a linear layer, or an embedding used as one, return `answer(x)`; undone on exit."""
     kind, before = type(module), vars(module).get("_answer")
     object.__setattr__(module, "_answer", answer)
     object.__setattr__(module, "__class__", _replaced_class(kind))
@@ -371,15 +371,15 @@ def replace_output(module: nn.Module, answer: Callable[[mx.array], mx.array]) ->
 
 @cache
 def _replaced_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """One for good: a class is part of a cycle, so what it holds stays until Python collects."""
+    """A cached class: a class is part of a reference cycle and would not be freed at once."""
     method = "as_linear" if issubclass(kind, EMBEDDINGS) else "__call__"
     return type(kind.__name__, (kind,), {method: lambda self, x: self._answer(x)})
 
 
 def find_head(blocks: BlockList) -> nn.Module | None:
-    """Find the module that makes logits of hidden states; None where there is none alone.
+    """Find the one module that computes logits from hidden states; None if there is none.
 
-    Nothing is evaluated: only shapes are looked at.
+    Only shapes are used; nothing is evaluated.
     """
     hidden = mx.zeros((1, 2, _width(blocks)))
     for module in blocks.modules_outside():
@@ -395,7 +395,7 @@ def _logit_count(blocks: BlockList, hidden: mx.array) -> int | None:
     try:
         with blocks.skip_blocks(hidden):
             return blocks.model(mx.zeros((1, 2), mx.int32)).shape[-1]
-    except ValueError:  # not the head: what follows it cannot take three columns
+    except ValueError:  # not the head: the next layer cannot take three columns
         return None
 
 

@@ -1,7 +1,7 @@
-"""A model of the Hub by its configuration and the headers of its shards, without the weights.
+"""A model of the Hub without its weights: its configuration and the headers of its shards.
 
-The shards are made anew with their own headers and nothing behind: files with holes, as long
-as the real ones and empty on disk. Whoever only looks at shapes sees no difference.
+Each shard is created as a sparse file with the original header and length, which takes no disk
+space. For code that only uses shapes there is no difference.
 """
 
 import json
@@ -31,10 +31,10 @@ FORMAT_ERRORS = (NotASafetensorsRepoError, SafetensorsParsingError)
 
 @contextmanager
 def headers_of(name: str) -> Iterator[Path]:
-    """The folder of a model: its own where it is here, else one with headers only.
+    """The folder of a model if it is on this machine, else a folder with headers only.
 
     Raises:
-        EdgeLoraError: neither a folder nor a repository that can be reached.
+        EdgeLoraError: it is neither a folder nor a repository that can be reached.
     """
     if Path(name).is_dir() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         yield resolve_model(name)
@@ -55,7 +55,7 @@ def _fetch(name: str, folder: Path) -> None:
         shards = huggingface_hub.get_safetensors_metadata(name).files_metadata
     except (*HUB_ERRORS, *FORMAT_ERRORS) as error:
         raise EdgeLoraError(
-            f"model: {name!r} is not a folder here and cannot be looked at on the Hub "
+            f"model: {name!r} is not a folder here and cannot be read from the Hub "
             f"({error_text(error)}); check the name, the network and the access rights"
         ) from error
     for file in Path(found).iterdir():

@@ -1,4 +1,4 @@
-"""From a model's name to a model ready to be walked: lazy, adapted, its weights attached."""
+"""Open a model lazily by its name, and attach its weights after adapters were added."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -45,10 +45,10 @@ def open_model(name: str, *, streamed: bool, quantize: int | None, cache: Path) 
 
     Args:
         name: a folder or a Hub name.
-        streamed: whether weights will be read block by block. A checkpoint whose tensors
-            mlx-lm has to compute from what lies on disk is then rewritten once.
-        quantize: quantize an unquantized checkpoint to so many bits, once.
-        cache: where rewritten checkpoints are kept.
+        streamed: whether weights will be read block by block. A checkpoint is then rewritten once
+            if mlx-lm computes parameters from the stored tensors.
+        quantize: bits to quantize an unquantized checkpoint to, once; None for none.
+        cache: folder of rewritten checkpoints.
 
     Raises:
         EdgeLoraError: the model cannot be found, read, built or rewritten.
@@ -56,7 +56,7 @@ def open_model(name: str, *, streamed: bool, quantize: int | None, cache: Path) 
     lazy = load_lazily(read_checkpoint(resolve_model(name)))
     if quantize is not None and "quantization" in lazy.config:
         raise EdgeLoraError(
-            f"quantize: {quantize} bits asked, but {name} is quantized already; leave --quantize "
+            f"quantize: got {quantize} bits, but {name} is already quantized; leave --quantize "
             "out, or name an unquantized model"
         )
     if quantize is None and (not streamed or can_stream(lazy)):
@@ -66,19 +66,19 @@ def open_model(name: str, *, streamed: bool, quantize: int | None, cache: Path) 
 
 
 def can_stream(lazy: LazyModel) -> bool:
-    """Whether every parameter lies in a shard as the model has it; ask before `add_lora`."""
+    """Whether every parameter is stored in a shard as the model uses it; call before `add_lora`."""
     return all(lazy.location(array) for _, array in tree_flatten(lazy.model.parameters()))
 
 
 @dataclass
 class AttachedWeights:
-    """Where a model's frozen weights come from, once `attach` has settled it.
+    """The sources of a model's frozen weights.
 
     Attributes:
-        blocks: the model's, checked.
-        weights: of the blocks.
-        head: the vocabulary head by rows; None where only whole logits can be had.
-        logits: how logits are made, and why.
+        blocks: the model's blocks, checked.
+        weights: weights of the blocks.
+        head: the vocabulary head, read by rows; None if only whole rows of logits are possible.
+        logits: description of how logits are computed.
     """
 
     blocks: BlockList
@@ -97,24 +97,23 @@ def attach(
     head_streamed: bool = True,
     file_cache: int | None = None,
 ) -> AttachedWeights:
-    """Settle where every frozen weight comes from; call it after `add_lora`.
+    """Choose the source of every frozen weight; call it after `add_lora`.
 
-    What is trained stays as it is.
-
-    Resident: everything is read and cast now. Streamed: blocks, token embedding and head
-    stay on disk, the rest (norms) is read now. Where the head cannot be read by rows,
-    everything outside the blocks is read, and the loss works on whole rows of logits.
+    Resident: all weights are read and cast now. Streamed: blocks, token embedding and head stay on
+    disk, and the other weights (norms) are read now. If the head cannot be read by rows, all
+    weights outside the blocks are read, and the loss works on whole rows of logits. Trained
+    parameters are not changed.
 
     Args:
         lazy: the adapted model.
-        streamed: whether weights are read where they are needed, or all of them now.
-        dtype: floating weights are cast to it; None leaves them.
-        meter: counts what is read.
-        streamed_blocks: of streamed blocks so many first ones; None for all.
+        streamed: whether weights are read when they are needed, or all of them now.
+        dtype: dtype to cast floating weights to; None leaves them.
+        meter: counts the bytes read.
+        streamed_blocks: number of first blocks to stream; None for all.
         head_streamed: whether embedding and head stay on disk, too.
-        file_cache: bytes that the system can keep of files, if that is known. Where the streamed
-            blocks are larger it would drop each of them before its next visit, and other
-            programs' files with it, so they are read past it.
+        file_cache: bytes of files that the system can cache; None if unknown. Larger streamed
+            blocks are read past the cache, because it would drop each of them before its next use,
+            and the files of other programs with them.
 
     Raises:
         EdgeLoraError: the architecture cannot be walked, or a file cannot be read.
@@ -154,19 +153,19 @@ def attach(
 
 
 def _logits(blocks: BlockList, hidden: mx.array, tokens: mx.array) -> mx.array:
-    """What the model makes of last hidden states [n, width]: [n, vocabulary]."""
+    """The model's logits [n, vocabulary] for last hidden states [n, width]."""
     with blocks.skip_blocks(hidden[None]):
         return blocks.model(tokens[None])[0]
 
 
 def _usable_head(blocks: BlockList, trained: list[str]) -> tuple[nn.Module | None, str]:
-    """The head, if its rows are all that lies between its input and the logits, or why not."""
+    """The head, if it can be used by rows, or None and the reason."""
     head = find_head(blocks)
     if head is None:
         return None, "no module makes the logits alone"
     if any("dropout" in m and m.dropout._p_1 != 1 for m in blocks.modules_outside()):
         return None, "an adapter outside the blocks has dropout"
-    # An embedding is adapted before the blocks; whatever else is may lie behind them.
+    # Adapters of embeddings are before the blocks; all others may be after them.
     harmless = [m for m in blocks.modules_outside() if m is head or isinstance(m, EMBEDDINGS)]
     owned = {id(value) for m in harmless for _, value in tree_flatten(m.trainable_parameters())}
     slots = array_slots(blocks.model)
@@ -184,7 +183,7 @@ def _leave_on_disk(
     dtype: mx.Dtype | None,
     meter: DiskMeter,
 ) -> dict[int, StreamedRows]:
-    """Turn embeddings and head into readers of rows; gives them by the module's identity."""
+    """Let embeddings and head read their rows from disk; returns the readers by module id."""
     result = {}
     for module in blocks.modules_outside():
         embeds = type(module) in (nn.Embedding, nn.QuantizedEmbedding, DequantizedEmbedding)
@@ -222,10 +221,10 @@ def _read(
 def cast_parameters(
     arrays: dict[str, mx.array], blocks: BlockList, dtype: mx.Dtype
 ) -> dict[str, mx.array]:
-    """Parameters by their names in the model, cast as they are kept in memory.
+    """Cast parameters by their names in the model.
 
-    Scales of blocks stay as narrow as they are; those of an embedding say what dtype its rows
-    have.
+    Scales of packed blocks stay as narrow as they are; those of an embedding decide the dtype of
+    its rows and are cast.
     """
     inside = {name: array for name, array in arrays.items() if blocks.local(name)}
     outside = {name: cast(array, dtype) for name, array in arrays.items() if name not in inside}

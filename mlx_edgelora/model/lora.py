@@ -1,8 +1,8 @@
-"""LoRA layers in an mlx-lm model: its own injection, then this package's forward.
+"""Add LoRA layers to an mlx-lm model: mlx-lm's layers with this package's forward.
 
-mlx-lm chooses the layers and draws the initial matrices, so that names, shapes and
-random numbers are its own; then classes are exchanged for subclasses that multiply
-differently. No attribute changes, so mlx-lm loads, fuses and generates with the result.
+mlx-lm chooses the layers and draws the initial matrices, so names, shapes and random numbers are
+those of mlx-lm; then the classes of the layers are replaced by subclasses that multiply
+differently. No attribute changes, so mlx-lm can load, fuse and generate with the result.
 """
 
 import difflib
@@ -39,8 +39,8 @@ def add_lora(
 
     Args:
         model: an mlx-lm model; changed in place.
-        num_layers: how many blocks from the last one; -1 for all.
-        rank, scale, dropout: of every adapter; `lora_a` [in, rank] is uniform, `lora_b`
+        num_layers: number of last blocks; -1 for all.
+        rank, scale, dropout: settings of every adapter; `lora_a` [in, rank] is uniform, `lora_b`
             [rank, out] zero, both float32.
         keys: names of layers inside a block, or full names outside them; None for every
             linear layer of a block.
@@ -52,7 +52,7 @@ def add_lora(
     count = len(model.layers) if num_layers == -1 else num_layers
     if count > len(model.layers):
         raise EdgeLoraError(
-            f"num_layers: {num_layers} asked, but the model has {len(model.layers)} blocks; "
+            f"num_layers: got {num_layers}, but the model has {len(model.layers)} blocks; "
             "lower it, or use -1 for all"
         )
     settings = {"rank": rank, "scale": scale, "dropout": dropout}
@@ -77,10 +77,10 @@ def add_lora(
 
 
 def freeze(model: nn.Module) -> None:
-    """Let nothing of a model be trained.
+    """Freeze all parameters of a model.
 
     Raises:
-        EdgeLoraError: the architecture does not allow it.
+        EdgeLoraError: the architecture cannot be frozen.
     """
     try:
         model.freeze()
@@ -89,7 +89,7 @@ def freeze(model: nn.Module) -> None:
 
 
 def set_kernel(model: nn.Module, kernel: str) -> str:
-    """Choose how frozen quantized matrices are multiplied.
+    """Choose the kernel for products with frozen quantized matrices.
 
     Args:
         model: changed in place.

@@ -1,10 +1,10 @@
-"""The nearest tokens of those that occur as labels, computed once and kept in a mapped file.
+"""The nearest tokens of the labels, computed once and kept in a mapped file.
 
-One file for a head and a k: a header that names both, the sum of the head's rows, and a slot
-for every token of the vocabulary, k int32 and their CRC. The file is sparse: slots never
-written take no space. A slot whose CRC is wrong (never written, torn by a crash, damaged) is
-a slot that is not there, so a build that was interrupted goes on where it stopped. Processes
-that fill one file at once do the work twice and no harm: they write the same, but for ties.
+There is one file for each head and k. It has a header that identifies both, the sum of the head's
+rows, and a slot for every token of the vocabulary with k int32 and their CRC. The file is sparse:
+unwritten slots take no space. A slot with a wrong CRC (unwritten, damaged, or torn by a crash)
+counts as missing, so an interrupted build continues later. Several processes may fill a file at
+once: they write the same values, except for ties.
 """
 
 import hashlib
@@ -35,10 +35,10 @@ class NeighbourCache:
     """Nearest tokens by token, on disk.
 
     Args:
-        folder: of such files; made if need be.
+        folder: folder of such files; created if missing.
         head: the head whose rows are compared, without its adapter.
-        k: tokens kept per token, from 1 to the vocabulary.
-        log: told why a file is made anew.
+        k: number of nearest tokens per token, from 1 to the vocabulary.
+        log: called with the reason if a file is rebuilt.
 
     Raises:
         EdgeLoraError: the folder or file cannot be written, or k does not fit.
@@ -64,7 +64,7 @@ class NeighbourCache:
             folder.mkdir(parents=True, exist_ok=True)
             if wrong := self._find_problem(header, size):
                 if self.path.exists():
-                    log(f"{self.path}: {wrong}; it is built anew")
+                    log(f"{self.path}: {wrong}; it is rebuilt")
                 self._create(header, size)
             self._file = open(self.path, "r+b")  # noqa: SIM115 - closed by `close`
             self._slots = np.memmap(self._file, np.int32, "r", self._slots_at, shape)
@@ -72,7 +72,7 @@ class NeighbourCache:
             raise _cannot_write(self.path, error) from error
 
     def missing(self, tokens: np.ndarray) -> np.ndarray:
-        """Those of some tokens, int [n], that are still to be computed: sorted, each once."""
+        """The tokens, among int [n], that are not computed yet: sorted, each once."""
         tokens = np.unique(tokens)
         parts = [tokens[:0]]
         for start in range(0, len(tokens), self._at_once):
@@ -83,11 +83,11 @@ class NeighbourCache:
     def build(
         self, tokens: np.ndarray, advance: Callable[[int], None] = lambda count: None
     ) -> None:
-        """Compute what is missing of some tokens; each few hundred are written before the next.
+        """Compute the missing ones of some tokens, and write them a few hundred at a time.
 
         Args:
             tokens: int [n].
-            advance: told how many more are written.
+            advance: called with the number of tokens written.
 
         Raises:
             EdgeLoraError: the disk is full.
@@ -101,14 +101,14 @@ class NeighbourCache:
             advance(len(some))
 
     def __call__(self, tokens: np.ndarray) -> np.ndarray:
-        """The k nearest of each of some tokens, int32 [m, k]; what is missing is computed."""
+        """The k nearest of each token, int32 [m, k]; missing ones are computed."""
         near, there = self._looked_up(tokens)
         if not there.all():
             self.build(tokens[~there])
             near, there = self._looked_up(tokens)
         if not there.all():
             raise EdgeLoraError(
-                f"{self.path}: gives back other bytes than were written; choose a folder on "
+                f"{self.path}: the bytes read are not those that were written; choose a folder on "
                 "another volume with --cache-dir"
             )
         return near
@@ -136,7 +136,7 @@ class NeighbourCache:
                 found = file.read(HEADER.size)
                 length = os.fstat(file.fileno()).st_size
         except FileNotFoundError:
-            return "not there"
+            return "missing"
         if found != header[: len(found)]:
             return "belongs to another model, or another k"
         return None if length == size else f"{length} bytes long, expected {size}"
@@ -152,20 +152,20 @@ class NeighbourCache:
             temporary.unlink(missing_ok=True)
 
     def _looked_up(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What the slots hold, int32 [m, k], and whether it is to be trusted, bool [m]."""
+        """The contents of the slots, int32 [m, k], and whether they are valid, bool [m]."""
         outside = tokens[(tokens < 0) | (tokens >= self._head.vocabulary)]
         if outside.size:
             raise ValueError(
                 f"token: got {outside[0]}, expected 0 to {self._head.vocabulary - 1}, the "
                 "vocabulary of the head"
             )
-        # Copied before they are checked: another process may be writing.
+        # Copied before the check, because another process may be writing.
         slots = np.array(self._slots[tokens])
         if hasattr(mmap, "MADV_DONTNEED"):
             self._slots._mmap.madvise(mmap.MADV_DONTNEED)
         near = slots[:, : self._k]
         there = np.array([_has_checksum(slot) for slot in slots], bool)
-        # Sealed, but in the wrong place, is wrong as well.
+        # A valid checksum in the wrong slot is an error as well.
         there &= (near[:, 0] == tokens) & (near >= 0).all(axis=1)
         return near, there & (near < self._head.vocabulary).all(axis=1)
 
@@ -173,9 +173,9 @@ class NeighbourCache:
         return os.pread(self._file.fileno(), count, at)
 
     def _write(self, at: int, data: bytes) -> None:
-        # Written, not stored through the mapping: a full disk is an error then, not SIGBUS.
+        # Not written through the mapping, where a full disk would be SIGBUS instead of an error.
         try:
-            while data:  # the last bytes that a disk has room for are written without an error
+            while data:  # a disk that gets full may accept a part without an error
                 count = os.pwrite(self._file.fileno(), data, at)
                 at, data = at + count, data[count:]
         except OSError as error:
@@ -183,7 +183,7 @@ class NeighbourCache:
 
 
 def head_digest(head: Head) -> bytes:
-    """SHA-256 of a head's rows as they are kept; reads them all, tile by tile."""
+    """SHA-256 of a head's rows as they are stored; reads all of them, tile by tile."""
     digest = hashlib.sha256(f"{head.vocabulary} {head.dims}".encode())
     step = max(1, DIGEST_BYTES // (4 * head.dims))
     for start in range(0, head.vocabulary, step):

@@ -1,4 +1,4 @@
-"""Where a block's frozen weights come from: memory, or the checkpoint's own shards."""
+"""Sources of a block's frozen weights: memory, or the shards of the checkpoint."""
 
 import fcntl
 import os
@@ -19,46 +19,46 @@ Arrays = dict[str, mx.array]
 
 @dataclass(frozen=True)
 class TensorLocation:
-    """Where a parameter lies on disk: a shard, and the tensor's name in it."""
+    """Location of a parameter on disk: the shard, and the tensor's name in it."""
 
     shard: Path
     name: str
 
 
 class ResidentWeights:
-    """The weights are in the model and stay there. Memory: all of them."""
+    """Weights that stay in the model. Memory: all of them."""
 
     def block(self, index: int, own_memory: bool = False) -> Arrays:
-        """Nothing to bind."""
+        """Return no arrays, because the model has them."""
         return {}
 
     def prefetch(self, index: int) -> None:
-        """Nothing to read."""
+        """Read nothing."""
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """Free nothing."""
 
 
 class StreamedWeights:
-    """Reads each block from its shards for each visit, into memory that is used again.
+    """Reads each block from its shards each time it is needed, into reused memory.
 
-    Memory: those in use, packed, and the one that a worker thread reads. Reading into fresh
-    memory would take longer than reading: the system makes and clears each page. What `block`
-    gives is overwritten after `in_use` more calls, so whatever is made of it must be evaluated
-    before the last of these.
+    Memory: the packed blocks in use, and the one that a worker thread reads. New memory for each
+    block would cost more time than reading, because the system clears every page. The arrays of
+    `block` are overwritten after `in_use` more calls, so everything computed from them must be
+    evaluated before.
 
     Args:
-        blocks: for every block, each tensor by its name inside the block: shard, place in it.
-        dtype: floating tensors are cast to it on the way in; None leaves them.
+        blocks: for every block, the shard and the location of each tensor by local name.
+        dtype: dtype to cast floating tensors to; None leaves them.
         meter: counts the bytes read.
-        files: watches the shards.
-        streamed: so many first blocks; the others stay in memory once they were read. The
-            lower ones wait longer between their two visits. None for all.
-        file_cache: bytes that the system can keep of files; where these blocks are larger they
-            are read past that, if it lets us. None if it is not known.
+        files: watches the shards for changes.
+        streamed: number of first blocks to stream; the others stay in memory once they are read.
+            None for all. The first blocks have the longest time between forward and backward.
+        file_cache: bytes of files that the system can cache; None if unknown. Larger blocks are
+            read past the cache, where the system allows it.
 
     Attributes:
-        in_use: how many blocks, that were given last, are still computed.
+        in_use: number of the last returned blocks that are still being computed.
     """
 
     def __init__(
@@ -76,20 +76,20 @@ class StreamedWeights:
         size = sum(i.stop - i.start for block in blocks[:streamed] for _, i in block.values())
         self._uncached = file_cache is not None and size > file_cache
         self._free: dict[Hashable, list[_Buffer]] = {}
-        self._used: list[tuple[int, Hashable, _Buffer]] = []  # by the call that gave it
+        self._used: list[tuple[int, Hashable, _Buffer]] = []  # with the number of the call
         self._calls, self.in_use = 0, 1
         self._ahead: tuple[int, Future] | None = None
         self._descriptors: dict[Path, int] = {}
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="mlx_edgelora-read")
 
     def block(self, index: int, own_memory: bool = False) -> Arrays:
-        """Give a block's tensors.
+        """Return a block's tensors.
 
-        What else is on its way is dropped: ask for a block first, then for the next one.
+        A prefetch of another block is dropped, so call `prefetch` after this.
 
         Args:
-            index: of the block.
-            own_memory: give them memory of their own, that nobody writes into.
+            index: index of the block.
+            own_memory: whether the arrays get memory that is never reused.
 
         Raises:
             EdgeLoraError: a shard was removed or changed since training began.
@@ -105,14 +105,14 @@ class StreamedWeights:
         return arrays
 
     def set_resident_from(self, index: int) -> None:
-        """Keep this block and those above it in memory, from their next visit on, and no other."""
+        """Keep this block and those above it in memory once they are read, and free the others."""
         self._resident_from = index
         for lower in [held for held in self._resident if held < index]:
             del self._resident[lower]
         self.trim()
 
     def prefetch(self, index: int) -> None:
-        """Read a block's tensors while the current one computes."""
+        """Read a block's tensors in the background."""
         if index >= self._resident_from or (self._ahead is not None and self._ahead[0] == index):
             return
         self._finish_prefetch(None)
@@ -120,13 +120,13 @@ class StreamedWeights:
         self._ahead = index, self._worker.submit(self._fill, index, buffer)
 
     def trim(self) -> None:
-        """Let go of memory that is not used at the moment; what was given is not used any more."""
+        """Free all buffers; arrays returned earlier must not be used any more."""
         self._finish_prefetch(None)
         self._used.clear()
         self._free.clear()
 
     def close(self) -> None:
-        """Let go of memory and files."""
+        """Free memory and close files."""
         self.trim()
         self._resident.clear()
         self._worker.shutdown()
@@ -146,7 +146,7 @@ class StreamedWeights:
         return arrays
 
     def _finish_prefetch(self, index: int | None) -> "_Buffer | None":
-        """Wait for what is on its way, and give it if it is this block's."""
+        """Wait for a prefetch, and return its buffer if it is that of this block."""
         if self._ahead is None:
             return None
         (ahead, future), self._ahead = self._ahead, None
@@ -157,7 +157,7 @@ class StreamedWeights:
         return None
 
     def _release(self) -> None:
-        """What was given `in_use` calls ago is not used any more."""
+        """Free the buffers that were returned `in_use` calls ago."""
         self._calls += 1
         while self._used and self._calls - self._used[0][0] >= self.in_use:
             _, layout, buffer = self._used.pop(0)
@@ -167,7 +167,7 @@ class StreamedWeights:
         return tuple((n, i.dtype, i.shape) for n, (_, i) in self._blocks[index].items())
 
     def _buffer(self, index: int) -> "_Buffer":
-        """Memory for a block; of blocks of another kind nothing is kept meanwhile."""
+        """A buffer for a block; free buffers of other layouts are dropped."""
         layout = self._layout(index)
         for other in [other for other in self._free if other != layout]:
             del self._free[other]
@@ -179,7 +179,7 @@ class StreamedWeights:
 
     def _fill(self, index: int, buffer: "_Buffer") -> "_Buffer":
         for shard in dict.fromkeys(shard for shard, _ in self._blocks[index].values()):
-            # A file that was overwritten in place would be silently wrong.
+            # A file that was overwritten in place would silently give wrong weights.
             self._files.check(shard)
         for name, (shard, info) in self._blocks[index].items():
             self._read(shard, info.start, buffer.views[name])
@@ -211,9 +211,9 @@ class StreamedWeights:
 
 
 class _Buffer:
-    """Evaluated arrays of a block, and their bytes to write into.
+    """Evaluated arrays of a block, and writable views of their bytes.
 
-    MLX writes into none of them, for this holds them, too.
+    MLX never reuses their memory, because this object holds a reference to them.
     """
 
     def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
@@ -227,10 +227,10 @@ class _Buffer:
 
 
 def cast_all(arrays: dict[str, mx.array], dtype: mx.Dtype) -> dict[str, mx.array]:
-    """Cast floating arrays to `dtype`, but scales and biases of packed weights to none larger.
+    """Cast floating arrays to `dtype`, except scales and biases of packed weights to a wider one.
 
-    Packed weights are dequantized in the dtype of what they multiply, so wider scales would
-    only take more memory.
+    Packed weights are dequantized in the dtype of the activations, so wider scales would only take
+    more memory.
     """
     packed = {name.removesuffix("scales") for name in arrays if name.endswith("scales")}
     kept = {

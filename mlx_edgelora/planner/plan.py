@@ -75,7 +75,7 @@ class Plan:
         if self.kept_blocks and self.tile_tokens is not None:
             raise EdgeLoraError(
                 f"kept_blocks: got {self.kept_blocks} with tile_tokens {self.tile_tokens}, "
-                "expected one of them: what is computed by tiles is not kept"
+                "expected one of them: blocks computed by tiles cannot be kept"
             )
 
     @property
@@ -147,19 +147,20 @@ class Plan:
             "weights": _split(streamed, blocks, "from disk", "in memory")
             + ", the next block read ahead" * (self.prefetch and streamed > 0),
             "embedding and head": "from disk" if self.head == "streamed" else "in memory",
-            "activations": _split(blocks - kept, blocks, "computed again", "kept"),
+            "activations": _split(blocks - kept, blocks, "recomputed", "kept"),
             "inputs of blocks": "in a file" if self.spills and kept < blocks else "in memory",
             "adapters": "in memory" if self.adapters == "resident" else "in a file",
-            "tokens": "all at once"
+            "token tiles": "none"
             if self.tile_tokens is None
-            else f"{self.tile_tokens} at a time",
+            else f"{self.tile_tokens} tokens at a time",
             "MLP": "layer by layer"
             if self.mlp_bytes is None
             else f"slices of {size(self.mlp_bytes)}",
             "head": f"tiles of {size(self.loss_bytes)}",
         }
         if self.kernel != "auto":
-            rows["packed matrices"] = "unpacked" if self.kernel == "dequantize" else "MLX's kernel"
+            fused = self.kernel == "fused"
+            rows["quantized matrices"] = "MLX's kernel" if fused else "dequantized first"
         if self.attention_block is not None:
             block = self.attention_block
             rows["attention gradient"] = f"{block} x {block} scores at a time"

@@ -143,7 +143,7 @@ class PlanReport:
             }
             lines += ["", f"in {budget} there is room for", *_rows(rows)]
         if self.next_gigabytes:
-            lines += ["", "a larger budget buys"]
+            lines += ["", "a larger budget gives"]
             points = {size(b.budget): f"{duration(b.seconds)} a step" for b in self.next_gigabytes}
             lines += _rows(points)
         elif not self._unlimited and self.fits:

@@ -207,7 +207,7 @@ class RunPlan:
         return MOMENTS * (blocks + shape.outside_adapter_bytes)
 
     def table(self) -> str:
-        """What was chosen, for whom and why, in a few lines."""
+        """The plan with its budget and expected peak, in a few lines."""
         most = self.budget.bytes
         limit = "no limit" if most is None else f"{size(most)} at most"
         head = (
@@ -219,7 +219,7 @@ class RunPlan:
 
     @property
     def _by_formula(self) -> str:
-        return ", not measured here" if self.measurements.is_empty else ""
+        return " (not measured yet)" if self.measurements.is_empty else ""
 
 
 def plan_request(

@@ -1,1 +1,1 @@
-"""Files: checked, replaced whole, mapped, scratch."""
+"""Atomic file writes, safetensors files, scratch files and activation stores."""

@@ -1,10 +1,10 @@
-"""An array that a graph can be built on before its values are known.
+"""An array that a graph can use before its values are known.
 
-The gradient of a loss with respect to the last hidden state is known only when these are
-computed and the head has been read; autodiff wants it when the graph is built. MLX reads an
-array from a safetensors file when it is evaluated, not before: so the graph gets an array of
-a file, and the file its values later. It has no name, and stays in the system's cache: of all
-files only this one, a hidden state at most, is read while a GPU waits.
+The gradient of the loss with respect to the last hidden state is known only after the forward and
+the head, but autodiff needs it when the graph is built. MLX reads an array from a safetensors file
+when the array is evaluated. So the graph gets an array of a file, and the values are written into
+the file later. The file is unlinked and stays in the system's cache; it has the size of one hidden
+state, and no other file is read while a GPU waits.
 """
 
 import json
@@ -22,16 +22,16 @@ from mlx_edgelora.storage.safetensors import NAMES, to_numpy
 
 
 class DeferredArray:
-    """An array whose values come later.
+    """A lazy array whose values are set later.
 
     Args:
-        shape, dtype: of the array.
+        shape, dtype: shape and dtype of the array.
 
     Attributes:
-        array: lazy; its evaluation before `keep` is an error.
+        array: the lazy array; evaluating it before `fill` is an error.
 
     Raises:
-        EdgeLoraError: the system's temporary folder takes no file.
+        EdgeLoraError: no file can be created in the system's temporary folder.
     """
 
     def __init__(self, shape: Sequence[int], dtype: mx.Dtype) -> None:
@@ -44,23 +44,23 @@ class DeferredArray:
         try:
             with tempfile.NamedTemporaryFile(prefix="mlx_edgelora-", buffering=0) as file:
                 file.write(header)
-                os.truncate(file.fileno(), len(header) + size)  # MLX looks at its size
+                os.truncate(file.fileno(), len(header) + size)  # MLX checks the size
                 self.array = mx.load(file.name, format="safetensors")["x"]
-                os.truncate(file.fileno(), len(header))  # whoever reads too early finds nothing
+                os.truncate(file.fileno(), len(header))  # so that reading too early fails
                 self._file = os.fdopen(os.dup(file.fileno()), "wb", buffering=0)
         except OSError as error:
             raise _cannot_write(error) from error
-        weakref.finalize(self, self._file.close)  # of a step that failed before `keep`
+        weakref.finalize(self, self._file.close)  # in case a step fails before `fill`
 
     def fill(self, value: mx.array) -> None:
-        """Give the array its values, once.
+        """Set the values of the array, once.
 
         Raises:
-            ValueError: they have another shape or dtype than was promised.
+            ValueError: the shape or dtype differs from that of the array.
         """
         if (value.shape, value.dtype) != (self._shape, self._dtype):
             raise ValueError(
-                f"got {value.dtype} {value.shape}, promised were {self._dtype} {self._shape}"
+                f"got {value.dtype} {value.shape}, expected {self._dtype} {self._shape}"
             )
         mx.eval(value)
         data, done = memoryview(to_numpy(value).reshape(-1).view("uint8")), 0

@@ -33,7 +33,7 @@ _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 
 
 def user_cache() -> Path:
-    """The folder of what is kept from run to run: converted models, what was measured."""
+    """The folder of files that are kept between runs: converted models, measurements."""
     base = os.environ.get("XDG_CACHE_HOME")
     if not base:
         base = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
@@ -41,10 +41,10 @@ def user_cache() -> Path:
 
 
 class WatchedFiles:
-    """Files that are read more than once, and must be the same each time.
+    """Files that are read several times and must not change in between.
 
-    What a run reads of a model is spread over hours: a file that is replaced in between would
-    give weights of one model beside those of another, without a word.
+    A run reads a model for hours. If a file were replaced in that time, the run would silently mix
+    the weights of two models.
     """
 
     def __init__(self) -> None:
@@ -55,16 +55,16 @@ class WatchedFiles:
         self._stamps[path] = _stamp(path)
 
     def check(self, *paths: Path) -> None:
-        """See that these, or all that are watched, are as they were.
+        """Check that these files, or all watched ones, are unchanged.
 
         Raises:
-            EdgeLoraError: a file is gone or another one.
+            EdgeLoraError: a file is missing or has changed.
         """
         for path in paths or self._stamps:
             if _stamp(path) != self._stamps[path]:
                 raise EdgeLoraError(
-                    f"{path}: the file changed while it was being trained on, expected it as it "
-                    "was at the start; leave the model's files alone and start again"
+                    f"{path}: the file changed during the run, expected it as it was at the "
+                    "start; leave the model's files unchanged and start again"
                 )
 
 
@@ -235,7 +235,7 @@ def sync_folder(folder: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network volumes cannot sync a folder; the renames themselves stand.
+        # Some network volumes cannot sync a folder; the renames are still done.
         if error.errno not in _NOT_SUPPORTED:
             raise
     finally:

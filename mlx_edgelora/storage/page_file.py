@@ -1,10 +1,9 @@
-"""One scratch file, mapped into memory: private, without a name, its disk space taken beforehand.
+"""A scratch file mapped into memory: private, unlinked, with its disk space allocated in advance.
 
-What lies in it is the user's text or training in another form, so it is created readable by
-its owner alone and unlinked at once: no name leads to it, and a crash leaves nothing behind.
-The system is told of pages that are not needed any more. Linux takes them out of the process at
-once. macOS lets them lie until it needs the memory: they count as cached files, not as the
-process's footprint.
+Its contents derive from the user's text, so only the owner can read it, and it is unlinked at once:
+no name leads to it, and a crash leaves nothing behind. Pages that are not needed any more are
+released with madvise. Linux removes them from the process at once. macOS keeps them until it needs
+the memory; they count as cached files, not as the process's footprint.
 """
 
 import errno
@@ -30,9 +29,9 @@ from mlx_edgelora.storage.safetensors import DTYPES, NAMES, to_numpy
 
 # 16 KiB on Apple silicon, 4 KiB elsewhere; Metal wraps only whole pages.
 PAGE = mmap.PAGESIZE
-# What is written at a time where space can only be taken by writing.
+# Size of a write where disk space can only be allocated by writing.
 ZEROS_BYTES = 8 * 2**20
-# Arrays begin at multiples of it; more than any dtype asks for.
+# Arrays begin at multiples of it; more than any dtype needs.
 ALIGNMENT = 64
 # macOS's <sys/fcntl.h>: the command that takes disk space for a file, which Python has no name
 # for; "all of it or nothing"; counted from where the space of the file ends. Then the struct
@@ -48,9 +47,9 @@ class PageFile:
     """An unlinked file of mode 0600 that grows, mapped as bytes.
 
     Args:
-        folder: where it lives; must be on a disk, or nothing is saved.
-        what: what is kept in it, for messages.
-        instead: the option that keeps it in memory, for messages.
+        folder: its folder, which must be on a disk, or no memory is saved.
+        what: its contents, for messages.
+        instead: the option that keeps these in memory, for messages.
 
     Raises:
         EdgeLoraError: the folder cannot be written.
@@ -62,7 +61,7 @@ class PageFile:
             self._file = unlinked_file(self._folder)
         except OSError as error:
             raise EdgeLoraError(
-                f"{folder}: no spill file can be made there ({error.strerror}); choose a writable "
+                f"{folder}: no scratch file can be created ({error.strerror}); choose a writable "
                 f"folder with --spill-dir, or keep {what} in memory with {instead}"
             ) from error
         self.pages: np.ndarray | None = None
@@ -70,7 +69,7 @@ class PageFile:
 
     @property
     def closed(self) -> bool:
-        """Whether the file's space was given back."""
+        """Whether the file was closed."""
         return self._file.closed
 
     def fileno(self) -> int:
@@ -78,9 +77,9 @@ class PageFile:
         return self._file.fileno()
 
     def reserve(self, size: int) -> None:
-        """Make the file at least `size` bytes long; all of them are on the disk from now on.
+        """Make the file at least `size` bytes long, with all of its disk space allocated.
 
-        Every time that it grows it is mapped anew, for which macOS syncs the whole file.
+        Each time that the file grows it is mapped again, for which macOS syncs the whole file.
 
         Raises:
             EdgeLoraError: the volume is full, or no file can be mapped there.
@@ -94,19 +93,19 @@ class PageFile:
         is_new = self.pages is None
         try:
             self._map = np.memmap(self._file, np.uint8, mode="r+", shape=(size,))
-            self.pages = self._map.view(np.ndarray)  # whose parts are made in a fifth of the time
+            self.pages = self._map.view(np.ndarray)  # slicing it takes a fifth of the time
             if is_new:
                 self._try_mapping()
         except OSError as error:
             raise self._cannot_map(error.strerror) from error
 
     def drop(self, start: int, stop: int) -> None:
-        """Tell the system that pages between two bytes may go; they stay in the file."""
+        """Release the pages between two bytes from memory; they stay in the file."""
         if hasattr(mmap, "MADV_DONTNEED"):
             self._advise(mmap.MADV_DONTNEED, start, stop)
 
     def will_need(self, start: int, stop: int) -> None:
-        """Let the system read the pages between two bytes from the disk while we go on."""
+        """Let the system read the pages between two bytes in the background."""
         if hasattr(mmap, "MADV_WILLNEED"):
             self._advise(mmap.MADV_WILLNEED, start, stop)
 
@@ -116,12 +115,12 @@ class PageFile:
         self._file.close()
 
     def _advise(self, advice: int, start: int, stop: int) -> None:
-        # The mapping is shared: whatever is said about a page, its bytes stay as they are.
+        # The mapping is shared, so no advice changes the bytes of a page.
         first = start // PAGE * PAGE
         self._map._mmap.madvise(advice, first, stop - first)
 
     def _try_mapping(self) -> None:
-        """See that bytes of the mapping get into the file, as not every volume may have it."""
+        """Check that writes to the mapping reach the file, which some volumes do not support."""
         count = min(PAGE, self.pages.size)
         sent = bytes(n % 251 for n in range(count))
         self.pages[:count] = np.frombuffer(sent, np.uint8)
@@ -132,8 +131,9 @@ class PageFile:
 
     def _cannot_map(self, reason: str) -> EdgeLoraError:
         return EdgeLoraError(
-            f"{self._folder}: a file there cannot be used as memory ({reason}); choose another "
-            f"folder with --spill-dir, or keep {self._what} in memory with {self._instead}"
+            f"{self._folder}: a file in this folder cannot be mapped into memory ({reason}); "
+            f"choose another folder with --spill-dir, or keep {self._what} in memory with "
+            f"{self._instead}"
         )
 
     def _disk_error(self, size: int, error: OSError) -> EdgeLoraError:
@@ -155,16 +155,16 @@ class _Place:
 
 
 class Section:
-    """Named arrays side by side in a `PageFile`, from a page's beginning to a page's end.
+    """Named arrays in consecutive pages of a `PageFile`.
 
     Args:
-        file: holds at least `stop` bytes before anything is written.
+        file: the file, which must have at least `stop` bytes before a write.
         start: the first byte, a multiple of `PAGE`.
         specs: dtype and shape by name.
-        meter: counts what is read and written.
+        meter: counts the bytes read and written.
 
     Attributes:
-        stop: the byte behind the last page.
+        stop: the byte after the last page.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class Section:
         self._file, self._start, self._meter = file, start, meter
         self._places: dict[Hashable, _Place] = {}
         self._views: dict[Hashable, np.ndarray] = {}
-        self._viewed: np.ndarray | None = None  # the mapping that they are parts of
+        self._viewed: np.ndarray | None = None  # the mapping that the views belong to
         at = start
         for name, (dtype, shape) in specs.items():
             nbytes = math.prod(shape) * dtype.size
@@ -186,17 +186,16 @@ class Section:
         return {name: (place.dtype, place.shape) for name, place in self._places.items()}
 
     def write(self, arrays: Mapping[Hashable, mx.array]) -> None:
-        """Put evaluated arrays where those of their names are; the others stay.
+        """Write evaluated arrays by name; other arrays stay as they are.
 
         Raises:
-            ValueError: an array is not of the dtype and shape that were announced.
+            ValueError: the dtype or shape of an array differs from its spec.
         """
         for name, array in arrays.items():
             place = self._places[name]
             if (array.dtype, array.shape) != (place.dtype, place.shape):
                 raise ValueError(
-                    f"{name}: {array.dtype} {array.shape}, its place in the file is for "
-                    f"{place.dtype} {place.shape}"
+                    f"{name}: got {array.dtype} {array.shape}, expected {place.dtype} {place.shape}"
                 )
             self._view(name)[...] = to_numpy(array)
         self._meter.add_written(sum(self._places[name].nbytes for name in arrays))
@@ -215,7 +214,7 @@ class Section:
         return array
 
     def prefetch(self) -> None:
-        """Let the system begin to bring the pages from the disk."""
+        """Start reading the pages from the disk."""
         self._file.will_need(self._start, self.stop)
 
     def _copy(self, name: Hashable) -> mx.array:
@@ -228,8 +227,8 @@ class Section:
         return array
 
     def _view(self, name: Hashable) -> np.ndarray:
-        """An array's place in the file, in NumPy's dtype of the same width."""
-        if self._viewed is not self._file.pages:  # it grew, and is mapped anew
+        """View of an array's bytes in the file, in a NumPy dtype of the same width."""
+        if self._viewed is not self._file.pages:  # the file grew and was mapped again
             self._views.clear()
             self._viewed = self._file.pages
         if name not in self._views:
@@ -244,10 +243,10 @@ class Section:
 
 
 def unlinked_file(folder: Path):  # noqa: ANN201 - BufferedRandom has no public name
-    """An open file in `folder` that only its owner may read and that no name leads to.
+    """Create an unlinked file in `folder` that only its owner can read.
 
     Raises:
-        OSError: the folder takes no file.
+        OSError: no file can be created in the folder.
     """
     descriptor, name = tempfile.mkstemp(prefix="mlx_edgelora-", dir=folder)  # mode 0600
     os.unlink(name)
@@ -255,7 +254,7 @@ def unlinked_file(folder: Path):  # noqa: ANN201 - BufferedRandom has no public 
 
 
 def _preallocate(descriptor: int, size: int) -> None:
-    """Take the disk space now: a hole found full later would kill the process (SIGBUS)."""
+    """Allocate the disk space now: a write to a hole on a full disk would be a SIGBUS."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, size)
         return
@@ -268,10 +267,10 @@ def _preallocate(descriptor: int, size: int) -> None:
 
 
 def _preallocate_macos(descriptor: int, more: int) -> bool:
-    """macOS: take so many bytes behind the end of a file; False where the volume cannot."""
+    """macOS: allocate `more` bytes after the end of a file; False if the volume cannot."""
     wanted = FSTORE.pack(F_ALLOCATEALL, F_PEOFPOSMODE, 0, more, 0)
     try:
         taken = FSTORE.unpack(fcntl.fcntl(descriptor, F_PREALLOCATE, wanted))[-1]
     except OSError:
-        return False  # writing says why, if that does not work either
+        return False  # if writing fails as well, it reports the reason
     return taken >= more

@@ -1,9 +1,8 @@
-"""The safetensors container: checked byte by byte, read by rows, written tensor by tensor.
+"""Safetensors files: validated, read by rows, and written tensor by tensor.
 
-`mx.load` accepts overlapping offsets, trailing bytes and headers that lie, and
-reads whole tensors. Here a file is validated once before anything trusts it, and
-single rows of a matrix are read without the rest (an embedding's rows, a tile of
-the head). Format: https://github.com/huggingface/safetensors#format
+`mx.load` accepts overlapping offsets, trailing bytes and invalid headers, and reads whole tensors.
+Here a file is validated before it is used, and single rows of a matrix can be read (an embedding's
+rows, a tile of the head). Format: https://github.com/huggingface/safetensors#format
 """
 
 import hashlib
@@ -50,7 +49,7 @@ NAMES = {dtype: name for name, (dtype, _) in DTYPES.items() if name != "F8_E4M3"
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: `start` and `stop` are byte offsets from the file's beginning."""
+    """Location of a tensor: `start` and `stop` are byte offsets from the start of the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -141,17 +140,17 @@ def _damaged(path: Path, what: str) -> EdgeLoraError:
 
 
 def to_numpy(array: mx.array) -> np.ndarray:
-    """View an evaluated array's own bytes without a copy; bfloat16 comes as uint16."""
+    """View an evaluated array as a NumPy array without a copy; bfloat16 becomes uint16."""
     if array.dtype == mx.bfloat16:
         array = array.view(mx.uint16)
     return np.array(array, copy=False)
 
 
 class RowReader:
-    """Rows of one matrix of a safetensors file, read from disk when asked for.
+    """Reads rows of a matrix in a safetensors file.
 
-    Memory: the rows asked for and nothing else: the file is read, not mapped, so
-    that its pages never count as the process's own.
+    Memory: only the rows that are read. The file is read and not mapped, so that its pages never
+    count as the process's memory.
 
     Args:
         path: of the file.
@@ -186,12 +185,12 @@ class RowReader:
         return out
 
     def _check(self, indices: np.ndarray) -> None:
-        # Bytes beyond the rows are other tensors', and would pass for rows of this one.
+        # Bytes beyond the rows belong to other tensors and would be read as rows of this one.
         outside = indices[(indices < 0) | (indices >= self.shape[0])]
         if outside.size:
             raise EdgeLoraError(
-                f"{self._path}: row {outside[0]} asked, but the tensor has {self.shape[0]}; train "
-                "with the model's own tokenizer, another one has tokens that the model lacks"
+                f"{self._path}: row {outside[0]} is outside of the tensor, which has "
+                f"{self.shape[0]} rows; use the tokenizer of this model"
             )
 
     def _open(self) -> BinaryIO:

@@ -1,8 +1,7 @@
-"""Where the inputs of blocks wait between the forward and the backward: RAM or a mapped file.
+"""Stores that keep the inputs of blocks from forward to backward: in memory or in a mapped file.
 
-Bytes go out of MLX and into a `PageFile` and back through NumPy views of MLX's own
-buffers, in a worker thread, while the computation goes on. Where MLX can wrap mapped
-memory (Metal, MLX 0.32.4), reading copies nothing.
+A worker thread copies bytes between MLX's buffers and a `PageFile` while the computation continues.
+Where MLX can wrap mapped memory (Metal, MLX 0.32.4), reading copies nothing.
 """
 
 import copy
@@ -28,7 +27,7 @@ from mlx_edgelora.storage.safetensors import to_numpy
 PROBE_BYTES = 8 * 10**6
 # Entries of the longest array that MLX wraps: its shapes are 32-bit.
 LARGEST = 2**31 - 1
-# What MLX raises where it cannot wrap memory; another backend has no such function.
+# Errors of MLX if it cannot wrap memory, or if the backend has no such function.
 REFUSALS = (AttributeError, TypeError, ValueError, RuntimeError)
 
 
@@ -36,29 +35,29 @@ class ActivationStore(Protocol):
     """Keeps one array per slot from `put` to `take`."""
 
     def reserve(self, slots: int, nbytes: int) -> None:
-        """Make room for `slots` arrays of `nbytes` bytes; forgets what is there.
+        """Allocate `slots` slots of `nbytes` bytes, and discard all arrays.
 
-        A larger array that is put later gets more room then.
+        A slot grows if a larger array is put into it later.
         """
 
     def put(self, slot: int, array: mx.array) -> None:
-        """Keep an evaluated array."""
+        """Store an evaluated array."""
 
     def prefetch(self, slot: int) -> None:
-        """Begin to bring an array back."""
+        """Start reading an array."""
 
     def take(self, slot: int, keep: bool = False) -> mx.array:
-        """Give an array back, and forget it unless it is to be kept."""
+        """Return an array, and discard it unless `keep` is set."""
 
     def forget(self, slot: int) -> None:
-        """Forget the array of a slot, if there is one."""
+        """Discard the array of a slot, if there is one."""
 
     def close(self) -> None:
-        """Give everything back to the system."""
+        """Free all memory and files."""
 
 
 class RamStore:
-    """Keeps the arrays where they are. Memory: all of them."""
+    """Keeps the arrays in memory. Memory: all of them."""
 
     def __init__(self) -> None:
         self._arrays: dict[int, mx.array] = {}
@@ -68,18 +67,18 @@ class RamStore:
         self._arrays.clear()
 
     def put(self, slot: int, array: mx.array) -> None:
-        """Keep the array; the copy shares its buffer, and no later `array += 1` reaches it."""
+        """Keep a copy that shares the buffer, which a later `array += 1` does not change."""
         self._arrays[slot] = copy.copy(array)
 
     def prefetch(self, slot: int) -> None:
-        """Nothing to do: the array is here."""
+        """Read nothing: the array is in memory."""
 
     def take(self, slot: int, keep: bool = False) -> mx.array:
-        """Give the array back."""
+        """Return the array."""
         return self._arrays[slot] if keep else self._arrays.pop(slot)
 
     def forget(self, slot: int) -> None:
-        """Let the array go."""
+        """Discard the array."""
         self._arrays.pop(slot, None)
 
     def close(self) -> None:
@@ -95,11 +94,11 @@ class _Kept:
 
 
 class MappedStore:
-    """Keeps the arrays in one unlinked file. Memory: one array on its way out, one on its way in.
+    """Keeps the arrays in one unlinked file. Memory: one array being written, one being read.
 
     Args:
-        folder: where the file lives; must be on a disk, or nothing is saved.
-        meter: counts the bytes written and read, for whoever wants to know.
+        folder: folder of the file, which must be on a disk, or no memory is saved.
+        meter: counts the bytes written and read.
 
     Raises:
         EdgeLoraError: the folder cannot be written, or its volume is full.
@@ -109,7 +108,7 @@ class MappedStore:
         self._meter = meter or DiskMeter()
         self._file = PageFile(folder, "activations", "--activations ram")
         self._slot_bytes = 0
-        # Slots whose array is larger than what was reserved are behind all others: place, size.
+        # Slots with larger arrays than reserved are after all others: start, size.
         self._moved: dict[int, tuple[int, int]] = {}
         self._stop = 0
         self._kept: dict[int, _Kept] = {}
@@ -120,7 +119,7 @@ class MappedStore:
         self._tried: set[int] = set()
 
     def reserve(self, slots: int, nbytes: int) -> None:
-        """Grow the file to `slots` slots of `nbytes` bytes; forgets what is there."""
+        """Grow the file to `slots` slots of `nbytes` bytes, and discard all arrays."""
         self._settle()
         self._kept.clear()
         self._moved.clear()
@@ -132,17 +131,17 @@ class MappedStore:
             self._wraps = _can_wrap(self._file.pages[: self._slot_bytes], nbytes)
 
     def put(self, slot: int, array: mx.array) -> None:
-        """Write an evaluated array to its slot; returns while the bytes are on their way."""
+        """Write an evaluated array to its slot, in the background."""
         self._wait_for_write()
         if array.nbytes > self._place(slot)[1]:
             self._move(slot, array.nbytes)
         self._kept[slot] = _Kept(array.shape, array.dtype, array.nbytes)
-        # The copy shares the buffer, and keeps a later `array += 1` from writing into it.
+        # The copy shares the buffer, so that a later `array += 1` does not write into it.
         source = to_numpy(copy.copy(array)).reshape(-1).view(np.uint8)
         self._writing = self._worker.submit(self._write, slot, source)
 
     def prefetch(self, slot: int) -> None:
-        """Begin to read a slot back in the worker thread."""
+        """Start reading a slot in the worker thread."""
         if slot in self._reading or self._wraps or slot not in self._kept:
             return
         kept = self._kept[slot]
@@ -152,7 +151,7 @@ class MappedStore:
         self._reading[slot] = (array, self._worker.submit(self._read, slot, target))
 
     def take(self, slot: int, keep: bool = False) -> mx.array:
-        """Give the array of a slot back, waiting for it if need be."""
+        """Return the array of a slot, after waiting for its read."""
         self._wait_for_write()
         array = self._in_place(slot, self._kept[slot]) if self._wraps else None
         if array is None:
@@ -164,7 +163,7 @@ class MappedStore:
         return array
 
     def forget(self, slot: int) -> None:
-        """The slot may be written again; its space stays taken."""
+        """Discard the array of a slot; its disk space stays allocated."""
         if slot in self._reading:
             _, reading = self._reading.pop(slot)
             reading.result()
@@ -179,18 +178,18 @@ class MappedStore:
             self._file.close()
 
     def _place(self, slot: int) -> tuple[int, int]:
-        """The first byte of a slot, and how many it has."""
+        """The first byte of a slot, and its size."""
         return self._moved.get(slot, (slot * self._slot_bytes, self._slot_bytes))
 
     def _move(self, slot: int, nbytes: int) -> None:
-        """Make room for an array of a wider dtype, say, than the first one's."""
+        """Move a slot to the end of the file, for an array that is larger than reserved."""
         self._settle()
         self._moved[slot] = self._stop, _pages(nbytes)
         self._stop += _pages(nbytes)
         self._file.reserve(self._stop)
 
     def _in_place(self, slot: int, kept: _Kept) -> mx.array | None:
-        """The array of a slot, without a copy; None if MLX refuses, from then on for good."""
+        """The array of a slot without a copy; None if MLX refuses, and then always."""
         start, size = self._place(slot)
         pages = self._file.pages[start : start + size]
         try:
@@ -232,12 +231,12 @@ class MappedStore:
 
 
 def _pages(nbytes: int) -> int:
-    """Bytes of the whole pages that hold so many, one at least."""
+    """Size in whole pages, at least one."""
     return max(PAGE, -(-nbytes // PAGE) * PAGE)
 
 
 def spill_folder(candidates: Sequence[str | os.PathLike]) -> tuple[Path, str]:
-    """Choose the fastest local volume among folders that exist or can be made.
+    """Choose the fastest local disk among folders that exist or can be created.
 
     Folders that live in memory (tmpfs) are passed over: spilling there frees nothing.
     With more than one volume left, each is timed on writing and syncing 8 MB.
@@ -258,7 +257,7 @@ def spill_folder(candidates: Sequence[str | os.PathLike]) -> tuple[Path, str]:
             "name one with --spill-dir, or keep activations in memory with --activations ram"
         )
     if len(volumes) == 1:
-        return next(iter(volumes.values())), "the only local volume at hand"
+        return next(iter(volumes.values())), "the only local disk found"
     seconds, best = min((_write_seconds(folder), folder) for folder in volumes.values())
     written = f"{units.size(PROBE_BYTES)} written in {seconds:.3f} s"
     return best, f"the fastest of {len(volumes)} volumes: {written}"
@@ -273,7 +272,7 @@ def _is_writable(folder: Path) -> bool:
 
 
 def _in_memory(folder: Path) -> bool:
-    """Whether Linux's table of mounts says that the folder lives in memory; elsewhere no."""
+    """Whether a folder is in memory by Linux's table of mounts; False on other systems."""
     try:
         mounts = Path("/proc/mounts").read_text().splitlines()
     except OSError:
@@ -291,14 +290,14 @@ def _write_seconds(folder: Path) -> float:
             file.write(bytes(PROBE_BYTES))
             os.fsync(file.fileno())
             return time.perf_counter() - start
-    except OSError:  # full: the last choice
+    except OSError:  # full disk: the last choice
         return math.inf
 
 
 def _wrap(pages: np.ndarray, itemsize: int, nbytes: int) -> mx.array:
     """The first bytes of whole mapped pages as unsigned integers [n], without a copy.
 
-    Metal asks for whole pages, so all of them are wrapped and then cut.
+    Metal wraps only whole pages, so all of them are wrapped, then sliced.
 
     Raises:
         ValueError: there are too many entries, or MLX refuses (others of `REFUSALS` as well).
@@ -310,9 +309,9 @@ def _wrap(pages: np.ndarray, itemsize: int, nbytes: int) -> mx.array:
 
 
 def _can_wrap(pages: np.ndarray, nbytes: int) -> bool:
-    """Whether MLX can use so many bytes of a slot in place, and computes with the right ones.
+    """Whether MLX can use `nbytes` bytes of a slot in place, and computes with the right values.
 
-    Metal can, from 0.32.4 (our least) on. The slot's first and last bytes are overwritten.
+    Metal can, from MLX 0.32.4 on. The slot's first and last bytes are overwritten.
     """
     itemsize = next(size for size in (4, 2, 1) if nbytes % size == 0)
     used = pages[:nbytes].view(f"u{itemsize}")

@@ -66,10 +66,9 @@ from mlx_edgelora.training.verification import verify
 
 # The largest number that math.exp takes is a little above it.
 MAX_EXPONENT = 700.0
-# For whoever trains on a GPU without bfloat16.
 BFLOAT16 = (
-    "note: the GPUs of M1 and M2 have no bfloat16 and convert it; --dtype float16 is faster, where "
-    "the model bears numbers up to 65504 (a run that meets larger ones ends)"
+    "note: the GPUs of M1 and M2 have no bfloat16 and convert it; --dtype float16 is faster, but "
+    "the run stops if a number exceeds 65504"
 )
 
 
@@ -83,13 +82,13 @@ def finetune(
 
     Args:
         config: every option of the run.
-        callbacks: told of every report, as in `mlx_lm.tuner`.
-        notify: gets a line for every choice made, warning, and test result.
+        callbacks: called with every report, as in `mlx_lm.tuner`.
+        notify: called with every line to show: choices, warnings and test results.
         log: gets the records of the run, as `recorded` gives it; by default this function opens
             what config.log and config.report name.
 
     Returns:
-        How training ended; None where only a test was asked for.
+        How training ended; None without training.
 
     Raises:
         EdgeLoraError: something the user can mend, in one sentence; no file is damaged.
@@ -240,8 +239,8 @@ def _with_saved_layers(config: TrainConfig) -> TrainConfig:
     """For a test alone: the adapter in `adapter_path` says what its layers look like."""
     if config.resume_adapter_file is not None:
         raise EdgeLoraError(
-            f"resume_adapter_file: got {config.resume_adapter_file!r} for a test alone, expected "
-            "nothing: what adapter_path holds is tested"
+            f"resume_adapter_file: got {config.resume_adapter_file!r} without training, but a test "
+            "evaluates the adapter in adapter_path; leave it out, or train"
         )
     if not config.adapter_path:  # the base model, as in mlx-lm
         return config
@@ -251,8 +250,8 @@ def _with_saved_layers(config: TrainConfig) -> TrainConfig:
         layers = {key: saved[key] for key in ("num_layers", "lora_parameters")}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise EdgeLoraError(
-            f"{path}: not the configuration of an adapter ({error_text(error)}); test one that was "
-            "trained, or the base model with --adapter-path ''"
+            f"{path}: not the configuration of an adapter ({error_text(error)}); name the folder "
+            "of a trained adapter, or test the base model with --adapter-path ''"
         ) from error
     # More keys than these, such as alpha beside scale, are not the user's to mend.
     own = {field.name for field in dataclasses.fields(LoraParameters)}

@@ -52,7 +52,7 @@ def rehearse(engine: Engine, chosen: RunPlan, log: Callable[[str], None]) -> Non
         if plan is None:
             return
         engine.set_plan_and_residency(plan)
-        message = f"the largest batch took {size(peak)}: another plan is due"
+        message = f"the largest batch took {size(peak)}, above the budget: another plan is chosen"
         message = summary.line("rehearsed", message)
         log(f"{message}\n{summary.memory(chosen)}")
 

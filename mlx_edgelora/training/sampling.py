@@ -79,12 +79,12 @@ def measure_and_replan(
             here = _best_for_engine(chosen, fixed_at_start)
             worth = here is None or _better(best, here, chosen.budget.bytes is None)
             if worth and not stays:
-                text = f"a few blocks, in {spent:.1f} s: another plan is better"
+                text = f"a few blocks in {spent:.1f} s: another plan is better"
                 log(summary.line("measured", text))
                 return chosen.with_choice(best)
             best = here
         chosen.choice = best
-        message = f"a few blocks, in {spent:.1f} s"
+        message = f"a few blocks in {spent:.1f} s"
         if best.plan == before:
             message += f": {size(best.peak)} and {duration(best.seconds)} a step expected"
             log(summary.line("measured", message))

@@ -25,7 +25,9 @@ def check_loss(config: TrainConfig, head: ModelHead | None) -> None:
     if config.loss == "exact" or not config.train:  # a test is always exact
         return
     if head is None or head.adapter is not None:
-        why = "its logits are not made of rows alone" if head is None else "its head is adapted"
+        why = (
+            "its logits are not products with one matrix" if head is None else "its head is adapted"
+        )
         raise EdgeLoraError(
             f"loss: got approximate, but {why}, expected a frozen head; use the exact loss, or "
             "name other layers in lora_parameters.keys"

@@ -65,7 +65,7 @@ def refuse_wrong(verdicts: Sequence[Verdict]) -> None:
         worst = max(wrong, key=lambda verdict: verdict.error)
         raise EdgeLoraError(
             f"verify: {worst}: {worst.problem}; expected the gradients of plain MLX. Nothing was "
-            "trained. Train this model with mlx_lm.lora, or go on at your own risk with "
+            "trained. Train this model with mlx_lm.lora, or continue at your own risk with "
             "--verify off; please report it"
         )
 

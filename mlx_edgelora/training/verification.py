@@ -350,7 +350,7 @@ class _GradientComparison:
 
 
 class _ProjectedLoss:
-    """In place of a loss: the last hidden state times a cotangent, summed; see `tail.Loss`."""
+    """In place of a loss: the last hidden state times a cotangent, summed; see `tail.GraphLoss`."""
 
     key, arrays = "projected", ()
 

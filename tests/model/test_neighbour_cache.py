@@ -168,7 +168,7 @@ def refilled(folder, opened, computed, wrong):
     computed.clear()
     notices = []
     cache = opened(folder, HEAD, K, notices.append)
-    assert notices == [f"{cache.path}: {wrong}; it is built anew"]
+    assert notices == [f"{cache.path}: {wrong}; it is rebuilt"]
     check(cache)
     assert computed == ALL.tolist()
     assert opened(folder, HEAD, K, pytest.fail).missing(ALL).size == 0
@@ -247,5 +247,5 @@ def test_damage_while_it_is_open(tmp_path, opened):
 def test_a_disk_that_gives_back_other_bytes(tmp_path, opened, monkeypatch):
     cache = opened(tmp_path, HEAD, K)
     monkeypatch.setattr(os, "pwrite", lambda file, data, at: len(data))
-    with pytest.raises(EdgeLoraError, match="gives back other bytes than were written; choose"):
+    with pytest.raises(EdgeLoraError, match="the bytes read are not those that were written; cho"):
         cache(ALL)

@@ -77,7 +77,7 @@ def test_files_that_hold_none(tmp_path):
 def test_words_say_how_many_blocks():
     rows = Plan(streamed_blocks=3, kept_blocks=2, micro_batches=2).rows(10)
     assert rows["weights"] == "3 of 10 blocks from disk, 7 in memory, the next block read ahead"
-    assert rows["activations"] == "8 of 10 blocks computed again, 2 kept"
+    assert rows["activations"] == "8 of 10 blocks recomputed, 2 kept"
     assert rows["inputs of blocks"] == "in a file"
     assert rows["batch"] == "in 2 parts"
 

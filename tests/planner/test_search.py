@@ -194,7 +194,7 @@ def test_less_than_a_megabyte_helps_nothing():
     fewer = replace(shape, rank=8, adapter_bytes=2000, mlp_adapter_bytes=1000)
     least, halved = (smallest(s, LOAD, MACHINE).needs for s in (shape, fewer))
     assert halved < least < halved + 10**6 / 2
-    assert text.endswith("(rank 8 and batch_size 2 would change nothing)")
+    assert text.endswith("(rank 8 and batch_size 2 would not help)")
     # Rows are halved further until it can be seen.
     tokens, needed = re.search(r"max_seq_length (\d+) needs ([\d.]+ [MG]B)", text).groups()
     longer = BatchShape(LOAD.rows, 2 * int(tokens), LOAD.labelled * 2 * int(tokens) // LOAD.tokens)
@@ -210,7 +210,7 @@ def test_what_helps_where_tokens_and_rows_are_computed_a_few_at_a_time():
         text = str(caught.value)
         assert ("dtype bfloat16 needs" in text) == (itemsize == 4)
         assert "rank 8 needs" in text
-        assert text.endswith("(batch_size 2 would change nothing)")
+        assert text.endswith("(batch_size 2 would not help)")
         # The longest of the halves that takes less.
         tokens = int(re.search(r"max_seq_length (\d+) needs", text)[1])
         least = smallest(shape, LOAD, MACHINE).needs

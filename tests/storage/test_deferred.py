@@ -37,7 +37,7 @@ def test_nobody_gets_values_before_they_are_known():
 def test_other_values_than_promised_are_refused():
     promise = DeferredArray((3, 4), mx.float32)
     for value in (mx.ones((4, 3)), mx.ones((3, 4), mx.float16)):
-        with pytest.raises(ValueError, match="promised"):
+        with pytest.raises(ValueError, match=r"expected .*float32 "):
             promise.fill(value)
 
 

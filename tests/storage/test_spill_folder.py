@@ -23,7 +23,7 @@ def test_spill_folder_passes_over_memory_and_what_cannot_be_written(tmp_path, on
     folder, reason = spill_folder(candidates)
     assert folder == tmp_path / "made" / "here"
     assert folder.is_dir()
-    assert reason == "the only local volume at hand"
+    assert reason == "the only local disk found"
     with pytest.raises(EdgeLoraError, match=r"spill_dir: none of .*memory, .*below is a writable"):
         spill_folder(candidates[:2])
 

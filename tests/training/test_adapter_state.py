@@ -281,7 +281,9 @@ def test_half_an_update_is_never_given(home):
     with pytest.raises(KeyboardInterrupt):
         trained.update(optimizer, 1)
     for use in (trained.weights, lambda: trained.update(optimizer, 1)):
-        with pytest.raises(EdgeLoraError, match=r"broken off half way.*; resume from"):
+        with pytest.raises(
+            EdgeLoraError, match=r"update of the adapters was interrupted.*; resume from"
+        ):
             use()
 
 
@@ -294,7 +296,7 @@ def test_half_an_update_is_never_walked_on(paged):
     give(paged, gradients_of({n: v.shape for n, v in paged.weights().items()}, 0))
     with pytest.raises(KeyboardInterrupt):
         paged.update(optimizer, 1)
-    with pytest.raises(EdgeLoraError, match="broken off half way"):
+    with pytest.raises(EdgeLoraError, match="update of the adapters was interrupted"):
         paged.block(2)
 
 
@@ -361,7 +363,7 @@ def test_a_full_disk_is_one_sentence(paged, tmp_path, monkeypatch):
 
 
 def test_a_folder_that_takes_no_file_is_named(tmp_path):
-    with pytest.raises(EdgeLoraError, match=r"missing: no spill file .*--adapters resident"):
+    with pytest.raises(EdgeLoraError, match=r"missing: no scratch file .*--adapters resident"):
         PagedAdapterState(make_model(), tmp_path / "missing")
 
 

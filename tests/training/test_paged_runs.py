@@ -104,7 +104,7 @@ def test_resuming_and_testing_go_through_the_file(run):
     assert files(folder) == files(kept) != files(start)
     assert "adapters            in memory" in said[1]
     assert "adapters            in a file" in logged[1]
-    assert f"scratch files in {folder.parent} (as asked)" in logged
+    assert f"scratch files in {folder.parent} (set by --spill-dir)" in logged
     again = [
         run(adapters, "paged", train=False, test=True)[1][-1] for adapters in ("resident", "paged")
     ]

@@ -302,7 +302,7 @@ def test_a_damaged_file_is_replaced_and_nothing_changes(options, tmp_path):
     again = run(options(loss_k=3))
     assert again[:2] == (train, val)
     size = path.stat().st_size
-    assert f"{path}: {size - 1} bytes long, expected {size}; it is built anew" in again[2]
+    assert f"{path}: {size - 1} bytes long, expected {size}; it is rebuilt" in again[2]
 
 
 @pytest.mark.parametrize("cap", [1, 20])
