@@ -78,6 +78,7 @@ NO_DEFAULT = {
     "resume_adapter_file",
     "resume",
     "accept_changes",
+    "epochs",
     "report_to",
     "project_name",
     "log",
