@@ -9,6 +9,7 @@ COMMANDS = {
     "train": ("train", "Fine-tune a model."),
     "data": ("preview.command", "Show the data as a run will see it, with the labels."),
     "plan": ("plan", "Tell whether a run fits into memory, and how it would be computed."),
+    "generate": ("generate", "Answer prompts with a model and its adapter."),
     "fuse": ("fuse", "Merge an adapter into its model."),
     "verify": ("verify", "Compare the gradients of a run with those of plain MLX."),
     "benchmark": ("benchmark.__main__", "Compare memory and time with mlx-lm."),
@@ -50,7 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     module, _ = COMMANDS[argv[0]]
-    return import_module(f"mlx_edgelora.{module}").main(argv[1:])
+    try:
+        run = import_module(f"mlx_edgelora.{module}").main
+    except KeyboardInterrupt:  # importing takes a moment
+        return 130
+    return run(argv[1:])
 
 
 if __name__ == "__main__":

@@ -10,14 +10,15 @@ from typing import Any, NoReturn
 
 from mlx_edgelora.checkup.job import Checkup, Sizes, environment_variable
 from mlx_edgelora.checkup.report import as_json, lines_of, make_report, problems
+from mlx_edgelora.command import command
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.measure.meter import footprint
 from mlx_edgelora.measure.text import wrapped
 from mlx_edgelora.storage.files import make_folder, write_atomically
 
 FILE = "mlx-edgelora-report.json"
-# Exit statuses.
-PASSED, FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
+# Exit statuses beside those of every command.
+PASSED, FAILED = 0, 1
 
 
 class _Parser(argparse.ArgumentParser):
@@ -27,21 +28,19 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None, sizes: Sizes | None = None) -> int:
-    """Run the command; returns 0, 1 where something failed, 2 for what the user can mend."""
-    try:
-        options = _parser().parse_args(sys.argv[1:] if argv is None else argv)
-        file = None if options.report is None else Path(options.report)
-        if file is not None:
-            _check_file(file)
-        with _scratch(options.spill_dir) as folder:
-            job = Checkup(folder, sizes or Sizes(), footprint())
-            print("Checking this machine. It takes about two minutes, and nothing is sent.")
-            report = make_report(job, lambda report: _print_and_write(report, file))
-    except EdgeLoraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    """Run the command; returns 0, 1 where something failed (`mlx_edgelora.command`)."""
+    return command(lambda arguments: _run(arguments, sizes or Sizes()))(argv)
+
+
+def _run(argv: Sequence[str], sizes: Sizes) -> int:
+    options = _parser().parse_args(argv)
+    file = None if options.report is None else Path(options.report)
+    if file is not None:
+        _check_file(file)
+    with _scratch(options.spill_dir) as folder:
+        job = Checkup(folder, sizes, footprint())
+        print("Checking this machine. It takes about two minutes, and nothing is sent.")
+        report = make_report(job, lambda report: _print_and_write(report, file))
     found = problems(report)
     print(f"\n{'Problems found:' if found else 'Nothing failed.'}")
     for line in found:

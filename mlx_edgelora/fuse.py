@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from mlx_edgelora.command import command
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.export.fusing import fuse
 from mlx_edgelora.measure.meter import peak_memory
@@ -11,8 +12,9 @@ from mlx_edgelora.measure.units import size
 from mlx_edgelora.training.failures import explain_failures
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, or 2 for what the user can mend."""
+@command
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns the exit status (`mlx_edgelora.command`)."""
     parser = argparse.ArgumentParser(
         prog="mlx-edgelora fuse",
         usage="%(prog)s [options]",
@@ -49,24 +51,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dequantize", action="store_true", help="Write unpacked weights of a quantized model."
     )
-    options = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    options = parser.parse_args(argv)
+    weights = options.adapter_weights
+    if weights is not None and len(weights) != len(options.adapter_path):
+        raise EdgeLoraError(
+            f"--adapter-weights: got {len(weights)} for {len(options.adapter_path)} adapters, "
+            "expected one for each"
+        )
     try:
-        weights = options.adapter_weights
-        if weights is not None and len(weights) != len(options.adapter_path):
-            raise EdgeLoraError(
-                f"--adapter-weights: got {len(weights)} for {len(options.adapter_path)} adapters, "
-                "expected one for each"
-            )
         with explain_failures(f"{options.save_path} was not written"):
             path = fuse(
                 options.model, options.adapter_path, options.save_path, weights, options.dequantize
             )
-    except EdgeLoraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on with what is missing", file=sys.stderr)
-        return 130
+        raise
     print(f"fused model in {path} (peak memory {size(peak_memory())})")
     print(f'\nTry it:\n  mlx_lm.generate --model {path} --prompt "..."')
     return 0

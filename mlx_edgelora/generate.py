@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,10 @@ from mlx_edgelora.inference.generating import Generator, Sampling, open_generato
 from mlx_edgelora.measure.meter import peak_memory
 from mlx_edgelora.measure.units import size
 from mlx_edgelora.training.adapters import CONFIG_FILE, WEIGHTS_FILE, check_adapter
+from mlx_edgelora.training.failures import explain_failures
+
+# A chat is planned with so many before the answer.
+CHAT_TOKENS = 2048
 
 
 @command
@@ -35,8 +40,9 @@ def main(argv: Sequence[str]) -> int:
         options.top_k,
         options.seed,
     )
-    tokens = max(map(len, prompts), default=0) + 256 + sampling.max_tokens
-    with open_generator(model, adapter, budget, rows, tokens, _note) as generator:
+    tokens = sampling.max_tokens + (CHAT_TOKENS if options.chat else 0)
+    opened = open_generator(model, adapter, budget, rows, tokens, _note, prompts)
+    with opened as generator, explain_failures("nothing was written"):
         if options.chat:
             _chat(generator, options.system_prompt, sampling)
             return 0
@@ -139,6 +145,7 @@ def _prompts(options: argparse.Namespace, adapter: Path | None) -> Iterator[list
         raise EdgeLoraError("--compare: got no --adapter-path, expected the adapter to compare")
     if options.max_tokens < 1 or options.batch_size < 1:
         raise EdgeLoraError("--max-tokens, --batch-size: expected whole numbers of at least 1")
+    _check_sampling(options)
     given = [name for name in ("prompt", "prompts", "chat") if getattr(options, name)]
     if len(given) > 1:
         raise EdgeLoraError(f"--{given[0]}, --{given[1]}: got both, expected one of them")
@@ -155,11 +162,23 @@ def _prompts(options: argparse.Namespace, adapter: Path | None) -> Iterator[list
     yield _conversation(sys.stdin.read() if text == "-" else text, "--prompt", options)
 
 
+def _check_sampling(options: argparse.Namespace) -> None:
+    limits = {"temp": math.inf, "top_p": 1, "min_p": 1, "top_k": math.inf, "seed": 2**64 - 1}
+    for name, most in limits.items():
+        value = getattr(options, name)
+        if value is not None and not 0 <= value <= most:
+            flag = name.replace("_", "-")
+            up_to = "" if most == math.inf else f" and at most {most}"
+            raise EdgeLoraError(f"--{flag}: got {value}, expected at least 0{up_to}")
+
+
 def _rows(path: Path) -> Iterator[tuple[str, object]]:
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise EdgeLoraError(f"--prompts: {path} cannot be read ({error})") from error
+    if not any(line.strip() for line in lines):
+        raise EdgeLoraError(f"--prompts: {path} is empty, expected a prompt in each line")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -169,14 +188,14 @@ def _rows(path: Path) -> Iterator[tuple[str, object]]:
             continue
         try:
             yield place, json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise EdgeLoraError(f"{place}: is not JSON ({error})") from error
 
 
 def _conversation(row: object, place: str, options: argparse.Namespace) -> list | str:
     if isinstance(row, dict):
         row = row.get("messages") or row.get("prompt")
-    if isinstance(row, list):
+    if isinstance(row, list) and row and all(map(_is_message, row)):
         return row
     if not isinstance(row, str) or not row.strip():
         raise EdgeLoraError(f"{place}: got {row!r:.60}, expected a prompt or messages")
@@ -184,6 +203,12 @@ def _conversation(row: object, place: str, options: argparse.Namespace) -> list 
         return row
     system = [{"role": "system", "content": options.system_prompt}]
     return (system if options.system_prompt else []) + [{"role": "user", "content": row}]
+
+
+def _is_message(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(value.get(key), str) for key in ("role", "content")
+    )
 
 
 def _answer(

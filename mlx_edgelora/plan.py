@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from mlx_edgelora.command import command
 from mlx_edgelora.config import config_from_cli
 from mlx_edgelora.config.yaml_file import read_yaml
 from mlx_edgelora.embedded import DEFAULT_CONFIG
@@ -14,12 +15,13 @@ from mlx_edgelora.storage.files import write_atomically
 from mlx_edgelora.training.inspecting import plan_report
 from mlx_edgelora.training.opening import has_data
 
-# Exit statuses.
-FITS, DOES_NOT_FIT, USER_ERROR = 0, 1, 2
+# Exit statuses beside those of every command.
+FITS, DOES_NOT_FIT = 0, 1
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns 0 where the run fits, 1 where not, 2 for what the user can mend."""
+@command
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns 0 where the run fits, 1 where not (`mlx_edgelora.command`)."""
     parser = argparse.ArgumentParser(
         prog="mlx-edgelora plan",
         usage="%(prog)s [options] [options of mlx-edgelora train]",
@@ -39,29 +41,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="SHARE",
         help="Without --data: fraction of the tokens with a label. Default: 1.0.",
     )
-    try:
-        own, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-        if own.labelled is not None and not 0 < own.labelled <= 1:
-            raise EdgeLoraError(
-                f"--labelled: got {own.labelled}, expected a number above 0 and at most 1"
-            )
-        if own.plot and find_spec("matplotlib") is None:
-            raise EdgeLoraError(
-                "--plot: matplotlib is not installed; run `pip install 'mlx-edgelora[plot]'`"
-            )
-        config = config_from_cli(rest, preset=read_yaml(DEFAULT_CONFIG))
-        if own.labelled is not None and has_data(config):
-            raise EdgeLoraError(
-                f"--labelled: got {own.labelled} for rows that are given, expected nothing: their "
-                "own labels count; leave it out, or name a --model without --data"
-            )
-        report = plan_report(config, 1.0 if own.labelled is None else own.labelled)
-        print(report.json() if own.json else report.table())
-        if own.plot:
-            write_atomically({Path(own.plot): report.plot})
-    except EdgeLoraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
+    own, rest = parser.parse_known_args(argv)
+    if own.labelled is not None and not 0 < own.labelled <= 1:
+        raise EdgeLoraError(
+            f"--labelled: got {own.labelled}, expected a number above 0 and at most 1"
+        )
+    if own.plot and find_spec("matplotlib") is None:
+        raise EdgeLoraError(
+            "--plot: matplotlib is not installed; run `pip install 'mlx-edgelora[plot]'`"
+        )
+    config = config_from_cli(rest, preset=read_yaml(DEFAULT_CONFIG))
+    if own.labelled is not None and has_data(config):
+        raise EdgeLoraError(
+            f"--labelled: got {own.labelled} for rows that are given, expected nothing: their "
+            "own labels count; leave it out, or name a --model without --data"
+        )
+    report = plan_report(config, 1.0 if own.labelled is None else own.labelled)
+    print(report.json() if own.json else report.table())
+    if own.plot:
+        write_atomically({Path(own.plot): report.plot})
     return FITS if report.fits else DOES_NOT_FIT
 
 

@@ -4,19 +4,20 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from mlx_edgelora.command import command
 from mlx_edgelora.config import config_from_cli
 from mlx_edgelora.config.yaml_file import read_yaml
 from mlx_edgelora.embedded import DEFAULT_CONFIG
-from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.training.inspecting import verification
 from mlx_edgelora.training.verdict import table
 
-# Exit statuses.
-EQUAL, MISMATCH, USER_ERROR = 0, 1, 2
+# Exit statuses beside those of every command.
+EQUAL, MISMATCH = 0, 1
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns 0 where all agree, 1 where not, 2 for what the user can mend."""
+@command
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns 0 where all agree, 1 where not (`mlx_edgelora.command`)."""
     parser = argparse.ArgumentParser(
         prog="mlx-edgelora verify",
         usage="%(prog)s [options of mlx-edgelora train]",
@@ -26,13 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "Without --data every row has --max-seq-length tokens. Exits with 1 if gradients differ.",
         allow_abbrev=False,
     )
-    try:
-        _, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-        verdicts = verification(config_from_cli(rest, preset=read_yaml(DEFAULT_CONFIG)))
-        print(table(verdicts))
-    except EdgeLoraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
+    _, rest = parser.parse_known_args(argv)
+    verdicts = verification(config_from_cli(rest, preset=read_yaml(DEFAULT_CONFIG)))
+    print(table(verdicts))
     return MISMATCH if any(verdict.problem for verdict in verdicts) else EQUAL
 
 

@@ -79,6 +79,9 @@ NO_DEFAULT = {
     "resume",
     "accept_changes",
     "resume_adapter_file",
+    "resume",
+    "accept_changes",
+    "epochs",
     "report_to",
     "project_name",
     "log",
@@ -103,8 +106,8 @@ def test_verify_without_options_is_of_the_embedded_run(capsys):
 @pytest.mark.parametrize(("asked", "count"), [(None, 4), (2, 2)])
 def test_the_default_number_of_layers_is_up_to_16(asked, count, tmp_path):
     """A number that is given stays strict; the adapter says what was adapted."""
-    lines, options = [], {"iters": 1, "val_batches": 0, "adapter_path": str(tmp_path)}
-    options["overwrite"] = True
+    options = {"iters": 1, "val_batches": 0, "adapter_path": str(tmp_path), "overwrite": True}
+    lines = []
     config = TrainConfig.from_dict(options | ({} if asked is None else {"num_layers": asked}))
     finetune(config, notify=lines.append)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())

@@ -25,9 +25,9 @@ PAGES = [ROOT / "README.md", *DOCS, *sorted((ROOT / "benchmarks").rglob("*.md"))
 PAGES += sorted((ROOT / "dev").glob("*.md"))
 COLUMNS = 120
 # Commands that take the options of `train` as well.
-TAKE_TRAINING_OPTIONS = ("plan", "verify")
-# What pages name and no command has: an abbreviation, as an example of what is refused.
-NO_FLAGS = {"--help", "--iter"}
+TAKE_TRAINING_OPTIONS = ("plan", "verify", "data")
+# What pages name and no help lists: an abbreviation that is refused, and what `command` takes.
+NO_FLAGS = {"--help", "--iter", "--debug"}
 
 
 def ids(path: Path) -> str:

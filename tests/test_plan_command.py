@@ -116,16 +116,22 @@ def test_the_picture(run_command, tmp_path):
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_model_of_the_hub_is_not_downloaded(run_command, tiny, tmp_path, monkeypatch):
-    """Its configuration and headers are enough; the shards that are looked at are empty."""
+@pytest.mark.parametrize("is_known", [False, True])
+def test_a_model_of_the_hub_is_not_downloaded(is_known, run_command, tiny, tmp_path, monkeypatch):
+    """Its configuration and headers are enough; the shards that are looked at are empty.
+
+    The library may know the model's small files from a `plan` before.
+    """
     model, fetched = tiny / "model", []
 
     def snapshot(name, allow_patterns=(), local_files_only=False):
+        small = tmp_path / "small"
+        small.mkdir(exist_ok=True)
         if local_files_only:
+            if is_known:
+                return str(small)
             raise LocalEntryNotFoundError("not here")
         fetched.append((name, tuple(allow_patterns)))
-        small = tmp_path / "small"
-        small.mkdir()
         for file in model.glob("*.json"):
             (small / file.name).write_bytes(file.read_bytes())
         return str(small)

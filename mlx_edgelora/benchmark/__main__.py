@@ -14,32 +14,26 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")
 from mlx_edgelora.benchmark.options import options_from_cli
 from mlx_edgelora.benchmark.report import BenchmarkReport
 from mlx_edgelora.benchmark.run import run
-from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.command import command
 from mlx_edgelora.storage.files import Writer, write_atomically
 
-# Exit statuses: something that was measured is not valid, or something the user can mend.
-INVALID, USER_ERROR, INTERRUPTED = 1, 2, 130
+# Exit status beside those of every command: something that was measured is not valid.
+INVALID = 1
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        options = options_from_cli(argv)
-        command = shlex.join(["python", "-m", "mlx_edgelora.benchmark", *argv])
+@command
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns its exit status (`mlx_edgelora.command`)."""
+    options = options_from_cli(argv)
+    line = shlex.join(["python", "-m", "mlx_edgelora.benchmark", *argv])
 
-        def keep(report: BenchmarkReport, step_memory: bytes | None = None) -> None:
-            if options.output is not None:
-                write(report, step_memory, options.output, options.shape)
+    def keep(report: BenchmarkReport, step_memory: bytes | None = None) -> None:
+        if options.output is not None:
+            write(report, step_memory, options.output, options.shape)
 
-        report, step_memory = run(options, command, log, keep)
-        print(report.text())
-        keep(report, step_memory)
-    except EdgeLoraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    report, step_memory = run(options, line, log, keep)
+    print(report.text())
+    keep(report, step_memory)
     return 0 if report.valid else INVALID
 
 

@@ -440,16 +440,27 @@ def _drop_none(mapping: dict[str, Any]) -> dict[str, Any]:
     return mapping
 
 
+def _check_val_split(config: TrainConfig) -> None:
+    """Refuse it where it has no use, or where something else names the validation rows."""
+    if config.val_split is None or not config.train:
+        return
+    got = f"val_split: got {config.val_split:g}"
+    if config.val_batches == 0:
+        raise EdgeLoraError(
+            f"{got} with val_batches 0, which means no validation; leave one of them out"
+        )
+    if config.hf_dataset:
+        raise EdgeLoraError(
+            f"{got} with hf_dataset, whose valid_split names the validation rows; leave val_split "
+            "out"
+        )
+
+
 def _check_together(config: TrainConfig) -> None:
     """Refuse options that contradict each other."""
     if not config.train and not config.test:
         raise EdgeLoraError("train: got false without test, expected one of the two to be true")
-    has_other = "val_batches 0" if config.val_batches == 0 else config.hf_dataset and "hf_dataset"
-    if config.train and config.val_split is not None and has_other:
-        raise EdgeLoraError(
-            f"val_split: got {config.val_split:g} with {has_other}, expected no val_split there: "
-            "nothing is validated, or valid_split says on what; leave one of them out"
-        )
+    _check_val_split(config)
     if config.train and not config.adapter_path:
         raise EdgeLoraError("adapter_path: got no name, expected a folder to write the adapter to")
     _check_resume(config)

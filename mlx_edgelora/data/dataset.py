@@ -119,10 +119,10 @@ class Dataset(Sequence[tuple[np.ndarray, np.ndarray]]):
 
     def _read(self, rows: Iterable[Row], max_seq_length: int, counts: Counter[str]) -> None:
         """Keep what can be trained. Several pieces of a row, one after another, count as one."""
-        place, is_kept = None, False
+        place, is_kept, is_cut = None, False, False
         for row in rows:
             if (row.source, row.number) != place:
-                place, is_kept = (row.source, row.number), False
+                place, is_kept, is_cut = (row.source, row.number), False, False
                 counts["rows"] += 1
             length = len(row.tokens)
             counts["longest"] = max(counts["longest"], length)
@@ -134,7 +134,9 @@ class Dataset(Sequence[tuple[np.ndarray, np.ndarray]]):
                 continue
             counts["kept"] += not is_kept
             is_kept = True
-            counts["truncated"] += len(tokens) < length
+            if len(tokens) < length:
+                counts["truncated"] += not is_cut
+                is_cut = True
             counts["labels"] += labels
             self._append(row, tokens, spans)
 
@@ -188,9 +190,11 @@ class Dataset(Sequence[tuple[np.ndarray, np.ndarray]]):
 def _nothing_to_train(report: DataReport) -> EdgeLoraError:
     if report.rows == 0:
         return EdgeLoraError(f"{report.name}: has no rows, expected at least one")
-    told = "".join(f"; {line}" for line in report.findings.lines())
-    return EdgeLoraError(
-        f"{report.name}: none of its {report.rows} rows has a token to train on within "
-        f"max_seq_length {report.max_seq_length}; raise it, or train on more of each row by "
-        f"--train-on everything{told}"
-    )
+    text = f"{report.name}: none of its {report.rows} rows has a token to train on"
+    lines = report.findings.lines()
+    if report.longest > report.max_seq_length:
+        text += f" within max_seq_length {report.max_seq_length}"
+        lines.insert(0, "raise it, or train on more of each row by --train-on everything")
+    elif not lines:
+        lines = ["add rows with an answer to train on"]
+    return EdgeLoraError("; ".join([text, *lines]))

@@ -32,7 +32,8 @@ def value_and_grad(
         loss: calls `model` once and returns a scalar, or a tuple whose first item is a scalar.
         store: keeps the inputs of blocks until the backward; by default in memory, which grows
             with depth.
-        weights, compiled: see `Walk`.
+        weights: source of frozen weights; by default they are in the model.
+        compiled: whether to compile one function for each kind of block, as in `Walk`.
 
     Returns:
         A function of the loss's arguments that gives `(value, gradients)`, the gradients

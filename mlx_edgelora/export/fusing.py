@@ -7,6 +7,7 @@ of any size is fused in the memory of a few of its tensors, and each tensor is t
 """
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -68,7 +69,7 @@ def fuse(
             `save_path` does not exist then.
     """
     adapters, save_path = [Path(folder) for folder in adapters], Path(save_path)
-    if save_path.exists():
+    if os.path.lexists(save_path):
         raise EdgeLoraError(
             f"save_path: {save_path} exists, expected a new folder; remove it or choose another"
         )
@@ -83,9 +84,13 @@ def fuse(
     stamp = _stamp(lazy, adapters, weights, dequantize)
     config = _merge(lazy, adapters, configs, weights, dequantize)
     building = save_path.with_name(f".{save_path.name}.building")
+    if building.is_symlink():  # what it leads to is not ours to empty
+        raise EdgeLoraError(f"save_path: {building} is a link, expected none; remove it")
     try:
         building.mkdir(parents=True, exist_ok=True)
         with locked(building, "--save-path"):
+            if os.path.lexists(save_path):  # by another run, meanwhile
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
             _begin(building, stamp)
             _write(building, lazy, config, notify)
             (building / _NOTE).unlink()
@@ -120,8 +125,9 @@ def _stamp(
         status = shard.stat()
         digest.update(repr((shard.name, status.st_size, status.st_mtime_ns)).encode())
     for folder in adapters:
-        digest.update((folder / CONFIG_FILE).read_bytes())
-        digest.update((folder / WEIGHTS_FILE).read_bytes())
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            with open(folder / name, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 

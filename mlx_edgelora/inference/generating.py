@@ -8,13 +8,16 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm import load
+from jinja2 import TemplateError
 from mlx_lm.generate import batch_generate, stream_generate
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.tuner.utils import load_adapters
+from mlx_lm.utils import load_model
 
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.inference.streamed import open_lazy, plan_inference, streamed
+from mlx_edgelora.model.checkpoint import error_text
 from mlx_edgelora.model.tokenizer import load_tokenizer_of
 from mlx_edgelora.planner.machine import default_budget
 from mlx_edgelora.storage.files import user_cache
@@ -56,11 +59,7 @@ class Generator:
 
     def encode(self, messages: Sequence[dict[str, str]] | str) -> list[int]:
         """Tokens of a conversation that waits for an answer, or of plain text."""
-        if isinstance(messages, str):
-            return self._tokenizer.encode(messages)
-        return self._tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, return_dict=False
-        )
+        return encode(self._tokenizer, messages)
 
     def stream(self, prompt: list[int], sampling: Sampling) -> Iterator[str]:
         """The pieces of one answer as they come."""
@@ -97,6 +96,11 @@ class Generator:
     def without_adapter(self) -> Iterator[None]:
         """The base model, for as long as this is entered."""
         layers = [m for m in self._model.modules() if "lora_b" in m and hasattr(m, "scale")]
+        if not layers:
+            raise EdgeLoraError(
+                "adapter_path: holds no LoRA layers, so that it cannot be switched off; ask the "
+                "base model by a run of its own"
+            )
         if any("m" in layer for layer in layers):
             raise EdgeLoraError(
                 "adapter_path: a DoRA adapter cannot be switched off; ask the base model by a run "
@@ -112,6 +116,34 @@ class Generator:
                 layer.scale = scale
 
 
+def encode(tokenizer: TokenizerWrapper, messages: Sequence[dict[str, str]] | str) -> list[int]:
+    """Tokens of a conversation that waits for an answer, or of plain text.
+
+    Without a chat template a single message is plain text, as in mlx-lm.
+
+    Raises:
+        EdgeLoraError: the tokenizer's template does not take the conversation.
+    """
+    if not isinstance(messages, str) and not tokenizer.has_chat_template:
+        if len(messages) > 1:
+            raise EdgeLoraError(
+                "the tokenizer has no chat template, expected one for a conversation of "
+                f"{len(messages)} messages; ask with a single prompt"
+            )
+        messages = messages[0]["content"]
+    if isinstance(messages, str):
+        return tokenizer.encode(messages)
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, return_dict=False
+        )
+    except (TemplateError, ValueError, TypeError, KeyError) as error:
+        raise EdgeLoraError(
+            f"the chat template does not take this conversation ({error_text(error)}); change its "
+            "roles, or use --ignore-chat-template"
+        ) from error
+
+
 @contextmanager
 def open_generator(
     model: str,
@@ -120,6 +152,7 @@ def open_generator(
     rows: int = 1,
     tokens: int = 2048,
     notify: Callable[[str], None] = print,
+    prompts: Sequence[Sequence[dict[str, str]] | str] = (),
 ) -> Iterator[Generator]:
     """Open a model that answers within a budget.
 
@@ -128,8 +161,9 @@ def open_generator(
         adapter: its folder; None for the base model.
         memory_budget: bytes for MLX; "min" for the least; None for what is free.
         rows: prompts that are answered at once.
-        tokens: of the longest prompt with its answer.
+        tokens: of the longest prompt with its answer; of an answer, where `prompts` are given.
         notify: gets a line about where the weights are.
+        prompts: what will be asked.
 
     Raises:
         EdgeLoraError: the model or adapter cannot be used, or the budget is too small.
@@ -137,10 +171,14 @@ def open_generator(
     lazy = open_lazy(model, adapter, user_cache())
     tokenizer = load_tokenizer_of(lazy)
     budget = default_budget()[0] if memory_budget is None else memory_budget
+    tokens += max((len(encode(tokenizer, prompt)) for prompt in prompts), default=0)
     plan = plan_inference(lazy, budget, rows, tokens)
-    notify(plan.text(len(lazy.blocks)))
+    notify(plan.text(len(lazy.model.layers)))
     if plan.is_resident:  # as mlx-lm does it, several operations of blocks at once
-        ready, _ = load(str(lazy.source), adapter_path=None if adapter is None else str(adapter))
+        ready, _ = load_model(lazy.source)
+        if adapter is not None:
+            ready = load_adapters(ready, str(adapter))
+        ready.eval()
         yield Generator(ready, tokenizer, rows, plan.prefill_step)
         return
     with _limited(plan.peak), streamed(lazy, plan) as ready:

@@ -96,12 +96,13 @@ def open_lazy(model: str, adapter: Path | None, cache: Path) -> LazyModel:
                 "the model that it was trained on"
             ) from error
     lazy.model.eval()
-    lazy.blocks = checked_blocks(lazy.model)
     return lazy
 
 
 def plan_inference(lazy: LazyModel, budget: int | str, rows: int, tokens: int) -> InferencePlan:
     """What to keep in memory: as many blocks as the budget has room for.
+
+    A model whose blocks cannot be streamed is for mlx-lm, if it fits.
 
     Args:
         lazy: as `open_lazy` gives it.
@@ -110,8 +111,17 @@ def plan_inference(lazy: LazyModel, budget: int | str, rows: int, tokens: int) -
         tokens: of the longest prompt with its answer.
 
     Raises:
-        EdgeLoraError: the budget is too small.
+        EdgeLoraError: the budget is too small, or the model can only be held whole.
     """
+    try:
+        lazy.blocks = checked_blocks(lazy.model)
+    except EdgeLoraError as error:
+        weights = sum(array.nbytes for _, array in tree_flatten(lazy.model.parameters()))
+        if budget == "min" or weights > budget:
+            raise EdgeLoraError(
+                f"{error}; so it cannot be read block by block, and needs more than {size(weights)}"
+            ) from error
+        return InferencePlan(0, False, PREFILL_STEPS[1], weights, 0)
     shape = shape_of(lazy.blocks, lazy.vocabulary)
     head = _head_bytes(lazy)
     blocks = len(lazy.blocks)

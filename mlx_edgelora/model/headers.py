@@ -39,14 +39,23 @@ def headers_of(name: str) -> Iterator[Path]:
     if Path(name).is_dir() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         yield resolve_model(name)
         return
-    try:
-        yield Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+    if (found := _downloaded(name)) is not None:
+        yield found
         return
-    except (LocalEntryNotFoundError, OSError, HFValidationError):
-        pass  # not downloaded yet
     with tempfile.TemporaryDirectory(prefix="mlx_edgelora-") as folder:
         _fetch(name, Path(folder))
         yield Path(folder)
+
+
+def _downloaded(name: str) -> Path | None:
+    try:
+        found = huggingface_hub.snapshot_download(
+            name, allow_patterns=HUB_PATTERNS, local_files_only=True
+        )
+    except (LocalEntryNotFoundError, OSError, HFValidationError):
+        return None
+    # Only the small files are there after `_fetch`, which some versions of the library allow.
+    return Path(found) if any(Path(found).glob("*.safetensors")) else None
 
 
 def _fetch(name: str, folder: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from mlx_edgelora.command import command
 from mlx_edgelora.config import TrainConfig, config_from_cli
 from mlx_edgelora.config.yaml_file import read_yaml
 from mlx_edgelora.data import Dataset
@@ -19,13 +20,14 @@ from mlx_edgelora.preview.page import page
 from mlx_edgelora.storage.files import write_atomically
 from mlx_edgelora.training.inspecting import plan_report, read_data
 
-# Exit statuses.
-TRAINS, REFUSED, WRONG = 0, 1, 2
+# Exit statuses beside those of every command.
+TRAINS, REFUSED = 0, 1
 PURPOSES = ("training", "validation", "test")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns 0, 1 where a run would be refused, 2 for what the user can mend."""
+@command
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns 0, 1 where a run would be refused (`mlx_edgelora.command`)."""
     parser = argparse.ArgumentParser(
         prog="mlx-edgelora data",
         usage="%(prog)s [options] [options of mlx-edgelora train]",
@@ -40,18 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--rows", type=int, default=3, metavar="N", help="Rows to show of each set. Default: 3."
     )
     parser.add_argument("--html", metavar="FILE", help="Write all of it to a web page as well.")
-    try:
-        own, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-        if own.rows < 0:
-            raise EdgeLoraError(f"--rows: got {own.rows}, expected a number of at least 0")
-        config = config_from_cli(rest, preset=read_yaml(DEFAULT_CONFIG))
-        return _show(config, own.rows, own.html)
-    except EdgeLoraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return WRONG
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return TRAINS
+    own, rest = parser.parse_known_args(argv)
+    if own.rows < 0:
+        raise EdgeLoraError(f"--rows: got {own.rows}, expected a number of at least 0")
+    config = config_from_cli(rest, preset=read_yaml(DEFAULT_CONFIG))
+    return _show(config, own.rows, own.html)
 
 
 def _show(config: TrainConfig, wanted: int, html: str | None) -> int:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
+from mlx_edgelora.command import command
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.report.page import check_target, write_report
 
@@ -22,25 +23,20 @@ class _Parser(argparse.ArgumentParser):
         raise EdgeLoraError(f"command line: {message}; --help lists the options")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns 0, 2 for what the user can mend, 130 for an interrupt."""
-    try:
-        options = _parser().parse_args(sys.argv[1:] if argv is None else argv)
-        log = None if options.log is None else Path(options.log)
-        target = Path(options.output or (EXAMPLE if log is None else log.with_suffix(".html")))
-        if log is not None and target.resolve() == log.resolve():
-            raise EdgeLoraError(f"--output: {target} is the log, expected another file")
-        check_target(target)
-        if log is None:
-            _example(target)
-        else:
-            _report(log, target)
-            print(f"The report is in {target}")
-    except EdgeLoraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+@command
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns the exit status (`mlx_edgelora.command`)."""
+    options = _parser().parse_args(argv)
+    log = None if options.log is None else Path(options.log)
+    target = Path(options.output or (EXAMPLE if log is None else log.with_suffix(".html")))
+    if log is not None and target.resolve() == log.resolve():
+        raise EdgeLoraError(f"--output: {target} is the log, expected another file")
+    check_target(target)
+    if log is None:
+        _example(target)
+    else:
+        _report(log, target)
+        print(f"The report is in {target}")
     return 0
 
 

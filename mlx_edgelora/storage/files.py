@@ -135,12 +135,17 @@ def remove_temporaries(folder: Path) -> None:
     """Remove what runs that were killed left in a folder; hold its lock."""
     with contextlib.suppress(OSError):
         for path in list(folder.iterdir()):
-            if not _TEMPORARY.fullmatch(path.name):
-                continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+            if _TEMPORARY.fullmatch(path.name):
+                remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder with all in it, as far as that is possible."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -197,7 +202,7 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         probe = temporary_name(folder / "probe")
         create(probe).close()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # a run that begins there removes it as a left-over
     except OSError as error:
         raise cannot_write(folder, error) from error
 

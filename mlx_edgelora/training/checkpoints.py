@@ -18,7 +18,7 @@ import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from mlx_edgelora.storage.files import (
     Writer,
     cannot_write,
     create,
+    remove,
     sync,
     sync_folder,
     temporary_name,
@@ -41,6 +42,7 @@ from mlx_edgelora.training.adapters import CONFIG_FILE, WEIGHTS_FILE, adapter_wr
 
 FOLDER = "checkpoints"
 BEST_FOLDER = "best"
+NUMBERED_FILES = f"[0-9]*_{WEIGHTS_FILE}"
 STATE_FILE, RUN_FILE, PLAN_FILE, MANIFEST_FILE = (
     "state.safetensors",
     "run.json",
@@ -143,14 +145,28 @@ class Origin:
     plan: Callable[[], str | None] = lambda: None
     overwrites: bool = False
 
-    def clear(self, run_folder: Path) -> None:
-        """Before the first save: remove what another run left, if that was asked for."""
-        if not self.overwrites or self.checkpoint is not None:
-            return
-        for folder in (FOLDER, BEST_FOLDER):
-            shutil.rmtree(run_folder / folder, ignore_errors=True)
-        for path in run_folder.glob(f"[0-9]*_{WEIGHTS_FILE}"):
-            path.unlink(missing_ok=True)
+    @contextlib.contextmanager
+    def replacing(self, run_folder: Path, patterns: Iterable[str]) -> Iterator[None]:
+        """Around the first save: remove what another run left, if that was asked for.
+
+        It is out of the way meanwhile, under names that the next start removes, and comes back
+        if the save fails.
+        """
+        moved: list[tuple[Path, Path]] = []
+        try:
+            if self.overwrites and self.checkpoint is None:
+                for path in [path for name in patterns for path in run_folder.glob(name)]:
+                    moved.append((path, temporary_name(path)))
+                    os.replace(*moved[-1])
+            yield
+        except BaseException:
+            for path, aside in moved:
+                remove(path)
+                with contextlib.suppress(OSError):
+                    os.replace(aside, path)
+            raise
+        for _, aside in moved:
+            remove(aside)
 
 
 def check_unused(run_folder: Path) -> None:
@@ -159,7 +175,8 @@ def check_unused(run_folder: Path) -> None:
     Raises:
         EdgeLoraError: it does.
     """
-    if (run_folder / WEIGHTS_FILE).exists() or _folders(run_folder):
+    best = run_folder / BEST_FOLDER / WEIGHTS_FILE
+    if (run_folder / WEIGHTS_FILE).exists() or best.exists() or _folders(run_folder):
         more = "--resume to go on with it, " if _folders(run_folder) else ""
         raise EdgeLoraError(
             f"adapter_path: {run_folder} holds the adapter of another run; use {more}--overwrite "
@@ -341,6 +358,8 @@ def _read(folder: Path) -> Checkpoint:
             raise _damaged(folder / name, error.strerror) from error
         if found != expected:
             raise _damaged(folder / name, "its size or checksum differs")
+    if missing := {WEIGHTS_FILE, CONFIG_FILE, STATE_FILE, RUN_FILE} - content["files"].keys():
+        raise _damaged(folder / MANIFEST_FILE, f"it does not name {min(missing)}")
     state = json.loads((folder / RUN_FILE).read_bytes())
     known = {field.name for field in fields(RunState)}
     state = RunState(**{key: value for key, value in state.items() if key in known})
@@ -362,6 +381,6 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 def _damaged(path: Path, why: str | None) -> EdgeLoraError:
     return EdgeLoraError(
-        f"{path}: the checkpoint is damaged ({why}); resume from an earlier one with --resume "
-        f"{path.parent.parent}/STEP, or delete {path.parent}"
+        f"{path}: the checkpoint is damaged ({why}); delete {path.parent}, and --resume goes on "
+        "from the one before it"
     )

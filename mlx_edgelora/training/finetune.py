@@ -176,8 +176,10 @@ def _prepare(
     notify(summary.lines(facts))
     note("run", summary.run_record(config, facts))
     found = fingerprints(lazy.checkpoint, sets[0]) if config.train else {}
-    start, wanted = adapter_to_start(config), config
-    if checkpoint is not None:
+    wanted = config
+    if checkpoint is None:
+        start = adapter_to_start(config)
+    else:
         check_iters(config, checkpoint)
         check_contents(found, config, checkpoint)
         start, wanted = checkpoint.weights, planned(config, checkpoint)

@@ -39,6 +39,8 @@ from mlx_edgelora.training.adapters import WEIGHTS_FILE, save_adapters
 from mlx_edgelora.training.callbacks import TrainingCallback
 from mlx_edgelora.training.checkpoints import (
     BEST_FOLDER,
+    FOLDER,
+    NUMBERED_FILES,
     Origin,
     RunState,
     remove_old,
@@ -187,6 +189,7 @@ class _Run:
         self._key = mx.random.state[0]
         self._updated = 0  # last step that changed the parameters
         self._saved = 0  # last step whose parameters are on disk
+        self._replaced: set[str] = set()  # files of which there are only this run's
         self._last: dict[str, float] = {}
         self._best: float | None = None  # lowest validation loss
 
@@ -301,7 +304,8 @@ class _Run:
         self._publish(self._make_report("val_loss", window, iteration - 1))
         if is_best and self._config.save_best:
             best = self._folder / BEST_FOLDER
-            save_adapters(best, self._adapters.weights(), self._config.to_dict())
+            with self._replacing(BEST_FOLDER):
+                save_adapters(best, self._adapters.weights(), self._config.to_dict())
             self._progress.saved(iteration - 1, best)
 
     def save(self, numbered: bool = False) -> None:
@@ -310,9 +314,13 @@ class _Run:
         Args:
             numbered: also keep the adapter under its step's number, as mlx-lm does.
         """
+        with self._replacing(BEST_FOLDER, FOLDER, NUMBERED_FILES):
+            self._save(numbered)
+        self._saved = self._iteration
+        self._progress.saved(self._iteration, self._folder)
+
+    def _save(self, numbered: bool) -> None:
         iteration, config = self._iteration, self._config.to_dict()
-        if not self._saved:
-            self._origin.clear(self._folder)
         if self._config.keep_checkpoints and self._is_whole():
             save_checkpoint(
                 self._folder,
@@ -325,8 +333,14 @@ class _Run:
             remove_old(self._folder, self._config.keep_checkpoints)
         step = iteration if numbered else None
         save_adapters(self._folder, self._adapters.weights(), config, step)
-        self._saved = iteration
-        self._progress.saved(iteration, self._folder)
+
+    @contextlib.contextmanager
+    def _replacing(self, *patterns: str) -> Iterator[None]:
+        """Around a save: the first one of a kind takes the place of what another run left."""
+        others = [pattern for pattern in patterns if pattern not in self._replaced]
+        with self._origin.replacing(self._folder, others):
+            yield
+        self._replaced.update(others)
 
     def _is_whole(self) -> bool:
         """Whether what is in memory is what a step left, and not half of the next one."""
@@ -352,6 +366,8 @@ class _Run:
         Raises:
             Stopped: a signal asked for it.
         """
+        if not self.is_due(self._config.steps_per_report, self._iteration):
+            self.report(self._iteration)
         if self._saved < self._iteration:
             self.save()
         why = "max_time is over"

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.model.checkpoint import Checkpoint as ModelFiles
 from mlx_edgelora.storage.files import locked, make_folder, remove_temporaries
 from mlx_edgelora.training.checkpoints import (
+    BEST_FOLDER,
     FOLDER,
     Checkpoint,
     check_unused,
@@ -87,6 +89,7 @@ def run_folder(config: TrainConfig) -> Iterator[Checkpoint | None]:
         stack.enter_context(locked(folder))
         remove_temporaries(folder)
         remove_temporaries(folder / FOLDER)
+        remove_temporaries(folder / BEST_FOLDER)
         checkpoint = None
         if config.resume:
             checkpoint = find_checkpoint(folder if config.resume is True else Path(config.resume))
@@ -131,7 +134,9 @@ def saved_options(place: Path) -> dict[str, Any]:
     checkpoint = find_checkpoint(place)
     never = {"resume", "accept_changes", "overwrite", "max_time", "config"}
     options = {key: value for key, value in checkpoint.config.items() if key not in never}
-    return options | {"adapter_path": str(checkpoint.folder.parent.parent)}
+    if checkpoint.folder.absolute().parent.name != FOLDER:  # a copy, somewhere else
+        return options
+    return options | {"adapter_path": os.path.normpath(checkpoint.folder / ".." / "..")}
 
 
 def with_saved(config: TrainConfig, checkpoint: Checkpoint) -> TrainConfig:

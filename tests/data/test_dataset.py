@@ -36,6 +36,12 @@ def test_long_rows_are_truncated_and_counted():
     )
 
 
+def test_a_row_that_is_cut_in_several_pieces_is_counted_once():
+    pieces = [Row("train.jsonl: line", 1, [1] * n, 0) for n in (5, 3, 6)]
+    report = Dataset([*pieces, Row("train.jsonl: line", 2, [1] * 5, 0)], 4, "train.jsonl").report
+    assert (report.rows, report.truncated) == (2, 2)
+
+
 def test_rows_with_nothing_to_train_are_left_out_counted_and_places_stay_right():
     dataset = make_dataset(([1], 0), ([1, 2], 0), ([1, 2, 3, 4, 5], 4), ([], 0), ([1, 2, 3], 2))
     assert (len(dataset), dataset.report.rows, dataset.report.dropped) == (2, 5, 3)
@@ -65,6 +71,12 @@ def test_nothing_to_train_at_all_names_the_data_set():
         EdgeLoraError, match=r"^train\.jsonl: none of its 2 rows has a token .* max_seq_length 4;"
     ):
         make_dataset(([1], 0), ([1, 2, 3, 4, 5], 4))
+    with pytest.raises(EdgeLoraError) as caught:  # no limit is in the way, so none is named
+        make_dataset(([1], 0), ([1, 2], 2))
+    assert str(caught.value) == (
+        "train.jsonl: none of its 2 rows has a token to train on; add rows with an answer to train "
+        "on"
+    )
     with pytest.raises(EdgeLoraError, match=r"^train\.jsonl: has no rows, expected at least one"):
         make_dataset()
 

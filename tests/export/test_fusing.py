@@ -10,6 +10,7 @@ import pytest
 from mlx_lm import fuse as mlx_lm_fuse
 from tiny import make_adapter, make_model
 
+from mlx_edgelora import EdgeLoraError
 from mlx_edgelora.export import fusing
 from mlx_edgelora.export.fusing import fuse
 from mlx_edgelora.fuse import main
@@ -170,3 +171,18 @@ def test_another_model_and_a_folder_that_exists_are_refused(tmp_path, capsys):
     assert main([*common, str(model)]) == 2
     assert "exists, expected a new folder" in capsys.readouterr().err
     assert np.isfinite(np.array(tensors(model)["model.norm.weight"])).all()
+
+
+def test_planted_links_lead_nowhere(tmp_path):
+    model = make_model(tmp_path / "model", "llama", quantized=False)
+    adapter = make_adapter(tmp_path / "adapter", model)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "letter.txt").write_text("keep")
+    (tmp_path / ".fused.building").symlink_to(other)
+    with pytest.raises(EdgeLoraError, match="is a link"):
+        fuse(None, [adapter], tmp_path / "fused", notify=str)
+    assert (other / "letter.txt").read_text() == "keep"
+    (tmp_path / "there").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(EdgeLoraError, match="exists"):
+        fuse(None, [adapter], tmp_path / "there", notify=str)

@@ -1,6 +1,7 @@
 """Streamed models answer as mlx-lm does, token for token, in less memory."""
 
 import json
+import os
 
 import mlx.core as mx
 import pytest
@@ -139,6 +140,10 @@ def test_the_command_answers_a_file_of_prompts(tmp_path, capsys):
         (["--prompt", "a", "--chat"], "got both"),
         (["--prompt", " "], "expected a prompt or messages"),
         (["--memory-budget", "1KB"], "--memory-budget: got '1KB'"),
+        (["--top-p", "1.5"], "--top-p: got 1.5, expected at least 0 and at most 1"),
+        (["--seed", "-1"], "--seed: got -1"),
+        (["--temp", "nan"], "--temp: got nan"),
+        (["--prompts", os.devnull], "is empty, expected a prompt"),
     ],
 )
 def test_what_is_wrong_is_said(flags, message, capsys):
@@ -152,3 +157,54 @@ def test_a_chat_goes_on_until_an_empty_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     assert main(["--model", str(model), "--chat", "-m", "3"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def without_template(model):
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    path = model / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config.pop("chat_template", None)
+    path.write_text(json.dumps(config))
+
+
+def test_without_a_template_a_prompt_is_plain_text(tmp_path, capsys):
+    model = make_model(tmp_path / "model", "llama")
+    without_template(model)
+    flags = ["--model", str(model), "-m", "4", "--prompt", PROMPTS[0]]
+    assert main([*flags, "--memory-budget", "min"]) == 0
+    streamed = capsys.readouterr().out
+    assert main([*flags, "--ignore-chat-template"]) == 0
+    assert capsys.readouterr().out == streamed
+    assert main([*flags, "--system-prompt", "x"]) == 2
+    assert "no chat template" in capsys.readouterr().err
+
+
+def test_a_template_that_refuses_is_a_sentence(tmp_path, capsys):
+    model = make_model(tmp_path / "model", "llama")
+    (model / "chat_template.jinja").write_text("{{ raise_exception('no system') }}")
+    assert main(["--model", str(model), "--prompt", "w1", "-m", "2"]) == 2
+    assert "does not take this conversation (no system)" in capsys.readouterr().err
+
+
+def test_prompts_are_planned_with_their_tokens(tmp_path, capsys):
+    model = make_model(tmp_path / "model", "llama")
+    peaks = []
+    for count in (5, 5000):
+        with open_generator(
+            str(model), None, "min", tokens=9, notify=peaks.append, prompts=[words([1] * count)]
+        ):
+            pass
+    assert peaks[0] != peaks[1]
+
+
+def test_a_model_that_cannot_be_streamed_answers_if_it_fits(tmp_path, monkeypatch, capsys):
+    model = make_model(tmp_path / "model", "llama")
+
+    def refuse(model):
+        raise EdgeLoraError("no blocks")
+
+    monkeypatch.setattr("mlx_edgelora.inference.streamed.checked_blocks", refuse)
+    flags = ["--model", str(model), "--prompt", PROMPTS[0], "-m", "3", "--memory-budget"]
+    assert main([*flags, "1GB"]) == 0
+    assert main([*flags, "min"]) == 2
+    assert "no blocks; so it cannot be read block by block" in capsys.readouterr().err

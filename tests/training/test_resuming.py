@@ -1,7 +1,9 @@
 """A run that was interrupted and resumed ends with the bits of one that never stopped."""
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from tiny import LENGTH, make_data, make_model
 
 from mlx_edgelora import EdgeLoraError, TrainConfig, finetune
 from mlx_edgelora.training.checkpoints import find_checkpoint
+from mlx_edgelora.training.resuming import saved_options
 from mlx_edgelora.training.stopping import Stopped
 
 ITERS = 11
@@ -282,3 +285,57 @@ def test_the_command_goes_on_with_the_options_of_the_run(options, tmp_path):
     subprocess.run([*start, "--resume", options().adapter_path], check=True, cwd=tmp_path)
     expected = train(options(adapter_path=str(tmp_path / "whole")))
     assert_same(mx.load(f"{options().adapter_path}/adapters.safetensors"), expected)
+
+
+def test_overwriting_keeps_the_old_run_until_the_new_one_is_saved(options, monkeypatch):
+    folder = Path(options().adapter_path)
+    train(options(iters=8, val_batches=-1, steps_per_eval=4, save_best=True))
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    over = options(iters=4, overwrite=True, val_batches=-1, steps_per_eval=4, save_best=True)
+
+    def full(*arguments):
+        raise EdgeLoraError("full")
+
+    for place in ("save_adapters", "save_checkpoint"):
+        with monkeypatch.context() as patch, pytest.raises(EdgeLoraError, match="full"):
+            patch.setattr(f"mlx_edgelora.training.loop.{place}", full)
+            finetune(dataclasses.replace(over, save_best=False), notify=silent)
+        assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    with pytest.raises(ZeroDivisionError):  # before its first save, but not of its best adapter
+        finetune(over, [EndsAt(1)], silent)
+    assert all(p.read_bytes() == before[p] for p in before if p.parent.name != "best")
+    train(over)
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["0000004"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "0000004_adapters.safetensors",
+        "adapter_config.json",
+        "adapters.safetensors",
+        "best",
+        "checkpoints",
+    ]
+
+
+def test_a_run_that_ends_before_its_first_report_has_a_result(options):
+    result = finetune(options(max_time=1e-6, steps_per_report=10), notify=silent)
+    assert result.iterations == 1
+    assert np.isfinite(result.train_loss)
+
+
+def test_a_checkpoint_is_named_from_anywhere(options, tmp_path, monkeypatch):
+    train(options(iters=4))
+    folder = Path(options().adapter_path)
+    for place, name in ((folder, "."), (folder / "checkpoints", "0000004"), (tmp_path, "adapters")):
+        monkeypatch.chdir(place)
+        assert Path(saved_options(Path(name))["adapter_path"]).resolve() == folder.resolve()
+    shutil.copytree(folder / "checkpoints" / "0000004", tmp_path / "copy")
+    assert saved_options(tmp_path / "copy")["adapter_path"] == str(folder)
+
+
+def test_the_adapter_that_a_run_began_with_is_not_needed_to_resume(options, tmp_path):
+    first = options(adapter_path=str(tmp_path / "first"), iters=2)
+    train(first)
+    began = {"resume_adapter_file": first.adapter_path}
+    train(options(iters=4, **began))
+    shutil.rmtree(first.adapter_path)
+    Path(first.adapter_path).mkdir()
+    train(options(resume=True, iters=5, **began))
