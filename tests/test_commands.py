@@ -75,9 +75,6 @@ def test_every_help_text_is_a_sentence_with_its_default():
 # Nothing happens without them.
 NO_DEFAULT = {
     "config",
-    "epochs",
-    "resume",
-    "accept_changes",
     "resume_adapter_file",
     "resume",
     "accept_changes",
