@@ -82,7 +82,7 @@ def test_all_is_told(ran):
     assert written["complete"] and written["seconds"] > 0
     assert max(map(len, text.splitlines())) <= 80
     assert text.index("versions (") < text.index("footprint (")
-    assert f"The report is in {doctor.FILE}\nPlease open an issue" in text
+    assert f"The report is in {doctor.FILE}\nPlease paste it into an issue" in text
 
 
 def test_names_are_those_of_the_version(ran):
@@ -155,7 +155,7 @@ def test_what_fails_is_told_and_the_others_go_on(run_command, name, failure):
         wanted = ({}, sentence) if other == name else ({"figure": 1}, None)
         part = found["sections"][other]
         assert (part["found"], part["error"]) == wanted
-    assert f"  {name}: {sentence}" in printed.out
+    assert f" {name}: {sentence} " in " ".join(printed.out.split())
 
 
 def test_a_part_that_fails_leaves_the_others_of_its_section(run_command, monkeypatch):
@@ -375,7 +375,7 @@ def test_too_much_memory_and_wrong_gradients_are_told(run_command):
     ("flags", "sentence"),
     [
         (["--repor", "x"], "error: command line: unrecognized arguments: --repor x; --help"),
-        (["--report", "nowhere/r.json"], "error: --report: nowhere is no folder; choose one"),
+        (["--report", "nowhere/r.json"], "error: --report: nowhere is not a folder; choose a"),
         (["--report", "."], "error: --report: . is a folder, expected a file; name one in it"),
         (["--spill-dir", "nowhere"], "error: --spill-dir: nowhere cannot be written (No such file"),
     ],

@@ -64,7 +64,7 @@ def check_target(target: Path) -> None:
     if target.is_dir():
         raise EdgeLoraError(f"{target}: is a folder, expected the report's file; name one in it")
     if not target.parent.is_dir():
-        raise EdgeLoraError(f"{target}: {target.parent} is no folder; choose one that exists")
+        raise EdgeLoraError(f"{target.parent} is not a folder; choose a file in an existing folder")
     make_folder(target.parent)
 
 

@@ -258,7 +258,7 @@ def with_a_block(model, tokens):
     ("other", "reason"),
     [
         (called_twice, "calls the model or a block of it a second time"),
-        (penalized, r"depends on layers.0.proj.lora_a beside what the model returns"),
+        (penalized, r"depends on layers.0.proj.lora_a other than through what"),
         (with_a_block, "calls the model or a block of it a second time"),
     ],
     ids=["two calls", "penalty", "a block alone"],

@@ -27,7 +27,7 @@ from mlx_edgelora.training.throttle import DutyCycle
 @pytest.fixture
 def options(tiny, tmp_path):
     def make(**changes):
-        common = run_options(tiny, tmp_path) | {"steps_per_report": 1}
+        common = run_options(tiny, tmp_path) | {"steps_per_report": 1, "overwrite": True}
         return TrainConfig.from_dict(common | changes)
 
     return make

@@ -75,7 +75,8 @@ def test_a_run_and_its_log_give_the_same_page(options, tmp_path):
         "rank 8 on all",
     ):
         assert words in text
-    finetune(TrainConfig(**options, report=str(tmp_path / "alone.html")), notify=str)
+    alone = options | {"overwrite": True, "report": str(tmp_path / "alone.html")}
+    finetune(TrainConfig(**alone), notify=str)
     assert without_log((tmp_path / "alone.html").read_text())[:500] == without_log(text)[:500]
     assert not (tmp_path / "alone.jsonl").exists()
 
@@ -112,7 +113,7 @@ def test_a_run_that_never_began_has_none(options, tmp_path):
 
 def test_a_report_that_cannot_be_written_is_refused_before_the_run(options, tmp_path):
     lines = []
-    with pytest.raises(EdgeLoraError, match="none is no folder"):
+    with pytest.raises(EdgeLoraError, match="none is not a folder"):
         finetune(TrainConfig(**options, report=str(tmp_path / "none/r.html")), notify=lines.append)
     assert lines == []
 

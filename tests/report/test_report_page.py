@@ -206,7 +206,7 @@ def test_a_report_replaces_the_old_one_whole(tmp_path):
 def test_targets_that_cannot_be(tmp_path):
     with pytest.raises(EdgeLoraError, match="is a folder, expected the report's file"):
         check_target(tmp_path)
-    with pytest.raises(EdgeLoraError, match="none is no folder; choose one that exists"):
+    with pytest.raises(EdgeLoraError, match="none is not a folder; choose a file"):
         check_target(tmp_path / "none" / "run.html")
 
 

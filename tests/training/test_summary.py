@@ -8,15 +8,16 @@ import pytest
 from mlx_edgelora.config import config_from_cli
 from mlx_edgelora.config.yaml_file import read_yaml
 from mlx_edgelora.embedded import DEFAULT_CONFIG
+from mlx_edgelora.model.tokenizer import load_tokenizer_of
 from mlx_edgelora.planner.plan import Plan
-from mlx_edgelora.training import finetune, summary
+from mlx_edgelora.training import opening, summary
 
 
 @pytest.fixture(scope="module")
 def embedded():
-    config = finetune._with_embedded(config_from_cli([], preset=read_yaml(DEFAULT_CONFIG)))
-    lazy = finetune._adapted_model(config)
-    sets = finetune._data(config, finetune._tokenizer(lazy), lazy.vocabulary, lambda line: None)
+    config = opening.with_embedded(config_from_cli([], preset=read_yaml(DEFAULT_CONFIG)))
+    lazy = opening.adapted_model(config)
+    sets = opening.read_sets(config, load_tokenizer_of(lazy), lazy.vocabulary, lambda line: None)
     return config, lazy, sets
 
 

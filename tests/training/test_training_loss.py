@@ -44,7 +44,7 @@ def test_what_fits_is_let_through():
 def test_what_does_not_fit_the_head_is_refused():
     with pytest.raises(EdgeLoraError, match=r"^loss_k: got 51, expected 1 to 50, the model's voc"):
         check_loss(approximate(loss_k=51), HEAD)
-    with pytest.raises(EdgeLoraError, match=r"^loss: got approximate, but its logits are not made"):
+    with pytest.raises(EdgeLoraError, match=r"^loss: got approximate, but its logits are not prod"):
         check_loss(approximate(), None)
     adapter = Adapter(mx.ones((2, 8)), mx.ones((50, 2)), 1.0)
     adapted = MatrixHead(mx.ones((50, 8)), adapter=adapter)
@@ -172,6 +172,7 @@ def options(tiny, tmp_path):
             "model": str(tiny / "model"),
             "data": str(tiny / "data"),
             "adapter_path": str(tmp_path / "adapters"),
+            "overwrite": True,
             "spill_dir": str(tmp_path),
             "cache_dir": str(tmp_path / "cache"),
             "num_layers": -1,
