@@ -271,10 +271,10 @@ def test_a_run_of_labels_that_ends_inside_a_tile_where_attention_is_fused(
     monkeypatch.setattr(attention, "use_fused", fused)
     monkeypatch.setattr(attention, "TILE_BYTES", 0)  # nothing is small
     batch = random_batch(rows, 17)
-    batch._labelled[:] = False
-    batch._labelled[:, 3:9] = True
+    batch.mask[:] = False
+    batch.mask[:, 3:9] = True
     folder = save(tmp_path, name, True)
     assert_gradients_of_mlx_lm(folder, batch, tile_tokens=5 * rows)
-    batch._labelled[:, 4:9] = False  # one token sees its window whole: no mask at all
-    batch._labelled[:, 12] = True
+    batch.mask[:, 4:9] = False  # one token sees its window whole: no mask at all
+    batch.mask[:, 12] = True
     assert_gradients_of_mlx_lm(folder, batch, tile_tokens=5 * rows)
