@@ -71,13 +71,13 @@ class BudgetWatch(TrainingCallback):
     def on_train_loss_report(self, train_info: dict) -> None:
         """Called at every report."""
         peak = peak_memory()
-        message = f"MLX took {size(peak)}, more than was expected"
+        message = f"the peak of {size(peak)} is higher than expected"
         try:
             plan = self._chosen.replan(peak, anew=False)
         except EdgeLoraError as error:
-            self._log(f"{message}; the run goes on, but {error}")
+            self._log(f"{message}; the run continues, but {error}")
             return
         if plan is not None:
             self._engine.set_plan_and_residency(plan)
-            self._log(f"{message}; from here on\n{summary.memory(self._chosen)}")
+            self._log(f"{message}; new plan\n{summary.memory(self._chosen)}")
             self._note("plan", summary.plan_record(self._chosen))

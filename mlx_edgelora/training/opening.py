@@ -48,7 +48,7 @@ ENGINES = 4
 def open_engine(
     config: TrainConfig, log: Callable[[str], None] = say
 ) -> Iterator[tuple[Engine, object, int]]:
-    """Load and adapt the model that `config` names and settle where everything lives.
+    """Load and adapt the model, and choose its memory plan.
 
     Gives the engine, the tokenizer and the size of the model's vocabulary.
     """
@@ -154,11 +154,11 @@ def _engine(
 
 
 def _discard(line: str) -> None:
-    """Where details are not asked for."""
+    """Drop a line of details that only --verbose shows."""
 
 
 def _reserve(config: TrainConfig, engine: Engine, chosen: RunPlan) -> None:
-    """Take the disk space of the largest batch at once, where there is a backward."""
+    """Allocate the disk space of the largest batch at once, if the run trains."""
     if not config.train:
         return
     batch_shape = chosen.batch_shape.part(chosen.plan.micro_batches)
@@ -174,12 +174,12 @@ def write_plan(config: TrainConfig, chosen: RunPlan) -> None:
 
 
 def has_data(config: TrainConfig) -> bool:
-    """Whether there are rows: those that are named, or those of the embedded model."""
+    """Whether the config names data, or uses the embedded model, which has data."""
     return bool(config.data or config.hf_dataset or config.model is None)
 
 
 def with_embedded(config: TrainConfig) -> TrainConfig:
-    """Without a model or data, the ones that come with the package."""
+    """Fill in the package's model and data where the config names none."""
     data = config.data or (None if config.hf_dataset else str(DATA_PATH))
     return dataclasses.replace(config, model=config.model or str(MODEL_PATH), data=data)
 
@@ -190,12 +190,12 @@ def largest_piece(chosen: RunPlan) -> tuple[int, int]:
 
 
 def dtype_of(config: TrainConfig) -> mx.Dtype | None:
-    """The dtype to compute in, if one is asked for."""
+    """The dtype that `dtype` names; None without it."""
     return DTYPES[config.dtype] if config.dtype else None
 
 
 def adapt(lazy: LazyModel, config: TrainConfig) -> None:
-    """Add what is trained; then, before anything else looks at it, see that it can be walked."""
+    """Add LoRA layers, then check that the model's blocks can be walked."""
     lora, model = config.lora_parameters, lazy.model
     if config.train or config.resume_adapter_file is not None:
         count = _default_layers(model) if config.num_layers is None else config.num_layers
@@ -253,7 +253,7 @@ def read_sets(
 def spill_place(config: TrainConfig) -> tuple[str | Path, str]:
     """The folder of scratch files, and why it is this one."""
     if config.spill_dir:
-        return config.spill_dir, "as asked"
+        return config.spill_dir, "set by --spill-dir"
     return spill_folder([tempfile.gettempdir(), user_cache()])
 
 
@@ -263,7 +263,7 @@ def cache_folder(config: TrainConfig) -> Path:
 
 
 def explained_failures(config: TrainConfig) -> AbstractContextManager:
-    """For what comes before and after training, which knows itself what is on disk."""
+    """Explain failures before and after training; the training loop explains its own."""
     return explain_failures(
-        f"an adapter saved before is untouched in {config.adapter_path or 'its folder'}"
+        f"an adapter saved before is unchanged in {config.adapter_path or 'its folder'}"
     )

@@ -83,7 +83,7 @@ def test_a_prediction_that_was_too_low_is_corrected_once(options, monkeypatch):
 
     monkeypatch.setattr(RunPlan, "replan", spied)
     finetune(options(memory_budget="100MB", iters=3), notify=lines.append)
-    messages = [line for line in lines if "more than was expected" in line]
+    messages = [line for line in lines if "higher than expected" in line]
     assert len(messages) == len(found) == 1
     ((before, after),) = found
     assert before > 100 * 10**6 >= after

@@ -168,7 +168,7 @@ def test_before_the_first_step(run, monkeypatch, tmp_path, owner, name, changes)
     status, sentence = run(**changes)
     assert (status, len(calls)) == (2, 1)
     assert sentence.startswith(ENDED)
-    assert sentence.endswith(f"an adapter saved before is untouched in {tmp_path / 'adapters'}")
+    assert sentence.endswith(f"an adapter saved before is unchanged in {tmp_path / 'adapters'}")
 
 
 def test_while_the_test_set_is_evaluated(run, monkeypatch, tmp_path):

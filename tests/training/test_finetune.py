@@ -398,7 +398,7 @@ def test_mlx_and_numpy_are_left_as_they_were(options, monkeypatch, fails):
     monkeypatch.setattr(Recorder, "on_train_loss_report", lambda *_: limits.append(limit()))
     try:
         with pytest.raises(EdgeLoraError) if fails else contextlib.nullcontext():
-            run(options(batch_size=100 if fails else 3))
+            run(options(num_layers=99 if fails else -1))
         assert limit() == 12345678
         assert limits == ([] if fails else [12345678] * 2)
         mx.set_cache_limit(10 * Plan().cache_bytes)
@@ -487,7 +487,9 @@ def test_a_checkpoint_in_float16_is_computed_in_it(options, tmp_path, quantized)
 
 
 def test_a_resume_file_for_a_test_alone_is_refused(options):
-    with pytest.raises(EdgeLoraError, match=r"resume_adapter_file: got 'a.safetensors' for a test"):
+    with pytest.raises(
+        EdgeLoraError, match=r"resume_adapter_file: got 'a.safetensors' without training"
+    ):
         run(options(test=True, resume_adapter_file="a.safetensors"))
 
 

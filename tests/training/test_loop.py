@@ -32,7 +32,7 @@ def run(config, progress, rows=None, valid=None, model=None, engine=None, callba
     engine = engine or PlainEngine(model or make_model())
     rows = rows or make_rows(8, 16)
     optimizer = build_optimizer(config)
-    return engine, train(engine, optimizer, config, rows, valid, callbacks, progress, log)
+    return engine, train(engine, optimizer, config, rows, valid, callbacks, progress, log=log)
 
 
 def parameters(model):

@@ -102,8 +102,8 @@ def test_resuming_and_testing_go_through_the_file(run):
     assert got == expected
     assert choices(logged) == choices(said)  # for the walk among them
     assert files(folder) == files(kept) != files(start)
-    assert "adapters            in memory" in said[1]
-    assert "adapters            in a file" in logged[1]
+    assert any("adapters            in memory" in line for line in said)
+    assert any("adapters            in a file" in line for line in logged)
     assert f"scratch files in {folder.parent} (set by --spill-dir)" in logged
     again = [
         run(adapters, "paged", train=False, test=True)[1][-1] for adapters in ("resident", "paged")
@@ -134,7 +134,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(run, monkeypatch):
     """The last block's gradients are in the file already when the first one's turn out bad."""
     seen = {}
 
-    def spoiled(engine, *rest):
+    def spoiled(engine, *rest, **options):
         original = engine.backward
 
         def backward(batch, sink):
@@ -149,7 +149,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(run, monkeypatch):
         engine.backward = backward
         seen["before"] = dict(engine.adapters.weights())
         try:
-            return train(engine, *rest)
+            return train(engine, *rest, **options)
         finally:
             seen["after"] = dict(engine.adapters.weights())
 
