@@ -377,7 +377,11 @@ def test_options_of_the_loss_that_do_not_fit(refused, tmp_path, changes, expecte
     [
         ("qwen3", {"keys": ["model.embed_tokens"]}, "its head is adapted"),
         ("llama", {"keys": ["lm_head"]}, "its head is adapted"),
-        ("llama", {"keys": ["lm_head"], "dropout": 0.5}, "its logits are not made of rows alone"),
+        (
+            "llama",
+            {"keys": ["lm_head"], "dropout": 0.5},
+            "its logits are not products with one matrix",
+        ),
     ],
 )
 def test_heads_that_the_approximate_loss_cannot_take(refused, tmp_path, name, lora, expected):

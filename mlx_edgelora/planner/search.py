@@ -361,7 +361,7 @@ def _too_small(search: _Search, budget: int) -> str:
     return (
         f"memory_budget: got {size(budget)}, expected at least {_said(least)} for this model and "
         f"batch; raise it, or lower what it must hold: {problem_text or 'use a smaller model'}"
-        + (f" ({idle} would change nothing)" if idle else "")
+        + (f" ({idle} would not help)" if idle else "")
     )
 
 
