@@ -154,7 +154,10 @@ def test_the_engine_sets_the_block_before_a_gradient_and_puts_it_back(
     assert os.environ.get(BLOCK_VARIABLE) == before
 
 
-@pytest.mark.parametrize("budget", ["min", "20MB", None])
+@pytest.mark.parametrize(
+    "budget",
+    ["min", *(pytest.param(budget, marks=pytest.mark.slow) for budget in ("20MB", None))],
+)
 def test_a_run_on_a_mac(budget, tmp_path, monkeypatch):
     """But for what MLX computes: the plan says the block, gradients have it, nothing is left."""
     monkeypatch.setattr(Backend, "here", classmethod(lambda cls: METAL))

@@ -51,6 +51,7 @@ def test_a_budget_that_is_too_small_is_refused_before_anything_is_written(option
     assert not (tmp_path / "adapters").exists()
 
 
+@pytest.mark.slow
 def test_shorter_batches_have_faster_plans_where_they_fit(options, tmp_path):
     data = tmp_path / "mixed"
     data.mkdir()

@@ -67,7 +67,14 @@ def llama(tmp_path_factory):
 # --- it agrees with what is right -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+# With a window, with sinks and experts, with latent attention; the others take their time.
+FAST = ("llama", "gemma3_text", "gpt_oss", "deepseek_v3")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in CONFIGS],
+)
 def test_right_gradients_pass(name, tmp_path):
     with closing(engine(save(tmp_path, name, True), head="resident")) as ours:
         for plan in PLANS.values():
@@ -122,7 +129,12 @@ def test_fewer_bits_of_float32_are_no_error(llama, plan, in_fewer_bits):
 
 @pytest.mark.parametrize(
     ("in_fewer_bits", "factor"),
-    [(10, 1.1), (8, 1.1), (10, 0.0), (8, float("nan"))],
+    [
+        (10, 1.1),
+        pytest.param(8, 1.1, marks=pytest.mark.slow),
+        pytest.param(10, 0.0, marks=pytest.mark.slow),
+        pytest.param(8, float("nan"), marks=pytest.mark.slow),
+    ],
     indirect=["in_fewer_bits"],
 )
 def test_what_is_wrong_is_seen_in_fewer_bits(llama, factor, in_fewer_bits, monkeypatch):
