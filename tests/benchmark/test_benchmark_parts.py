@@ -77,8 +77,15 @@ def test_what_is_multiplied_in_fewer_bits_is_judged_as_such(asked, exact, monkey
     assert tolerance_of("float32") == TOLERANCES["float32"]
 
 
-@pytest.mark.parametrize("module", ["benchmark.worker", "benchmark.__main__"])
-@pytest.mark.parametrize("asked", [None, "1"])
+@pytest.mark.parametrize(
+    ("module", "asked"),
+    [
+        ("benchmark.worker", None),
+        pytest.param("benchmark.worker", "1", marks=pytest.mark.slow),
+        pytest.param("benchmark.__main__", None, marks=pytest.mark.slow),
+        ("benchmark.__main__", "1"),
+    ],
+)
 def test_the_benchmark_multiplies_float32_in_all_of_its_bits(module, asked):
     """Said before MLX is imported; whoever says otherwise is heard."""
     text = f"""if True:

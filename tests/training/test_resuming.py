@@ -99,7 +99,15 @@ PLACES = {
 # Of an exception at a step, the step of the newest checkpoint: the last multiple of 4, unless
 # parameters changed since (after steps 3, 6 and 9).
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize(("step", "saved"), [(3, 3), (5, 4), (8, 8), (10, 10)])
+@pytest.mark.parametrize(
+    ("step", "saved"),
+    [
+        pytest.param(3, 3, marks=pytest.mark.slow),
+        (5, 4),
+        pytest.param(8, 8, marks=pytest.mark.slow),
+        (10, 10),
+    ],
+)
 def test_a_resumed_run_ends_with_the_same_bits(options, tmp_path, place, step, saved):
     options = partial(options, **PLACES[place])
     expected = train(options(adapter_path=str(tmp_path / "whole")))
@@ -111,7 +119,10 @@ def test_a_resumed_run_ends_with_the_same_bits(options, tmp_path, place, step, s
     assert_same(train(resumed), expected)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "muon", "adafactor", "sgd"])
+@pytest.mark.parametrize(
+    "optimizer",
+    ["adafactor", *(pytest.param(n, marks=pytest.mark.slow) for n in ("adam", "muon", "sgd"))],
+)
 def test_every_optimizer_resumes(options, tmp_path, optimizer):
     options = partial(options, optimizer=optimizer, lr_schedule=None, max_grad_norm=1.0)
     expected = train(options(adapter_path=str(tmp_path / "whole")))
@@ -225,7 +236,13 @@ def test_a_run_ends_in_time(options, tmp_path):
     assert_same(train(options(resume=True)), expected)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGHUP)),
+    ],
+)
 def test_a_signal_ends_the_run_after_the_step(options, tmp_path, number, capfd):
     expected = train(options(adapter_path=str(tmp_path / "whole")))
 
