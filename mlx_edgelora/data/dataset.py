@@ -152,6 +152,11 @@ class Dataset(Sequence[tuple[np.ndarray, np.ndarray]]):
     def __len__(self) -> int:
         return len(self._numbers)
 
+    def count_tokens(self) -> tuple[int, int]:
+        """The number of tokens in all rows, and of those that are labels."""
+        spans = np.frombuffer(self._spans, np.int32).reshape(-1, 2)
+        return len(self._tokens), count_labels(spans)
+
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")

@@ -42,6 +42,7 @@ def facts(
     rows = {"model": _model(lazy), "data": _data(config, sets)}
     if about_rows:
         rows["rows"] = "; ".join(about_rows)
+    rows["tokens"] = _tokens(config, sets)
     if config.train:
         rows |= {"batches": _batches(config, sets[0])}
         rows |= {"adapters": _adapters(config, lazy), "optimizer": _optimizer(config)}
@@ -129,10 +130,20 @@ def _data(config: TrainConfig, sets: Sequence[Dataset | None]) -> str:
     for name, rows in zip(("training", "validation", "test"), sets, strict=False):
         if rows is not None:
             found.append(f"{len(rows):,} rows for {name}")
-    longest = max((rows.report.longest for rows in sets if rows is not None), default=0)
     place = config.data if config.data and config.data != str(DATA_PATH) else None
     where = f"{_short(Path(place))}: " if place else ""
-    return f"{where}{', '.join(found)}; longest {min(longest, config.max_seq_length):,} tokens"
+    return f"{where}{', '.join(found)}"
+
+
+def _tokens(config: TrainConfig, sets: Sequence[Dataset | None]) -> str:
+    """Of the first set; the longest row is that of all sets."""
+    first = next(rows for rows in sets if rows is not None)
+    tokens, labels = first.count_tokens()
+    longest = max(rows.report.longest for rows in sets if rows is not None)
+    return (
+        f"{tokens:,}, {100 * labels / tokens:.0f} % of them labels; longest row "
+        f"{min(longest, config.max_seq_length):,} tokens"
+    )
 
 
 def _batches(config: TrainConfig, train_set: Dataset) -> str:

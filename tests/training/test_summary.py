@@ -24,7 +24,8 @@ def embedded():
 def test_facts_of_the_embedded_run(embedded):
     assert summary.lines(summary.facts(*embedded)).splitlines() == [
         "model      the tiny model of this package (4 blocks, 1.15 M parameters, 4-bit)",
-        "data       800 rows for training, 64 rows for validation; longest 31 tokens",
+        "data       800 rows for training, 64 rows for validation",
+        "tokens     22,519, 57 % of them labels; longest row 31 tokens",
         "batches    100 an epoch, of 8 rows; 15 % of their tokens are padding",
         "adapters   rank 8 on all 4 blocks; trainable 7.3 % (83,968 of 1.15 M)",
         "optimizer  adamw, learning rate 0.0003; 50 steps of 8 rows",
