@@ -109,7 +109,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise EdgeLoraError(
             f"{folder}: is not the folder of an adapter ({error_text(error)}), expected "
-            f"{CONFIG_FILE} and {WEIGHTS_FILE}"
+            f"{CONFIG_FILE} and {WEIGHTS_FILE}; mlx-edgelora train makes one"
         ) from error
     if not isinstance(config, dict):
         raise EdgeLoraError(f"{folder / CONFIG_FILE}: got {type(config).__name__}, expected a map")
