@@ -261,7 +261,7 @@ def test_peak_does_not_grow_with_depth(memory, spill):
 
 @pytest.mark.slow
 def test_the_same_measurement_sees_inputs_kept_in_memory(memory):
-    assert growth_beyond_adapters(value_and_grad, rounds=1, blocks=10) > 4 * 2**17
+    assert growth_beyond_adapters(value_and_grad, rounds=1, blocks=10) > 2 * 2**17
 
 
 @pytest.mark.slow

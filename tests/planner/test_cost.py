@@ -31,7 +31,7 @@ def test_the_ends_are_all_that_decides(shape, batch_shape, way, held):
     """The peak over the blocks that are looked at is that over all blocks."""
     memory = Memory(shape, batch_shape, Plan(**way, **held))
     phases = list(memory.phases())
-    assert memory.peak() == (max(p.bytes for p in phases), max(p.most for p in phases))
+    assert memory.peak() == (max(p.bytes for p in phases), max(p.upper_bytes for p in phases))
 
 
 @pytest.mark.parametrize(
