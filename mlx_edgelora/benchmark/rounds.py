@@ -269,7 +269,7 @@ class Comparison:
         """Upper estimate of the memory of a contender's process in bytes."""
         peak_bytes, bare = self._reference.peak_bytes, self._reference.result.bare
         budget = job.options.get("memory_budget")
-        if budget == "min":  # a safe bound: far less than any share
+        if budget == "min":  # takes far less than the smallest share, 25 %
             return bare + peak_bytes // 4
         if not rival.is_ours:
             return peak_bytes

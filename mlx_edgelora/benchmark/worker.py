@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import IO, Any
 
-# Products in float32 without TF32 on CUDA and on an M5; MLX reads this before its first product.
+# Turn off TF32 on CUDA and on an M5. MLX reads the variable before its first product.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 import mlx.core as mx

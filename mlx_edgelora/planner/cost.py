@@ -75,7 +75,7 @@ class Memory:
         self.streamed = streamed
         self.hidden = self.batch_shape.size * shape.hidden * shape.itemsize
         self.paged = plan.adapters == "paged"
-        # MLX runs farther ahead where there are no weights to wait for.
+        # MLX allocates further ahead if it does not wait for weights.
         resident = streamed < count - self.kept
         self.ways = ways_of(plan, self.by_tiles, self.kept, resident)
         self.base = (self._base() if base is None else base) + self._ring()

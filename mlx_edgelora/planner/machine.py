@@ -233,7 +233,7 @@ def _volume(folder: Path) -> Path:
 def default_budget() -> tuple[int, str]:
     """Default memory budget in bytes, and its reason."""
     device = mx.device_info()
-    if "free_memory" in device and mx.default_device() == mx.gpu:  # CUDA has memory of its own
+    if "free_memory" in device and mx.default_device() == mx.gpu:  # CUDA: not the host's memory
         free = int((1 - MARGIN) * device["free_memory"])
         return free, f"{SHARE} of the GPU's free memory"
     most = device.get("max_recommended_working_set_size") if mx.metal.is_available() else None

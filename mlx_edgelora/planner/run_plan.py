@@ -26,7 +26,7 @@ from mlx_edgelora.planner.search import Choice, expected, plan, smallest
 from mlx_edgelora.planner.shape import shape_of
 from mlx_edgelora.planner.sizes import BatchShape, ModelShape
 
-# Shorter batches have plans of their own. Their lengths are rounded up to this many steps.
+# Shorter batches have plans of their own; their length is rounded up to one of this many steps.
 STEPS = 8
 # Fields of the plan that are the same for all batches of a run.
 FIXED_AT_START = (

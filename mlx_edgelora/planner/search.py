@@ -345,7 +345,7 @@ def _too_small(search: _Search, budget: int) -> str:
         return _Search(shape, replace(batch_shape, **changes), *settings).least().needs
 
     def helps(needed: int) -> bool:
-        return needed < least and _said(needed) != _said(least)  # visible when rounded
+        return needed < least and _said(needed) != _said(least)  # and shows after rounding
 
     ways = []
     tokens = batch_shape.tokens
