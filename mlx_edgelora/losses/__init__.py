@@ -1,1 +1,1 @@
-"""Losses over a large vocabulary; they import MLX and nothing of ours."""
+"""Losses over a large vocabulary. They depend on MLX only, not on other parts of this package."""

@@ -210,7 +210,7 @@ class _Search:
                         yield Plan(tile_tokens=tokens, mlp_bytes=mlp_bytes, **common)
 
     def _short(self, ways: list[Plan]) -> list[Plan]:
-        """The ways without operations over the machine's limit, else those with the shortest."""
+        """The ways whose operations keep the machine's limit; if none does, the nearest ones."""
         if self.machine.longest == inf:
             return ways
         arguments = self.shape, self.batch_shape
