@@ -1,1 +1,1 @@
-"""Losses over a large vocabulary. They depend on MLX only, not on other parts of this package."""
+"""Losses over a large vocabulary. They use MLX and NumPy, but no other part of this package."""
