@@ -1,1 +1,1 @@
-"""`python -m mlx_edgelora.benchmark`: this package beside mlx-lm, each in a process of its own."""
+"""Compare this package with mlx-lm, in separate processes: `python -m mlx_edgelora.benchmark`."""

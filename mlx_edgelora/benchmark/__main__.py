@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-# As in the contenders' processes (`worker.py`), which plan with what is measured of the machine
-# here.
+# As in the processes of the contenders (`worker.py`), because they plan with the rates of the
+# machine that are measured in this process.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 from mlx_edgelora.benchmark.options import options_from_cli
@@ -17,7 +17,7 @@ from mlx_edgelora.benchmark.run import run
 from mlx_edgelora.command import command
 from mlx_edgelora.storage.files import Writer, write_atomically
 
-# Exit status beside those of every command: something that was measured is not valid.
+# Additional exit status of this command: a measurement is not valid.
 INVALID = 1
 
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def log(line: str) -> None:
-    """Tell what happens, apart from the results."""
+    """Print a progress message to standard error."""
     print(line, file=sys.stderr, flush=True)
 
 

@@ -1,10 +1,9 @@
-"""Who is compared, and how each makes steps: functions that are called in processes of their own.
+"""The contenders of the benchmark and their runners, functions that train in a separate process.
 
-A runner is a function `(job, pause)`. It trains as the job says, from the initial matrices in
-`job.start`, and calls `pause(loss, trained)` after every step: with the step's loss as a float
-and, where it has them at hand, the trained arrays by name. The pause ends when it is
-its turn again; the harness takes the time in between, so that a runner reports none.
-Another package joins in with `--also module:function`.
+A runner is a function `(job, pause)`. It trains as described by the job, from the initial matrices
+in `job.start`, and calls `pause(loss, trained)` after every step, with the loss as a float and, if
+available, the trained arrays by name. `pause` returns when the contender may continue. The harness
+measures the time, so a runner does not report any. `--also module:function` adds another package.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,17 +26,17 @@ from mlx_edgelora.benchmark.job import TrainingJob
 from mlx_edgelora.config.kinds import BUDGET
 from mlx_edgelora.measure.units import size
 
-# No run is as long: nothing is saved before its end.
+# More steps than any run has, so that nothing is saved before the end.
 NEVER = 10**9
-# A budget that every plan fits into.
+# A budget that every plan fits.
 PLENTY = 2**50
-# Of this package, where the user names none.
+# Default budgets of this package.
 BUDGETS = ("none", "100%", "50%", "25%", "min")
 _HERE = __name__
 
 
 class StepCallback(Protocol):
-    """What a runner calls after each step."""
+    """The function that a runner calls after each step."""
 
     def __call__(
         self,
@@ -45,7 +44,13 @@ class StepCallback(Protocol):
         trained: Mapping[str, mx.array] | None = None,
         disk: tuple[int, int] | None = None,
     ) -> None:
-        """Tell the loss, the trained arrays, and bytes read and written since the run began."""
+        """Report a step.
+
+        Args:
+            loss: loss of the step.
+            trained: trained arrays by name.
+            disk: bytes read and written since the start of the run.
+        """
 
 
 @dataclass(frozen=True)
@@ -53,13 +58,13 @@ class Contender:
     """One row of the comparison.
 
     Attributes:
-        name: of the row.
+        name: name of the row.
         runner: `module:function`.
-        environment: what its process gets besides.
-        checkpointing: of mlx-lm.
-        share: of the peak of mlx-lm with gradient checkpointing that is its memory budget; None
-            without one.
-        budget: one that does not depend on that peak.
+        environment: additional environment variables of its process.
+        checkpointing: whether mlx-lm uses gradient checkpointing.
+        share: memory budget as a share of the peak of mlx-lm with gradient checkpointing; None if
+            the budget is not such a share.
+        budget: memory budget that does not depend on this peak; None for no such budget.
     """
 
     name: str
@@ -71,7 +76,7 @@ class Contender:
 
     @property
     def is_ours(self) -> bool:
-        """Whether it is this package, with a budget."""
+        """Whether the contender is this package with a budget."""
         return self.share is not None or self.budget is not None
 
     def budget_for(self, peak: int) -> int | str:
@@ -82,13 +87,13 @@ class Contender:
 def contenders(
     budgets: Sequence[str] = BUDGETS, also: Sequence[str] = (), variants: bool = True
 ) -> list[Contender]:
-    """All of them; the first is the reference, the second gives budgets.
+    """All contenders. The first is the reference; budgets are shares of the second one's peak.
 
     Args:
-        budgets: of this package, a row for each: as `own` takes them.
-        also: runners of others.
-        variants: whether mlx-lm's other order of evaluation, and unsloth where it is installed,
-            are among them.
+        budgets: budgets of this package, one row for each; see `own`.
+        also: runners of other packages.
+        variants: whether to add mlx-lm with another order of evaluation and, if it is installed,
+            unsloth.
     """
     mlx_lm = f"{_HERE}:mlx_lm"
     rivals = [
@@ -106,10 +111,10 @@ def contenders(
 
 
 def own(budget: str) -> Contender:
-    """This package within none, min, 4GB, or 25% of the peak of mlx-lm with checkpointing.
+    """This package with a budget: none, min, 4GB, or 25% of mlx-lm's peak with checkpointing.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: the budget has another form.
     """
     runner, text = f"{_HERE}:mlx_edgelora", budget.strip().lower()
     if text == "none":
@@ -125,9 +130,9 @@ def own(budget: str) -> Contender:
 
 
 def mlx_lm(job: TrainingJob, pause: StepCallback) -> None:
-    """mlx-lm's own trainer, unmodified, as `mlx_lm.lora` calls it.
+    """Train with mlx-lm's own trainer, unmodified, as `mlx_lm.lora` does.
 
-    Its batches go through `batches_of`.
+    Batches are those of `batches_of`.
     """
     model, tokenizer = load(job.model)
     model.freeze()
@@ -160,11 +165,11 @@ def mlx_lm(job: TrainingJob, pause: StepCallback) -> None:
 
 
 def batches_of(job: TrainingJob) -> Callable[..., Iterator[tuple[mx.array, mx.array]]]:
-    """mlx-lm's `iterate_batches`, its order seeded, and no label on padding.
+    """mlx-lm's `iterate_batches` with a seeded order and without labels on padding.
 
-    Its own loss trains each row that is shorter than its batch to predict one token of padding;
-    it takes the place of the last label from `lengths`, so that a row's length less one makes
-    both packages compute the same loss (docs/differences-from-mlx-lm.md).
+    mlx-lm's loss trains each row that is shorter than its batch to predict one token of padding.
+    The position of the last label comes from `lengths`, so reducing the length by one makes both
+    packages compute the same loss (docs/differences-from-mlx-lm.md).
     """
 
     def iterate(**arguments: Any) -> Iterator[tuple[mx.array, mx.array]]:
@@ -175,10 +180,10 @@ def batches_of(job: TrainingJob) -> Callable[..., Iterator[tuple[mx.array, mx.ar
 
 
 def mlx_edgelora(job: TrainingJob, pause: StepCallback) -> None:
-    """This package, through its public `finetune`.
+    """Train with the public `finetune` of this package.
 
-    It has no arrays to show, for what it trains may wait in a file: the loss of the next step
-    tells whether the update before it was made, and the saved adapters whether the last one was.
+    No arrays are reported, because adapters may be in a file. The loss of the next step shows
+    whether an update was made, and the saved adapters show whether the last one was.
     """
 
     class Callback(TrainingCallback):
@@ -209,17 +214,17 @@ def config_of(job: TrainingJob) -> TrainConfig:
         steps_per_report=1,
         save_every=NEVER,
         plan_out=str(job.plan_file),
-        verify="off",  # mlx-lm has no such thing before its first step
+        verify="off",  # mlx-lm does not verify gradients before its first step
         **job.options,
     )
 
 
 def unsloth(job: TrainingJob, pause: StepCallback) -> None:
-    """unsloth's MLX trainer with its own loss and gradient checkpointing.
+    """Train with unsloth's MLX trainer, with its own loss and gradient checkpointing.
 
-    Written from its public source (unsloth_zoo/mlx/trainer.py and loader.py of 2026) and never
-    run here: the package needs Apple silicon. Its batches are given in the form it prepares
-    them in itself, without its clipping, warm-up and decay, which the others have not either.
+    This runner follows the public source (unsloth_zoo/mlx/trainer.py and loader.py of 2026). It is
+    untested, because the package needs Apple silicon. Batches have the form that unsloth prepares.
+    Clipping, warm-up and decay of the learning rate are off, as for the other contenders.
     """
     from unsloth_zoo.mlx.loader import FastMLXModel  # noqa: PLC0415 - an optional package
     from unsloth_zoo.mlx.trainer import MLXTrainer, MLXTrainingConfig  # noqa: PLC0415
@@ -255,7 +260,7 @@ def unsloth(job: TrainingJob, pause: StepCallback) -> None:
 
 
 def _labelled_batches(job: TrainingJob, tokenizer: object) -> Iterator[tuple[mx.array, ...]]:
-    """Tokens, lengths, and labels that are -100 where nothing is trained."""
+    """Tokens, lengths, and labels, which are -100 for tokens that are not trained."""
     data = CacheDataset(_dataset(job, tokenizer))
     arguments = {"dataset": data, "batch_size": job.batch, "max_seq_length": job.limit}
     batches = batches_of(job)(**arguments, loop=True)
@@ -266,7 +271,7 @@ def _labelled_batches(job: TrainingJob, tokenizer: object) -> Iterator[tuple[mx.
 
 
 def _dataset(job: TrainingJob, tokenizer: object) -> object:
-    """mlx-lm's own data set of the job's rows."""
+    """The rows of the job as a data set of mlx-lm."""
 
     class Options:
         mask_prompt = job.mask_prompt

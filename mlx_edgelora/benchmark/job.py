@@ -1,4 +1,4 @@
-"""What a contender's process is told to do; travels as JSON."""
+"""The job of a contender's process, which is sent to it as JSON."""
 
 import json
 from dataclasses import asdict, dataclass, field, replace
@@ -10,24 +10,28 @@ ADAPTERS = "adapters.safetensors"
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """A fine-tuning run: the same for all contenders but for `last` and what follows `seed`.
+    """A fine-tuning run.
+
+    It is the same for all contenders, except for `last` and the attributes after `seed`.
 
     Attributes:
         model: folder of the model.
         data: folder with train.jsonl.
         start: file of the initial LoRA matrices.
-        context: tokens that the model sees of a row, at most.
+        context: largest number of tokens of a row that the model sees.
         batch: rows of a step.
-        steps: how many are compared, the first of which warms up.
-        rank, scale: of the adapters of all linear layers of all blocks.
-        learning_rate: of AdamW.
-        mask_prompt: whether prompts carry no labels.
-        last: the step to end at; more than `steps` for the reference, which accompanies all.
-        seed: of the order of batches.
-        runner: `module:function` that does the run, as in `benchmark/contenders.py`.
-        output: folder for what the run writes; its adapters are in `ADAPTERS` there.
-        checkpointing: whether mlx-lm checkpoints gradients.
-        options: more options of this package's `TrainConfig`.
+        steps: number of compared steps; the first is a warm-up.
+        rank: rank of the adapters, which are on all linear layers of all blocks.
+        scale: scale of the adapters.
+        learning_rate: learning rate of AdamW.
+        mask_prompt: whether prompts have no labels.
+        last: last step. For the reference it is larger than `steps`, because the reference runs
+            along with all contenders.
+        seed: seed of the order of batches.
+        runner: `module:function` of the run, as in `benchmark/contenders.py`.
+        output: folder for the output of the run; its adapters are in the file `ADAPTERS`.
+        checkpointing: whether mlx-lm uses gradient checkpointing.
+        options: further options of this package's `TrainConfig`.
     """
 
     model: str
@@ -54,18 +58,18 @@ class TrainingJob:
 
     @property
     def plan_file(self) -> Path:
-        """The plan that this package follows, where it is the contender."""
+        """The file of the plan, if the contender is this package."""
         return Path(self.output, "plan.json")
 
     @property
     def limit(self) -> int:
-        """Tokens of a row, at most: one more than the model sees."""
+        """Largest number of tokens of a row: one more than the model sees."""
         return self.context + 1
 
     def json(self) -> str:
-        """One line."""
+        """The job as one line of JSON."""
         return json.dumps(asdict(self))
 
     def with_(self, **changes: Any) -> "TrainingJob":
-        """The job with changes."""
+        """A copy of the job with changes."""
         return replace(self, **changes)

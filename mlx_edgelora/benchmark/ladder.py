@@ -1,9 +1,9 @@
-"""The published table's techniques one at a time, each a plan and options of this package.
+"""The techniques of the published table, added one at a time by plans and options of this package.
 
-The rows of arXiv 2606.19528 hold logits of all tokens up to "+ softmax approximation"; this
-package never holds them, whatever its options, so its first rows are below the published ones
-for that alone. A row that this machine has no room or no time for is computed by the planner's
-model (`planner/cost.py`, docs/planner.md) and says so.
+In arXiv 2606.19528 the rows before "+ softmax approximation" hold the logits of all tokens. This
+package never does, so its first rows take less memory than the published ones for this reason
+alone. A row that takes too much memory or time on this machine is estimated by the planner
+(`planner/cost.py`, docs/planner.md) and marked as such.
 """
 
 from dataclasses import dataclass, replace
@@ -43,13 +43,13 @@ _TILED = replace(
 
 @dataclass(frozen=True)
 class Technique:
-    """One row: what is on from here on.
+    """One row of the table, with all techniques up to it.
 
     Attributes:
-        name: as published, where it is.
-        plan: where everything lives.
+        name: name of the row, as published if it is.
+        plan: plan of the run.
         weights: float32 or 4bit.
-        labelled: share of tokens that the loss is computed for.
+        labelled: share of tokens for which the loss is computed.
         loss: exact or approximate.
     """
 
@@ -60,7 +60,7 @@ class Technique:
     loss: str = "exact"
 
     def options(self, plan_file: Path) -> dict:
-        """Of the run."""
+        """The options of the run."""
         options = {"plan": str(plan_file), "loss": self.loss}
         return options | ({"loss_k": NEIGHBOURS} if self.loss == "approximate" else {})
 
@@ -79,17 +79,17 @@ LADDER = (
 
 @dataclass(frozen=True)
 class TableRow:
-    """A row at one context.
+    """The results of a technique at one context.
 
     Attributes:
-        name: of the technique.
-        context: tokens.
-        blocks: of the model that was measured or computed.
-        peak: bytes of MLX's allocator.
-        seconds: of a step.
-        how: "measured" or "computed", and why.
-        published: GB of the whole model; None where there is no figure or it ran out of memory.
-        whole: blocks of the whole model.
+        name: name of the technique.
+        context: tokens of a row.
+        blocks: number of blocks of the measured or estimated model.
+        peak: peak of MLX's allocator in bytes.
+        seconds: seconds of a step.
+        how: "measured", or "computed" with the reason.
+        published: published GB of the whole model, or "out of memory"; empty if not published.
+        whole: number of blocks of the whole model.
     """
 
     COLUMNS: ClassVar[tuple[str, ...]] = (
@@ -111,7 +111,7 @@ class TableRow:
     whole: int
 
     def row(self) -> tuple[str, ...]:
-        """Its cells."""
+        """The cells of the row."""
         published_figure = self.published
         if published_figure and self.blocks != self.whole:
             published_figure += f" ({self.whole} blocks)"
@@ -127,15 +127,15 @@ class TableRow:
 
 
 class PublishedTable:
-    """Measures or computes every row of the ladder.
+    """Measures or estimates every row of the ladder.
 
     Args:
-        shape: one of `SHAPES`.
-        blocks: of the model.
-        machine: as it was measured.
-        folder: for plans and what runs write.
-        limit: seconds that a measured row may be expected to take.
-        log: gets a line for each row.
+        shape: a key of `SHAPES`.
+        blocks: number of blocks of the model.
+        machine: the machine with its measured rates.
+        folder: folder for plans and the output of runs.
+        limit: limit in seconds; rows that are expected to take longer are estimated.
+        log: called with a line for each row.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class PublishedTable:
         self._free = free_memory()
 
     def sizes(self, weights: str) -> ModelShape:
-        """The sizes of the adapted model; nothing of it is computed."""
+        """The sizes of the adapted model; its weights are not computed."""
         if weights not in self._sizes:
             model, _ = random_model(self._shape, self._blocks, weights)
             add_lora(model, -1, RANK)
@@ -157,20 +157,20 @@ class PublishedTable:
         return self._sizes[weights]
 
     def expected(self, technique: Technique, context: int) -> Choice:
-        """Bytes and seconds by the planner's formulas."""
+        """The memory and time of a technique by the planner's formulas."""
         shape = self.sizes(technique.weights)
         batch_shape = BatchShape(1, context, max(1, round(technique.labelled * context)))
         return expected(shape, batch_shape, self._machine, technique.plan)
 
     def too_much(self, technique: Technique, context: int) -> str | None:
-        """Why a row is computed, if it is."""
+        """The reason why a row is estimated; None if it is measured."""
         choice = self.expected(technique, context)
         if choice.needs > self._free:
             return "no room"
         return "too long" if STEPS * choice.seconds > self._limit else None
 
     def table_row(self, technique: Technique, context: int, job: TrainingJob | None) -> TableRow:
-        """A row, measured by a job or computed without one."""
+        """A row, measured with `job`, or estimated if it takes too much memory or time."""
         choice = self.expected(technique, context)
         peak, spent = choice.peak, choice.seconds
         why = self.too_much(technique, context)

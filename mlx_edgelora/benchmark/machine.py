@@ -1,4 +1,4 @@
-"""Where and with what figures were made, and what stands in the way of fair ones."""
+"""Describe the machine and the versions, and find what makes a comparison unfair."""
 
 import os
 import platform
@@ -12,8 +12,8 @@ import mlx.core as mx
 from mlx_edgelora.planner.machine import default_budget
 
 PACKAGES = ("mlx", "mlx-metal", "mlx-lm", "mlx-edgelora", "numpy", "transformers", "tokenizers")
-# The reference BLAS multiplies at 2 to 6 GFLOP/s whatever the number of cores, any other at more
-# than 15 on one of them. Speed is looked at, not the library's name: it may be linked in.
+# The reference BLAS reaches 2 to 6 GFLOP/s on any number of cores, other libraries more than 15 on
+# one core. The speed is measured because the library may be linked statically, without a name.
 SLOW_FLOPS = 8e9
 SIZE = 512
 REMEDY = (
@@ -24,19 +24,19 @@ REMEDY = (
 
 
 def on_cpu() -> bool:
-    """Whether MLX computes on a CPU here."""
+    """Whether MLX computes on a CPU."""
     return mx.default_device() == mx.cpu
 
 
 def free_memory() -> int:
-    """Bytes that contenders may take together: the machine's, and those of a GPU of its own."""
-    on_device = mx.device_info().get("free_memory")  # CUDA's alone
+    """Free bytes for all contenders together: of the machine or, if less, of a CUDA GPU."""
+    on_device = mx.device_info().get("free_memory")  # reported by CUDA only
     left = default_budget()[0]
     return left if on_device is None else min(left, int(on_device))
 
 
 def slow_blas() -> str | None:
-    """The sentence about a slow BLAS, where there is one; takes a moment."""
+    """A warning about a slow BLAS, or None; measures a product, which takes a moment."""
     if not on_cpu() or platform.system() != "Linux":
         return None
     rate = product_rate()
@@ -44,7 +44,7 @@ def slow_blas() -> str | None:
 
 
 def product_rate() -> float:
-    """Floating-point operations a second in a linear layer's product in float32, best of three."""
+    """Floating-point operations per second in a float32 product, the best of three."""
     a = mx.ones((SIZE, SIZE))
     mx.eval(a)
     best = float("inf")
@@ -56,7 +56,7 @@ def product_rate() -> float:
 
 
 def machine() -> dict[str, str | int]:
-    """What the machine is, without its name."""
+    """The hardware, system and BLAS of the machine, without its host name."""
     return {
         "processor": str(mx.device_info().get("device_name") or _processor()),
         "device": str(mx.default_device()),
@@ -70,7 +70,7 @@ def machine() -> dict[str, str | int]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that matter."""
+    """Versions of Python and the relevant packages."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -81,7 +81,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit that this package is at, where it is a checkout; + for one with changes."""
+    """The commit of this package, with + for changes; None if it is not a git checkout."""
     here = Path(__file__).resolve().parent
 
     def git(*words: str) -> str:
@@ -105,12 +105,12 @@ def _processor() -> str:
 
 
 def kernels_differ(packed: bool, kernel: str, sliced: bool) -> str | None:
-    """Why times cannot be compared with mlx-lm's, if so.
+    """The reason why times cannot be compared with mlx-lm's; None if they can.
 
     Args:
         packed: whether the model is quantized.
-        kernel: what this package multiplies packed matrices with: fused, dequantize or auto.
-        sliced: whether its plan computes MLPs in slices, which it unpacks whatever the kernel.
+        kernel: kernel of this package for packed matrices: fused, dequantize or auto.
+        sliced: whether its plan computes MLPs in slices, which are unpacked with any kernel.
     """
     if not packed or not on_cpu() or (kernel == "fused" and not sliced):
         return None

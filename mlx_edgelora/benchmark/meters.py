@@ -1,4 +1,4 @@
-"""What a process has used since it began, whoever resets a counter in between."""
+"""Measure the memory and disk use of a process since its start, even if counters are reset."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,17 +8,17 @@ import mlx.core as mx
 
 from mlx_edgelora.measure.meter import largest_resident_set, process_usage
 
-# struct rusage_info_v4 of macOS's <sys/resource.h>: 16 bytes of uuid, then 64-bit counters, of
-# which these are the 17th, 18th and 29th. A longer buffer than it fills.
+# struct rusage_info_v4 in <sys/resource.h> of macOS: a uuid of 16 bytes, then 64-bit counters, of
+# which these are the 17th, 18th and 29th. The buffer is longer than the struct.
 _RUSAGE_INFO_V4, _WORDS = 4, 64
 _DISK_READ, _DISK_WRITTEN, _LIFETIME_MAX_FOOTPRINT = 18, 19, 30
 
 
 def peak_footprint() -> int:
-    """The largest footprint of this process so far, in bytes.
+    """Largest footprint of this process so far in bytes.
 
-    Linux: the largest resident set (since the counter was reset, if it was). macOS: the largest
-    physical footprint. Elsewhere: `ru_maxrss`.
+    On Linux this is the largest resident set since the start or the last reset of the counter. On
+    macOS it is the largest physical footprint. On other systems it is `ru_maxrss`.
     """
     words = process_usage(_RUSAGE_INFO_V4, _WORDS)
     if words is not None:
@@ -31,9 +31,10 @@ def peak_footprint() -> int:
 
 
 def disk_bytes() -> tuple[int, int] | None:
-    """Bytes that this process has read and written, the system's cache included where it can be.
+    """Bytes that this process has read and written; None if the system does not count them.
 
-    Linux counts what was asked of the system, macOS what reached the disk; elsewhere None.
+    Linux counts all reads and writes, including those served by the system's cache. macOS counts
+    only those that reach the disk.
     """
     words = process_usage(_RUSAGE_INFO_V4, _WORDS)
     if words is not None:
@@ -47,26 +48,26 @@ def disk_bytes() -> tuple[int, int] | None:
 
 
 class WholePeak:
-    """The peak of MLX's allocator since the process began; see `whole_peak`."""
+    """Peak of MLX's allocator over all resets; see `whole_peak`."""
 
     def __init__(self) -> None:
         self._before = 0
         self._reset = mx.reset_peak_memory
 
     def reset(self) -> None:
-        """Begin a new peak, as MLX does, but remember the old one."""
+        """Reset MLX's peak, but keep the previous one."""
         self._before = self.bytes
         self._reset()
 
     @property
     def bytes(self) -> int:
-        """The largest of all."""
+        """The largest peak in bytes."""
         return max(self._before, mx.get_peak_memory())
 
 
 @contextmanager
 def whole_peak() -> Iterator[WholePeak]:
-    """Keep the peak over all resets that happen in between."""
+    """Measure the peak in this context, including before calls of `mx.reset_peak_memory`."""
     peak = WholePeak()
     original, mx.reset_peak_memory = mx.reset_peak_memory, peak.reset
     try:

@@ -1,4 +1,4 @@
-"""What a run of the benchmark is asked to do: the only home of its flags, defaults and checks."""
+"""The options of the benchmark: flags, defaults and checks."""
 
 import argparse
 from collections.abc import Sequence
@@ -14,23 +14,22 @@ from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.storage.files import make_folder
 
 CONTEXT, BATCH, LABELLED = 512, 1, 0.3
-# Without a model and a shape: two minutes on two cores of a CPU with a fast BLAS.
+# Defaults without a model and a shape; they take two minutes on two CPU cores with a fast BLAS.
 DEMO_SHAPE, DEMO_BLOCKS, DEMO_BUDGETS = "smollm2-135m", 6, ("none", "25%", "min")
 LEAST_STEPS = 5
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One sentence, as everything else that is wrong."""
+        """Raise an error of one sentence, as for all other errors."""
         raise EdgeLoraError(f"command line: {message}; --help lists what there is")
 
 
 def options_from_cli(argv: Sequence[str]) -> argparse.Namespace:
-    """The options that a command line gives, defaults filled in.
+    """Read the options on a command line and fill in the defaults.
 
     Raises:
-        EdgeLoraError: an unknown flag, a value that is not accepted, or two that exclude each
-            other.
+        EdgeLoraError: an unknown flag, an invalid value, or two options that exclude each other.
     """
     options = _parser().parse_args(argv)
     _check_together(options)
@@ -219,7 +218,7 @@ def _check_ladder(options: argparse.Namespace) -> None:
 
 
 def find_spec_of(runner: str) -> object | None:
-    """The module of a `module:function`, found and not imported."""
+    """The spec of the module in `module:function`, without importing it; None if not found."""
     module, _, function = runner.partition(":")
     try:
         return find_spec(module) if module and function else None

@@ -1,4 +1,4 @@
-"""Pictures of a report; they need matplotlib (the `plot` extra)."""
+"""Plots of a report; they need matplotlib (the `plot` extra)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,14 +19,14 @@ from matplotlib.axis import Axis
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 GB = 10**9
-# This package from dark to light as its budget shrinks, the others in warm colours.
+# This package is blue, lighter with a smaller budget; other contenders have other colours.
 OURS = ("#08306b", "#08519c", "#2171b5", "#4292c6", "#6baed6")
 OTHERS = ("#b30000", "#e34a33", "#fdae61", "#7a0177", "#238b45", "#8c510a")
 MARKS = ("s", "D", "^", "P", "X", "v")
 
 
 def peak_by_context(report: BenchmarkReport, shape: str | None) -> Writer:
-    """A writer of peaks of MLX's allocator over contexts, with the published lines of a shape."""
+    """Plot peaks of MLX's allocator by context, with the published lines for a shape."""
 
     def draw(file: BinaryIO) -> None:
         with _figure(file, (8.5, 5.8)) as axes:
@@ -62,7 +62,7 @@ def peak_by_context(report: BenchmarkReport, shape: str | None) -> Writer:
 
 
 def time_against_peak(report: BenchmarkReport) -> Writer:
-    """A writer of the trade-off at the longest context: seconds of a step over peaks."""
+    """Plot seconds of a step by peak at the longest context."""
 
     def draw(file: BinaryIO) -> None:
         measured = [context for context in report.contexts if not context.failed]
@@ -102,12 +102,12 @@ def time_against_peak(report: BenchmarkReport) -> Writer:
 
 
 def _shown(result: Result) -> bool:
-    """Whether there are figures to believe."""
+    """Whether a result is present and valid."""
     return result.absent is None and not result.faults
 
 
 def _styles(report: BenchmarkReport) -> dict[str, tuple[str, str]]:
-    """Colour and mark of each contender."""
+    """Colour and marker of each contender."""
     results = {result.name: result for context in report.contexts for result in context.results}
     ours = sorted(
         (result for result in results.values() if result.budget is not None),
@@ -129,7 +129,7 @@ def _figure(file: BinaryIO, size: tuple[float, float]) -> Iterator[Axes]:
 
 
 def _finish(axes: Axes, memory: Axis) -> None:
-    """Plain numbers at the ticks of the logarithmic axis of memory, a grid, and the legend."""
+    """Add plain numbers on the logarithmic axis of memory, a grid and the legend."""
     memory.set_major_locator(LogLocator(subs=(1, 2, 5)))
     memory.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     memory.set_minor_formatter(NullFormatter())

@@ -1,8 +1,9 @@
-"""Peaks of others, to be set beside measured ones: arXiv 2606.19528.
+"""Published peaks for comparison, from arXiv 2606.19528.
 
-Decimal or binary is not said there; printed as they are. One forward and one backward pass,
-batch 1, float32 arithmetic on an A100; 4-bit base weights; rank 16; the approximate softmax over
-the 1000 nearest tokens; 30 % of the tokens trained. None: out of memory on 80 GB.
+The paper does not say whether GB is decimal or binary; numbers are copied as they are. They are
+peaks of one forward and backward pass on an A100 with 80 GB: batch 1, float32 arithmetic, 4-bit
+base weights, rank 16, an approximate softmax over the 1000 nearest tokens, and 30 % of the tokens
+trained. None means out of memory.
 """
 
 CONTEXTS = (1024, 2048, 4096, 8192, 16384)
@@ -32,7 +33,7 @@ _GB: dict[str, tuple[tuple[float | None, ...], ...]] = {
 
 
 def published(shape: str | None, row: str) -> dict[int, float | None]:
-    """GB by context of a row of the table, for the whole model; nothing for other shapes."""
+    """GB by context for a row of the table and the whole model; empty for other shapes."""
     if shape not in _GB or row not in ROWS:
         return {}
     return dict(zip(CONTEXTS, _GB[shape][ROWS.index(row)], strict=True))

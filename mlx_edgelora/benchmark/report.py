@@ -1,4 +1,4 @@
-"""What came out: for the terminal, as Markdown and as JSON."""
+"""The report of a benchmark as text for a terminal, as Markdown and as JSON."""
 
 import json
 import statistics
@@ -12,7 +12,7 @@ from mlx_edgelora.benchmark.results import Result
 from mlx_edgelora.measure.text import wrapped
 from mlx_edgelora.measure.units import duration, size
 
-# Of a line in a terminal.
+# Columns of a line in a terminal.
 WIDTH = 100
 COLUMNS = (
     "contender",
@@ -33,12 +33,13 @@ class ContextResults:
     """The results at one context.
 
     Attributes:
-        tokens: of a row that the model sees, at most.
-        batch_tokens: of a step, the median.
-        labelled: share of them with labels.
-        movement: relative change of mlx-lm's loss on a batch that came again.
-        results: of the contenders; mlx-lm's first.
-        failed: why there are none.
+        tokens: largest number of tokens of a row that the model sees.
+        batch_tokens: tokens of a step, the median.
+        labelled: share of the tokens with labels.
+        movement: relative change of mlx-lm's loss on a repeated batch; None if no batch is
+            repeated.
+        results: results of the contenders, mlx-lm first.
+        failed: the reason if there are no results.
     """
 
     tokens: int
@@ -51,15 +52,17 @@ class ContextResults:
 
 @dataclass
 class BenchmarkReport:
-    """Everything that one run of the benchmark found.
+    """The results of one run of the benchmark.
 
     Attributes:
-        command: as it was called.
-        made: date.
-        machine, versions, commit: where and with what.
-        settings: of the comparison, by name.
-        notes: what a reader must know.
-        contexts: the comparison.
+        command: command line of the run.
+        made: date of the run.
+        machine: description of the machine.
+        versions: versions of the packages.
+        commit: commit of this package; None if unknown.
+        settings: settings of the comparison by name.
+        notes: notes for the reader.
+        contexts: results of the comparison by context.
         ladder: rows of the published table.
     """
 
@@ -75,13 +78,13 @@ class BenchmarkReport:
 
     @property
     def valid(self) -> bool:
-        """Whether everything was measured that could be, and nothing was at fault."""
+        """Whether no context failed and no result has a fault."""
         results = [result for context in self.contexts for result in context.results]
         failed = any(context.failed for context in self.contexts)
         return not failed and not any(result.faults for result in results)
 
     def json(self) -> str:
-        """All of it, with the figures that the tables show."""
+        """The report as JSON, including the numbers in the tables."""
         values = asdict(self)
         for context, shown in zip(self.contexts, values["contexts"], strict=True):
             for result, row in zip(context.results, shown["results"], strict=True):
@@ -92,11 +95,11 @@ class BenchmarkReport:
         return json.dumps(values, indent=1) + "\n"
 
     def text(self) -> str:
-        """Tables for a terminal."""
+        """The report as text with tables for a terminal."""
         return wrapped("\n\n".join(self._parts(_aligned)), WIDTH)
 
     def markdown(self) -> str:
-        """The same as Markdown."""
+        """The report as Markdown."""
         head = [f"# Benchmark of {self.settings['model']}"]
         about = {"made": self.made, "commit": self.commit or "unknown", **self.machine}
         about |= {"versions": ", ".join(f"{k} {v}" for k, v in self.versions.items())}
@@ -125,7 +128,7 @@ class BenchmarkReport:
         return parts
 
     def _heading(self, context: ContextResults) -> str:
-        """A line above a table."""
+        """The line above a table."""
         model, dtype = self.settings.get("model"), self.settings.get("dtype")
         rows = self.settings.get("batch", 1)
         shape = f"{context.tokens} tokens" if rows == 1 else f"{rows} x {context.tokens} tokens"
@@ -133,7 +136,7 @@ class BenchmarkReport:
 
 
 def row(result: Result, context: ContextResults) -> tuple[str, ...]:
-    """The figures of a contender: multiples of mlx-lm's, then as they are."""
+    """The cells of a contender: multiples of mlx-lm's numbers, then absolute numbers."""
     budget = _budget(result.budget)
     if result.absent is not None:
         return (result.name, "-", "-", budget, *("-",) * 6)
@@ -145,7 +148,7 @@ def row(result: Result, context: ContextResults) -> tuple[str, ...]:
 
 
 def ratio(result: Result) -> str:
-    """Times over mlx-lm's, where they may be compared."""
+    """The ratio of times to mlx-lm's as text; "-" if they cannot be compared."""
     if result.faults:
         return "INVALID"
     if not result.ratios:
@@ -156,7 +159,7 @@ def ratio(result: Result) -> str:
 
 
 def remarks(context: ContextResults) -> list[str]:
-    """What is wrong with some rows, and what the check of losses is worth."""
+    """Notes on invalid or missing rows, and on whether the comparison of losses is conclusive."""
     lines = []
     for result in context.results:
         lines += [f"{result.name} is INVALID: {fault}" for fault in result.faults]
@@ -170,7 +173,7 @@ def remarks(context: ContextResults) -> list[str]:
 
 
 def legend(contexts: Sequence[ContextResults]) -> list[str]:
-    """What the columns are, and how far the contenders agree."""
+    """Notes on the columns and on the agreement of the contenders."""
     results = [result for context in contexts for result in context.results]
     bare = max(context.results[0].bare for context in contexts)
     lines = [
@@ -191,7 +194,7 @@ def legend(contexts: Sequence[ContextResults]) -> list[str]:
 
 
 def agreement(context: ContextResults) -> tuple[float, float] | None:
-    """The largest relative distance of losses, and of adapters; None where somebody is invalid."""
+    """Largest relative distance of losses and of adapters; None if a result is invalid."""
     first, *others = context.results
     others = [result for result in others if result.absent is None]
     if not others or any(result.faults for result in context.results):
@@ -205,7 +208,7 @@ def agreement(context: ContextResults) -> tuple[float, float] | None:
 
 
 def _spread(results: Sequence[Result]) -> str:
-    """How far single rounds are from their median at most, in words."""
+    """The largest deviation of a round from the median, in words."""
     shares = [
         abs(one / statistics.median(result.ratios) - 1)
         for result in results

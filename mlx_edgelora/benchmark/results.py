@@ -1,4 +1,4 @@
-"""What was measured of a contender, and whether it may be believed."""
+"""The measurements of a contender, and checks whether they are valid."""
 
 import os
 import statistics
@@ -14,10 +14,11 @@ class Step:
     """One step of a contender.
 
     Attributes:
-        seconds: until the harness had evaluated everything.
-        loss: as reported.
-        read, written: bytes; None where the system does not tell.
-        unfinished: whether it left work to the harness.
+        seconds: time until the harness has evaluated all arrays of the step.
+        loss: reported loss.
+        read: bytes read; None if unknown.
+        written: bytes written; None if unknown.
+        unfinished: whether the contender reported the step before it was evaluated.
     """
 
     seconds: float
@@ -32,19 +33,20 @@ class Result:
     """One row of a comparison; sizes in bytes, times in seconds.
 
     Attributes:
-        name: of the contender.
-        budget: its memory budget, if it has one.
-        bare: footprint of its process with everything imported and nothing loaded.
-        held: what MLX held then: active, cached, and at the peak so far.
-        peak: of MLX's allocator over the whole run.
-        footprint: the largest of the process.
-        steps: all of them; the first warms up.
-        ratios: times over those of mlx-lm's step of the same round.
-        adapter_gap: distance of its trained adapters from mlx-lm's, over the way those went.
-        faults: why it is not valid.
-        absent: why it has no figures: not installed, too large, or it failed.
-        kernels: why its times cannot be compared with mlx-lm's, if so.
-        plan: what this package chose, by the names of `Plan`.
+        name: name of the contender.
+        budget: its memory budget; None without one.
+        bare: footprint of its process after imports, before the model is loaded.
+        held: active, cached and peak memory of MLX at the same moment.
+        peak: peak of MLX's allocator over the whole run.
+        footprint: largest footprint of the process.
+        steps: all steps; the first is a warm-up.
+        ratios: ratios of step times to those of mlx-lm in the same rounds.
+        adapter_gap: distance of its trained adapters from mlx-lm's, relative to the distance that
+            mlx-lm's adapters moved; None if unknown.
+        faults: reasons why the result is not valid.
+        absent: reason why there are no measurements, such as too little memory or an error.
+        kernels: reason why times cannot be compared with mlx-lm's; None if they can.
+        plan: plan of this package by the names of `Plan`; None for other contenders.
     """
 
     name: str
@@ -68,12 +70,12 @@ class Result:
 
     @property
     def seconds(self) -> float:
-        """The median of them."""
+        """Median seconds of the steps after the first."""
         return statistics.median(self.timed)
 
     @property
     def losses(self) -> list[float]:
-        """Of every step."""
+        """The loss of every step."""
         return [step.loss for step in self.steps]
 
     def moved(self, name: str) -> float | None:
@@ -84,23 +86,23 @@ class Result:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far a contender that computes the same may be from mlx-lm.
+    """The largest accepted differences from mlx-lm.
 
     Attributes:
-        loss: largest difference of a step's loss, over the loss or, where that is less, over 1:
-            it is the difference of two larger numbers.
-        adapters: largest `adapter_gap`. A contender that trains nothing, or does not apply its
-            gradients, has 1.
+        loss: largest difference of the loss of a step, relative to the loss or to 1 if the loss is
+            smaller, because a loss is the difference of two larger numbers.
+        adapters: largest `adapter_gap`. It is 1 for a contender that trains nothing or does not
+            apply its gradients.
     """
 
     loss: float
     adapters: float
 
 
-# What importing leaves in MLX's allocator: a scalar or two, in bytes.
+# Bytes that imports may leave in MLX's allocator: one or two scalars.
 IMPORTED = 1024
-# By dtype of the computation. mlx-lm's own sum over a large vocabulary is 7e-5 off in float32
-# (docs/loss.md). Adapters move by the signs of small gradients, hence the wide second bound.
+# By dtype of the computation. mlx-lm's sum over a large vocabulary has an error of 7e-5 in float32
+# (docs/loss.md). The tolerance of adapters is wide because the signs of small gradients move them.
 TOLERANCES = {
     "float32": Tolerance(loss=2e-4, adapters=0.05),
     "bfloat16": Tolerance(loss=1e-2, adapters=0.3),
@@ -109,17 +111,17 @@ TOLERANCES = {
 
 
 def tolerance_of(dtype: str) -> Tolerance:
-    """Of a computation in a dtype; what is multiplied as TF32 is no more exact than float16.
+    """The tolerance for a dtype; with TF32, float32 has the tolerance of float16.
 
-    MLX does that on CUDA, and on Metal on an M5, but contenders are told not to, unless the user
-    set MLX_ENABLE_TF32.
+    MLX uses TF32 on CUDA and on an M5. Contenders turn it off unless the user has set
+    MLX_ENABLE_TF32.
     """
     exact = os.environ.get("MLX_ENABLE_TF32", "0") == "0" or mx.default_device() == mx.cpu
     return TOLERANCES[dtype if exact or dtype != "float32" else "float16"]
 
 
 def find_faults(result: Result, reference: Result, tolerance: Tolerance) -> None:
-    """Write down what is wrong with a result; one that has no fault is believed."""
+    """Add the faults of a result to `result.faults`; a result without faults is valid."""
     faults = result.faults
     if max(result.held) > IMPORTED:
         faults.append(
@@ -150,9 +152,9 @@ def find_faults(result: Result, reference: Result, tolerance: Tolerance) -> None
 
 
 def movement(losses: list[float], batches: list[tuple[int, ...]]) -> float | None:
-    """The largest relative change of the loss of one batch between two of its steps.
+    """Largest relative change of the loss on a repeated batch, compared with its first step.
 
-    None where no batch came twice.
+    None if no batch is repeated.
     """
     first: dict[tuple[int, ...], float] = {}
     changes = []
@@ -164,9 +166,9 @@ def movement(losses: list[float], batches: list[tuple[int, ...]]) -> float | Non
 
 
 def adapter_gap(own: Path, theirs: Path, start: Path) -> float | None:
-    """Distance between two trained adapters, over the way the second went from the start.
+    """Distance of two trained adapters, relative to the second one's distance from the start.
 
-    None where the first is missing or holds other arrays.
+    None if the first is missing or has other arrays.
     """
     if not own.exists():
         return None

@@ -1,9 +1,8 @@
-"""Contenders in turn: A B C A B C, each in a process of its own, every time beside mlx-lm's.
+"""Run contenders in rounds (A B C A B C), each in its own process, with mlx-lm in every round.
 
-One process computes at a time; the others wait at the end of a step, with what they hold between
-steps. As many are started as the machine's memory has room for; mlx-lm's own process stays
-throughout and makes a step in every round, so that each ratio is of two steps that followed
-one another.
+One process computes at a time. The others wait at the end of a step and keep their memory. As many
+processes run as fit in the memory of the machine. The process of mlx-lm runs throughout and makes a
+step in every round, so each ratio compares two steps of the same round.
 """
 
 import contextlib
@@ -23,23 +22,23 @@ from mlx_edgelora.benchmark.results import Result, Step, Tolerance, adapter_gap,
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.measure.units import size
 
-# Of the budget a process may need besides: what is not MLX's, or was not foreseen.
+# Factor on a budget for memory of the process outside MLX or beyond the estimate.
 BESIDES = 1.1
 SIGKILL = 9
 Log = Callable[[str], None]
 
 
 class ContenderExited(Exception):
-    """A contender's process ended before its run did; the text says why."""
+    """A contender's process ended before its run was done; the message is the reason."""
 
 
 class ContenderProcess:
     """The process of a contender, which waits at the end of each step.
 
     Args:
-        contender: who.
-        job: what; its runner and folder are filled in here.
-        folder: for what it writes.
+        contender: the contender.
+        job: the job; its runner, folder and checkpointing are set here.
+        folder: folder for its output.
     """
 
     def __init__(self, contender: Contender, job: TrainingJob, folder: Path) -> None:
@@ -51,7 +50,7 @@ class ContenderProcess:
             checkpointing=contender.checkpointing,
         )
         self.result = Result(contender.name, job.options.get("memory_budget"))
-        self.waiting = 0  # what it held at the end of the last step
+        self.waiting = 0  # bytes held at the end of the last step
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by close()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "mlx_edgelora.benchmark.worker"],
@@ -64,28 +63,28 @@ class ContenderProcess:
         self._write(self.job.json())
 
     def start(self) -> None:
-        """Load, and make the step that warms up.
+        """Wait until the model is loaded and the warm-up step is done.
 
         Raises:
-            ContenderExited: also from the following.
+            ContenderExited: the process has ended, as in `step` and `finish`.
         """
         event = self._read("start")
         self.result.bare, self.result.held = event["footprint"], tuple(event["held"])
         self._take(self._read("step"))
 
     def step(self) -> float:
-        """Make one more step; its seconds."""
+        """Run one more step and return its seconds."""
         self._write("go")
         self._take(self._read("step"))
         return self.result.steps[-1].seconds
 
     def finish(self) -> None:
-        """Let the run end in its own way, its adapters saved."""
+        """Let the run end normally and save its adapters."""
         self._write("go")
         self._used(self._read("done"))
 
     def close(self) -> None:
-        """End the process, whatever it is doing."""
+        """Kill the process."""
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout, self._log):
@@ -94,7 +93,7 @@ class ContenderProcess:
 
     @property
     def peak_bytes(self) -> int:
-        """What it held at most; a GPU's own memory is in no footprint."""
+        """Largest memory in bytes; the footprint does not include the memory of a discrete GPU."""
         return max(self.result.footprint, self.result.peak)
 
     def _take(self, event: dict[str, Any]) -> None:
@@ -108,7 +107,7 @@ class ContenderProcess:
         self.waiting = event["waiting"]
 
     def _write(self, line: str) -> None:
-        with contextlib.suppress(BrokenPipeError):  # reading tells what happened
+        with contextlib.suppress(BrokenPipeError):  # `_read` raises the error
             self._process.stdin.write(line + "\n")
             self._process.stdin.flush()
 
@@ -133,13 +132,13 @@ class ContenderProcess:
 
 
 class Comparison:
-    """All contenders at one context.
+    """The comparison of all contenders at one context.
 
     Args:
         job: the run, without runner and budget.
-        folder: for what they write.
-        tolerance: how far they may be from mlx-lm.
-        log: gets a line for each thing that happens.
+        folder: folder for the output of the contenders.
+        tolerance: accepted differences from mlx-lm.
+        log: called with progress messages.
     """
 
     def __init__(self, job: TrainingJob, folder: Path, tolerance: Tolerance, log: Log) -> None:
@@ -149,12 +148,16 @@ class Comparison:
         self._count = 0
 
     def run(self, rivals: Sequence[Contender]) -> list[Result]:
-        """Measure all; `rivals[0]` is the reference, `rivals[1]` gives budgets.
+        """Measure all contenders.
+
+        Args:
+            rivals: the contenders. The first is the reference; budgets are shares of the second
+                one's peak.
 
         Raises:
-            EdgeLoraError: the reference itself cannot run.
+            EdgeLoraError: the reference cannot be measured.
         """
-        last = self._job.steps * (len(rivals) + 1)  # at most a group for each, and its own end
+        last = self._job.steps * (len(rivals) + 1)  # enough if each contender is its own group
         self._reference = self._running(rivals[0], self._job.with_(last=last))
         try:
             self._reference.start()
@@ -183,7 +186,7 @@ class Comparison:
         return self._job.with_(options=self._job.options | {"memory_budget": budget})
 
     def _groups(self, waiting: list[tuple[Contender, TrainingJob]]) -> Iterator[Result]:
-        """Start as many as there is room for, measure them, and go on with the rest."""
+        """Measure contenders in groups, each as large as memory allows."""
         while waiting:
             group: list[ContenderProcess] = []
             try:
@@ -207,7 +210,7 @@ class Comparison:
                     running.close()
 
     def _started(self, rival: Contender, job: TrainingJob) -> "ContenderProcess | Result":
-        """A contender after its first step, or why there is none."""
+        """A contender after its first step, or a result with the reason for its failure."""
         running = self._running(rival, job)
         try:
             running.start()
@@ -222,7 +225,7 @@ class Comparison:
         return running
 
     def _measured(self, group: list[ContenderProcess]) -> Iterator[Result]:
-        """The rounds of a group, and what came out."""
+        """Run the rounds of a group and yield its results."""
         alive = list(group)
         for number in range(1, self._job.steps):
             if not alive:
@@ -263,17 +266,17 @@ class Comparison:
         return self._need(rival, job) <= self._room(group)
 
     def _need(self, rival: Contender, job: TrainingJob) -> int:
-        """Most memory that a contender's process is expected to take."""
+        """Upper estimate of the memory of a contender's process in bytes."""
         peak_bytes, bare = self._reference.peak_bytes, self._reference.result.bare
         budget = job.options.get("memory_budget")
-        if budget == "min":  # far below the smallest of the shares
+        if budget == "min":  # takes far less than the smallest share, 25 %
             return bare + peak_bytes // 4
         if not rival.is_ours:
             return peak_bytes
         return min(peak_bytes, round(BESIDES * budget) + bare)
 
     def _room(self, group: list[ContenderProcess]) -> int:
-        """Free memory beside those that wait, one of whom may be at its peak."""
+        """Free bytes, given that all running processes wait except one, which is at its peak."""
         alive = [self._reference, *group]
         above = max(running.peak_bytes - running.waiting for running in alive)
         return self._free - sum(running.waiting for running in alive) - above

@@ -1,4 +1,4 @@
-"""The rows that all contenders train on: the same few of them, so that batches come again."""
+"""The rows that all contenders train on; there are only a few, so that batches are repeated."""
 
 import json
 from pathlib import Path
@@ -15,22 +15,22 @@ from mlx_edgelora.embedded import DATA_PATH
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.storage.files import make_folder
 
-# Two batches take turns at random: each comes again, which shows that the loss moves.
+# Number of batches. They follow in random order, and repeated batches show changes of the loss.
 BATCHES = 2
 
 
 def synthetic_rows(
     tokenizer: object, count: int, context: int, labelled: float, words: list[str]
 ) -> list[dict]:
-    """Rows of random words, of more tokens than a context has, so that none is padded.
+    """Make rows of random words, longer than the context, so that no row is padded.
 
     Args:
-        tokenizer: of the model; a word has at least one token.
-        count: of rows.
-        context: tokens that the model sees.
-        labelled: share of them with labels, as nearly as the tokenizer allows; at 1 rows
-            are plain text.
-        words: to choose from.
+        tokenizer: tokenizer of the model; a word has at least one token.
+        count: number of rows.
+        context: number of tokens that the model sees.
+        labelled: share of tokens with labels, as nearly as the tokenizer allows; with 1, rows are
+            plain text.
+        words: words to choose from.
     """
     rng = np.random.default_rng(0)
     rows = []
@@ -47,7 +47,7 @@ def synthetic_rows(
 
 
 def _prefix(tokenizer: object, words: list[str], wanted: int) -> int:
-    """So many words make a prompt of nearly, and not more than, the wanted tokens."""
+    """Largest number of words that make a prompt of at most `wanted` tokens; at least 1."""
 
     def tokens(count: int) -> int:
         message = [{"role": "user", "content": " ".join(words[:count])}]
@@ -61,7 +61,7 @@ def _prefix(tokenizer: object, words: list[str], wanted: int) -> int:
 
 
 def words_for(model: Path) -> list[str]:
-    """Words for a tokenizer: its own, if `add_tokenizer` made it, or those of the embedded data."""
+    """Words for a model: of its tokenizer if `add_tokenizer` made it, else of the embedded data."""
     config = model / "tokenizer_config.json"
     if config.exists() and json.loads(config.read_text()).get("synthetic"):
         names = json.loads((model / "tokenizer.json").read_text())["model"]["vocab"]
@@ -70,10 +70,10 @@ def words_for(model: Path) -> list[str]:
 
 
 def given_rows(folder: Path, count: int) -> list[dict]:
-    """The longest rows of a folder's train.jsonl, which decide the peak of a run on it.
+    """The longest rows in a folder's train.jsonl, which decide the peak of a run.
 
     Raises:
-        EdgeLoraError: there is no such file, it is no JSONL, or it has fewer rows.
+        EdgeLoraError: the file is missing, is not JSONL, or has fewer than `count` rows.
     """
     file = folder / "train.jsonl"
     if not file.is_file():
@@ -90,7 +90,7 @@ def given_rows(folder: Path, count: int) -> list[dict]:
 
 
 def write_rows(folder: Path, rows: list[dict]) -> bool:
-    """Write a data folder; tells whether its rows have prompts to be masked."""
+    """Write a data folder. Returns whether its rows have prompts that can be masked."""
     make_folder(folder)
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "train.jsonl").write_text(text)
@@ -98,13 +98,14 @@ def write_rows(folder: Path, rows: list[dict]) -> bool:
 
 
 def sort_rows(config: TrainConfig, tokenizer: object) -> None:
-    """Put the rows of a data folder into the order of their lengths.
+    """Sort the rows of a data folder by length.
 
-    This package forms batches by length; mlx-lm means to, but takes rows as they come
-    (docs/differences-from-mlx-lm.md). In this order both form the same ones.
+    This package forms batches by length. mlx-lm is meant to do so as well, but takes rows in the
+    order of the file (docs/differences-from-mlx-lm.md). With sorted rows, both form the same
+    batches.
 
     Raises:
-        EdgeLoraError: a row has nothing to train within the context.
+        EdgeLoraError: a row has no token to train on within the context.
     """
     rows = [row for _, row in jsonl_source(Path(config.data, "train.jsonl")).rows]
     dataset = load_datasets(config, tokenizer)[0]
@@ -126,12 +127,16 @@ def tokenizer_of(model: Path) -> object:
 def batches(
     config: TrainConfig, tokenizer: object, steps: int
 ) -> list[tuple[tuple[int, ...], int, int]]:
-    """Of every step the rows, the tokens the model sees, and those with labels.
+    """The batches of a run.
 
     Args:
         config: options of the run.
-        tokenizer: of the model.
-        steps: so many.
+        tokenizer: tokenizer of the model.
+        steps: number of steps.
+
+    Returns:
+        For each step the indices of the rows, the number of tokens that the model sees, and the
+        number of tokens with labels.
     """
     dataset: Dataset = load_datasets(config, tokenizer)[0]
     order = iterate_batches(

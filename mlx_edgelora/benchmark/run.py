@@ -1,4 +1,4 @@
-"""A whole run of the benchmark: model, rows and initial matrices, then everybody in turn."""
+"""Run the benchmark: prepare model, rows and initial matrices, then measure all contenders."""
 
 import argparse
 import datetime
@@ -45,30 +45,30 @@ from mlx_edgelora.planner.machine import this_machine
 from mlx_edgelora.training.inspecting import plan_report
 
 SCALE = 20.0
-# Initial adapters change what a layer gives by about so much.
+# Approximate change of a layer's output by the initial adapters.
 CHANGE = 0.1
-# Tokens of a row where a slow BLAS multiplies.
+# Tokens of a row with a slow BLAS.
 SLOW_CONTEXT = 64
-# A loss that moves by less than so many tolerances does not tell who trained.
+# A loss that changes by fewer tolerances than this does not show whether a contender trains.
 TELLING = 3
 
 
 def run(
     options: argparse.Namespace, command: str, log: Log, keep: Callable[[BenchmarkReport], None]
 ) -> tuple[BenchmarkReport, bytes | None]:
-    """Do what the options say.
+    """Run the benchmark.
 
     Args:
-        options: as `options_from_cli` gives them.
+        options: options from `options_from_cli`.
         command: the command line, for the report.
-        log: gets a line for each thing that happens.
-        keep: gets the report as far as it is, after every context and row.
+        log: called with progress messages.
+        keep: called with the report so far after each context and each row.
 
     Returns:
-        What was found, and a picture of one step's memory if the `plot` extra drew one.
+        The report, and a plot of the memory of one step as PNG if the `plot` extra is installed.
 
     Raises:
-        EdgeLoraError: something that the user can mend.
+        EdgeLoraError: an error that the user can correct.
     """
     report = BenchmarkReport(
         command=command,
@@ -81,7 +81,7 @@ def run(
     slow = slow_blas()
     if slow:
         if options.may_shorten:
-            options.contexts = [SLOW_CONTEXT]  # or it would take an hour
+            options.contexts = [SLOW_CONTEXT]  # the default would take an hour
         log(f"warning: {slow}")
         report.notes.append(slow)
     with tempfile.TemporaryDirectory(prefix="edgelora-benchmark-") as folder:
@@ -134,13 +134,13 @@ class _Bench:
             )
 
     def context(self, tokens: int) -> ContextResults:
-        """Everybody at one context."""
+        """Measure all contenders at one context."""
         options = self._options
         job = self._job(tokens)
         config = config_of(job.with_(output=str(self._folder)))
         sort_rows(config, self._tokenizer)
         steps = batches(config, self._tokenizer, job.steps)
-        plan_report(config)  # measures the machine's rates, so that no contender has to
+        plan_report(config)  # measures the machine's rates once for all contenders
         size = round(statistics.median(tokens for _, tokens, _ in steps))
         share = sum(labelled for *_, labelled in steps) / sum(tokens for _, tokens, _ in steps)
         found = ContextResults(tokens, size, share)
@@ -168,7 +168,7 @@ class _Bench:
         return found
 
     def step_memory(self) -> bytes | None:
-        """A picture of where memory goes over a step, within the smallest budget that was kept."""
+        """A plot of the memory of one step within the last measured budget as PNG, or None."""
         if self._last is None:
             return None
         job, results = self._last
@@ -220,12 +220,12 @@ class _Bench:
 
 
 def write_start(lazy: LazyModel, rank: int, file: Path) -> None:
-    """Write initial matrices for all linear layers; B is not zero, so that all gradients matter.
+    """Write initial LoRA matrices for all linear layers; B is not zero, so no gradient is zero.
 
     Args:
-        lazy: gets LoRA layers, of which only the shapes are looked at.
-        rank: of them.
-        file: to write.
+        lazy: the model; LoRA layers are added to it, and only their shapes are used.
+        rank: rank of the matrices.
+        file: file to write.
     """
     add_lora(lazy.model, -1, rank, SCALE)
     arrays = {}
@@ -240,7 +240,7 @@ def write_start(lazy: LazyModel, rank: int, file: Path) -> None:
 
 
 def _opened(options: argparse.Namespace, log: Log) -> LazyModel:
-    """The model, none of it read."""
+    """The model, without reading its weights."""
     name = options.model
     if options.shape is not None:
         log(f"weights of {_name(options)} in {options.weights}")
@@ -257,7 +257,7 @@ def _run_ladder(
     log: Log,
     keep: Callable[[BenchmarkReport], None],
 ) -> None:
-    """Every row of the ladder at every context."""
+    """Measure or estimate every row of the ladder at every context."""
     here = this_machine(options.cache, options.cache, mx.float32)
     table = PublishedTable(options.shape, options.blocks, here, folder, options.row_seconds, log)
     report.settings |= {"model": _name(options), "rank": RANK, "contexts": options.contexts}

@@ -1,4 +1,4 @@
-"""Random models of real shapes, written once a tensor at a time, and a tokenizer for them."""
+"""Random models with the shapes of real ones, written one tensor at a time, and a tokenizer."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from mlx_edgelora.model.checkpoint import write_model
 from mlx_edgelora.storage.files import user_cache, write_atomically
 
 COMMON = {"rms_norm_eps": 1e-5, "tie_word_embeddings": True, "rope_theta": 500000.0}
-# Architecture, blocks, hidden, intermediate, heads, heads of keys, vocabulary.
+# Architecture, blocks, hidden size, intermediate size, heads, key-value heads, vocabulary.
 SHAPES = {
     "small": (llama, 4, 256, 1024, 8, 2, 1024),
     "medium": (llama, 8, 512, 2048, 8, 2, 8192),
@@ -28,11 +28,11 @@ SHAPES = {
     "qwen2.5-3b": (qwen2, 36, 2048, 11008, 16, 2, 151936),
     "qwen2.5-0.5b": (qwen2, 24, 896, 4864, 14, 2, 151936),
 }
-# Of these a tied head would be another model.
+# Shapes of models whose head is not tied to the embedding.
 UNTIED = ("llama-3.1-8b",)
 WEIGHTS = ("float32", "bfloat16", "4bit")
 GROUP, BITS = 64, 4
-# The tokenizer of a random model knows so many words.
+# Number of words of the tokenizer of a random model.
 WORDS = 1000
 TEMPLATE = (
     "{% for message in messages %}{{ message.content }} "
@@ -41,12 +41,12 @@ TEMPLATE = (
 
 
 def default_cache() -> Path:
-    """Where models are written if nobody says otherwise."""
+    """Default folder of random models."""
     return user_cache() / "random-models"
 
 
 def config_of(shape: str, blocks: int) -> tuple[ModuleType, dict]:
-    """The architecture of a shape, and its configuration with so many blocks."""
+    """The architecture of a shape, and its configuration with `blocks` blocks."""
     module, _, hidden, intermediate, heads, kv_heads, vocabulary = SHAPES[shape]
     return module, COMMON | {
         "model_type": module.__name__.rpartition(".")[2],
@@ -61,7 +61,7 @@ def config_of(shape: str, blocks: int) -> tuple[ModuleType, dict]:
 
 
 def random_model(shape: str, blocks: int, weights: str) -> tuple[nn.Module, dict]:
-    """A model none of whose random weights is computed yet, and its configuration."""
+    """A model with random weights that are not evaluated yet, and its configuration."""
     module, config = config_of(shape, blocks)
     mx.random.seed(0)
     model = module.Model(module.ModelArgs.from_dict(config))
@@ -74,17 +74,19 @@ def random_model(shape: str, blocks: int, weights: str) -> tuple[nn.Module, dict
 
 
 def checkpoint(cache: Path, shape: str, blocks: int, weights: str = "4bit") -> Path:
-    """Write random weights of a shape, unless they are there.
+    """Write a model of a shape with random weights, unless it exists.
 
     Args:
-        cache: folder of such models.
-        shape: one of `SHAPES`.
-        blocks: how many the model has.
-        weights: one of `WEIGHTS`; 4bit is in groups of 64 with scales and norms in bfloat16, as
-            published checkpoints are.
+        cache: folder of random models.
+        shape: a key of `SHAPES`.
+        blocks: number of blocks.
+        weights: one of `WEIGHTS`. 4bit has groups of 64 and scales and norms in bfloat16, as in
+            published checkpoints.
 
     Returns:
-        The folder; it appears whole. Memory: its largest tensor, with what computes it.
+        The folder of the model. It is created only when complete.
+
+    Memory: the largest tensor and its computation.
     """
     folder = cache / (f"{shape}-{blocks}" + f"-{weights}" * (weights != "4bit"))
     if (folder / "config.json").exists():
@@ -103,7 +105,7 @@ def checkpoint(cache: Path, shape: str, blocks: int, weights: str = "4bit") -> P
 
 
 def add_tokenizer(folder: Path, vocabulary: int) -> None:
-    """Give a random model a tokenizer of the words w0, w1, ..., unless it has one."""
+    """Add a tokenizer of the words w0, w1, ... to a random model, unless it has one."""
     if (folder / "tokenizer.json").exists():
         return
     words = {f"w{index}": index for index in range(min(WORDS, vocabulary - 1))}

@@ -1,8 +1,8 @@
-"""The process of one contender: takes a job on standard input, tells every step on standard output.
+"""The process of one contender, which reads a job from standard input and reports every step.
 
-Both are lines of JSON: the job, then "go" for each step after the first; events back. What the
-contender prints goes to standard error. Before anything of the job is loaded the process tells
-what MLX's allocator holds, so that a process that is not fresh shows.
+The job is a line of JSON, followed by a line "go" for each step after the first. Events are lines
+of JSON on standard output. The contender's own output goes to standard error. Before the model is
+loaded, the process reports the memory of MLX's allocator, which shows whether the process is fresh.
 """
 
 import importlib
@@ -13,37 +13,38 @@ import time
 from collections.abc import Callable, Mapping
 from typing import IO, Any
 
-# Float32 is what it says, on CUDA and on an M5 as well; MLX must know before its first product.
+# Turn off TF32 on CUDA and on an M5. MLX reads the variable before its first product.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 import mlx.core as mx
 
-from mlx_edgelora.benchmark import contenders  # noqa: F401 - imported before anything is counted
+from mlx_edgelora.benchmark import contenders  # noqa: F401 - imported before memory is measured
 from mlx_edgelora.benchmark.job import TrainingJob
 from mlx_edgelora.benchmark.meters import WholePeak, disk_bytes, peak_footprint, whole_peak
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.measure.meter import footprint
 
-# A step that leaves more than this share of its time to be computed later was not finished.
+# A step is unfinished if more than this share of its time is computed after it was reported.
 UNFINISHED = 0.05
-# Less than so many seconds cannot be told from the call itself.
+# Seconds that the call itself may take.
 CALL = 0.005
 
-# What a contender may fail with; anything else leaves a traceback and ends the process.
+# Errors of a contender that are reported; any other error ends the process with a traceback.
 REPORTED = (EdgeLoraError, RuntimeError, MemoryError, ValueError, ImportError, OSError)
 
 
 class ComparisonDone(Exception):
-    """The comparison has what it needs."""
+    """The comparison needs no further steps."""
 
 
 class StepTimer:
-    """Called by a runner after each step: ends the step's time, tells it, and waits.
+    """Measures and reports each step, then waits; a runner calls it after each step.
 
     Args:
-        job: of this process.
-        peak: of its allocator.
-        send, receive: to and from the comparison.
+        job: job of this process.
+        peak: peak of its allocator.
+        send: sends an event to the comparison.
+        receive: waits for a line from the comparison.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class StepTimer:
         receive: Callable[[], str],
     ) -> None:
         self._job, self._peak, self._send, self._receive = job, peak, send, receive
-        # What is left to compute takes CPU time on a CPU, however busy the machine is.
+        # On a CPU, unfinished work is measured in CPU time, which does not depend on other load.
         self._clock = time.process_time if mx.default_device() == mx.cpu else time.perf_counter
         self._step, self._disk = 0, disk_bytes()
         self._begin()
@@ -65,7 +66,7 @@ class StepTimer:
         trained: Mapping[str, mx.array] | None = None,
         disk: tuple[int, int] | None = None,
     ) -> None:
-        """As `StepCallback`: whatever is not evaluated yet is evaluated within the step's time."""
+        """Report a step, as `StepCallback`; arrays are evaluated within the time of the step."""
         called = self._clock()
         lazy = not isinstance(loss, float)
         if lazy:
@@ -103,7 +104,7 @@ class StepTimer:
         self._start, self._worked = time.perf_counter(), self._clock()
 
     def used(self) -> dict[str, int]:
-        """Memory so far, and what is held now; on CUDA the footprint has no part of it."""
+        """Peaks so far and the memory held now; on CUDA, the footprint excludes GPU memory."""
         return {
             "peak": self._peak.bytes,
             "peak_footprint": peak_footprint(),
@@ -112,7 +113,7 @@ class StepTimer:
 
 
 def work(channel: IO[str], orders: IO[str]) -> None:
-    """Do the job that the first line of `orders` describes."""
+    """Run the job in the first line of `orders` and send its events to `channel`."""
 
     def send(event: str, **values: Any) -> None:
         channel.write(json.dumps({"event": event, **values}) + "\n")
@@ -135,7 +136,7 @@ def work(channel: IO[str], orders: IO[str]) -> None:
 
 
 def main() -> None:
-    """Keep the channel apart from whatever is printed."""
+    """Run a job with standard output as the channel; other output goes to standard error."""
     channel = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     work(channel, sys.stdin)

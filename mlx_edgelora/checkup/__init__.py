@@ -1,1 +1,1 @@
-"""What `mlx_edgelora.doctor` looks at, and the report it makes of it."""
+"""The checks of `mlx_edgelora.doctor` and their report."""

@@ -1,4 +1,4 @@
-"""What a checkup is made with: sizes, a folder, a clock; and errors that are findings."""
+"""The settings of a checkup, its time limit, and probes whose errors are part of the report."""
 
 import os
 import time
@@ -15,16 +15,20 @@ Found = dict[str, Any]
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured; the defaults take about a minute.
+    """Sizes of the measurements; the defaults take about a minute.
 
     Attributes:
-        seconds: after which nothing slow is begun.
-        head_sizes, heads, tokens: of attention.
-        dtypes: whose kernel rates are measured.
-        disk_bytes: that are written, read and wrapped.
-        shape, blocks: of the random model that makes steps, by its name in `benchmark.shapes`.
-        rows, row_tokens: of its batch.
-        steps: of each budget; the first one warms up.
+        seconds: time after which no slow measurement is started.
+        head_sizes: head sizes of the attention measurements.
+        heads: number of heads of the attention measurements.
+        tokens: number of tokens of the attention measurements.
+        dtypes: dtypes whose rates are measured.
+        disk_bytes: size of the file that is written, read and mapped.
+        shape: name in `benchmark.shapes` of the random model for the training steps.
+        blocks: number of blocks of this model.
+        rows: rows of its batch.
+        row_tokens: tokens of a row of its batch.
+        steps: steps for each budget; the first one is a warm-up.
     """
 
     seconds: float = 90.0
@@ -45,10 +49,10 @@ class Checkup:
     """One checkup.
 
     Attributes:
-        folder: of scratch files.
-        sizes: how much is measured.
-        footprint: of the process at the start, in bytes.
-        began: the clock then.
+        folder: folder of scratch files.
+        sizes: sizes of the measurements.
+        footprint: footprint of the process at the start, in bytes.
+        began: time of the start, by `time.monotonic`.
     """
 
     folder: Path
@@ -57,10 +61,10 @@ class Checkup:
     began: float = field(default_factory=time.monotonic)
 
     def check_time(self) -> None:
-        """See that something slow may be begun.
+        """Check the time limit before a slow measurement.
 
         Raises:
-            EdgeLoraError: the time is over.
+            EdgeLoraError: the time limit was reached.
         """
         if time.monotonic() - self.began > self.sizes.seconds:
             raise EdgeLoraError(
@@ -69,16 +73,16 @@ class Checkup:
 
 
 def run_probe(function: Callable[..., Mapping[str, Any]], *arguments: Any) -> Found:
-    """What a function finds, or its error in one line as "error"."""
+    """The result of a function, or its error as one line under "error"."""
     try:
         return dict(function(*arguments))
-    except Exception as error:  # noqa: BLE001 - whatever fails on a machine is what is asked for
+    except Exception as error:  # noqa: BLE001 - any failure on a machine belongs in the report
         text = " ".join(str(error).split())
         return {"error": text if isinstance(error, EdgeLoraError) else _named(error, text)}
 
 
 def best_seconds(function: Callable[[], Any], rounds: int) -> float:
-    """Of the fastest of some calls."""
+    """Seconds of the fastest of `rounds` calls."""
     best = float("inf")
     for _ in range(rounds):
         start = time.perf_counter()
@@ -89,7 +93,7 @@ def best_seconds(function: Callable[[], Any], rounds: int) -> float:
 
 @contextmanager
 def environment_variable(name: str, value: str) -> Iterator[None]:
-    """A variable of the environment has a value, and afterwards its own again."""
+    """Set an environment variable; its previous value is restored on exit."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:

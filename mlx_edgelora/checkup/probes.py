@@ -1,4 +1,4 @@
-"""Of MLX and the disk, a part at a time: precision, wrapping, attention, rates, syncing."""
+"""Probes of MLX and the disk: precision, mapped memory, attention, rates, syncing."""
 
 import fcntl
 import mmap
@@ -17,13 +17,13 @@ from mlx_edgelora.model.loading import DTYPES
 from mlx_edgelora.planner.machine import measure_rates
 from mlx_edgelora.storage.page_file import unlinked_file
 
-# Of a float32 product; above it products have fewer bits (TF32).
+# Largest relative error of a float32 product; above it, products have lower precision (TF32).
 FLOAT32_ERROR = 1e-5
-# The variable that says how large a block of scores MLX's gradient of attention holds on Metal.
+# Environment variable with the size of a block of scores in MLX's gradient of attention on Metal.
 BLOCK = "MLX_SDPA_VJP_BLOCK"
 BLOCKS = (1024, 256)
 ROUNDS = 3
-# So many small evaluations for the time of one.
+# Number of small evaluations that are timed; the fastest counts.
 EVALUATIONS = 20
 CALLS = ("F_FULLFSYNC", "F_NOCACHE", "F_PREALLOCATE", "F_RDADVISE")
 
@@ -43,7 +43,7 @@ def precision(job: Checkup) -> Found:
 
 
 def wrap(job: Checkup) -> Found:
-    """Whether MLX takes mapped memory in place, of whole and other lengths and starts."""
+    """Whether MLX uses mapped memory without a copy, with aligned and other starts and lengths."""
     page, size = mmap.PAGESIZE, job.sizes.disk_bytes
     cases = ((0, page), (page, page + 512), (2 * page, 3 * page - 2), (512, page), (0, size))
     with unlinked_file(job.folder) as file:
@@ -72,10 +72,10 @@ def _wrap_region(region: np.ndarray) -> Found:
 
 
 def attention(job: Checkup) -> Found:
-    """Peak and time of MLX's own causal attention, forward alone and with its gradient."""
+    """Peak and time of MLX's causal attention, for the forward alone and with its gradient."""
     sizes = job.sizes
     dtype = mx.bfloat16 if on_gpu() else mx.float32
-    blocks = BLOCKS if on_gpu() else BLOCKS[:1]  # a CPU has none
+    blocks = BLOCKS if on_gpu() else BLOCKS[:1]  # a CPU has no such blocks
     calls = []
     for size, block, gradient in product(sizes.head_sizes, blocks, (False, True)):
         shape = (1, sizes.heads, sizes.tokens, size)
@@ -108,7 +108,7 @@ def _time_attention(job: Checkup, shape: tuple[int, ...], dtype: mx.Dtype, gradi
 
 
 def rates(job: Checkup) -> Found:
-    """What the planner reckons with, by dtype, and the time of an evaluation of next to nothing."""
+    """The planner's rates by dtype, and the time of a minimal evaluation."""
     one = mx.zeros((8,))
     evaluation = best_seconds(lambda: mx.eval(one + 1), EVALUATIONS)
     found = [{"dtype": name} | run_probe(_rates, job, DTYPES[name]) for name in job.sizes.dtypes]
@@ -121,7 +121,7 @@ def _rates(job: Checkup, dtype: mx.Dtype) -> Found:
 
 
 def disk(job: Checkup) -> Found:
-    """Seconds of writing, syncing and reading a file; which calls of the system there are."""
+    """Seconds of writing, syncing and reading a file, and the available system calls."""
     data = os.urandom(job.sizes.disk_bytes)
     with unlinked_file(job.folder) as file:
         steps = {

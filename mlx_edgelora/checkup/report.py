@@ -1,4 +1,4 @@
-"""A checkup's report: its sections one by one, as text and as JSON without private data."""
+"""The report of a checkup in sections, as text and as JSON without private data."""
 
 import gc
 import getpass
@@ -22,7 +22,7 @@ from mlx_edgelora.checkup.job import Checkup, Found, run_probe
 from mlx_edgelora.measure.units import duration, size
 
 SCHEMA = "mlx-edgelora-report"
-# Raise it when a name in it goes, or means something else.
+# Version of the report. Raise it when a name is removed or its meaning changes.
 VERSION = 1
 WIDTH = 80
 SECTIONS: dict[str, Callable[[Checkup], Found]] = {
@@ -41,15 +41,16 @@ SECTIONS: dict[str, Callable[[Checkup], Found]] = {
 
 
 def make_report(job: Checkup, on_section: Callable[[Found], None]) -> Found:
-    """Go through all sections; what fails is told in its place, and the others go on.
+    """Run all sections; the error of a failed section is part of the report.
 
     Args:
         job: the checkup.
-        on_section: gets the report after each section, so that one exists if the process dies.
+        on_section: called with the report after each section, so that a report exists even if the
+            process dies.
 
     Returns:
         {"schema", "version", "complete", "seconds", "sections": {name: {"seconds", "error",
-        "found"}}}; "complete" is false in one that is kept before the last section.
+        "found"}}}; "complete" is false until the last section is done.
     """
     clean = Cleaner(job.folder)
     sections: Found = {}
@@ -70,14 +71,14 @@ def make_report(job: Checkup, on_section: Callable[[Found], None]) -> Found:
 
 
 def problems(report: Mapping[str, Any]) -> list[str]:
-    """A line for everything that failed or is not as it should be."""
+    """A line for each failure and each wrong result."""
     lines = []
     for name, section in report["sections"].items():
         found = section["found"]
         if section["error"]:
             lines.append(f"{name}: {section['error']}")
         for key, rows in found.items():
-            # MLX on a CPU wraps nothing; what refuses is told in its row.
+            # On a CPU, MLX cannot use mapped memory in place. Such an error is only in its row.
             if key != "wraps":
                 lines += [f"{name}: {row['error']}" for row in _tables(rows) if "error" in row]
         lines += [f"{name}: WRONG: {text}" for text in found.get("wrong", [])]
@@ -96,12 +97,12 @@ def problems(report: Mapping[str, Any]) -> list[str]:
 
 
 def as_json(report: Mapping[str, Any]) -> bytes:
-    """The report as a file."""
+    """The report as the content of a JSON file."""
     return (json.dumps(report, indent=1, allow_nan=False) + "\n").encode()
 
 
 def lines_of(name: str, section: Mapping[str, Any]) -> Iterator[str]:
-    """A section in lines of at most 80 columns."""
+    """A section as lines of at most 80 columns."""
     yield f"{name} ({section['seconds']:.1f} s)"
     if section["error"]:
         yield from wrap(f"failed: {section['error']}", WIDTH - 2, **_indents(2, 2))
@@ -130,7 +131,7 @@ def _indents(first: int, other: int) -> dict[str, Any]:
 
 
 def _table(rows: list[Mapping[str, Any]], indent: int) -> Iterator[str]:
-    """Rows in columns, or a row at a time where these are too wide; its error follows a row."""
+    """A table in columns, or row by row if it is too wide; the error of a row follows it."""
     names = list(
         dict.fromkeys(k for row in rows for k, v in row.items() if isinstance(v, str | float | int))
     )
@@ -156,13 +157,13 @@ def _row(cells: list[str], widths: list[int]) -> str:
 
 
 def label(key: str) -> str:
-    """A name of JSON for readers; units are with the values."""
+    """The text for a key of the JSON report, without its unit."""
     short = key.removesuffix("_bytes").removesuffix("_seconds").replace("_", " ")
     return f"{short} time" if key.endswith("_seconds") else short
 
 
 def format_value(key: str, value: Any) -> str:
-    """A value for readers."""
+    """A value as text, with its unit."""
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "-"}[value]
     if key.endswith("bytes") and isinstance(value, int):
@@ -173,16 +174,16 @@ def format_value(key: str, value: Any) -> str:
 
 
 def _tables(value: Any) -> list[Mapping[str, Any]]:
-    """The value where it is rows of a table; else nothing."""
+    """The rows of a table; empty if the value is not a table."""
     is_table = isinstance(value, list) and all(isinstance(row, Mapping) for row in value)
     return value if is_table else []
 
 
 class Cleaner:
-    """Makes JSON of what was found, and takes out who and where: home, user, host, folders.
+    """Converts findings to JSON values and removes private data: home, user, host, folders.
 
     Args:
-        folder: of scratch files.
+        folder: folder of scratch files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -199,7 +200,7 @@ class Cleaner:
                 self._texts.append((re.compile(rf"(?<!\w){re.escape(name)}(?!\w)"), text))
 
     def __call__(self, value: Any) -> Any:
-        """The value as JSON has it."""
+        """The value as a JSON value without private data."""
         if isinstance(value, Mapping):
             return {str(key): self(part) for key, part in value.items()}
         if isinstance(value, list | tuple):
@@ -220,7 +221,7 @@ def _users() -> set[str]:
         try:
             names.add(name())
         except (KeyError, OSError, ImportError):
-            continue  # nobody the system knows
+            continue  # the system does not know the user
     return names
 
 

@@ -1,4 +1,4 @@
-"""Of the machine itself: versions, device, memory, what the process takes."""
+"""Probes of the machine: versions, device, memory, footprint of the process."""
 
 import os
 import platform
@@ -13,12 +13,12 @@ from mlx_edgelora.checkup.job import Checkup, Found
 from mlx_edgelora.measure.meter import footprint as footprint_now
 from mlx_edgelora.planner.machine import default_budget
 
-# Settings of MLX and of macOS's driver that change what is measured.
+# Prefixes of environment variables of MLX and of the macOS driver that affect measurements.
 SETTINGS = ("MLX_", "AGX_")
 
 
 def versions(job: Checkup) -> Found:
-    """System, hardware, packages."""
+    """Versions of the system, the hardware and the packages."""
     return {
         "system": platform.system(),
         "version": platform.mac_ver()[0] or platform.release().partition("-")[0],
@@ -35,7 +35,7 @@ def versions(job: Checkup) -> Found:
 
 
 def device(job: Checkup) -> Found:
-    """What MLX computes on."""
+    """The device on which MLX computes."""
     return {
         "default": str(mx.default_device()),
         "metal": mx.metal.is_available(),
@@ -45,13 +45,13 @@ def device(job: Checkup) -> Found:
 
 
 def memory(job: Checkup) -> Found:
-    """What is free by the system's own words, and the budget that comes of it."""
+    """Free memory as the system reports it, and the default budget."""
     budget, why = default_budget()
     text = _command_output("vm_stat") or _file("/proc/meminfo", "Mem") or ""
     return {
         "budget_bytes": budget,
         "budget_why": why,
-        # macOS: 1 is normal, 2 a warning, 4 critical; and percent that are free.
+        # On macOS, pressure is 1 (normal), 2 (warning) or 4 (critical).
         "pressure": _command_output("sysctl", "-n", "kern.memorystatus_vm_pressure_level")
         or _file("/proc/pressure/memory", "some"),
         "free_percent": _command_output("sysctl", "-n", "kern.memorystatus_level"),
@@ -60,7 +60,7 @@ def memory(job: Checkup) -> Found:
 
 
 def footprint(job: Checkup) -> Found:
-    """What the process takes at the end, and did at the start."""
+    """Memory of the process at the start and at the end."""
     mx.clear_cache()
     return {
         "before_bytes": job.footprint,
@@ -71,7 +71,7 @@ def footprint(job: Checkup) -> Found:
 
 
 def _command_output(*command: str) -> str | None:
-    """What a program of the system prints; None where there is none."""
+    """The output of a system program; None if it is missing or fails."""
     try:
         ran = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
@@ -80,7 +80,7 @@ def _command_output(*command: str) -> str | None:
 
 
 def _file(path: str, begin: str) -> str | None:
-    """Lines of a file that begin so; None where there is none."""
+    """The lines of a file that begin with `begin`; None if it cannot be read."""
     try:
         lines = Path(path).read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Of training: gradients beside plain MLX's, and steps within budgets beside what was expected."""
+"""Probes of training: gradients compared with plain MLX, and steps within several budgets."""
 
 import gc
 import time
@@ -23,7 +23,7 @@ from mlx_edgelora.training.rehearsal import rehearse, synthetic_batch
 
 
 def verify(job: Checkup) -> Found:
-    """Gradients of the embedded model beside those of plain MLX."""
+    """Compare the gradients of the embedded model with those of plain MLX."""
     job.check_time()
     places = {"spill_dir": str(job.folder), "cache_dir": str(job.folder)}
     config = TrainConfig.from_layers((read_yaml(DEFAULT_CONFIG), None), (places, None))
@@ -36,7 +36,7 @@ def verify(job: Checkup) -> Found:
 
 
 def steps(job: Checkup) -> Found:
-    """Steps of a small random model within the least memory, twice as much, and plenty."""
+    """Run steps of a small random model within the least memory, twice as much, and plenty."""
     sizes = job.sizes
     options = {
         "model": str(checkpoint(job.folder, sizes.shape, sizes.blocks)),
@@ -46,7 +46,7 @@ def steps(job: Checkup) -> Found:
         "batch_size": sizes.rows,
         "max_seq_length": sizes.row_tokens + 1,
         "optimizer": "adamw",
-        # Else the checkpoint's own, bfloat16, which a CPU is slow at.
+        # The checkpoint's dtype is bfloat16, which is slow on a CPU.
         "dtype": None if on_gpu() else "float32",
     }
     least = run_probe(_run_steps, job, options, "min")
@@ -68,9 +68,9 @@ def _run_with_twice(job: Checkup, options: dict[str, Any], least: Found) -> Foun
 
 
 def _run_steps(job: Checkup, options: dict[str, Any], budget: int | str) -> Found:
-    """Some steps within a budget, as a run makes them."""
+    """Run steps within a budget, as training does."""
     job.check_time()
-    gc.collect()  # engines hold themselves
+    gc.collect()  # engines contain reference cycles
     config = TrainConfig.from_dict(options | {"memory_budget": budget})
     with open_planned(config, _quiet) as (engine, chosen):
         rehearse(engine, chosen, _quiet)
@@ -87,7 +87,7 @@ def _run_steps(job: Checkup, options: dict[str, Any], budget: int | str) -> Foun
             mx.eval(loss)
             spent.append(time.perf_counter() - start)
         return {
-            # Of the least there is none: what it needs takes its place, as MLX's limit too.
+            # With "min" there is no budget. The plan's needs are used instead, as in MLX's limit.
             "budget_bytes": chosen.budget.bytes or choice.needs,
             "expected_bytes": choice.peak,
             "needs_bytes": choice.needs,
@@ -97,8 +97,8 @@ def _run_steps(job: Checkup, options: dict[str, Any], budget: int | str) -> Foun
             "footprint_bytes": footprint(),
             "plan": asdict(choice.plan),
             "shape": asdict(chosen.shape),
-            # What phases of a step took beside what is accounted for: `benchmarks/planner.py` fits
-            # the planner's formula to such rows.
+            # The measured phases of a step. `benchmarks/planner.py` fits the planner's formula to
+            # these rows.
             "phases": [
                 {"kind": kind, "way": way, "load": asdict(batch_shape), **asdict(taken)}
                 for kind, way, batch_shape, taken in chosen.measurements.rows()
@@ -107,4 +107,4 @@ def _run_steps(job: Checkup, options: dict[str, Any], budget: int | str) -> Foun
 
 
 def _quiet(line: str) -> None:
-    """What a run tells its user is not asked for."""
+    """Discard the messages of a run."""

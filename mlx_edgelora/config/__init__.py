@@ -1,4 +1,4 @@
-"""The options of a run: names, defaults, help texts and checks, in this one place."""
+"""The options of a run: names, defaults, help texts and checks."""
 
 from mlx_edgelora.config.command_line import build_parser, config_from_cli
 from mlx_edgelora.config.nested import OPTIMIZERS, HubDataset, LoraParameters

@@ -1,4 +1,4 @@
-"""The command line, made from the fields of `TrainConfig`."""
+"""The command line, built from the fields of `TrainConfig`."""
 
 import argparse
 import dataclasses
@@ -14,13 +14,13 @@ from mlx_edgelora.errors import EdgeLoraError
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises instead of printing usage and leaving the process."""
+    """A parser that raises an error instead of printing the usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise EdgeLoraError(f"command line: {message}; --help lists the options")
 
 
-# The groups of --help: options, each with the placeholder of its value (None: a flag or choice).
+# The groups of --help. Each option has a placeholder for its value; None for flags and choices.
 GROUPS: dict[str, dict[str, str | None]] = {
     "model and data": {
         "config": "FILE",
@@ -107,12 +107,12 @@ GROUPS: dict[str, dict[str, str | None]] = {
         "trust_remote_code": None,
     },
 }
-# The end of --help.
+# The last line of --help.
 IN_FILE = "Only in a config file: lora_parameters, optimizer_config, lr_schedule, hf_dataset."
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """A parser with a flag for every option that is one value, named as in mlx-lm."""
+    """Build a parser with a flag for each option that is a single value, named as in mlx-lm."""
     parser = _Parser(
         prog="mlx-edgelora train",
         usage="%(prog)s [options]",
@@ -141,7 +141,7 @@ def _add(group: argparse._ArgumentGroup, field: dataclasses.Field, metavar: str 
         return
     if field.default is not None:
         text = f"{text} Default: {field.default}."
-    # --resume may stand alone.
+    # --resume may have no value.
     optional = {"nargs": "?", "const": True} if field.name == "resume" else {}
     metavar = metavar or "|".join(map(str, kind.choices))
     group.add_argument(*flags, metavar=metavar, help=_escaped(text), **optional)
@@ -157,16 +157,15 @@ def config_from_cli(
     preset: Mapping[str, Any] | None = None,
     saved: Callable[[Path], Mapping[str, Any]] | None = None,
 ) -> TrainConfig:
-    """The run that a command line describes; it wins over its `--config` file.
+    """Build a configuration from the command line, which takes precedence over a `--config` file.
 
     Args:
         argv: the arguments, without the name of the command.
-        preset: options below those of the command line, used only when it names no model, no
-            data and no file.
-        saved: gives the options of the run in a folder, for what is left out with `--resume`.
+        preset: defaults that are used if the command line has no model, no data and no config file.
+        saved: returns the options of the run in a folder. They are the defaults with `--resume`.
 
     Raises:
-        EdgeLoraError: an unknown flag or key, or a value that is not accepted.
+        EdgeLoraError: an unknown flag or key, or an invalid value.
     """
     parsed = _parse(argv)
     layers = []
@@ -210,7 +209,7 @@ def _takes_file_only(field: dataclasses.Field) -> bool:
 
 
 def _parse(argv: Sequence[str]) -> dict[str, Any]:
-    """The values given on the command line, as their kinds read them."""
+    """The values on the command line, read by the kinds of their options."""
     known, rest = build_parser().parse_known_args(list(argv))
     if rest:
         _refuse(rest[0])

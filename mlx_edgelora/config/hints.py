@@ -1,4 +1,4 @@
-"""What to write in place of options that other tools, or older versions of mlx-lm, have."""
+"""Hints for options of other tools and of older versions of mlx-lm: what to write instead."""
 
 ITERS = "write epochs, or iters for steps"
 SAVES = "write save_every"

@@ -1,7 +1,7 @@
-"""The values that an option accepts: a kind reads a value, or says what it expects.
+"""Kinds of options, which check and convert the values of an option.
 
-An option is a dataclass field with metadata from `option_metadata`. Its kind is the only place
-that knows its type, its range and how its text on a command line is read.
+An option is a dataclass field with metadata from `option_metadata`. Its kind defines its type, its
+range and how its text on a command line is read.
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ class Kind:
     """The values that an option accepts.
 
     Attributes:
-        expected: completes the sentence "expected ...".
-        read: value as YAML or Python gives it -> value of the option; raises ValueError.
-        parse: text of a command line -> what `read` takes; raises ValueError. `bool` makes
-            a pair of flags, None an option that only a file can hold.
-        choices: all values, if they are few; for help texts.
+        expected: text after "expected" in error messages.
+        read: value from YAML or Python -> value of the option; raises ValueError.
+        parse: text on a command line -> argument of `read`; raises ValueError. `bool` stands for a
+            pair of flags, None for an option that only a config file can set.
+        choices: all accepted values, if they are few; for help texts.
     """
 
     expected: str
@@ -62,7 +62,7 @@ def integer(minimum: int, maximum: int | None = None, also: int | None = None) -
 
 
 def number(expected: str, test: Callable[[float], bool] = lambda value: True) -> Kind:
-    """A finite number that passes the test; whole numbers count."""
+    """A finite number that passes the test; whole numbers are accepted."""
 
     def read(value: Any) -> float:
         _require(isinstance(value, int | float) and not isinstance(value, bool))
@@ -77,7 +77,7 @@ def text(expected: str = "text", test: Callable[[str], bool] = lambda value: Tru
 
     def read(value: Any) -> str:
         _require(isinstance(value, str | os.PathLike))
-        _require("\0" not in os.fspath(value))  # no system call takes it
+        _require("\0" not in os.fspath(value))  # no system call accepts it
         _require(test(os.fspath(value)))
         return os.fspath(value)
 
@@ -85,7 +85,7 @@ def text(expected: str = "text", test: Callable[[str], bool] = lambda value: Tru
 
 
 def one_of(*choices: Any) -> Kind:
-    """One of some strings, in any case, or one of some whole numbers."""
+    """One of several strings, in upper or lower case, or one of several whole numbers."""
 
     def read(value: Any) -> Any:
         value = value.lower() if isinstance(value, str) else value
@@ -119,14 +119,14 @@ def _read_mapping(value: Any) -> dict[str, Any]:
     return dict(value)
 
 
-# So many known keys are all named where none is near to an unknown one.
+# Up to this many known keys are listed if none is similar to an unknown key.
 FEW = 12
 
 _UNITS = {"": 1, "M": 10**6, "MB": 10**6, "G": 10**9, "GB": 10**9}
 
 
 def _read_size(value: Any) -> int:
-    """Bytes of `4GB`, `1.5 G`, `500M`; decimal units, as in mlx-lm."""
+    """Bytes from a text such as `4GB`, `1.5 G` or `500M`; decimal units, as in mlx-lm."""
     if isinstance(value, str):
         match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([A-Za-z]*)\s*", value)
         _require(match is not None and match[2].upper() in _UNITS)
@@ -144,7 +144,7 @@ def _read_budget(value: Any) -> int | str:
 
 
 def _read_switch(value: Any) -> str:
-    """`on` and `off` are true and false in YAML."""
+    """Read `on` or `off`, which YAML gives as true and false."""
     if isinstance(value, bool):
         return "on" if value else "off"
     _require(isinstance(value, str) and value.lower() in ("on", "off"))
@@ -168,7 +168,7 @@ _SECONDS = {"h": 3600, "m": 60, "s": 1}
 
 
 def _read_duration(value: Any) -> float:
-    """Seconds of `2h`, `1h30m`, `90s` or of a number."""
+    """Seconds from a text such as `2h`, `1h30m` or `90s`, or from a number."""
     if isinstance(value, str) and (parts := re.findall(r"([\d.]+)\s*([hms])\s*", value)):
         _require(re.fullmatch(r"\s*([\d.]+\s*[hms]\s*)+", value) is not None)
         return _read_duration(sum(float(count) * _SECONDS[unit] for count, unit in parts))
@@ -199,7 +199,8 @@ def read_value(name: str, value: Any, kind: Kind) -> Any:
     """Read the value of an option.
 
     Raises:
-        EdgeLoraError: naming the option, the value and what was expected.
+        EdgeLoraError: the value is invalid; the message names the option, the value and what was
+            expected.
     """
     try:
         return kind.read(value)
@@ -209,7 +210,7 @@ def read_value(name: str, value: Any, kind: Kind) -> Any:
 
 
 def unknown_key(name: str, key: Any, known: Sequence[str]) -> EdgeLoraError:
-    """The error for a key that is none of `known`; `name` is how to call it in the text."""
+    """The error for a key that is not in `known`; the message calls the key `name`."""
     if near := difflib.get_close_matches(str(key), known, n=1):
         return EdgeLoraError(
             f"{name}: unknown key, the nearest known one is {near[0]}; correct its spelling or "
@@ -226,12 +227,12 @@ def read_options(cls: type, mapping: Any, prefix: str = "") -> dict[str, Any]:
 
     Args:
         cls: a dataclass of options. Its class attribute `HINTS`, if any, maps keys of other
-            tools to advice for the error.
-        mapping: as YAML gives it.
-        prefix: put before the names in error texts.
+            tools to hints for the error message.
+        mapping: values by key, as read from YAML.
+        prefix: prefix of the names in error messages.
 
     Raises:
-        EdgeLoraError: an unknown or missing key, or a value that its option does not accept.
+        EdgeLoraError: an unknown or missing key, or an invalid value.
     """
     if not isinstance(mapping, Mapping):
         place = prefix.rstrip(".") or "the configuration"
@@ -253,7 +254,7 @@ def read_options(cls: type, mapping: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def check_options(options: Any, prefix: str = "") -> None:
-    """Put each field of a frozen dataclass of options through its kind, in place."""
+    """Check and convert each field of a frozen dataclass of options, in place."""
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         if value is None and field.default is None:

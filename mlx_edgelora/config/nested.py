@@ -44,7 +44,7 @@ _SCHEDULES = [
 
 @dataclass(frozen=True)
 class LoraParameters:
-    """Which linear layers get adapters, and of what size."""
+    """The linear layers that get adapters, and the settings of the adapters."""
 
     HINTS: ClassVar[dict[str, str]] = {
         "alpha": "use scale, the factor itself, which is alpha / rank"
@@ -91,7 +91,7 @@ class _LrSchedule:
 
 @dataclass(frozen=True)
 class HubDataset:
-    """One entry of `hf_dataset`; the `*_feature`s default to the options of the same name."""
+    """One entry of `hf_dataset`; each `*_feature` defaults to the option of the same name."""
 
     path: str = field(
         metadata=option_metadata("the name of a data set on the Hugging Face Hub", text())

@@ -1,7 +1,7 @@
-"""Every option of a fine-tuning run: its name, default, help text and check.
+"""All options of a fine-tuning run: names, defaults, help texts and checks.
 
-Names and defaults are those of `mlx_lm.lora`, so that its configuration files run here. The
-command line and the reading of files are made from the fields below.
+Names and defaults are those of `mlx_lm.lora`, so that its configuration files can be used. The
+command line and the reader of config files are built from the fields below.
 """
 
 import dataclasses
@@ -43,14 +43,14 @@ from mlx_edgelora.errors import EdgeLoraError
 
 REPORTERS = ("wandb", "swanlab", "tensorboard")
 DEFAULT_ITERS = 1000
-# Two ways to say how long a run is: a later layer of options replaces either by its own.
+# Options that exclude each other: one in a later layer replaces the other in an earlier layer.
 EITHER = {
     "iters": "epochs",
     "epochs": "iters",
     "train_on": "mask_prompt",
     "mask_prompt": "train_on",
 }
-# So many last blocks are adapted by default, as in mlx-lm, or all of a model that has fewer.
+# Default number of last blocks to adapt, as in mlx-lm; all blocks of a model that has fewer.
 MOST_LAYERS = 16
 
 _NAME = text("text that is not empty", bool)
@@ -79,10 +79,11 @@ _NO_REMOTE_CODE = Kind("false: code from a checkpoint is never run", _read_no, b
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A fine-tuning run, checked when it is made.
+    """The options of a fine-tuning run, checked on creation.
 
     Raises:
-        EdgeLoraError: naming the option, the value it got and what it expects.
+        EdgeLoraError: an invalid value; the message names the option, the value and what was
+            expected.
     """
 
     HINTS: ClassVar[dict[str, str]] = hints.HINTS
@@ -390,25 +391,35 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any], place: str | None = None) -> "TrainConfig":
-        """The run that a mapping with mlx-lm's keys describes; null means the default.
+        """Build a configuration from a mapping with mlx-lm's keys; null means the default.
 
         Args:
-            mapping: as YAML or JSON gives it.
-            place: where it came from, to begin error texts with.
+            mapping: values by key, as read from YAML or JSON.
+            place: where the mapping is from; error messages begin with it.
 
         Raises:
-            EdgeLoraError: an unknown key, or a value that is not accepted.
+            EdgeLoraError: an unknown key, or an invalid value.
         """
         return cls.from_layers((mapping, place))
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "TrainConfig":
-        """The run that a YAML file describes, as `from_dict`."""
+        """Build a configuration from a YAML file; see `from_dict`.
+
+        Raises:
+            EdgeLoraError: the file cannot be read, or has an unknown key or an invalid value.
+        """
         return cls.from_layers((read_yaml(path), str(path)), ({"config": str(path)}, None))
 
     @classmethod
     def from_layers(cls, *layers: tuple[Mapping[str, Any], str | None]) -> "TrainConfig":
-        """The run that (mapping, place) layers describe together; later ones win."""
+        """Build a configuration from layers of (mapping, place).
+
+        Later layers take precedence.
+
+        Raises:
+            EdgeLoraError: an unknown key, or an invalid value.
+        """
         values: dict[str, Any] = {}
         for mapping, place in layers:
             try:
@@ -422,7 +433,7 @@ class TrainConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """All options as JSON values under mlx-lm's names: what `adapter_config.json` holds."""
+        """All options as JSON values under mlx-lm's names, as in `adapter_config.json`."""
         result = dataclasses.asdict(self)
         _drop_none(result["lora_parameters"])
         if self.hf_dataset is not None:
@@ -441,7 +452,7 @@ def _drop_none(mapping: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_val_split(config: TrainConfig) -> None:
-    """Refuse it where it has no use, or where something else names the validation rows."""
+    """Reject val_split without validation, or if another option names the validation rows."""
     if config.val_split is None or not config.train:
         return
     got = f"val_split: got {config.val_split:g}"
@@ -457,7 +468,7 @@ def _check_val_split(config: TrainConfig) -> None:
 
 
 def _check_together(config: TrainConfig) -> None:
-    """Refuse options that contradict each other."""
+    """Reject options that contradict each other."""
     if not config.train and not config.test:
         raise EdgeLoraError("train: got false without test, expected one of the two to be true")
     _check_val_split(config)
@@ -499,7 +510,7 @@ def _check_together(config: TrainConfig) -> None:
 
 
 def _check_resume(config: TrainConfig) -> None:
-    """Refuse options about runs in the adapter's folder that make no sense together."""
+    """Reject contradicting options for resuming, replacing and saving runs."""
     if config.resume and config.overwrite:
         raise EdgeLoraError("overwrite: got true with resume, expected one of the two")
     if config.accept_changes is not None and not config.resume:
@@ -518,7 +529,7 @@ def _check_resume(config: TrainConfig) -> None:
 
 
 def _check_labels(config: TrainConfig) -> None:
-    """Refuse two ways of saying what is trained."""
+    """Reject two options for which tokens are trained."""
     if config.mask_prompt and config.train_on is not None:
         raise EdgeLoraError(
             f"train_on: got {config.train_on!r} with mask_prompt, which is last-answer; leave one "
@@ -527,7 +538,7 @@ def _check_labels(config: TrainConfig) -> None:
 
 
 def _check_memory(config: TrainConfig) -> None:
-    """Refuse options that contradict the budget or the plan."""
+    """Reject options that contradict the budget or the plan."""
     if config.memory_budget == "min":
         keeps = {"weights": "resident", "activations": "ram", "adapters": "resident"}
         for name, value in keeps.items():

@@ -1,4 +1,4 @@
-"""Reading a YAML configuration file."""
+"""Read a YAML configuration file."""
 
 import re
 from collections.abc import Hashable
@@ -11,9 +11,9 @@ from mlx_edgelora.errors import EdgeLoraError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as mlx-lm reads it (`1e-5` is a number), with repeated keys refused.
+    """A loader that reads YAML as mlx-lm does (`1e-5` is a number) and rejects repeated keys.
 
-    mlx-lm changes `yaml.SafeLoader` itself; a subclass leaves other users of it alone.
+    mlx-lm changes `yaml.SafeLoader` itself. A subclass does not affect other users of that class.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
@@ -36,7 +36,7 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping that a YAML (or JSON) file holds; empty for an empty file.
+    """Read a mapping from a YAML or JSON file; empty for an empty file.
 
     Raises:
         EdgeLoraError: the file cannot be read, is not YAML or is not a mapping.

@@ -1,1 +1,1 @@
-"""Losses over a large vocabulary; they import MLX and nothing of ours."""
+"""Losses over a large vocabulary. They use MLX and NumPy, but no other part of this package."""

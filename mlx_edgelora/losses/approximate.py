@@ -1,16 +1,16 @@
-"""Cross-entropy over the tokens that mean something near the labels (arXiv 2606.19528).
+"""Approximate cross-entropy over the tokens nearest to the labels (arXiv 2606.19528).
 
-One subset of the vocabulary serves a whole batch: the union over its labels of each label's
-k nearest tokens. The softmax runs over the subset alone. It misses what the other tokens
-weigh, so the plain loss is biased low; the tail correction adds one more row to the head
-for all of them, their mean row with the logarithm of their number as offset: by Jensen's
-inequality their true mass is larger still, so some bias remains.
+A batch uses one subset of the vocabulary: the union over its labels of each label's k nearest
+tokens. The softmax is computed over the subset only. It misses the probability of all other
+tokens, so the loss without correction is biased low. The tail correction adds one row to the head
+for all other tokens: their mean row, with the logarithm of their number as offset. By Jensen's
+inequality their true mass is larger, so some bias remains.
 
-The subset is a head of its own over which the exact loss runs, tile by tile. So it needs no
-memory for logits either, and it saves products: those with rows that are left out.
+The exact loss runs over the subset as over any head, tile by tile. It needs no memory for all
+logits, and it saves the products with the other rows.
 
-The mean row is a difference of two float32 sums over many rows. What that rounds weighs as
-much as the same error in the logit of one of the tokens left out: nothing beside the rest.
+The mean row is a difference of two float32 sums over many rows. Its rounding error has the same
+effect as that error in the logit of one other token, which is negligible.
 """
 
 import math
@@ -23,19 +23,19 @@ import numpy as np
 from mlx_edgelora.losses.exact import CrossEntropy, Gradients, check_labels
 from mlx_edgelora.losses.head import Arrays, Head, Tile
 
-# Distinct tokens, int [m] -> the k nearest of each, int [m, k], the nearest first.
+# Distinct tokens, int [m] -> the k nearest tokens of each, int [m, k], nearest first.
 Neighbours = Callable[[np.ndarray], np.ndarray]
-# Labels whose neighbours are looked at together.
+# Number of labels whose neighbours are processed together.
 LABELS_AT_ONCE = 128
 
 
 class SubsetHead:
-    """Some rows of a head as a head of its own.
+    """A head made of some rows of another head.
 
     Args:
-        head: without an adapter.
-        tokens: sorted int [m], the rows.
-        total: the sum of all rows of the head, for a tail; None leaves the tail out.
+        head: a head without an adapter.
+        tokens: sorted indices of the rows, int [m].
+        total: sum of all rows of the head, for the tail correction; None for no correction.
     """
 
     adapter = None
@@ -52,11 +52,11 @@ class SubsetHead:
         return self._head.take(self._tokens[start:stop])
 
     def take(self, indices: mx.array) -> Arrays:
-        """The rows named by `indices`, int [m], places in the subset."""
+        """Gather the rows with `indices` in the subset, int [m]."""
         return self._head.take(self._tokens[indices])
 
     def unpack(self, rows: Arrays) -> Tile:
-        """As the head does."""
+        """Unpack rows as the head does."""
         return self._head.unpack(rows)
 
     def _mean_row(self, seen: Tile) -> Tile:
@@ -68,19 +68,20 @@ class SubsetHead:
 def choose_subset(
     labels: np.ndarray, neighbours: Neighbours, max_subset: int | None = None
 ) -> np.ndarray:
-    """Union of the nearest tokens of some labels, with the labels themselves.
+    """The union of the labels and their nearest tokens.
 
     Args:
         labels: int [n].
         neighbours: see `Neighbours`.
-        max_subset: at most so many tokens: those that are near most labels of the batch, then
-            those that are nearest to one, then those of smaller number. Labels are never
-            left out, be they more than that.
+        max_subset: limit on the number of tokens. Tokens near most labels of the batch come first,
+            then those nearest to any label, then those with lower indices. All labels are kept,
+            even if there are more of them.
 
     Returns:
         Sorted int [m].
 
-    Memory: 16 bytes a token of the vocabulary, and the neighbours of `LABELS_AT_ONCE`.
+    Memory: 16 bytes for each token of the vocabulary, and the neighbours of `LABELS_AT_ONCE`
+    labels.
     """
     tokens, counts = np.unique(labels, return_counts=True)
     frequency, rank = np.zeros(0), np.zeros(0, int)
@@ -94,12 +95,12 @@ def choose_subset(
             rank = np.pad(rank, (0, short), constant_values=k)
         frequency[: len(more)] += more
         if max_subset is not None:
-            # Values of full size: NumPy 2.4 reads beyond ones that it has to broadcast.
+            # Values of full size, because NumPy 2.4 reads past the end of broadcast values.
             np.minimum.at(rank, near.ravel(), np.tile(np.arange(k), len(near)))
     names = np.flatnonzero(frequency)
     others = names[~np.isin(names, tokens)]
     if max_subset is not None and len(tokens) + len(others) > max_subset:
-        # lexsort: the last key counts first.
+        # The last key of lexsort is the primary one.
         order = np.lexsort((others, rank[others], -frequency[others]))
         others = others[order[: max(0, max_subset - len(tokens))]]
     return np.union1d(tokens, others)
@@ -109,18 +110,18 @@ def choose_subset(
 class ApproximateCrossEntropy:
     """Mean cross-entropy over the tokens near the labels; see the module.
 
-    Methods take and raise what those of `CrossEntropy` do, and `ValueError` for a head with
-    an adapter, whose gradient the subset would not reach.
+    Arguments and errors of the methods are those of `CrossEntropy`. A head with an adapter is a
+    `ValueError` as well, because the subset covers only a part of the adapter's gradient.
 
     Attributes:
         neighbours: see `Neighbours`.
         max_subset: see `choose_subset`.
-        total: the sum of all rows of the head (`row_sum`), for the tail correction; None
-            leaves it out.
-        exact: the loss over the subset; its labels are not smoothed.
+        total: sum of all rows of the head (`row_sum`), for the tail correction; None for no
+            correction.
+        exact: the loss over the subset, without label smoothing.
 
     Raises:
-        ValueError: for a `max_subset` below 1, and for smoothed labels.
+        ValueError: `max_subset` is below 1, or labels are smoothed.
     """
 
     neighbours: Neighbours
@@ -138,23 +139,23 @@ class ApproximateCrossEntropy:
             )
 
     def __call__(self, hidden: mx.array, head: Head, labels: mx.array) -> tuple[mx.array, int]:
-        """The loss as a part of a graph, differentiable in `hidden`."""
+        """Compute the loss as part of a graph, differentiable in `hidden`."""
         return self.exact(hidden, *self.restrict(hidden, head, labels))
 
     def value(self, hidden: mx.array, head: Head, labels: mx.array) -> tuple[mx.array, int]:
-        """The loss alone, evaluated tile by tile."""
+        """Compute the loss without gradients, evaluated tile by tile."""
         return self.exact.value(hidden, *self.restrict(hidden, head, labels))
 
     def value_and_grad(
         self, hidden: mx.array, head: Head, labels: mx.array
     ) -> tuple[tuple[mx.array, int], Gradients]:
-        """The loss and its gradient, evaluated tile by tile."""
+        """Compute the loss and its gradient, evaluated tile by tile."""
         return self.exact.value_and_grad(hidden, *self.restrict(hidden, head, labels))
 
     def restrict(
         self, hidden: mx.array, head: Head, labels: mx.array
     ) -> tuple[SubsetHead, mx.array]:
-        """The subset of the head for these labels, and the labels' places in it."""
+        """The subset of the head for these labels, and the indices of the labels in it."""
         check_labels(hidden, head, labels)
         if head.adapter is not None:
             raise ValueError(

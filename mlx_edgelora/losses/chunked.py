@@ -1,7 +1,7 @@
-"""Cross-entropy over chunks of tokens with all their logits, for a head that has no rows to read.
+"""Cross-entropy over chunks of tokens with all their logits, for heads that cannot be tiled.
 
-That is one whose logits depend on each other, whose adapter drops out inputs, or behind
-which something else is trained. `losses/exact.py` needs much less where it can be used.
+A head cannot be tiled by rows if its logits depend on each other, if its adapter has dropout, or
+if other trained parameters follow it. `losses/exact.py` needs much less memory for other heads.
 """
 
 from collections.abc import Callable
@@ -28,14 +28,15 @@ def chunked_cross_entropy(
         hidden: [n, hidden], evaluated.
         labels: int [n].
         project: hidden states [m, hidden] and trained parameters -> logits [m, vocabulary].
-        trained: parameters of the projection that get a gradient, by name.
+        trained: trained parameters of the projection, by name.
         rows: tokens per chunk.
-        gradient: compute gradients too.
+        gradient: whether to compute gradients.
         label_smoothing: as in `CrossEntropy`.
-        evaluate: called with what must exist before the next chunk; evaluates it, where it can.
+        evaluate: called with the arrays that must be evaluated before the next chunk.
 
     Returns:
-        The loss, float32 []; its gradient [n, hidden] or None; those of `trained`.
+        The loss, float32 []; its gradient by `hidden`, [n, hidden], or None; and the gradients of
+        `trained` by name.
 
     Memory: about four arrays of rows x vocabulary, and the gradients.
     """
@@ -69,12 +70,15 @@ def in_graph(
     hidden: mx.array,
     trained: Arrays,
 ) -> mx.array:
-    """A loss that gives its own gradients, as a part of a graph.
+    """Make a loss that computes its own gradients part of a graph.
 
     Args:
         value_and_grad: hidden states and trained parameters -> the loss and both gradients, lazy.
         hidden: [n, hidden].
-        trained: by name.
+        trained: trained parameters by name.
+
+    Returns:
+        The loss, float32 [].
     """
 
     @mx.custom_function

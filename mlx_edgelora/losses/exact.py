@@ -1,27 +1,26 @@
 """Exact cross-entropy over a large vocabulary in one pass over the head.
 
-The head is read tile by tile, and each tile meets the hidden states once. For every token
-the pass keeps a running maximum m, a running sum of exp(l_v - m) (online softmax, arXiv
-1805.02867) and, which is all that the gradient needs, a running sum of exp(l_v - m) w_v;
-all are rescaled when m grows. At the end
+The head is read tile by tile, and each tile is multiplied with the hidden states once. For every
+token the pass keeps a running maximum m and running sums of exp(l_v - m) (online softmax, arXiv
+1805.02867) and of exp(l_v - m) w_v, from which the gradient is computed. The sums are rescaled when
+m grows. At the end
 
     loss = m + log(sum) - l_label
     d loss / d x = (sum of exp(l_v - m) w_v) / sum - w_label
 
-so there is one product with the head for the logits and one for the gradient, as with all
-logits in memory, and no array of tokens x vocabulary in either direction. What is nonlinear
-between matrix and logits (soft-capping) is differentiated inside a tile. An adapter on the
-head widens the product: x becomes [x, scale x down^T] and a row of the head [w_v, up_v]. It
-costs one more pass and product: the gradient of `up` sums over tokens, and must know the
-normalizer of each before.
+so there is one product with the head for the logits and one for the gradient, as with all logits in
+memory, but no array of tokens x vocabulary. A nonlinear function between matrix and logits
+(soft-capping) is differentiated inside a tile. An adapter on the head widens the product: x becomes
+[x, scale x down^T] and a row of the head [w_v, up_v]. It costs one more pass and product, because
+the gradient of `up` is a sum over tokens and needs the normalizer of each token first.
 
-Memory beside inputs and outputs, for n tokens: at most `tile_bytes`, a float32 array of
-n x dims for the running sum, another one where a norm lies before the head, and one more
-where labels are smoothed and logits capped. All logits would be three of n x vocabulary.
+Memory for n tokens, in addition to inputs and outputs: at most `tile_bytes`, a float32 array of n x
+dims for the running sum, a second one if there is a final norm, and a third one if labels are
+smoothed and logits are capped. All logits would take three arrays of n x vocabulary.
 
-Tiles are ordered, so that one is alive at a time: in a graph that is evaluated later by
-`mx.depends`, in `value_and_grad`, where nothing may be traced, by evaluating each as well.
-MLX's scheduler allocates ahead, so the first takes three times as much as the second.
+Tiles are computed in order, so that one exists at a time. In a graph that is evaluated later,
+`mx.depends` orders them. `value_and_grad`, which cannot be traced, also evaluates each tile. A
+graph takes three times the memory, because MLX's scheduler allocates ahead.
 """
 
 import math
@@ -41,8 +40,11 @@ class Gradients:
     """Gradients of a mean loss.
 
     Attributes:
-        hidden: [n, width], in the dtype of the hidden states.
-        down, up: of the head's adapter, in its dtype; None without one.
+        hidden: gradient of the hidden states, [n, width], in their dtype.
+        down: gradient of the `down` matrix of the head's adapter, in its dtype; None without an
+            adapter.
+        up: gradient of the `up` matrix of the head's adapter, in its dtype; None without an
+            adapter.
     """
 
     hidden: mx.array
@@ -50,20 +52,20 @@ class Gradients:
     up: mx.array | None = None
 
     def arrays(self) -> list[mx.array]:
-        """Those that there are."""
+        """The gradients that are not None."""
         return [a for a in (self.hidden, self.down, self.up) if a is not None]
 
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """Mean cross-entropy of labels, exact.
+    """Exact mean cross-entropy.
 
-    All methods take hidden states [n, width], a head and labels int [n], and raise
-    `ValueError` for labels that are none, no whole numbers or outside the vocabulary, and
-    for hidden states of another width than the head.
+    All methods take hidden states [n, width], a head and labels, int [n]. They raise `ValueError`
+    if there are no labels, if labels are not whole numbers within the vocabulary, or if the hidden
+    states do not have the head's width.
 
     Attributes:
-        tile_bytes: bound on what the tiles take, over tokens as well as vocabulary.
+        tile_bytes: upper bound on the bytes of a tile of tokens and vocabulary.
         label_smoothing: share of the target that is spread over the whole vocabulary, as in
             `mlx.nn.losses.cross_entropy`.
     """
@@ -72,9 +74,10 @@ class CrossEntropy:
     label_smoothing: float = 0.0
 
     def __call__(self, hidden: mx.array, head: Head, labels: mx.array) -> tuple[mx.array, int]:
-        """The loss as a part of a graph, differentiable in `hidden` and the head's adapter.
+        """Compute the loss as part of a graph, differentiable in `hidden` and the head's adapter.
 
-        A head on disk is read whole while the graph is built; `value_and_grad` does not.
+        If the head is on disk, all of it is read while the graph is built. `value_and_grad` reads
+        it tile by tile.
 
         Returns:
             The mean, float32 [], and n.
@@ -85,10 +88,17 @@ class CrossEntropy:
     def graph(
         self, hidden: mx.array, head: Head, labels: mx.array, weights: mx.array | None = None
     ) -> mx.array:
-        """As a call, for labels that were checked: nothing is evaluated, so it can be compiled.
+        """Compute the loss as a call does, without checking labels; it can be compiled.
 
         Args:
-            weights: [n], of each token in the loss, a sum in place of the mean; None for the mean.
+            hidden: [n, width].
+            head: the head.
+            labels: int [n], checked.
+            weights: weights of the tokens, [n]; the loss is then the weighted sum. None for the
+                mean.
+
+        Returns:
+            The loss, float32 [], not evaluated.
         """
         trained = [] if head.adapter is None else [head.adapter.down, head.adapter.up]
 
@@ -107,7 +117,7 @@ class CrossEntropy:
         return loss(hidden, *trained)[0]
 
     def value(self, hidden: mx.array, head: Head, labels: mx.array) -> tuple[mx.array, int]:
-        """The loss alone, evaluated tile by tile; one product with the head. Not for traces."""
+        """Compute the loss without gradients, evaluated tile by tile; it cannot be traced."""
         check_labels(hidden, head, labels)
         scan = _Scan(self, hidden, head, head.adapter, labels, evaluate=mx.eval, gradient=False)
         loss = scan.loss()
@@ -117,11 +127,16 @@ class CrossEntropy:
     def value_and_grad(
         self, hidden: mx.array, head: Head, labels: mx.array, weights: mx.array | None = None
     ) -> tuple[tuple[mx.array, int], Gradients]:
-        """The loss and its gradients, evaluated tile by tile. Not for traces.
+        """Compute the loss and its gradients, evaluated tile by tile; it cannot be traced.
 
         Args:
-            hidden, head, labels: see the class.
+            hidden: [n, width].
+            head: the head.
+            labels: int [n].
             weights: see `graph`.
+
+        Returns:
+            The loss, float32 [], with n, and the gradients.
         """
         check_labels(hidden, head, labels)
         scan = _Scan(self, hidden, head, head.adapter, labels, evaluate=mx.eval, weights=weights)
@@ -131,7 +146,7 @@ class CrossEntropy:
 
 
 def check_labels(hidden: mx.array, head: Head, labels: mx.array) -> None:
-    """Raise `ValueError` where labels or hidden states do not fit the head."""
+    """Raise `ValueError` if labels or hidden states do not fit the head."""
     if labels.size == 0:
         raise ValueError("labels: got none, expected at least one; leave such a batch out")
     if not mx.issubdtype(labels.dtype, mx.integer) or labels.shape != hidden.shape[:1]:
@@ -154,14 +169,15 @@ def check_labels(hidden: mx.array, head: Head, labels: mx.array) -> None:
 
 @dataclass(frozen=True)
 class _RunningSums:
-    """What the pass keeps of some tokens; float32.
+    """The running sums of a chunk of tokens; float32.
 
     Attributes:
-        max_logit, total: [n], maximum of the logits so far, and sum of exp(logit - max_logit).
-        product: [n], of the label's row, before `logits_transform`.
+        max_logit: [n], maximum of the logits so far.
+        total: [n], sum of exp(logit - max_logit).
+        product: [n], product with the label's row, before `logits_transform`.
         weighted_rows: [n, width], sum of exp(logit - max_logit) d logit / d x.
-        logits_sum, rows_sum: [n] and [n or 1, width], the same sums without exponential, for
-            label smoothing.
+        logits_sum: [n], sum of the logits, for label smoothing.
+        rows_sum: [n or 1, width], sum of d logit / d x, for label smoothing.
     """
 
     max_logit: mx.array
@@ -172,19 +188,22 @@ class _RunningSums:
     rows_sum: mx.array | None = None
 
     def arrays(self) -> list[mx.array]:
-        """Those that there are."""
+        """The sums that are not None."""
         return [value for value in vars(self).values() if value is not None]
 
 
 class _Scan:
-    """One pass over the head, tiles outside and chunks of tokens inside.
+    """One pass over the head: an outer loop over tiles, an inner loop over chunks of tokens.
 
     Args:
-        settings: of the loss.
-        hidden, head, adapter, labels: of this batch.
-        evaluate: called with what must exist before the next step.
-        gradient: keep what gradients need.
-        weights: [n], of each token; None for 1 / n.
+        settings: settings of the loss.
+        hidden: [n, width].
+        head: the head.
+        adapter: adapter of the head, which may be traced; None without one.
+        labels: int [n].
+        evaluate: called with the arrays that must be evaluated before the next step.
+        gradient: whether to keep the sums for gradients.
+        weights: weights of the tokens, [n]; None for 1 / n.
     """
 
     def __init__(
@@ -227,7 +246,7 @@ class _Scan:
         total = mx.array(0.0)
         for state, weight in zip(self._states, self._weights, strict=True):
             target = _apply(self._head.logits_transform, state.product[:, None])[:, 0]
-            # Kept apart: added to a large maximum the logarithm would lose its digits.
+            # The logarithm is added last: it would lose digits next to a large maximum.
             losses = (state.max_logit - target) + mx.log(state.total)
             if self._smoothing:
                 mean = state.logits_sum / self._head.vocabulary
@@ -236,8 +255,8 @@ class _Scan:
         return total
 
     def gradients(self) -> Gradients:
-        """Gradients of the mean loss; what the pass kept is used up."""
-        # The tiles of the second pass need every state whole, so it comes first.
+        """Gradients of the mean loss; consumes the state of the pass."""
+        # The second pass comes first, because its tiles need the states of all chunks.
         up = None if self._adapter is None else self._up_gradient()
         pieces, down = [], None
         for index in range(len(self._states)):
@@ -259,7 +278,7 @@ class _Scan:
         return mx.concatenate([x, self._adapter.scale * (x @ down.T.astype(x.dtype))], axis=-1)
 
     def _empty_sums(self, tokens: int) -> _RunningSums:
-        """Before the first tile. A product of the label is set in the tile that has it."""
+        """The sums before the first tile. `product` is set by the tile that contains the label."""
         zeros = mx.zeros((tokens,))
         logits_sum = zeros if self._smoothing else None
         weighted_rows = rows_sum = None
@@ -280,7 +299,8 @@ class _Scan:
             if self._head.tail is not None:
                 seen = add_row_sum(seen, tile)
                 sums = [a for a in (seen.weight, seen.bias) if a is not None]
-                # Added up before it is used: in a graph every tile would wait for the last.
+                # Sum the rows before the tile is used. Otherwise all tiles of a graph would be
+                # kept until the last one.
                 tile = replace(tile, weight=mx.depends([tile.weight], sums)[0])
             yield start, self._with_adapter(tile, slice(start, stop))
         if seen is not None:
@@ -291,7 +311,7 @@ class _Scan:
         self._before = arrays
 
     def _after_previous(self, arrays: list[mx.array]) -> list[mx.array]:
-        """Let nothing that is made of these arrays be computed before the last step is done."""
+        """Make arrays depend on the previous step, so that they are not used before it is done."""
         return mx.depends(arrays, self._before) if self._before else arrays
 
     def _with_adapter(self, tile: Tile, rows: slice | mx.array) -> Tile:
@@ -301,7 +321,7 @@ class _Scan:
         return replace(tile, weight=mx.concatenate([tile.weight, up], axis=-1))
 
     def _products(self, index: int, tile: Tile) -> tuple[mx.array, mx.array]:
-        """What the matrix gives for a chunk, [n, m], and the logits made of it."""
+        """Products of a chunk with a tile, [n, m], and the logits computed from them."""
         products = self._after_previous([self._inputs[index]])[0] @ tile.weight.T
         if tile.bias is not None:
             products = products + tile.bias
@@ -332,7 +352,7 @@ class _Scan:
         return _RunningSums(max_logit, total, product, weighted_rows, logits_sum, rows_sum)
 
     def _chunk_gradients(self, index: int) -> list[mx.array]:
-        """Of a chunk's hidden states and of `down`; the chunk's state is let go."""
+        """Gradients of a chunk's hidden states and of `down`; frees the state of the chunk."""
         state, labels, hidden = self._states[index], self._labels[index], self._hidden[index]
         self._states[index] = self._inputs[index] = self._hidden[index] = None
         rows = self._with_adapter(self._head.unpack(self._head.take(labels)), labels).weight
@@ -354,7 +374,10 @@ class _Scan:
         return gradients
 
     def _up_gradient(self) -> mx.array:
-        """One more pass: d loss / d up_v is the sum over tokens of their error times x down^T."""
+        """Compute the gradient of `up` in a second pass over the head.
+
+        d loss / d up_v is the sum over tokens of the error of logit v times x down^T.
+        """
         pieces = []
         for start, tile in self._tiles():
             total = mx.zeros((tile.weight.shape[0], self._width - self._head.dims))
@@ -376,11 +399,12 @@ class _Scan:
 
 
 def tile_shape(tile_bytes: int, width: int, tokens: int, vocabulary: int) -> tuple[int, int]:
-    """Rows and tokens of a tile that keeps to `tile_bytes`, at least one of each.
+    """Numbers of rows and tokens of a tile within `tile_bytes`, at least one of each.
 
-    A third at most goes to the rows in float32 (half of them again while they are unpacked),
-    the rest to three arrays of tokens x rows and a new running sum of tokens x width. Rows
-    are no more than would make those three square: products of few tokens are slow.
+    At most a third of the bytes is for the rows in float32, which take half as much again while
+    they are unpacked. The rest is for three arrays of tokens x rows and a new running sum of tokens
+    x width. The number of rows is limited so that these arrays have at least as many tokens as
+    rows, because products of few tokens are slow.
     """
     rows = max(1, min(vocabulary, tile_bytes // (12 * width), math.isqrt(tile_bytes // 12)))
     chunk = max(1, (tile_bytes - 4 * rows * width) // (12 * rows + 4 * width))
@@ -392,8 +416,8 @@ def _spans(count: int, step: int) -> list[tuple[int, int]]:
 
 
 def _position_in_tile(labels: mx.array, start: int, rows: int) -> tuple[mx.array, mx.array]:
-    """Place of each label in a tile (0 where it has none), and whether it is in it."""
-    # An array, for compiled there would be another kernel for every number.
+    """Position of each label in a tile (0 if it is not there), and whether it is there."""
+    # `start` as an array: with a number, a compiled function would need a kernel for each value.
     local = labels - mx.arange(start, start + 1)
     inside = (local >= 0) & (local < rows)
     return mx.where(inside, local, 0), inside
@@ -408,9 +432,9 @@ def _vjp(function: Pointwise | None, x: mx.array, cotangent: mx.array) -> mx.arr
 
 
 def _exp(x: mx.array) -> mx.array:
-    """The exponential; a power of e takes a third of the time of `mx.exp` on a CPU.
+    """The exponential; on a CPU a power of e takes a third of the time of `mx.exp`.
 
-    The float32 nearest to e differs from it by 3e-8 of itself, so a term that weighs exp(x)
-    is wrong by 3e-8 |x| of its weight: never more than rounding.
+    The float32 nearest to e has a relative error of 3e-8, so the result has a relative error of
+    3e-8 |x|. For x of at most 0, this error times exp(x) is never more than rounding.
     """
     return mx.power(math.e, x) if mx.default_device() == mx.cpu else mx.exp(x)

@@ -1,4 +1,4 @@
-"""What a loss asks of a vocabulary head, and the plainest one: a matrix in memory."""
+"""The interface between a loss and a vocabulary head, and its simplest form: a matrix in memory."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Protocol
 import mlx.core as mx
 
 Arrays = dict[str, mx.array]
-# Token by token (hidden states) or entry by entry (logits).
+# A function that acts on each token (hidden states) or each entry (logits) separately.
 Pointwise = Callable[[mx.array], mx.array]
 
 
@@ -18,7 +18,7 @@ class Tile:
     Attributes:
         weight: float32 [m, dims].
         bias: float32 [m] or None.
-        offset: for a row that stands for many tokens, the logarithm of their number.
+        offset: logarithm of the number of tokens that a row represents; 0 for one.
     """
 
     weight: mx.array
@@ -28,12 +28,12 @@ class Tile:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What is trained of a head: its matrix is W + scale * up @ down.
+    """The adapter of a head, whose matrix is W + scale * up @ down.
 
     Attributes:
         down: [rank, dims], floating.
         up: [vocabulary, rank], floating.
-        scale: of the product.
+        scale: factor of the product.
     """
 
     down: mx.array
@@ -42,17 +42,18 @@ class Adapter:
 
 
 class Head(Protocol):
-    """The matrix that makes logits of hidden states, and what lies around it.
+    """The matrix from hidden states to logits, with the operations before and after it.
 
     Attributes:
         vocabulary: number of rows.
         dims: width of the rows.
-        final_norm: hidden states [n, width] -> [n, dims] before the matrix (a final norm); None
-            for nothing.
-        logits_transform: products [n, m] -> logits [n, m] (scaling, soft-capping); None for none.
-        adapter: what is trained of the matrix; None for nothing.
-        tail: makes one more row, for tokens that this head leaves out, of the sum of all of
-            its rows; None for nothing.
+        final_norm: the final norm before the matrix, hidden states [n, width] -> [n, dims]; None
+            if there is none.
+        logits_transform: scaling or soft-capping after the matrix, products [n, m] -> logits
+            [n, m]; None if there is none.
+        adapter: adapter of the matrix; None if it is frozen.
+        tail: computes one more row, which represents all tokens that are not in this head, from
+            the sum of its rows; None if there is none.
     """
 
     vocabulary: int
@@ -63,22 +64,24 @@ class Head(Protocol):
     tail: Callable[[Tile], Tile] | None
 
     def slice(self, start: int, stop: int) -> Arrays:
-        """Rows `start` to `stop` as they are kept, packed or on disk."""
+        """Rows `start` to `stop` as they are stored, which may be packed."""
 
     def take(self, indices: mx.array) -> Arrays:
-        """The rows named by `indices`, int [m], as they are kept."""
+        """The rows with `indices`, int [m], as they are stored."""
 
     def unpack(self, rows: Arrays) -> Tile:
-        """Make numbers of what `slice` or `take` gave, without the adapter."""
+        """Convert the result of `slice` or `take` to float32, without the adapter."""
 
 
 class MatrixHead:
-    """A matrix in memory as a head, for a loss that is used alone.
+    """A matrix in memory as a head, for using a loss without a model.
 
     Args:
         weight: [vocabulary, dims], floating.
         bias: [vocabulary] or None.
-        final_norm, logits_transform, adapter: see `Head`.
+        final_norm: see `Head`.
+        logits_transform: see `Head`.
+        adapter: see `Head`.
     """
 
     tail = None
@@ -101,7 +104,7 @@ class MatrixHead:
         return {name: array[start:stop] for name, array in self._arrays.items()}
 
     def take(self, indices: mx.array) -> Arrays:
-        """The rows named by `indices`, int [m]."""
+        """The rows with `indices`, int [m]."""
         return {name: array[indices] for name, array in self._arrays.items()}
 
     def unpack(self, rows: Arrays) -> Tile:

@@ -1,7 +1,7 @@
-"""The tokens that mean most nearly the same: cosine similarity of rows of the head.
+"""Find the nearest tokens of a token by the cosine similarity of rows of the head.
 
-Rows are compared tile by tile, and of each tile only what is among the k nearest so far is
-kept, so that nothing of tokens x vocabulary exists.
+Rows are compared tile by tile and only the k nearest so far are kept, so no array of tokens x
+vocabulary exists.
 """
 
 import mlx.core as mx
@@ -9,25 +9,25 @@ import mlx.core as mx
 from mlx_edgelora.losses.exact import TILE_BYTES
 from mlx_edgelora.losses.head import Head, Tile, add_row_sum
 
-# Rows looked up at a time: the head is unpacked once for so many.
+# Number of tokens for which the head is unpacked once.
 QUERIES = 256
 
 
 def nearest(head: Head, tokens: mx.array, k: int, tile_bytes: int = TILE_BYTES) -> mx.array:
-    """Find the k tokens whose rows of the head point most nearly the same way as each of some.
+    """Find the k nearest tokens of each token, by the cosine similarity of rows of the head.
 
     Args:
-        head: see `Head`; its adapter and biases are left out of account. Rows shorter than
-            1e-10 count as zero: like nothing but themselves.
-        tokens: int [n], at least one; a few hundred at a time: the head is read once for all.
-        k: from 1 to the size of the vocabulary.
-        tile_bytes: bound on a tile of rows and on its similarities.
+        head: see `Head`; its adapter and biases are ignored. Rows shorter than 1e-10 count as
+            zero and are similar only to themselves.
+        tokens: int [n], at least one and at most a few hundred; the head is read once for all.
+        k: number of nearest tokens, from 1 to the size of the vocabulary.
+        tile_bytes: upper bound on the bytes of a tile of rows and of its similarities.
 
     Returns:
-        int32 [n, k], evaluated, the nearest first: the token itself.
+        int32 [n, k], evaluated, nearest first; the first is the token itself.
 
     Raises:
-        ValueError: k or a token does not fit the vocabulary.
+        ValueError: k or a token is out of the range of the vocabulary.
 
     Memory: about three times `tile_bytes`, and 32 n k bytes.
     """
@@ -47,7 +47,7 @@ def nearest(head: Head, tokens: mx.array, k: int, tile_bytes: int = TILE_BYTES) 
         stop = min(start + rows, head.vocabulary)
         tile = _directions(head.unpack(head.slice(start, stop)))
         here = mx.broadcast_to(mx.arange(start, stop, dtype=mx.int32), (count, stop - start))
-        # A token is nearest to itself, whatever twins it has.
+        # A token is nearest to itself, even if another row is equal.
         alike = mx.where(here == tokens[:, None], mx.inf, wanted @ tile.T)
         best = mx.concatenate([best, alike], axis=1)
         names = mx.concatenate([names, here], axis=1)
@@ -68,7 +68,7 @@ def _directions(tile: Tile) -> mx.array:
 
 
 def row_sum(head: Head, tile_bytes: int = TILE_BYTES) -> Tile:
-    """Add up all rows of a head: a tile of one row, float32 [1, dims]. Reads the head once."""
+    """Sum of all rows of a head as a tile of one row, float32 [1, dims]. Reads the head once."""
     total, rows = None, max(1, tile_bytes // (8 * head.dims))
     for start in range(0, head.vocabulary, rows):
         tile = head.unpack(head.slice(start, min(start + rows, head.vocabulary)))

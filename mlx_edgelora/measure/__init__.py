@@ -1,1 +1,1 @@
-"""What a run takes: memory and bytes read and written."""
+"""Measure memory and bytes read and written, and format them as text."""

@@ -1,8 +1,8 @@
-"""What a run costs: allocator peak, process footprint, bytes read and written.
+"""Measure a run: allocator peak, process footprint, bytes read and written.
 
-MLX's peak counts what its allocator handed out; the footprint is what the operating
-system charges the process with, the interpreter and the mapped pages included. Both
-are needed: a saving that only moves memory out of the allocator is none.
+MLX's peak counts the memory that its allocator handed out. The footprint is the memory that the
+operating system counts for the process, including the interpreter and mapped pages. Both are
+needed, because moving memory out of the allocator does not save any.
 """
 
 import ctypes
@@ -14,18 +14,18 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-# struct rusage_info_v0 of macOS's <sys/resource.h>: 16 bytes of uuid, then 64-bit
-# counters of which ri_phys_footprint is the eighth.
+# struct rusage_info_v0 in <sys/resource.h> of macOS: a uuid of 16 bytes, then 64-bit counters. The
+# eighth counter is ri_phys_footprint.
 _RUSAGE_INFO_V0 = 0
 _RUSAGE_INFO_V0_WORDS = 12
 _PHYS_FOOTPRINT_WORD = 9
 
 
 def footprint() -> int:
-    """Memory of this process in bytes, as its operating system counts it.
+    """Memory of this process in bytes, as the operating system counts it.
 
-    macOS: the physical footprint (what Activity Monitor shows, Metal buffers
-    included). Linux: the resident set. Elsewhere: the largest resident set so far.
+    On macOS this is the physical footprint, as in Activity Monitor, including Metal buffers. On
+    Linux it is the resident set. On other systems it is the largest resident set so far.
     """
     for measure in (_phys_footprint, _resident_set):
         size = measure()
@@ -35,14 +35,14 @@ def footprint() -> int:
 
 
 def largest_resident_set() -> int:
-    """The most resident bytes of this process so far, by POSIX."""
-    # The unit is left open: macOS counts bytes, everyone else KiB.
+    """Largest resident set of this process so far in bytes, by POSIX."""
+    # POSIX does not define the unit: macOS counts bytes, other systems KiB.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def process_usage(flavor: int, words: int) -> ctypes.Array | None:
-    """macOS's `struct rusage_info_v<flavor>` of this process as 64-bit words; elsewhere None."""
+    """The `struct rusage_info_v<flavor>` of this process as 64-bit words; None except on macOS."""
     try:
         proc_pid_rusage = ctypes.CDLL(None).proc_pid_rusage
     except (AttributeError, OSError):
@@ -52,7 +52,7 @@ def process_usage(flavor: int, words: int) -> ctypes.Array | None:
 
 
 def sysctl(name: str) -> int | None:
-    """A whole number that macOS knows by this name; None if it does not, and elsewhere."""
+    """A whole number from macOS's sysctl; None for an unknown name and on other systems."""
     if sys.platform != "darwin":
         return None
     try:
@@ -67,7 +67,7 @@ def sysctl(name: str) -> int | None:
 
 
 def memory_pressure() -> str | None:
-    """How macOS calls its shortage of memory: "warning" or "critical"; None without one."""
+    """The memory pressure on macOS, "warning" or "critical"; None if normal or unknown."""
     level = sysctl("kern.memorystatus_vm_pressure_level")
     return {2: "warning", 4: "critical"}.get(level)
 
@@ -86,12 +86,12 @@ def _resident_set() -> int | None:
     return pages * resource.getpagesize()
 
 
-# The largest lap since `reset_peak`, and since `recent_peak`; MLX's own counter is as global.
+# The largest lap since `reset_peak` and since `recent_peak`; global, as MLX's own counter is.
 _laps = [0, 0]
 
 
 def peak_memory() -> int:
-    """Largest number of bytes that MLX's allocator held since `reset_peak`."""
+    """Peak of MLX's allocator in bytes since `reset_peak`."""
     return max(_laps[0], mx.get_peak_memory())
 
 
@@ -102,7 +102,7 @@ def reset_peak() -> None:
 
 
 def lap() -> int:
-    """The peak since the last lap; a new lap begins. `peak_memory` goes on over all of them."""
+    """Peak in bytes since the last lap. Starts a new lap; `peak_memory` covers all laps."""
     peak = mx.get_peak_memory()
     _laps[:] = [max(before, peak) for before in _laps]
     mx.reset_peak_memory()
@@ -110,18 +110,18 @@ def lap() -> int:
 
 
 def recent_peak() -> int:
-    """The peak since this was asked last, or since `reset_peak`; `peak_memory` goes on."""
+    """Peak in bytes since the last call or `reset_peak`; does not affect `peak_memory`."""
     lap()
     peak, _laps[1] = _laps[1], 0
     return peak
 
 
 def eval_without_run_ahead(*arrays: mx.array) -> None:
-    """Evaluate without MLX allocating ahead of what it computes.
+    """Evaluate arrays while MLX does not allocate ahead of the computation.
 
-    Then each array of a chain can take the memory of the one before. MLX's wait is a busy
-    spin, so this is for short work. On a GPU it is a plain evaluation: Metal frees nothing
-    before a command buffer is done, and a limit would empty the cache of freed buffers.
+    Each array of a chain can then reuse the memory of the previous one. MLX waits in a busy loop,
+    so this is for short work. On a GPU it is a plain evaluation: Metal frees no memory before a
+    command buffer is done, and a memory limit would empty the cache of freed buffers.
     """
     if mx.default_device() == mx.gpu:
         mx.eval(*arrays)
@@ -135,14 +135,14 @@ def eval_without_run_ahead(*arrays: mx.array) -> None:
 
 @dataclass(frozen=True)
 class DiskCounts:
-    """Bytes read from and written to disk since the meter was made."""
+    """Bytes read from and written to disk since the meter was created."""
 
     read_bytes: int
     written_bytes: int
 
 
 class DiskMeter:
-    """Counts bytes read and written; worker threads may add to it at any time."""
+    """Counts bytes read and written; safe to use from several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -170,6 +170,6 @@ class DiskMeter:
             self._written += count
 
     def snapshot(self) -> DiskCounts:
-        """Both counters at one moment."""
+        """Both counters at the same moment."""
         with self._lock:
             return DiskCounts(self._read, self._written)

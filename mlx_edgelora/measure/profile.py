@@ -1,9 +1,9 @@
-"""Where the memory of a step goes: the allocator's peak of every phase of every block.
+"""Profile the memory of a step: the allocator's peak in every phase of every block.
 
-Code that does the work names what it does by `phase`; that costs nothing until somebody
-records. Recording starts a new peak at each change of phase, and what lies in between belongs
-to the innermost phase, or to the one before where there is none around it. The whole peak is
-not lost by it (`meter.lap`).
+The code of a step marks its phases with `phase`, which costs nothing unless a profile is recorded.
+A recording starts a new peak at each change of phase. Memory between two changes belongs to the
+innermost phase or, outside of phases, to the last one. The peak of the whole run is still measured
+(`meter.lap`).
 """
 
 import json
@@ -32,14 +32,14 @@ PHASES = (
 
 @dataclass
 class PhasePeak:
-    """Some time of a step spent in one phase of one block.
+    """One phase of one block in a step.
 
     Attributes:
-        phase: what was done.
-        block: its index; None outside the blocks.
-        start_bytes: what MLX's allocator held when it began.
-        peak_bytes: the most it held.
-        seconds: how long it took; on a GPU, which works behind, as far as was waited for it.
+        phase: name of the phase.
+        block: index of the block; None outside the blocks.
+        start_bytes: bytes that MLX's allocator held at the start.
+        peak_bytes: peak of MLX's allocator in bytes.
+        seconds: duration. A GPU computes asynchronously, so only time spent waiting for it counts.
     """
 
     phase: str
@@ -50,7 +50,7 @@ class PhasePeak:
 
 
 class Profile:
-    """The stretches of the last step that was recorded, in order."""
+    """The phases of the last recorded step, in order."""
 
     def __init__(self) -> None:
         self.entries: list[PhasePeak] = []
@@ -58,17 +58,17 @@ class Profile:
         self._changed = time.perf_counter()
 
     def begin_step(self) -> None:
-        """Forget the step before."""
+        """Begin a step: discard the previous one."""
         lap()
         self._changed = time.perf_counter()
         self.entries.clear()
 
     def finish(self) -> None:
-        """The step is over: what was done since the last phase belongs to it."""
+        """End the step; memory since the last change belongs to the last phase."""
         self._close()
 
     def begin(self, phase: str, block: int | None) -> None:
-        """Begin a phase; block None is the block of the phase around it."""
+        """Begin a phase; with block None it belongs to the block of the enclosing phase."""
         self._close()
         if block is None and self._stack:
             block = self._stack[-1][1]
@@ -80,11 +80,11 @@ class Profile:
         self._stack.pop()
 
     def peak(self) -> PhasePeak:
-        """The stretch with the most memory; the first of several."""
+        """The entry with the highest peak; the first of several."""
         return max(self.entries, key=lambda entry: entry.peak_bytes)
 
     def by_phase(self) -> dict[str, PhasePeak]:
-        """Of each phase the stretch with the most memory."""
+        """The entry with the highest peak for each phase."""
         result: dict[str, PhasePeak] = {}
         for entry in self.entries:
             best = result.get(entry.phase)
@@ -93,7 +93,7 @@ class Profile:
         return {phase: result[phase] for phase in PHASES if phase in result}
 
     def table(self) -> str:
-        """A few lines: of each phase its peak, and where the peak of the step stands."""
+        """A table with the peak of each phase; the peak of the step is marked."""
         top = self.peak()
         lines = [f"{'phase':<12}{'peak':>10}{'began at':>10}  block"]
         for phase, entry in self.by_phase().items():
@@ -110,11 +110,11 @@ class Profile:
         return [asdict(entry) for entry in self.entries]
 
     def json(self) -> str:
-        """All entries as text."""
+        """All entries as JSON."""
         return json.dumps(self.rows(), indent=1)
 
     def plot(self, file: BinaryIO) -> None:
-        """Draw the peak of each stretch over the step; needs matplotlib (the `plot` extra)."""
+        """Plot the peak of each entry over the step; needs matplotlib (the `plot` extra)."""
         import matplotlib  # noqa: PLC0415 - an optional dependency
 
         matplotlib.use("Agg")
@@ -138,13 +138,13 @@ class Profile:
         pyplot.close(figure)
 
     def _close(self) -> None:
-        """Count what was held since the last change to the innermost phase, or the one before."""
+        """Add peak and time since the last change to the innermost phase, or else the last one."""
         peak, now = lap(), time.perf_counter()
         spent, self._changed = now - self._changed, now
         last = self.entries[-1] if self.entries else None
         if self._stack:
             phase, block, start = self._stack[-1]
-            peak = max(peak, start)  # MLX counts anew from nothing until something is allocated
+            peak = max(peak, start)  # after a reset, MLX's peak is 0 until the next allocation
             if last is None or (last.phase, last.block) != (phase, block):
                 last = PhasePeak(phase, block, start, peak)
                 self.entries.append(last)
@@ -158,7 +158,7 @@ _recording: list[Profile] = []
 
 @contextmanager
 def recording() -> Iterator[Profile]:
-    """Record all phases from here on, in this process."""
+    """Record the phases of steps in this process."""
     profile = Profile()
     _recording.append(profile)
     try:
@@ -169,7 +169,12 @@ def recording() -> Iterator[Profile]:
 
 @contextmanager
 def phase(name: str, block: int | None = None) -> Iterator[None]:
-    """Say that what follows is one of `PHASES`, of a block, or of that of the phase around it."""
+    """Mark the code in this context as a phase.
+
+    Args:
+        name: one of `PHASES`.
+        block: index of the block; None for the block of the enclosing phase, if any.
+    """
     if not _recording:
         yield
         return
@@ -182,6 +187,6 @@ def phase(name: str, block: int | None = None) -> Iterator[None]:
 
 
 def begin_step() -> None:
-    """Say that a new step begins."""
+    """Mark the start of a new step."""
     if _recording:
         _recording[-1].begin_step()

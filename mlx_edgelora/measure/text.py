@@ -1,4 +1,4 @@
-"""Text as a terminal shows it: no line is wider than `COLUMNS`."""
+"""Format text for a terminal; no line is wider than `COLUMNS`."""
 
 from collections.abc import Mapping
 from textwrap import fill
@@ -7,14 +7,14 @@ COLUMNS = 80
 
 
 def wrapped(text: str, columns: int = COLUMNS) -> str:
-    """The text with its long lines broken between words; what follows is indented by two more."""
+    """Break long lines between words; continuation lines are indented by two more columns."""
     return "\n".join(
         line if len(line) <= columns else _filled(line, columns) for line in text.splitlines()
     )
 
 
 def named_rows(rows: Mapping[str, str], width: int, indent: int = 0) -> list[str]:
-    """A line for each name and its text, which begins after `width` columns and may go on below."""
+    """Format a table of names and texts; texts start after `width` columns and are wrapped."""
     return [
         fill(
             text,
@@ -29,7 +29,7 @@ def named_rows(rows: Mapping[str, str], width: int, indent: int = 0) -> list[str
 
 
 def say(text: str) -> None:
-    """Print a text for a person, its long lines broken."""
+    """Print a text with its long lines broken."""
     print(wrapped(text), flush=True)
 
 

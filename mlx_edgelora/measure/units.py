@@ -1,4 +1,4 @@
-"""Sizes and times as people read them: decimal units, three digits."""
+"""Format sizes and times: decimal units, three digits."""
 
 import math
 
@@ -8,7 +8,7 @@ UNITS = ("B", "kB", "MB", "GB", "TB")
 def size(count: float, up: bool = False) -> str:
     """Bytes in decimal units: 18.4 kB, 512 MB, 4.20 GB.
 
-    With `up` no less than there are, as what is needed at least is told.
+    With `up`, the number is rounded up, as for a required minimum.
     """
     for unit in UNITS:
         if abs(count) < 999.5 or unit == UNITS[-1]:
@@ -30,7 +30,7 @@ def duration(seconds: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Time that is left: 0:27, 12:05, 3:04:59."""
+    """Remaining time as a clock: 0:27, 12:05, 3:04:59."""
     minutes, rest = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

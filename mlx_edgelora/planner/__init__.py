@@ -1,1 +1,1 @@
-"""From a budget to a plan: sizes, cost, time, search."""
+"""Choose a plan for a memory budget: sizes, memory, time and search."""

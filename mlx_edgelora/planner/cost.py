@@ -1,7 +1,8 @@
-"""What a step takes by a plan: bytes by phase and block. Nothing is computed.
+"""Estimate the memory of a step: bytes by phase and block, without running it.
 
-Bytes are what is held for certain (weights, adapters, inputs that wait) and what a phase needs on
-top. The latter was measured on this machine (`planner/measured.py`), or is a formula's.
+The memory of a phase has two parts. Weights, adapters and stored inputs are known exactly. What
+the computation needs in addition is measured on this machine (`planner/measured.py`) or estimated
+by a formula (`planner/needs.py`).
 """
 
 from collections.abc import Container, Iterator
@@ -13,7 +14,7 @@ from mlx_edgelora.planner.needs import FLOAT, need
 from mlx_edgelora.planner.plan import Plan
 from mlx_edgelora.planner.sizes import BatchShape, ModelShape
 
-# AdamW and most others keep two numbers for each one that is trained.
+# AdamW and most other optimizers keep two numbers for each trained parameter.
 MOMENTS = 2
 
 
@@ -22,10 +23,10 @@ class Phase:
     """One phase of a step.
 
     Attributes:
-        name: as in `measure/profile.py`.
-        block: its index; None outside of blocks.
-        held: bytes that are there whatever happens in it.
-        need: what it needs on top.
+        name: name of the phase, as in `measure/profile.py`.
+        block: index of the block; None outside the blocks.
+        held: bytes that are held during the whole phase.
+        need: bytes that its computation needs in addition.
     """
 
     name: str
@@ -35,24 +36,24 @@ class Phase:
 
     @property
     def bytes(self) -> int:
-        """What is expected."""
+        """Expected bytes."""
         return round(self.held + self.need.value)
 
     @property
     def upper_bytes(self) -> int:
-        """What it may be."""
+        """Upper bound of the expected bytes."""
         return round(self.held + self.need.value * self.need.spread)
 
 
 class Memory:
-    """The phases of a step that may be its peak.
+    """The memory of a step by a plan.
 
     Args:
-        shape: of the model.
-        batch_shape: the batch; with micro-batches its largest part counts.
-        plan: how it is computed.
-        measurements: what was measured.
-        base: what is in memory before a step; None for what the plan leaves there.
+        shape: sizes of the model.
+        batch_shape: sizes of the batch; with micro-batches, its largest part is taken.
+        plan: the plan.
+        measurements: measurements of this machine.
+        base: bytes in memory before a step; None computes them from the plan.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Memory:
         self.streamed = streamed
         self.hidden = self.batch_shape.size * shape.hidden * shape.itemsize
         self.paged = plan.adapters == "paged"
-        # MLX runs farther ahead where there are no weights to wait for.
+        # MLX allocates further ahead if it does not wait for weights.
         resident = streamed < count - self.kept
         self.ways = ways_of(plan, self.by_tiles, self.kept, resident)
         self.base = (self._base() if base is None else base) + self._ring()
@@ -89,10 +90,10 @@ class Memory:
         return base
 
     def peak(self) -> tuple[int, int]:
-        """Bytes that MLX's allocator is expected to hold at most, and what it may be.
+        """Expected peak of MLX's allocator in bytes, and its upper bound.
 
-        What is held grows evenly from block to block up to the ends of the ranges that the plan
-        names, so only the blocks at these ends are looked at.
+        Between the ends of the ranges of blocks that the plan names, memory changes linearly from
+        block to block, so only the blocks at these ends are examined.
         """
         count = self.shape.blocks
         ends = {0, self.first, self.streamed, count - self.kept, count}
@@ -103,7 +104,7 @@ class Memory:
         return round(factor * expected), round(factor * max(phase.upper_bytes for phase in phases))
 
     def phases(self, blocks: Container[int] | None = None) -> Iterator[Phase]:
-        """All of them in order, or those of some blocks and outside of blocks."""
+        """The phases in order: all of them, or those of `blocks` and those outside the blocks."""
         shape = self.shape
         wanted = range(shape.blocks) if blocks is None else blocks
         last = shape.blocks - self.kept
@@ -125,14 +126,14 @@ class Memory:
         for index in filter(wanted.__contains__, range(last - 1, self.first - 1, -1)):
             above = shape.blocks - 1 - index
             held = self.base + self._waiting(index) + self._gradients(above)
-            # Its input and the gradient of its output.
+            # The block's input and the gradient of its output.
             held += 2 * self._input() + self._paged_block + keys + sums
             yield Phase("backward", index, held, backward)
         held = self.base + shape.outside_adapter_bytes + self._gradients(shape.adapted)
         yield Phase("update", None, held, self._need("update"))
 
     def kind(self, phase: str) -> str:
-        """What a phase is measured as."""
+        """Kind under which a phase is measured."""
         return f"tiles {phase}" if self.by_tiles and phase in ("forward", "backward") else phase
 
     def _need(self, phase: str) -> Estimate:
@@ -142,26 +143,26 @@ class Memory:
         )
 
     def _input(self) -> int:
-        """Of a block's input, where it is in memory while the block is computed."""
+        """Bytes of a block's input while the block is computed; 0 if it stays in a file."""
         return self.hidden if not self.by_tiles or not self.plan.spills else 0
 
     def _keys(self) -> int:
-        """Keys and values of all tokens, where a block is computed by tiles."""
+        """Bytes of the keys and values of all tokens, if blocks are computed by tiles."""
         return self.by_tiles * self.batch_shape.size * self.shape.keys * self.shape.itemsize
 
     def _waiting(self, index: int) -> int:
-        """Inputs in memory of the blocks from the first to `index`, itself not included."""
+        """Bytes of the inputs in memory of the adapted blocks before block `index`."""
         return 0 if self.plan.spills else max(0, index - self.first) * self.hidden
 
     def _gradients(self, blocks: int) -> int:
-        """Sums of gradients of so many last blocks."""
+        """Bytes of the summed gradients of the last `blocks` blocks."""
         if self.paged:
             return 0
         return min(blocks, self.shape.adapted) * self.shape.adapter_bytes
 
     def _ring(self) -> int:
-        """The memory into which blocks' weights are read, again and again."""
-        # On a GPU the block before is still computed while the next one is read, be it the same.
+        """Bytes of the buffers into which the weights of streamed blocks are read."""
+        # On a GPU, a block is still computed while the next one is read, even if both are the same.
         more = self.measurements.overlaps and self.plan.prefetch
         buffers = 1 + self.plan.prefetch + more
         visited = min(self.streamed, self.shape.blocks - self.kept)
@@ -169,25 +170,25 @@ class Memory:
 
     @property
     def _paged_block(self) -> int:
-        """Adapters of the block that is computed, where they wait in a file."""
+        """Bytes of the adapters of the current block, if adapters are kept in a file."""
         return self.paged * self.shape.adapter_bytes
 
     def _kept_weights(self) -> int:
-        """Of kept blocks, beside the ring, as far as they do not stay in memory."""
+        """Bytes of the streamed weights of kept blocks, in addition to the ring of buffers."""
         first = self.shape.blocks - self.kept
         held = max(0, self.streamed - first) * self.shape.block_bytes
-        # They take the ring's memory, and one more block is begun at the end.
+        # They reuse the ring's memory, except for the block that is prefetched at the end.
         return held - max(0, min(held, self._ring()) - self.plan.prefetch * self.shape.block_bytes)
 
 
 def ways_of(plan: Plan, by_tiles: bool, kept: int, resident: bool) -> dict[str, Way]:
-    """How a plan computes each kind of phase, as far as that decides what is needed.
+    """The settings of a plan that decide the cost of each kind of phase.
 
     Args:
-        plan: which.
+        plan: the plan.
         by_tiles: whether the batch is larger than a tile.
-        kept: blocks at the end.
-        resident: whether the weights of others stay in memory.
+        kept: number of last blocks whose activations are kept.
+        resident: whether weights of other blocks stay in memory.
     """
     tile_tokens = plan.tile_tokens if by_tiles else None
     block = (tile_tokens, plan.mlp_bytes, plan.kernel, resident, plan.attention_block)

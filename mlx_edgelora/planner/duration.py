@@ -1,4 +1,4 @@
-"""How long a step takes by a plan: what was measured of it, or operations and bytes over rates."""
+"""Estimate the time of a step by a plan: from measurements, or from operations and rates."""
 
 from functools import partial
 
@@ -10,13 +10,14 @@ from mlx_edgelora.planner.needs import FLOAT
 from mlx_edgelora.planner.plan import Plan
 from mlx_edgelora.planner.sizes import BatchShape, ModelShape
 
-# Small operations of a block, forward and backward, and of one more tile of it.
+# Number of small operations in the forward and the backward of a block, and in each further tile.
 FORWARD_CALLS, BACKWARD_CALLS, TILE_CALLS = 150, 450, 200
-# Of a block of scores in MLX's gradient of attention on Metal: a guess, so that fewer are better.
+# The same for a block of scores in MLX's gradient of attention on Metal. The number is a guess; it
+# makes plans with fewer blocks of scores faster.
 SCORE_CALLS = 10
-# Arrays that operations entry by entry read and write, in a forward and in a backward.
+# Number of arrays that elementwise operations read and write in a forward or a backward.
 PASSES = {"hidden": 12, "queries": 8, "intermediate": 8}
-# What is read ahead, or written behind, still takes this share of its time.
+# Share of its time that a transfer costs although it overlaps with computation.
 OVERLAPPED = 0.4
 
 
@@ -27,7 +28,7 @@ def seconds(
     machine: Machine,
     measurements: Measurements | None = None,
 ) -> float:
-    """Seconds of a whole step: forward, loss, backward and update."""
+    """Expected seconds of a whole step: forward, loss, backward and update."""
     part = batch_shape.part(plan.micro_batches)
     step = _Step(
         shape, part, plan, machine, Measurements() if measurements is None else measurements
@@ -38,9 +39,9 @@ def seconds(
 def longest_operation(
     shape: ModelShape, batch_shape: BatchShape, plan: Plan, machine: Machine
 ) -> float:
-    """Seconds of the longest operation of a block that nothing divides.
+    """Expected seconds of the longest single operation in a block.
 
-    A product with its largest matrix, or MLX's gradient of attention on Metal.
+    This is the product with its largest matrix, or MLX's gradient of attention on Metal.
     """
     part = batch_shape.part(plan.micro_batches)
     tokens = part.size if plan.tile_tokens is None else min(part.size, plan.tile_tokens)
@@ -50,12 +51,12 @@ def longest_operation(
     product = 2 * tokens * shape.hidden * max(shape.intermediate, shape.queries) / rate
     if not shape.blocked_heads:
         return product
-    # Five products; of the last tokens, which see nearly all.
+    # Five products for the last tokens, which attend to nearly all others.
     pairs = tokens * min(part.tokens - tokens / part.rows / 2, part.attended)
     return max(product, 5 * 2 * pairs * shape.queries / machine.rates.flops)
 
 
-# The phases whose time is told by what was measured.
+# The phases whose time is measured.
 TIMED = ("forward", "backward", "head", "tail")
 
 
@@ -79,7 +80,7 @@ class _Step:
         measurements.set_pace(self._seconds)
 
     def batch(self) -> float:
-        """Forward, loss and backward of a batch, or of one part of it."""
+        """Seconds of the forward, loss and backward of a batch or one part of it."""
         shape, memory = self.shape, self.memory
         below, trained = shape.blocks - memory.kept, shape.adapted - memory.kept
         spent = below * self._of("forward") + trained * self._of("backward")
@@ -87,7 +88,7 @@ class _Step:
         return spent + self.reading() + self._spilling()
 
     def update(self) -> float:
-        """The optimizer, and what is trained on its way to a file and back."""
+        """Seconds of the optimizer, including reads and writes of paged adapters."""
         size = self.shape.adapted * self.shape.adapter_bytes
         spent = 10 * size / self.rates.moved
         if self.plan.adapters == "paged":
@@ -95,7 +96,7 @@ class _Step:
         return spent
 
     def reading(self) -> float:
-        """Blocks' weights from disk: streamed ones forward and backward."""
+        """Seconds of reading the weights of streamed blocks, in the forward and the backward."""
         memory, shape = self.memory, self.shape
         again = max(0, min(memory.streamed, shape.blocks - memory.kept) - memory.first)
         size = shape.block_bytes * (memory.streamed + again)
@@ -105,31 +106,31 @@ class _Step:
         memory = self.memory
         count = self.shape.blocks - memory.kept - memory.first
         size = self.plan.spills * count * memory.hidden
-        if memory.by_tiles:  # gradients go through the file, too
+        if memory.by_tiles:  # gradients go through the file as well
             size = self.plan.spills * self.shape.blocks * memory.hidden * 3
         spent = self._disk(size, self.rates.written, True)
         return spent + self._disk(size, self.rates.read, not memory.by_tiles)
 
     def _of(self, phase: str) -> float:
-        """Seconds of a phase of one block, of the head, or of the last blocks with it."""
+        """Seconds of a phase of one block, of the head, or of the kept blocks and the head."""
         memory, formula = self.memory, partial(self.formula, phase)
         return self.measurements.seconds(
             memory.kind(phase), memory.ways[phase], self.batch_shape, formula
         )
 
     def _seconds(self, kind: str, way: Way, batch_shape: BatchShape) -> float:
-        """What the formula says of something that was measured; 0 of what it does not know."""
+        """The formula's seconds for a measured kind of phase; 0 for an unknown kind."""
         phase = kind.removeprefix("tiles ")
         return self.formula(phase, way, batch_shape) if phase in TIMED else 0.0
 
     def formula(self, kind: str, way: Way, batch_shape: BatchShape) -> float:
-        """The same where nothing was measured."""
+        """Seconds of a phase by the formula, without measurements."""
         if kind == "head":
             return self._head(way[0], batch_shape, way[1] == "streamed")
         if kind == "tail":
             kept, loss_bytes, kernel, place, attention_block = way
             block = _BlockTime(self, (None, None, kernel, True, attention_block), batch_shape)
-            # Of the last one all but keys and values is computed for labelled tokens.
+            # In the last block, all but keys and values is computed for labelled tokens only.
             count = kept - 1 + batch_shape.labelled / batch_shape.size
             calls = BACKWARD_CALLS + SCORE_CALLS * block.score_blocks
             spent = kept * calls * self.rates.call
@@ -162,7 +163,7 @@ class _Step:
 
 
 class _BlockTime:
-    """One block, computed in some way."""
+    """Times of one block by a formula."""
 
     def __init__(self, step: _Step, way: Way, batch_shape: BatchShape) -> None:
         tile_tokens, mlp_bytes, kernel, _, attention_block = way
@@ -171,7 +172,7 @@ class _BlockTime:
         self.tiles = 1 if tile_tokens is None else -(-batch_shape.size // tile_tokens)
         self.sliced = mlp_bytes is not None and shape.gated
         kernel = step.kernels[0] if kernel == "auto" else kernel
-        # Entries that MLX's kernel multiplies as they are; slices are unpacked.
+        # Entries that MLX's kernel multiplies without unpacking; slices of an MLP are unpacked.
         self.fused = 0
         if shape.packed and kernel == "fused":
             self.fused = shape.block_weights - (shape.mlp_weights if self.sliced else 0)
@@ -180,23 +181,23 @@ class _BlockTime:
         if shape.blocked_heads:
             size, queries = attention_block or BLOCK, -(-batch_shape.tokens // self.tiles)
             self.score_blocks = self.tiles * -(-queries // size) * -(-batch_shape.tokens // size)
-        # Seconds that unpacking the others takes in one pass over all tokens.
+        # Seconds of unpacking the other entries in one pass over all tokens.
         self.unpack = shape.packed * self.tiles * self.dense / self.rates.dequantized
 
     def forward(self) -> float:
-        """Seconds without those that the host takes."""
+        """Seconds of the forward, without scheduling on the host."""
         return self._product() + self.unpack + self._attention(2) + self._entrywise()
 
     def again(self) -> float:
-        """The forward in the backward; a sliced MLP is unpacked once for both."""
+        """Seconds of the recomputed forward; a sliced MLP is unpacked once for both passes."""
         share = self.shape.mlp_weights / max(1, self.dense)
         twice = 0.0
-        if self.tiles > 1:  # what lies before attention is computed for q, and for k and v
+        if self.tiles > 1:  # operations before attention run once for q and once for k and v
             twice = 0.25 * (1 - self.shape.mlp_weights / self.shape.block_weights)
         return self.forward() - self.sliced * share * self.unpack + twice * self._product()
 
     def backward(self) -> float:
-        """Of the gradient alone."""
+        """Seconds of the gradient alone, without the recomputed forward."""
         return self._product() + self.unpack + self._attention(5) + self._entrywise()
 
     def _product(self) -> float:
@@ -204,7 +205,7 @@ class _BlockTime:
         return 2 * self.batch_shape.size * (dense + fused)
 
     def _attention(self, products: int) -> float:
-        """So many products of tokens x tokens, half of each causal."""
+        """Seconds of `products` products of tokens x tokens, of which causal masks drop half."""
         size = self.batch_shape.size * self.batch_shape.attended * self.shape.queries
         return products * size / self.rates.flops
 

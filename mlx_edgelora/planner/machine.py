@@ -1,4 +1,4 @@
-"""How fast a machine is at what a step is made of, and how much memory it has to give."""
+"""Measure the rates of a machine that decide the time of a step, and its free memory."""
 
 import json
 import os
@@ -22,43 +22,45 @@ from mlx_edgelora.storage.files import write_atomically
 from mlx_edgelora.storage.page_file import unlinked_file
 
 MIB = 2**20
-# Of the file that rates are kept in: raise it when they mean something else.
+# Version of the file with the rates. Raise it when the meaning of a rate changes.
 VERSION = 2
-# A product of so many tokens by a square matrix of so many columns is timed. With fewer tokens on
-# a CPU where it is slow: with a packed matrix, and in 16 bits.
+# The timed product multiplies TOKENS tokens by a square matrix of COLUMNS columns. On a CPU, where
+# products with a packed matrix or in 16 bits are slow, these take FEW_TOKENS tokens.
 TOKENS, COLUMNS = 512, 2048
 FEW_TOKENS = 8
-# So many in one evaluation on a GPU: alone one takes as long as the call.
+# Operations in one evaluation on a GPU. A single one would take no longer than the call itself.
 AT_ONCE = 16
 DISK_BYTES = 32 * MIB
-# So long in seconds a GPU computes before it is timed: one that was idle is slow at first.
+# Seconds of warm-up on a GPU before timing: an idle GPU is slow at first.
 WARM_UP = 0.2
-# What takes longer in seconds is timed once: 16 bits on a CPU.
+# Operations that take more seconds than this, such as 16 bits on a CPU, are timed once.
 SLOW = 0.5
-# So long in seconds rates are kept: a machine may have been hot, or busy, when it was measured.
+# Seconds after which rates are measured again: the machine may have been hot or busy.
 KEPT = 30 * 24 * 3600
-# What Metal calls the GPUs of M1 and M2, which have no bfloat16 and convert it.
+# Metal's names for the GPUs of M1 and M2. They do not support bfloat16 and convert it.
 CONVERTS_BFLOAT16 = ("applegpu_g13", "applegpu_g14")
-# Of the memory that is free or can be freed, so much is left to other programs.
+# Share of the available memory that is left to other programs.
 MARGIN = 0.2
 SHARE = f"{1 - MARGIN:.0%}".replace("%", " %")
-# macOS ends what holds the GPU for some seconds, sooner where it draws the display.
+# Longest operation in seconds on a Mac. macOS aborts work that blocks the GPU for a few seconds,
+# and earlier if the GPU also drives the display.
 LONGEST = 0.5
-# Seconds that a program of the system may take to answer.
+# Timeout in seconds for a system program.
 SOON = 5
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What was measured on a machine.
+    """The measured rates of a machine.
 
     Attributes:
-        flops: floating-point operations a second in a product of matrices.
-        fused_flops: the same in MLX's product with a packed matrix.
-        dequantized: entries of a packed matrix that are unpacked in a second.
-        moved: bytes a second that operations entry by entry read and write.
-        read, written: bytes a second from and to a file.
-        call: seconds that building and scheduling one small operation takes.
+        flops: floating-point operations per second in a matrix product.
+        fused_flops: the same for MLX's product with a packed matrix.
+        dequantized: entries of a packed matrix unpacked per second.
+        moved: bytes read and written per second by elementwise operations.
+        read: bytes read from a file per second.
+        written: bytes written to a file per second.
+        call: seconds to build and schedule one small operation.
     """
 
     flops: float
@@ -72,15 +74,14 @@ class Rates:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a plan is carried out.
+    """The machine that a plan is made for.
 
     Attributes:
-        name: of the device.
-        rates: how fast it is.
-        kernels: ways to multiply packed matrices that a plan may choose from; the first is what
-            "auto" means.
-        key: what tells it, with the versions that count, from others.
-        longest: seconds that a plan lets one operation take, where there is a choice.
+        name: name of the device.
+        rates: its measured rates.
+        kernels: kernels for packed matrices that a plan may choose from; "auto" is the first.
+        key: identifies the device, the dtype and the relevant versions.
+        longest: limit in seconds for a single operation, if the plan has a choice.
     """
 
     name: str
@@ -91,40 +92,45 @@ class Machine:
 
 
 def this_machine(cache: Path, folder: Path, dtype: mx.Dtype) -> Machine:
-    """This machine, measured per dtype and volume and kept in a file for a month.
+    """Measure this machine, or read rates of the last month from a file.
+
+    Rates are kept per dtype and volume.
 
     Args:
-        cache: folder of that file.
-        folder: of scratch files, whose disk is measured.
-        dtype: of activations.
+        cache: folder of the file with the rates.
+        folder: folder of scratch files; its disk is measured.
+        dtype: dtype of activations.
+
+    Raises:
+        EdgeLoraError: `folder` cannot be written.
     """
     device = mx.device_info()
     name = f"{device.get('device_name', 'unknown')}, {mx.default_device()}"
     blas = os.environ.get("LD_PRELOAD", "") + os.environ.get("DYLD_INSERT_LIBRARIES", "")
-    bits = os.environ.get("MLX_ENABLE_TF32", "")  # of a product of float32 on some GPUs
+    bits = os.environ.get("MLX_ENABLE_TF32", "")  # precision of float32 products on some GPUs
     key = f"{VERSION} {mx.__version__} {name} {os.cpu_count()} {blas}{bits} {dtype}" + _conditions()
     file = cache / "machine.json"
     known = _read(file)
-    with _scratch_file(folder):  # what cannot be written is refused, whatever is known
+    with _scratch_file(folder):  # fails if the folder cannot be written, even with known rates
         place = f"{key} {_volume(folder)}"
     if place not in known:
         known[place] = measure_rates(folder, dtype), time.time()
         _write(file, known)
     rates, _ = known[place]
-    # Slow on a CPU, and less exact in 16 bits there (`layers/linear.py`): no plan's choice.
+    # On a CPU, MLX's kernel is slow and less exact in 16 bits (`layers/linear.py`): not offered.
     kernels = ("fused", "dequantize") if resolve_kernel("auto")[0] == "fused" else ("dequantize",)
     on_metal = mx.default_device() == mx.gpu and mx.metal.is_available()
     return Machine(name, rates, kernels, key, LONGEST if on_metal else inf)
 
 
 def converts_dtype(dtype: mx.Dtype) -> bool:
-    """Whether the GPU has to convert numbers of this type, which takes time."""
+    """Whether the GPU has to convert numbers of this dtype, which takes time."""
     architecture = str(mx.device_info().get("architecture", ""))
     return dtype == mx.bfloat16 and architecture.startswith(CONVERTS_BFLOAT16)
 
 
 def _conditions() -> str:
-    """On macOS its version and the power mode, as far as they can be told: rates depend on them."""
+    """Version and power mode of macOS, if known, because rates depend on them; else empty."""
     if sys.platform != "darwin":
         return ""
     command = ["pmset", "-g"]
@@ -132,14 +138,14 @@ def _conditions() -> str:
         text = subprocess.run(command, capture_output=True, text=True, timeout=2, check=True).stdout
     except (OSError, subprocess.SubprocessError, ValueError):
         text = ""
-    # lowpowermode is 0 or 1; in its place some Macs have powermode, which is 2 for high power.
+    # lowpowermode is 0 or 1. Some Macs have powermode instead, which is 2 for high power.
     modes = [" ".join(line.split()[:2]) for line in text.splitlines() if "powermode" in line]
     return " ".join(["", "macOS", platform.mac_ver()[0], *modes])
 
 
 def measure_rates(folder: Path, dtype: mx.Dtype) -> Rates:
-    """Time each operation; takes a second or two, and some 60 MiB."""
-    keys = mx.random.split(mx.random.key(0))  # MLX's own generator is not moved
+    """Time each operation; takes one or two seconds and about 60 MiB."""
+    keys = mx.random.split(mx.random.key(0))  # does not change MLX's global random state
     x = mx.random.normal((TOKENS, COLUMNS), key=keys[0]).astype(dtype)
     dense = mx.random.normal((COLUMNS, COLUMNS), key=keys[1]).astype(dtype)
     packed = mx.quantize(dense, 64, 4)
@@ -175,7 +181,7 @@ def measure_rates(folder: Path, dtype: mx.Dtype) -> Rates:
 
 
 def _seconds(function: Callable[[], mx.array], times: int = 1, rounds: int = 3) -> float:
-    """Of one of so many in an evaluation, in the fastest of some; the first one warms up."""
+    """Seconds of one call, the best of `rounds` evaluations of `times` calls after a warm-up."""
     best = float("inf")
     for number in range(rounds + 1):
         start = time.perf_counter()
@@ -189,7 +195,7 @@ def _seconds(function: Callable[[], mx.array], times: int = 1, rounds: int = 3) 
 
 
 def _disk(folder: Path) -> tuple[float, float]:
-    """Bytes a second read and written, through the system's cache as spilling does."""
+    """Bytes read and written per second, through the system's cache as spilling does."""
     data, best = bytes(DISK_BYTES), [float("inf"), float("inf")]
     with _scratch_file(folder) as file:
         for _ in range(2):
@@ -219,15 +225,15 @@ def _scratch_file(folder: Path) -> Iterator[BinaryIO]:
 
 
 def _volume(folder: Path) -> Path:
-    """Where the folder's volume is mounted: all folders of a volume are equally fast."""
+    """Mount point of the folder's volume; all folders of a volume are equally fast."""
     here = folder.resolve()
     return next(parent for parent in (here, *here.parents) if parent.is_mount())
 
 
 def default_budget() -> tuple[int, str]:
-    """Bytes that MLX may take when nobody says how many, and why so many."""
+    """Default memory budget in bytes, and its reason."""
     device = mx.device_info()
-    if "free_memory" in device and mx.default_device() == mx.gpu:  # CUDA: the host's is another
+    if "free_memory" in device and mx.default_device() == mx.gpu:  # CUDA: not the host's memory
         free = int((1 - MARGIN) * device["free_memory"])
         return free, f"{SHARE} of the GPU's free memory"
     most = device.get("max_recommended_working_set_size") if mx.metal.is_available() else None
@@ -241,7 +247,7 @@ def default_budget() -> tuple[int, str]:
 
 
 def free_memory() -> int | None:
-    """Bytes that are free or can be freed, as far as the system tells."""
+    """Available memory in bytes; None if the system does not report it."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = (
@@ -259,12 +265,12 @@ def free_memory() -> int | None:
 
 
 def _free_to_mach() -> int | None:
-    """macOS: pages that are free, inactive or speculative, by `vm_stat`.
+    """Available memory on macOS: free, inactive and speculative pages, by `vm_stat`.
 
-    Purgeable pages are among them already. The kernel's own share of memory that it can give
-    is a bound.
+    Purgeable pages are included in these. The share of memory that the kernel reports as available
+    is an upper bound.
     """
-    import subprocess  # noqa: PLC0415 - one system's way
+    import subprocess  # noqa: PLC0415 - only on macOS
 
     try:
         text = subprocess.run(
@@ -287,14 +293,14 @@ def _physical() -> int:
 
 
 def _read(file: Path) -> dict[str, tuple[Rates, float]]:
-    """Rates that are not too old, and when they were measured, in seconds since 1970."""
+    """Rates that are not too old, and their time of measurement in seconds since 1970."""
     try:
         known = {
             key: (Rates(**entry["rates"]), float(entry["measured"]))
             for key, entry in json.loads(file.read_text()).items()
         }
     except (OSError, ValueError, TypeError, AttributeError, LookupError):
-        return {}  # not there, or of another version: measured again
+        return {}  # missing or of another version: measured again
     now = time.time()
     return {key: entry for key, entry in known.items() if 0 <= now - entry[1] < KEPT}
 

@@ -1,8 +1,9 @@
-"""What parts of a step took on this machine, at the shapes of runs: bytes and seconds.
+"""Measurements of the phases of a step on this machine: bytes and seconds.
 
-They are measured with a few blocks before a run's first step (`training/sampling.py`) and kept in
-a file per machine, versions and model. A formula (`planner/needs.py`) stands in for what was not
-measured; what was measured of something like it says how much larger or smaller that is here.
+Phases are measured with a few blocks before the first step of a run (`training/sampling.py`), at
+the shapes of the run. Measurements are kept in a file per machine, versions and model. A phase that
+was not measured is estimated by a formula (`planner/needs.py`), scaled by the ratio of measurement
+to formula in similar phases.
 """
 
 import json
@@ -14,15 +15,15 @@ from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.planner.sizes import BatchShape
 from mlx_edgelora.storage.files import write_atomically
 
-# Of the file: raise it when its numbers mean something else, or the engine takes another amount.
+# Version of the file. Raise it when the meaning of its numbers or the engine's memory use changes.
 VERSION = 4
-# Of each kind of phase, what names a way to compute it (`cost.ways_of`).
+# Number of settings that each kind of phase has in `cost.ways_of`.
 BLOCK = ("forward", "backward", "tiles forward", "tiles backward")
 LENGTHS = dict.fromkeys(BLOCK, 5) | {"load": 0, "head": 2, "tail": 5, "update": 1}
-# So many models are remembered.
+# Number of models that the file keeps.
 MODELS = 64
-# How much more may be needed than is said: of what was measured as it is, of what was measured
-# with other tokens or another way, and of what is a formula's. See docs/planner.md.
+# Factors from an estimate to its upper bound: for an exact measurement, for a measurement with
+# another batch or other settings, and for a formula alone. See docs/planner.md.
 KNOWN, LIKELY, UNKNOWN = 1.08, 1.2, 1.35
 
 Way = tuple[object, ...]
@@ -30,7 +31,12 @@ Way = tuple[object, ...]
 
 @dataclass(frozen=True)
 class Measurement:
-    """What something took: bytes beside what is accounted for, and seconds."""
+    """A measured phase.
+
+    Attributes:
+        bytes: memory in addition to what the planner accounts for exactly.
+        seconds: time.
+    """
 
     bytes: int
     seconds: float
@@ -38,7 +44,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What is expected, and by how much it may be more."""
+    """An expected number and the factor to its upper bound."""
 
     value: float
     spread: float
@@ -46,13 +52,13 @@ class Estimate:
 
 @dataclass
 class Measurements:
-    """Everything that is known of one model on one machine.
+    """The measurements of one model on one machine.
 
     Attributes:
-        file: where it is kept; None for nowhere.
-        key: of machine, versions and model in this file.
-        overlaps: whether the next segment is built while one is computed, on a GPU.
-        correction: what expected peaks are multiplied by, from a whole step that was measured.
+        file: file that keeps them; None keeps them in memory only.
+        key: key of the machine, versions and model in this file.
+        overlaps: whether the next segment is built while one is computed, as on a GPU.
+        correction: factor on expected peaks, found by measuring whole steps.
     """
 
     file: Path | None = None
@@ -66,16 +72,19 @@ class Measurements:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing is known."""
+        """Whether there are no measurements."""
         return not self._known
 
     def add(self, kind: str, way: Way, batch_shape: BatchShape, taken: Measurement) -> None:
-        """Remember what one thing took."""
+        """Add a measurement."""
         self._known.setdefault(kind, {}).setdefault(way, {})[batch_shape] = taken
         self._count += 1
 
     def find(self, kind: str, way: Way, batch_shape: BatchShape) -> Measurement | None:
-        """What was measured of exactly this; of a tail of so many blocks, of shorter ones."""
+        """Look up a measurement; None if there is none.
+
+        A tail of kept blocks is extrapolated from tails with other numbers of blocks.
+        """
         ways = self._known.get(kind, {})
         found = ways.get(way, {}).get(batch_shape)
         if found is not None or kind != "tail":
@@ -102,19 +111,19 @@ class Measurements:
         batch_shape: BatchShape,
         formula: Callable[[Way, BatchShape], float],
     ) -> Estimate:
-        """What something needs.
+        """Estimate the bytes of a phase.
 
         Args:
-            kind: of phase.
-            way: in which it is computed.
-            batch_shape: the tokens.
-            formula: what it needs by way and load where nothing is known.
+            kind: kind of phase.
+            way: settings by which it is computed.
+            batch_shape: sizes of the batch.
+            formula: bytes by settings and batch, used if there is no measurement.
         """
         if (taken := self.find(kind, way, batch_shape)) is not None:
             return Estimate(taken.bytes, KNOWN)
         expected = formula(way, batch_shape)
         if kind == "tail":
-            # As much more as the formula says, than what was measured of as many blocks or so.
+            # The measured tail nearest in its number of blocks, plus the formula's difference.
             others = {
                 w: batch_shapes[batch_shape]
                 for w, batch_shapes in self._known.get(kind, {}).items()
@@ -136,18 +145,19 @@ class Measurements:
         batch_shape: BatchShape,
         formula: Callable[[Way, BatchShape], float],
     ) -> float:
-        """What something takes, likewise."""
+        """Estimate the seconds of a phase; arguments as in `bytes`."""
         if (taken := self.find(kind, way, batch_shape)) is not None:
             return taken.seconds
         ratios = self._ratios(kind, way, lambda w, n, t: t.seconds / max(1e-9, formula(w, n)))
-        # The least: what seems better than what is known will be measured in its turn.
+        # The lowest ratio is taken: a plan that seems faster than the measured ones will be
+        # measured next.
         return formula(way, batch_shape) * min(ratios, default=self._pace)
 
     def set_pace(self, formula: Callable[[str, Way, BatchShape], float]) -> None:
-        """Take the time of kinds of which nothing is known from how far off a formula is of others.
+        """Set the factor on the formula's seconds for kinds of phases without measurements.
 
         Args:
-            formula: seconds by kind, way and load.
+            formula: seconds by kind, settings and batch.
         """
         if self._paced != self._count:
             pairs = [(t.seconds, formula(k, w, n)) for k, w, n, t in self.rows()]
@@ -160,7 +170,7 @@ class Measurements:
     def _ratios(
         self, kind: str, way: Way, ratio: Callable[[Way, BatchShape, Measurement], float]
     ) -> list[float]:
-        """Of what was measured in the same way, or else in any way, to what a formula says."""
+        """Ratios of measurement to formula with the same settings, else with any settings."""
         ways = self._known.get(kind, {})
         chosen = {way: ways[way]} if way in ways else ways
         return [
@@ -168,19 +178,19 @@ class Measurements:
         ]
 
     def rows(self) -> Iterator[tuple[str, Way, BatchShape, Measurement]]:
-        """All of it."""
+        """All measurements."""
         for kind, ways in self._known.items():
             for way, batch_shapes in ways.items():
                 for batch_shape, taken in batch_shapes.items():
                     yield kind, way, batch_shape, taken
 
     def read(self) -> None:
-        """Take what the file has; nothing where it is none."""
+        """Add the measurements in the file; none if it is missing or invalid."""
         for kind, way, batch_shape, taken in _entries(self.file).get(self.key, []):
             self.add(kind, tuple(way), BatchShape(*batch_shape), Measurement(*taken))
 
     def write(self) -> None:
-        """Keep it; whatever cannot be kept is measured again next time."""
+        """Write the file; after a failure, the next run measures again."""
         if self.file is None:
             return
         entries = _entries(self.file)
@@ -199,7 +209,7 @@ class Measurements:
 
 
 def _entries(file: Path | None) -> dict[str, list]:
-    """The rows of each model; none at all where something in the file is not as it was written."""
+    """The rows of each model; empty if any part of the file is invalid."""
     if file is None:
         return {}
     try:

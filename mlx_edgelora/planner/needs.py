@@ -1,8 +1,9 @@
-"""What a phase needs beside what is accounted for, by a formula of few terms.
+"""Estimate the working memory of a phase by a formula of a few terms.
 
-How many arrays autodiff keeps, and how many MLX's scheduler has ahead, cannot be told from a model,
-so each term is a size times a number that was fitted to measured phases on a CPU (docs/planner.md).
-On another device it is a guess, until the device is asked (`training/sampling.py`).
+The number of arrays that autodiff keeps and that MLX's scheduler allocates ahead cannot be derived
+from a model. Each term is a size times a coefficient that was fitted to measured phases on a CPU
+(docs/planner.md). On other devices it is a guess until phases are measured
+(`training/sampling.py`).
 """
 
 from functools import lru_cache
@@ -49,7 +50,7 @@ TERMS: dict[str, dict[str, float]] = {
         "scores": 1.0,
     },
     "head": {"tile": 1.0, "labelled": 2.6, "read": 0.8},
-    # Of blocks above the last one all tokens, of the last one the labelled.
+    # The last block is computed for labelled tokens, the other kept blocks for all tokens.
     "tail": {
         "kept hidden": 4.5,
         "kept intermediate": 6.0,
@@ -63,15 +64,16 @@ TERMS: dict[str, dict[str, float]] = {
 
 
 def need(kind: str, shape: ModelShape, way: Way, batch_shape: BatchShape) -> float:
-    """Bytes of a phase.
+    """Working memory of a phase in bytes.
 
     Args:
-        kind: one of `TERMS`; "tail" is that of the kept blocks and the head.
-        shape: of the model.
-        way: (tile_tokens, mlp_bytes, kernel, resident, attention_block) of a block; (loss_bytes,
-            place of the head); (kept blocks, loss_bytes, kernel, place of the head,
-            attention_block) of a tail; (placement of adapters,) of an update.
-        batch_shape: the tokens.
+        kind: a key of `TERMS`; "tail" is the kept blocks and the head.
+        shape: sizes of the model.
+        way: settings of the phase, by kind. For a block (tile_tokens, mlp_bytes, kernel, resident,
+            attention_block); for the head (loss_bytes, placement of the head); for a tail (kept
+            blocks, loss_bytes, kernel, placement of the head, attention_block); for an update
+            (placement of adapters,).
+        batch_shape: sizes of the batch.
     """
     sizes = sizes_of(kind, shape, way, batch_shape)
     return sum(number * sizes.get(name, 0.0) for name, number in TERMS[kind].items())
@@ -79,7 +81,7 @@ def need(kind: str, shape: ModelShape, way: Way, batch_shape: BatchShape) -> flo
 
 @lru_cache(maxsize=4096)
 def sizes_of(kind: str, shape: ModelShape, way: Way, batch_shape: BatchShape) -> dict[str, float]:
-    """What arrays of a phase are as large as, in bytes."""
+    """Sizes of the arrays of a phase in bytes, by the names of its terms."""
     sizes = {"one": float(MIB), "adapters": float(shape.adapter_bytes)}
     if kind == "head":
         loss_bytes, place = way
@@ -128,9 +130,9 @@ def sizes_of(kind: str, shape: ModelShape, way: Way, batch_shape: BatchShape) ->
 
 
 def _scores(shape: ModelShape, batch_shape: BatchShape, queries: int, block: int | None) -> int:
-    """What MLX's gradient of attention on Metal makes of so many queries of each row.
+    """Bytes of scores in MLX's gradient of attention on Metal, for `queries` queries of each row.
 
-    Three blocks of every head, by reading `sdpa_vjp_blocked` of MLX 0.32.4; not fitted.
+    `sdpa_vjp_blocked` in MLX 0.32.4 holds three blocks for each head. The number is not fitted.
     """
     most = BLOCK if block is None else block
     block_scores = min(most, queries) * min(most, batch_shape.tokens)

@@ -1,4 +1,4 @@
-"""What a run keeps, spills, streams and tiles: one frozen record, which the engine obeys."""
+"""The plan of a run: what the engine keeps, spills, streams and computes in tiles."""
 
 import json
 from collections.abc import Mapping
@@ -10,12 +10,12 @@ from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.measure.units import size
 
 MIB = 2**20
-# Of the file that a plan is saved in: raise it when what it says changes its meaning.
+# Version of the file of a plan. Raise it when the meaning of a field changes.
 VERSION = 2
 
 
 def _choice(default: Any, *values: Any, least: int | None = None) -> Any:
-    """A field that is one of some values, or a whole number of at least `least` (or None)."""
+    """A field that is one of `values`, or a whole number of at least `least` if it is given."""
     return field(default=default, metadata={"values": values, "least": least})
 
 
@@ -24,33 +24,34 @@ class Plan:
     """The choices of a run that trade memory for time.
 
     Attributes:
-        streamed_blocks: the frozen weights of so many first blocks are read from disk for each
-            visit, those of the others stay in memory; None for all blocks.
-        head: "streamed" or "resident", of the token embedding and the vocabulary head; they stay
-            in memory where all blocks do.
-        prefetch: read the next streamed block's weights while one is computed.
-        kept_blocks: of so many last blocks the activations are kept and not computed again;
-            with a head that is in memory they and the loss are one graph.
-        inputs: "file" or "memory", where the inputs of blocks wait for the backward.
-        adapters: "paged" or "resident", of what is trained, its gradients and the optimizer's
-            state.
-        tile_tokens: blocks are computed for so many tokens at a time where a batch has
-            more; None for all at once. Excludes kept_blocks.
-        mlp_bytes: a slice of a gated MLP; None computes it layer by layer.
-        kernel: how packed matrices are multiplied: "fused" is MLX's own kernel, "dequantize"
-            unpacks them a tile at a time, as slices of an MLP always do; "auto" leaves it to the
+        streamed_blocks: number of first blocks whose frozen weights are read from disk each time
+            the block is computed. The weights of the other blocks stay in memory. None streams all
+            blocks.
+        head: placement of the token embedding and the vocabulary head, "streamed" or "resident".
+            They stay in memory if all blocks do.
+        prefetch: whether to read the weights of the next streamed block while one is computed.
+        kept_blocks: number of last blocks whose activations are kept instead of recomputed. If the
+            head is in memory, these blocks and the loss form one graph.
+        inputs: where the inputs of blocks are stored until the backward, "file" or "memory".
+        adapters: placement of the adapters, their gradients and the optimizer state, "paged" or
+            "resident".
+        tile_tokens: number of tokens for which a block is computed at a time; None computes all at
+            once. Excludes kept_blocks.
+        mlp_bytes: bytes of a slice of a gated MLP; None computes it layer by layer.
+        kernel: how packed matrices are multiplied. "fused" is MLX's own kernel. "dequantize"
+            unpacks them one tile at a time, as slices of an MLP always do. "auto" depends on the
             backend.
-        loss_bytes: a tile of the vocabulary head.
-        attention_block: MLX's gradient of attention on Metal takes the scores of so many queries
-            and keys at a time; None leaves it to MLX, which elsewhere has no such gradient.
-        micro_batches: a batch is computed in so many parts, whose gradients are added.
-        cache_bytes: what MLX may keep of freed buffers at least: enough for one block's to be
-            used again. It may keep more where the budget leaves room (`RunPlan.cache_bytes`); its
-            own default on Metal keeps nearly everything it ever had.
-        reason: why these.
+        loss_bytes: bytes of a tile of the vocabulary head.
+        attention_block: number of queries and keys whose scores MLX's gradient of attention on
+            Metal computes at a time; None is MLX's default. Other backends have no such gradient.
+        micro_batches: number of parts in which a batch is computed; their gradients are added.
+        cache_bytes: least bytes of freed buffers that MLX may cache, enough to reuse those of one
+            block. The cache may be larger if the budget leaves room (`RunPlan.cache_bytes`). MLX's
+            default on Metal keeps nearly all freed buffers.
+        reason: why this plan was chosen.
 
     Raises:
-        EdgeLoraError: naming the choice that is not one, or two that exclude each other.
+        EdgeLoraError: a field has an invalid value, or two fields exclude each other.
     """
 
     streamed_blocks: int | None = _choice(None, None, least=0)
@@ -80,25 +81,29 @@ class Plan:
 
     @property
     def streams(self) -> bool:
-        """Whether any frozen weights of blocks stay on disk."""
+        """Whether frozen weights of any block are read from disk."""
         return self.streamed_blocks != 0
 
     @property
     def reads_head(self) -> bool:
-        """Whether the embedding and the head stay on disk."""
+        """Whether the embedding and the head are read from disk."""
         return self.head == "streamed" and self.streams
 
     @property
     def spills(self) -> bool:
-        """Whether the inputs of blocks wait in a file."""
+        """Whether the inputs of blocks are stored in a file."""
         return self.inputs == "file"
 
     @classmethod
     def from_json(cls, text: str, place: str) -> "Plan":
-        """Read what `json` wrote, edited or not.
+        """Parse the output of `json`, possibly edited.
+
+        Args:
+            text: the plan as JSON.
+            place: where the text is from; error messages begin with it.
 
         Raises:
-            EdgeLoraError: it is no plan; `place` begins the text.
+            EdgeLoraError: the text is not a plan.
         """
         try:
             values = json.loads(text)
@@ -121,7 +126,11 @@ class Plan:
 
     @classmethod
     def read(cls, path: str | Path) -> "Plan":
-        """Read a plan's file, as `from_json`."""
+        """Read a plan from a file.
+
+        Raises:
+            EdgeLoraError: the file cannot be read or is not a plan.
+        """
         try:
             text = Path(path).read_text()
         except (OSError, ValueError) as error:
@@ -132,16 +141,16 @@ class Plan:
         return cls.from_json(text, str(path))
 
     def json(self) -> str:
-        """All choices as text, for `from_json`."""
+        """The plan as JSON, for `from_json`."""
         return json.dumps({"version": VERSION, **asdict(self)}, indent=1) + "\n"
 
     def _counts(self, blocks: int) -> tuple[int, int]:
-        """How many of a model's blocks are streamed, and how many are kept."""
+        """Number of streamed blocks and of kept blocks in a model of `blocks` blocks."""
         streamed = blocks if self.streamed_blocks is None else min(self.streamed_blocks, blocks)
         return streamed, min(self.kept_blocks, blocks)
 
     def rows(self, blocks: int) -> Mapping[str, str]:
-        """The choices for a model of so many blocks in words, by what they are about."""
+        """The plan in words for a model of `blocks` blocks, by subject."""
         streamed, kept = self._counts(blocks)
         rows = {
             "weights": _split(streamed, blocks, "from disk", "in memory")
@@ -169,7 +178,7 @@ class Plan:
         return rows
 
     def summary(self, blocks: int) -> str:
-        """The choices that matter for a model of so many blocks, in a sentence."""
+        """The main choices for a model of `blocks` blocks, in a sentence."""
         streamed, kept = self._counts(blocks)
         words = ["weights " + _split(streamed, blocks, "from disk", "in memory")]
         if self.reads_head and streamed < blocks:
@@ -192,13 +201,13 @@ class Plan:
         return "; ".join(words)
 
     def describe(self, blocks: int) -> str:
-        """The choices for a model of so many blocks, and why, in one line."""
+        """All choices for a model of `blocks` blocks and the reason, in one line."""
         words = "; ".join(f"{name} {value}" for name, value in self.rows(blocks).items())
         return f"{words} ({self.reason})"
 
 
 def _check(name: str, value: Any, values: tuple, least: int | None) -> None:
-    if least is not None and type(value) is int and value >= least:  # a bool is no number
+    if least is not None and type(value) is int and value >= least:  # excludes bool
         return
     if any(value is choice for choice in values) or (isinstance(value, str) and value in values):
         return
@@ -209,7 +218,7 @@ def _check(name: str, value: Any, values: tuple, least: int | None) -> None:
 
 
 def _split(first: int, count: int, one: str, other: str) -> str:
-    """How many of some blocks are one way and how many the other."""
+    """Name the placement of the first `first` of `count` blocks and that of the rest."""
     if first in (0, count):
         return other if first == 0 else one
     return f"{first} of {count} blocks {one}, {count - first} {other}"

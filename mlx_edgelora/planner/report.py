@@ -1,4 +1,4 @@
-"""What `python -m mlx_edgelora.plan` tells: whether a run fits, how, and what more would buy."""
+"""The report of `python -m mlx_edgelora.plan`: the plan of a run, its cost and larger budgets."""
 
 import json
 from collections.abc import Iterator
@@ -16,26 +16,26 @@ from mlx_edgelora.planner.search import Choice, largest_that, plan, smallest
 from mlx_edgelora.planner.sizes import BatchShape
 
 GB = 10**9
-# No context or batch beyond these is looked for.
+# Upper limits of the search for the longest rows and the largest batch.
 MOST_TOKENS, MOST_ROWS = 2**20, 4096
-# Budgets between the smallest and plenty that the picture has.
+# Number of budgets in the plot of time against budget.
 POINTS = 40
 
 
 @dataclass(frozen=True)
 class BudgetPoint:
-    """What a larger budget would buy: bytes, and seconds of a step within them."""
+    """A budget in bytes and the expected seconds of a step within it."""
 
     budget: int
     seconds: float
 
 
 class PlanReport:
-    """Answers about a planned run; nothing is computed but the model of its cost.
+    """Facts about a planned run, from the planner's estimates; no step is run.
 
     Args:
-        chosen: the run's plan. Where its budget is too small it is the smallest plan.
-        fits: whether the budget was large enough.
+        chosen: the plan of the run; the smallest plan if the budget is too small.
+        fits: whether the budget is large enough.
     """
 
     def __init__(self, chosen: RunPlan, fits: bool) -> None:
@@ -45,17 +45,17 @@ class PlanReport:
 
     @property
     def expected(self) -> Choice:
-        """The plan, with its peak in bytes and the seconds of a step."""
+        """The plan with its expected peak in bytes and seconds of a step."""
         return self._chosen.choice
 
     @cached_property
     def smallest(self) -> Choice:
-        """The plan that takes the least memory."""
+        """The plan with the lowest memory."""
         return self._chosen.smallest()
 
     @cached_property
     def context(self) -> int:
-        """Tokens of the longest rows that the budget has room for."""
+        """Tokens of the longest rows that fit the budget."""
         shape, batch_shape, machine = self._arguments
 
         def fits(tokens: int) -> bool:
@@ -69,7 +69,7 @@ class PlanReport:
 
     @cached_property
     def batch(self) -> int:
-        """Rows of the largest batch that the budget has room for in one piece."""
+        """Rows of the largest batch that fits the budget without micro-batches."""
         shape, batch_shape, machine = self._arguments
         fixed = self._chosen.fixed | {"micro_batches": 1}
 
@@ -82,7 +82,7 @@ class PlanReport:
 
     @cached_property
     def next_gigabytes(self) -> list[BudgetPoint]:
-        """What each of the next four would buy, as long as it buys anything."""
+        """Up to four budgets, each larger by 1 GB, as long as each makes steps faster."""
         found, before = [], self._chosen.choice.seconds
         for more in range(1, 5):
             budget = max(self._budget, self.smallest.needs) + more * GB
@@ -94,7 +94,7 @@ class PlanReport:
         return found
 
     def curve(self) -> list[BudgetPoint]:
-        """Seconds against budget, from the smallest one to the one that buys nothing more."""
+        """Seconds by budget, from the smallest budget to that of the fastest plan."""
         low = self.smallest.needs
         plenty = plan(*self._arguments, 2**50, self._chosen.fixed, self._measurements).needs
         ratio = (plenty / low) ** (1 / (POINTS - 1))
@@ -107,7 +107,7 @@ class PlanReport:
         ]
 
     def phases(self) -> dict[str, int]:
-        """The most that each phase is expected to take, in bytes."""
+        """Expected peak of each phase in bytes."""
         shape, batch_shape, _ = self._arguments
         found: dict[str, int] = {}
         for phase in Memory(shape, batch_shape, self._chosen.plan, self._measurements).phases():
@@ -115,7 +115,7 @@ class PlanReport:
         return found
 
     def table(self) -> str:
-        """All answers in lines."""
+        """The report as text."""
         chosen, choice = self._chosen, self._chosen.choice
         batch = chosen.batch_shape
         budget = "the least memory" if self._unlimited else size(self._budget)
@@ -151,7 +151,7 @@ class PlanReport:
         return wrapped("\n".join(lines))
 
     def json(self) -> str:
-        """The same for programs; sizes in bytes, times in seconds."""
+        """The report as JSON; sizes in bytes, times in seconds."""
         chosen, choice = self._chosen, self._chosen.choice
         answers = {
             "fits": self.fits,
@@ -213,7 +213,7 @@ def _shared(batch_shape: BatchShape) -> str:
 
 
 def with_smallest_plan(chosen: RunPlan) -> RunPlan:
-    """The run by the smallest plan there is, for a budget that it does not fit."""
+    """The run by the smallest plan, for a budget that is too small."""
     least = chosen.smallest()
     return chosen.with_choice(replace(least, plan=replace(least.plan, reason="the least memory")))
 
@@ -232,7 +232,7 @@ def _figure(file: BinaryIO) -> Iterator[tuple]:
 
 
 def _at_least(count: int, most: int) -> str:
-    """A number that was looked for up to `most`."""
+    """The result of a search up to `most` as text."""
     return f"at least {count:,}" if count >= most else f"{count:,}"
 
 

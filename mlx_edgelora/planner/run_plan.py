@@ -1,4 +1,4 @@
-"""From the options of a run to its plan, and the promise that the plan is kept."""
+"""Plan a run from its options, and replan it if it exceeds its budget."""
 
 import hashlib
 import json
@@ -26,9 +26,9 @@ from mlx_edgelora.planner.search import Choice, expected, plan, smallest
 from mlx_edgelora.planner.shape import shape_of
 from mlx_edgelora.planner.sizes import BatchShape, ModelShape
 
-# Shorter batches have plans of their own, by so many steps of their length.
+# Shorter batches have plans of their own; their length is rounded up to one of this many steps.
 STEPS = 8
-# What stays as it is once a run has begun, whatever a batch is like.
+# Fields of the plan that are the same for all batches of a run.
 FIXED_AT_START = (
     "streamed_blocks",
     "head",
@@ -42,25 +42,25 @@ FIXED_AT_START = (
 
 @dataclass(frozen=True)
 class Budget:
-    """Most memory for MLX, and why so much; no bytes: none was set."""
+    """The memory budget of MLX in bytes, None for no budget, and the reason for it."""
 
     bytes: int | None
     why: str
 
 
 class RunPlan:
-    """The plan of a run, of its largest batch and of smaller ones.
+    """The plans of a run, for its largest batch and for smaller ones.
 
     Args:
-        shape: of the adapted model.
-        batch_shape: the largest batch.
-        machine: where.
-        budget: most memory.
-        choice: the plan of the largest batch; None before it is searched for.
-        fixed: choices that were made by options.
-        varies: whether smaller batches may be computed by other plans.
-        measurements: what was measured of the model.
-        given: whether the plan was not searched for, and stays.
+        shape: sizes of the adapted model.
+        batch_shape: sizes of the largest batch.
+        machine: the machine.
+        budget: the memory budget.
+        choice: the plan of the largest batch; None before the search.
+        fixed: fields of the plan that are set by options.
+        varies: whether smaller batches may have other plans.
+        measurements: measurements of the model.
+        given: whether the plan was given by the user and does not change.
     """
 
     def __init__(
@@ -89,26 +89,26 @@ class RunPlan:
         )
         self.given = given
         self._variants: dict[BatchShape, Plan] = {}
-        self._highest = budget.bytes or 0  # that nothing more needs to be done about
+        self._highest = budget.bytes or 0  # highest peak that the present plan accounts for
 
     @property
     def plan(self) -> Plan:
-        """Of the largest batch."""
+        """The plan of the largest batch."""
         return self.choice.plan
 
     def with_choice(self, choice: Choice) -> "RunPlan":
-        """The same run by another plan."""
+        """The same run with another plan."""
         arguments = self.shape, self.batch_shape, self.machine, self.budget
         return RunPlan(*arguments, choice, self.fixed, self._varies, self.measurements, self.given)
 
     def search(self, fixed: dict[str, Any] | None = None) -> Choice:
-        """The plan by what is known now: the fastest within the budget, or the smallest.
+        """Find the fastest plan within the budget; without a budget, the smallest plan.
 
         Args:
-            fixed: choices that stay as they are, beside those that options made.
+            fixed: further fields that are fixed, in addition to those set by options.
 
         Raises:
-            EdgeLoraError: none fits.
+            EdgeLoraError: no plan fits the budget.
         """
         arguments = self.shape, self.batch_shape, self.machine
         fixed, most = self.fixed | (fixed or {}), self.budget.bytes
@@ -120,29 +120,29 @@ class RunPlan:
         return replace(found, plan=replace(found.plan, reason=reason))
 
     def smallest(self) -> Choice:
-        """The plan that takes the least memory."""
+        """The plan with the lowest memory."""
         return smallest(self.shape, self.batch_shape, self.machine, self.fixed, self.measurements)
 
     def expected(self, plan: Plan) -> Choice:
-        """What another plan is expected to take."""
+        """The expected memory and time of another plan."""
         return expected(self.shape, self.batch_shape, self.machine, plan, self.measurements)
 
     @property
     def step_key(self) -> tuple[object, ...]:
-        """Everything that decides what a step by the present plan takes."""
+        """All fields of the present plan that decide the memory and time of a step."""
         named = asdict(self.plan)
         named.pop("reason")
         return tuple(named.values())
 
     @property
     def fixed_at_start(self) -> dict[str, Any]:
-        """The choices of the present plan that stay once weights are where it has them."""
-        # Weights that are the model's own stay there; those that were read can be let go.
+        """The fields of the present plan that cannot change once weights are loaded."""
+        # Resident weights of the model stay in memory; weights read from disk can be freed.
         names = [n for n in FIXED_AT_START if n != "streamed_blocks" or not self.plan.streams]
         return {name: getattr(self.plan, name) for name in names}
 
     def plan_for(self, batch: Batch) -> Plan:
-        """The plan of a batch: the run's own, or a faster one where a smaller batch allows it."""
+        """The plan of a batch: the run's plan, or a faster one if the batch is smaller."""
         rows, tokens = batch.tokens.shape[0], batch.tokens.shape[1] - 1
         step = max(1, -(-self.batch_shape.tokens // STEPS))
         tokens = min(self.batch_shape.tokens, -(-tokens // step) * step)
@@ -155,20 +155,23 @@ class RunPlan:
             arguments = self.shape, batch_shape, self.machine, self.budget.bytes
             try:
                 self._variants[batch_shape] = plan(*arguments, fixed, self.measurements).plan
-            except EdgeLoraError:  # none is expected to fit; the run's own is right for less
+            except EdgeLoraError:  # no plan is expected to fit; the run's plan fits larger batches
                 self._variants[batch_shape] = self.plan
         return self._variants[batch_shape]
 
     def replan(self, measured: int, anew: bool = True) -> Plan | None:
-        """A plan that takes less, where a run took more than its budget.
+        """Find a smaller plan if a run has exceeded its budget.
 
         Args:
-            measured: bytes of MLX's allocator at the peak.
-            anew: whether the peak is that of the present plan; else the highest so far, which
-                may be that of a plan that was corrected.
+            measured: peak of MLX's allocator in bytes.
+            anew: whether the peak was measured with the present plan. If not, it is the highest
+                peak so far, which an earlier plan may have caused.
 
         Returns:
-            None where the plan keeps its promise.
+            The new plan, or None if the present plan stays within the budget.
+
+        Raises:
+            EdgeLoraError: no plan fits the budget.
         """
         highest, self._highest = self._highest, max(self._highest, measured)
         if not self._varies or measured <= (self.budget.bytes if anew else highest):
@@ -185,29 +188,29 @@ class RunPlan:
 
     @property
     def memory_limit(self) -> int:
-        """MLX's memory limit: nothing else bounds how far it allocates ahead, so there is one."""
+        """MLX's memory limit in bytes. Nothing else bounds how far MLX allocates ahead."""
         return self.choice.needs if self.budget.bytes is None else self.budget.bytes
 
     @property
     def cache_bytes(self) -> int:
-        """What MLX may keep of freed buffers: what the budget leaves above the expected peak."""
+        """Bytes of freed buffers that MLX may cache: the budget's rest above the expected peak."""
         spare = 0 if self.budget.bytes is None else self.budget.bytes - self.choice.peak
         return max(self.plan.cache_bytes, spare)
 
     @property
     def is_tight(self) -> bool:
-        """Whether the budget leaves next to nothing."""
+        """Whether the budget leaves no room for a larger cache than the plan's."""
         return not self.given and self.cache_bytes == self.plan.cache_bytes
 
     @property
     def optimizer_bytes(self) -> int:
-        """What a step holds that a forward and a backward alone do not: the optimizer's state."""
+        """Bytes of the optimizer state, which a forward and a backward alone do not need."""
         shape = self.shape
         blocks = 0 if self.plan.adapters == "paged" else shape.adapted * shape.adapter_bytes
         return MOMENTS * (blocks + shape.outside_adapter_bytes)
 
     def table(self) -> str:
-        """The plan with its budget and expected peak, in a few lines."""
+        """The plan, its budget and its expected peak as text."""
         most = self.budget.bytes
         limit = "no limit" if most is None else f"{size(most)} at most"
         head = (
@@ -230,18 +233,22 @@ def plan_request(
     folder: Path,
     labelled: float = 1.0,
 ) -> RunPlan:
-    """What is asked for, and the plan where it was given.
+    """Collect the inputs of a plan from the options of a run, and read a given plan.
 
     Args:
         config: the options of the run.
-        lazy: the adapted model; nothing of it is read.
-        datasets: whose longest batch is planned for; without any, max_seq_length is.
-        cache: folder of what was measured of this machine.
-        folder: of scratch files.
-        labelled: share of tokens with labels, where there are no data sets.
+        lazy: the adapted model; its weights are not read.
+        datasets: the data sets. The plan is made for their largest batch, or for max_seq_length
+            if there are none.
+        cache: folder with the measurements of this machine.
+        folder: folder of scratch files.
+        labelled: share of tokens with labels if there are no data sets.
+
+    Returns:
+        The run's plan; without a given plan, `search` still has to find one.
 
     Raises:
-        EdgeLoraError: a plan's file is none.
+        EdgeLoraError: a given plan is invalid, or `folder` cannot be written.
     """
     dtype = DTYPES[config.dtype] if config.dtype else None
     blocks = lazy.blocks or checked_blocks(lazy.model)
@@ -264,7 +271,7 @@ def plan_request(
 
 
 def _largest_batch_shape(config: TrainConfig, datasets: Sequence, labelled: float) -> BatchShape:
-    """The largest batch."""
+    """Sizes of the largest batch."""
     most = largest_batch(datasets, config.batch_size, config.max_seq_length, config.packing)
     if not most.tokens:
         tokens = config.max_seq_length - 1
@@ -278,7 +285,7 @@ def _largest_batch_shape(config: TrainConfig, datasets: Sequence, labelled: floa
 def _read_measurements(
     config: TrainConfig, lazy: LazyModel, shape: ModelShape, file: Path, machine: Machine
 ) -> Measurements:
-    """What earlier runs measured of such a model here."""
+    """The measurements of earlier runs with the same model, options and machine."""
     trained = asdict(config.lora_parameters), config.loss
     facts = [lazy.config, asdict(shape), trained, machine.key]
     text = json.dumps(facts, sort_keys=True, default=str)
@@ -289,21 +296,21 @@ def _read_measurements(
 
 
 def _fixed(config: TrainConfig) -> dict[str, Any]:
-    """The choices that options make."""
+    """The fields of a plan that are set by options."""
     fixed: dict[str, Any] = {}
     if config.weights is not None:
         resident = config.weights == "resident"
         fixed |= {"streamed_blocks": 0 if resident else None, "head": config.weights}
     if config.activations is not None:
         fixed["inputs"] = "memory" if config.activations == "ram" else "file"
-        if config.activations == "spill":  # all of them, whatever there is room for
+        if config.activations == "spill":  # all of them, even if the budget has room
             fixed["kept_blocks"] = 0
     if config.adapters is not None:
         fixed["adapters"] = config.adapters
     if config.kernel != "auto":
         fixed["kernel"] = config.kernel
-    if config.kernel == "fused":  # whoever asks for MLX's kernel has it multiply in the MLP as well
+    if config.kernel == "fused":  # in the MLP as well, where slices would be unpacked
         fixed["mlp_bytes"] = None
-    if config.loss == "approximate":  # its subset is that of all labels of a batch
+    if config.loss == "approximate":  # its subset is chosen by all labels of a batch
         fixed["micro_batches"] = 1
     return fixed

@@ -1,11 +1,11 @@
-"""The fastest plan within a budget of memory.
+"""Find the fastest plan within a memory budget.
 
-A plan is a way to compute blocks (whole, by tiles, or with the activations of the
-last ones kept), and what stays in memory beside it. The ways are listed; for each of them
-the rest is filled in, as many blocks' weights as fit. Whatever costs more memory is faster by
-the model of `planner/duration.py`, so the search looks at plans from the fastest possible one
-down and stops at the first that nothing left can beat. A larger budget never gives a slower
-plan: its plans are among those that were looked at.
+A plan combines a way to compute blocks (whole, by tiles, or with the activations of the last
+blocks kept) with a choice of what stays in memory. The search lists the ways and, for each, keeps
+as many weights in memory as fit. In the model of `planner/duration.py` more memory is never
+slower. The search therefore examines ways in the order of their best possible time and stops when
+no remaining way can be faster. A larger budget never gives a slower plan, because the plans of the
+smaller budget are also examined.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -25,19 +25,19 @@ from mlx_edgelora.planner.plan import MIB, Plan
 from mlx_edgelora.planner.sizes import BatchShape, ModelShape
 
 MB = 10**6
-# What MLX holds besides: scalars, masks, a batch.
+# Bytes of scalars, masks and the batch, which the memory model does not contain.
 SLACK = 2 * MIB
 TILES = (256, 512, 1024, 2048, 4096)
-# Of a gated MLP, where packed matrices are unpacked.
+# Bytes of a slice of a gated MLP, where packed matrices are unpacked.
 SLICE = 16 * MIB
 LOSSES = (16 * MIB, 40 * MIB)
-# On a GPU, which waits for the host where there are many tiles.
+# Additional sizes for GPUs, which wait for the host if there are many tiles.
 LARGE_LOSSES = (160 * MIB, 640 * MIB)
-# Of scores in MLX's gradient of attention on Metal: MLX's own, and 1/16 of its memory.
+# Blocks of scores in MLX's gradient of attention on Metal: MLX's default, and 1/16 of its memory.
 ATTENTION_BLOCKS = (1024, 256)
-# Counts of kept blocks up to the end of this, then every fourth.
+# Every number of kept blocks up to this one is tried, then every fourth.
 KEPT = 8
-# Rows that are shorter are padded to it.
+# Shorter rows are padded to this length.
 SHORTEST = 32
 # A plan must be faster by more than this to be preferred to one that takes less memory.
 CLOSE = 1e-6
@@ -45,14 +45,14 @@ CLOSE = 1e-6
 
 @dataclass(frozen=True)
 class Choice:
-    """A plan and what is expected of it.
+    """A plan with its expected memory and time.
 
     Attributes:
-        plan: which.
-        peak: bytes that MLX's allocator is expected to hold at most.
-        needs: the smallest budget that this plan is chosen for; more, as far as what was expected
-            may miss.
-        seconds: expected of a step.
+        plan: the plan.
+        peak: expected peak of MLX's allocator in bytes.
+        needs: smallest budget in bytes for which the plan is chosen; the peak plus a margin for
+            the error of the estimate.
+        seconds: expected time of a step.
     """
 
     plan: Plan
@@ -68,7 +68,7 @@ def expected(
     given: Plan,
     measurements: Measurements | None = None,
 ) -> Choice:
-    """What a plan is expected to take."""
+    """Estimate the memory and time of a plan."""
     peak, most = Memory(shape, batch_shape, given, measurements).peak()
     return Choice(
         given, peak, most + SLACK, seconds(shape, batch_shape, given, machine, measurements)
@@ -83,18 +83,19 @@ def plan(
     fixed: Mapping[str, Any] | None = None,
     measurements: Measurements | None = None,
 ) -> Choice:
-    """Choose the fastest plan that fits.
+    """Choose the fastest plan that fits the budget.
 
     Args:
-        shape: of the model.
-        batch_shape: the largest batch.
-        machine: where.
+        shape: sizes of the model.
+        batch_shape: sizes of the largest batch.
+        machine: the machine.
         budget: bytes of MLX's allocator.
-        fixed: choices that are made already, by their names in `Plan`.
-        measurements: what was measured of the model.
+        fixed: fields that are fixed, by their names in `Plan`.
+        measurements: measurements of the model.
 
     Raises:
-        EdgeLoraError: no plan fits; names the smallest budget that works, and what lowers it.
+        EdgeLoraError: no plan fits. The message gives the smallest budget that works and options
+            that lower it.
     """
     search = _Search(shape, batch_shape, machine, dict(fixed or {}), measurements)
     best = search.best(budget)
@@ -110,12 +111,15 @@ def smallest(
     fixed: Mapping[str, Any] | None = None,
     measurements: Measurements | None = None,
 ) -> Choice:
-    """The plan that takes the least memory, whatever time it takes."""
+    """The plan with the lowest memory, regardless of its time."""
     return _Search(shape, batch_shape, machine, dict(fixed or {}), measurements).least()
 
 
 def largest_that(works: Callable[[int], bool], step: int, limit: int) -> int:
-    """The largest multiple of `step` up to `limit` that works, as all below it do; 0 if none."""
+    """The largest multiple of `step` up to `limit` that works; 0 if none does.
+
+    If a multiple works, all smaller ones must work too.
+    """
     low, high = 0, 1
     while high * step <= limit and works(high * step):
         low, high = high, 2 * high
@@ -139,11 +143,11 @@ class _Search:
         self.fixed, self.measurements = fixed, measurements
 
     def best(self, budget: int) -> Choice | None:
-        """The fastest plan that fits, if any does."""
+        """The fastest plan that fits the budget; None if none does."""
         best: Choice | None = None
         for fastest, way in self.ways:
             if best is not None and fastest >= best.seconds - CLOSE:
-                break  # nothing that follows can be faster
+                break  # no later way can be faster
             if not self._fits(replace(way, **self._leanest()), budget):
                 continue
             for base in self._placements(way):
@@ -155,12 +159,12 @@ class _Search:
         return best
 
     def least(self) -> Choice:
-        """The plan that takes the least memory; of several the fastest."""
+        """The plan with the lowest memory; the fastest of several."""
         plans = (replace(way, **self._leanest()) for _, way in self.ways)
         return min(map(self.choice, plans), key=_least)
 
     def choice(self, plan: Plan) -> Choice:
-        """What is expected of a plan."""
+        """Estimate the memory and time of a plan."""
         return expected(self.shape, self.batch_shape, self.machine, plan, self.measurements)
 
     def _fits(self, plan: Plan, budget: int) -> bool:
@@ -172,8 +176,8 @@ class _Search:
 
     @cached_property
     def ways(self) -> list[tuple[float, Plan]]:
-        """The ways to compute, with the seconds they take at best; fastest first."""
-        # Whatever the kernel, memory is the same: of each way the fastest one is enough.
+        """The ways to compute blocks with their best possible seconds, fastest first."""
+        # Kernels take the same memory, so only the fastest is tried for each way.
         kernels = self.machine.kernels if self.shape.packed else ("auto",)
         if "kernel" in self.fixed:
             kernels = (self.fixed["kernel"],)
@@ -188,11 +192,11 @@ class _Search:
 
     def _ways(self) -> Iterator[Plan]:
         sliced = self.shape.gated and self.fixed.get("mlp_bytes", 1) is not None
-        # MLX's own kernel multiplies whole packed matrices, and a GPU has no time for slices.
+        # MLX's own kernel multiplies whole packed matrices, and slices are slow on a GPU.
         on_cpu = self.machine.kernels[0] != "fused"
         sliced &= on_cpu
         slices = (None, SLICE) if sliced else (None,)
-        # Layer by layer a tile would take several times as much, for little time.
+        # Without slices, a tile would take several times the memory and save little time.
         in_tiles = (SLICE,) if sliced else (None,)
         for micro in self._micro_batches():
             size = self.batch_shape.part(micro).size
@@ -206,7 +210,7 @@ class _Search:
                         yield Plan(tile_tokens=tokens, mlp_bytes=mlp_bytes, **common)
 
     def _short(self, ways: list[Plan]) -> list[Plan]:
-        """Those without an operation that takes too long, or with the shortest ones."""
+        """The ways whose operations keep the machine's limit; if none does, the nearest ones."""
         if self.machine.longest == inf:
             return ways
         arguments = self.shape, self.batch_shape
@@ -257,7 +261,7 @@ class _Search:
         return values | {k: v for k, v in self.fixed.items() if k in values}
 
     def _placements(self, way: Plan) -> Iterator[Plan]:
-        """A way with what may stay in memory beside blocks' weights."""
+        """A way with each choice of what stays in memory, apart from the weights of blocks."""
         options = {
             "head": ("resident", "streamed"),
             "adapters": ("resident", "paged"),
@@ -272,9 +276,9 @@ class _Search:
             yield replace(way, cache_bytes=cache, **dict(zip(options, values, strict=True)))
 
     def _with_streaming(self, base: Plan, budget: int, slowest: float) -> Iterator[Plan]:
-        """As many blocks as fit stay in memory, with and without one more being read ahead.
+        """Plans with as many blocks in memory as fit, with and without prefetch.
 
-        What would take longer than `slowest` is not looked for.
+        Plans that take longer than `slowest` are not searched for.
         """
         ahead = (True, False)
         if "prefetch" in self.fixed:
@@ -294,7 +298,10 @@ class _Search:
                 yield replace(plan, streamed_blocks=streamed)
 
     def _fewest(self, plan: Plan, budget: int, slowest: float) -> int | None:
-        """The fewest streamed blocks that fit, if any do and take no longer than `slowest`."""
+        """The lowest number of streamed blocks that fits.
+
+        None if no number fits or the plan would take longer than `slowest`.
+        """
 
         def streaming(count: int) -> Plan:
             return replace(plan, streamed_blocks=count)
@@ -314,19 +321,22 @@ class _Search:
 
 
 def _least(choice: Choice) -> tuple[int, int, float]:
-    """What the smallest plan has least of: of equal needs smaller tiles of the head decide."""
+    """Sort key of the smallest plan; with equal needs, smaller tiles of the head come first."""
     return choice.needs, choice.plan.loss_bytes, choice.seconds
 
 
 def _better(one: Choice, other: Choice) -> bool:
-    """Faster, or as fast and smaller."""
+    """Whether `one` is faster than `other`, or as fast and smaller."""
     if abs(one.seconds - other.seconds) > CLOSE:
         return one.seconds < other.seconds
     return one.needs < other.needs
 
 
 def _too_small(search: _Search, budget: int) -> str:
-    """One sentence: the smallest budget that works, which options would lower it, and which not."""
+    """The message for a budget that is too small.
+
+    It gives the smallest budget that works, options that lower it, and options that do not.
+    """
     shape, batch_shape = search.shape, search.batch_shape
     least = search.least().needs
 
@@ -335,11 +345,11 @@ def _too_small(search: _Search, budget: int) -> str:
         return _Search(shape, replace(batch_shape, **changes), *settings).least().needs
 
     def helps(needed: int) -> bool:
-        return needed < least and _said(needed) != _said(least)  # else nothing is gained
+        return needed < least and _said(needed) != _said(least)  # and shows after rounding
 
     ways = []
     tokens = batch_shape.tokens
-    while tokens > SHORTEST:  # rows of more than a tile may take no more than those of one
+    while tokens > SHORTEST:  # rows longer than a tile may take no more memory than one tile
         tokens = max(SHORTEST, tokens // 2)
         labelled = max(1, batch_shape.labelled * tokens // batch_shape.tokens)
         needed = needs(tokens=tokens, labelled=labelled)
@@ -366,7 +376,7 @@ def _too_small(search: _Search, budget: int) -> str:
 
 
 def _in_16_bits(shape: ModelShape) -> ModelShape:
-    """The same model computed in 16 bits; packed weights are as they were."""
+    """The same model in a 16-bit dtype; packed weights do not change."""
     return replace(
         shape,
         itemsize=2,
@@ -389,5 +399,5 @@ def _with_rank(shape: ModelShape, rank: int) -> ModelShape:
 
 
 def _said(needed: int) -> str:
-    """Rounded up to whole megabytes, for this is what a budget must be."""
+    """A size as text, rounded up to whole megabytes because a budget must not be smaller."""
     return size(-(-needed // MB) * MB, up=True)

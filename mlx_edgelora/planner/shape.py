@@ -1,4 +1,4 @@
-"""The sizes of a model that decide what a step takes, from arrays that nobody has read."""
+"""Find the sizes of a model that decide the cost of a step, without reading its weights."""
 
 from collections.abc import Mapping
 
@@ -17,17 +17,17 @@ from mlx_edgelora.model.head import MATRICES, find_head, frozen_matrix
 from mlx_edgelora.model.weights import cast, cast_all
 from mlx_edgelora.planner.sizes import ModelShape
 
-# Tokens of a text that MLX has fused attention for.
+# Tokens of a row that is long enough for MLX's fused attention.
 LONG = 1024
 
 
 def shape_of(blocks: BlockList, vocabulary: int, dtype: mx.Dtype | None = None) -> ModelShape:
-    """Measure an adapted model; nothing is evaluated.
+    """Find the sizes of an adapted model; nothing is evaluated.
 
     Args:
-        blocks: of a model that went through `add_lora`, checked.
-        vocabulary: number of logits.
-        dtype: what floating weights will be cast to; None for their own.
+        blocks: checked blocks of a model with adapters (`add_lora`).
+        vocabulary: number of logits of a token.
+        dtype: dtype to which floating weights will be cast; None keeps theirs.
     """
     model = blocks.model
     trained = {name: value.nbytes for name, value in tree_flatten(model.trainable_parameters())}
@@ -36,7 +36,7 @@ def shape_of(blocks: BlockList, vocabulary: int, dtype: mx.Dtype | None = None) 
     largest = max(by_block, key=lambda block: block.frozen + block.trained)
     adapted = [index for index, block in enumerate(by_block) if block.trained]
     outside = {n: v for n, v in trained.items() if blocks.local(n) is None}
-    entry = any("embed" in name for name in outside)  # such an adapter is reached through all
+    entry = any("embed" in name for name in outside)  # its backward passes through all blocks
     head = find_head(blocks)
     matrix = None if head is None else frozen_matrix(head)
     modules = [m for m in blocks.modules_outside() if isinstance(m, MATRICES)]
@@ -76,16 +76,19 @@ def shape_of(blocks: BlockList, vocabulary: int, dtype: mx.Dtype | None = None) 
 
 
 def _attention(blocks: BlockList) -> tuple[int, int, int]:
-    """The widest block's queries, and keys and values, as its code asks attention for them.
+    """Sizes of attention, from the calls that the code of the blocks makes.
 
-    And the most heads of which MLX's gradient on Metal makes blocks of scores.
+    Returns:
+        Entries of a token's queries and of its keys and values together, both of the widest
+        block, and the largest number of heads for which MLX's gradient on Metal computes blocks
+        of scores.
     """
     found, heads, backend = [(0, 0)], 0, Backend.here()
     for block, (x, args, kwargs) in zip(blocks.blocks, block_calls(blocks), strict=True):
         try:
             inputs = BlockParts(block, args, kwargs).attention_inputs(x, TokenSpan(0, x.shape[1]))
         except MODEL_ERRORS:
-            continue  # attention of its own
+            continue  # the block has another form of attention
         sizes = [a.shape[1] * a.shape[3] for a in (inputs.q, inputs.k, inputs.v)]
         found.append((sizes[0], sizes[1] + sizes[2]))
         if backend.name == "metal" and _is_blocked(inputs, backend):
@@ -94,15 +97,15 @@ def _attention(blocks: BlockList) -> tuple[int, int, int]:
 
 
 def _is_blocked(inputs: AttentionInputs, backend: Backend) -> bool:
-    """Whether MLX's fused gradient is taken, in texts longer than a trial's."""
+    """Whether MLX's fused gradient of attention is used for long rows."""
     mask = tiled_mask(inputs.mask, inputs.q.shape[2], inputs.k.shape[2])
-    # Never evaluated.
+    # These arrays are never evaluated.
     arrays = [mx.zeros((*a.shape[:2], LONG, a.shape[3]), a.dtype) for a in inputs[:3]]
     return use_fused(*arrays, traced=True, mask=mask, sinks=inputs.sinks, backend=backend)[0]
 
 
 class _BlockSizes:
-    """What is measured of one block."""
+    """Sizes of one block."""
 
     def __init__(self, block: nn.Module, dtype: mx.Dtype | None) -> None:
         trained = dict(tree_flatten(block.trainable_parameters()))
@@ -139,18 +142,18 @@ class _BlockSizes:
 
 
 def _dims(matrix: nn.Module) -> tuple[int, int]:
-    """Inputs and outputs of a matrix, packed or not."""
+    """Number of inputs and of outputs of a matrix, packed or not."""
     rows, columns = matrix["weight"].shape[-2:]
     return (columns * 32 // matrix.bits if "scales" in matrix else columns), rows
 
 
 def _held(arrays: Mapping[str, mx.array], dtype: mx.Dtype | None) -> dict[str, int]:
-    """Bytes of arrays once they are read."""
+    """Bytes of each array in memory, after a cast to `dtype`."""
     kept = arrays if dtype is None else cast_all(dict(arrays), dtype)
     return {name: value.nbytes for name, value in kept.items()}
 
 
 def _frozen_bytes(module: nn.Module, dtype: mx.Dtype | None) -> int:
-    """Of an embedding or a head, whose scales are cast as well."""
+    """Bytes of an embedding or a head in memory; its scales are cast as well."""
     own = [value for value in module.values() if isinstance(value, mx.array)]
     return sum((value if dtype is None else cast(value, dtype)).nbytes for value in own)

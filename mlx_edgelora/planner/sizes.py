@@ -1,37 +1,39 @@
-"""The sizes of a model and a batch that decide what a step takes."""
+"""The sizes of a model and a batch that decide the memory and time of a step."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of an adapted model, found by `planner/shape.py`; of blocks the largest one's.
+    """Sizes of an adapted model, found by `planner/shape.py`.
+
+    Sizes of a block are those of the largest block.
 
     Attributes:
-        blocks: how many there are.
-        adapted: how many last ones a backward reaches.
+        blocks: number of blocks.
+        adapted: number of last blocks that the backward reaches.
         hidden: entries of a hidden state.
         queries: entries of a token's queries, over all heads.
-        keys: entries of its keys and values together.
-        intermediate: entries between the matrices of an MLP.
+        keys: entries of a token's keys and values together.
+        intermediate: intermediate size of an MLP.
         vocabulary: rows of the head.
-        rank: of the adapters, the largest.
-        block_bytes: frozen weights of a block, as they are held.
-        mlp_bytes: those of its MLP among them.
-        block_weights: entries of a block's matrices.
-        mlp_weights: those of its MLP among them.
-        head_bytes: of embedding and head, as they are held.
+        rank: largest rank of the adapters.
+        block_bytes: bytes of the frozen weights of a block in memory.
+        mlp_bytes: the part of `block_bytes` in the MLP.
+        block_weights: entries of the matrices of a block.
+        mlp_weights: the part of `block_weights` in the MLP.
+        head_bytes: bytes of the embedding and the head in memory.
         head_entries: entries of the head.
-        packed: whether weights of blocks are quantized.
-        head_packed: whether the head is.
-        outside_bytes: frozen weights that always stay in memory.
-        adapter_bytes: trained parameters of a block.
-        mlp_adapter_bytes: those of its MLP among them.
-        outside_adapter_bytes: trained parameters outside the blocks.
+        packed: whether the weights of blocks are quantized.
+        head_packed: whether the head is quantized.
+        outside_bytes: bytes of frozen weights that always stay in memory.
+        adapter_bytes: bytes of the trained parameters of a block.
+        mlp_adapter_bytes: the part of `adapter_bytes` in the MLP.
+        outside_adapter_bytes: bytes of trained parameters outside the blocks.
         itemsize: bytes of an entry of a hidden state.
-        gated: whether every block's MLP can be computed in slices.
-        blocked_heads: of queries, where MLX's fused gradient on Metal makes blocks of their scores;
-            0 where attention is computed otherwise.
+        gated: whether the MLP of every block can be computed in slices.
+        blocked_heads: number of query heads for which MLX's fused gradient on Metal computes
+            blocks of scores; 0 if attention is computed in another way.
     """
 
     blocks: int
@@ -61,14 +63,14 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class BatchShape:
-    """A batch, as far as its cost goes.
+    """The sizes of a batch that decide its cost.
 
     Attributes:
-        rows: of the batch.
-        tokens: of a row, padding included.
-        labelled: tokens of the batch that carry a label.
-        context: where rows share rows, tokens of the one that a token is in, averaged over
-            tokens; 0 where they do not.
+        rows: number of rows.
+        tokens: tokens of a row, including padding.
+        labelled: number of tokens in the batch that have a label.
+        context: for packed rows, length of the example that a token belongs to, averaged over
+            tokens; 0 without packing.
     """
 
     rows: int
@@ -78,16 +80,16 @@ class BatchShape:
 
     @property
     def size(self) -> int:
-        """All tokens."""
+        """Number of tokens in the batch."""
         return self.rows * self.tokens
 
     @property
     def attended(self) -> int:
-        """Tokens of what a token may attend to, half of which it sees on average."""
+        """Length of the context of a token; a causal mask shows half of it on average."""
         return min(self.context or self.tokens, self.tokens)
 
     def part(self, count: int) -> "BatchShape":
-        """The largest of so many parts of the rows."""
+        """The largest part of the batch if its rows are divided into `count` parts."""
         rows = -(-self.rows // min(count, self.rows))
         labelled = min(self.labelled, -(-self.labelled * rows // self.rows))
         return BatchShape(rows, self.tokens, labelled, self.context)
