@@ -263,7 +263,7 @@ def test_nothing_of_tokens_by_hidden_is_held(tmp_path, memory):
     bound = 0.5 * one + keys_and_values
 
     def grown(rounds=1, **options):
-        with closing(engine(folder, prefetch=False, mlp_bytes=2**18, **options)) as ours:
+        with closing(engine(folder, prefetch=False, **options)) as ours:
             few, many = (random_batch(1, tokens, share=0.05) for tokens in (short, long))
             ours.value_and_grad(few)  # the first one also tries what can be tiled
             return growth(
