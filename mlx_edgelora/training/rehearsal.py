@@ -29,8 +29,8 @@ TRIES = 3
 def rehearse(engine: Engine, chosen: RunPlan, log: Callable[[str], None]) -> None:
     """Compute the largest possible batch, and replace the plan until the peak fits the budget.
 
-    Parameters and the state of the random generator do not change. Nothing is computed if there
-    is no budget, or if an earlier run measured the same plan and it fits.
+    Parameters and the state of the random generator do not change. Nothing is computed without a
+    budget, if the expected peak is far below it, or if an earlier run measured a peak that fits.
 
     Args:
         engine: gets the new plan.
