@@ -133,7 +133,7 @@ class Answers:
         return len(missing) > len(holds(parts, self._template.decode(alone)))
 
     def _stop(self, whole: Piece, alone: Piece, prompt: str) -> int | None:
-        """The end of an answer in the whole conversation, where it is rendered differently."""
+        """End of an answer that the whole conversation renders differently; None if not found."""
         same = self._up_to(whole, whole.text[: _common(whole.text, alone.text)])
         if same > self._up_to(whole, prompt):
             return same

@@ -192,7 +192,7 @@ def _sizes(
 
 
 def padded(tokens: int) -> int:
-    """The padded length of inputs in a batch whose longest row has `tokens` inputs."""
+    """The padded number of inputs of a batch whose longest row has `tokens` tokens."""
     step = LONG_PAD_TO if tokens > LONG and mx.default_device() == mx.gpu else PAD_TO
     return -(-tokens // step) * step
 

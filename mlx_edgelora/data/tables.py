@@ -57,9 +57,7 @@ def read_csv(path: Path, separator: str | None = None) -> Rows:
 
 def _records(path: Path, lines: Iterator[str], separator: str) -> Iterator[tuple[int, list[str]]]:
     """The cells of each record that is not blank, with the number of its first line."""
-    csv.field_size_limit(
-        max(csv.field_size_limit(), ROW_LIMIT)
-    )  # global in csv; 131,072 by default
+    csv.field_size_limit(max(csv.field_size_limit(), ROW_LIMIT))  # global; 131,072 by default
     reader = csv.reader(lines, delimiter=separator, strict=True)
     while True:
         number = reader.line_num + 1

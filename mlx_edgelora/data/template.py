@@ -117,9 +117,7 @@ class Template:
         return [bool(value) for value in found["assistant_masks"]]
 
     def _marks_answers(self, tools: Sequence | None) -> bool:
-        if (
-            getattr(self._tokenizer, "_chat_template", None) is not None
-        ):  # a template in mlx-lm's code
+        if getattr(self._tokenizer, "_chat_template", None) is not None:  # mlx-lm's own code
             return False
         try:
             template = self._inner.get_chat_template(tools=tools)

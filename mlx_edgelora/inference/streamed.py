@@ -64,7 +64,7 @@ class InferencePlan:
         return not self.streamed_blocks and not self.head_streamed
 
     def text(self, blocks: int) -> str:
-        """One line about the plan of a model with so many blocks."""
+        """One line about the plan, for a model with `blocks` blocks."""
         if self.is_resident:
             return f"the whole model is in memory, expected peak {size(self.peak)}"
         head = " and the vocabulary head" if self.head_streamed else ""
