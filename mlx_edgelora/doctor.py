@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None, sizes: Sizes | None = None) -> int:
 
     Args:
         argv: arguments; those of the process by default.
-        sizes: sizes of the checks; the defaults of `Sizes` without them.
+        sizes: sizes of the checks; None for the defaults of `Sizes`.
     """
     return command(lambda arguments: _run(arguments, sizes or Sizes()))(argv)
 

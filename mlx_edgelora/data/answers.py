@@ -104,7 +104,7 @@ class Answers:
         return Piece(text, tokens, shown, joined=joined, ends=ends)
 
     def _in_whole(self, whole: Piece, number: int) -> tuple[int, int] | None:
-        """Span of an answer in the whole conversation; None if it differs from its generation."""
+        """Span of an answer in the whole conversation; None if generation writes it differently."""
         prompt = self.prompt(number)
         start = self._start(whole, number, prompt)
         if start is None:

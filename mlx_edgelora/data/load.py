@@ -24,8 +24,8 @@ def load_datasets(
             no validation set.
 
     Returns:
-        Three data sets: None for a set that the run does not need, and for a validation set that
-        does not exist. Callers should print `dataset.report.warning()` of each.
+        Three data sets, or None for a set that the run does not need and for a validation set
+        that does not exist. Callers should print `dataset.report.warning()` of each.
 
     Raises:
         EdgeLoraError: a data set is missing, cannot be read, contains an invalid row (named by

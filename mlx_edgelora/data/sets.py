@@ -126,7 +126,7 @@ def _find_sources(
     data: str, wanted: Sequence[str]
 ) -> tuple[Mapping[str, Iterable[Source]], Missing]:
     place = Path(os.path.expanduser(data))
-    if os.path.isdir(place):  # unlike Path's, false instead of an error without permission
+    if os.path.isdir(place):  # false without permission, where Path.is_dir() raises
         files = find_files(place, wanted)
         found = {split: [file_source(path) for path in files.splits[split]] for split in wanted}
         return found, files.missing

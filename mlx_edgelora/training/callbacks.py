@@ -28,7 +28,7 @@ class TensorBoardCallback(TrainingCallback):
         from tensorboardX import SummaryWriter  # noqa: PLC0415 - an optional dependency
 
         folder = os.path.join(log_dir, "tensorboard", project_name or "")
-        self._writer = SummaryWriter(folder, flush_secs=10)  # the rest when Python exits
+        self._writer = SummaryWriter(folder, flush_secs=10)  # also written at exit
         rows = [f"| {name} | {value} |" for name, value in config.items() if value is not None]
         self._writer.add_text("options", "\n".join(["| option | value |", "|---|---|", *rows]))
 

@@ -183,7 +183,7 @@ class _Run:
         self._adapters = engine.adapters
         self._adapters.start(optimizer)
         self._magnitudes = Magnitudes()
-        self._grad_norm: float | None = None  # of the last update, before clipping
+        self._grad_norm: float | None = None  # norm before clipping at the last update
         self._weights = 0.0  # sum of the weights of the accumulated gradients
         self._first_tokens = 0  # labelled tokens of the first accumulated batch
         self._weight = 1.0  # weight of the current batch
