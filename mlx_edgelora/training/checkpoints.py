@@ -61,8 +61,7 @@ class RunState:
 
     Attributes:
         step: number of finished steps.
-        accumulated: total weight of the gradients summed since the last update; 0 right after an
-            update.
+        accumulated: total weight of the gradients summed since the last update; 0 after one.
         first_tokens: labelled tokens of the first batch in that sum, whose weight is 1.
         trained_tokens: labelled tokens over all steps.
         random_key: key of MLX's random generator, as two halves of 32 bits.
@@ -154,12 +153,8 @@ class Origin:
     def replacing(self, run_folder: Path, patterns: Iterable[str]) -> Iterator[None]:
         """Context of the first save: remove another run's files if `overwrites` is set.
 
-        The files are renamed during the save, and restored if it fails. The next start removes
-        renamed files that a crash left.
-
-        Args:
-            run_folder: the adapter's folder.
-            patterns: glob patterns of the files and folders to remove.
+        The files, which match one of the glob patterns, are renamed during the save and restored
+        if it fails. The next start removes renamed files that a crash left.
         """
         moved: list[tuple[Path, Path]] = []
         try:
