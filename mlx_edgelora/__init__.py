@@ -3,7 +3,7 @@
     from mlx_edgelora import TrainConfig, finetune
     result = finetune(TrainConfig(model="...", data="..."))
 
-`value_and_grad` is the same for your own loop: a drop-in for `mlx.nn.value_and_grad`.
+For a training loop of your own, `value_and_grad` replaces `mlx.nn.value_and_grad`.
 """
 
 import os
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from mlx_edgelora.training.loop import TrainResult
 
 if sys.platform == "darwin":
-    # Metal's driver reads it when the GPU is first used: it ends long computations less eagerly.
+    # Makes Metal's driver less eager to end long computations. It is read at the GPU's first use.
     os.environ.setdefault("AGX_RELAX_CDM_CTXSTORE_TIMEOUT", "1")
 
-# Looked up when they are asked for: a layer or a loss alone loads neither mlx-lm nor the rest.
+# Imported at first use, so that importing a single layer or loss does not load mlx-lm.
 _MODULES = {
     "EdgeLoraError": "errors",
     "LoraParameters": "config",

@@ -1,4 +1,4 @@
-"""The console command `mlx-edgelora`, which is `python -m mlx_edgelora` as well."""
+"""The console command `mlx-edgelora`, also available as `python -m mlx_edgelora`."""
 
 import sys
 from collections.abc import Sequence
@@ -29,13 +29,13 @@ mlx-edgelora COMMAND --help lists its options.
 
 
 def usage() -> str:
-    """All commands, with a line for each."""
+    """The help text, with a line for each command."""
     lines = [f"  {name:<11}{text}" for name, (_, text) in COMMANDS.items()]
     return USAGE.format(commands="\n".join(lines))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit status, 2 where there is no such command."""
+    """Run a command; returns its exit status, or 2 if the command is unknown."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     module, _ = COMMANDS[argv[0]]
     try:
         run = import_module(f"mlx_edgelora.{module}").main
-    except KeyboardInterrupt:  # importing takes a moment
+    except KeyboardInterrupt:  # imports take long enough to be interrupted
         return 130
     return run(argv[1:])
 

@@ -1,4 +1,4 @@
-"""How every command ends: one sentence for what is wrong, and an exit status."""
+"""Error messages and exit statuses that all commands share."""
 
 import contextlib
 import errno
@@ -9,23 +9,29 @@ from collections.abc import Callable, Sequence
 
 from mlx_edgelora.errors import EdgeLoraError
 
-# Exit statuses beside those of signals.
+# Exit statuses other than those of signals.
 WRONG, UNFORESEEN, OUTPUT_CLOSED = 2, 70, 141
 INTERRUPTED = 130
-# Of a standard output that takes no more; errors of files are sentences already.
+# Errors of standard output. Errors of files are EdgeLoraErrors already.
 _OF_OUTPUT = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF
-# An error's text may be a whole configuration.
+# Limit of an error message, which may contain a whole configuration.
 MOST_CHARACTERS = 1500
 
 Main = Callable[[Sequence[str]], int]
 
 
 def command(run: Main) -> Callable[[Sequence[str] | None], int]:
-    """Make the `main` of a command of a function that takes arguments and gives an exit status.
+    """Wrap a function of a command's arguments as its `main`, which handles errors.
 
-    What the user can mend ends with status 2 and a sentence on standard error, what nobody
-    foresaw with 70; `--debug` shows its traceback. A signal ends with 128 and its number, an
-    output whose reader has gone with 141.
+    Exit statuses are those of the function, or:
+
+    - 2 for an `EdgeLoraError`, whose message is printed to standard error;
+    - 70 for an unexpected error, whose traceback `--debug` shows;
+    - 128 plus its number for a signal;
+    - 141 if the reader of standard output is gone.
+
+    Args:
+        run: takes the arguments and returns an exit status.
     """
 
     @functools.wraps(run)
@@ -36,7 +42,7 @@ def command(run: Main) -> Callable[[Sequence[str] | None], int]:
         try:
             status = run(arguments)
             if sys.stdout is not None:
-                sys.stdout.flush()  # at the exit nobody would handle what goes wrong
+                sys.stdout.flush()  # errors of a flush at interpreter exit cannot be handled
             return status
         except EdgeLoraError as error:
             _say(f"error: {error}")
@@ -63,7 +69,7 @@ def command(run: Main) -> Callable[[Sequence[str] | None], int]:
 
 
 def _drop_output() -> None:
-    """Python would complain once more when it exits."""
+    """Redirect standard output to nothing, or Python would print another error at exit."""
     with contextlib.suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -71,5 +77,5 @@ def _drop_output() -> None:
 def _say(text: str) -> None:
     if len(text) > MOST_CHARACTERS:
         text = f"{text[: MOST_CHARACTERS - 300]} […] {text[-290:]}"
-    with contextlib.suppress(OSError):  # nobody is left to read it
+    with contextlib.suppress(OSError):  # standard error may be closed
         print(text, file=sys.stderr)

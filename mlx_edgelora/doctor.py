@@ -1,4 +1,4 @@
-"""`python -m mlx_edgelora.doctor`: what a machine can do, for a report; in two minutes."""
+"""`python -m mlx_edgelora.doctor`: measure a machine in two minutes, and write a report."""
 
 import argparse
 import sys
@@ -17,18 +17,23 @@ from mlx_edgelora.measure.text import wrapped
 from mlx_edgelora.storage.files import make_folder, write_atomically
 
 FILE = "mlx-edgelora-report.json"
-# Exit statuses beside those of every command.
+# Exit statuses in addition to those of every command.
 PASSED, FAILED = 0, 1
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """Report a wrong option as one sentence."""
+        """Raise `EdgeLoraError` for a wrong option."""
         raise EdgeLoraError(f"command line: {message}; --help lists the options")
 
 
 def main(argv: Sequence[str] | None = None, sizes: Sizes | None = None) -> int:
-    """Run the command; returns 0, 1 where something failed (`mlx_edgelora.command`)."""
+    """Run the command; returns 1 if a check failed, else a status of `mlx_edgelora.command`.
+
+    Args:
+        argv: arguments; those of the process by default.
+        sizes: sizes of the checks; None for the defaults of `Sizes`.
+    """
     return command(lambda arguments: _run(arguments, sizes or Sizes()))(argv)
 
 
@@ -87,7 +92,7 @@ def _check_file(file: Path) -> None:
 
 @contextmanager
 def _scratch(folder: str) -> Iterator[Path]:
-    """A folder for scratch files, deleted afterwards; measurements of earlier runs are not used."""
+    """A temporary folder, also used as cache, so that earlier measurements have no effect."""
     try:
         scratch = tempfile.TemporaryDirectory(prefix="mlx_edgelora-", dir=folder)
     except OSError as error:
@@ -99,7 +104,7 @@ def _scratch(folder: str) -> Iterator[Path]:
 
 
 def _print_and_write(report: Mapping[str, Any], file: Path | None) -> None:
-    """Print the last section, and write all of them."""
+    """Print the last section of the report, and write all sections to the file."""
     name, section = list(report["sections"].items())[-1]
     print("\n" + "\n".join(lines_of(name, section)), flush=True)
     if file is not None:

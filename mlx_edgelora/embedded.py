@@ -1,7 +1,7 @@
-"""The model and the data set inside the package, and what fine-tuning changes in the model.
+"""The model and the data set of the package, and a comparison of answers before and after tuning.
 
-`examples/make_embedded_model.py` makes both. The base model knows a small generated English;
-the data set teaches it to turn a sentence into a record, which it has never seen.
+Both are made by `examples/make_embedded_model.py`. The base model was trained on a small generated
+English. The data set teaches it a new task: to turn a sentence into a record.
 """
 
 import json
@@ -27,10 +27,16 @@ MAX_TOKENS = 32
 
 @dataclass(frozen=True)
 class Demonstration:
-    """One prompt answered by the base and by the tuned model, and how often each is right.
+    """A prompt answered by the base and the tuned model, and the share of exact answers of each.
 
-    `exact_match_before` and `exact_match_after` are fractions of `count` held-out rows
-    whose answer is the expected one, character for character.
+    Attributes:
+        prompt: the prompt.
+        expected: the expected answer.
+        before: the base model's answer.
+        after: the tuned model's answer.
+        exact_match_before: fraction of held-out rows that the base model answers exactly.
+        exact_match_after: fraction of held-out rows that the tuned model answers exactly.
+        count: number of held-out rows.
     """
 
     prompt: str
@@ -68,7 +74,7 @@ def held_out_rows(count: int) -> list[dict[str, str]]:
 
 
 def answer(model: nn.Module, tokenizer: TokenizerWrapper, prompt: str, max_tokens: int) -> str:
-    """Return the model's greedy answer of at most `max_tokens` tokens to a user's `prompt`."""
+    """Return the model's greedy answer to a user's prompt, of at most `max_tokens` tokens."""
     messages = [{"role": "user", "content": prompt}]
     tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     return generate(model, tokenizer, tokens, max_tokens=max_tokens).strip()
@@ -80,7 +86,7 @@ def exact_match(
     rows: Sequence[dict[str, str]],
     max_tokens: int,
 ) -> float:
-    """Return the fraction of `rows` whose prompt gets exactly its completion as answer.
+    """Return the fraction of rows that the model answers exactly with their completion.
 
     Raises:
         EdgeLoraError: `rows` is empty.
@@ -100,8 +106,8 @@ def exact_match(
 def demonstrate(adapter_path: Path | str, count: int = 40) -> Demonstration:
     """Compare the embedded model with and without the adapter, on `count` held-out rows.
 
-    Both are loaded and asked through mlx-lm alone, so a right answer also shows that mlx-lm
-    can use the adapter.
+    Both models are loaded and run by mlx-lm alone, so a right answer also shows that mlx-lm can
+    use the adapter.
 
     Raises:
         EdgeLoraError: `adapter_path` lacks a file of an adapter, or `count` is below 1.

@@ -1,18 +1,18 @@
-"""The one exception whose text is meant for the user, and how to know one of MLX's."""
+"""The exception whose message is meant for users, and a test for an error of MLX."""
 
 
 class EdgeLoraError(Exception):
-    """A mistake that the user can mend.
+    """An error that the user can fix.
 
-    The text is one sentence that names the place, what was found, what was
-    expected and what to do. Commands print it without a traceback and exit
-    with status 2; Python callers catch it as any other exception.
+    The message names the place, the value found, the value expected and what to do. Commands
+    print it without a traceback and exit with status 2; Python code catches it like any other
+    exception.
     """
 
 
 def is_killed(error: BaseException) -> bool:
-    """Whether macOS ended a computation on the GPU: it took too long, or memory ran out.
+    """Whether macOS ended a computation on the GPU because of its duration or of memory.
 
-    MLX raises this wherever it next looks at the GPU, in a trial of something else, say.
+    MLX raises this error at the next use of the GPU, possibly in unrelated code.
     """
     return isinstance(error, RuntimeError) and "Command buffer execution failed" in str(error)

@@ -1,4 +1,4 @@
-"""`python -m mlx_edgelora.generate`: ask a model with its adapter, within a memory budget."""
+"""`python -m mlx_edgelora.generate`: answer prompts with an adapter, within a memory budget."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ from mlx_edgelora.measure.units import size
 from mlx_edgelora.training.adapters import CONFIG_FILE, WEIGHTS_FILE, check_adapter
 from mlx_edgelora.training.failures import explain_failures
 
-# A chat is planned with so many before the answer.
+# Tokens of a conversation before its answer, for the memory plan of a chat.
 CHAT_TOKENS = 2048
 
 
@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _note(line: str) -> None:
-    """Apart from the answers."""
+    """Print a line to standard error, apart from the answers."""
     print(line, file=sys.stderr)
 
 
@@ -140,7 +140,7 @@ def _model_of(adapter: Path | None) -> str:
 
 
 def _prompts(options: argparse.Namespace, adapter: Path | None) -> Iterator[list | str]:
-    """Conversations to answer, or texts."""
+    """The prompts to answer: conversations, or plain text with --ignore-chat-template."""
     if options.compare and adapter is None:
         raise EdgeLoraError("--compare: got no --adapter-path, expected the adapter to compare")
     if options.max_tokens < 1 or options.batch_size < 1:
@@ -239,7 +239,7 @@ def _answer(
 
 
 def _chat(generator: Generator, system: str | None, sampling: Sampling) -> None:
-    """Talk until an empty line or the end of the input."""
+    """Answer prompts from the terminal until an empty line or the end of the input."""
     messages = [{"role": "system", "content": system}] if system else []
     _note("An empty line or Ctrl-D ends the chat.")
     while True:

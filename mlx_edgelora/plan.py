@@ -1,4 +1,4 @@
-"""`python -m mlx_edgelora.plan`: whether a run fits, before anything is downloaded or read."""
+"""`python -m mlx_edgelora.plan`: find out whether a run fits, without reading any weights."""
 
 import argparse
 import sys
@@ -15,13 +15,13 @@ from mlx_edgelora.storage.files import write_atomically
 from mlx_edgelora.training.inspecting import plan_report
 from mlx_edgelora.training.opening import has_data
 
-# Exit statuses beside those of every command.
+# Exit statuses in addition to those of every command.
 FITS, DOES_NOT_FIT = 0, 1
 
 
 @command
 def main(argv: Sequence[str]) -> int:
-    """Run the command; returns 0 where the run fits, 1 where not (`mlx_edgelora.command`)."""
+    """Run the command; returns 0 if the run fits, 1 if not, else as `mlx_edgelora.command`."""
     parser = argparse.ArgumentParser(
         prog="mlx-edgelora plan",
         usage="%(prog)s [options] [options of mlx-edgelora train]",

@@ -18,7 +18,10 @@ from mlx_edgelora.training.resuming import saved_options
 
 
 def run(config: TrainConfig) -> None:
-    """Do what the options say; then print what was gained, or the command that tries it."""
+    """Train or test, then print the path of the adapter and a command to try it.
+
+    With the package's own model and data, answers before and after training are printed too.
+    """
     with recorded(config) as log:
         result = finetune(config, log=log)
         if result is not None and config.model is None and config.data is None:
@@ -43,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def command_to_try(model: str, adapter_path: Path) -> str:
-    """The command that answers a prompt with the adapter; where it is long on several lines."""
+    """A command that answers a prompt with the adapter; a long one is split into several lines."""
     options = [f"--model {shlex.quote(model)}", f"--adapter-path {shlex.quote(str(adapter_path))}"]
     words = ["mlx_lm.generate", *options, '--prompt "..."']
     line = f"  {' '.join(words)}"

@@ -1,4 +1,4 @@
-"""`python -m mlx_edgelora.verify`: are a run's gradients those of plain MLX, on this machine?"""
+"""`python -m mlx_edgelora.verify`: compare the gradients of a run with those of plain MLX."""
 
 import argparse
 import sys
@@ -11,13 +11,13 @@ from mlx_edgelora.embedded import DEFAULT_CONFIG
 from mlx_edgelora.training.inspecting import verification
 from mlx_edgelora.training.verdict import table
 
-# Exit statuses beside those of every command.
+# Exit statuses in addition to those of every command.
 EQUAL, MISMATCH = 0, 1
 
 
 @command
 def main(argv: Sequence[str]) -> int:
-    """Run the command; returns 0 where all agree, 1 where not (`mlx_edgelora.command`)."""
+    """Run the command; returns 0 if all gradients agree, 1 if not (`mlx_edgelora.command`)."""
     parser = argparse.ArgumentParser(
         prog="mlx-edgelora verify",
         usage="%(prog)s [options of mlx-edgelora train]",

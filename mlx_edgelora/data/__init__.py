@@ -1,4 +1,4 @@
-"""Data formats, label masks and batches."""
+"""Data sets: formats of rows, labels and batches."""
 
 from mlx_edgelora.data.batches import Batch, iterate_batches
 from mlx_edgelora.data.dataset import DataReport, Dataset, Row

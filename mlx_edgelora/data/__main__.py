@@ -1,4 +1,4 @@
-"""`python -m mlx_edgelora.data`, which is `mlx-edgelora data`."""
+"""`python -m mlx_edgelora.data`, the same as `mlx-edgelora data`."""
 
 import sys
 

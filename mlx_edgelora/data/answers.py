@@ -1,11 +1,11 @@
-"""Where the answers of a conversation are in its tokens.
+"""Find the answers of a conversation in its tokens.
 
-An answer is what follows the prompt that generation would get: the conversation before it, rendered
-with the opening of an answer. It is looked for in the rendering of the whole conversation. A
-template may write an earlier answer differently there (Qwen 3 and DeepSeek-R1 cut its reasoning,
-gpt-oss ends it with another token), or write its prompt differently (Mistral puts the system
-message into the last user turn). Then the conversation up to that answer becomes a row of its own,
-with the answer as the only label, so that every answer is trained as generation would write it.
+An answer follows the prompt of its generation: the conversation before it, rendered with the
+opening of an answer. This prompt is searched for in the rendering of the whole conversation. There
+a template may write an earlier answer differently (Qwen 3 and DeepSeek-R1 remove its reasoning,
+gpt-oss ends it with another token), or its prompt (Mistral puts the system message into the last
+user turn). The conversation up to such an answer becomes a row of its own, in which only that
+answer is labelled. So every answer is trained in the form in which it is generated.
 """
 
 from bisect import bisect_right
@@ -25,15 +25,15 @@ _DIFFERS = (
 
 @dataclass
 class Piece:
-    """Tokens to train on, and the answers in them.
+    """A rendering of the first messages of a conversation, and the answers to train in it.
 
     Attributes:
-        text: what is rendered.
-        tokens: of the text.
-        shown: messages of the conversation that are in it, the first so many.
-        spans: by the number of a message, (start, stop) of the tokens of its answer.
-        joined: whether prompt and answer are of two renderings.
-        ends: where each token ends in the text, where that is known.
+        text: the rendered text.
+        tokens: tokens of the text.
+        shown: number of messages in the text.
+        spans: (start, stop) of the tokens of each answer, by the index of its message.
+        joined: whether the prompt and the answer come from two renderings.
+        ends: end of each token in the text, in characters; None if unknown.
     """
 
     text: str
@@ -45,10 +45,10 @@ class Piece:
 
 
 class Answers:
-    """Finds answers in the renderings of one conversation.
+    """Finds the answers in renderings of one conversation.
 
     Attributes:
-        opening: what generation would get before an answer, and its rendering does not have.
+        opening: text that generation adds before an answer, but the rendering does not contain.
     """
 
     def __init__(self, template: Template, row: Conversation) -> None:
@@ -58,13 +58,13 @@ class Answers:
         self._masks: dict[int, list[bool]] = {}
 
     def pieces(self, wanted: Sequence[int]) -> list[Piece]:
-        """The pieces that show each wanted answer once, as generation would write it.
+        """Pieces that contain each wanted answer once, in the form in which it is generated.
 
         Args:
-            wanted: numbers of messages, rising, at least one.
+            wanted: indices of messages in ascending order; at least one.
 
         Raises:
-            RowError: the template refuses the messages, or an answer cannot be told apart.
+            RowError: the template refuses the messages, or an answer cannot be found.
         """
         whole = self._piece(wanted[-1] + 1)
         self._template.check(self._messages[: whole.shown], self._row.tools, whole.tokens)
@@ -78,16 +78,16 @@ class Answers:
         return apart + ([whole] if whole.spans else [])
 
     def prompt(self, number: int) -> str:
-        """What generation gets before it writes an answer."""
+        """The text from which the answer of message `number` is generated."""
         if number == 0:
             return ""
         return self._template.text(self._messages[:number], self._row.tools, generate=True)
 
     def region(self, piece: Piece, number: int) -> tuple[int, int]:
-        """The tokens of any message in a rendering of the whole conversation.
+        """(start, stop) of the tokens of a message in a rendering of the whole conversation.
 
         Raises:
-            RowError: the template writes it differently when more messages follow.
+            RowError: the template writes the message differently if more messages follow.
         """
         before = self._template.text(self._messages[:number], self._row.tools)
         behind = self._template.text(self._messages[: number + 1], self._row.tools)
@@ -104,7 +104,7 @@ class Answers:
         return Piece(text, tokens, shown, joined=joined, ends=ends)
 
     def _in_whole(self, whole: Piece, number: int) -> tuple[int, int] | None:
-        """The answer's tokens in the whole conversation, if it is there as generation writes it."""
+        """Span of an answer in the whole conversation; None if generation writes it differently."""
         prompt = self.prompt(number)
         start = self._start(whole, number, prompt)
         if start is None:
@@ -123,7 +123,7 @@ class Answers:
         return self._refined(whole, start, stop)
 
     def _loses(self, number: int, written: list[int], alone: list[int]) -> bool:
-        """Whether an answer is without a content or an end that it has alone."""
+        """Whether an answer lacks content, or an end, that it has as the last message."""
         if self._stops(alone) and not self._stops(written):
             return True
         parts = list(parts_of(self._messages, number))
@@ -133,11 +133,11 @@ class Answers:
         return len(missing) > len(holds(parts, self._template.decode(alone)))
 
     def _stop(self, whole: Piece, alone: Piece, prompt: str) -> int | None:
-        """Where an answer ends in the whole, whose rendering there is another than alone."""
+        """End of an answer that the whole conversation renders differently; None if not found."""
         same = self._up_to(whole, whole.text[: _common(whole.text, alone.text)])
         if same > self._up_to(whole, prompt):
             return same
-        # The template may leave out an empty block of reasoning before all but the last answer.
+        # The template may write an empty block of reasoning before the last answer only.
         if not (whole.text.startswith(prompt) and alone.text.startswith(prompt)):
             return None
         answer = alone.text[len(prompt) :]
@@ -147,13 +147,13 @@ class Answers:
         return None
 
     def _start(self, piece: Piece, number: int, prompt: str) -> int | None:
-        """The first token of an answer in a rendering; None where its prompt is another there."""
+        """The first token of an answer in a rendering; None if its prompt differs there."""
         if number == 0:
             return self._up_to(piece, self._header())
         if piece.text.startswith(prompt):
             return self._up_to(piece, prompt)
-        # A template may open the answer otherwise when asked to generate (with a thinking tag, say)
-        # than when it is given: what both share is prompt. But all that precedes must be there.
+        # A template may open an answer differently for generation, such as with a thinking tag.
+        # Then their common beginning is the prompt, but it must contain all earlier messages.
         bare = self._template.text(self._messages[:number], self._row.tools)
         if not piece.text.startswith(bare):
             return None
@@ -162,7 +162,7 @@ class Answers:
         return start
 
     def _header(self) -> str:
-        """What the template writes before an answer without a prompt."""
+        """The text that the template writes before an answer that is the first message."""
         alone, asked = self._template.text(self._messages[:1], self._row.tools), self._asking()
         if asked and asked in alone:
             return alone[: alone.index(asked) + len(asked)]
@@ -174,14 +174,14 @@ class Answers:
         return ""
 
     def _asking(self) -> str:
-        """The opening of an answer that generation gets behind a user's message."""
+        """The opening of an answer that generation adds after a user's message."""
         user = [{"role": "user", "content": "."}]
         bare = self._template.text(user, None)
         asked = self._template.text(user, None, generate=True)
         return asked[len(bare) :] if asked.startswith(bare) else ""
 
     def _alone(self, number: int, whole: Piece | None) -> Piece:
-        """The conversation up to an answer, with only that answer in its spans."""
+        """A piece of the conversation up to an answer, in which only that answer is trained."""
         piece = whole or self._piece(number + 1)
         prompt = self.prompt(number)
         start = self._start(piece, number, prompt)
@@ -195,10 +195,10 @@ class Answers:
         return alone
 
     def _joined(self, piece: Piece, number: int, prompt: str) -> Piece | None:
-        """Generation's own prompt, and the answer cut out of the rendering that shows it.
+        """Join the prompt of generation and the answer, which is cut out of its rendering.
 
-        The answer begins where the text before it ends like the prompt; both must end with the
-        last message of the prompt at least, else None is returned.
+        The answer begins where the text before it has the longest common ending with the prompt.
+        This ending must contain the last message of the prompt, otherwise None is returned.
         """
         best, last = (0, 0), prompt[-1:]
         at = piece.text.find(last) if last else -1
@@ -222,7 +222,7 @@ class Answers:
         return joined
 
     def _last_marked(self, piece: Piece) -> int:
-        """Where the last answer begins by the template's own mask."""
+        """The first token of the last answer, according to the template's own mask."""
         mask = self._mask(piece)
         if True not in mask:
             raise RowError(_DIFFERS)
@@ -230,13 +230,13 @@ class Answers:
         return last + 1 - [*mask[last::-1], False].index(False)
 
     def _refined(self, piece: Piece, start: int, stop: int) -> tuple[int, int]:
-        """The span, by the template's own mask of what the assistant writes where it has one."""
+        """The span limited to the assistant's tokens, if the template has a mask of them."""
         mask = self._mask(piece)
         marked = [at for at in range(start, min(stop, len(mask))) if mask[at]]
         if not marked:
             return start, stop
         last = marked[-1] + 1
-        if not self._stops(piece.tokens[marked[0] : last]):  # a mask without the end of the turn
+        if not self._stops(piece.tokens[marked[0] : last]):  # the mask lacks the end of the turn
             ends = [at for at in range(last, stop) if piece.tokens[at] in self._template.stops]
             last = ends[0] + 1 if ends else stop
         return marked[0], last
@@ -245,7 +245,7 @@ class Answers:
         return not self._template.stops.isdisjoint(tokens)
 
     def _mask(self, piece: Piece) -> list[bool]:
-        """Which tokens of a rendering an assistant writes by the template; empty if unknown."""
+        """The template's mask of the assistant's tokens in a rendering; empty if unknown."""
         if piece.shown not in self._masks:
             mask = self._template.assistant_mask(
                 self._messages[: piece.shown], self._row.tools, piece.tokens
@@ -254,7 +254,7 @@ class Answers:
         return self._masks[piece.shown]
 
     def _up_to(self, piece: Piece, text: str) -> int:
-        """How many tokens at the beginning of a piece are those of a text."""
+        """The number of tokens at the beginning of a piece that are those of a text."""
         if piece.ends is not None and piece.text.startswith(text):
             return bisect_right(piece.ends, len(text))
         tokens = self._template.tokens(text)
@@ -265,7 +265,7 @@ class Answers:
 
 
 def _common(left: str, right: str) -> int:
-    """How many characters two texts have in common at their beginning."""
+    """The length of the common beginning of two texts, in characters."""
     low, high = 0, min(len(left), len(right))
     while low < high:
         middle = (low + high + 1) // 2

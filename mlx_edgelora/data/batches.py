@@ -1,4 +1,4 @@
-"""Padded batches in mlx-lm's order and shape, with labels on real tokens only."""
+"""Padded batches in the order and shape of mlx-lm; padding is never labelled."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,25 +13,25 @@ from mlx_edgelora.data.packing import mean_context, most_labels, most_shared, pa
 from mlx_edgelora.data.spans import Labelled, count_labels, label_mask, spans_of
 from mlx_edgelora.errors import EdgeLoraError
 
-PAD_TO = 32  # inputs are padded to multiples of it, so that few shapes are compiled
-# On a GPU longer inputs are padded to multiples of this: a graph is built anew for every length,
-# and kept. A CPU has nothing from it but padding to compute.
+PAD_TO = 32  # inputs are padded to multiples of this, so that few shapes are compiled
+# On a GPU, inputs longer than `LONG` are padded to multiples of `LONG_PAD_TO`, because a graph is
+# compiled and kept for every length. On a CPU this would only add padding to compute.
 LONG, LONG_PAD_TO = 512, 128
 
-# The tokens of a row, and which of them are labelled.
+# The tokens of a row, and the positions of labelled tokens.
 LabelledRow = tuple[Sequence[int], Labelled]
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Rows of about one length, padded on the right with token 0.
+    """Rows of similar length, padded on the right with token 0.
 
     Attributes:
         tokens: int32 [B, T + 1].
-        mask: bool [B, T], which labels train: those of labelled spans, never padding.
-        indices: the rows in the data set, for messages.
-        starts: int32 [B, T], where rows of the data set share a row: of each input the position
-            at which its own row begins; None where each has a row to itself.
+        mask: bool [B, T], the labels to train on; never padding.
+        indices: indices of the rows in the data set, for messages.
+        starts: int32 [B, T], in a packed batch: for each input the position at which its row of
+            the data set begins. None in a batch without packing.
     """
 
     tokens: np.ndarray
@@ -40,20 +40,20 @@ class Batch:
     starts: np.ndarray | None = None
 
     def inputs(self) -> np.ndarray:
-        """What the model sees: int32 [B, T]."""
+        """The model's inputs: int32 [B, T]."""
         return self.tokens[:, :-1]
 
     def labels(self) -> np.ndarray:
-        """The token that follows each input: int32 [B, T]."""
+        """The tokens that follow the inputs: int32 [B, T]."""
         return self.tokens[:, 1:]
 
 
 class Epoch(NamedTuple):
-    """The batches of one epoch, in their order.
+    """The batches of one epoch, in order.
 
     Attributes:
-        rows: of each row of a batch the rows of the data set that share it.
-        groups: of each batch its rows.
+        rows: for each row of a batch, the indices of the rows of the data set packed into it.
+        groups: for each batch, the indices of its entries of `rows`.
     """
 
     rows: Sequence[np.ndarray]
@@ -61,14 +61,14 @@ class Epoch(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """What no batch of a run exceeds, and how the batches of its first epoch are filled.
+    """Largest sizes of the batches of a run.
 
     Attributes:
-        rows: of a batch.
+        rows: rows of a batch.
         tokens: inputs of a row, padding included.
-        labels: of a batch.
-        context: tokens of the row of the data set that a token is in, averaged over tokens, where
-            rows are shared; else the inputs of a row.
+        labels: labelled tokens of a batch.
+        context: with packing, the length of a token's row in the data set, averaged over tokens;
+            without packing, `tokens`.
     """
 
     rows: int
@@ -85,25 +85,28 @@ def iterate_batches(
     seed: int | None = None,
     packing: bool = False,
 ) -> Iterator[Batch]:
-    """Batches of rows of about one length, in a random order; every row is in one of each epoch.
+    """Batches of rows of similar length in random order; each epoch contains every row once.
 
-    Rows are sorted by length and grouped, and the groups are permuted anew in every epoch. Where
-    the number of rows is no multiple of `batch_size`, one group is smaller; which one, counted
-    from the shortest rows, is drawn in every epoch. The permutations of groups that are all full
-    are those of mlx-lm after `np.random.seed(seed)`, without a change to numpy's global state.
+    Rows are sorted by length and grouped, and the groups are permuted anew in every epoch. If the
+    number of rows is no multiple of `batch_size`, one group, drawn in every epoch, is smaller. If
+    all groups are full, their order is that of mlx-lm after `np.random.seed(seed)`. numpy's global
+    state does not change.
 
     Args:
-        dataset: a `Dataset`, or any sequence of (tokens, offset of the first labelled one) or
-            (tokens, labelled spans). Rows are cut to the limit.
+        dataset: a `Dataset`, or any sequence of (tokens, offset of the first labelled token) or
+            (tokens, labelled spans). Rows are truncated to `max_seq_length`.
         batch_size: rows per batch.
-        max_seq_length: limit of tokens per row; T + 1 is no larger.
-        loop: go on forever instead of ending after one epoch.
-        seed: of the order; None draws one.
-        packing: whether rows of the data set share rows of `max_seq_length` tokens
+        max_seq_length: largest number of tokens per row; T + 1 does not exceed it.
+        loop: repeat epochs without end instead of ending after one.
+        seed: seed of the order; None for a random order.
+        packing: pack several rows of the data set into rows of up to `max_seq_length` tokens
             (`data/packing.py`).
 
+    Returns:
+        An iterator of batches.
+
     Raises:
-        EdgeLoraError: a row without a token to train on; at the call, before the first batch.
+        EdgeLoraError: a row has no token to train on. Raised at the call, before the first batch.
     """
     lengths = _lengths(dataset, max_seq_length)
     epochs = _epochs(lengths, batch_size, max_seq_length if packing else None, seed)
@@ -118,7 +121,7 @@ def count_batches(
     seed: int | None = None,
     packing: bool = False,
 ) -> int:
-    """How many batches `iterate_batches` makes of so many epochs."""
+    """The number of batches of `iterate_batches` in `epochs` epochs."""
     if not packing:
         return epochs * -(-len(dataset) // batch_size)
     lengths = _lengths(dataset, max_seq_length)
@@ -133,7 +136,7 @@ def padding_share(
     seed: int | None = None,
     packing: bool = False,
 ) -> float:
-    """Which part of the tokens of the first epoch's batches is padding."""
+    """The share of padding in the tokens of the first epoch's batches, from 0 to 1."""
     lengths = _lengths(dataset, max_seq_length)
     capacity = max_seq_length if packing else None
     epoch = next(_epochs(lengths, batch_size, capacity, seed))
@@ -150,9 +153,10 @@ def largest_batch(
     max_seq_length: int,
     packing: bool = False,
 ) -> Sizes:
-    """What no batch of `iterate_batches` exceeds; all 0 without data.
+    """Upper bounds of the sizes of all batches of `iterate_batches`; all 0 without data.
 
-    The largest of each may be of different batches, and what is packed of none.
+    The bounds may belong to different batches. With packing they are estimates that no batch
+    exceeds.
     """
     found = [
         _sizes(dataset, batch_size, max_seq_length, packing) for dataset in datasets if len(dataset)
@@ -178,7 +182,7 @@ def _sizes(
         return Sizes(shared, tokens, labels, mean_context(lengths))
     counts, size = counts[np.argsort(lengths, kind="stable")], min(batch_size, len(rows))
     whole = len(rows) // size * size
-    # The smaller group is behind a full one, or before it.
+    # The smaller group may be anywhere, so full groups are counted from the start or the end.
     labels = max(
         int(part.reshape(-1, size).sum(axis=1).max())
         for part in (counts[:whole], counts[len(rows) - whole :])
@@ -188,18 +192,18 @@ def _sizes(
 
 
 def padded(tokens: int) -> int:
-    """To how many tokens a batch is padded whose longest row has so many."""
+    """The padded number of inputs of a batch whose longest row has `tokens` tokens."""
     step = LONG_PAD_TO if tokens > LONG and mx.default_device() == mx.gpu else PAD_TO
     return -(-tokens // step) * step
 
 
 def _width(tokens: int, max_seq_length: int) -> int:
-    """T + 1 of a batch whose longest row has so many tokens."""
+    """T + 1 of a batch whose longest row has `tokens` tokens."""
     return min(1 + padded(tokens), max_seq_length)
 
 
 def _lengths(dataset: Sequence[LabelledRow], max_seq_length: int) -> np.ndarray:
-    """Tokens of each row within the limit, int64 [n]; each has one to train on."""
+    """Tokens of each truncated row, int64 [n]; raises if a row has no token to train on."""
     lengths = np.empty(len(dataset), np.int64)
     for index in range(len(dataset)):
         tokens, labelled = dataset[index]
@@ -215,7 +219,7 @@ def _lengths(dataset: Sequence[LabelledRow], max_seq_length: int) -> np.ndarray:
 def _epochs(
     lengths: np.ndarray, batch_size: int, capacity: int | None, seed: int | None
 ) -> Iterator[Epoch]:
-    """Epoch after epoch, without end; rows are shared if they have a capacity."""
+    """Yield epochs without end; with a `capacity` in tokens, rows are packed."""
     random = np.random.RandomState(seed)
     rows: Sequence[np.ndarray] = np.arange(len(lengths))[:, None]
     while True:
@@ -227,12 +231,12 @@ def _epochs(
 
 
 def _filled(lengths: np.ndarray, rows: Sequence[np.ndarray], capacity: int | None) -> np.ndarray:
-    """Tokens of each row of a batch."""
+    """Number of tokens of each row of the batches, without padding."""
     return lengths if capacity is None else np.array([lengths[row].sum() for row in rows])
 
 
 def _cuts(rows: int, batch_size: int, random: np.random.RandomState) -> np.ndarray:
-    """Where groups begin in the order of lengths, but for the first one."""
+    """Start of each group except the first, in the order of lengths."""
     starts, rest = np.arange(0, rows, batch_size), rows % batch_size
     if rest:
         smaller = random.randint(len(starts))
@@ -257,7 +261,7 @@ def _make_batch(
     max_seq_length: int,
     packing: bool,
 ) -> Batch:
-    """A batch of rows that are each shared by one or more rows of the data set."""
+    """Make a batch of rows that each contain one or more rows of the data set."""
     parts = [[dataset[index] for index in row.tolist()] for row in rows]
     sizes = [[min(len(tokens), max_seq_length) for tokens, _ in row] for row in parts]
     width = _width(max(map(sum, sizes)), max_seq_length)
@@ -270,7 +274,7 @@ def _make_batch(
             starts[i, begin:] = begin
             own.append(begin + spans_of(labelled, length))
             begin += length
-        starts[i, begin:] = begin  # padding is by itself
+        starts[i, begin:] = begin  # padding counts as a row of its own
         spans.append(np.concatenate(own))
     shares = packing and max(map(len, rows)) > 1
     return Batch(

@@ -1,9 +1,9 @@
-"""What a conversation holds, and whether its text holds it.
+"""Find contents of a conversation that are missing from its rendered text.
 
-Chat templates trim, escape and reorder what they write, so contents are looked for without their
-whitespace, as they are or as JSON or Python writes them. A content could be found by chance (`a` in
-`assistant`, reasoning that says what the answer says). So the template is asked as well, once for
-conversations of a form, whether it writes an unlikely word in that place.
+Chat templates trim, escape and reorder contents. They are therefore searched for without
+whitespace, in plain form and as escaped by JSON or Python. A content may be found by chance (`a`
+in `assistant`, or reasoning that repeats the answer). So an unlikely word is rendered in its place
+as well, once for all conversations of the same form, to see whether the template writes it.
 """
 
 import copy
@@ -17,25 +17,25 @@ from typing import Any
 from mlx_edgelora.data.conversation import REASONING_KEYS, SYSTEM_ROLES, Message, RowError
 from mlx_edgelora.data.findings import REASONING, SYSTEM, TEXT, TOOL_CALLS, TOOLS, Kind
 
-# Contents of fewer characters than this are found by chance.
+# Contents with fewer characters than this may be found by chance.
 SHORT = 12
-# What no template writes by itself.
+# A word that no template writes by itself.
 WORD = "zqxjkvzqxjkv"
-# Renders changed messages and tools to text.
+# A function that renders messages and tools to text.
 Render = Callable[[Sequence[Message], Sequence[Mapping[str, Any]] | None], str]
 
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a message that its conversation's text has to hold.
+    """A part of a message that the text of its conversation must contain.
 
     Attributes:
-        kind: of what is lost without it.
-        message: number of its message.
-        texts: all have to be found.
-        place: which part of the message; parts with equal places are written alike.
-        replaced: the message with `words` in place of this part.
-        words: what of `replaced` has to be found where the template writes the part.
+        kind: kind of the finding if the part is missing.
+        message: index of the message.
+        texts: texts of the part, all of which must be found.
+        place: place in the message; templates treat parts with the same place alike.
+        replaced: returns the message with `words` in place of this part.
+        words: words that a rendering of `replaced` contains if the template writes the part.
     """
 
     kind: Kind
@@ -47,17 +47,17 @@ class Part:
 
     @property
     def is_short(self) -> bool:
-        """Whether it could be found by chance."""
+        """Whether the part is so short that it may be found by chance."""
         return sum(map(len, self.texts)) < SHORT
 
 
 def squeezed(text: str) -> str:
-    """Text without its whitespace, in the form that tokenizers may give it (NFKC)."""
+    """Text without whitespace, in the normal form of some tokenizers (NFKC)."""
     return "".join(unicodedata.normalize("NFKC", text).split())
 
 
 def parts_of(messages: Sequence[Message], number: int) -> Iterator[Part]:
-    """The parts of a message, in the order in which templates write them."""
+    """The parts of message `number`, in the order in which templates write them."""
     message = messages[number]
     content = message.get("content") or ""
     reasoning = next((message[key] for key in REASONING_KEYS if message.get(key)), "")
@@ -75,7 +75,7 @@ def parts_of(messages: Sequence[Message], number: int) -> Iterator[Part]:
 
 
 def _parts_of_answer(message: Message, number: int, content: str) -> Iterator[Part]:
-    """Reasoning in `<think>` and the rest; in a template's eyes it may begin before the content."""
+    """Reasoning before `</think>`, with or without an opening tag, and the rest of the content."""
     head, end, tail = content.rpartition("</think>")
     if not end:
         head, tail = "", content
@@ -113,7 +113,7 @@ def _all_reasoning(text: str) -> dict[str, str]:
 
 
 def _leaves(value: Any) -> Iterator[str]:
-    """The names and values of arguments as text."""
+    """The names and values of a call's arguments, as text."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield str(key)
@@ -128,7 +128,7 @@ def _leaves(value: Any) -> Iterator[str]:
 
 
 def tool_names(tools: Sequence[Mapping[str, Any]] | None) -> list[str]:
-    """The names of the tools that a conversation describes."""
+    """The names in descriptions of tools."""
     found = []
     for tool in tools or ():
         described = tool.get("function") if isinstance(tool.get("function"), Mapping) else tool
@@ -138,7 +138,7 @@ def tool_names(tools: Sequence[Mapping[str, Any]] | None) -> list[str]:
 
 
 class Search:
-    """Looks for contents in texts; remembers what the template does with parts in a form."""
+    """Finds missing contents; remembers which parts the template writes in which form."""
 
     def __init__(self) -> None:
         self._written: dict[Any, bool] = {}
@@ -152,15 +152,15 @@ class Search:
         how: str = "",
         first: int = 0,
     ) -> list[Part]:
-        """The parts of a conversation that its text lacks.
+        """The parts of a conversation that are missing from its text.
 
         Args:
-            messages: all that the text should hold.
-            tools: described to the model.
-            text: of the conversation.
-            render: what wrote the text, for changed messages or tools.
-            how: tells one way of rendering from another.
-            first: number of the first message to look for.
+            messages: all messages that the text should contain.
+            tools: descriptions of tools that the text should contain; None without.
+            text: rendered text of the conversation.
+            render: the function that rendered the text.
+            how: name of this way of rendering, which distinguishes remembered results.
+            first: index of the first message to search for.
         """
         squeeze, place, found = squeezed(text), 0, []
         form = (how, bool(tools), messages[-1]["role"])
@@ -171,7 +171,7 @@ class Search:
                 is_there = end is not None
                 if is_there and part.kind is TEXT and not part.is_short:
                     place = max(place, end)
-                elif not is_there and part.kind is not TOOL_CALLS:  # it may be written elsewhere
+                elif not is_there and part.kind is not TOOL_CALLS:  # it may be at another place
                     is_there = _found(part.texts, squeeze, 0) is not None
                 if not is_there or not self._is_written(part, messages, tools, form, render):
                     found.append(part)
@@ -216,19 +216,19 @@ class Search:
         if key not in self._written:
             try:
                 self._written[key] = probe()
-            except RowError:  # a template that looks into contents; nothing is known of it
+            except RowError:  # the template checks contents; assume that it writes the part
                 self._written[key] = True
         return self._written[key]
 
 
 def holds(parts: Sequence[Part], text: str) -> list[Part]:
-    """Those parts that a text lacks."""
+    """The parts that are missing from a text; only the text itself is searched."""
     squeeze = squeezed(text)
     return [part for part in parts if _found(part.texts, squeeze, 0) is None]
 
 
 def _found(texts: Sequence[str], squeeze: str, start: int) -> int | None:
-    """Behind which place all of the texts have been found, none before `start`, or None."""
+    """The end of the last of the texts in `squeeze` from `start` on; None if one is missing."""
     end = start
     for text in texts:
         for way in map(squeezed, _written_ways(text)):
@@ -241,7 +241,7 @@ def _found(texts: Sequence[str], squeeze: str, start: int) -> int | None:
 
 
 def _written_ways(text: str) -> Iterator[str]:
-    """As it is, and as JSON and Python write it in a string."""
+    """A text in plain form, and as escaped in strings of JSON and Python."""
     yield text
     yield json.dumps(text, ensure_ascii=False)[1:-1]
     inner = json.dumps(text)[1:-1]
@@ -251,7 +251,7 @@ def _written_ways(text: str) -> Iterator[str]:
 
 
 def _surroundings(messages: Sequence[Message], part: Part) -> tuple:
-    """What may decide whether a template writes a part, other than its text."""
+    """Everything except its text that may decide whether a template writes a part."""
     number, last = part.message, len(messages) - 1
     role = messages[number]["role"]
     return (

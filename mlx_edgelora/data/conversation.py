@@ -1,18 +1,18 @@
-"""The one form that every row takes before it is tokenized."""
+"""The canonical form of rows before they are tokenized."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 Message = dict[str, Any]
-# Chat templates read a message's reasoning under one of these names.
+# Names under which chat templates read the reasoning of a message.
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-# A message of one of these roles is the system prompt.
+# Roles of system prompts.
 SYSTEM_ROLES = ("system", "developer")
 
 
 class RowError(ValueError):
-    """What is wrong with a row; the reader of the rows knows its place."""
+    """An error in a row; the reader of rows adds the file and line to the message."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class PlainText:
     """A row without roles.
 
     Attributes:
-        text: as the row has it, possibly empty.
+        text: text of the row, possibly empty.
     """
 
     text: str
@@ -31,15 +31,14 @@ class Conversation:
     """A row of messages, in the form that chat templates expect.
 
     Attributes:
-        messages: at least one. Each has `role` and `content`, both text; the content is empty
-            where the row has none beside tool calls or reasoning. Where the row has them:
-            `tool_calls`, at least one `{"type": "function", "function": {"name": text,
-            "arguments": object}}`, and the reasoning as text, the same under each of
-            `REASONING_KEYS`. Other keys (`name`, `tool_call_id`, `weight`, `train`) are as in the
-            row. No value is null.
-        tools: descriptions of tools as the row has them, at least one; None without.
-        prompt_messages: for a row of prompt and completion, how many of the messages are its
-            prompt; None for a conversation, where roles alone tell.
+        messages: at least one message. Each has a `role` and a `content`, both text; the content
+            may be empty if there are tool calls or reasoning. Optional keys are `tool_calls`, a
+            list of at least one `{"type": "function", "function": {"name": text, "arguments":
+            object}}`, and the reasoning, as the same text under each of `REASONING_KEYS`. Other
+            keys (`name`, `tool_call_id`, `weight`, `train`) are as in the row. No value is null.
+        tools: descriptions of tools as in the row, at least one; None without.
+        prompt_messages: for a row of prompt and completion, the number of messages of the prompt;
+            None for a conversation, in which roles distinguish prompts and answers.
     """
 
     messages: list[Message]

@@ -1,4 +1,4 @@
-"""Tokenized rows in little memory: 4 bytes a token, the text itself is not kept."""
+"""Tokenized rows in compact memory: 4 bytes per token; texts are not kept."""
 
 from array import array
 from bisect import bisect_right
@@ -15,13 +15,14 @@ from mlx_edgelora.errors import EdgeLoraError
 
 
 class Row(NamedTuple):
-    """One tokenized row and where it came from.
+    """One tokenized row and its source.
 
     Attributes:
-        source: file or data set and the word for its rows, as in `train.jsonl: line`.
-        number: of the row in its source, from 1.
+        source: file or data set, with the word for its rows, such as `train.jsonl: line`.
+        number: number of the row in its source, from 1.
         tokens: token ids of prompt and completion.
-        labelled: the position of the first token to train on, 0 for all, or (start, stop) pairs.
+        labelled: position of the first token to train on (0 for all tokens), or (start, stop)
+            pairs.
     """
 
     source: str
@@ -32,19 +33,19 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class DataReport:
-    """What became of the rows of a data set.
+    """Statistics of the rows of a data set.
 
     Attributes:
-        name: of the data set.
+        name: name of the data set.
         rows: number of rows read.
-        truncated: rows kept, but cut to `max_seq_length` tokens.
+        truncated: number of rows truncated to `max_seq_length` tokens.
         longest: tokens of the longest row read.
-        dropped: rows left out because nothing in them can be trained.
-        max_seq_length: the limit, in tokens.
-        tokens: of all rows kept.
-        labels: those of them that are trained.
-        labels_cut: tokens that would be trained, but are beyond the limit.
-        findings: what was noticed while the rows became tokens.
+        dropped: number of rows left out because they have no token to train on.
+        max_seq_length: limit of a row, in tokens.
+        tokens: tokens of all rows kept.
+        labels: labelled tokens of all rows kept.
+        labels_cut: labelled tokens lost by truncation.
+        findings: remarks on the tokenization of rows.
     """
 
     name: str
@@ -59,7 +60,7 @@ class DataReport:
     findings: Findings = field(default_factory=Findings)
 
     def warning(self) -> str | None:
-        """One sentence about truncated and dropped rows, or None without any."""
+        """One sentence about truncated and dropped rows; None if there are none."""
         parts = []
         if self.truncated:
             cut = ""
@@ -76,15 +77,15 @@ class DataReport:
 
 
 class Dataset(Sequence[tuple[np.ndarray, np.ndarray]]):
-    """Rows of (tokens int32 [n], labelled spans int32 [k, 2]), each truncated and with k > 0.
+    """Truncated rows of (tokens int32 [n], labelled spans int32 [k, 2]) with k > 0.
 
-    A span is (start, stop) of labelled tokens; the first token of a row is in none. Costs 4 bytes
-    a token, 24 a row and 8 a span. Rows that have nothing to train on (a prompt as
-    long as the limit, a single token) are left out: alone in a batch they would make its mean
-    loss 0 / 0.
+    A span is the (start, stop) of labelled tokens; the first token of a row is in no span. Memory:
+    4 bytes per token, 24 per row and 8 per span. Rows without a token to train on (a prompt as
+    long as the limit, a single token) are left out, because the mean loss of a batch with only
+    such rows would be 0 / 0.
 
     Attributes:
-        report: counts of truncated and dropped rows.
+        report: statistics of the rows.
     """
 
     def __init__(
@@ -118,7 +119,7 @@ class Dataset(Sequence[tuple[np.ndarray, np.ndarray]]):
             raise _nothing_to_train(self.report)
 
     def _read(self, rows: Iterable[Row], max_seq_length: int, counts: Counter[str]) -> None:
-        """Keep what can be trained. Several pieces of a row, one after another, count as one."""
+        """Keep rows with labels; consecutive pieces of one row are counted as one row."""
         place, is_kept, is_cut = None, False, False
         for row in rows:
             if (row.source, row.number) != place:
@@ -168,7 +169,7 @@ class Dataset(Sequence[tuple[np.ndarray, np.ndarray]]):
         )
 
     def labels(self) -> np.ndarray:
-        """The distinct tokens that occur as labels, sorted int32."""
+        """The distinct labelled tokens: int32, sorted."""
         trained = np.zeros(len(self._tokens), bool)
         for first, (_, spans) in zip(self._starts[:-1], self, strict=True):
             for start, stop in spans:
@@ -176,7 +177,7 @@ class Dataset(Sequence[tuple[np.ndarray, np.ndarray]]):
         return np.unique(np.frombuffer(self._tokens, np.int32)[trained])
 
     def check_vocabulary(self, size: int) -> None:
-        """Raise `EdgeLoraError` for the first token that a vocabulary of `size` lacks."""
+        """Raise `EdgeLoraError` if a token is not in a vocabulary of `size` tokens."""
         tokens = np.frombuffer(self._tokens, np.int32)
         outside = np.flatnonzero((tokens < 0) | (tokens >= size))
         if outside.size:
@@ -187,7 +188,7 @@ class Dataset(Sequence[tuple[np.ndarray, np.ndarray]]):
             )
 
     def place(self, index: int) -> str:
-        """Where a row was read, for messages: `data/train.jsonl: line 7`."""
+        """File and line of a row, for messages: `data/train.jsonl: line 7`."""
         source = bisect_right(self._sources, index, key=lambda start_and_name: start_and_name[0])
         return f"{self._sources[source - 1][1]} {self._numbers[index]}"
 

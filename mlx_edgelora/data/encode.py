@@ -1,4 +1,4 @@
-"""From a canonical row to tokens, labelled spans, and what was noticed about it."""
+"""Encode canonical rows as tokens and labelled spans, and find lost contents."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +14,8 @@ from mlx_edgelora.data.template import Template
 ANSWERS, LAST_ANSWER, EVERYTHING = "answers", "last-answer", "everything"
 TRAIN_ON = (ANSWERS, LAST_ANSWER, EVERYTHING)
 ASSISTANT = "assistant"
-# The end of an answer in its last tokens: one that ends it, and perhaps a line break.
+# Number of last tokens in which the end of an answer is searched for: a token that ends
+# generation, perhaps with a line break.
 _ENDING = 4
 
 Spans = list[tuple[int, int]]
@@ -22,13 +23,13 @@ Spans = list[tuple[int, int]]
 
 @dataclass
 class Encoded:
-    """What became of a row.
+    """An encoded row.
 
     Attributes:
-        pieces: tokens and labelled spans; none for a row that is left out, several where answers
-            of a conversation are written differently later in it.
-        having: kinds of loss that its contents make possible.
-        findings: what was noticed.
+        pieces: pairs of tokens and labelled spans. There are none if the row is left out, and
+            several if earlier answers are written differently in the whole conversation.
+        having: kinds of content in the row that can be lost.
+        findings: remarks on the row.
     """
 
     pieces: list[tuple[list[int], Spans]] = field(default_factory=list)
@@ -40,9 +41,9 @@ class Encoder:
     """Encodes rows with a tokenizer.
 
     Args:
-        tokenizer: as `mlx_lm.load` returns it.
+        tokenizer: a tokenizer of `mlx_lm.load`.
         train_on: one of `TRAIN_ON`.
-        option: what the user wrote to choose it, for messages.
+        option: the user's option that selected `train_on`, for messages.
     """
 
     def __init__(self, tokenizer: Any, train_on: str, option: str) -> None:
@@ -57,7 +58,7 @@ class Encoder:
         """Encode a row.
 
         Raises:
-            RowError: something about the row that the user can mend.
+            RowError: the row has an error that the user can fix.
         """
         encoded = self._text(row) if isinstance(row, PlainText) else self._conversation(row)
         encoded.pieces = [self._once(tokens, spans) for tokens, spans in encoded.pieces]
@@ -65,7 +66,7 @@ class Encoder:
         return encoded
 
     def _text(self, row: PlainText) -> Encoded:
-        """Plain text, ended by the end-of-sequence token."""
+        """Encode plain text, with the end-of-sequence token at its end."""
         if self._train_on != EVERYTHING:
             raise RowError(
                 f"got a row of plain text, which has no prompt, with {self._option}; leave it "
@@ -128,7 +129,7 @@ class Encoder:
             encoded.pieces.append((piece.tokens, spans))
 
     def _everything(self, encoded: Encoded, row: Conversation, empty: set[int]) -> Encoded:
-        """All tokens but those of messages that are not to be trained."""
+        """Label all tokens except those of messages that are not to be trained."""
         text = self._template.text(row.messages, row.tools)
         tokens = self._template.encoded(row.messages, row.tools)
         piece = Piece(text, tokens, len(row.messages))
@@ -152,7 +153,7 @@ class Encoder:
         return encoded
 
     def _ended(self, encoded: Encoded, tokens: list[int], span: tuple[int, int]) -> tuple[int, int]:
-        """The span of an answer at the end of the tokens, with something that ends generation."""
+        """The span of the last answer; the end-of-sequence token is added if none ends it."""
         if not self._template.stops.isdisjoint(tokens[slice(*span)]):
             return span
         if self._template.end is None:
@@ -169,9 +170,9 @@ class Encoder:
         piece: Piece,
         wanted: set[int],
     ) -> None:
-        """Note contents that are not in the tokens, or not in the labels of their answer.
+        """Add findings for contents missing from the tokens, or from the labels of their answer.
 
-        Answers that are wanted have their reasoning in a piece of their own.
+        Reasoning of an earlier answer in `wanted` is not missing: it is in another piece.
         """
         shown = row.messages[: piece.shown]
         for number in range(piece.shown):
@@ -196,11 +197,11 @@ class Encoder:
             encoded.findings.append(Finding(kind, "".join(part.texts[:1])))
 
     def _is_label(self, piece: Piece, number: int) -> bool:
-        """Whether a message is trained in this piece, and not only read."""
+        """Whether a message is trained in this piece, and not only part of the prompt."""
         return number in piece.spans or (not piece.spans and number == piece.shown - 1)
 
     def _missing(self, row: Conversation, piece: Piece) -> list[Part]:
-        """Parts of messages that the piece's text lacks."""
+        """Parts of messages that are missing from the text of a piece."""
         template, missing, tools = self._template, self._search.missing, row.tools
         messages = row.messages[: piece.shown]
         if not piece.joined:
@@ -215,7 +216,7 @@ class Encoder:
         )
 
     def _once(self, tokens: list[int], spans: Spans) -> tuple[list[int], Spans]:
-        """Without a second beginning-of-sequence token at the beginning."""
+        """Remove a repeated beginning-of-sequence token at the start."""
         begin = getattr(self._tokenizer, "bos_token_id", None)
         extra = 0
         while begin is not None and tokens[extra : extra + 2] == [begin, begin]:
@@ -236,10 +237,10 @@ class Encoder:
 
 
 def _is_trained(message: Message) -> bool:
-    """Whether a message's own `weight` and `train` let it be trained.
+    """Whether a message is trained according to its keys `weight` and `train`.
 
     Raises:
-        RowError: a value that is neither yes nor no.
+        RowError: a value is neither 0 nor 1, true nor false.
     """
     for key in ("weight", "train"):
         value = message.get(key, 1)
@@ -251,5 +252,5 @@ def _is_trained(message: Message) -> bool:
 
 
 def rows_of(encoded: Encoded) -> Iterator[tuple[list[int], Spans]]:
-    """Its pieces; for a row that is left out one without tokens, so that it is counted."""
+    """The pieces of a row; a row that is left out yields one without tokens, to be counted."""
     yield from encoded.pieces or [([], [])]

@@ -1,4 +1,4 @@
-"""What was noticed while rows became tokens: contents that were lost, choices that were made."""
+"""Remarks on the tokenization of rows: lost contents, and choices made."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -6,21 +6,20 @@ from typing import NamedTuple
 
 from mlx_edgelora.errors import EdgeLoraError
 
-# A data set stops the run where at least this share of the rows that have something lose it.
+# The run stops if at least this share of the rows with some kind of content lose it.
 RULE = 0.1
-# Lines at the start of a run; the data command shows all.
+# Number of lines at the start of a run; the data command shows all.
 LINES = 3
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Something that can be noticed about a row.
+    """A kind of remark on rows.
 
     Attributes:
-        text: of several rows, after their number.
-        remedy: what to do about it; nothing for what is only to be known.
-        lost: whether it is content that is missing from the tokens; `text` then begins with what
-            the rows have.
+        text: text of a message, after the number of rows.
+        remedy: what to do about it; empty for mere information.
+        lost: whether content is missing from the tokens; `text` then begins with that content.
     """
 
     text: str
@@ -87,7 +86,12 @@ NEVER_ENDS = Kind(
 
 
 class Finding(NamedTuple):
-    """Something noticed about one row, and the text that shows it."""
+    """A remark on one row.
+
+    Attributes:
+        kind: kind of the remark.
+        shown: text of the row as an example; may be empty.
+    """
 
     kind: Kind
     shown: str = ""
@@ -102,10 +106,10 @@ class _Count:
 
 @dataclass
 class Findings:
-    """Counts by kind for a data set, with the first row of each.
+    """Numbers of rows in a data set by kind of remark, with the first row of each kind.
 
     Attributes:
-        rows: rows seen.
+        rows: number of all rows.
     """
 
     rows: int = 0
@@ -116,9 +120,9 @@ class Findings:
         """Count a row.
 
         Args:
-            place: where it was read.
-            having: kinds of loss that are possible, since the row has such content.
-            findings: what was noticed.
+            place: file and line of the row.
+            having: kinds of content in the row that can be lost.
+            findings: remarks on the row.
         """
         self.rows += 1
         for kind in set(having):
@@ -132,11 +136,11 @@ class Findings:
             count.rows += 1
 
     def count(self, kind: Kind) -> int:
-        """Rows of which it was noticed."""
+        """Number of rows with a remark of this kind."""
         return self._counts[kind].rows if kind in self._counts else 0
 
     def lines(self, most: int | None = None) -> list[str]:
-        """A line for each kind, losses first; at most so many."""
+        """A line for each kind of remark, lost contents first; at most `most` lines."""
         kinds = sorted(self._counts, key=lambda kind: not kind.lost)
         lines = [self._line(kind) for kind in kinds]
         if most is not None and len(lines) > most:
@@ -145,9 +149,13 @@ class Findings:
         return lines
 
     def refuse_lost(self, name: str) -> None:
-        """Raise `EdgeLoraError` where losing some content is the rule in this data set.
+        """Check that content is not lost from many rows.
 
-        It is where at least a tenth of the rows that have such content lose it.
+        Args:
+            name: name of the data set.
+
+        Raises:
+            EdgeLoraError: at least a tenth of the rows with some kind of content lose it.
         """
         for kind in self._counts:
             if kind.lost and self.count(kind) >= RULE * self._having.get(kind, self.rows):

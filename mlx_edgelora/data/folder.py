@@ -1,4 +1,4 @@
-"""Which files of a folder, or splits of a data set, are its training, validation and test sets."""
+"""Find the training, validation and test sets among files of a folder or splits of a data set."""
 
 import os
 import re
@@ -14,40 +14,41 @@ SPLITS = {
     "valid": ("valid", "validation", "val", "dev", "eval", "evaluation"),
     "test": ("test", "testing"),
 }
-# As the Hugging Face Hub cuts large files: train-00000-of-00002.parquet.
+# Shards of large files on the Hugging Face Hub: train-00000-of-00002.parquet.
 SHARD = re.compile(r"(?P<name>.+)-\d{5}-of-(?P<count>\d{5})")
-# So many other files are named where a set is missing.
+# Largest number of other files that the message about a missing set names.
 NAMED = 5
 
 
 class Files(NamedTuple):
-    """What a folder holds.
+    """The files of a folder.
 
     Attributes:
-        splits: the files of each wanted set, of which some may have none.
-        others: names of data files that belong to no set, or of other entries without any.
+        splits: files of each wanted set; an empty list for a set that is missing.
+        others: names of data files that belong to no set; names of all other entries if there are
+            no such data files.
     """
 
     splits: dict[str, list[Path]]
     others: list[str]
 
     def missing(self, split: str) -> str:
-        """What was looked for and what there is, for the sentence about a missing set."""
+        """Expected and found file names, for the message about a missing set."""
         usual, other = SPLITS[split][:2]
         found = f", found {', '.join(self.others[:NAMED])}" if self.others else ""
         return f"{split}.jsonl in the folder (or {usual}.csv, {other}.json, ...){found}"
 
 
 def find_files(folder: Path, wanted: Sequence[str] = tuple(SPLITS)) -> Files:
-    """The files of the sets: `train.jsonl` before others, then the only one of a known name.
+    """Find the files of data sets: `train.jsonl` first, else the only file with a known name.
 
     Args:
-        folder: to look into.
-        wanted: the sets that are looked for.
+        folder: the folder.
+        wanted: names of the sets to find.
 
     Raises:
-        EdgeLoraError: the folder cannot be read, several files could be the same set, or a part
-            of one is missing.
+        EdgeLoraError: the folder cannot be read, several files could be the same set, or a shard
+            of a set is missing.
     """
     try:
         names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
@@ -60,7 +61,7 @@ def find_files(folder: Path, wanted: Sequence[str] = tuple(SPLITS)) -> Files:
 
 
 def find_split(split: str, names: Iterable[str]) -> str | None:
-    """The one among the splits of a data set that is the set of this name."""
+    """The name of a set among the splits of a data set; None if it is missing."""
     names = list(names)
     return next((name for name in SPLITS[split] if name in names), None)
 
@@ -107,5 +108,5 @@ def _split_of(name: str) -> str | None:
 
 
 def _stem(name: str) -> str:
-    """A name in lower case without the endings that say how it is read."""
+    """A file name in lower case, without its format and `.gz`."""
     return Path(name.lower().removesuffix(".gz")).stem

@@ -1,4 +1,4 @@
-"""Rows of the Hugging Face Hub."""
+"""Data sets of the Hugging Face Hub."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from mlx_edgelora.errors import EdgeLoraError
 
 
 def hub_sources(name: str) -> dict[str, Source]:
-    """The splits of a data set on the Hugging Face Hub by their names.
+    """The splits of a data set on the Hugging Face Hub, by name.
 
     Raises:
         EdgeLoraError: the package `datasets` is missing, or the data set cannot be loaded.
@@ -20,7 +20,11 @@ def hub_sources(name: str) -> dict[str, Source]:
 
 
 def hub_split_source(entry: HubDataset, split: str) -> Source:
-    """One split expression (`train[:80%]`) of an entry of `hf_dataset`; raises as above."""
+    """The rows of one split expression (`train[:80%]`) of an entry of `hf_dataset`.
+
+    Raises:
+        EdgeLoraError: the package `datasets` is missing, or the data set cannot be loaded.
+    """
     rows = _load_from_hub(f"hf_dataset: {entry.path!r}", entry.path, entry.config, split=split)
     return _hub_source(f"{entry.path} {split}", rows)
 

@@ -1,4 +1,4 @@
-"""Rows of JSONL files, of JSON lists, and of JSON objects around one list."""
+"""Read rows from JSONL files, JSON lists, and JSON objects that contain one list."""
 
 import codecs
 import json
@@ -13,26 +13,26 @@ from mlx_edgelora.errors import EdgeLoraError
 
 Rows = Iterator[tuple[int, Mapping[str, Any]]]
 
-# How much is read at once, and how much of a first line is looked at.
+# Bytes that are read at once, and largest part of a first line that is examined.
 CHUNK = 1 << 20
 SPACE = re.compile(r"[ \t\r\n]*")
-# Text that ends inside a literal or an escape is found wrong so many characters before its end.
+# An error this close to the end of the text may be a literal or an escape that is incomplete.
 UNFINISHED = 16
-# Of an object around rows; a list of objects under one of these is part of a row.
+# Keys of a row: a list of objects under one of them is not the list of rows.
 PARTS = frozenset(
     ("messages", "conversations", "conversation", "tools", "functions", "prompt", "completion")
 )
 
 
 def is_document(path: Path, by_lines: bool) -> bool:
-    """Whether a file is one JSON value, and not an object on each line.
+    """Whether a file is one JSON value, and not one object per line.
 
     Args:
         path: the file.
-        by_lines: its name promises lines; then only a list is a document.
+        by_lines: whether its name is that of a JSONL file; then only a list is a document.
 
     Raises:
-        EdgeLoraError: it cannot be read.
+        EdgeLoraError: the file cannot be read.
     """
     with open_data(path) as file:
         lines = (line for line in iter(lambda: file.readline(CHUNK), b"") if line.strip())
@@ -52,7 +52,7 @@ def read_json_lines(path: Path) -> Rows:
     """The objects of a JSONL file with their line numbers; blank lines are skipped.
 
     Raises:
-        EdgeLoraError: the file and line that is not a JSON object.
+        EdgeLoraError: a line is not a JSON object; the message names the file and line.
     """
     for number, line in read_lines(path):
         if line.strip():
@@ -76,10 +76,10 @@ def _parse_line(place: str, line: bytes) -> Mapping[str, Any]:
 def read_document(path: Path) -> Rows:
     """The objects of a JSON list, or of the list in an object, with their numbers from 1.
 
-    Costs one row and the piece of the file around it.
+    One row and the chunk of the file that contains it are in memory.
 
     Raises:
-        EdgeLoraError: the file and line where it is no such document.
+        EdgeLoraError: the file is no such document; the message names the file and line.
     """
     with open_data(path) as file:
         scanner = _Scanner(path, file)
@@ -89,11 +89,11 @@ def read_document(path: Path) -> Rows:
 
 
 class _KeyTwiceError(ValueError):
-    """A key that an object has twice."""
+    """An object has the same key twice."""
 
 
 class _Scanner:
-    """JSON values one after another, of which no more than one is in memory."""
+    """Reads consecutive JSON values of a file, with one of them in memory at a time."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self._path, self._file = path, file
@@ -102,7 +102,7 @@ class _Scanner:
         self._text, self._at, self._line = "", 0, 1
 
     def peek(self) -> str:
-        """The next character that is no space; nothing at the end."""
+        """The next character that is no whitespace; empty at the end of the file."""
         while True:
             self._move(SPACE.match(self._text, self._at).end())
             if self._at < len(self._text):
@@ -111,7 +111,7 @@ class _Scanner:
                 return ""
 
     def take(self, expected: str) -> str:
-        """Go over the next character, which must be one of some."""
+        """Consume the next character, which must be one of `expected`."""
         found = self.peek()
         if not found or found not in expected:
             got = repr(found) if found else "the end of the file"
@@ -136,13 +136,13 @@ class _Scanner:
                 ) from error
             except (ValueError, RecursionError) as error:
                 raise _not_parsed(self.place(), error) from error
-            if end < len(self._text) or not self._read():  # a number might go on
+            if end < len(self._text) or not self._read():  # a number may continue in the next chunk
                 text = self._text[self._at : end]
                 self._move(end)
                 return value, text
 
     def place(self) -> str:
-        """Where it has come to, for error texts."""
+        """The current file and line, for error messages."""
         return f"{self._path}: line {self._line}"
 
     def _may_go_on(self, error: json.JSONDecodeError) -> bool:
@@ -154,7 +154,7 @@ class _Scanner:
         self._at = to
 
     def _read(self) -> bool:
-        """Read on, each time twice as much of a row; false at the end of the file."""
+        """Read more, doubling the text of an incomplete row; false at the end of the file."""
         left = len(self._text) - self._at
         if left > ROW_LIMIT:
             raise too_long(f"{self.place()}: the row that begins here")
@@ -172,7 +172,7 @@ class _Scanner:
 
 
 def _elements(scanner: _Scanner) -> Iterator[tuple[Any, str]]:
-    """The elements of a list that is all of a file."""
+    """The elements of a list that is the whole file."""
     scanner.take("[")
     yield from _rest_of_list(scanner)
     _end(scanner, "its list of rows")
@@ -189,7 +189,7 @@ def _rest_of_list(scanner: _Scanner) -> Iterator[tuple[Any, str]]:
 
 
 def _objects(scanner: _Scanner) -> Iterator[tuple[Any, str]]:
-    """The rows in the one list of an object, or objects that are rows themselves."""
+    """The rows in the only list of an object, or objects that are rows themselves."""
     if scanner.peek() != "{":
         yield scanner.value()
         return
@@ -219,7 +219,7 @@ def _objects(scanner: _Scanner) -> Iterator[tuple[Any, str]]:
 
 
 def _keys(scanner: _Scanner) -> Iterator[str]:
-    """The keys of an object; the caller takes their values."""
+    """The keys of an object; the caller must read the value after each key."""
     scanner.take("{")
     if scanner.peek() == "}":
         scanner.take("}")
@@ -242,7 +242,7 @@ def _end(scanner: _Scanner, what: str) -> None:
 
 
 def _reason(error: json.JSONDecodeError) -> str:
-    return error.msg.removesuffix(" at")  # a column
+    return error.msg.removesuffix(" at")  # the caller adds the column
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -254,7 +254,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _not_parsed(place: str, error: Exception) -> EdgeLoraError:
-    """The error for a number of thousands of digits, a key given twice, or deep nesting."""
+    """The error for a number with thousands of digits, a repeated key, or deep nesting."""
     if isinstance(error, RecursionError):
         return EdgeLoraError(f"{place}: is nested too deeply, expected a JSON object")
     if isinstance(error, _KeyTwiceError):

@@ -1,4 +1,4 @@
-"""Lines of a data file as bytes, compressed or not, and as text."""
+"""Read and decode lines of data files, which may be compressed."""
 
 import gzip
 import zlib
@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 from mlx_edgelora.errors import EdgeLoraError
 
-# A row is read whole; one of more bytes is a mistake, not a text.
+# Largest size of a row in bytes. Rows are read whole, and a larger one is an error.
 ROW_LIMIT = 100_000_000
 LIMIT = "100 MB"
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
@@ -18,10 +18,10 @@ UTF_8_MARK = b"\xef\xbb\xbf"
 
 @contextmanager
 def open_data(path: Path) -> Iterator[BinaryIO]:
-    """A file's bytes, uncompressed if its name ends with .gz.
+    """Open a file for reading bytes, uncompressed if its name ends with .gz.
 
     Raises:
-        EdgeLoraError: what cannot be read or uncompressed, here and while the file is read.
+        EdgeLoraError: the file cannot be read or uncompressed, on opening or within the context.
     """
     try:
         with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
@@ -35,7 +35,11 @@ def open_data(path: Path) -> Iterator[BinaryIO]:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Lines with their numbers, from 1; a line costs its own bytes and no more than `ROW_LIMIT`."""
+    """Lines of a file with their numbers from 1, one in memory at a time.
+
+    Raises:
+        EdgeLoraError: the file cannot be read, or a line is longer than `ROW_LIMIT`.
+    """
     with open_data(path) as file:
         number = 0
         while line := file.readline(ROW_LIMIT + 1):
@@ -46,7 +50,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def decode(place: str, line: bytes) -> str:
-    """The text of a line; raises `EdgeLoraError` where it is not UTF-8."""
+    """The text of a line; raises `EdgeLoraError` if it is not UTF-8."""
     try:
         return line.decode()
     except UnicodeDecodeError as error:
@@ -54,7 +58,7 @@ def decode(place: str, line: bytes) -> str:
 
 
 def not_utf_8(place: str, start: bytes, error: UnicodeDecodeError) -> EdgeLoraError:
-    """The error for bytes that are no text; `start` may show what else they are."""
+    """The error for bytes that are not UTF-8; `start`, the first bytes, may reveal UTF-16."""
     reason = (
         "it begins like UTF-16"
         if start.startswith(UTF_16)
@@ -64,7 +68,7 @@ def not_utf_8(place: str, start: bytes, error: UnicodeDecodeError) -> EdgeLoraEr
 
 
 def too_long(place: str) -> EdgeLoraError:
-    """The error for a row that is larger than any text."""
+    """The error for a row that is larger than `ROW_LIMIT`."""
     return EdgeLoraError(
         f"{place}: is longer than {LIMIT}, the limit of a row; split it into several"
     )

@@ -1,4 +1,4 @@
-"""From a run's options to its tokenized train, valid and test sets."""
+"""Load and tokenize the training, validation and test sets of a run."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,20 +15,20 @@ from mlx_edgelora.errors import EdgeLoraError
 def load_datasets(
     config: TrainConfig, tokenizer: Any, notify: Callable[[str], None] | None = None
 ) -> tuple[Dataset | None, Dataset | None, Dataset | None]:
-    """The train, valid and test sets that a run needs, tokenized and checked.
+    """The training, validation and test sets that a run needs, tokenized and checked.
 
     Args:
-        config: its data, as `find_sets` finds it.
-        tokenizer: as `mlx_lm.load` returns it.
-        notify: gets a line about where rows come from and what they are, and one where there is
-            no valid set.
+        config: options of the run; see `find_sets` for those of the data.
+        tokenizer: a tokenizer of `mlx_lm.load`.
+        notify: called with a line about the source and kind of rows, and with a line if there is
+            no validation set.
 
     Returns:
-        Three data sets; None for one that the run does not need, and for a valid set that
-        does not exist. Print `dataset.report.warning()` of each.
+        Three data sets, or None for a set that the run does not need and for a validation set
+        that does not exist. Callers should print `dataset.report.warning()` of each.
 
     Raises:
-        EdgeLoraError: a data set that is missing, cannot be read, holds a bad row (named by
+        EdgeLoraError: a data set is missing, cannot be read, contains an invalid row (named by
             file and line) or has no usable row.
     """
     *sets, about = find_sets(config)
@@ -56,7 +56,7 @@ def _encoder(config: TrainConfig, tokenizer: Any) -> Encoder:
 
 
 def _encode(part: Part, encode: Encoder, findings: Findings) -> Iterator[Row]:
-    """Tokenize row after row, so that no more than one is held as text."""
+    """Tokenize rows one by one, so that only one is in memory as text."""
     for number, row in part.rows():
         try:
             encoded = encode(row)

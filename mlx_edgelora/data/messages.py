@@ -1,4 +1,4 @@
-"""Messages, tool calls and tools as people write them, turned into what chat templates expect."""
+"""Convert messages, tool calls and tools of various formats to the form of chat templates."""
 
 import json
 from collections.abc import Mapping
@@ -6,8 +6,8 @@ from typing import Any
 
 from mlx_edgelora.data.conversation import REASONING_KEYS, Message, RowError
 
-# Other names of roles, in every kind of row. Names that some chat templates know themselves
-# (`ipython`, `observation`, `function`) are aliases only in ShareGPT's messages.
+# Aliases of roles in every kind of row. Roles that some chat templates know themselves
+# (`ipython`, `observation`, `function`) are aliases only in messages of ShareGPT.
 ALIASES = {
     "human": "user",
     "gpt": "assistant",
@@ -24,13 +24,13 @@ SHAREGPT_ALIASES = {
     "tool_response": "tool",
 }
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
-# The role of a message whose text is a call of a tool, as JSON.
+# Roles of messages whose text is a tool call, as JSON.
 CALLING_ROLES = ("function_call", "tool_call")
 TEXT_PARTS = ("text", "input_text", "output_text")
 REASONING_PARTS = ("thinking", "reasoning")
-# Schemas of tools and arguments of calls are nested less deeply than this.
+# Largest depth of nesting of tool schemas and call arguments.
 DEEPEST = 100
-# Text that may hold JSON where a column of a table cannot hold an object.
+# First characters of text that is read as JSON, in tables whose columns contain no objects.
 JSON_STARTS = ("[", "{")
 
 
@@ -40,15 +40,15 @@ def is_message(value: Any) -> bool:
 
 
 def read_messages(place: str, value: Any) -> list[Message]:
-    """Messages as `Conversation` describes them.
+    """Read messages in the form of `Conversation`.
 
     Args:
-        place: the column, to begin error texts with.
+        place: name of the column, at the start of error messages.
         value: a list of objects with `role` and `content`, or `from` and `value`; or the same as
-            JSON text, which is how a CSV file holds it.
+            JSON text, as in a CSV file.
 
     Raises:
-        RowError: something else, or a message without a role or content.
+        RowError: the value is something else, or a message has no role or content.
     """
     messages = _from_json(place, value)
     if not isinstance(messages, list) or not messages:
@@ -60,7 +60,7 @@ def read_messages(place: str, value: Any) -> list[Message]:
 
 
 def read_tools(place: str, value: Any) -> list[Mapping[str, Any]] | None:
-    """Descriptions of tools, from a list of objects or JSON text; None where there are none."""
+    """Read descriptions of tools from a list of objects or JSON text; None if there are none."""
     tools = _from_json(place, value)
     if is_empty(tools):
         return None
@@ -76,14 +76,17 @@ def read_tools(place: str, value: Any) -> list[Mapping[str, Any]] | None:
 
 
 def read_content(place: str, value: Any) -> tuple[str, str | None]:
-    """The text of a content, and the reasoning among its parts.
+    """Read the text of a content, and the reasoning in its parts.
 
     Args:
-        place: to begin error texts with.
+        place: start of error messages.
         value: text, or a list of parts such as `{"type": "text", "text": "..."}`.
 
+    Returns:
+        The text, and the reasoning or None.
+
     Raises:
-        RowError: something else, or a part that is no text, such as an image.
+        RowError: the value is something else, or a part is not text, such as an image.
     """
     if isinstance(value, str):
         return value, None
@@ -97,17 +100,17 @@ def read_content(place: str, value: Any) -> tuple[str, str | None]:
 
 
 def with_reasoning(message: Message, reasoning: str | None) -> Message:
-    """The message with its reasoning under every name that templates read it by."""
+    """The message with its reasoning under all names that templates read."""
     return message if reasoning is None else message | dict.fromkeys(REASONING_KEYS, reasoning)
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a value stands for an empty cell: null, NaN, no text, an empty list."""
+    """Whether a value is that of an empty cell: null, NaN, empty text, list or object."""
     return value is None or value != value or value in ("", [], {})  # noqa: PLR0124, NaN
 
 
 def short(value: Any) -> str:
-    """A value for an error text."""
+    """A value as short text for an error message."""
     shown = repr(value)
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
@@ -140,7 +143,7 @@ def _read_message(place: str, value: Any) -> Message:
     if not calls and not is_empty(legacy):
         calls = _read_calls(place, legacy)
     reasoning = _reasoning(place, fields)
-    # Whoever only calls a tool, or only thinks, says nothing.
+    # A message with only tool calls or reasoning may have no content.
     if content is None and (calls or reasoning is not None):
         content = ""
     if not isinstance(content, str | list):
@@ -153,7 +156,7 @@ def _read_message(place: str, value: Any) -> Message:
 
 
 def _known_role(role: str, from_sharegpt: bool) -> str:
-    """The role without aliases; one that nobody knows is left as it is, for the template."""
+    """The role without aliases; an unknown role is passed to the template unchanged."""
     name = role.strip().lower()
     name = ALIASES.get(name, name)
     if from_sharegpt:
@@ -162,7 +165,7 @@ def _known_role(role: str, from_sharegpt: bool) -> str:
 
 
 def _reasoning(place: str, fields: dict[str, Any]) -> str | None:
-    """The reasoning of a message, whose keys are taken out of its fields."""
+    """The reasoning of a message; its keys are removed from `fields`."""
     found = None
     for key in REASONING_KEYS:
         value = fields.pop(key, None)
@@ -205,12 +208,12 @@ def _read_call(place: str, value: Any) -> dict[str, Any]:
 
 
 def _read_arguments(place: str, value: Any) -> Mapping[str, Any]:
-    """Arguments are an object, however they are written; a call may have none."""
+    """The arguments of a call, from an object or JSON text; empty if there are none."""
     if is_empty(value):
         return {}
     if isinstance(value, str):
         value = parse_json(place, value)
-        # Some write the JSON text of JSON text.
+        # Some data sets encode JSON text as JSON again.
         value = parse_json(place, value) if isinstance(value, str) else value
     if value is None:
         return {}
@@ -221,14 +224,14 @@ def _read_arguments(place: str, value: Any) -> Mapping[str, Any]:
 
 
 def _from_json(place: str, value: Any) -> Any:
-    """The value, or what it says where it is JSON text of a list or an object."""
+    """The value, parsed if it is JSON text of a list or an object."""
     if isinstance(value, str) and value.lstrip().startswith(JSON_STARTS):
         return parse_json(place, value)
     return value
 
 
 def parse_json(place: str, text: str) -> Any:
-    """What JSON text inside a row says; raises `RowError` where it is none."""
+    """Parse JSON text in a row; raises `RowError` if it is not JSON."""
     try:
         value = json.loads(text)
         json.dumps(value, ensure_ascii=False).encode()
@@ -242,7 +245,7 @@ def parse_json(place: str, text: str) -> Any:
 
 
 def _check_depth(place: str, value: Any, depth: int = 0) -> None:
-    """Templates and checks walk these values, which must end."""
+    """Refuse deep nesting, because templates and checks visit these values recursively."""
     if depth > DEEPEST:
         raise RowError(f"{place}: is nested more than {DEEPEST} deep")
     if isinstance(value, Mapping):

@@ -1,29 +1,29 @@
-"""Which rows share a row of a batch: first-fit decreasing, in windows of rows drawn at random.
+"""Pack rows of a data set into rows of batches: first-fit decreasing in random windows.
 
-Every epoch draws another order of the rows and cuts it into windows. In a window the rows are
-taken from the longest to the shortest, and each goes into the first row that still has room for
-it. First-fit decreasing needs at most 11/9 of the least number of rows, and one (Johnson, 1973);
-of a window at most one row is less than half full.
+Every epoch draws a new order of the rows and divides it into windows. The rows of a window are
+taken from the longest to the shortest, and each is put into the first packed row with enough room.
+First-fit decreasing makes at most 11/9 of the smallest possible number of packed rows, plus a
+constant (Johnson, 1973). In each window at most one packed row is less than half full.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-# Rows of a window: more fill rows no better, and each row looks at all that were begun.
+# Rows of a window. Larger windows pack no better, and the time is quadratic in their size.
 WINDOW = 4096
 
 
 def pack(lengths: np.ndarray, capacity: int, random: np.random.RandomState) -> list[np.ndarray]:
-    """Groups of rows that share a row.
+    """Pack rows into rows of `capacity` tokens.
 
     Args:
-        lengths: int [n], tokens of each row, none above `capacity`.
-        capacity: tokens of a shared row.
-        random: draws which rows are in one window.
+        lengths: int [n], tokens of each row; none above `capacity`.
+        capacity: tokens of a packed row.
+        random: draws the windows.
 
     Returns:
-        For each shared row the indices of its rows, int [k].
+        For each packed row the indices of its rows, int [k].
     """
     order = random.permutation(len(lengths))
     shared: list[np.ndarray] = []
@@ -37,7 +37,7 @@ def _first_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     free = np.full(len(lengths), capacity, np.int64)
     filled: list[list[int]] = []
     for place in np.argsort(-lengths, kind="stable"):
-        # The first row that was not begun has room for any.
+        # The first empty row has enough room for any length.
         row = int(np.argmax(free[: len(filled) + 1] >= lengths[place]))
         if row == len(filled):
             filled.append([])
@@ -47,18 +47,19 @@ def _first_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
 
 
 def most_shared(lengths: np.ndarray, capacity: int) -> int:
-    """The most shared rows that `pack` makes, whatever is drawn."""
-    # Of two shared rows of a window the later one begins with what the earlier had no room for.
+    """An upper bound of the number of packed rows of `pack`, for any random order."""
+    # Two packed rows of a window are together longer than `capacity`, because the first row in
+    # the later one did not fit into the earlier one.
     windows = -(-len(lengths) // WINDOW)
     return min(len(lengths), 2 * int(lengths.sum()) // capacity + windows)
 
 
 def most_labels(lengths: np.ndarray, labels: np.ndarray, room: int) -> int:
-    """No batch of so many tokens holds more labels.
+    """An upper bound of the number of labelled tokens of a batch.
 
     Args:
         lengths: int [n], tokens of each row.
-        labels: int [n], how many of them are labelled.
+        labels: int [n], labelled tokens of each row.
         room: tokens of a batch.
     """
     order = np.argsort(-labels / lengths, kind="stable")
@@ -66,11 +67,11 @@ def most_labels(lengths: np.ndarray, labels: np.ndarray, room: int) -> int:
     whole = int(np.searchsorted(tokens, room, side="right"))
     if whole == len(order):
         return int(found[-1])
-    # The next row counts as if it were cut where the batch ends.
+    # The row at the end of the batch is counted as a whole.
     return int(found[whole])
 
 
 def mean_context(lengths: Sequence[int] | np.ndarray) -> int:
-    """Tokens of the row that a token is in, averaged over tokens: what attention costs by."""
+    """The length of a token's row, averaged over tokens; attention's cost grows with it."""
     lengths = np.asarray(lengths, np.int64)
     return int(np.ceil((lengths**2).sum() / lengths.sum()))

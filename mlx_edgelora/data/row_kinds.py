@@ -1,7 +1,8 @@
-"""What kinds of rows there are, which of them a data set has, and how its rows are read.
+"""Kinds of rows: how they are recognized by their columns, and how they are read.
 
-The first three are mlx-lm's and come first, so that its data means the same here. A kind is found
-from the columns of many rows, not of the first alone: optional ones may be missing there.
+The first three kinds are those of mlx-lm and take precedence, so that its data means the same
+here. A kind is recognized from the columns of many rows, because the first row may lack optional
+columns.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +29,7 @@ from mlx_edgelora.data.messages import (
 )
 
 Row = Mapping[str, Any]
-# Columns of prompts and answers by which a row is taken for a question and its answer.
+# Pairs of columns of a question and its answer.
 QUESTIONS = (
     ("question", "answer"),
     ("prompt", "response"),
@@ -41,13 +42,20 @@ QUESTIONS = (
 )
 SYSTEM = ("system", "system_prompt")
 TOOLS = ("tools", "functions")
-# Columns named in an error or in the line about the rows are at most so many.
+# Largest number of columns named in an error or in the line about the rows.
 NAMED = 8
 
 
 @dataclass(frozen=True)
 class Features:
-    """The columns of mlx-lm's kinds; the defaults are mlx-lm's."""
+    """Names of the columns of mlx-lm's kinds of rows; the defaults are mlx-lm's.
+
+    Attributes:
+        prompt: column of prompts.
+        completion: column of completions.
+        text: column of plain text.
+        chat: column of messages.
+    """
 
     prompt: str = "prompt"
     completion: str = "completion"
@@ -56,7 +64,13 @@ class Features:
 
 
 class _Layout(NamedTuple):
-    """Where a kind of rows has its parts: part -> column, and part -> possible columns."""
+    """The columns of a kind of rows.
+
+    Attributes:
+        kind: name of the kind.
+        needed: column of each part that every row has.
+        optional: possible columns of each part that a row may have.
+    """
 
     kind: str
     needed: dict[str, str]
@@ -68,12 +82,12 @@ class RowKind:
     """The kind of the rows of a data set.
 
     Attributes:
-        name: one of the names that `--data-format` takes.
-        needed: part (such as `prompt`) -> the column that holds it in every row.
-        optional: part -> the columns that may hold it; the first that does in a row counts.
-        found: the columns that are read, of those that were looked at.
-        unused: the others.
-        system_prompt: for conversations that have none.
+        name: a value of `--data-format`.
+        needed: column of each part (such as `prompt`) that every row has.
+        optional: possible columns of each optional part; the first one with a value is used.
+        found: columns that are read, of the rows examined.
+        unused: the other columns of the rows examined.
+        system_prompt: system prompt of conversations without one; None for none.
     """
 
     name: str
@@ -84,15 +98,15 @@ class RowKind:
     system_prompt: str | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
-        """As in the header of a run: `alpaca (instruction, output); not used: id`."""
+        """The kind as in the header of a run: `alpaca (instruction, output); not used: id`."""
         unused = f"; not used: {_named(self.unused, quote=str)}" if self.unused else ""
         return f"{self.name} ({', '.join(self.found)}){unused}"
 
     def read(self, row: Row) -> CanonicalRow:
-        """The row in its canonical form.
+        """Convert a row to its canonical form.
 
         Raises:
-            RowError: a column that is missing or holds something else than it should.
+            RowError: a column is missing, or has a value of the wrong type.
         """
         for column in self.needed.values():
             if column not in row:
@@ -111,18 +125,18 @@ class RowKind:
 
 @dataclass(frozen=True)
 class _Cells:
-    """The parts that one row has, with their columns for error texts."""
+    """The values of a row by part, with their columns for error messages."""
 
     values: Mapping[str, Any]
     columns: Mapping[str, str]
     system_prompt: str | None
 
     def content(self, part: str) -> tuple[str, str | None]:
-        """A part that must be text, and reasoning if it is a list of parts that holds some."""
+        """The text of a part, and its reasoning or None."""
         return read_content(self.columns[part], self.values[part])
 
     def optional_text(self, part: str) -> str | None:
-        """The text of a part that the row may not have."""
+        """The text of an optional part; None if the row does not have it."""
         return self.content(part)[0] if part in self.values else None
 
 
@@ -132,17 +146,17 @@ def find_kind(
     kind: str | None = None,
     system_prompt: str | None = None,
 ) -> RowKind:
-    """The kind that most of some rows have; of several that fit, the first in mlx-lm's order.
+    """The kind of most of the rows; of several kinds that fit equally, the first one.
 
     Args:
-        rows: at least one; as many as it takes to see every column.
-        features: the columns of prompts, completions, texts and messages. If one of them is not
-            mlx-lm's, only kinds whose columns they name are looked for.
-        kind: one of the names that `--data-format` takes, to look for no other.
-        system_prompt: of conversations that have none.
+        rows: a sample of at least one row, large enough to contain every column.
+        features: columns of prompts, completions, texts and messages. If one of them differs from
+            mlx-lm's default, only kinds with these columns are considered.
+        kind: a value of `--data-format`; other kinds are not considered.
+        system_prompt: system prompt of conversations without one.
 
     Raises:
-        RowError: no row is of a kind, or `system_prompt` is given for text.
+        RowError: no kind fits, or `system_prompt` is given for plain text.
     """
     keys = list(dict.fromkeys(key for row in rows for key in row))
     layouts = [_resolved(layout, keys) for layout in _layouts(features, kind)]
@@ -163,7 +177,7 @@ def find_kind(
 
 
 def _layouts(features: Features, kind: str | None) -> list[_Layout]:
-    """All that can be, in the order of preference."""
+    """All possible layouts in the order of preference."""
     both = {"system": SYSTEM, "tools": TOOLS}
     pair = both | {"reasoning": REASONING_KEYS}
     alpaca = pair | {"input": ("input", "context"), "history": ("history",)}
@@ -199,7 +213,7 @@ def _layouts(features: Features, kind: str | None) -> list[_Layout]:
 
 
 def _resolved(layout: _Layout, keys: Sequence[str]) -> _Layout:
-    """With the columns as the rows call them."""
+    """The layout with the spelling of the rows' columns, ignoring case and spaces."""
     simple = {key.strip().casefold(): key for key in reversed(keys)}
 
     def find(name: str) -> str | None:
@@ -214,7 +228,12 @@ def _resolved(layout: _Layout, keys: Sequence[str]) -> _Layout:
 
 
 def _fit(layout: _Layout, rows: Sequence[Row]) -> tuple[int, bool, int]:
-    """How many rows have what the layout needs; whether the first has; how many, nulls included."""
+    """How well a layout fits.
+
+    Returns:
+        The number of rows with all needed values, whether the first row has them, and the number
+        of rows with all needed columns, nulls included.
+    """
     columns = layout.needed.values()
     full = [all(row.get(column) is not None for column in columns) for row in rows]
     return sum(full), full[0], sum(all(column in row for column in columns) for row in rows)
@@ -230,7 +249,7 @@ def _read_chat(cells: _Cells) -> CanonicalRow:
 
 
 def _read_pair(cells: _Cells) -> CanonicalRow:
-    """Prompt and completion are text, or messages each."""
+    """Read a prompt and a completion, which are each text or messages."""
     prompt = _messages_of(cells, "prompt", "user")
     completion = _messages_of(cells, "completion", "assistant")
     if REASONING_KEYS[0] not in completion[0]:
@@ -239,7 +258,7 @@ def _read_pair(cells: _Cells) -> CanonicalRow:
 
 
 def _read_alpaca(cells: _Cells) -> CanonicalRow:
-    """The input follows the instruction after a blank line; earlier turns are in the history."""
+    """Read an instruction, with its input after a blank line and earlier turns in `history`."""
     parts = cells.content("prompt")[0], cells.optional_text("input")
     question = {"role": "user", "content": "\n\n".join(part for part in parts if part)}
     content, reasoning = cells.content("completion")
@@ -280,7 +299,7 @@ def _messages_of(cells: _Cells, part: str, role: str) -> list[Message]:
 def _conversation(
     cells: _Cells, messages: list[Message], prompt_messages: int | None = None
 ) -> Conversation:
-    """With the row's own system prompt, or the run's where there is none."""
+    """A conversation with the row's own system prompt, or else that of the run."""
     own = cells.optional_text("system")
     has_system = any(message["role"] in SYSTEM_ROLES for message in messages)
     if own is not None and has_system and messages[0]["content"] != own:
@@ -317,7 +336,7 @@ def _named(names: Sequence[str], quote: Callable[[str], str] = repr) -> str:
 
 
 def _expected(layouts: Sequence[_Layout]) -> str:
-    """The columns that would do, of each kind those that are most usual."""
+    """The most common columns of each kind, for an error message."""
     usual = {layout.kind: layout for layout in reversed(layouts)}
     kinds = dict.fromkeys(layout.kind for layout in layouts)
     return ", or ".join(" and ".join(map(repr, usual[kind].needed.values())) for kind in kinds)

@@ -1,4 +1,4 @@
-"""Which rows are a run's training, validation and test set, before they are tokenized."""
+"""Find the rows of a run's training, validation and test sets, before tokenization."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,21 +16,21 @@ from mlx_edgelora.data.row_kinds import Features, RowKind, find_kind
 from mlx_edgelora.data.sources import Source, data_suffix, file_source
 from mlx_edgelora.errors import EdgeLoraError
 
-# So many rows are looked at for the kind of all.
+# Number of rows from which the kind of all rows is recognized.
 SAMPLE = 100
 PURPOSES = {"train": "training", "valid": "validation", "test": "the test"}
-# What is expected where a set is missing.
+# A function from the name of a missing set to a description of what is expected.
 Missing = Callable[[str], str]
 
 
 class Part(NamedTuple):
-    """Rows of one kind from one place, all of them or some.
+    """All or some rows of one source, all of the same kind.
 
     Attributes:
-        source: the place.
-        kind: what its rows are.
-        only: which of its rows are taken, bool [rows]; None for all.
-        name: what to call them.
+        source: source of the rows.
+        kind: kind of the rows.
+        only: bool [rows], the rows that belong to this part; None for all rows.
+        name: name of the part in messages.
     """
 
     source: Source
@@ -39,10 +39,10 @@ class Part(NamedTuple):
     name: str
 
     def rows(self) -> Iterator[tuple[int, CanonicalRow]]:
-        """Rows in their canonical form with their numbers; one is in memory at a time.
+        """Rows in their canonical form with their numbers, one in memory at a time.
 
         Raises:
-            EdgeLoraError: naming the place of a row that cannot be read.
+            EdgeLoraError: a row cannot be read; the message names its file and line.
         """
         for position, (number, row) in enumerate(self.source.rows):
             if self.only is None or self.only[position]:
@@ -56,11 +56,11 @@ class Sets(NamedTuple):
     """The rows that a run needs.
 
     Attributes:
-        train: parts of the training set, none where the run needs it not.
-        valid: the same of the validation set, none also where there is no such set.
-        test: the same of the test set.
-        about: a line about where the rows come from and what they are, and one about a
-            validation set that is missing.
+        train: parts of the training set; empty if the run does not need it.
+        valid: parts of the validation set; empty if the run does not need it or it is missing.
+        test: parts of the test set; empty if the run does not need it.
+        about: a line about the sources and kinds of the rows, and a line if the validation set is
+            missing.
     """
 
     train: list[Part]
@@ -70,16 +70,16 @@ class Sets(NamedTuple):
 
 
 def find_sets(config: TrainConfig) -> Sets:
-    """Find the sets that a run needs and the kinds of their rows.
+    """Find the sets that a run needs, and the kinds of their rows.
 
     Args:
-        config: `hf_dataset` wins over `data`, which is a folder, a file or a name on the Hugging
-            Face Hub. Train and valid sets are wanted if `train` is true, the test set if `test`
-            is; `val_split` takes a valid set out of the train set.
+        config: options of the run. `hf_dataset` takes precedence over `data`, which is a folder,
+            a file or a name on the Hugging Face Hub. With `train` the training and validation
+            sets are needed, with `test` the test set. `val_split` splits the validation set off
+            the training set.
 
     Raises:
-        EdgeLoraError: a training or test set that is missing or has no rows, or one that cannot
-            be read.
+        EdgeLoraError: a training or test set is missing, or a set has no rows or cannot be read.
     """
     wanted = {
         "train": config.train,
@@ -108,7 +108,7 @@ _Parts = dict[str, list[Part]]
 
 
 def _find_parts(config: TrainConfig, wanted: Sequence[str]) -> tuple[_Parts, Missing]:
-    """The parts of each wanted set, and what is expected where one has none."""
+    """The parts of each wanted set, and a description of what is expected for a missing set."""
     if config.hf_dataset is not None:
         return _find_hub_entries(config, config.hf_dataset, wanted), str
     if config.data is None:
@@ -126,12 +126,12 @@ def _find_sources(
     data: str, wanted: Sequence[str]
 ) -> tuple[Mapping[str, Iterable[Source]], Missing]:
     place = Path(os.path.expanduser(data))
-    if os.path.isdir(place):  # unlike Path's, false instead of an error without permission
+    if os.path.isdir(place):  # false without permission, where Path.is_dir() raises
         files = find_files(place, wanted)
         found = {split: [file_source(path) for path in files.splits[split]] for split in wanted}
         return found, files.missing
     if os.path.exists(place) or data_suffix(place) is not None:
-        # A file is the training set, or what is tested where nothing is trained.
+        # A single file is the training set, or the test set of a run without training.
         return {wanted[0]: [file_source(place)]}, _missing_beside_file
     if place.is_absolute() or data.startswith((".", "~")) or len(place.parts) > 2:
         raise EdgeLoraError(
@@ -153,7 +153,7 @@ def _missing_beside_file(split: str) -> str:
 def _find_hub_entries(
     config: TrainConfig, entries: Sequence[HubDataset], wanted: Sequence[str]
 ) -> _Parts:
-    """As mlx-lm: several entries are one data set, in their order."""
+    """Join several entries to one data set in their order, as mlx-lm does."""
     parts: _Parts = {split: [] for split in wanted}
     for entry in entries:
         splits = {
@@ -178,7 +178,7 @@ def _features(config: TrainConfig, entry: HubDataset | None = None) -> Features:
 
 
 def _part(source: Source, features: Features, config: TrainConfig) -> Part:
-    """The source with the kind of its rows."""
+    """All rows of a source, with their kind."""
     sample = list(islice(source.rows, SAMPLE))
     if not sample:
         raise EdgeLoraError(f"{source.name}: has no rows, expected at least one")
@@ -217,7 +217,7 @@ def _split_off(parts: _Parts, share: float, seed: int) -> _Parts:
 
 
 def _about(parts: _Parts) -> str:
-    """Of what kind rows are, and which are which set unless their files have mlx-lm's names."""
+    """A line about the kinds of rows; sources are named unless they have mlx-lm's file names."""
     by_kind: dict[str, list[str]] = {}
     for split, found in parts.items():
         kinds: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""Where rows come from: one file of a kind that is read here, or the rows of a data set."""
+"""Sources of rows: a file of a known format, or a split of a data set."""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -15,13 +15,13 @@ SUFFIXES = (*LINES, ".json", ".csv", ".tsv", ".parquet", TEXT)
 
 
 class Source(NamedTuple):
-    """Rows and what to call them.
+    """A source of rows.
 
     Attributes:
-        name: in messages.
-        row_name: before a row's number.
-        read: begins to read numbered rows, as often as it is called.
-        is_text: whether each row is `{"text": ...}`, whatever columns the run names.
+        name: name of the source in messages.
+        row_name: name of a row in messages, followed by its number.
+        read: reads the numbered rows from the start; may be called several times.
+        is_text: whether each row is `{"text": ...}`, whatever columns the options name.
     """
 
     name: str
@@ -31,25 +31,25 @@ class Source(NamedTuple):
 
     @property
     def rows(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        """Numbered rows, from the first on."""
+        """The numbered rows from the start."""
         return self.read()
 
 
 def jsonl_source(path: Path) -> Source:
     """The objects of a JSONL file with their line numbers; blank lines are skipped.
 
-    Its rows raise `EdgeLoraError` naming the file and line that is not a JSON object.
+    Reading raises `EdgeLoraError` for a line that is not a JSON object, with its file and number.
     """
     return Source(str(path), f"{path}: line", partial(read_json_lines, path))
 
 
 def file_source(path: Path) -> Source:
-    """The rows of a file, read as its name says; only a list in a .jsonl file is read as one.
+    """The rows of a file, whose format follows from its name; .jsonl may contain a JSON list.
 
-    Its rows, of which few are in memory at once, raise `EdgeLoraError` naming file and line.
+    Few rows are in memory at once. Reading raises `EdgeLoraError` with the file and line.
 
     Raises:
-        EdgeLoraError: the name says nothing, or the file cannot be read.
+        EdgeLoraError: the name has no known ending, or the file cannot be read.
     """
     suffix = data_suffix(path)
     if suffix in (*LINES, ".json"):
@@ -70,9 +70,9 @@ def file_source(path: Path) -> Source:
 
 
 def data_suffix(path: Path) -> str | None:
-    """The ending of a name by which a file is read, without .gz; None for other files."""
+    """The ending of a file name that gives its format, without .gz; None for other files."""
     name = path.name.lower()
     is_packed = name.endswith(".gz")
     suffix = Path(name.removesuffix(".gz")).suffix
-    # Parquet is compressed inside, and not read from a stream.
+    # Parquet has its own compression and cannot be read from a stream, so .gz is not supported.
     return suffix if suffix in SUFFIXES and not (is_packed and suffix == ".parquet") else None

@@ -1,22 +1,23 @@
-"""Labelled spans: which tokens of a row are trained, as int32 [k, 2] of (start, stop).
+"""Labelled spans: the tokens of a row to train on, as int32 [k, 2] of (start, stop).
 
-A token is trained as the label of the one before it, so the first token of a row is in no span.
+A token is the label of the token before it, so the first token of a row is in no span.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-# Positions of labelled tokens: the offset of the first one, with all that follow it, or spans.
+# Labelled tokens: the position of the first one, with all tokens after it, or spans.
 Labelled = int | Sequence[Sequence[int]] | np.ndarray
 
 
 def spans_of(labelled: Labelled, length: int) -> np.ndarray:
-    """The spans of a row that can be trained: int32 [k, 2], in order, apart and not empty.
+    """The labelled spans of a row: int32 [k, 2], in order, disjoint and not empty.
 
     Args:
-        labelled: the position of the first token to train on, 0 for all, or (start, stop) pairs.
-        length: tokens of the row; spans end there.
+        labelled: position of the first token to train on (0 for all tokens), or (start, stop)
+            pairs.
+        length: tokens of the row; spans are cut there.
     """
     if np.ndim(labelled) == 0:
         labelled = [(labelled, length)]
@@ -29,15 +30,15 @@ def spans_of(labelled: Labelled, length: int) -> np.ndarray:
 
 
 def count_labels(spans: np.ndarray) -> int:
-    """The number of tokens in spans that are apart."""
+    """The number of tokens in disjoint spans."""
     return int((spans[:, 1] - spans[:, 0]).sum())
 
 
 def label_mask(spans: Sequence[np.ndarray], width: int) -> np.ndarray:
-    """Which labels of a batch train.
+    """The mask of the labels of a batch to train on.
 
     Args:
-        spans: of each row, int32 [k, 2].
+        spans: labelled spans of each row, int32 [k, 2].
         width: T + 1, tokens of a row with padding.
 
     Returns:
@@ -51,7 +52,7 @@ def label_mask(spans: Sequence[np.ndarray], width: int) -> np.ndarray:
 
 
 def _apart(spans: np.ndarray) -> np.ndarray:
-    """In order, with those that touch or overlap joined."""
+    """Sort spans, and join those that touch or overlap."""
     joined: list[list[int]] = []
     for start, stop in sorted(spans.tolist()):
         if joined and start <= joined[-1][1]:

@@ -1,4 +1,4 @@
-"""Rows of CSV, TSV and Parquet files, and of plain text."""
+"""Read rows from CSV, TSV and Parquet files, and from plain text."""
 
 import csv
 from collections import Counter
@@ -12,14 +12,14 @@ from mlx_edgelora.errors import EdgeLoraError
 
 Rows = Iterator[tuple[int, Mapping[str, Any]]]
 
-# Of a file whose first line has no comma; spreadsheets of some countries write them.
+# Separators of a file whose header has no comma; spreadsheets write them in some locales.
 OTHER_SEPARATORS = (";", "\t")
-# So many rows of a Parquet file become Python objects at once.
+# Number of rows of a Parquet file that are converted to Python objects at once.
 ROWS_AT_ONCE = 256
 
 
 def read_text(path: Path) -> Rows:
-    """A row of each line of a text file that is not blank, with its number."""
+    """The lines of a text file as rows with their line numbers; blank lines are skipped."""
     for number, line in read_lines(path):
         if line.strip():
             yield number, {"text": decode(f"{path}: line {number}", line).rstrip("\r\n")}
@@ -30,11 +30,11 @@ def read_csv(path: Path, separator: str | None = None) -> Rows:
 
     Args:
         path: the file.
-        separator: between cells; without one a comma, or what the header has in its place.
+        separator: separator of cells; None for the one found in the header, by default a comma.
 
     Raises:
-        EdgeLoraError: the file and line that cannot be read, or that has more or fewer cells
-            than the header.
+        EdgeLoraError: a line cannot be read, or has more or fewer cells than the header; the
+            message names the file and line.
     """
     lines = (decode(f"{path}: line {number}", line) for number, line in read_lines(path))
     begin: list[str] = []
@@ -56,8 +56,8 @@ def read_csv(path: Path, separator: str | None = None) -> Rows:
 
 
 def _records(path: Path, lines: Iterator[str], separator: str) -> Iterator[tuple[int, list[str]]]:
-    """The cells of each record that has any text, with the number of its first line."""
-    csv.field_size_limit(max(csv.field_size_limit(), ROW_LIMIT))  # of all readers; 131,072 before
+    """The cells of each record that is not blank, with the number of its first line."""
+    csv.field_size_limit(max(csv.field_size_limit(), ROW_LIMIT))  # global; 131,072 by default
     reader = csv.reader(lines, delimiter=separator, strict=True)
     while True:
         number = reader.line_num + 1
@@ -80,7 +80,7 @@ def _separator(header: str) -> str:
 
 
 def _header(place: str, cells: list[str]) -> list[str]:
-    """Names of columns; a column without one is not read."""
+    """The names of the columns; a column without a name is not read."""
     names = [cell.strip() for cell in cells]
     for name, count in Counter(filter(None, names)).items():
         if count > 1:
@@ -89,7 +89,7 @@ def _header(place: str, cells: list[str]) -> list[str]:
 
 
 def read_parquet(path: Path) -> Rows:
-    """The rows of a Parquet file with their numbers, some hundreds at a time.
+    """The rows of a Parquet file with their numbers; a few hundred are in memory at a time.
 
     Raises:
         EdgeLoraError: the package pyarrow is missing, or the file cannot be read.
@@ -117,7 +117,10 @@ def read_parquet(path: Path) -> Rows:
 
 
 def without_nulls(value: Any) -> Any:
-    """A row of a columnar file without the keys that only other rows have, at every depth."""
+    """A row of a columnar file without null values, at every depth.
+
+    Columnar files fill in null for keys that only other rows have.
+    """
     if isinstance(value, Mapping):
         return {key: without_nulls(part) for key, part in value.items() if part is not None}
     if isinstance(value, list | tuple):

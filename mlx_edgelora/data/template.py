@@ -1,4 +1,4 @@
-"""A tokenizer's chat template: conversations to text, and text to tokens."""
+"""A tokenizer's chat template: renders conversations as text, and encodes text as tokens."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -16,13 +16,13 @@ class Template:
     """The chat template of a tokenizer.
 
     Attributes:
-        stops: ids of the tokens at which generation ends.
-        end: id of the end-of-sequence token, or None.
+        stops: ids of the tokens that end generation.
+        end: id of the end-of-sequence token; None if there is none.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        # mlx-lm wraps the tokenizer and does not hand out which tokens an assistant writes.
+        # mlx-lm's wrapper does not return the mask of the assistant's tokens.
         self._inner = getattr(tokenizer, "_tokenizer", tokenizer)
         self.end = tokenizer.eos_token_id
         stops = getattr(tokenizer, "eos_token_ids", None) or [self.end]
@@ -35,22 +35,27 @@ class Template:
         tools: Sequence[Mapping[str, Any]] | None,
         generate: bool = False,
     ) -> str:
-        """The conversation as text; with `generate` it ends where an answer is to begin.
+        """Render a conversation as text.
+
+        Args:
+            messages: the messages.
+            tools: descriptions of tools; None without.
+            generate: end with the opening of an answer, as for generation.
 
         Raises:
             RowError: there is no template, or it refuses the messages.
         """
-        if not messages:  # which transformers refuses
+        if not messages:  # transformers refuses an empty list
             return ""
         options = {"add_generation_prompt": True} if generate else {}
         return self._applied(messages, tools, tokenize=False, **options)
 
     def tokens(self, text: str) -> list[int]:
-        """The tokens of a conversation's text, without any that the text does not have."""
+        """The tokens of a conversation's text, without added special tokens."""
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
     def tokens_and_ends(self, text: str) -> tuple[list[int], list[int] | None]:
-        """The tokens of a text, and where each ends in it; None where that is not known."""
+        """The tokens of a text, and the end of each in characters, or None if unknown."""
         if getattr(self._inner, "is_fast", False):
             found = self._inner(text, add_special_tokens=False, return_offsets_mapping=True)
             ends = [end for _, end in found["offset_mapping"]]
@@ -59,17 +64,20 @@ class Template:
         return self.tokens(text), None
 
     def encoded(self, messages: Sequence[Message], tools: Sequence | None) -> list[int]:
-        """The tokens of a conversation as the tokenizer itself makes them."""
+        """The tokens of a conversation, rendered and encoded by the tokenizer itself."""
         return list(self._applied(messages, tools, tokenize=True))
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of tokens, special ones included."""
+        """The text of tokens, including special tokens."""
         return self._tokenizer.decode(list(tokens))
 
     def check(self, messages: Sequence[Message], tools: Sequence | None, tokens: list[int]) -> None:
-        """Raise `RowError` where the tokenizer makes other tokens of a conversation than `tokens`.
+        """Check that the tokenizer itself encodes a conversation as `tokens`.
 
-        Looks at the first conversation that it gets.
+        Only the first call checks; later calls do nothing.
+
+        Raises:
+            RowError: the tokens differ.
         """
         if self._checked:
             return
@@ -83,14 +91,16 @@ class Template:
     def assistant_mask(
         self, messages: Sequence[Message], tools: Sequence | None, tokens: list[int]
     ) -> list[bool] | None:
-        """Which tokens the template says an assistant writes (`{% generation %}`), or None.
+        """The mask of the assistant's tokens that the template marks with `{% generation %}`.
 
-        None too where the tokenizer cannot tell, or makes other tokens than `tokens`.
+        Returns:
+            A mask of `tokens`; None if the template marks nothing, the tokenizer does not support
+            masks, or the tokenizer's own tokens differ from `tokens`.
         """
         if not self._marks_answers(tools):
             return None
         options: dict[str, Any] = {}
-        if getattr(self._tokenizer, "has_thinking", None) is not None:  # as mlx-lm's wrapper
+        if getattr(self._tokenizer, "has_thinking", None) is not None:  # as mlx-lm's wrapper does
             options["enable_thinking"] = self._tokenizer.has_thinking
         try:
             found = self._inner.apply_chat_template(
@@ -101,13 +111,13 @@ class Template:
                 **options,
             )
         except (TemplateError, ValueError, TypeError, KeyError, AttributeError):
-            return None  # slow tokenizers do not know where a token's text is
+            return None  # slow tokenizers do not know the positions of tokens in the text
         if list(found["input_ids"]) != tokens:
             return None
         return [bool(value) for value in found["assistant_masks"]]
 
     def _marks_answers(self, tools: Sequence | None) -> bool:
-        if getattr(self._tokenizer, "_chat_template", None) is not None:  # code of mlx-lm
+        if getattr(self._tokenizer, "_chat_template", None) is not None:  # mlx-lm's own code
             return False
         try:
             template = self._inner.get_chat_template(tools=tools)

@@ -1,1 +1,1 @@
-"""From an adapter to files that other programs use; adapter and model are read tensor by tensor."""
+"""Export adapters to files for other programs, one tensor at a time."""

@@ -1,9 +1,8 @@
-"""Merge adapters into their model, tensor by tensor.
+"""Merge adapters into their model, one tensor at a time.
 
 mlx-lm's own layers do the arithmetic (`fuse` of its LoRA and DoRA layers), on arrays that MLX has
-not read yet. Tensors are then computed, written and dropped one after the other, so that a model
-of any size is fused in the memory of a few of its tensors, and each tensor is that of
-`mlx_lm.fuse` to the last bit.
+not read yet. Then tensors are computed, written and dropped one after the other. A model of any
+size needs the memory of a few tensors, and every tensor equals that of `mlx_lm.fuse` bit for bit.
 """
 
 import contextlib
@@ -32,9 +31,9 @@ from mlx_edgelora.storage.files import cannot_write, locked, sync, sync_folder, 
 from mlx_edgelora.storage.safetensors import read_header, write_tensors
 from mlx_edgelora.training.adapters import CONFIG_FILE, WEIGHTS_FILE, check_adapter
 
-# As mlx-lm's shards.
+# Largest size of a shard, as in mlx-lm.
 SHARD_BYTES = 5 << 30
-# Beside the weights: what the tokenizer and generation need. Code is never copied.
+# Files for the tokenizer and generation, copied with the weights. Code is never copied.
 COMPANIONS = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "*.jsonl")
 NOT_COPIED = ("config.json", "model.safetensors.index.json")
 _NOTE = "fuse.json"
@@ -52,21 +51,23 @@ def fuse(
 ) -> Path:
     """Write a model with adapters merged into its weights, in its own quantization.
 
+    Needs memory for a few tensors, and disk space for the whole model.
+
     Args:
-        model: a folder or a Hub name; None for the one that the first adapter was trained on.
-        adapters: their folders.
-        save_path: a folder that does not exist yet. A run that was interrupted goes on with the
-            shards that are missing.
-        weights: what each adapter is multiplied by; None for 1.
-        dequantize: write unpacked weights.
-        notify: gets a line for each shard.
+        model: a folder or a Hub name; None for the model that the first adapter was trained on.
+        adapters: folders of the adapters.
+        save_path: a folder that does not exist yet. After an interruption, the next call writes
+            only the missing shards.
+        weights: factor of each adapter; None for 1.
+        dequantize: write dequantized weights.
+        notify: called with a line for each shard.
 
     Returns:
-        `save_path`. Memory: a few tensors. Disk: the size of the model.
+        `save_path`.
 
     Raises:
-        EdgeLoraError: an adapter does not fit the model or the others, or the disk is full;
-            `save_path` does not exist then.
+        EdgeLoraError: an adapter does not fit the model or another adapter, or the disk is full;
+            `save_path` is not created.
     """
     adapters, save_path = [Path(folder) for folder in adapters], Path(save_path)
     if os.path.lexists(save_path):
@@ -84,12 +85,12 @@ def fuse(
     stamp = _stamp(lazy, adapters, weights, dequantize)
     config = _merge(lazy, adapters, configs, weights, dequantize)
     building = save_path.with_name(f".{save_path.name}.building")
-    if building.is_symlink():  # what it leads to is not ours to empty
+    if building.is_symlink():  # the folder that it points to must not be emptied
         raise EdgeLoraError(f"save_path: {building} is a link, expected none; remove it")
     try:
         building.mkdir(parents=True, exist_ok=True)
         with locked(building, "--save-path"):
-            if os.path.lexists(save_path):  # by another run, meanwhile
+            if os.path.lexists(save_path):  # created by another run meanwhile
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
             _begin(building, stamp)
             _write(building, lazy, config, notify)
@@ -119,7 +120,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _stamp(
     lazy: LazyModel, adapters: Sequence[Path], weights: Sequence[float] | None, dequantize: bool
 ) -> str:
-    """What the result depends on, so that shards of another one are not taken for it."""
+    """A hash of all inputs of a fusion, so that shards of other inputs are not reused."""
     digest = hashlib.sha256(repr((weights, dequantize)).encode())
     for shard in sorted({shard for shard, _ in lazy.checkpoint.tensors.values()}):
         status = shard.stat()
@@ -138,7 +139,7 @@ def _merge(
     weights: Sequence[float] | None,
     dequantize: bool,
 ) -> dict[str, Any]:
-    """Make the model's parameters the merged ones, nothing of which is computed; its config."""
+    """Replace the model's parameters by the merged ones, unevaluated; returns its config."""
     try:
         if len(adapters) == 1 and weights is None:
             load_adapters(lazy.model, str(adapters[0]))
@@ -167,7 +168,7 @@ def _merge(
 def _add_adapters(
     model: nn.Module, adapters: Sequence[Path], configs: Sequence[dict], weights: Sequence[float]
 ) -> None:
-    """Give the model one LoRA layer for all adapters of a layer: their ranks side by side."""
+    """Give each adapted layer one LoRA layer that concatenates the ranks of all adapters."""
     parts: dict[str, list[tuple[mx.array, mx.array]]] = {}
     for folder, config, weight in zip(adapters, configs, weights, strict=True):
         if config.get("fine_tune_type", "lora") != "lora":
@@ -180,7 +181,7 @@ def _add_adapters(
         for name in [name for name in arrays if name.endswith(".lora_a")]:
             place = name.removesuffix(".lora_a")
             parts.setdefault(place, []).append((arrays[name], factor * arrays[f"{place}.lora_b"]))
-    # mlx-lm names layers as they are called inside a block, or in full outside of the blocks.
+    # mlx-lm names layers relative to their block; layers outside the blocks have full names.
     keys = sorted({re.sub(r"^.*?\.\d+\.", "", place, count=1) for place in parts})
     settings = {"rank": 1, "scale": 1.0, "dropout": 0.0, "keys": keys}
     linear_to_lora_layers(model, len(model.layers), settings)
@@ -198,7 +199,7 @@ def _add_adapters(
 
 
 def _set_side_by_side(layer: nn.Module, parts: Sequence[tuple[mx.array, mx.array]]) -> None:
-    """lora_a [in, r] and lora_b [r, out]; of experts [E, r, in] and [E, out, r]."""
+    """Concatenate lora_a [in, r] and lora_b [r, out]; of experts [E, r, in] and [E, out, r]."""
     a, b = zip(*parts, strict=True)
     rank_of_a, rank_of_b = (1, 2) if b[0].ndim == 3 else (1, 0)
     layer.lora_a = mx.concatenate(a, axis=rank_of_a)
@@ -206,7 +207,7 @@ def _set_side_by_side(layer: nn.Module, parts: Sequence[tuple[mx.array, mx.array
 
 
 def _begin(building: Path, stamp: str) -> None:
-    """Keep the shards of an interrupted run of the same kind, nothing else."""
+    """Remove all files except the shards of an interrupted run with the same inputs."""
     try:
         same = json.loads((building / _NOTE).read_bytes()) == {"inputs": stamp}
     except (OSError, ValueError):
@@ -225,7 +226,7 @@ def _write(
     count = get_total_parameters(lazy.model)
     total = sum(array.nbytes for _, array in parameters)
     lazy.raw.clear()
-    lazy.model = None  # whoever held the arrays would keep all that was computed
+    lazy.model = None  # a reference to the arrays would keep their results in memory
     shards = _shards(parameters)
     parameters.clear()
     index = {"metadata": {"total_size": total, "total_parameters": count}, "weight_map": {}}
@@ -258,7 +259,7 @@ def _write(
 
 
 def _shards(parameters: Tensors) -> list[Tensors]:
-    """As mlx-lm divides them."""
+    """Divide parameters into shards, as mlx-lm does."""
     shards: list[Tensors] = []
     filled = 0
     for name, array in parameters:

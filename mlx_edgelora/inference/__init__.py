@@ -1,1 +1,1 @@
-"""Using a model with its adapter within a memory budget; mlx-lm does the sampling."""
+"""Generate with a model and its adapter within a memory budget; mlx-lm does the sampling."""

@@ -1,4 +1,4 @@
-"""Answers of a model to prompts, within a memory budget; tokens are chosen by mlx-lm."""
+"""Answer prompts within a memory budget; mlx-lm chooses the tokens."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,13 +25,15 @@ from mlx_edgelora.storage.files import user_cache
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen, as in `mlx_lm.generate`.
+    """Options of sampling, as in `mlx_lm.generate`.
 
     Attributes:
-        max_tokens: of an answer, at most.
+        max_tokens: largest number of tokens of an answer.
         temp: temperature; 0 always takes the likeliest token.
-        top_p, min_p, top_k: limits of the choice; 0 for none.
-        seed: of MLX's generator; None leaves it alone.
+        top_p: smallest total probability of the tokens to choose from; 0 or 1 for all tokens.
+        min_p: smallest probability of a token relative to the likeliest one; 0 for all tokens.
+        top_k: number of tokens to choose from; 0 for all tokens.
+        seed: seed of MLX's random generator; None keeps its state.
     """
 
     max_tokens: int = 256
@@ -42,14 +44,14 @@ class Sampling:
     seed: int | None = None
 
     def sampler(self) -> Callable[[mx.array], mx.array]:
-        """mlx-lm's, and the generator seeded."""
+        """Seed the random generator, and return mlx-lm's sampler."""
         if self.seed is not None:
             mx.random.seed(self.seed)
         return make_sampler(self.temp, self.top_p, self.min_p, top_k=self.top_k)
 
 
 class Generator:
-    """A model that answers; make it by `open_generator`."""
+    """Generates answers with a model; made by `open_generator`."""
 
     def __init__(
         self, model: nn.Module, tokenizer: TokenizerWrapper, rows: int, prefill_step: int
@@ -58,11 +60,11 @@ class Generator:
         self._rows, self._prefill_step = rows, prefill_step
 
     def encode(self, messages: Sequence[dict[str, str]] | str) -> list[int]:
-        """Tokens of a conversation that waits for an answer, or of plain text."""
+        """Tokens of a prompt; see the function `encode`."""
         return encode(self._tokenizer, messages)
 
     def stream(self, prompt: list[int], sampling: Sampling) -> Iterator[str]:
-        """The pieces of one answer as they come."""
+        """Yield pieces of the text of one answer as they are generated."""
         responses = stream_generate(
             self._model,
             self._tokenizer,
@@ -75,7 +77,7 @@ class Generator:
             yield response.text
 
     def answers(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[str]:
-        """The answers to prompts, as many at once as the memory was planned for."""
+        """The answers to prompts, computed in batches of the size planned for."""
         if len(prompts) == 1:
             return ["".join(self.stream(prompts[0], sampling))]
         found: list[str] = []
@@ -94,7 +96,11 @@ class Generator:
 
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
-        """The base model, for as long as this is entered."""
+        """Switch the adapter off; it is switched on again on exit.
+
+        Raises:
+            EdgeLoraError: the adapter has no LoRA layers, or is a DoRA adapter.
+        """
         layers = [m for m in self._model.modules() if "lora_b" in m and hasattr(m, "scale")]
         if not layers:
             raise EdgeLoraError(
@@ -117,12 +123,12 @@ class Generator:
 
 
 def encode(tokenizer: TokenizerWrapper, messages: Sequence[dict[str, str]] | str) -> list[int]:
-    """Tokens of a conversation that waits for an answer, or of plain text.
+    """Tokens of a prompt: a conversation without its next answer, or plain text.
 
-    Without a chat template a single message is plain text, as in mlx-lm.
+    Without a chat template a single message is encoded as plain text, as in mlx-lm.
 
     Raises:
-        EdgeLoraError: the tokenizer's template does not take the conversation.
+        EdgeLoraError: the tokenizer's chat template refuses the conversation.
     """
     if not isinstance(messages, str) and not tokenizer.has_chat_template:
         if len(messages) > 1:
@@ -154,16 +160,21 @@ def open_generator(
     notify: Callable[[str], None] = print,
     prompts: Sequence[Sequence[dict[str, str]] | str] = (),
 ) -> Iterator[Generator]:
-    """Open a model that answers within a budget.
+    """Open a model that generates within a memory budget.
 
     Args:
         model: a folder or a Hub name.
-        adapter: its folder; None for the base model.
-        memory_budget: bytes for MLX; "min" for the least; None for what is free.
-        rows: prompts that are answered at once.
-        tokens: of the longest prompt with its answer; of an answer, where `prompts` are given.
-        notify: gets a line about where the weights are.
-        prompts: what will be asked.
+        adapter: folder of the adapter; None for the base model.
+        memory_budget: bytes for MLX; "min" for the smallest possible peak; None for the memory
+            that is free.
+        rows: number of prompts that are answered at once.
+        tokens: tokens of the longest prompt and its answer together; with `prompts`, tokens of
+            the answer alone.
+        notify: called with a line about the memory plan.
+        prompts: the prompts to answer, if they are known.
+
+    Yields:
+        The generator.
 
     Raises:
         EdgeLoraError: the model or adapter cannot be used, or the budget is too small.
@@ -174,7 +185,7 @@ def open_generator(
     tokens += max((len(encode(tokenizer, prompt)) for prompt in prompts), default=0)
     plan = plan_inference(lazy, budget, rows, tokens)
     notify(plan.text(len(lazy.model.layers)))
-    if plan.is_resident:  # as mlx-lm does it, several operations of blocks at once
+    if plan.is_resident:  # mlx-lm's own path, which does not evaluate block by block
         ready, _ = load_model(lazy.source)
         if adapter is not None:
             ready = load_adapters(ready, str(adapter))
@@ -187,7 +198,7 @@ def open_generator(
 
 @contextmanager
 def _limited(budget: int) -> Iterator[None]:
-    """MLX's cache of freed buffers would grow beyond a small budget."""
+    """Limit MLX's cache of freed buffers, which would outgrow a small budget."""
     before: Any = mx.set_cache_limit(max(16 << 20, budget // 16))
     try:
         yield

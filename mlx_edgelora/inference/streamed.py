@@ -1,9 +1,9 @@
-"""An mlx-lm model whose blocks are read from disk each time they are called.
+"""Run an mlx-lm model whose blocks are read from disk at every call.
 
-The model stays mlx-lm's own, caches and sampling included: only calls of its blocks are
-intercepted, which bind the weights of one block, compute it and let the weights go while the next
-block is read. One pass over the file serves all rows of a batch, so many prompts at once cost
-little more time than one.
+The model is mlx-lm's own, with its caches and sampling. Only calls of its blocks are intercepted:
+the weights of one block are bound, the block is computed, and its weights are dropped while the
+next block is read. One pass over the file serves all rows of a batch, so a batch of prompts takes
+little more time than a single prompt.
 """
 
 from collections.abc import Iterator
@@ -29,27 +29,27 @@ from mlx_edgelora.model.lora import freeze
 from mlx_edgelora.planner.shape import shape_of
 from mlx_edgelora.planner.sizes import ModelShape
 
-# A tile of the vocabulary head that stays on disk.
+# Size of the tiles in which a vocabulary head is read from disk.
 TILE_BYTES = 40 << 20
-# Tokens of a prompt that are computed at once, the most first.
+# Possible numbers of prompt tokens that are computed at once, largest first.
 PREFILL_STEPS = (2048, 512, 128, 32)
-# mlx-lm's caches grow by so many tokens.
+# Number of tokens by which mlx-lm's caches grow.
 CACHE_STEP = 256
-# Of what is computed for a token, beside the widest layers of an MLP, in hidden states.
+# Activations of a token outside the MLP and attention, in units of hidden states.
 STATES = 8
 
 
 @dataclass(frozen=True)
 class InferencePlan:
-    """What stays in memory while a model generates.
+    """Memory plan of a model that generates.
 
     Attributes:
-        streamed_blocks: so many first blocks are read from disk for every token; 0 for a model
-            that mlx-lm can hold.
-        head_streamed: whether the vocabulary head is read by tiles, too.
-        prefill_step: tokens of a prompt that are computed at once.
-        peak: expected bytes.
-        read: bytes read for each token, of all prompts together.
+        streamed_blocks: number of first blocks that are read from disk for every token; 0 if the
+            model fits into memory.
+        head_streamed: whether the vocabulary head is read in tiles, too.
+        prefill_step: number of prompt tokens that are computed at once.
+        peak: expected peak in bytes.
+        read: bytes read for each token of a batch of prompts.
     """
 
     streamed_blocks: int
@@ -60,11 +60,11 @@ class InferencePlan:
 
     @property
     def is_resident(self) -> bool:
-        """Whether everything is in memory."""
+        """Whether the whole model is in memory."""
         return not self.streamed_blocks and not self.head_streamed
 
     def text(self, blocks: int) -> str:
-        """One line about it."""
+        """One line about the plan, for a model with `blocks` blocks."""
         if self.is_resident:
             return f"the whole model is in memory, expected peak {size(self.peak)}"
         head = " and the vocabulary head" if self.head_streamed else ""
@@ -75,12 +75,12 @@ class InferencePlan:
 
 
 def open_lazy(model: str, adapter: Path | None, cache: Path) -> LazyModel:
-    """A model with its adapter, frozen, of whose weights nothing was read.
+    """Open a frozen model with its adapter, without reading weights.
 
     Args:
         model: a folder or a Hub name.
-        adapter: a folder as mlx-lm and this package write it.
-        cache: where a model is rewritten whose tensors cannot be streamed.
+        adapter: folder of an adapter of mlx-lm or this package; None for the base model.
+        cache: folder for the converted copy of a model whose files cannot be streamed.
 
     Raises:
         EdgeLoraError: the model cannot be opened, or the adapter does not fit it.
@@ -100,18 +100,18 @@ def open_lazy(model: str, adapter: Path | None, cache: Path) -> LazyModel:
 
 
 def plan_inference(lazy: LazyModel, budget: int | str, rows: int, tokens: int) -> InferencePlan:
-    """What to keep in memory: as many blocks as the budget has room for.
+    """Plan to keep the largest number of blocks in memory that fits the budget.
 
-    A model whose blocks cannot be streamed is for mlx-lm, if it fits.
+    A model whose blocks cannot be streamed is run by mlx-lm if it fits.
 
     Args:
-        lazy: as `open_lazy` gives it.
-        budget: bytes for MLX, or "min" for as few as possible.
-        rows: prompts that are answered at once.
-        tokens: of the longest prompt with its answer.
+        lazy: a model of `open_lazy`.
+        budget: bytes for MLX, or "min" for the smallest possible peak.
+        rows: number of prompts that are answered at once.
+        tokens: tokens of the longest prompt and its answer together.
 
     Raises:
-        EdgeLoraError: the budget is too small, or the model can only be held whole.
+        EdgeLoraError: the budget is too small, or the model does not fit and cannot be streamed.
     """
     try:
         lazy.blocks = checked_blocks(lazy.model)
@@ -128,7 +128,7 @@ def plan_inference(lazy: LazyModel, budget: int | str, rows: int, tokens: int) -
     fixed = shape.outside_bytes + shape.adapter_bytes * blocks + shape.outside_adapter_bytes
     cached = -(-tokens // CACHE_STEP) * CACHE_STEP
     fixed += rows * cached * shape.keys * blocks * shape.itemsize  # keys and values
-    fixed += 4 * rows * lazy.vocabulary * 4  # logits and what sampling makes of them
+    fixed += 4 * rows * lazy.vocabulary * 4  # logits and arrays of sampling
 
     def work(step: int, head_streamed: bool) -> int:
         of_head = min(2 * head, 3 * TILE_BYTES) if head_streamed else head
@@ -163,7 +163,7 @@ def _activations(shape: ModelShape, tokens: int) -> int:
 
 
 def _head_bytes(lazy: LazyModel) -> int:
-    """Of the matrix that makes the logits."""
+    """Bytes of the matrix that computes the logits."""
     sizes = [
         sum(array.nbytes for name, array in module.items() if name in ROW_NAMES)
         for module in map(frozen_matrix, lazy.blocks.modules_outside())
@@ -174,10 +174,16 @@ def _head_bytes(lazy: LazyModel) -> int:
 
 @contextmanager
 def streamed(lazy: LazyModel, plan: InferencePlan) -> Iterator[nn.Module]:
-    """The model, ready to be called as mlx-lm calls it; weights come and go by `plan`.
+    """Make the model callable by mlx-lm; its weights are read according to `plan`.
 
-    Whatever a call makes of a block's weights is computed before the block after the next is
-    read into the same memory.
+    The results of a block are evaluated before another block is read into the same memory.
+
+    Args:
+        lazy: a model of `open_lazy`.
+        plan: its plan.
+
+    Yields:
+        The model.
     """
     blocks, meter = lazy.blocks, DiskMeter()
     attached = attach(
@@ -196,7 +202,7 @@ def streamed(lazy: LazyModel, plan: InferencePlan) -> Iterator[nn.Module]:
         block = blocks.blocks[index]
         with bind_arrays(slots[index], values):
             result = block(x, *args, **kwargs)
-            # Caches hold what is made of the weights, too.
+            # Caches contain results of the weights, too.
             states = [value.state for value in (*args, *kwargs.values()) if _is_cache(value)]
             mx.eval(result, states)
         return result
@@ -213,7 +219,7 @@ def _is_cache(value: Any) -> bool:
 
 
 def _settle_head(attached: AttachedWeights, plan: InferencePlan, stack: ExitStack) -> None:
-    """Read the vocabulary head, or let it be computed by tiles."""
+    """Read the vocabulary head into memory, or replace it by a computation in tiles."""
     head = attached.head
     if head is None or head.is_resident:
         return
@@ -238,7 +244,7 @@ def _settle_head(attached: AttachedWeights, plan: InferencePlan, stack: ExitStac
 
 
 def _product(x: mx.array, tile: dict[str, mx.array], matrix: nn.Module) -> mx.array:
-    """What the layer makes of x [..., in] with some of its rows: [..., rows]."""
+    """The output of a layer for x [..., in], restricted to the rows of a tile: [..., rows]."""
     if "scales" in tile:
         y = mx.quantized_matmul(
             x,

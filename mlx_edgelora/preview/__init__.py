@@ -1,1 +1,1 @@
-"""The command that shows data as a run will see it."""
+"""The command that previews the data of a run."""

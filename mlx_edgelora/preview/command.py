@@ -1,4 +1,4 @@
-"""`mlx-edgelora data`: the data as a run will see it, before anything is trained."""
+"""`mlx-edgelora data`: preview the tokenized data of a run, without training."""
 
 import argparse
 import dataclasses
@@ -20,14 +20,14 @@ from mlx_edgelora.preview.page import page
 from mlx_edgelora.storage.files import write_atomically
 from mlx_edgelora.training.inspecting import plan_report, read_data
 
-# Exit statuses beside those of every command.
+# Exit statuses in addition to those of every command.
 TRAINS, REFUSED = 0, 1
 PURPOSES = ("training", "validation", "test")
 
 
 @command
 def main(argv: Sequence[str]) -> int:
-    """Run the command; returns 0, 1 where a run would be refused (`mlx_edgelora.command`)."""
+    """Run the command; returns 1 if a run would refuse the data (`mlx_edgelora.command`)."""
     parser = argparse.ArgumentParser(
         prog="mlx-edgelora data",
         usage="%(prog)s [options] [options of mlx-edgelora train]",
@@ -91,7 +91,7 @@ def _print(text: str) -> None:
 
 
 def _marks() -> tuple[str, str] | None:
-    """What labels stand between; None for colours."""
+    """The marks around labels; None if colours are used."""
     if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
         return None
     encoding = (sys.stdout.encoding or "ascii").lower().replace("-", "")
@@ -99,7 +99,7 @@ def _marks() -> tuple[str, str] | None:
 
 
 def _remarks(config: TrainConfig, sets: Sequence[tuple[str, Dataset]]) -> Iterator[str]:
-    """Lines about what is lost, repeated or cut."""
+    """Lines about lost, repeated and truncated content."""
     longest = 0
     for name, dataset in sets:
         report = dataset.report
@@ -119,7 +119,7 @@ def _remarks(config: TrainConfig, sets: Sequence[tuple[str, Dataset]]) -> Iterat
 
 
 def _longer(config: TrainConfig, longest: int) -> str:
-    """What it would take to cut nothing."""
+    """A line about the memory and time of a limit that truncates no row."""
     wanted = -(-longest // 32) * 32 + 1
     told = f"--max-seq-length {wanted} cuts nothing"
     model = config.model or str(MODEL_PATH)

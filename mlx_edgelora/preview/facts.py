@@ -1,4 +1,4 @@
-"""Facts about tokenized data sets: lengths, labels, duplicates."""
+"""Statistics of tokenized data sets: lengths, labels and duplicates."""
 
 import hashlib
 from dataclasses import dataclass
@@ -7,13 +7,19 @@ import numpy as np
 
 from mlx_edgelora.data import Dataset
 
-# Rows of a histogram.
+# Largest number of bins of a histogram.
 BINS = 8
 
 
 @dataclass(frozen=True)
 class Bin:
-    """Rows of `first` to `last` tokens."""
+    """A bin of a histogram of lengths.
+
+    Attributes:
+        first: smallest number of tokens in the bin.
+        last: largest number of tokens in the bin.
+        rows: number of rows.
+    """
 
     first: int
     last: int
@@ -21,12 +27,16 @@ class Bin:
 
 
 def lengths_of(dataset: Dataset) -> np.ndarray:
-    """Tokens of each row: int64 [n]."""
+    """Number of tokens of each row: int64 [n]."""
     return np.array([len(tokens) for tokens, _ in dataset], np.int64)
 
 
 def histogram(lengths: np.ndarray) -> list[Bin]:
-    """At most `BINS` bins of equal and round width, from the shortest to the longest row."""
+    """A histogram with at most `BINS` bins of one round width.
+
+    Args:
+        lengths: tokens of each row, int [n]; at least one.
+    """
     low, high = int(lengths.min()), int(lengths.max())
     width = _round_up(-(-(high - low + 1) // BINS))
     first = low // width * width
@@ -42,18 +52,18 @@ def histogram(lengths: np.ndarray) -> list[Bin]:
 
 
 def _round_up(number: int) -> int:
-    """The next of 1, 2, 5, 10, 20, 50, ..."""
+    """The smallest of 1, 2, 5, 10, 20, 50, ... that is not below a number."""
     power = 10 ** (len(str(number)) - 1)
     return next(step * power for step in (1, 2, 5, 10) if step * power >= number)
 
 
 def duplicates(dataset: Dataset) -> int:
-    """Rows that an earlier one equals, token by token and label by label."""
+    """Number of rows that have the same tokens and labels as an earlier row."""
     return len(dataset) - len(set(_digests(dataset)))
 
 
 def shared(dataset: Dataset, other: Dataset) -> int:
-    """Rows of `other` whose tokens are those of a row of `dataset`."""
+    """Number of rows of `other` that have the same tokens and labels as a row of `dataset`."""
     known = set(_digests(dataset))
     return sum(digest in known for digest in _digests(other))
 
@@ -66,14 +76,20 @@ def _digests(dataset: Dataset) -> list[bytes]:
 
 
 def labelled_share(dataset: Dataset) -> float:
-    """The share of tokens that are labels."""
+    """Share of tokens that are labels, from 0 to 1."""
     report = dataset.report
     return report.labels / report.tokens if report.tokens else 0.0
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Some neighbouring tokens of a row, all labelled or none, as text."""
+    """Consecutive tokens of a row, all labelled or all unlabelled, as text.
+
+    Attributes:
+        text: the decoded text.
+        is_labelled: whether the tokens are labelled.
+        tokens: number of tokens.
+    """
 
     text: str
     is_labelled: bool
@@ -81,7 +97,13 @@ class Segment:
 
 
 def segments(tokens: np.ndarray, spans: np.ndarray, tokenizer: object) -> list[Segment]:
-    """A row as text, cut where labels begin and end."""
+    """Decode a row in segments that begin and end with its labelled spans.
+
+    Args:
+        tokens: int32 [n], tokens of the row.
+        spans: int32 [k, 2], labelled spans.
+        tokenizer: the model's tokenizer.
+    """
     found, at = [], 0
     for start, stop in [*spans.tolist(), (len(tokens), len(tokens))]:
         for first, last, is_labelled in ((at, start, False), (start, stop, True)):
@@ -93,5 +115,5 @@ def segments(tokens: np.ndarray, spans: np.ndarray, tokenizer: object) -> list[S
 
 
 def sampled(count: int, wanted: int) -> list[int]:
-    """Numbers of some rows, spread evenly."""
+    """Evenly spaced indices of at most `wanted` of `count` rows."""
     return sorted({round(i * (count - 1) / max(1, wanted - 1)) for i in range(min(wanted, count))})

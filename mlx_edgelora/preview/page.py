@@ -1,4 +1,4 @@
-"""The preview as one HTML page that needs nothing else."""
+"""The preview as one self-contained HTML page."""
 
 from collections.abc import Iterator, Sequence
 from html import escape
@@ -27,12 +27,12 @@ def page(
     remarks: Sequence[str],
     rows: Sequence[tuple[str, Sequence[Segment]]],
 ) -> str:
-    """The whole page.
+    """The HTML page.
 
     Args:
-        sets: data sets with what they are for.
-        remarks: lines about them.
-        rows: places of some rows and their text; labels are marked.
+        sets: data sets with their purposes.
+        remarks: lines about the data sets.
+        rows: places and segments of some rows; labelled segments are marked.
     """
     body = [f"<h1>{escape('Data as the run will see it')}</h1>"]
     for name, dataset in sets:

@@ -1,4 +1,4 @@
-"""The preview as lines of at most 80 columns for a terminal."""
+"""The preview as lines of at most 80 columns, for a terminal."""
 
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -10,19 +10,19 @@ from mlx_edgelora.preview.facts import Segment
 
 COLUMNS = 80
 BAR = 40
-# Of a segment that is longer, the beginning and the end are shown.
+# Largest number of characters of a segment that are shown: its beginning and its end.
 SHOWN = 400
 GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
 MARKS, ASCII_MARKS = ("⟦", "⟧"), (">>", "<<")
 
 
 def fitted(text: str, indent: str = "  ") -> list[str]:
-    """A line as lines of at most 80 columns."""
+    """Wrap a line to at most 80 columns."""
     return wrap(text, COLUMNS, subsequent_indent=indent, break_on_hyphens=False) or [""]
 
 
 def overview(name: str, dataset: Dataset) -> list[str]:
-    """Rows, tokens, labels and a histogram of lengths."""
+    """Lines about rows, tokens and labels of a data set, with a histogram of lengths."""
     report, lengths = dataset.report, facts.lengths_of(dataset)
     lines = [
         *fitted(f"{name}: {report.name}"),
@@ -48,7 +48,13 @@ def _median(lengths: Sequence[int]) -> float:
 
 
 def row(place: str, segments: Sequence[Segment], marks: tuple[str, str] | None) -> list[str]:
-    """A row as text, its labels in colour or between marks."""
+    """Lines of a row's text, with its labels in colour or between marks.
+
+    Args:
+        place: name of the row.
+        segments: text of the row.
+        marks: marks around labels; None for colours.
+    """
     tokens = sum(part.tokens for part in segments)
     labels = sum(part.tokens for part in segments if part.is_labelled)
     lines = fitted(f"{place} ({tokens:,} tokens, {labels:,} of them labels)")
@@ -72,7 +78,7 @@ def _marked(text: str, is_labelled: bool, marks: tuple[str, str] | None) -> str:
 
 
 def _wrapped(characters: Sequence[tuple[str, bool]], coloured: bool) -> Iterator[str]:
-    """Lines, each with its own colours; what could change the terminal is written out."""
+    """Wrap characters; each line sets its own colours, and control characters are escaped."""
     line: list[str] = []
     width, colour = 0, False
 

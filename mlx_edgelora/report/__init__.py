@@ -1,1 +1,1 @@
-"""A page about a run, drawn from its log alone."""
+"""The report page of a run, made from its log alone."""

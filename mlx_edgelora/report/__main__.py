@@ -1,4 +1,4 @@
-"""`mlx-edgelora report`: a page about a run, from its log."""
+"""`mlx-edgelora report`: make a page about a run from its log."""
 
 import argparse
 import sys
@@ -13,13 +13,13 @@ from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.report.page import check_target, write_report
 
 EXAMPLE = "mlx-edgelora-report.html"
-# Steps of the example.
+# Number of steps of the example run.
 STEPS = 20
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One sentence, like every other mistake."""
+        """Raise `EdgeLoraError` for a wrong option."""
         raise EdgeLoraError(f"command line: {message}; --help lists the options")
 
 
@@ -70,7 +70,7 @@ def _report(log: Path, target: Path) -> None:
 
 
 def _example(target: Path) -> None:
-    # A report of a log loads none of this.
+    # Imported here because a report of an existing log does not need them.
     from mlx_edgelora.config import config_from_cli  # noqa: PLC0415
     from mlx_edgelora.config.yaml_file import read_yaml  # noqa: PLC0415
     from mlx_edgelora.embedded import DEFAULT_CONFIG  # noqa: PLC0415

@@ -1,4 +1,4 @@
-"""Charts as HTML: curves in an SVG that stretches with the page, labels as text that does not."""
+"""Charts as HTML: curves in an SVG that stretches with the page, labels as unstretched text."""
 
 import json
 import math
@@ -8,13 +8,13 @@ from html import escape
 
 from mlx_edgelora.measure.profile import PhasePeak
 
-# The SVG's own units; it is stretched to the width and height of its place on the page.
+# Width and height of the SVG in its own units; the page stretches it.
 SIDE = 1000
-# A line across the chart that lies higher than so many times the curves would flatten them.
+# A limit higher than this multiple of the curves is not drawn, because it would flatten them.
 MOST_HEADROOM = 4
-# Bars that a phone can show; of more the highest of neighbours are kept.
+# Number of bars that a phone can show; of more bars, the highest of each group is kept.
 MOST_BARS = 300
-# Classes of `page.css`, for phases in their order.
+# Classes of `page.css` for phases, in order.
 COLOURS = ("c0", "c1", "c3", "c4", "c5", "c6", "c2")
 
 
@@ -23,10 +23,10 @@ class Line:
     """A curve of a chart.
 
     Attributes:
-        name: for the legend.
-        style: class of `page.css` that gives the colour.
-        points: (x, y) in order.
-        dotted: whether the points are marked.
+        name: name in the legend.
+        style: class of `page.css` with the colour.
+        points: (x, y) pairs in order of x.
+        dotted: whether points are marked.
     """
 
     name: str
@@ -46,15 +46,15 @@ def curves(
     """A chart of curves over steps.
 
     Args:
-        title: above it.
-        lines: those without points are left out.
-        shown: writes a value with its unit.
+        title: title above the chart.
+        lines: the curves; curves without points are left out.
+        shown: formats a value with its unit.
         from_zero: whether the axis begins at 0.
-        limit: a value to draw across the chart, with its name.
-        above: what is too high to be drawn, for the legend.
+        limit: name and value of a horizontal line across the chart.
+        above: description of a curve that is too high to be drawn, for the legend.
 
     Returns:
-        A `figure`; nothing where no line has points.
+        A `figure` element; empty if no curve has points.
     """
     lines = [line for line in lines if line.points]
     if not lines:
@@ -91,9 +91,17 @@ def curves(
 
 
 def phases(title: str, entries: Sequence[PhasePeak], shown: Callable[[float], str]) -> str:
-    """A chart of one step: a bar for the peak of each phase of each block, in order.
+    """A chart of one step, with a bar for the peak of each phase of each block in order.
 
-    The part that was held when the phase began is darker.
+    The memory in use when the phase began is darker.
+
+    Args:
+        title: title above the chart.
+        entries: peaks of the phases; at least one.
+        shown: formats a number of bytes.
+
+    Returns:
+        A `figure` element.
     """
     entries = _few(entries)
     names = list(dict.fromkeys(entry.phase for entry in entries))
@@ -125,7 +133,7 @@ def phases(title: str, entries: Sequence[PhasePeak], shown: Callable[[float], st
 
 
 class _Scale:
-    """From values to the SVG's units."""
+    """Converts values to units of the SVG."""
 
     def __init__(self, low: float, high: float) -> None:
         self.low, self.high = low, high
@@ -139,7 +147,7 @@ def _ticks(low: float, high: float, count: int = 5, inside: bool = False) -> lis
     span = max(high - low, 1e-12) if high > low else abs(high) or 1.0
     power = 10.0 ** math.floor(math.log10(span / count))
     step = next(power * by for by in (1, 2, 2.5, 5, 10) if span <= count * power * by * (1 + 1e-9))
-    if inside:  # of whole numbers
+    if inside:  # steps are whole numbers
         step = max(1.0, float(round(step)))
     near = 1e-9
     first = math.ceil(low / step - near) if inside else math.floor(low / step + near)
@@ -156,7 +164,7 @@ def _few(entries: Sequence[PhasePeak]) -> list[PhasePeak]:
 def _hints(
     lines: Iterable[Line], x: _Scale, shown: Callable[[float], str]
 ) -> list[tuple[float, str]]:
-    """What to show where the pointer is: a place from 0 to 1, and a text."""
+    """Texts to show under the pointer, with their horizontal position from 0 to 1."""
     words: dict[float, list[str]] = {}
     for line in lines:
         for step, value in line.points:

@@ -1,4 +1,4 @@
-"""The page: one HTML file without anything from outside, for any width, light and dark."""
+"""The report page: one self-contained HTML file for any width, light and dark."""
 
 import base64
 import hashlib
@@ -17,7 +17,7 @@ from mlx_edgelora.storage.files import make_folder, write_atomically
 
 STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 SCRIPT = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
-# Only this script runs, and nothing is loaded: whatever a log holds, it stays text.
+# Only this script may run and nothing is loaded, so the content of a log cannot run code.
 SCRIPT_HASH = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
 POLICY = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{SCRIPT_HASH}'"
 PAGE = """<!DOCTYPE html>
@@ -41,25 +41,25 @@ PAGE = """<!DOCTYPE html>
 
 
 def write_report(lines: Iterable[bytes], place: str, target: Path) -> None:
-    """Read the last run of a log and write the page about it.
+    """Read the last run of a log and write its report page.
 
     Args:
-        lines: of the log.
-        place: what to call the log.
-        target: the HTML file; one that exists is replaced whole.
+        lines: lines of the log.
+        place: name of the log in error messages.
+        target: the HTML file; an existing file is replaced.
 
     Raises:
-        EdgeLoraError: the log holds no run, or the file cannot be written.
+        EdgeLoraError: the log contains no run, or the file cannot be written.
     """
     text = page(read_run(lines, place)).encode()
     write_atomically({target: lambda file: file.write(text)})
 
 
 def check_target(target: Path) -> None:
-    """See that a report can be written to a file: better before a run than after it.
+    """Check before a run that its report can be written to a file.
 
     Raises:
-        EdgeLoraError: it is a folder, or its folder is none or cannot be written.
+        EdgeLoraError: the file is a folder, or its folder does not exist or cannot be written.
     """
     if target.is_dir():
         raise EdgeLoraError(f"{target}: is a folder, expected the report's file; name one in it")
@@ -69,7 +69,7 @@ def check_target(target: Path) -> None:
 
 
 def page(run: Run) -> str:
-    """The whole page about a run, as far as its log goes."""
+    """The HTML page of a run; parts without records in the log are left out."""
     name = _name(run)
     budget = number(run.event("plan").get("budget_bytes"))
     loss = Line("training", "c0", run.train_loss.points)
@@ -93,7 +93,7 @@ def page(run: Run) -> str:
 
 
 def _name(run: Run) -> str:
-    """What was trained, without its folder."""
+    """Name of the model without its folder."""
     model = str(run.event("run").get("model") or "a training run").rstrip("/").rpartition("/")[2]
     return model[:1].upper() + model[1:] if " " in model else model
 
@@ -106,7 +106,7 @@ def _head(run: Run, name: str) -> str:
         "interrupted": (f"interrupted after {where}", "poor"),
         "failed": (f"ended by an error after {where}", "poor"),
     }.get(str(end.get("status")), (f"no end in the log; last report at {where}", "poor"))
-    if not run.event("run"):  # nor would there be one
+    if not run.event("run"):  # a log of mlx-lm's callbacks, which have no end
         words, style = f"last report at {where}", "plain"
     reason = f'<p class="reason">{escape(str(end["reason"]))}</p>' if end.get("reason") else ""
     started = str(run.event("run").get("started") or "").replace("T", " ")[:16]
@@ -118,7 +118,7 @@ def _head(run: Run, name: str) -> str:
 
 
 def _tiles(run: Run, budget: float | None) -> str:
-    """The figures that matter, large."""
+    """The main figures, as large tiles."""
     tiles, speed = [], 0.0
     for name, curve in (("Validation loss", run.val_loss), ("Training loss", run.train_loss)):
         if curve:
@@ -150,7 +150,10 @@ def _tile(tile: tuple[str, str, str, float | None]) -> str:
 
 
 def _memory(run: Run, budget: float | None) -> str:
-    """Memory over the run; the process is only named where it would flatten the rest."""
+    """A chart of memory over the run.
+
+    The process's curve is only mentioned in the legend if it would flatten the other curves.
+    """
     peak = Line("peak of MLX", "c0", run.peak.points)
     process = Line("whole process", "c2", run.process.points)
     limit = None if budget is None else (f"MLX budget {_size(budget)}", budget)
@@ -161,7 +164,7 @@ def _memory(run: Run, budget: float | None) -> str:
 
 
 def _facts(title: str, facts: Any, more: str = "") -> str:
-    """Names and what they are, as a list."""
+    """A titled list of names and values."""
     if not isinstance(facts, Mapping) or not facts:
         return ""
     rows = "".join(
@@ -172,7 +175,7 @@ def _facts(title: str, facts: Any, more: str = "") -> str:
 
 
 def _step_memory(run: Run) -> str:
-    """Where the memory of a step goes: as measured, or else as the planner expects it."""
+    """A chart of the memory of a step, measured or else as expected by the planner."""
     found = run.events.get("step_memory")
     rows = [row for row in found if isinstance(row, Mapping)] if isinstance(found, list) else []
     title = "Memory of one step, by phase and block"
@@ -190,7 +193,7 @@ def _step_memory(run: Run) -> str:
         )
         for row in rows
     ]
-    # What reads nothing, say, has nothing to show.
+    # Phases that allocated nothing are left out.
     entries = [e for e in entries if e.peak_bytes > e.start_bytes]
     return phases(title, entries, _size) if entries else ""
 
@@ -209,7 +212,7 @@ def _plan(run: Run) -> str:
 
 
 def _answers(answers: Mapping[str, Any]) -> str:
-    """What the model answers before and after training."""
+    """The model's answers before and after training."""
     if "after" not in answers:
         return ""
     cells = {name: str(answers.get(name, "")) for name in ("prompt", "expected", "before", "after")}
@@ -229,7 +232,7 @@ def _answers(answers: Mapping[str, Any]) -> str:
 
 
 def _verdict(name: str, cells: Mapping[str, str]) -> str:
-    """Style of a text: plain, or of a right or wrong answer."""
+    """CSS class of a text: plain, right or wrong."""
     if name not in ("before", "after"):
         return "plain"
     return "right" if cells[name].strip() == cells["expected"].strip() else "wrong"

@@ -1,8 +1,8 @@
-"""A run as its log describes it: what a report is made of.
+"""Read a run from its log, for a report.
 
-A log has a JSON record on each line. A record is a report of a loss (`iteration`, `train_loss` or
-`val_loss`, figures) or has one key that says what it holds: `run`, `plan`, `step_memory`, `test`,
-`answers`, `end`. What mlx-lm gives its callbacks, written down as JSON, is read too.
+A log has one JSON record per line. A record is a report of a loss (`iteration`, `train_loss` or
+`val_loss`, figures) or has one key: `run`, `plan`, `step_memory`, `test`, `answers` or `end`. Logs
+of mlx-lm's callback reports as JSON are read too.
 """
 
 import json
@@ -13,18 +13,18 @@ from typing import Any
 
 from mlx_edgelora.errors import EdgeLoraError
 
-# A curve has at most so many points; those of a longer log are merged.
+# Largest number of points of a curve; the points of a longer log are merged.
 MOST_POINTS = 512
 EVENTS = ("run", "plan", "step_memory", "test", "answers", "end")
-# A number beyond it is damage.
+# Larger numbers are treated as damaged.
 HUGE = 1e30
 
 
 class Curve:
-    """A figure over steps. However long the log is, few points are kept.
+    """A figure over steps, of which at most `MOST_POINTS` points are kept.
 
     Args:
-        highest: whether merged points become their highest value, or else their mean.
+        highest: merge points to their highest value instead of their mean.
     """
 
     def __init__(self, highest: bool = False) -> None:
@@ -35,7 +35,7 @@ class Curve:
         self.first = self.last = self.low = self.high = math.nan
 
     def add(self, step: float, value: float) -> None:
-        """Append a point; steps do not decrease."""
+        """Append a point, whose step is not below the last one."""
         if not self:
             self.first = self.low = self.high = value
         self.last, self.low, self.high = value, min(self.low, value), max(self.high, value)
@@ -50,7 +50,7 @@ class Curve:
 
     @property
     def points(self) -> list[tuple[float, float]]:
-        """(step, value) in order."""
+        """The points, as (step, value) in order of steps."""
         return self._merged + ([self._merge(self._waiting)] if self._waiting else [])
 
     def __bool__(self) -> bool:
@@ -66,14 +66,17 @@ class Run:
     """The last run of a log.
 
     Attributes:
-        count: runs that the log holds, this one included.
-        events: the last record of each kind in `EVENTS`, as it was written.
-        train_loss, val_loss: mean losses by step.
-        speed: labelled tokens a second.
-        peak: of MLX's allocator since the report before, in bytes.
+        count: number of runs in the log, including this one.
+        events: the last record of each kind in `EVENTS`, unchanged.
+        train_loss: mean training loss by step.
+        val_loss: mean validation loss by step.
+        speed: labelled tokens per second.
+        peak: peak memory of MLX's allocator since the report before, in bytes.
         process: memory of the process, in bytes.
-        step, tokens, seconds: of the last report: steps, labelled tokens and time since the start.
-        unread: lines of the log that hold no record.
+        step: step of the last report; -1 before one.
+        tokens: labelled tokens from the start to the last report.
+        seconds: seconds from the start to the last report; None if unknown.
+        unread: number of lines of the log without a record.
     """
 
     count: int = 1
@@ -89,12 +92,12 @@ class Run:
     unread: int = 0
 
     def event(self, kind: str) -> Mapping[str, Any]:
-        """The last record of a kind; empty where there is none."""
+        """The last record of a kind; empty if there is none."""
         found = self.events.get(kind)
         return found if isinstance(found, Mapping) else {}
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Take a record in."""
+        """Add a record of the log."""
         self.events |= {kind: record[kind] for kind in EVENTS if kind in record}
         step = number(record.get("iteration"))
         if step is None:
@@ -104,7 +107,7 @@ class Run:
         self.seconds = number(record.get("time")) or self.seconds
         peak = record.get("recent_peak_bytes", record.get("peak_memory_bytes"))
         if peak is None and number(record.get("peak_memory")) is not None:
-            peak = record["peak_memory"] * 10**9  # as mlx-lm counts
+            peak = record["peak_memory"] * 10**9  # mlx-lm reports GB
         figures = {
             "train_loss": record.get("train_loss"),
             "val_loss": record.get("val_loss"),
@@ -118,19 +121,19 @@ class Run:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing is known of it."""
+        """Whether the run has no records."""
         return not (self.events or self.train_loss or self.val_loss)
 
 
 def read_run(lines: Iterable[bytes], place: str) -> Run:
-    """The last run of a log.
+    """Read the last run of a log.
 
     Args:
-        lines: of the log, as a file gives them; not kept.
-        place: what to call the log in an error.
+        lines: lines of the log, read one at a time.
+        place: name of the log in error messages.
 
     Raises:
-        EdgeLoraError: no line holds a record of a run.
+        EdgeLoraError: no line is a record of a run.
     """
     run, unread, count = Run(), 0, 0
     for line in lines:
@@ -151,10 +154,10 @@ def read_run(lines: Iterable[bytes], place: str) -> Run:
 
 
 def number(value: Any) -> float | None:
-    """The value where it is a number that a chart can have; else None."""
+    """The value if it is a number that a chart can show; otherwise None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return value if abs(value) < HUGE else None  # false of NaN too
+    return value if abs(value) < HUGE else None  # also false for NaN
 
 
 def _record(line: bytes) -> Mapping[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Adapter folders as mlx-lm reads and writes them: weights, config, numbered checkpoints."""
+"""Adapter folders in mlx-lm's format: weights, configuration and numbered checkpoints."""
 
 import json
 import os
@@ -32,18 +32,18 @@ def save_adapters(
     config: Mapping[str, object],
     step: int | None = None,
 ) -> None:
-    """Write an adapter folder that mlx-lm loads; the old one stands until the new one is whole.
+    """Write an adapter folder that mlx-lm loads; old files stay until the new ones are complete.
 
     Args:
-        path: the folder; created where missing.
-        weights: LoRA parameters by their names in the model; looked at one by one, so that
-            a mapping that reads them from a file costs one of them.
-        config: becomes `adapter_config.json`; JSON values only.
-        step: also keep the weights as `<step, 7 digits>_adapters.safetensors`.
+        path: the folder; created if missing.
+        weights: LoRA parameters by their names in the model. They are read one at a time, so a
+            mapping that reads them from a file needs memory for one of them.
+        config: content of `adapter_config.json`; JSON values only.
+        step: also write the weights to `<step, 7 digits>_adapters.safetensors`.
 
     Raises:
-        EdgeLoraError: a weight is NaN or infinite, the disk is full or the folder
-            cannot be written; what stood in the folder is untouched.
+        EdgeLoraError: a weight is NaN or infinite, the disk is full or the folder cannot be
+            written. The files in the folder are unchanged.
     """
     folder = Path(path)
     write_weights = adapter_writer(folder, weights, config)
@@ -51,12 +51,12 @@ def save_adapters(
     make_folder(folder)
     writers = {folder / CONFIG_FILE: lambda file: file.write(text.encode())}
     if step is not None:
-        # A second copy, not a hard link: mlx-lm overwrites adapters.safetensors in
-        # place, which would change a linked checkpoint as well.
+        # A second copy, not a hard link: mlx-lm overwrites adapters.safetensors in place, which
+        # would change a linked checkpoint as well.
         writers[folder / f"{step:07d}_{WEIGHTS_FILE}"] = write_weights
     writers[folder / WEIGHTS_FILE] = write_weights
-    # Between the renames of two files a crash would leave the weights of one run beside the
-    # configuration of another. Weights that do not go with the new one are removed before.
+    # A crash between the renames of two files would leave the weights of one run with the
+    # configuration of another. Weights that do not match the new configuration are removed first.
     outdated = None if _goes_with(folder, config) else folder / WEIGHTS_FILE
     write_atomically(writers, outdated)
 
@@ -64,12 +64,15 @@ def save_adapters(
 def adapter_writer(
     folder: Path, weights: Mapping[str, mx.array], config: Mapping[str, object]
 ) -> Writer:
-    """What writes a file of LoRA parameters that names its configuration and has a checksum.
+    """Make the writer of a weights file, whose metadata has the LoRA options and a checksum.
 
     Args:
-        folder: for messages.
-        weights: looked at twice, one by one.
-        config: of the run.
+        folder: named in error messages.
+        weights: LoRA parameters by name; read twice, one at a time.
+        config: options of the run.
+
+    Returns:
+        A function that writes to an open file.
 
     Raises:
         EdgeLoraError: a weight is NaN or infinite.
@@ -87,7 +90,7 @@ def adapter_writer(
 
 
 def _shape_of_lora(config: Mapping[str, object]) -> dict[str, object]:
-    """The options without which an adapter's weights mean something else."""
+    """The options that decide what an adapter's weights mean."""
     parameters = config.get("lora_parameters") or {}
     return {
         "fine_tune_type": config.get("fine_tune_type"),
@@ -97,7 +100,7 @@ def _shape_of_lora(config: Mapping[str, object]) -> dict[str, object]:
 
 
 def _goes_with(folder: Path, config: Mapping[str, object]) -> bool:
-    """Whether the weights in a folder, if any, are of an adapter with this configuration."""
+    """Whether a folder has no weights, or weights of an adapter with this configuration."""
     if not (folder / WEIGHTS_FILE).exists():
         return True
     try:
@@ -108,10 +111,10 @@ def _goes_with(folder: Path, config: Mapping[str, object]) -> bool:
 
 
 def adapter_file(place: str | os.PathLike) -> Path:
-    """The file of weights that `place` names: itself, or the one in a folder.
+    """Path of an adapter's weights file, given that file or the adapter's folder.
 
     Raises:
-        EdgeLoraError: a folder without one.
+        EdgeLoraError: the folder has no weights file.
     """
     path = Path(place)
     if not path.is_dir():
@@ -124,13 +127,13 @@ def adapter_file(place: str | os.PathLike) -> Path:
 
 
 def check_adapter(file: Path) -> str | None:
-    """Compare an adapter's file with its checksum, and with the configuration beside it.
+    """Compare an adapter's file with its checksum and with the configuration in its folder.
 
     Returns:
-        A note if the file has no checksum, as those of other programs.
+        A note if the file has no checksum, as in files of other programs; otherwise None.
 
     Raises:
-        EdgeLoraError: the file is damaged, or belongs to another configuration.
+        EdgeLoraError: the file is damaged, or does not match the configuration.
     """
     if file.suffix == ".npz":
         return f"{file} has no checksum, so that damage to it cannot be seen"
@@ -157,17 +160,17 @@ def read_adapter_weights(
     """Read an adapter file that must fit the model, one array at a time.
 
     Args:
-        file: a safetensors file, such as `adapters/adapters.safetensors`, or an `.npz` file of
-            early versions of mlx-lm.
-        expected: shape by name of every LoRA parameter of the model.
+        file: a safetensors file, such as `adapters/adapters.safetensors`, or an `.npz` file of an
+            early version of mlx-lm.
+        expected: shapes of all LoRA parameters of the model, by name.
 
     Yields:
-        Name and float32 array, evaluated, in the order of `expected`. Memory: one of them. More
-        tensors than these are not looked at, as in mlx-lm.
+        Name and evaluated float32 array, in the order of `expected`. One array is in memory at a
+        time. Other tensors of the file are ignored, as in mlx-lm.
 
     Raises:
-        EdgeLoraError: the file is missing or damaged, a tensor is missing, of another shape, not
-            of a float dtype, or holds NaN or infinity.
+        EdgeLoraError: the file is missing or damaged, or a tensor is missing, has another shape,
+            has no float dtype, or contains NaN or infinity.
     """
     files = WatchedFiles()
     files.watch(Path(file))
@@ -186,7 +189,7 @@ def read_adapter_weights(
 
 
 def _open_adapter(file: Path, expected: Mapping[str, Sequence[int]]) -> dict[str, mx.array]:
-    """The file's arrays, which are checked and not read yet."""
+    """The arrays of a file by name: names, shapes and dtypes are checked, data is not read."""
     if file.suffix == ".npz":
         try:
             loaded = mx.load(os.fspath(file), format="npz")
@@ -210,8 +213,8 @@ def _check_names(
     file: str | os.PathLike, header: Mapping[str, TensorInfo], expected: Mapping[str, object]
 ) -> None:
     missing = [name for name in expected if name not in header]
-    # mlx-lm leaves out what the model has no place for. An adapter of more blocks or layers than
-    # are trained is no mistake there; here it is one, as half of it would be lost.
+    # mlx-lm ignores weights of blocks or layers that are not adapted. Here they are an error,
+    # because a part of the adapter would be lost.
     unexpected = [name for name in header if name not in expected and ".lora_" in name]
     problems = []
     if missing:

@@ -1,4 +1,4 @@
-"""A Mac that does not fall asleep in the middle of a run."""
+"""Keep a Mac awake during a run."""
 
 import contextlib
 import os
@@ -9,14 +9,14 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def keep_awake(enabled: bool) -> Iterator[None]:
-    """On macOS, keep the system from idle sleep; the display may sleep. Never fails.
+    """Prevent idle sleep on macOS; the display may sleep. Never fails.
 
-    A closed lid on battery power sends a Mac to sleep all the same.
+    A Mac on battery power still sleeps when its lid is closed.
     """
     if not enabled or sys.platform != "darwin":
         yield
         return
-    # It ends with this process, however that ends.
+    # With `-w`, caffeinate exits when this process does, even after a crash.
     command = ["caffeinate", "-i", "-w", str(os.getpid())]
     quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     try:

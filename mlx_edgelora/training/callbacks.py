@@ -1,4 +1,4 @@
-"""Hooks into a run: mlx-lm's own class and its reporters, so that code written for it works."""
+"""Callbacks of a run: mlx-lm's class and reporters, so that code written for mlx-lm works."""
 
 import os
 from collections.abc import Mapping
@@ -13,11 +13,11 @@ __all__ = ["TensorBoardCallback", "TrainingCallback", "reporting_callbacks"]
 
 
 class TensorBoardCallback(TrainingCallback):
-    """Writes every figure of a report for TensorBoard, which mlx-lm has no reporter for.
+    """Writes the figures of every report for TensorBoard; mlx-lm has no such reporter.
 
     Args:
-        project_name: the run's name in TensorBoard; None for none.
-        log_dir: its folder `tensorboard` gets the event files.
+        project_name: the run's name in TensorBoard, or None.
+        log_dir: event files are written to its subfolder `tensorboard`.
         config: options of the run, shown as text.
 
     Raises:
@@ -28,7 +28,7 @@ class TensorBoardCallback(TrainingCallback):
         from tensorboardX import SummaryWriter  # noqa: PLC0415 - an optional dependency
 
         folder = os.path.join(log_dir, "tensorboard", project_name or "")
-        self._writer = SummaryWriter(folder, flush_secs=10)  # the rest when Python exits
+        self._writer = SummaryWriter(folder, flush_secs=10)  # also written at exit
         rows = [f"| {name} | {value} |" for name, value in config.items() if value is not None]
         self._writer.add_text("options", "\n".join(["| option | value |", "|---|---|", *rows]))
 
@@ -45,15 +45,15 @@ class TensorBoardCallback(TrainingCallback):
         )
 
 
-# The package to install where it is not called like the service.
+# Packages to install whose names differ from those of their services.
 _PACKAGES = {"tensorboard": "tensorboardX"}
 
 
 def reporting_callbacks(config: TrainConfig) -> list[TrainingCallback]:
-    """The callbacks that `report_to` names: wandb, swanlab, tensorboard, or several with commas.
+    """The callbacks of the services in `report_to`: wandb, swanlab, tensorboard, comma-separated.
 
     Raises:
-        EdgeLoraError: an unknown service, or one whose package is not installed.
+        EdgeLoraError: a service is unknown, or its package is not installed.
     """
     names = [name.strip().lower() for name in (config.report_to or "").split(",")]
     return [_reporter(name, config) for name in names if name]

@@ -1,15 +1,16 @@
-"""Checkpoints: all that a run needs to go on as if it had never stopped.
+"""Checkpoints: files from which a run resumes with the same results as without a stop.
 
     adapters/checkpoints/0000100/
         adapters.safetensors    the adapter, as at the top of the folder
         adapter_config.json     all options of the run
-        state.safetensors       the optimizer's state, gradients that wait for an update
-        run.json                step, counts, the key of MLX's random numbers, fingerprints
-        plan.json               the memory plan: another one rounds differently
-        manifest.json           size and SHA-256 of each of these, and of itself
+        state.safetensors       optimizer state, and gradients accumulated since the last update
+        run.json                step, counts, key of MLX's random generator, fingerprints
+        plan.json               the memory plan, because another plan rounds differently
+        manifest.json           size and SHA-256 of each file, and SHA-256 of this list
 
-A checkpoint is written under a temporary name, synced, given its manifest last and renamed. So
-it is whole or not there, and a changed bit in any of its files is found before it is used.
+A checkpoint is written under a temporary name and synced; its manifest is written last, and then
+the folder is renamed. A checkpoint is therefore either complete or absent, and a changed bit in
+any of its files is detected before it is used.
 """
 
 import contextlib
@@ -49,23 +50,24 @@ STATE_FILE, RUN_FILE, PLAN_FILE, MANIFEST_FILE = (
     "plan.json",
     "manifest.json",
 )
-# Raise it when what a checkpoint holds changes its meaning.
+# Format version of checkpoints; increase it when the meaning of their content changes.
 VERSION = 1
 _PACKAGES = ("mlx", "mlx-lm", "mlx-edgelora")
 
 
 @dataclass(frozen=True)
 class RunState:
-    """How far a run has come.
+    """Progress of a run.
 
     Attributes:
-        step: steps done.
-        accumulated: weight of the gradients that are summed since the last update; 0 after one.
-        first_tokens: labels of the first batch among them, whose weight is 1.
+        step: number of finished steps.
+        accumulated: total weight of the gradients summed since the last update; 0 after one.
+        first_tokens: labelled tokens of the first batch in that sum, whose weight is 1.
         trained_tokens: labelled tokens over all steps.
-        random_key: of MLX's generator, two halves of 32 bits.
-        train_loss, val_loss: of the last reports; None before the first.
-        best_val_loss: the lowest so far.
+        random_key: key of MLX's random generator, as two halves of 32 bits.
+        train_loss: last reported training loss; None before the first report.
+        val_loss: last reported validation loss; None before the first report.
+        best_val_loss: lowest validation loss so far; None before the first validation.
         fingerprints: SHA-256 of the model and of the tokenized data.
     """
 
@@ -82,11 +84,11 @@ class RunState:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read and found whole.
+    """A checkpoint that was read and verified.
 
     Attributes:
-        folder: where it is.
-        state: how far the run had come.
+        folder: the checkpoint's folder.
+        state: progress of the run.
         config: options of the run, as in `TrainConfig.to_dict`.
     """
 
@@ -96,33 +98,35 @@ class Checkpoint:
 
     @property
     def weights(self) -> Path:
-        """The adapter's file."""
+        """Path of the adapter's weights."""
         return self.folder / WEIGHTS_FILE
 
     @property
     def plan(self) -> Path | None:
-        """The plan's file; None if the run had none."""
+        """Path of the memory plan; None if the run had no plan."""
         path = self.folder / PLAN_FILE
         return path if path.exists() else None
 
-    def restore(self, trained: AdapterState, optimizer: optimizers.Optimizer) -> None:
-        """Set the optimizer's state, waiting gradients and MLX's generator; not the weights.
+    def restore(self, adapters: AdapterState, optimizer: optimizers.Optimizer) -> None:
+        """Restore the optimizer's state, accumulated gradients and MLX's random generator.
+
+        Weights are not restored.
 
         Args:
-            trained: after `start`, with the parameters of this checkpoint.
-            optimizer: of the same kind and arguments as the run's.
+            adapters: the parameters of this checkpoint, after `start`.
+            optimizer: of the same kind and with the same arguments as the run's optimizer.
         """
         arrays = mx.load(os.fspath(self.folder / STATE_FILE), format="safetensors")
 
-        def of(kind: str) -> Iterator[tuple[list[str], mx.array]]:
+        def arrays_of(kind: str) -> Iterator[tuple[list[str], mx.array]]:
             for name in [name for name in arrays if name.startswith(f"{kind}:")]:
                 yield name.split(":")[1:], arrays.pop(name)
 
-        trained.restore(
-            ((tuple(names), value) for names, value in of("state")),
-            ((name, value) for (name,), value in of("gradient")),
+        adapters.restore(
+            ((tuple(names), value) for names, value in arrays_of("state")),
+            ((name, value) for (name,), value in arrays_of("gradient")),
         )
-        for (name,), value in of("optimizer"):
+        for (name,), value in arrays_of("optimizer"):
             optimizer.state[name] = value
         mx.eval(optimizer.state)
         high, low = self.state.random_key
@@ -131,13 +135,13 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a run comes from.
+    """How a run starts: new or from a checkpoint, and with which model, data and plan.
 
     Attributes:
-        checkpoint: what it goes on from; None for a new run.
+        checkpoint: the checkpoint to resume from; None for a new run.
         fingerprints: SHA-256 of the model and of the tokenized data.
-        plan: gives the memory plan that holds at the moment, as JSON text.
-        overwrites: files of another run in the adapter's folder are removed at the first save.
+        plan: returns the current memory plan as JSON text, or None.
+        overwrites: whether the first save removes another run's files from the adapter's folder.
     """
 
     checkpoint: Checkpoint | None = None
@@ -147,10 +151,10 @@ class Origin:
 
     @contextlib.contextmanager
     def replacing(self, run_folder: Path, patterns: Iterable[str]) -> Iterator[None]:
-        """Around the first save: remove what another run left, if that was asked for.
+        """Context of the first save: remove another run's files if `overwrites` is set.
 
-        It is out of the way meanwhile, under names that the next start removes, and comes back
-        if the save fails.
+        The files, which match one of the glob patterns, are renamed during the save and restored
+        if it fails. The next start removes renamed files that a crash left.
         """
         moved: list[tuple[Path, Path]] = []
         try:
@@ -170,10 +174,10 @@ class Origin:
 
 
 def check_unused(run_folder: Path) -> None:
-    """Refuse a folder that holds a run.
+    """Check that a folder contains no run.
 
     Raises:
-        EdgeLoraError: it does.
+        EdgeLoraError: the folder contains an adapter or checkpoints.
     """
     best = run_folder / BEST_FOLDER / WEIGHTS_FILE
     if (run_folder / WEIGHTS_FILE).exists() or best.exists() or _folders(run_folder):
@@ -186,32 +190,34 @@ def check_unused(run_folder: Path) -> None:
 
 def save_checkpoint(
     run_folder: Path,
-    trained: AdapterState,
+    adapters: AdapterState,
     optimizer: optimizers.Optimizer,
     state: RunState,
     config: Mapping[str, object],
     plan: str | None,
 ) -> Path:
-    """Write a checkpoint of a run. Memory: one array at a time.
+    """Write a checkpoint of a run, one array at a time.
 
     Args:
         run_folder: the adapter's folder.
-        trained, optimizer: between two steps.
-        state: how far the run has come.
+        adapters: the trained parameters, between two steps.
+        optimizer: the optimizer, between two steps.
+        state: progress of the run.
         config: options of the run.
-        plan: JSON text of its memory plan, if it has one.
+        plan: JSON text of the memory plan; None without one.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        EdgeLoraError: it cannot be written; nothing of it stays, earlier ones are untouched.
+        EdgeLoraError: the checkpoint cannot be written. Its files are removed, and earlier
+            checkpoints are unchanged.
     """
     final = run_folder / FOLDER / f"{state.step:07d}"
     writers: dict[str, Writer] = {
-        WEIGHTS_FILE: adapter_writer(final, trained.weights(), config),
+        WEIGHTS_FILE: adapter_writer(final, adapters.weights(), config),
         CONFIG_FILE: _json_writer(config),
-        STATE_FILE: _state_writer(trained, optimizer, state.accumulated),
+        STATE_FILE: _state_writer(adapters, optimizer, state.accumulated),
         RUN_FILE: _json_writer(asdict(state)),
     }
     if plan is not None:
@@ -222,7 +228,7 @@ def save_checkpoint(
         entries = {name: _write(building / name, writer) for name, writer in writers.items()}
         _write(building / MANIFEST_FILE, _json_writer(_manifest(entries)))
         sync_folder(building)
-        if final.exists():  # of the same step of the same run, so nothing is lost
+        if final.exists():  # the same step of the same run, so nothing is lost
             shutil.rmtree(final)
         os.replace(building, final)
         sync_folder(final.parent)
@@ -235,19 +241,22 @@ def save_checkpoint(
 
 
 def remove_old(run_folder: Path, keep: int) -> None:
-    """Remove all checkpoints but the newest `keep`."""
+    """Remove all checkpoints except the newest `keep`."""
     for folder in _folders(run_folder)[:-keep]:
-        # Without its manifest it is not half of a checkpoint, but none.
+        # The manifest goes first: if the removal is interrupted, the rest is no checkpoint.
         with contextlib.suppress(OSError):
             (folder / MANIFEST_FILE).unlink()
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def find_checkpoint(place: Path) -> Checkpoint:
-    """Read the checkpoint in a folder, or the newest one of a run's folder.
+    """Read the checkpoint in a folder, or the newest checkpoint of a run.
+
+    Args:
+        place: a checkpoint's folder, or the adapter folder of a run.
 
     Raises:
-        EdgeLoraError: there is none, or a file of it is not what was written.
+        EdgeLoraError: there is no checkpoint, or one of its files is damaged.
     """
     if (place / MANIFEST_FILE).exists():
         return _read(place)
@@ -262,12 +271,12 @@ def find_checkpoint(place: Path) -> Checkpoint:
 
 
 def has_checkpoints(run_folder: Path) -> bool:
-    """Whether a folder holds a run that can be resumed."""
+    """Whether a folder contains a run that can be resumed."""
     return bool(_folders(run_folder))
 
 
 def fingerprint(parts: Iterator[bytes]) -> str:
-    """SHA-256 of some bytes."""
+    """SHA-256 of a sequence of byte strings and their lengths, as hexadecimal digits."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(len(part).to_bytes(8))
@@ -276,7 +285,7 @@ def fingerprint(parts: Iterator[bytes]) -> str:
 
 
 def _folders(run_folder: Path) -> list[Path]:
-    """The folders of checkpoints, oldest first."""
+    """The folders of a run's checkpoints, oldest first."""
     try:
         found = [path for path in (run_folder / FOLDER).iterdir() if path.name.isdecimal()]
     except OSError:
@@ -290,15 +299,15 @@ def _json_writer(content: Mapping[str, object]) -> Writer:
 
 
 def _state_writer(
-    trained: AdapterState, optimizer: optimizers.Optimizer, accumulated: float
+    adapters: AdapterState, optimizer: optimizers.Optimizer, accumulated: float
 ) -> Writer:
     arrays: dict[str, Any] = {}
     for name, value in optimizer.state.items():
         if isinstance(value, mx.array):
             arrays[f"optimizer:{name}"] = lambda value=value: value
-    states = trained.optimizer_state()
-    # Without an accumulation they are half of a step that failed.
-    gradients = trained.gradients() if accumulated else {}
+    states = adapters.optimizer_state()
+    # If no batch is accumulated, these gradients are those of a step that failed.
+    gradients = adapters.gradients() if accumulated else {}
     for name, key in states:
         arrays[f"state:{name}:{key}"] = lambda at=(name, key): states[at]
     for name in gradients:
@@ -312,7 +321,7 @@ def _state_writer(
 
 
 def _write(path: Path, writer: Writer) -> dict[str, object]:
-    """Write and sync a file; what the manifest says of it."""
+    """Write and sync a file, and return its entry in the manifest."""
     with create(path) as file:
         writer(file)
         file.flush()

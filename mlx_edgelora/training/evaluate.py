@@ -1,4 +1,4 @@
-"""Exact evaluation of a model, and what training and evaluation ask of an engine."""
+"""Exact evaluation of a model, and the interface of engines for training and evaluation."""
 
 import contextlib
 import math
@@ -16,7 +16,7 @@ from mlx_edgelora.measure.profile import begin_step
 
 
 class GradientEngine(Protocol):
-    """What computes losses and gradients of a model."""
+    """Interface of engines, which compute losses and gradients of a model."""
 
     model: nn.Module
     disk: DiskMeter
@@ -24,14 +24,19 @@ class GradientEngine(Protocol):
     empties_cache: bool
 
     def backward(self, batch: Batch, sink: Callable[[Arrays], None]) -> tuple[mx.array, int]:
-        """(mean loss over the labelled tokens, their number).
+        """Compute the gradients of a batch.
 
-        `sink` is called with evaluated gradients by name, all in all with each name once.
+        Args:
+            batch: the batch.
+            sink: called several times with evaluated gradients by name; each name occurs once.
+
+        Returns:
+            The mean loss over the labelled tokens, and the number of these.
         """
         ...
 
     def loss(self, batch: Batch) -> tuple[mx.array, int]:
-        """(mean loss over the labelled tokens, their number), without gradients."""
+        """The mean loss over the labelled tokens and their number, without gradients."""
         ...
 
 
@@ -42,19 +47,19 @@ def evaluate(
     num_batches: int,
     advance: Callable[[], None] = lambda: None,
 ) -> tuple[float, int]:
-    """Mean loss over the labelled tokens of some batches, the same ones at every call.
+    """Mean loss over the labelled tokens of batches that are the same at every call.
 
-    Where all batches are asked for, every row is in one of them, and every label counts once.
+    With all batches, every row is in one batch and every label counts once.
 
     Args:
-        engine: its model computes in evaluation mode (no dropout) and is put back.
+        engine: its model is in evaluation mode (no dropout) during the call.
         dataset: a data set for `iterate_batches`.
-        config: gives batch_size, max_seq_length, packing, seed and clear_cache_threshold.
-        num_batches: -1 for all.
+        config: batch_size, max_seq_length, packing, seed and clear_cache_threshold are used.
+        num_batches: number of batches; -1 for all.
         advance: called after every batch.
 
     Returns:
-        The mean loss, which may be NaN, and the number of tokens.
+        The mean loss, which may be NaN, and the number of labelled tokens.
     """
     batches = iterate_batches(
         dataset,
@@ -67,7 +72,7 @@ def evaluate(
     losses, counts = [], []
     with _evaluation_mode(engine.model):
         for done, batch in enumerate(batches, start=1):
-            begin_step()  # a profile forgets the batch before
+            begin_step()  # a memory profile starts anew with every batch
             loss, tokens = engine.loss(batch)
             losses.append(loss.item() * tokens)
             counts.append(tokens)
@@ -89,7 +94,11 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def limit_cache(engine: GradientEngine, config: TrainConfig) -> None:
-    """Give MLX's cache of freed buffers back to the system, if it holds more than it should."""
+    """Clear MLX's cache of freed buffers if it is larger than its threshold.
+
+    The threshold is `clear_cache_threshold` in bytes; by default 0 if the engine empties the
+    cache, and none otherwise.
+    """
     threshold = config.clear_cache_threshold
     if threshold is None and engine.empties_cache:
         threshold = 0

@@ -1,4 +1,4 @@
-"""What a machine cannot do, as one sentence: memory, buffers or the GPU's time ran out."""
+"""Explain failures of the machine: memory, buffers or the GPU's time ran out."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,9 +8,9 @@ from mlx_edgelora.model.checkpoint import error_text
 
 
 def explain(error: RuntimeError | MemoryError) -> str | None:
-    """What happened and what helps; None for an error that says something else.
+    """Explain an error and what to do about it; None for an error of another kind.
 
-    MLX has one kind of exception for all of them, and words as few as `[malloc]`.
+    MLX raises one type of exception for all of these, with messages as short as `[malloc]`.
     """
     text = str(error)
     if "Resource limit" in text:
@@ -35,10 +35,10 @@ def explain(error: RuntimeError | MemoryError) -> str | None:
 
 @contextmanager
 def explain_failures(on_disk: str) -> Iterator[None]:
-    """Turn such an error into an `EdgeLoraError`.
+    """Raise an `EdgeLoraError` in place of an error that `explain` knows.
 
     Args:
-        on_disk: what is on disk, for the end of the sentence.
+        on_disk: which files are on disk, for the end of the message.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""A whole run: model, adapters, data, engine, loop. What the command line and users call."""
+"""A complete run: model, adapters, data, engine and training loop; entry point for users."""
 
 import dataclasses
 import json
@@ -64,7 +64,7 @@ from mlx_edgelora.training.training_loss import check_loss, training_loss
 from mlx_edgelora.training.verdict import refuse_wrong
 from mlx_edgelora.training.verification import verify
 
-# The largest number that math.exp takes is a little above it.
+# math.exp overflows a little above this number.
 MAX_EXPONENT = 700.0
 BFLOAT16 = (
     "note: the GPUs of M1 and M2 have no bfloat16 and convert it; --dtype float16 is faster, but "
@@ -78,25 +78,26 @@ def finetune(
     notify: Callable[[str], None] = say,
     log: RunLog | None = None,
 ) -> TrainResult | None:
-    """Fine-tune a model, test it, or both, as `config` says.
+    """Fine-tune a model, test it, or both, according to `config`.
 
     Args:
-        config: every option of the run.
+        config: options of the run.
         callbacks: called with every report, as in `mlx_lm.tuner`.
         notify: called with every line to show: choices, warnings and test results.
-        log: gets the records of the run, as `recorded` gives it; by default this function opens
-            what config.log and config.report name.
+        log: an open log from `recorded`, which gets the records of the run; by default this
+            function opens the files that config.log and config.report name.
 
     Returns:
-        How training ended; None without training.
+        Results of training; None without training.
 
     Raises:
-        EdgeLoraError: something the user can mend, in one sentence; no file is damaged.
+        EdgeLoraError: the run cannot start or continue, for a reason that the user can change;
+            no file is damaged.
     """
     config = with_embedded(config)
     if not config.train:
         config = _with_saved_layers(config)
-    optimizer = build_optimizer(config)  # refuses what it cannot use before anything slow
+    optimizer = build_optimizer(config)  # raises errors before anything slow begins
     callbacks = [*callbacks, *reporting_callbacks(config)]
     opened = recorded(config) if log is None else nullcontext(log)
     with (
@@ -126,16 +127,18 @@ def finetune(
 
 @dataclass(frozen=True)
 class _PreparedRun:
-    """What is known before anything of the model is read.
+    """Everything about a run that is known before its weights are read.
 
     Attributes:
-        config: the options, with numbers of layers and steps.
-        planned: the same with the memory plan of the checkpoint, if the run goes on from one.
+        config: options of the run, with the numbers of layers and steps filled in.
+        planned: the same options, with the memory plan of the checkpoint if the run is resumed.
         lazy: the adapted model.
-        train_set, valid_set, test_set: None for those that are not needed.
-        checkpoint: what the run goes on from.
-        fingerprints: of model and rows.
-        start: adapter to begin with.
+        train_set: training rows; None if they are not needed.
+        valid_set: validation rows; None if they are not needed.
+        test_set: test rows; None if they are not needed.
+        checkpoint: the checkpoint to resume from; None for a new run.
+        fingerprints: SHA-256 of the model and of the tokenized data.
+        start: file of the adapter to load before the first step; None for a new adapter.
     """
 
     config: TrainConfig
@@ -150,7 +153,7 @@ class _PreparedRun:
 
     @property
     def sets(self) -> list[Dataset]:
-        """Those that there are."""
+        """The data sets that are not None."""
         every = self.train_set, self.valid_set, self.test_set
         return [dataset for dataset in every if dataset is not None]
 
@@ -161,7 +164,7 @@ def _prepare(
     notify: Callable[[str], None],
     note: Callable[[str, Any], None],
 ) -> _PreparedRun:
-    """Find model and rows, and say what they are."""
+    """Open the model and the data, and report what they are."""
     if checkpoint is not None:
         config = with_saved(config, checkpoint)
     lazy = adapted_model(config)
@@ -197,7 +200,7 @@ def _train(
     notify: Callable[[str], None],
     records: RunLog | None,
 ) -> TrainResult:
-    """Rehearse the largest batch, then train."""
+    """Rehearse the largest batch, then train; see `rehearse`."""
     config, note = run.config, _discard_record if records is None else records.note
     folder, tiles = cache_folder(config), chosen.plan.loss_bytes
     losses = training_loss(config, engine.head, run.train_set, folder, notify, tiles)
@@ -209,7 +212,7 @@ def _train(
             note("plan", summary.plan_record(chosen))
         reset_peak()
         watches = BudgetWatch(engine, chosen, notify, note), PressureWatch(notify)
-        # Asked anew for each checkpoint: `BudgetWatch` may change the plan.
+        # A function and not a value, because `BudgetWatch` may change the plan.
         plan = lambda: chosen.plan.json()  # noqa: E731, PLW0108
         return train(
             engine,
@@ -224,11 +227,15 @@ def _train(
 
 
 def _discard_record(kind: str, facts: Any) -> None:
-    """Where there is no log."""
+    """Do nothing; used in runs without a log."""
 
 
 def _verification_line(engine: Engine, chosen: RunPlan, config: TrainConfig) -> str:
-    """One line about the light form of `verification`; raises where it does not agree."""
+    """Verify the gradients in the light form and describe the result in one line.
+
+    Raises:
+        EdgeLoraError: a gradient differs from plain MLX.
+    """
     start = time.perf_counter()
     verdicts = verify(engine, *largest_piece(chosen), dtype_of(config), light=True)
     refuse_wrong(verdicts)
@@ -238,7 +245,11 @@ def _verification_line(engine: Engine, chosen: RunPlan, config: TrainConfig) -> 
 
 
 def _with_saved_layers(config: TrainConfig) -> TrainConfig:
-    """For a test alone: the adapter in `adapter_path` says what its layers look like."""
+    """For a test without training, take layers and LoRA parameters from the saved adapter.
+
+    Raises:
+        EdgeLoraError: `adapter_path` has no valid configuration, or `resume_adapter_file` is set.
+    """
     if config.resume_adapter_file is not None:
         raise EdgeLoraError(
             f"resume_adapter_file: got {config.resume_adapter_file!r} without training, but a test "
@@ -255,7 +266,7 @@ def _with_saved_layers(config: TrainConfig) -> TrainConfig:
             f"{path}: not the configuration of an adapter ({error_text(error)}); name the folder "
             "of a trained adapter, or test the base model with --adapter-path ''"
         ) from error
-    # More keys than these, such as alpha beside scale, are not the user's to mend.
+    # Unknown keys in the file of another program, such as alpha, are ignored.
     own = {field.name for field in dataclasses.fields(LoraParameters)}
     if isinstance(layers["lora_parameters"], Mapping):
         layers["lora_parameters"] = {
@@ -271,7 +282,7 @@ def _with_saved_layers(config: TrainConfig) -> TrainConfig:
 
 
 def _with_iters(config: TrainConfig, train_set: Dataset | None) -> TrainConfig:
-    """Epochs as a number of steps, which all that follows counts by."""
+    """Replace `epochs` by the equivalent number of steps, `iters`."""
     if config.epochs is None or train_set is None:
         return config
     iters = count_batches(
@@ -288,7 +299,7 @@ def _with_iters(config: TrainConfig, train_set: Dataset | None) -> TrainConfig:
 def _advise_packing(
     run: _PreparedRun, engine: Engine, chosen: RunPlan, notify: Callable[[str], None]
 ) -> None:
-    """Say what packing would save, where that is much and the model can be packed."""
+    """Recommend packing if it saves much and the model supports it."""
     if (advice := summary.packing_advice(run.config, run.train_set)) is None:
         return
     with suppress(EdgeLoraError):
@@ -299,8 +310,8 @@ def _advise_packing(
 def _say_start(
     start: Path, checkpoint: Checkpoint | None, config: TrainConfig, log: Callable[[str], None]
 ) -> None:
-    """Say what a new run begins with, after a look at the file."""
-    if checkpoint is not None:  # its manifest was checked, and the loop says it
+    """Check the adapter that a new run starts from, and report it."""
+    if checkpoint is not None:  # its manifest was checked, and the loop reports it
         return
     if note := check_adapter(start):
         log(f"note: {note}")

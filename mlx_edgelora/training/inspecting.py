@@ -1,4 +1,4 @@
-"""What a run would do, without training: its gradients, its plan, its rows."""
+"""Inspect a run without training: verify its gradients, report its plan, read its data."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,18 +35,18 @@ from mlx_edgelora.training.verification import verify
 
 
 def verification(config: TrainConfig, log: Callable[[str], None] = say) -> list[Verdict]:
-    """Compare the gradients of a run with those of plain MLX, at the run's own lengths.
+    """Compare the gradients of a run with those of plain MLX, at the run's own row lengths.
 
     Args:
-        config: the options of the run; without data every row has max_seq_length tokens.
-        log: gets a line for every choice made, and where rows are compared shorter.
+        config: options of the run; without data every row has max_seq_length tokens.
+        log: called with a line for every choice, and with a note if shorter rows are compared.
 
     Returns:
-        A verdict for each kind of block and each way in which the plan computes it, for the
-        calls of blocks, and for the head with the loss.
+        One verdict for the calls of blocks, one for each kind of block and each way in which the
+        plan computes it, and one for the head with the loss.
 
     Raises:
-        EdgeLoraError: as `finetune`.
+        EdgeLoraError: as in `finetune`.
     """
     with_data = has_data(config)
     if with_data:
@@ -64,14 +64,17 @@ def verification(config: TrainConfig, log: Callable[[str], None] = say) -> list[
 
 
 def plan_report(config: TrainConfig, labelled: float = 1.0) -> PlanReport:
-    """Whether a run fits and how, from the headers of its model's shards alone.
+    """Find the memory plan of a run; of the weights only the headers of the files are read.
 
     Args:
-        config: the options of the run; without data every row has max_seq_length tokens.
-        labelled: share of them with labels, without data.
+        config: options of the run; without data every row has max_seq_length tokens.
+        labelled: share of tokens with labels; used without data.
+
+    Returns:
+        The plan and whether it fits the budget. If none fits, this is the smallest plan.
 
     Raises:
-        EdgeLoraError: as `finetune`, but not where the budget is too small.
+        EdgeLoraError: as in `finetune`, except for a budget that is too small.
     """
     sets: Sequence = ()
     if has_data(config):
@@ -100,14 +103,18 @@ def plan_report(config: TrainConfig, labelled: float = 1.0) -> PlanReport:
 def read_data(
     config: TrainConfig, log: Callable[[str], None] = print
 ) -> tuple[tuple[Dataset | None, Dataset | None, Dataset | None], object]:
-    """The data sets of a run and the tokenizer, without the weights of the model.
+    """Read the data sets and the tokenizer of a run, without the weights of the model.
 
     Args:
-        config: the options of the run.
-        log: called with lines about what the rows are.
+        config: options of the run.
+        log: called with lines about the source of the rows.
+
+    Returns:
+        The training, validation and test sets, None for a set that is not needed, and the
+        tokenizer.
 
     Raises:
-        EdgeLoraError: as `finetune`.
+        EdgeLoraError: as in `finetune`.
     """
     config = with_embedded(config)
     with explained_failures(config), headers_of(config.model) as path:

@@ -1,4 +1,4 @@
-"""MLX's limits of memory while a run goes on, and whether the system is short of it."""
+"""MLX's memory limits during a run, and watches for the budget and for memory pressure."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,10 +17,16 @@ from mlx_edgelora.training.callbacks import TrainingCallback
 
 @contextmanager
 def limits(chosen: RunPlan) -> Iterator[Callable[[RunPlan], None]]:
-    """Set MLX's memory and cache limits by a plan, and put them back at the end.
+    """Set MLX's memory and cache limits for a plan, and restore them on exit.
 
-    Gives what sets them by another plan. Neither is set above what it was before. The wired
-    limit stays as it is: with one, macOS commits every buffer that comes or goes.
+    No limit is raised above its earlier value. The wired limit is not changed, because with one
+    macOS would wire and unwire every new and freed buffer.
+
+    Args:
+        chosen: the run with its plan.
+
+    Yields:
+        A function that sets the limits for another plan.
     """
     before: dict[Callable[[int], int], int] = {}
 
@@ -39,13 +45,13 @@ def limits(chosen: RunPlan) -> Iterator[Callable[[RunPlan], None]]:
 
 
 class PressureWatch(TrainingCallback):
-    """Says once that the system is short of memory, where it tells."""
+    """Warns once if the system is short of memory; only where the system reports this."""
 
     def __init__(self, log: Callable[[str], None]) -> None:
         self._log, self._logged = log, False
 
     def on_train_loss_report(self, train_info: dict) -> None:
-        """Called at every report."""
+        """Check the memory pressure; called at every report of a training loss."""
         level = None if self._logged else memory_pressure()
         if level is not None:
             self._logged = True
@@ -57,7 +63,7 @@ class PressureWatch(TrainingCallback):
 
 
 class BudgetWatch(TrainingCallback):
-    """Compares the peak with the budget, and has less used where that was too little."""
+    """Compares the peak with the budget, and replaces the plan if the peak was too high."""
 
     def __init__(
         self,
@@ -69,7 +75,7 @@ class BudgetWatch(TrainingCallback):
         self._engine, self._chosen, self._log, self._note = engine, chosen, log, note
 
     def on_train_loss_report(self, train_info: dict) -> None:
-        """Called at every report."""
+        """Check the peak; called at every report of a training loss."""
         peak = peak_memory()
         message = f"the peak of {size(peak)} is higher than expected"
         try:

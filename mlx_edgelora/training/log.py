@@ -1,8 +1,8 @@
-"""The run's log: one JSON record a line, for plots and comparisons, and the page made of it.
+"""The run's log with one JSON record per line, and the report page made from it.
 
-A report of a loss is one flat record (`Report.record`). Everything else is a record with one key:
-`run` (model, data, adapters, optimizer and options), `plan`, `step_memory`, `test`, `answers`, and
-`end`. `mlx_edgelora/report` reads them.
+A report of a loss is one flat record (`LossReport.record`). Every other record has one key: `run`
+(model, data, adapters, optimizer and options), `plan`, `step_memory`, `test`, `answers` or `end`.
+`mlx_edgelora/report` reads these records.
 """
 
 import json
@@ -21,14 +21,14 @@ from mlx_edgelora.storage.files import cannot_write
 
 
 class RunLog:
-    """Appends records to a JSONL file, each on disk's way before the next step begins.
+    """Appends records to a JSONL file; each is passed to the system before the next step.
 
     Args:
-        path: opened for appending, created where missing; None for a scratch file that nobody
-            sees, for a run that only wants a report.
+        path: the file, opened for appending and created if missing; None for a temporary file, in
+            runs with a report page but without a log.
 
     Raises:
-        EdgeLoraError: the file cannot be opened, or later written.
+        EdgeLoraError: the file cannot be opened.
     """
 
     def __init__(self, path: str | os.PathLike | None) -> None:
@@ -38,9 +38,10 @@ class RunLog:
             if path is None:
                 self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - closed by close()
                 return
-            # Without a buffer, which would be written once more, and fail once more, at the end.
+            # Unbuffered: after a failed write, a buffer would be written again, and fail again,
+            # when the file is closed.
             self._file = open(self._path, "ab+", buffering=0)  # noqa: SIM115 - see close()
-            # A run that was killed may have left half a record; do not glue ours to it.
+            # A killed run may have left an incomplete record; the next one needs its own line.
             if self._file.tell() and not self._ends_a_line():
                 self._file.write(b"\n")
         except OSError as error:
@@ -50,8 +51,8 @@ class RunLog:
         """Append one record and flush it.
 
         Raises:
-            EdgeLoraError: a value is NaN or infinite, which JSON cannot hold, or the
-                disk is full.
+            EdgeLoraError: a value is NaN or infinite, which JSON cannot express, or the disk is
+                full.
         """
         for key, value in record.items():
             if not math.isfinite(value):
@@ -62,7 +63,11 @@ class RunLog:
         self._append(record)
 
     def note(self, kind: str, facts: Any) -> None:
-        """Append what is not a report of a loss: JSON values under a key that says what they are.
+        """Append a record that is not a report of a loss.
+
+        Args:
+            kind: the only key of the record.
+            facts: its value; JSON values only.
 
         Raises:
             EdgeLoraError: the disk is full.
@@ -71,7 +76,10 @@ class RunLog:
         self._append({kind: facts})
 
     def end(self, error: BaseException | None) -> None:
-        """Say how the run ended; nothing where it never began.
+        """Append the record `end`, unless the run never began.
+
+        Args:
+            error: the exception that ended the run; None if it finished.
 
         Raises:
             EdgeLoraError: the disk is full.
@@ -87,7 +95,10 @@ class RunLog:
             self.note("end", {"status": "failed", "reason": reason})
 
     def report(self, target: Path) -> None:
-        """Write the page about the run, unless it never began.
+        """Write the report page, unless the run never began.
+
+        Args:
+            target: path of the page.
 
         Raises:
             EdgeLoraError: the page cannot be written.
@@ -104,7 +115,7 @@ class RunLog:
         """
         try:
             self._file.close()
-        except OSError as error:  # what could not be written before is tried again
+        except OSError as error:  # some file systems report a failed write only here
             raise cannot_write(self._path, error) from error
 
     def __enter__(self) -> Self:
@@ -127,9 +138,13 @@ class RunLog:
 
 @contextmanager
 def recorded(config: TrainConfig) -> Iterator[RunLog | None]:
-    """The log of a run; at its end, whatever that is, the page that config.report names.
+    """Open the log of a run, and write the page `config.report` on exit, even after an error.
 
-    Gives None where neither is wanted.
+    Args:
+        config: options of the run.
+
+    Yields:
+        The log; None if neither a log nor a report page is configured.
 
     Raises:
         EdgeLoraError: one of the files cannot be written.
@@ -144,7 +159,7 @@ def recorded(config: TrainConfig) -> Iterator[RunLog | None]:
         try:
             yield log
         except BaseException as error:
-            with suppress(EdgeLoraError):  # the first error is the one to tell
+            with suppress(EdgeLoraError):  # the first error is the one to report
                 log.end(error)
                 if target is not None:
                     log.report(target)

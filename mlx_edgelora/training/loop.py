@@ -1,16 +1,16 @@
 """The training loop: mlx_lm's schedule of steps, validations, reports and saves.
 
-Where it differs from `mlx_lm.tuner.trainer.train`, on purpose:
-- the training loss of a report is the mean over the window's tokens, not the mean of
-  its batches' means, and the speed of a short last window is divided by its own length;
-- gradients of several batches are averaged over their labelled tokens, as those of one batch of
-  all their rows are, not over batches;
-- the last `iters % grad_accumulation_steps` batches are applied, as their own mean;
-- every validation sees the same batches, in evaluation mode and with exact sums;
-- a loss or gradient that is not finite ends the run before it reaches a parameter;
+It differs from `mlx_lm.tuner.trainer.train` on purpose:
+- the reported training loss is the mean over the tokens since the last report, not the mean of
+  the batches' means, and the speed of a short last window is computed from its own length;
+- accumulated gradients are averaged over the labelled tokens of all batches, as in one batch of
+  all their rows, and not over batches;
+- the last `iters % grad_accumulation_steps` batches are applied too, as their own mean;
+- every validation uses the same batches, in evaluation mode and with exact sums;
+- a loss or gradient that is not finite ends the run before a parameter changes;
 - with `max_grad_norm` the mean of the accumulated gradients is clipped by its global norm;
-- the random key (dropout, LoRA initialisation) is left to the caller: seed it before
-  the adapters are made. `config.seed` orders the batches here.
+- the caller seeds the random key (dropout, LoRA initialisation) before the adapters are made;
+  `config.seed` only decides the order of batches here.
 """
 
 import contextlib
@@ -57,15 +57,15 @@ from mlx_edgelora.training.text import abbreviate
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended.
+    """Results of a run.
 
     Attributes:
-        iterations: steps done.
-        train_loss: of the last report.
-        val_loss: of the last validation, which precedes the last step; None without one.
+        iterations: number of finished steps.
+        train_loss: last reported training loss.
+        val_loss: loss of the last validation, before the last step; None without validation.
         trained_tokens: labelled tokens over all steps.
-        peak_memory_bytes: largest size of MLX's allocator.
-        adapter_path: folder that holds the adapter.
+        peak_memory_bytes: peak memory of MLX's allocator.
+        adapter_path: folder of the adapter.
     """
 
     iterations: int
@@ -90,22 +90,26 @@ def train(
     """Train the model's trainable parameters for `config.iters` steps.
 
     Args:
-        engine: computes losses and gradients; its model is left in training mode.
-        optimizer: as made by `build_optimizer`.
-        config: the options of the run.
-        train_set, valid_set: data sets for `iterate_batches`.
-        callbacks: told of every report. If one raises, the steps since the last save
-            are saved and the exception goes on.
+        engine: computes losses and gradients; its model stays in training mode.
+        optimizer: an optimizer of `build_optimizer`.
+        config: options of the run.
+        train_set: training rows, for `iterate_batches`.
+        valid_set: validation rows, for `iterate_batches`; None without validation.
+        callbacks: called with every report. If a callback raises, the steps since the last save
+            are saved and the exception is raised again.
         progress: replaces the display on standard output and error.
-        origin: what checkpoints say about the run, and the one that it goes on from, whose
-            weights the engine has.
+        origin: the checkpoint to resume from, whose weights the engine has, and facts about the
+            run for new checkpoints.
         log: gets a record of every report.
 
+    Returns:
+        Results of the run.
+
     Raises:
-        EdgeLoraError: a loss or gradient is NaN or infinite, or a file cannot be
-            written; the last saved adapter stands. Or memory or the GPU's time ran out; then
-            the steps since the last save are saved, if that is possible.
-        Stopped: a signal asked for the end; all steps are saved.
+        EdgeLoraError: a loss or gradient is NaN or infinite, or a file cannot be written; the
+            last saved adapter is unchanged. Or memory or the GPU's time ran out; the steps since
+            the last save are then saved if possible.
+        Stopped: a signal ended the run; all steps are saved.
     """
     make_folder(Path(config.adapter_path))
     with contextlib.ExitStack() as stack:
@@ -151,7 +155,7 @@ def train(
         except BrokenPipeError:
             run.save_unsaved()
             raise
-        except OSError as error:  # of files of ours nothing but sentences come
+        except OSError as error:  # errors of this package's files are EdgeLoraErrors already
             raise EdgeLoraError(
                 f"step {iteration}: standard output cannot be written ({error.strerror}); "
                 f"{run.save_unsaved()}"
@@ -179,22 +183,22 @@ class _Run:
         self._adapters = engine.adapters
         self._adapters.start(optimizer)
         self._magnitudes = Magnitudes()
-        self._grad_norm: float | None = None  # of the last update, before clipping
-        self._weights = 0.0  # of the gradients in the sum
-        self._first_tokens = 0  # labels of the first batch among them
-        self._weight = 1.0  # of the present batch
+        self._grad_norm: float | None = None  # norm before clipping at the last update
+        self._weights = 0.0  # sum of the weights of the accumulated gradients
+        self._first_tokens = 0  # labelled tokens of the first accumulated batch
+        self._weight = 1.0  # weight of the current batch
         self._trained_tokens = 0
         self._iteration = 0
-        self._between = True  # whether no step is half done
+        self._between = True  # whether no step is in progress
         self._key = mx.random.state[0]
         self._updated = 0  # last step that changed the parameters
         self._saved = 0  # last step whose parameters are on disk
-        self._replaced: set[str] = set()  # files of which there are only this run's
+        self._replaced: set[str] = set()  # patterns whose files are all of this run
         self._last: dict[str, float] = {}
         self._best: float | None = None  # lowest validation loss
 
     def resumed(self) -> int:
-        """Take over the state of the checkpoint that the run goes on from; gives its step."""
+        """Restore the state of the checkpoint to resume from; returns its step, 0 without one."""
         checkpoint = self._origin.checkpoint
         if checkpoint is None:
             return 0
@@ -211,13 +215,13 @@ class _Run:
         return state.step
 
     def is_due(self, every: int, iteration: int, first: bool = False) -> bool:
-        """Every so many steps and at the last one, for validations at the first as well."""
+        """Whether a step is a multiple of `every` or the last one, or with `first` the first."""
         return (
             iteration % every == 0 or iteration == self._config.iters or (first and iteration == 1)
         )
 
     def step(self, iteration: int, batch: Batch) -> None:
-        """One batch: loss, gradients and, when enough are summed, an optimizer update."""
+        """Compute one batch: its loss, its gradients and, when one is due, the update."""
         begin_step()
         start = time.perf_counter()
         self._between = False
@@ -236,16 +240,16 @@ class _Run:
         self._progress.step(self._make_report("train_loss", self._window, iteration))
 
     def _weigh(self, tokens: int) -> None:
-        """Let the next gradients count by their labels, relative to the first ones of an update.
+        """Set the weight of the next gradients: labelled tokens relative to the first batch.
 
-        Gradients in 16 bits would not bear numbers of tokens.
+        Numbers of tokens as weights could overflow gradients in 16 bits.
         """
         if not self._weights:
             self._first_tokens = tokens
         self._weight = tokens / max(1, self._first_tokens)
 
     def _add_gradients(self, gradients: Arrays) -> None:
-        """Add gradients to the sum, and look at what it has become."""
+        """Add weighted gradients to the sum, and record the sum's magnitude."""
         if self._weight != 1:
             for name in list(gradients):
                 gradients[name] = self._weight * gradients.pop(name)
@@ -261,7 +265,7 @@ class _Run:
             self._adapters.update(self._optimizer, weights, self._clipping(iteration, weights))
 
     def _clipping(self, iteration: int, weights: float) -> mx.array | None:
-        """What the mean of the gradients is multiplied by; None where they are not clipped."""
+        """The factor that clips the mean of the gradients; None without `max_grad_norm`."""
         if self._config.max_grad_norm is None:
             return None
         norm = self._adapters.norm(weights)
@@ -309,10 +313,10 @@ class _Run:
             self._progress.saved(iteration - 1, best)
 
     def save(self, numbered: bool = False) -> None:
-        """Put the run on disk as it is after the last whole step.
+        """Save the run as it was after the last complete step.
 
         Args:
-            numbered: also keep the adapter under its step's number, as mlx-lm does.
+            numbered: also save the adapter under its step's number, as mlx-lm does.
         """
         with self._replacing(BEST_FOLDER, FOLDER, NUMBERED_FILES):
             self._save(numbered)
@@ -336,14 +340,17 @@ class _Run:
 
     @contextlib.contextmanager
     def _replacing(self, *patterns: str) -> Iterator[None]:
-        """Around a save: the first one of a kind takes the place of what another run left."""
+        """Context of a save: the first save of each pattern replaces files of another run."""
         others = [pattern for pattern in patterns if pattern not in self._replaced]
         with self._origin.replacing(self._folder, others):
             yield
         self._replaced.update(others)
 
     def _is_whole(self) -> bool:
-        """Whether what is in memory is what a step left, and not half of the next one."""
+        """Whether the state in memory is that of a complete step.
+
+        It is not if a failed step has added gradients to those accumulated before.
+        """
         return self._between or not self._weights
 
     def _state(self) -> RunState:
@@ -361,10 +368,10 @@ class _Run:
         )
 
     def end_early(self, requests: StopRequests) -> None:
-        """Save, and say why the run ends here.
+        """Save the run, and report why it ends early.
 
         Raises:
-            Stopped: a signal asked for it.
+            Stopped: a signal ended the run.
         """
         if not self.is_due(self._config.steps_per_report, self._iteration):
             self.report(self._iteration)
@@ -383,17 +390,17 @@ class _Run:
             raise Stopped(requests.signal)
 
     def save_unsaved(self) -> str:
-        """Save the steps since the last save if the machine still can; tells what is on disk."""
+        """Try to save the steps since the last save; returns `last_saved_message`."""
         failures = EdgeLoraError, RuntimeError, MemoryError, OSError
         if self._updated > self._saved:
             with contextlib.suppress(*failures):
-                mx.synchronize()  # raises what else of the step was ended, for the last time
+                mx.synchronize()  # raises pending errors of the failed step here, before the save
             with contextlib.suppress(*failures):
                 self.save()
         return self.last_saved_message()
 
     def last_saved_message(self) -> str:
-        """Which adapter is on disk, for messages."""
+        """Description of the adapter on disk, for messages."""
         file = self._folder / WEIGHTS_FILE
         if self._saved:
             return f"the last good adapter, of step {self._saved}, is in {file}"
@@ -402,7 +409,7 @@ class _Run:
         return "no adapter was saved yet in this run"
 
     def result(self) -> TrainResult:
-        """How the run ended."""
+        """Results of the run."""
         return TrainResult(
             iterations=self._iteration,
             train_loss=self._last["train_loss"],
@@ -431,14 +438,14 @@ class _Run:
 
     @contextlib.contextmanager
     def _saved_on_failure(self) -> Iterator[None]:
-        """Let an exception through, but not before the steps since the last save are on disk."""
+        """Context that saves the steps since the last save before it lets an exception pass."""
         finished = False
         try:
             yield
             finished = True
         finally:
             if not finished and self._updated > self._saved:
-                with contextlib.suppress(OSError):  # of an output that is gone
+                with contextlib.suppress(OSError):  # standard output may be closed
                     self.save()
 
     def _check_finite(self, iteration: int, batch: Batch, loss: float) -> None:

@@ -1,4 +1,4 @@
-"""From the options of a run to an engine with its plan: model, adapters, data and memory."""
+"""Open a run: from its options to the adapted model, the data, the plan and the engine."""
 
 import dataclasses
 import gc
@@ -40,7 +40,7 @@ from mlx_edgelora.training.limits import limits
 from mlx_edgelora.training.sampling import first_plan, measure_and_replan
 from mlx_edgelora.training.throttle import DutyCycle
 
-# At most this many engines are built until the best plan is known.
+# Largest number of engines that are built in search of the best plan.
 ENGINES = 4
 
 
@@ -50,7 +50,12 @@ def open_engine(
 ) -> Iterator[tuple[Engine, object, int]]:
     """Load and adapt the model, and choose its memory plan.
 
-    Gives the engine, the tokenizer and the size of the model's vocabulary.
+    Args:
+        config: options of the run; every row has max_seq_length tokens.
+        log: called with lines to show.
+
+    Yields:
+        The engine, the tokenizer and the size of the model's vocabulary.
     """
     lazy = adapted_model(config)
     place = spill_place(config)
@@ -62,7 +67,7 @@ def open_engine(
 def open_planned(
     config: TrainConfig, log: Callable[[str], None] = say
 ) -> Iterator[tuple[Engine, RunPlan]]:
-    """As `open_engine`, of a run whose rows all have max_seq_length tokens; gives its plan too."""
+    """Like `open_engine`, but yields the engine and its plan, and explains failures."""
     with explained_failures(config):
         lazy = adapted_model(config)
         place = spill_place(config)
@@ -71,7 +76,7 @@ def open_planned(
 
 
 def adapted_model(config: TrainConfig, streamed: bool = False) -> LazyModel:
-    """The model with adapters; nothing of it is read, unless it has to be rewritten first."""
+    """The model with adapters; no weights are read unless the model must be converted first."""
     lazy = open_model(
         config.model, streamed=streamed, quantize=config.quantize, cache=cache_folder(config)
     )
@@ -90,10 +95,18 @@ def open_run(
     log: Callable[[str], None],
     start: Path | None = None,
 ) -> Iterator[tuple[Engine, RunPlan]]:
-    """The engine and the plan of the run, measured, told and written down; MLX's limits set.
+    """Choose a plan, measure it, and build the engine; MLX's memory limits are set meanwhile.
 
     Args:
-        start: adapter to begin with.
+        config: options of the run.
+        lazy: the adapted model.
+        sets: data sets of the run; empty if every row has max_seq_length tokens.
+        place: folder of scratch files, and why it was chosen.
+        log: called with lines to show.
+        start: file of the adapter to load; None for a new adapter.
+
+    Yields:
+        The engine and the run with its plan.
     """
     request = plan_request(config, lazy, sets, user_cache(), Path(place[0]))
     chosen: RunPlan | None = request if request.given else first_plan(request)
@@ -122,7 +135,7 @@ def open_run(
         if chosen is not None:
             del engine
             lazy.replace_with(adapted_model(config))
-            gc.collect()  # engines hold themselves; two would not fit
+            gc.collect()  # engines have reference cycles, and two of them would not fit
 
 
 @contextmanager
@@ -154,11 +167,11 @@ def _engine(
 
 
 def _discard(line: str) -> None:
-    """Drop a line of details that only --verbose shows."""
+    """Do nothing with a line that only --verbose shows."""
 
 
 def _reserve(config: TrainConfig, engine: Engine, chosen: RunPlan) -> None:
-    """Allocate the disk space of the largest batch at once, if the run trains."""
+    """If the run trains, allocate the disk space of its largest batch in advance."""
     if not config.train:
         return
     batch_shape = chosen.batch_shape.part(chosen.plan.micro_batches)
@@ -168,34 +181,34 @@ def _reserve(config: TrainConfig, engine: Engine, chosen: RunPlan) -> None:
 
 
 def write_plan(config: TrainConfig, chosen: RunPlan) -> None:
-    """Write the plan to the file that `plan_out` names."""
+    """Write the plan to the file `plan_out`."""
     text = chosen.plan.json().encode()
     write_atomically({Path(config.plan_out): lambda file: file.write(text)})
 
 
 def has_data(config: TrainConfig) -> bool:
-    """Whether the config names data, or uses the embedded model, which has data."""
+    """Whether the run has data: the config names some, or uses the embedded model."""
     return bool(config.data or config.hf_dataset or config.model is None)
 
 
 def with_embedded(config: TrainConfig) -> TrainConfig:
-    """Fill in the package's model and data where the config names none."""
+    """Fill in the embedded model and data where the config names none."""
     data = config.data or (None if config.hf_dataset else str(DATA_PATH))
     return dataclasses.replace(config, model=config.model or str(MODEL_PATH), data=data)
 
 
 def largest_piece(chosen: RunPlan) -> tuple[int, int]:
-    """Rows and tokens of the largest piece of a batch that is computed at once."""
+    """Rows and tokens of the largest micro-batch."""
     return -(-chosen.batch_shape.rows // chosen.plan.micro_batches), chosen.batch_shape.tokens
 
 
 def dtype_of(config: TrainConfig) -> mx.Dtype | None:
-    """The dtype that `dtype` names; None without it."""
+    """The dtype of the option `dtype`; None if it is not set."""
     return DTYPES[config.dtype] if config.dtype else None
 
 
 def adapt(lazy: LazyModel, config: TrainConfig) -> None:
-    """Add LoRA layers, then check that the model's blocks can be walked."""
+    """Add LoRA layers, then check that the model can be trained block by block."""
     lora, model = config.lora_parameters, lazy.model
     if config.train or config.resume_adapter_file is not None:
         count = _default_layers(model) if config.num_layers is None else config.num_layers
@@ -210,7 +223,7 @@ def _default_layers(model: nn.Module) -> int:
 
 
 def with_layers(config: TrainConfig, lazy: LazyModel, log: Callable[[str], None]) -> TrainConfig:
-    """The number of adapted blocks as a number, which the adapter's configuration holds."""
+    """Fill in the default of `num_layers`, which the adapter's configuration must contain."""
     if config.num_layers is not None or not config.train:
         return config
     count = _default_layers(lazy.model)
@@ -220,7 +233,7 @@ def with_layers(config: TrainConfig, lazy: LazyModel, log: Callable[[str], None]
 
 
 def adapter_to_start(config: TrainConfig) -> Path | None:
-    """The adapter to begin with."""
+    """File of the adapter in `resume_adapter_file`; None if the option is not set."""
     return adapter_file(config.resume_adapter_file) if config.resume_adapter_file else None
 
 
@@ -237,7 +250,18 @@ def read_sets(
     log: Callable[[str], None],
     about: Callable[[str], None] | None = None,
 ) -> tuple[Dataset | None, Dataset | None, Dataset | None]:
-    """The data sets of a run; warnings and notes about their rows go to `log`."""
+    """Read the data sets of a run.
+
+    Args:
+        config: options of the run.
+        tokenizer: the model's tokenizer.
+        vocabulary: size of the model's vocabulary.
+        log: called with warnings and notes about the rows.
+        about: called with lines about the source of the rows.
+
+    Returns:
+        The training, validation and test sets; None for a set that is not needed.
+    """
     sets = load_datasets(config, tokenizer, about)
     for dataset in sets:
         if dataset is None:
@@ -251,7 +275,7 @@ def read_sets(
 
 
 def spill_place(config: TrainConfig) -> tuple[str | Path, str]:
-    """The folder of scratch files, and why it is this one."""
+    """The folder of scratch files, and why it was chosen."""
     if config.spill_dir:
         return config.spill_dir, "set by --spill-dir"
     return spill_folder([tempfile.gettempdir(), user_cache()])

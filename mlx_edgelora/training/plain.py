@@ -1,4 +1,4 @@
-"""Blocks alone, as plain MLX computes them, and how a model calls them."""
+"""Single blocks computed by plain MLX, and the calls by which a model runs its blocks."""
 
 import inspect
 import sys
@@ -20,17 +20,17 @@ Arrays = dict[str, mx.array]
 
 
 class OneBlockModel(nn.Module):
-    """A model of one block of another one, which it calls as that other one does.
+    """A model with a single block of another model, called with the same arguments as there.
 
-    Its input is random, plus `shift`, which is trained, so that a gradient goes through the block
-    to its input.
+    The block's input is random noise plus the parameter `shift`. It is trained, so that its
+    gradient is that of the block's input.
 
     Args:
-        blocks: of the other model.
-        index: of the block.
-        dtype: of the hidden states there.
-        shape: of the hidden states, [rows, tokens, width].
-        window: of a causal mask in place of the model's own; None leaves that.
+        blocks: blocks of the original model.
+        index: index of the block.
+        dtype: dtype of the block's input.
+        shape: shape of the block's input, [rows, tokens, width].
+        window: window of a causal mask that replaces the model's mask; None keeps the mask.
     """
 
     def __init__(
@@ -47,19 +47,19 @@ class OneBlockModel(nn.Module):
         self._others, self._index, self._window = [blocks], index, window
 
     def __call__(self, tokens: mx.array) -> mx.array:
-        """Map int tokens [rows, tokens], of which only the number counts, to what it returns."""
+        """The block's output for int tokens [rows, tokens], of which only the shape matters."""
         args, kwargs = self.call(tokens)
         return self.layers[0](self.input(tokens), *args, **kwargs)
 
     def input(self, tokens: mx.array) -> mx.array:
-        """The block's input, in the place of embedded tokens."""
+        """The block's input, which replaces the embedded tokens."""
         rows, count = tokens.shape
         shape = (rows, count, self.shift.shape[-1])
         noise = mx.random.normal(shape, key=mx.random.key(self._index)).astype(self.shift.dtype)
         return noise + self.shift[:rows, :count]
 
     def call(self, tokens: mx.array) -> tuple[tuple, dict]:
-        """What the other model calls the block with beside its input."""
+        """The arguments after the input with which the original model calls the block."""
         _, args, kwargs = recorded_calls(self._others[0], tokens)[self._index]
         self._count = tokens.shape[1]
         return (
@@ -75,12 +75,13 @@ class OneBlockModel(nn.Module):
 
 
 class OneBlockWeights:
-    """The frozen weights of one block of a model, as those of a model of one block.
+    """Frozen weights of one block, as a weight source for a `OneBlockModel`.
 
     Args:
-        source: of all blocks.
-        index, block: which one.
-        dtype: floating ones are cast to it; None leaves them.
+        source: weight source of the original model.
+        index: index of the block in that model.
+        block: the block.
+        dtype: floating-point weights are cast to this dtype; None keeps theirs.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class OneBlockWeights:
         self._source, self._index, self._block, self._dtype = source, index, block, dtype
 
     def block(self, index: int, own_memory: bool = False) -> Arrays:
-        """The block's frozen arrays; empty where it has them."""
+        """The block's frozen arrays by name; empty if the block holds them itself."""
         found = self._source.block(self._index, own_memory)
         if self._dtype is None:
             return found
@@ -102,14 +103,14 @@ class OneBlockWeights:
         }
 
     def prefetch(self, index: int) -> None:
-        """Nothing follows."""
+        """Do nothing: there is only one block."""
 
     def close(self) -> None:
-        """The source is another's."""
+        """Do nothing: the original model's source stays open."""
 
 
 class RandomAdapters:
-    """Random values for what is trained of a block."""
+    """Random values for the trainable parameters of a block."""
 
     def __init__(self, block: nn.Module) -> None:
         self._arrays = {
@@ -118,26 +119,31 @@ class RandomAdapters:
         }
 
     def block(self, index: int, own_memory: bool = False) -> Arrays:
-        """Evaluated values by their names in the block."""
+        """Evaluated arrays by their names in the block."""
         mx.eval(self._arrays)
         return dict(self._arrays)
 
     def prefetch(self, index: int) -> None:
-        """They are in memory."""
+        """Do nothing: the arrays are in memory."""
 
     def close(self) -> None:
-        """They stay."""
+        """Do nothing: the arrays stay in memory."""
 
 
 def random_adapter(name: str, value: mx.array) -> mx.array:
-    """B small beside A: what an adapter adds is less than the layer's own output."""
+    """Random values like a parameter; B is small, so that LoRA adds less than the layer's output.
+
+    Args:
+        name: name of the parameter, also the seed.
+        value: gives shape and dtype.
+    """
     noise = mx.random.normal(value.shape, key=mx.random.key(len(name)))
     size = 0.01 if name.endswith("lora_b") else max(value.shape[-2:]) ** -0.5
     return (size * noise).astype(value.dtype)
 
 
 def recorded_calls(blocks: BlockList, tokens: mx.array) -> list[tuple[mx.array, tuple, dict]]:
-    """What the model calls each block with, as the walk learns it: x, args, kwargs."""
+    """The call of each block as the walk intercepts it: (input, args, kwargs), first to last."""
     calls = []
 
     def record(*call: Any) -> mx.array:
@@ -150,9 +156,9 @@ def recorded_calls(blocks: BlockList, tokens: mx.array) -> list[tuple[mx.array, 
 
 
 def plain_calls(blocks: BlockList, tokens: mx.array) -> dict[int, dict[str, Any]]:
-    """The arguments of each block's call in a plain call of the model, by Python's own profiler.
+    """The arguments of each block's call, by block index and name, found by Python's profiler.
 
-    Nothing stands in for anything. The blocks compute with zeros for weights, lazily.
+    No call is intercepted. The blocks are called with zeros as weights and are not evaluated.
     """
     codes = {type(block).__call__.__code__ for block in blocks.blocks if _is_python(block)}
     indices = {id(block): index for index, block in enumerate(blocks.blocks)}
@@ -167,7 +173,7 @@ def plain_calls(blocks: BlockList, tokens: mx.array) -> dict[int, dict[str, Any]
         )
         names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + extra]
         if (index := indices.get(id(values[names[0]]))) is not None:
-            # The first call counts: a class may call that of its base class.
+            # Only the first call counts: a class may call `__call__` of its base class.
             found.setdefault(index, {name: values[name] for name in names[1:]})
 
     before = sys.getprofile()
@@ -187,7 +193,7 @@ def _is_python(block: nn.Module) -> bool:
 
 
 def named_arguments(block: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
-    """A call's arguments by the names that the block's function gives them, defaults included."""
+    """Arguments of a block's call by parameter name, defaults included; the input is None."""
     function = type(block).__call__
     call = inspect.signature(function, follow_wrapped=False).bind(block, None, *args, **kwargs)
     call.apply_defaults()
@@ -196,12 +202,12 @@ def named_arguments(block: nn.Module, args: tuple, kwargs: dict) -> dict[str, An
 
 @contextmanager
 def plain_classes(modules: Sequence[nn.Module], unpack: bool = False) -> Iterator[None]:
-    """Give modules the classes that MLX and mlx-lm made them of; undone on exit.
+    """Give modules their original classes of MLX and mlx-lm; undone on exit.
 
     Args:
-        modules: and all within them.
-        unpack: multiply by packed matrices unpacked, on a CPU: 20 times faster there, more exact
-            over a long sum, and more memory.
+        modules: the modules; those inside them are included.
+        unpack: on a CPU, multiply by whole dequantized matrices. This is 20 times faster there
+            and more exact for long sums, but takes more memory.
     """
     changed = []
     try:
@@ -220,7 +226,7 @@ def plain_classes(modules: Sequence[nn.Module], unpack: bool = False) -> Iterato
 
 
 class _UnpackedLinear(nn.QuantizedLinear):
-    """A packed layer as a product with the whole matrix."""
+    """A quantized layer that multiplies by the whole dequantized matrix."""
 
     def __call__(self, x: mx.array) -> mx.array:
         y = _product(self, x)
@@ -228,7 +234,7 @@ class _UnpackedLinear(nn.QuantizedLinear):
 
 
 class _UnpackedEmbedding(nn.QuantizedEmbedding):
-    """A packed embedding whose use as a head is a product with the whole matrix."""
+    """A quantized embedding that, as a head, multiplies by the whole dequantized matrix."""
 
     def as_linear(self, x: mx.array) -> mx.array:
         return _product(self, x)

@@ -1,4 +1,4 @@
-"""Where the memory of a step goes: recorded for the log, and for files that are asked for."""
+"""Memory of a step by phase, recorded for the log and the files of `memory_profile`."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,9 +16,16 @@ from mlx_edgelora.training.log import RunLog
 def memory_profile(
     config: TrainConfig, notify: Callable[[str], None], log: RunLog | None
 ) -> Iterator[list[TrainingCallback]]:
-    """Record where the memory of a step goes, for the log and the files that are asked for.
+    """Record the memory of each step, and write that of the last step on exit.
 
-    Gives the callbacks that this takes: of a run that does not end well the first step is logged.
+    Args:
+        config: `memory_profile` names the folder of files; None for no files.
+        notify: called with a table of the last step, if files are written.
+        log: gets a record of the memory; None without a log.
+
+    Yields:
+        Callbacks for the run. They log the step before the first report, so that a failed run has
+        a record too.
     """
     if config.memory_profile is None and log is None:
         yield []
@@ -41,14 +48,14 @@ class _FirstStep(TrainingCallback):
         self._done = False
 
     def on_train_loss_report(self, train_info: dict) -> None:
-        """Called at every report."""
+        """Log the memory at the first report of a training loss."""
         if not self._done:
             self._done = True
             self._log.note("step_memory", self._profile.rows())
 
 
 def _write_profile(folder: Path, profile: Profile, notify: Callable[[str], None]) -> None:
-    """Write down where the memory of the last step went, and print it."""
+    """Write the memory of the last step to files, and show it as a table."""
     writers = {folder / "memory.json": lambda file: file.write(profile.json().encode())}
     if find_spec("matplotlib") is not None:
         writers[folder / "memory.png"] = profile.plot

@@ -1,4 +1,4 @@
-"""What a person sees while the model trains: a table, and on a terminal a bar under it."""
+"""Display of a run: a table of reports and, on a terminal, a progress bar under it."""
 
 import sys
 import time
@@ -25,21 +25,21 @@ TABLE = {
     "lr": 8,
     "grad norm": 9,
 }
-# Redraws a second. Each takes the host a millisecond or two, which a fast GPU waits for.
+# Redraws per second. Each takes a millisecond or two of the CPU, for which a fast GPU waits.
 REDRAWS = 2
-# ANSI colours, so that they are the terminal's own, dark or light.
+# ANSI colours follow the terminal's theme, dark or light.
 BAR, REST = "cyan", "bright_black"
 
 
 class Progress:
-    """Shows a run: a table of reports, and on a terminal a bar under it.
+    """Shows a table of reports and, on a terminal, a progress bar under it.
 
     Args:
-        iters: steps of the run.
-        lines: where the table goes; standard output by default.
-        live: where the bar goes if it is a terminal; standard error by default, so that the table
-            can be redirected to a file while the bar stays.
-        verbose: a second line for each report.
+        iters: number of steps of the run.
+        lines: stream of the table; standard output by default.
+        live: stream of the bar, used if it is a terminal; standard error by default, so that the
+            bar stays when the table is redirected to a file.
+        verbose: print a second line for each report.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Progress:
         self._iters, self._verbose, self._titled = iters, verbose, False
         self._lines = sys.stdout if lines is None else lines
         self._on_terminal = self._lines.isatty()
-        # Where both are the terminal, the bar must know of every line above it.
+        # If both are the terminal, rich must print the table so that it can redraw the bar.
         self._bars = bars(self._lines if self._on_terminal else live or sys.stderr)
         self._task = self._bars.add_task("step", total=iters, figures="", left="")
         columns = min(self._bars.console.width, COLUMNS) if self._on_terminal else COLUMNS
@@ -69,7 +69,7 @@ class Progress:
         self._bars.stop()
 
     def step(self, window: LossReport) -> None:
-        """Move the bar one step on, with the figures of the window so far."""
+        """Advance the bar by one step, and show the figures since the last report."""
         if self._bars.disable:
             return
         left = (self._iters - window.iteration) * window.seconds / window.batches
@@ -79,7 +79,14 @@ class Progress:
 
     @contextmanager
     def validation(self, batches: int) -> Iterator[Callable[[], None]]:
-        """Show the progress of a validation; yields what to call after every batch."""
+        """Show the progress of a validation.
+
+        Args:
+            batches: number of batches.
+
+        Yields:
+            A function to call after every batch.
+        """
         task = self._bars.add_task("validation", total=batches, figures="", left="")
         try:
             yield lambda: self._bars.advance(task)
@@ -110,7 +117,7 @@ class Progress:
             self._print(f"{'':{self._widths['step']}}{self._gap}{_details(report)}", style="dim")
 
     def saved(self, iteration: int, folder: Path) -> None:
-        """Tell that the adapter of a step is on disk."""
+        """Print that the adapter of a step was saved."""
         where = f"{iteration}/{self._iters}".rjust(self._widths["step"])
         self.note(f"{where}{self._gap}adapter saved in {folder}")
 
@@ -132,7 +139,7 @@ class Progress:
 
 
 class _Left:
-    """Time that is left, as it is when it is drawn: it runs down while a step lasts."""
+    """Remaining time, computed when it is drawn, so that it decreases during a step."""
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
@@ -142,12 +149,12 @@ class _Left:
 
 
 def bars(live: TextIO) -> Bars:
-    """Bars that are gone when they end; none are drawn where `live` is no terminal.
+    """Progress bars that disappear at the end; nothing is drawn if `live` is no terminal.
 
-    What is printed to a terminal in the meantime, by whoever it is, goes above them.
+    Lines that any code prints to a terminal meanwhile appear above the bars.
     """
     console = Console(file=live)
-    # A process that is killed could not show the cursor again.
+    # The cursor is never hidden, because a killed process could not show it again.
     console.show_cursor = lambda show=True: False
     return Bars(
         TextColumn("{task.description} {task.completed}/{task.total}"),
@@ -165,7 +172,7 @@ def bars(live: TextIO) -> Bars:
 
 
 def _fitting(widths: dict[str, int], columns: int) -> dict[str, int]:
-    """As many columns of the table as there is room for, from the first."""
+    """The first columns of the table that fit into `columns` characters."""
     fitting, total = {}, -1
     for name, width in widths.items():
         total += width + 1
@@ -176,7 +183,7 @@ def _fitting(widths: dict[str, int], columns: int) -> dict[str, int]:
 
 
 def _details(report: LossReport) -> str:
-    """The whole process, and what a step reads and writes."""
+    """Memory of the whole process, and bytes read and written per step."""
     read, written = (
         size(count / report.batches) for count in (report.read_bytes, report.written_bytes)
     )

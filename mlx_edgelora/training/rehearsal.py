@@ -1,6 +1,6 @@
-"""The largest batch of a run, computed once before the first step: does its plan keep the budget?
+"""Rehearsal: the largest batch of a run is computed once before the first step.
 
-An expected peak is checked by a real one, and the plan is replaced where it was too low.
+The measured peak is compared with the budget, and the plan is replaced if the peak is larger.
 """
 
 from collections.abc import Callable
@@ -20,17 +20,22 @@ from mlx_edgelora.planner.run_plan import RunPlan
 from mlx_edgelora.planner.sizes import BatchShape
 from mlx_edgelora.training import summary
 
-# A plan that is expected to take less than this share of its budget is not tried.
+# A plan with an expected peak below this share of its budget is not rehearsed.
 NEAR = 0.5
-# So often at most; each plan takes less than the one before.
+# Largest number of rehearsals; each plan needs less memory than the one before.
 TRIES = 3
 
 
 def rehearse(engine: Engine, chosen: RunPlan, log: Callable[[str], None]) -> None:
-    """Compute the largest batch there can be, and have less used until it fits the budget.
+    """Compute the largest possible batch, and replace the plan until the peak fits the budget.
 
-    No parameter changes, and no random number is drawn. Nothing is done where a plan was given, or
-    where this was done in an earlier run.
+    Parameters and the state of the random generator do not change. Nothing is computed without a
+    budget, if the expected peak is far below it, or if an earlier run measured a peak that fits.
+
+    Args:
+        engine: gets the new plan.
+        chosen: the run; its plan and measurements are updated.
+        log: called with a line for every new plan.
 
     Raises:
         EdgeLoraError: no plan fits.
@@ -58,10 +63,15 @@ def rehearse(engine: Engine, chosen: RunPlan, log: Callable[[str], None]) -> Non
 
 
 def measure_pass(engine: Engine, batch: Batch, keeps: bool) -> tuple[list[PhasePeak], int]:
-    """Compute a batch forward and backward; gradients are kept as a step keeps them, or not.
+    """Compute the gradients of a batch and measure memory and time.
+
+    Args:
+        engine: computes the batch.
+        batch: the batch.
+        keeps: keep all gradients in memory, as a step with resident adapters does.
 
     Returns:
-        What each phase took, and bytes that were held before.
+        Peak and time of each phase, and bytes in memory before the batch.
     """
     gradients: list[Arrays] = []
     take = gradients.append if keeps else lambda found: found.clear()
@@ -77,9 +87,9 @@ def measure_pass(engine: Engine, batch: Batch, keeps: bool) -> tuple[list[PhaseP
 
 
 def synthetic_batch(batch_shape: BatchShape, vocabulary: int) -> Batch:
-    """Random tokens, in each row as many of the last ones labelled as there can be.
+    """A batch of random tokens with the largest number of labels, at the end of each row.
 
-    Rows that share a row are all of one length.
+    In a packed batch all packed rows have the same length.
     """
     shape = batch_shape.rows, batch_shape.tokens + 1
     tokens = np.random.RandomState(0).randint(0, vocabulary, shape).astype(np.int32)

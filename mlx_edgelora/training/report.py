@@ -1,4 +1,4 @@
-"""The figures of a training run: measured once, then shown, logged and passed to callbacks."""
+"""Figures of a training run, measured once and then shown, logged and passed to callbacks."""
 
 import time
 from dataclasses import asdict, dataclass
@@ -8,7 +8,7 @@ from mlx_edgelora.measure.meter import DiskMeter, footprint, peak_memory
 
 @dataclass(frozen=True)
 class Usage:
-    """What the process has used since the run began; sizes in bytes, time in seconds."""
+    """Memory, disk traffic and time of the process since the run began; bytes and seconds."""
 
     peak_memory_bytes: int
     footprint_bytes: int
@@ -18,7 +18,7 @@ class Usage:
 
 
 class UsageMeter:
-    """Takes `Usage` readings; the clock and the disk counts start at zero."""
+    """Measures `Usage`; time and disk traffic count from the creation of the meter."""
 
     def __init__(self, disk: DiskMeter) -> None:
         self._disk = disk
@@ -26,7 +26,7 @@ class UsageMeter:
         self._disk_start = disk.snapshot()
 
     def read(self) -> Usage:
-        """The usage up to now."""
+        """The usage so far."""
         disk = self._disk.snapshot()
         return Usage(
             peak_memory_bytes=peak_memory(),
@@ -43,16 +43,19 @@ class LossReport:
 
     Attributes:
         kind: `train_loss` or `val_loss`, the key of `loss` in records.
-        iteration: steps finished, as mlx-lm counts them in its callbacks: a validation
-            before step n reports n - 1.
-        loss: mean over the tokens of the window or of the validation batches.
-        learning_rate: of the last optimizer update.
-        grad_norm: global norm of the gradients of the last update, before clipping; None in a
-            validation, and before the first update.
+        iteration: number of finished steps, counted as in mlx-lm's callbacks: a validation before
+            step n reports n - 1.
+        loss: mean over the labelled tokens of the window or of the validation batches.
+        learning_rate: learning rate of the last optimizer update.
         trained_tokens: labelled tokens since the run began.
-        tokens, seconds, batches: of the window or validation itself.
-        read_bytes, written_bytes: disk traffic of the window or validation itself.
-        usage: totals of the process.
+        tokens: labelled tokens of the window or validation.
+        seconds: time of the window or validation.
+        batches: number of batches of the window or validation.
+        read_bytes: bytes read from disk in the window or validation.
+        written_bytes: bytes written to disk in the window or validation.
+        usage: totals of the process since the run began.
+        grad_norm: global norm of the gradients of the last update, before clipping; None in a
+            validation and before the first update.
     """
 
     kind: str
@@ -70,11 +73,11 @@ class LossReport:
 
     @property
     def tokens_per_second(self) -> float:
-        """Labelled tokens a second."""
+        """Labelled tokens per second."""
         return self.tokens / max(self.seconds, 1e-9)
 
     def record(self) -> dict[str, int | float]:
-        """The record of the run's log."""
+        """The record for the run's log."""
         return {
             "iteration": self.iteration,
             self.kind: self.loss,
@@ -86,7 +89,7 @@ class LossReport:
         }
 
     def callback_info(self) -> dict[str, int | float]:
-        """The record with the further keys that mlx-lm gives its callbacks."""
+        """The record for callbacks, with all keys of mlx-lm."""
         if self.kind == "val_loss":
             return {**self.record(), "val_time": self.seconds}
         return {
@@ -108,7 +111,7 @@ class Window:
         self._batches = 0
 
     def add(self, loss: float, tokens: int, seconds: float) -> None:
-        """Count one batch: its mean loss, its labelled tokens and the time it took."""
+        """Add one batch: its mean loss, its number of labelled tokens and its seconds."""
         self._loss += loss * tokens
         self._tokens += tokens
         self._seconds += seconds
@@ -122,7 +125,7 @@ class Window:
         trained_tokens: int,
         grad_norm: float | None = None,
     ) -> LossReport:
-        """The report of all batches counted so far; at least one."""
+        """The report of the batches added so far, of which there must be at least one."""
         usage = self._meter.read()
         return LossReport(
             kind=kind,

@@ -1,4 +1,4 @@
-"""Going on with a run: its folder, and whether all that decides its result is as it was."""
+"""Resume a run: lock its folder, and check that options, model and data are unchanged."""
 
 import contextlib
 import dataclasses
@@ -25,7 +25,7 @@ from mlx_edgelora.training.checkpoints import (
 )
 from mlx_edgelora.training.text import abbreviate
 
-# Options that change nothing of what is learned in the steps that are left.
+# Options that do not change what the remaining steps learn.
 FREE = frozenset(
     {
         "accept_changes",
@@ -63,19 +63,25 @@ FREE = frozenset(
         "verify",
     }
 )
-# Options of the memory plan. Another plan gives the same gradients but for rounding.
+# Options of the memory plan. Another plan gives the same gradients except for rounding.
 MEMORY = "memory_budget", "weights", "activations", "adapters", "kernel", "plan"
-# What fingerprints are compared of, and the options that name them.
+# Options whose contents are compared by fingerprint.
 CONTENTS = "model", "data"
 
 
 @contextmanager
 def run_folder(config: TrainConfig) -> Iterator[Checkpoint | None]:
-    """Make and lock the adapter's folder; gives the checkpoint to go on from, if one is wanted.
+    """Create and lock the adapter's folder, and find the checkpoint to resume from.
+
+    Args:
+        config: options of the run.
+
+    Yields:
+        The checkpoint; None for a new run.
 
     Raises:
-        EdgeLoraError: another process is writing there, the folder holds a run and neither
-            `resume` nor `overwrite` is set, or the checkpoint cannot be used.
+        EdgeLoraError: another process is writing to the folder, the folder contains a run and
+            neither `resume` nor `overwrite` is set, or the checkpoint cannot be used.
     """
     if not config.train:
         yield None
@@ -84,7 +90,7 @@ def run_folder(config: TrainConfig) -> Iterator[Checkpoint | None]:
     is_new = not folder.exists()
     make_folder(folder)
     with contextlib.ExitStack() as stack:
-        if is_new:  # nothing stays of a run that saved nothing
+        if is_new:  # a run that saves nothing leaves no folder
             stack.callback(_remove_if_empty, folder)
         stack.enter_context(locked(folder))
         remove_temporaries(folder)
@@ -117,7 +123,7 @@ def _check_place(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def check_iters(config: TrainConfig, checkpoint: Checkpoint) -> None:
-    """Refuse to go on with a run that has done all its steps."""
+    """Raise `EdgeLoraError` if the run has finished all its steps."""
     if config.iters <= checkpoint.state.step:
         raise EdgeLoraError(
             f"iters: got {config.iters}, but {checkpoint.folder} is of step "
@@ -126,24 +132,28 @@ def check_iters(config: TrainConfig, checkpoint: Checkpoint) -> None:
 
 
 def saved_options(place: Path) -> dict[str, Any]:
-    """The options of the run that a folder holds, with the folder as its `adapter_path`.
+    """The options of the run in a folder, with that folder as `adapter_path`.
+
+    Args:
+        place: a checkpoint's folder, or the adapter folder of a run.
 
     Raises:
-        EdgeLoraError: it holds no checkpoint, or a damaged one.
+        EdgeLoraError: there is no checkpoint, or it is damaged.
     """
     checkpoint = find_checkpoint(place)
     never = {"resume", "accept_changes", "overwrite", "max_time", "config"}
     options = {key: value for key, value in checkpoint.config.items() if key not in never}
-    if checkpoint.folder.absolute().parent.name != FOLDER:  # a copy, somewhere else
+    if checkpoint.folder.absolute().parent.name != FOLDER:  # a copy in another place
         return options
     return options | {"adapter_path": os.path.normpath(checkpoint.folder / ".." / "..")}
 
 
 def with_saved(config: TrainConfig, checkpoint: Checkpoint) -> TrainConfig:
-    """The options to go on with: those of `config`, once they are found to be the run's.
+    """Compare the options with those of the checkpoint; returns the options to resume with.
 
     Raises:
-        EdgeLoraError: an option that decides what is learned differs, and is not accepted.
+        EdgeLoraError: an option that changes what is learned differs, and is not in
+            `accept_changes`.
     """
     if config.num_layers is None:
         config = dataclasses.replace(config, num_layers=checkpoint.config.get("num_layers"))
@@ -153,7 +163,7 @@ def with_saved(config: TrainConfig, checkpoint: Checkpoint) -> TrainConfig:
         for name, value in now.items()
         if name not in FREE and name not in MEMORY and value != checkpoint.config.get(name)
     ]
-    # Names that lead to the same bytes are no change; these are compared.
+    # Other paths of the same model or data are no change; `check_contents` compares fingerprints.
     changed = [name for name in changed if name not in CONTENTS]
     _refuse(
         {name: (checkpoint.config.get(name), now[name]) for name in changed}, config, checkpoint
@@ -162,15 +172,15 @@ def with_saved(config: TrainConfig, checkpoint: Checkpoint) -> TrainConfig:
 
 
 def check_contents(found: Mapping[str, str], config: TrainConfig, checkpoint: Checkpoint) -> None:
-    """Refuse to go on with another model or other rows.
+    """Check that the model and the rows are those of the checkpoint.
 
     Args:
-        found: fingerprints of now.
-        config: of now.
-        checkpoint: of the run.
+        found: current fingerprints.
+        config: current options.
+        checkpoint: checkpoint of the run.
 
     Raises:
-        EdgeLoraError: one differs, and is not accepted.
+        EdgeLoraError: a fingerprint differs, and its option is not in `accept_changes`.
     """
     saved = checkpoint.state.fingerprints
     changed = [name for name in found if saved.get(name) != found[name]]
@@ -193,7 +203,7 @@ def _refuse(
 
 
 def planned(config: TrainConfig, checkpoint: Checkpoint) -> TrainConfig:
-    """The options with the memory plan of the checkpoint, unless others were asked for since."""
+    """The options with the checkpoint's memory plan, unless options of the plan have changed."""
     saved = checkpoint.config
     now = json.loads(json.dumps(config.to_dict()))
     if checkpoint.plan is None or any(now[name] != saved.get(name) for name in MEMORY):
@@ -203,11 +213,11 @@ def planned(config: TrainConfig, checkpoint: Checkpoint) -> TrainConfig:
 
 
 def fingerprints(files: ModelFiles, train_set: Sequence) -> dict[str, str]:
-    """What tells a model and rows from others: SHA-256 of headers and of tokens and labels.
+    """Fingerprints of a model and its training rows, as SHA-256 by option name.
 
     Args:
-        files: of the model; sizes, headers and config.json are looked at, no weights.
-        train_set: rows of (tokens, labelled).
+        files: files of the model; config.json and headers are read, weights are not.
+        train_set: rows of tokens and labelled spans.
     """
     return {
         "model": fingerprint(_model_parts(files)),

@@ -1,8 +1,8 @@
-"""What a plan takes, measured with a few of its blocks: bytes and seconds for the planner.
+"""Measure the memory and time of a plan on a few of its blocks, for the planner.
 
-The engine computes the largest batch as ever, but of the blocks only one or two of each kind, and
-one or two of those that are kept. What a phase takes beside what is accounted for is the same for
-all of a kind, so the whole is known before it is computed (`planner/cost.py`).
+The engine computes the largest batch, but only with one or two blocks of each kind and one or two
+of the kept blocks. The working memory of a phase is the same for all blocks of a kind, so the peak
+of all blocks follows from these measurements (`planner/cost.py`).
 """
 
 import time
@@ -29,40 +29,40 @@ from mlx_edgelora.planner.sizes import BatchShape
 from mlx_edgelora.training import summary
 from mlx_edgelora.training.rehearsal import measure_pass, synthetic_batch
 
-# So often a plan is measured, and replaced by one that is better by what is known then.
+# Largest number of times that a plan is measured and possibly replaced.
 ROUNDS = 4
-# Another engine, that reads its weights anew, must be better by this share.
+# A new engine must read its weights again, so its plan must be better by this share.
 WORTH = 0.05
-# Choices that an engine is made by, and cannot obey later.
+# Choices of a plan that are fixed when an engine is built.
 ENGINE_CHOICES = {"streamed_blocks", "head", "adapters", "kernel", "loss_bytes"}
-# A budget of less than this share of what the smallest plan is expected to take is too small.
+# A budget below this share of the smallest plan's expected peak is too small for certain.
 SURE = 0.5
-# Where all fits into this share of the budget there is nothing to choose.
+# If everything fits into this share of the budget, no plan needs to be measured.
 PLENTY = 0.5
-# Of the time of a visit so much is computing, however fast its weights should be read.
+# Smallest share of a block's time that counts as computing, however long reading should take.
 COMPUTING = 0.3
-# Kinds of blocks that are measured at most.
+# Largest number of kinds of blocks that are measured.
 KINDS = 8
-# The first pass compiles. Where it takes longer than this in seconds, it is not repeated.
+# The first pass compiles. If it takes longer than this, in seconds, it is not repeated.
 LONG = 5.0
 
 
 def measure_and_replan(
     engine: Engine, chosen: RunPlan, log: Callable[[str], None], stays: bool = False
 ) -> RunPlan | None:
-    """Measure what the plan of a run takes, and replace it, until the one that is best is known.
+    """Measure the plan of a run and replace it by a better one, until the best plan is known.
 
-    Nothing is done where a plan was given, where there is memory in plenty, or where an earlier
-    run measured it.
+    Nothing is measured if the user gave a plan, if memory is plentiful, or if an earlier run
+    measured the plan.
 
     Args:
-        engine: by the present plan.
-        chosen: its plan is replaced.
-        log: gets a line for what was measured.
-        stays: whether only plans come into question that this engine can obey.
+        engine: the engine of the current plan.
+        chosen: the run; its plan is replaced.
+        log: called with a line for every measurement.
+        stays: consider only plans that this engine can use.
 
     Returns:
-        The run by a plan that this engine cannot obey; None where it obeys the best one.
+        The run with a better plan that needs a new engine; None if the engine uses the best plan.
 
     Raises:
         EdgeLoraError: no plan fits.
@@ -96,12 +96,16 @@ def measure_and_replan(
 
 
 def first_plan(request: RunPlan) -> RunPlan:
-    """The run by the plan that is best by what is known now.
+    """The run with the best plan according to the measurements so far.
 
-    Where none fits by a formula alone, but not for certain, it is the smallest, to be measured.
+    If no plan fits according to formulas alone, the smallest plan is returned to be measured,
+    unless the budget is too small for certain.
+
+    Args:
+        request: the run without a plan.
 
     Raises:
-        EdgeLoraError: none fits.
+        EdgeLoraError: no plan fits.
     """
     try:
         return request.with_choice(request.search())
@@ -113,26 +117,32 @@ def first_plan(request: RunPlan) -> RunPlan:
 
 
 def _better(best: Choice, here: Choice, least: bool) -> bool:
-    """Whether a plan is so much better that an engine is made for it."""
+    """Whether a plan is so much better that it is worth a new engine.
+
+    Args:
+        best: the best plan.
+        here: the best plan for the current engine.
+        least: compare memory instead of time, in a run without a budget.
+    """
     if least:
         return best.needs < (1 - WORTH) * here.needs
     return best.seconds < (1 - WORTH) * here.seconds
 
 
 def _best_for_engine(chosen: RunPlan, fixed_at_start: dict[str, Any]) -> Choice | None:
-    """The best plan that the engine of the present one can obey, if any fits."""
+    """The best plan that the current engine can use; None if none fits."""
     try:
         found = chosen.search(fixed_at_start)
     except EdgeLoraError:
         return None
     if chosen.plan.streams and not found.plan.streams:
-        # An engine that reads blocks reads one of them, and the head.
+        # An engine built to read weights from disk reads at least one block, and the head.
         found = chosen.expected(replace(found.plan, streamed_blocks=1))
     return found
 
 
 def needs_measuring(chosen: RunPlan) -> bool:
-    """Whether something that matters for the choice of this plan is not known."""
+    """Whether the choice of this plan depends on something that was not measured yet."""
     budget, plan = chosen.budget.bytes, chosen.plan
     if chosen.given or not chosen.shape.adapted:
         return False
@@ -150,7 +160,7 @@ def needs_measuring(chosen: RunPlan) -> bool:
 
 
 def sample(engine: Engine, chosen: RunPlan) -> float:
-    """Measure a plan for `chosen.measurements`; gives the seconds that measuring took."""
+    """Measure the plan, add the results to `chosen.measurements`, and return the seconds spent."""
     start = time.perf_counter()
     plan, shape = chosen.plan, chosen.shape
     part = chosen.batch_shape.part(plan.micro_batches)
@@ -159,7 +169,7 @@ def sample(engine: Engine, chosen: RunPlan) -> float:
     kinds = _kinds(engine, first, last)
     middle = _blocks_to_sample(kinds, chosen.measurements.overlaps, bool(memory.kept))
     tails = [0]
-    if memory.kept:  # the last block, which is computed for labelled tokens, and one of each kind
+    if memory.kept:  # the last block, computed for labelled tokens only, and one of each kind
         tails = sorted({1, min(memory.kept, 1 + len(_kinds(engine, first, shape.blocks)))})
     for number, kept in enumerate(tails):
         own = replace(plan, kept_blocks=kept, micro_batches=1)
@@ -169,7 +179,7 @@ def sample(engine: Engine, chosen: RunPlan) -> float:
 
 
 def _kinds(engine: Engine, first: int, stop: int) -> list[list[int]]:
-    """Some blocks by their class and the shapes of what they hold."""
+    """Blocks `first` to `stop - 1` grouped by class and shapes of parameters, largest first."""
     found: dict[str, list[int]] = {}
     for index in range(first, stop):
         block = engine.walk.blocks.blocks[index]
@@ -179,7 +189,15 @@ def _kinds(engine: Engine, first: int, stop: int) -> list[list[int]]:
 
 
 def _blocks_to_sample(kinds: list[list[int]], overlaps: bool, kept: bool) -> list[int]:
-    """A block of each kind, two where the next one is begun before one is done, and the last."""
+    """Indices of the blocks to measure: one of each kind, or two if blocks overlap in time.
+
+    The last block is included if no blocks are kept, or if there is no other one.
+
+    Args:
+        kinds: indices of the blocks of each kind.
+        overlaps: whether a block begins before the one before it has finished.
+        kept: whether the last blocks are kept and measured apart.
+    """
     last = max((max(kind) for kind in kinds), default=-1)
     count = 2 if overlaps else 1
     chosen = {index for kind in kinds for index in [i for i in kind if i != last][-count:]}
@@ -191,9 +209,9 @@ def _blocks_to_sample(kinds: list[list[int]], overlaps: bool, kept: bool) -> lis
 def _measure(
     engine: Engine, chosen: RunPlan, plan: Plan, batch_shape: BatchShape, middle: list[int]
 ) -> None:
-    """Measure one way in which blocks, the last ones kept or not, are computed."""
+    """Measure the blocks `middle` and the kept blocks of `plan`, and store the results."""
     shape, measurements, kept = chosen.shape, chosen.measurements, plan.kept_blocks
-    # Of the whole, not of the few blocks that are computed.
+    # Results are stored for the whole model, not for the few blocks that are computed.
     ways = Memory(shape, chosen.batch_shape, chosen.plan, measurements).ways | {
         "tail": Memory(shape, batch_shape, plan, measurements).ways["tail"]
     }
@@ -208,7 +226,7 @@ def _measure(
         weights = engine.walk.weights
         for index in computed:
             if index >= streamed:
-                weights.block(index)  # what stays in memory is there before
+                weights.block(index)  # weights that stay in memory are loaded before the pass
         for again in (False, True):
             if isinstance(weights, StreamedWeights):
                 weights.trim()
@@ -232,14 +250,14 @@ def _measure(
 
 
 def _reading(chosen: RunPlan, plan: Plan) -> float:
-    """Seconds of a visit of a block that its weights take, which are counted apart."""
+    """Seconds to read a block's weights once, which the planner adds separately."""
     share = OVERLAPPED if plan.prefetch else 1.0
     return plan.streams * share * chosen.shape.block_bytes / chosen.machine.rates.read
 
 
 @contextmanager
 def _sampling(engine: Engine, plan: Plan, middle: list[int]) -> Iterator[None]:
-    """The engine computes these blocks by this plan, without a rest."""
+    """Make the engine compute only the blocks `middle`, with `plan` and without pauses."""
     walk = engine.walk
     before, plan_for, pause = engine.plan, engine.plan_for, walk.pause
     engine.set_plan(plan)
@@ -252,14 +270,14 @@ def _sampling(engine: Engine, plan: Plan, middle: list[int]) -> Iterator[None]:
         engine.set_plan(before)
 
 
-# Which phase of which block; the last blocks that are kept are one, "tail".
+# A phase and the index of its block; all kept blocks are together in the phase "tail".
 PhasePlace = tuple[str, int | None]
 
 
 def _places(
     entries: list[PhasePeak], kept_from: int | None
 ) -> Iterator[tuple[PhasePlace, PhasePeak]]:
-    """Where in a step each stretch is: reading and spilling belong to what they are done for."""
+    """Assign each entry of a profile to a phase; reading and spilling count with their block."""
     place, turned = ("load", None), False
     for entry in entries:
         if kept_from is not None and (
@@ -276,7 +294,7 @@ def _places(
 def _needs(
     entries: list[PhasePeak], memory: Memory, computed: list[int], kept_from: int | None
 ) -> dict[str, int]:
-    """What each kind of phase took beside what is accounted for."""
+    """Working memory of each kind of phase: largest peak minus what the planner counts as held."""
     held: dict[PhasePlace, int] = {}
     for phase in memory.phases():
         if memory.kept and phase.block == len(computed) - memory.kept:

@@ -1,4 +1,4 @@
-"""Requests to end a run before its last step: signals and a limit of time."""
+"""Requests to end a run before its last step: signals and a time limit."""
 
 import contextlib
 import os
@@ -12,10 +12,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ended the run between two steps, and what it had learned was saved.
+    """Raised when a signal ended the run between two steps, after all steps were saved.
 
     Attributes:
-        status: the exit status that the signal stands for, such as 143 for SIGTERM.
+        status: exit status for the signal, such as 143 for SIGTERM.
     """
 
     def __init__(self, number: int) -> None:
@@ -24,10 +24,13 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopRequests:
-    """What asks a run to end after the present step.
+    """Requests to end a run after the current step.
 
     Args:
-        seconds: the run may take so long; None for no limit.
+        seconds: time limit of the run; None for no limit.
+
+    Attributes:
+        signal: number of the signal that was received; None before one.
     """
 
     def __init__(self, seconds: float | None) -> None:
@@ -36,11 +39,11 @@ class StopRequests:
 
     @property
     def time_is_over(self) -> bool:
-        """Whether the limit of time has passed."""
+        """Whether the time limit has passed."""
         return self._end is not None and time.monotonic() >= self._end
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """The handler of the signals: the first one is noted, a second one ends the process."""
+        """Handle a signal: the first one is recorded, a second one ends the process."""
         if self.signal is not None:
             if number == signal.SIGINT:
                 signal.default_int_handler(number, frame)
@@ -48,15 +51,21 @@ class StopRequests:
         self.signal = number
         name = signal.Signals(number).name
         text = f"\n{name}: the run ends after this step and is saved; once more ends it at once\n"
-        with contextlib.suppress(OSError):  # not print, which a signal must not interrupt
+        with contextlib.suppress(OSError):  # not print, which is not reentrant
             os.write(2, text.encode())
 
 
 @contextlib.contextmanager
 def stop_requests(seconds: float | None) -> Iterator[StopRequests]:
-    """Note signals instead of being ended by them, in the main thread.
+    """Record signals instead of ending the process; only in the main thread.
 
-    A signal with a handler that is not Python's own stays with it.
+    Signals that already have a handler other than Python's default keep it.
+
+    Args:
+        seconds: time limit of the run; None for no limit.
+
+    Yields:
+        The requests received so far.
     """
     requests = StopRequests(seconds)
     if threading.current_thread() is not threading.main_thread():

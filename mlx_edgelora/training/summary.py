@@ -1,4 +1,4 @@
-"""The header of a run: what is trained, on what, how, and within which memory."""
+"""The header of a run: its model, data, adapters, optimizer, memory budget and plan."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -20,7 +20,7 @@ from mlx_edgelora.planner.report import PlanReport
 from mlx_edgelora.planner.run_plan import RunPlan
 
 NAMES = 11
-# Packing is worth a word where an epoch has so many times fewer batches with it.
+# Packing is recommended if it divides the number of batches of an epoch by at least this.
 FEWER = 2
 EMBEDDED = "the tiny model of this package"
 
@@ -31,13 +31,13 @@ def facts(
     sets: Sequence[Dataset | None],
     about_rows: Sequence[str] = (),
 ) -> dict[str, str]:
-    """Words about the model, the data, the adapters and the optimizer.
+    """Descriptions of the model, the data, the adapters and the optimizer, by name.
 
     Args:
-        config: of the run.
-        lazy: its adapted model.
-        sets: training, validation and test set, as far as they are there.
-        about_rows: lines about where they come from.
+        config: options of the run.
+        lazy: the adapted model.
+        sets: training, validation and test set; None for a set that is not needed.
+        about_rows: lines about the source of the rows.
     """
     rows = {"model": _model(lazy), "data": _data(config, sets)}
     if about_rows:
@@ -50,7 +50,7 @@ def facts(
 
 
 def run_record(config: TrainConfig, facts: Mapping[str, str]) -> dict[str, Any]:
-    """What a log says of a run at its beginning."""
+    """The value of the log's record `run`, written when a run begins."""
     return {
         "model": EMBEDDED if config.model == str(MODEL_PATH) else config.model,
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -62,7 +62,7 @@ def run_record(config: TrainConfig, facts: Mapping[str, str]) -> dict[str, Any]:
 
 
 def packing_advice(config: TrainConfig, train_set: Dataset) -> str | None:
-    """What packing would save; None where it is on, or would not even halve the steps."""
+    """A recommendation of packing; None if it is on, or if it would not halve the steps."""
     if config.packing:
         return None
     settings = train_set, config.batch_size, config.max_seq_length
@@ -78,12 +78,12 @@ def packing_advice(config: TrainConfig, train_set: Dataset) -> str | None:
 
 
 def line(name: str, text: str) -> str:
-    """One more line under the header, of the same form."""
+    """A single line in the format of the header."""
     return lines({name: text})
 
 
 def memory(chosen: RunPlan) -> str:
-    """Lines about the budget, what is expected within it, and the plan."""
+    """Lines about the budget, the expected peak and step time, and the plan."""
     choice, most = chosen.choice, chosen.budget.bytes
     limit = "no limit" if most is None else size(most)
     measured = ", by formula" if chosen.measurements.is_empty else ""
@@ -97,7 +97,7 @@ def memory(chosen: RunPlan) -> str:
 
 
 def plan_record(chosen: RunPlan) -> dict[str, Any]:
-    """What a log says of the budget and the plan; sizes in bytes, times in seconds."""
+    """The value of the log's record `plan`; sizes in bytes, times in seconds."""
     choice = chosen.choice
     return {
         "budget_bytes": chosen.budget.bytes,
@@ -112,7 +112,7 @@ def plan_record(chosen: RunPlan) -> dict[str, Any]:
 def _version() -> str | None:
     try:
         return version("mlx-edgelora")
-    except PackageNotFoundError:  # run from a folder of sources
+    except PackageNotFoundError:  # the package is not installed
         return None
 
 
@@ -177,7 +177,7 @@ def _optimizer(config: TrainConfig) -> str:
 
 
 def _count(number: int) -> str:
-    """Parameters as people say them: 83,968, 1.15 M, 3.21 B."""
+    """A number of parameters as text, such as 83,968, 1.15 M or 3.21 B."""
     for unit, one in (("B", 10**9), ("M", 10**6)):
         if number >= one:
             return f"{number / one:.3g} {unit}"
@@ -185,11 +185,11 @@ def _count(number: int) -> str:
 
 
 def _short(path: Path) -> str:
-    """Below the home folder, its name is not needed."""
+    """A path as text, with `~` for the home folder."""
     home = Path.home()
     return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
 
 
 def lines(rows: Mapping[str, str]) -> str:
-    """The header's lines for some facts."""
+    """The header's lines for some descriptions by name."""
     return "\n".join(named_rows(rows, NAMES))

@@ -1,4 +1,4 @@
-"""Phrases that several messages share."""
+"""Text helpers that several messages share."""
 
 from collections.abc import Sequence
 

@@ -1,20 +1,21 @@
-"""A slower pace, so that a laptop stays cool and responsive."""
+"""Pauses during training, so that a laptop stays cool and responsive."""
 
 import time
 
 
 class DutyCycle:
-    """Rests in proportion to what was computed.
+    """Pauses in proportion to the time spent on computing.
 
     Args:
-        share: of the time to compute in, above 0 and at most 1; 0.5 rests as long as it computes.
+        share: share of the time spent on computing, above 0 and at most 1; with 0.5 pauses are as
+            long as the computing before them.
     """
 
     def __init__(self, share: float) -> None:
         self._share, self._since = share, None
 
     def pause(self) -> None:
-        """Sleep for what was computed since the last call."""
+        """Sleep in proportion to the time since the last call; the first call does not sleep."""
         if self._share == 1:
             return
         if self._since is not None:

@@ -1,4 +1,4 @@
-"""The loss that a run trains with, ready before its first step."""
+"""The training loss of a run, prepared before its first step."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -21,8 +21,16 @@ DEFAULT_K = 1000
 
 
 def check_loss(config: TrainConfig, head: ModelHead | None) -> None:
-    """Raise `EdgeLoraError` where the loss asked for does not fit the model, before long work."""
-    if config.loss == "exact" or not config.train:  # a test is always exact
+    """Check that the model supports the configured loss, before any long computation.
+
+    Args:
+        config: options of the run.
+        head: the model's head; None if its logits are not products with one matrix.
+
+    Raises:
+        EdgeLoraError: the approximate loss needs a frozen head and a smaller `loss_k`.
+    """
+    if config.loss == "exact" or not config.train:  # a test always uses the exact loss
         return
     if head is None or head.adapter is not None:
         why = (
@@ -47,15 +55,18 @@ def training_loss(
     log: Callable[[str], None],
     tile_bytes: int = TILE_BYTES,
 ) -> Iterator[Loss]:
-    """The loss that `config` names; for the approximate one neighbours are computed here.
+    """Prepare the configured loss; for the approximate loss compute the nearest tokens first.
 
     Args:
-        config: passed `check_loss`.
-        head: of the model.
-        train_set: its labels get neighbours.
-        folder: where they are kept from run to run.
-        log: told what was chosen and why.
-        tile_bytes: of the head.
+        config: options of the run, which passed `check_loss`.
+        head: the model's head.
+        train_set: training rows; nearest tokens are computed for their labels.
+        folder: folder in which nearest tokens are cached between runs.
+        log: called with lines about the loss and its preparation.
+        tile_bytes: size of the tiles in which the exact loss computes logits.
+
+    Yields:
+        The loss.
     """
     if config.loss == "exact":
         yield CrossEntropy(tile_bytes, config.label_smoothing)
@@ -78,7 +89,7 @@ def training_loss(
 
 
 def _build(cache: NeighbourCache, labels: np.ndarray, log: Callable[[str], None]) -> None:
-    """Compute the neighbours that are not there yet, with a bar on a terminal."""
+    """Compute the nearest tokens that are not cached, with a progress bar on a terminal."""
     missing = cache.missing(labels)
     if not missing.size:
         log(f"nearest tokens: all of {len(labels)} labels are in {cache.path}")

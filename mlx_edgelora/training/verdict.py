@@ -1,12 +1,12 @@
-"""How far a gradient may be from plain MLX's, and what is said of it.
+"""Compare gradients with those of plain MLX, and decide whether rounding explains the difference.
 
-Agreement is judged in float32, array by array, by two numbers: the relative error
-||g - r|| / ||r||, and the slope <g, r> / <r, r> - 1, which rounding hardly moves. What float32
-allows is 1e-5 or, where that is exceeded, ten times what one unit in the last place of the
-parameters changes. Where the backend multiplies float32 in fewer bits (TF32: CUDA, and Metal on an
-M5, unless MLX_ENABLE_TF32=0) the error of such a product is that unit, and limits are as much
-wider. A run in 16 bits is walked twice, in float32 and as it is: there rounding hides a scale of
-1.01, and what is left to see is a gradient that is wrong altogether.
+Each array is compared in float32 by two numbers: the relative error ||g - r|| / ||r||, and the
+slope <g, r> / <r, r> - 1, which rounding hardly changes. The limit is 1e-5. If it is exceeded, the
+limit becomes ten times the change caused by a change of the parameters by one unit in the last
+place. If the backend multiplies float32 with fewer bits (TF32: CUDA, and Metal on an M5, unless
+MLX_ENABLE_TF32=0), the relative error of such a product replaces that unit, and limits are wider
+accordingly. A run in 16 bits is compared twice, in float32 and in its own dtype. In 16 bits
+rounding hides a factor of 1.01, so only grossly wrong gradients are found there.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,27 +21,27 @@ from mlx_edgelora.errors import EdgeLoraError, is_killed
 from mlx_edgelora.measure.text import wrapped
 
 Arrays = dict[str, mx.array]
-# Largest relative error, and largest |slope - 1|, that rounding explains at once in float32,
-# and where plain MLX's own rounding was measured to be larger.
+# Limits of the relative error and of |slope - 1| in float32: without a measurement of plain MLX's
+# own rounding, and at most after one.
 BOUND, MOST = 1e-5, 5e-3
-UNIT = 2**-23  # of float32
-# A product of float32 with a larger relative error was made of fewer bits.
+UNIT = 2**-23  # relative distance of neighbouring float32 numbers
+# A float32 product with a larger relative error was computed with fewer bits.
 EXACT = 1e-5
-# The same of the error in 16 bits.
+# The same limits of the relative error in 16 bits.
 BOUNDS_16, MOST_16 = {mx.float16: 1e-2, mx.bfloat16: 6e-2}, 0.3
 OFF, SCALED = "{} is {:.1e} of its norm off", "{} is scaled by 1 plus or minus {:.1e}"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How one kind of block, or the head with the loss, compares with plain MLX.
+    """Result of comparing one kind of block, or the head with the loss, with plain MLX.
 
     Attributes:
-        kind: class of the block, or what else was compared.
-        blocks: which ones are of this kind; empty where it is no block.
+        kind: class of the block, or a name for another comparison.
+        blocks: indices of the blocks of this kind; empty for another comparison.
         way: how the plan computes it.
         error: largest relative error of an array, in float32.
-        problem: what rounding does not explain; empty where nothing is left.
+        problem: a difference that rounding does not explain; empty if there is none.
     """
 
     kind: str
@@ -55,10 +55,10 @@ class Verdict:
 
 
 def refuse_wrong(verdicts: Sequence[Verdict]) -> None:
-    """Raise where a gradient is not plain MLX's.
+    """Check that all gradients agree with plain MLX.
 
     Raises:
-        EdgeLoraError: names the worst of them.
+        EdgeLoraError: a verdict has a problem; the message names the one with the largest error.
     """
     wrong = [verdict for verdict in verdicts if verdict.problem]
     if wrong:
@@ -71,7 +71,7 @@ def refuse_wrong(verdicts: Sequence[Verdict]) -> None:
 
 
 def table(verdicts: Sequence[Verdict]) -> str:
-    """The verdicts in lines of columns; what is wrong follows its row."""
+    """The verdicts as a table; a problem is on the line after its row."""
     rows = [("kind", "blocks", "computed", "error", "")]
     rows += [
         (v.kind, v.blocks, v.way, f"{v.error:.1e}", "WRONG" if v.problem else "ok")
@@ -95,13 +95,16 @@ def compare_gradients(
     blocks: str,
     way: str,
 ) -> Verdict:
-    """Compare what was walked with plain MLX's answer.
+    """Compare gradients of the engine with those of plain MLX.
 
     Args:
-        walked: computes in a dtype.
-        plain: computes in a dtype, with float32 parameters nudged by `unit` if there is a seed.
-        dtype: of the run.
-        kind, blocks, way: of the verdict.
+        walked: computes the engine's gradients in a dtype.
+        plain: computes plain MLX's gradients in a dtype; with a seed, float32 parameters are
+            changed at random by `unit`.
+        dtype: dtype of the run.
+        kind: `kind` of the verdict.
+        blocks: `blocks` of the verdict.
+        way: `way` of the verdict.
     """
     try:
         expected = plain(mx.float32, None)
@@ -132,7 +135,7 @@ def _problem_16(
     plain: Callable[[mx.Dtype, int | None], Arrays],
     dtype: mx.Dtype,
 ) -> str:
-    """What rounding does not explain of a walk in 16 bits, beside plain float32."""
+    """The problem of gradients in 16 bits, compared with plain float32; empty without one."""
     errors, _ = _differences(got, expected)
     limits = dict.fromkeys(expected, BOUNDS_16[dtype])
     if _worst(errors, limits, OFF):
@@ -143,8 +146,8 @@ def _problem_16(
 
 
 def _worst(found: dict[str, float], limits: dict[str, float], text: str) -> str:
-    """The array that is farthest beyond its limit, in words; nothing where none is."""
-    # NaN is no agreement.
+    """Describe the array that exceeds its limit most; empty if none does."""
+    # `not <=`, so that NaN exceeds every limit.
     beyond = {name: value for name, value in found.items() if not value <= limits[name]}
     if not beyond:
         return ""
@@ -153,7 +156,7 @@ def _worst(found: dict[str, float], limits: dict[str, float], text: str) -> str:
 
 
 def _differences(got: Arrays, expected: Arrays) -> tuple[dict[str, float], dict[str, float]]:
-    """Relative error and |slope - 1| by array; infinite where one is missing."""
+    """Relative error and |slope - 1| of each array; infinite for a missing array."""
     errors, slopes = {}, {}
     for name, value in expected.items():
         if name not in got or got[name].shape != value.shape:
@@ -167,23 +170,23 @@ def _differences(got: Arrays, expected: Arrays) -> tuple[dict[str, float], dict[
 
 
 def unit() -> float:
-    """By how much of itself a number of float32 may be off where it is multiplied."""
+    """Relative error of a float32 number in a product on this machine."""
     return UNIT if _rounding() <= EXACT else _rounding()
 
 
 def _bound() -> float:
-    """`BOUND`, wider where the backend multiplies float32 in fewer bits (TF32)."""
+    """`BOUND`, or a wider limit if the backend multiplies float32 with fewer bits (TF32)."""
     return BOUND if _rounding() <= EXACT else max(BOUND, 10 * _rounding())
 
 
 def _most() -> float:
-    """`MOST`; with fewer bits what it is in 16."""
+    """`MOST`, or `MOST_16` if the backend multiplies float32 with fewer bits (TF32)."""
     return MOST if _rounding() <= EXACT else MOST_16
 
 
 @cache
 def _rounding() -> float:
-    """The relative error of a product of float32 matrices here."""
+    """The relative error of a product of float32 matrices on this machine."""
     x = np.random.RandomState(0).randn(256, 256).astype(np.float32)
     product = np.array(mx.array(x) @ mx.array(x)).astype(np.float64)
     exact = x.astype(np.float64) @ x.astype(np.float64)

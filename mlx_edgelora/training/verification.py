@@ -1,16 +1,16 @@
-"""Are the gradients of the walk those of plain MLX, on this model and this machine?
+"""Verify the engine's gradients against plain MLX, on the user's model and machine.
 
-For each kind of block (same code, same shapes) and each way in which the plan computes it, one
-block is walked as a step walks it, and differentiated once more by MLX's own autodiff with
-every replacement of this package taken back: its own classes of layers, attention, norms. The
-adapters are random, B included, because with B = 0 the gradient of A is zero. The same for the
-head with the loss; and what the model calls its blocks with while the walk stands in for them
-is compared with what it calls them with when nobody does.
+For each kind of block (same code, same shapes) and each way in which the plan computes it, the
+gradients of one block are computed as in a step, and again by MLX's own autodiff without any
+replacement of this package (layers, attention, norms). The adapters are random, B included,
+because with B = 0 the gradient of A is zero. The head with the loss is compared in the same way.
+The arguments with which the model calls its blocks are compared too, with and without the walk's
+interception.
 
-How far they may be apart: `training/verdict.py`.
+Limits of the differences are in `training/verdict.py`.
 
-Memory: one block with plain autodiff's activations. The light form takes few tokens, and tiles
-so small that they are cut as long rows are; a window is as short.
+Memory: one block with the activations of plain autodiff. The light form uses few tokens, with
+tiles and windows so small that rows are divided as long rows are.
 """
 
 from collections.abc import Callable, Iterator
@@ -53,16 +53,16 @@ from mlx_edgelora.training.plain import (
 )
 from mlx_edgelora.training.verdict import Arrays, Verdict, compare_gradients, unit
 
-# Of the light form: rows of a batch, their tokens (MLX's kernels on a GPU want more), tokens of
-# a tile (so few that not every expert is picked in each) and bytes of a tile of scores.
+# The light form: rows of a batch, their tokens (MLX's GPU kernels need more), tokens of a tile (so
+# few that not every tile uses every expert) and bytes of a tile of attention scores.
 LIGHT_ROWS, LIGHT_TOKENS, LIGHT_TOKENS_GPU, LIGHT_TILE, LIGHT_BYTES = 2, 32, 128, 4, 2048
-# Tokens of the head's test, and its rows in the light form.
+# Tokens in the comparison of the head, and size of its vocabulary in the light form.
 HEAD_TOKENS, LIGHT_VOCABULARY = 32, 600
-# Entries of the vocabulary that are summed up in one piece.
+# Entries of the vocabulary that are summed in one piece.
 PIECE = 256
-# Tokens with which the model is called to see how it calls its blocks.
+# Tokens of the call in which the arguments of the blocks are compared.
 CALL_TOKENS = 16
-# Tokens at which the memory of plain autodiff is measured; it is a square of their number.
+# Tokens at which the memory of plain autodiff is measured; it is quadratic in their number.
 PROBES = (64, 128, 256)
 
 
@@ -75,19 +75,20 @@ def verify(
     memory: int | None = None,
     log: Callable[[str], None] = lambda line: None,
 ) -> list[Verdict]:
-    """Compare the gradients of an engine under its plan with those of plain MLX.
+    """Compare the gradients of an engine and its plan with those of plain MLX.
 
     Args:
-        engine: put together, before any step; it is left as it was found.
-        rows, tokens: of the batches that it will get.
-        dtype: that was asked for, of hidden states; None for the model's own.
-        light: few tokens, whatever the batches are like.
-        memory: bytes that plain autodiff of one block may take; rows that it could not
-            differentiate within them are compared shorter. None for any number.
-        log: is told of that.
+        engine: an engine before its first step; it is unchanged afterwards.
+        rows: rows of the batches that the engine will get.
+        tokens: tokens of each row.
+        dtype: configured dtype of hidden states; None for the model's own.
+        light: compare few tokens, whatever the size of the batches.
+        memory: bytes that plain autodiff of one block may take; if it needs more, shorter rows
+            are compared. None for no limit.
+        log: called with a line if shorter rows are compared.
 
     Returns:
-        A verdict for the blocks' calls, for each kind of block and way, and for the head.
+        A verdict for the calls of blocks, for each kind of block and way, and for the head.
     """
     with restore_generator(), _small_tiles(engine, rows * tokens) if light else ExitStack():
         comparison = _GradientComparison(engine, rows, tokens, dtype, light)
@@ -106,7 +107,7 @@ def verify(
 
 
 class _GradientComparison:
-    """One engine beside plain MLX, on batches of one size."""
+    """Compares one engine with plain MLX, on batches of one size."""
 
     def __init__(
         self, engine: Engine, rows: int, tokens: int, dtype: mx.Dtype | None, light: bool
@@ -125,24 +126,27 @@ class _GradientComparison:
         self._first = self._recorded[0][0]
 
     def calls(self) -> Verdict:
-        """What the model calls its blocks with, beside how it calls them when nobody looks."""
+        """Compare the arguments of the blocks' calls with and without interception."""
         tokens = self._tokens[:1, :CALL_TOKENS]
         with banded_masks():
             ours = recorded_calls(self._blocks, tokens)
         theirs = plain_calls(self._blocks, tokens)
         for index, (_, args, kwargs) in enumerate(ours):
             if index not in theirs:
-                continue  # called by code that Python does not run
+                continue  # called by compiled code, which Python's profiler does not see
             mine = named_arguments(self._blocks.blocks[index], args, kwargs)
             given = {name: theirs[index][name] for name in mine if name in theirs[index]}
-            hidden = next(iter(mine))  # None here: what it is called with beside that counts
+            hidden = next(iter(mine))  # the input is None here; only other arguments count
             if name := different_argument(((), given | {hidden: None}), ((), mine)):
                 problem = f"block {index} is called with another {name}"
                 return Verdict("calls of blocks", "", "by the model", np.inf, problem)
         return Verdict("calls of blocks", "", "by the model", 0.0)
 
     def plain_peak(self) -> int:
-        """Bytes of plain autodiff of the largest block at full length, from shorter rows."""
+        """Bytes of plain autodiff of the largest block at full length, estimated from short rows.
+
+        Returns 0 if the rows are short.
+        """
         rows, tokens = self._tokens.shape
         if tokens <= PROBES[-1]:
             return 0
@@ -157,7 +161,7 @@ class _GradientComparison:
         return int(np.polyval(np.polyfit(PROBES, peaks, 2), tokens))
 
     def groups(self) -> Iterator[tuple[str, list[int]]]:
-        """The ways in which blocks are computed, and of each way the blocks of one kind."""
+        """The groups of blocks of one kind that are computed in one way: (way, indices)."""
         found: dict[tuple, list[int]] = {}
         last = len(self._blocks) - 1
         for index, block in enumerate(self._blocks.blocks):
@@ -176,7 +180,7 @@ class _GradientComparison:
             yield key[0], group
 
     def kind(self, group: list[int], way: str) -> Verdict:
-        """Compare the first block of a group, and in the full form the last one as well."""
+        """Compare the first block of a group and, except in the light form, the last one."""
         numbers = group[:1] if self._light else sorted({group[0], group[-1]})
         verdicts = [self._block(index, group, way) for index in numbers]
         return max(verdicts, key=lambda verdict: (bool(verdict.problem), verdict.error))
@@ -201,7 +205,7 @@ class _GradientComparison:
         return compare_gradients(walked, plain, self._dtype(index), name, _ranges(group), how)
 
     def alone(self, index: int, dtype: mx.Dtype) -> tuple[OneBlockModel, RandomAdapters]:
-        """A block as a model of its own, with hidden states of a dtype, and random adapters."""
+        """A model of a single block, whose input has a given dtype, and its random adapters."""
         window = None
         if self._light and self._windowed[index]:
             window = max(2, self._tokens.shape[1] // 3)
@@ -210,11 +214,11 @@ class _GradientComparison:
         return one, RandomAdapters(one.layers[0])
 
     def head(self) -> list[Verdict]:
-        """Compare the head with the loss; nothing where whole rows of logits are plain MLX's."""
+        """Compare the head with the loss; empty if plain MLX computes the logits in the engine."""
         head, loss = self._engine.head, self._engine.training_loss
         if head is None:
             return []
-        if not isinstance(loss, CrossEntropy):  # it is another function, on purpose
+        if not isinstance(loss, CrossEntropy):  # the approximate loss differs on purpose
             loss = CrossEntropy(loss.exact.tile_bytes)
         count = min(head.vocabulary, LIGHT_VOCABULARY) if self._light else head.vocabulary
         hidden = mx.random.normal((HEAD_TOKENS, self._first.shape[-1]), key=mx.random.key(0))
@@ -225,7 +229,7 @@ class _GradientComparison:
 
         def walked(dtype: mx.Dtype) -> Arrays:
             some = _FirstRows(head, count)
-            # Of a tail the loss is a part.
+            # With kept blocks the loss is a part of their graph.
             if self._plan.kept_blocks and not self._plan.reads_head:
                 return self._graph(
                     some, loss, {"hidden states": hidden.astype(dtype)} | adapter, labels
@@ -251,7 +255,7 @@ class _GradientComparison:
         return "by tiles"
 
     def _dtype(self, index: int) -> mx.Dtype:
-        """Of the hidden states that reach a block, or the head."""
+        """The dtype of the hidden states at the input of a block, or of the head."""
         if self._asked is not None:
             return self._asked
         return self._first.dtype if index == 0 else self._blocks.hidden_dtype
@@ -264,7 +268,7 @@ class _GradientComparison:
         rows: mx.array | None,
         way: str,
     ) -> Arrays:
-        """The block's output and gradients, as a step computes them."""
+        """The block's output and gradients, computed as in a step."""
         plan = replace(self._plan, kept_blocks=int(way == "kept"))
         if not way.startswith("by tiles"):
             plan = replace(plan, tile_tokens=None)
@@ -298,7 +302,7 @@ class _GradientComparison:
         dtype: mx.Dtype,
         nudge: int | None,
     ) -> Arrays:
-        """The same by MLX's autodiff of the block itself."""
+        """The block's output and gradients, computed by MLX's autodiff."""
         block = one.layers[0]
         slots, own = array_slots(block), trained.block(0)
         frozen = {name: box[key] for name, (box, key) in slots.items() if name not in own}
@@ -324,7 +328,7 @@ class _GradientComparison:
     def _graph(
         self, head: "_FirstRows", loss: CrossEntropy, values: Arrays, labels: mx.array
     ) -> Arrays:
-        """The gradients of the loss as a part of a graph."""
+        """The gradients of the loss, computed by MLX's autodiff of `loss.graph`."""
         slots = array_slots(self._blocks.model)
 
         def function(values: Arrays) -> mx.array:
@@ -350,7 +354,7 @@ class _GradientComparison:
 
 
 class _ProjectedLoss:
-    """In place of a loss: the last hidden state times a cotangent, summed; see `tail.GraphLoss`."""
+    """Replaces a loss by the sum of hidden states times a cotangent; see `tail.GraphLoss`."""
 
     key, arrays = "projected", ()
 
@@ -358,12 +362,12 @@ class _ProjectedLoss:
         self.outside: Arrays = {}
 
     def graph(self, hidden: mx.array, outside: Arrays) -> tuple[mx.array, mx.array]:
-        """That, and the hidden state."""
+        """The sum, and the hidden states."""
         return (hidden * _cotangent(hidden.shape, hidden.dtype)).sum(), hidden
 
 
 class _FirstRows:
-    """The first rows of a head."""
+    """A head with a vocabulary of its first `count` rows."""
 
     def __init__(self, head: Any, count: int) -> None:
         self._head, self.vocabulary = head, count
@@ -373,10 +377,10 @@ class _FirstRows:
 
 
 def _cross_entropy(logits: mx.array, labels: mx.array, smoothing: float) -> mx.array:
-    """The mean of `nn.losses.cross_entropy`, its sums over the vocabulary made piece by piece.
+    """The mean of `nn.losses.cross_entropy`, with sums over the vocabulary in pieces.
 
-    In one piece MLX's float32 sum over 49,152 entries puts the gradient 5e-5 of its norm off
-    (beside float64, on a CPU; this package's loss 2e-6).
+    With MLX's float32 sum over 49,152 entries in one piece, the relative error of the gradient is
+    5e-5 compared with float64 on a CPU; with this package's loss it is 2e-6.
     """
     pieces = mx.split(logits, range(PIECE, logits.shape[-1], PIECE), axis=-1)
     whole = mx.logsumexp(mx.stack([mx.logsumexp(p, axis=-1) for p in pieces]), axis=0)
@@ -388,14 +392,14 @@ def _cross_entropy(logits: mx.array, labels: mx.array, smoothing: float) -> mx.a
 
 
 def _is_windowed(call: tuple[mx.array, tuple, dict]) -> bool:
-    """Whether a block is called with a mask under which not all earlier keys are seen."""
+    """Whether a block is called with a sliding-window mask."""
     masks = [value for value in (*call[1], *call[2].values()) if isinstance(value, mx.array)]
     return any(band is not None and band.window is not None for band in map(band_of, masks))
 
 
 @contextmanager
 def _small_tiles(engine: Engine, tokens: int) -> Iterator[None]:
-    """Cut few tokens as batches of so many are cut."""
+    """Make tiles so small that few tokens are divided like batches of `tokens` tokens."""
     plan, modules = engine.plan, (attention_hook, attention_layer, norms_hook)
     before = [module.TILE_BYTES for module in modules]
     small = plan
@@ -413,7 +417,7 @@ def _small_tiles(engine: Engine, tokens: int) -> Iterator[None]:
 
 
 def _some_rows(count: int) -> mx.array:
-    """Labels of a batch's tokens: here and there, and a run up to the end."""
+    """Indices of labelled tokens: scattered in the first half, contiguous at the end."""
     scattered = np.arange(0, count // 2, 3)
     return mx.array(np.concatenate([scattered, np.arange(count - count // 4 - 1, count)]))
 
@@ -423,7 +427,7 @@ def _cotangent(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
 
 
 def _nudged(arrays: Arrays, seed: int | None) -> Arrays:
-    """Float32 arrays changed by one unit of their products, up or down at random."""
+    """Float32 arrays changed by the relative error `unit`, up or down at random."""
     if seed is None:
         return arrays
     rng = np.random.RandomState(seed)
@@ -438,7 +442,7 @@ def _nudged(arrays: Arrays, seed: int | None) -> Arrays:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """`0-3, 5` of 0, 1, 2, 3, 5."""
+    """Numbers as text with ranges: `0-3, 5` for 0, 1, 2, 3, 5."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
