@@ -314,7 +314,7 @@ def run(tiny, tmp_path):
     """A run within a budget that has something to choose; gives the lines that were told."""
 
     def run(**changes):
-        own = {"memory_budget": "25MB", "activations": "spill"}
+        own = {"memory_budget": "25MB", "activations": "spill", "overwrite": True}
         lines = []
         finetune(
             TrainConfig.from_dict(run_options(tiny, tmp_path) | own | changes), notify=lines.append
@@ -380,4 +380,4 @@ def test_a_budget_that_may_do_is_tried(run):
     lines = run(memory_budget="8MB", **options)
     assert any(line.startswith("measured ") for line in lines)
     with pytest.raises(EdgeLoraError, match=r"memory_budget: got 1\.00 MB"):
-        run(memory_budget="1MB", overwrite=True, **options)
+        run(memory_budget="1MB", **options)
