@@ -30,6 +30,17 @@ EXPERTS = {
     "norm_topk_prob": True,
 }
 
+# Of every kind of attention, mask and MLP one; the others carry the mark of slow tests.
+EACH_KIND = (
+    "llama",
+    "gemma2",
+    "gemma3_text",
+    "gpt_oss",
+    "deepseek_v3",
+    "qwen3_next",
+    "olmo_hybrid",
+)
+
 # name -> what differs from BASE
 CONFIGS = {
     "llama": {

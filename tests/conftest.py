@@ -1,3 +1,4 @@
+import ctypes
 import gc
 import os
 import sys
@@ -25,6 +26,14 @@ settings.load_profile("repeatable")
 
 # On a CPU MLX calls a C++ compiler for every fused kernel; tests of compilation ask for it.
 mx.disable_compile()
+
+
+def pytest_configure():
+    """Side by side, tests share the cores: OpenBLAS would have a thread for each in each process."""
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    set_threads = getattr(ctypes.CDLL(None), "openblas_set_num_threads", None)
+    if processes > 1 and set_threads is not None:
+        set_threads(max(1, (os.cpu_count() or 1) // processes))
 
 
 def pytest_collection_finish():

@@ -3,7 +3,7 @@
 from contextlib import closing
 
 import pytest
-from architectures import CONFIGS
+from architectures import CONFIGS, EACH_KIND
 from harness import (
     assert_same_gradients,
     engine,
@@ -62,7 +62,7 @@ def kinds_of_segments(ours, monkeypatch):
 
 # Every architecture meets every segment, and both of them every kind.
 CASES = [
-    ((name, kind), segment)
+    pytest.param((name, kind), segment, marks=() if name in EACH_KIND else pytest.mark.slow)
     for number, name in enumerate(CONFIGS)
     for turn, kind in enumerate(KINDS)
     for place, segment in enumerate(SEGMENTS)

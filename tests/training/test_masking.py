@@ -4,7 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from architectures import CONFIGS, relative_error
+from architectures import CONFIGS, EACH_KIND, relative_error
 from harness import (
     Batch,
     allowed,
@@ -107,7 +107,13 @@ WHOLE = {("gemma2", 3), ("deepseek_v3", 3), ("qwen3_next", 3), ("olmo_hybrid", 3
 
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["float", "4bit"])
-@pytest.mark.parametrize(("name", "layers"), MODELS, ids=str)
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        pytest.param(name, layers, marks=() if name in EACH_KIND else pytest.mark.slow)
+        for name, layers in MODELS
+    ],
+)
 def test_gradients_equal_autodiff_of_the_masked_loss(name, layers, quantized, tmp_path):
     """Of a model's batches its floats meet some, and its packed weights others."""
     turn = MODELS.index((name, layers)) + quantized
