@@ -29,7 +29,7 @@ mx.disable_compile()
 
 
 def pytest_configure():
-    """Side by side, tests share the cores: OpenBLAS would have a thread for each in each process."""
+    """Tests that run side by side share the cores; OpenBLAS would take all of them in each."""
     processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     set_threads = getattr(ctypes.CDLL(None), "openblas_set_num_threads", None)
     if processes > 1 and set_threads is not None:
