@@ -5,7 +5,7 @@ from contextlib import closing, nullcontext
 import mlx.core as mx
 import numpy as np
 import pytest
-from architectures import CONFIGS, add_lora, build, quantizable
+from architectures import CONFIGS, EACH_KIND, add_lora, build, quantizable
 from harness import (
     assert_same_gradients,
     engine,
@@ -33,6 +33,9 @@ from mlx_edgelora.model.weights import ResidentWeights
 
 # How many of three blocks can be computed by tiles, for some of a tile's tokens alone, and hold
 # a gated MLP.
+EVERY = [
+    pytest.param(name, marks=() if name in EACH_KIND else pytest.mark.slow) for name in CONFIGS
+]
 KINDS = {name: (3, 3, 3) for name in CONFIGS} | {
     "gemma2": (3, 0, 3),  # its own attention: cut at its cache
     "phi3": (3, 3, 0),  # gate and up in one matrix
@@ -65,7 +68,7 @@ def test_what_can_be_tiled(name):
         assert slice_mlps(BlockList(model)).startswith(f"{gated} gated MLPs")
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", EVERY)
 def test_products_in_fewer_bits_do_not_look_like_other_tokens(name):
     """Of the whole trial, whose tiles are so short that a GPU multiplies them in all bits."""
     model = build(name)
@@ -78,7 +81,7 @@ def test_products_in_fewer_bits_do_not_look_like_other_tokens(name):
     assert tuple(found) == KINDS[name][:2]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", EVERY)
 def test_tiles_of_tokens_and_slices_of_the_mlp_beside_them(name, tmp_path):
     folder = save(tmp_path, name, True)
     batches = [random_batch(), random_batch(1, 13, seed=1, share=2.0)]
@@ -95,7 +98,7 @@ def test_tiles_of_tokens_and_slices_of_the_mlp_beside_them(name, tmp_path):
 TILEABLE = [name for name in CONFIGS if KINDS[name][0]]
 
 
-@pytest.mark.parametrize("name", TILEABLE)
+@pytest.mark.parametrize("name", [p for p in EVERY if p.values[0] in TILEABLE])
 def test_gradients_of_keys_and_values_are_added_where_attention_makes_them(
     name, tmp_path, monkeypatch
 ):
