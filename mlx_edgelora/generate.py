@@ -14,7 +14,7 @@ from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.inference.generating import Generator, Sampling, open_generator
 from mlx_edgelora.measure.meter import peak_memory
 from mlx_edgelora.measure.units import size
-from mlx_edgelora.training.adapters import CONFIG_FILE, WEIGHTS_FILE, check_adapter
+from mlx_edgelora.training.adapters import CONFIG_FILE, WEIGHTS_FILE, base_model, check_adapter
 from mlx_edgelora.training.failures import explain_failures
 
 # Tokens of a conversation before its answer, for the memory plan of a chat.
@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit status (`mlx_edgelora.command`)."""
     options = _parser().parse_args(argv)
     adapter = _adapter(options.adapter_path)
-    model = options.model or _model_of(adapter)
+    model = options.model or (str(MODEL_PATH) if adapter is None else base_model(adapter))
     prompts = list(_prompts(options, adapter))
     rows = max(1, min(options.batch_size, len(prompts)))
     budget = options.memory_budget
@@ -125,18 +125,6 @@ def _adapter(folder: str | None) -> Path | None:
     if note := check_adapter(path / WEIGHTS_FILE):
         _note(f"note: {note}")
     return path
-
-
-def _model_of(adapter: Path | None) -> str:
-    if adapter is None:
-        return str(MODEL_PATH)
-    try:
-        model = json.loads((adapter / CONFIG_FILE).read_bytes())["model"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        model = None
-    if not isinstance(model, str):
-        raise EdgeLoraError(f"{adapter / CONFIG_FILE}: names no model; give one with --model")
-    return model
 
 
 def _prompts(options: argparse.Namespace, adapter: Path | None) -> Iterator[list | str]:

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,18 @@ from mlx_lm.utils import dequantize_model, get_total_parameters, save_config
 
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.measure.units import size
-from mlx_edgelora.model.checkpoint import LazyModel, error_text
+from mlx_edgelora.model.checkpoint import LazyModel, drain
 from mlx_edgelora.model.loading import open_model
+from mlx_edgelora.model.lora import explain_misfit
 from mlx_edgelora.storage.files import cannot_write, locked, sync, sync_folder, write_atomically
 from mlx_edgelora.storage.safetensors import read_header, write_tensors
-from mlx_edgelora.training.adapters import CONFIG_FILE, WEIGHTS_FILE, check_adapter
+from mlx_edgelora.training.adapters import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    base_model,
+    check_adapter,
+    read_adapter_config,
+)
 
 # Largest size of a shard, as in mlx-lm.
 SHARD_BYTES = 5 << 30
@@ -74,10 +81,8 @@ def fuse(
         raise EdgeLoraError(
             f"save_path: {save_path} exists, expected a new folder; remove it or choose another"
         )
-    configs = [_read_config(folder) for folder in adapters]
-    name = model or configs[0].get("model")
-    if not isinstance(name, str):
-        raise EdgeLoraError(f"{adapters[0] / CONFIG_FILE}: names no model; give one with --model")
+    configs = [read_adapter_config(folder) for folder in adapters]
+    name = model or base_model(adapters[0])
     for folder in adapters:
         if note := check_adapter(folder / WEIGHTS_FILE):
             notify(f"note: {note}")
@@ -104,19 +109,6 @@ def fuse(
     return save_path
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise EdgeLoraError(
-            f"{folder}: is not the folder of an adapter ({error_text(error)}), expected "
-            f"{CONFIG_FILE} and {WEIGHTS_FILE}; mlx-edgelora train makes one"
-        ) from error
-    if not isinstance(config, dict):
-        raise EdgeLoraError(f"{folder / CONFIG_FILE}: got {type(config).__name__}, expected a map")
-    return config
-
-
 def _stamp(
     lazy: LazyModel, adapters: Sequence[Path], weights: Sequence[float] | None, dequantize: bool
 ) -> str:
@@ -140,16 +132,11 @@ def _merge(
     dequantize: bool,
 ) -> dict[str, Any]:
     """Replace the model's parameters by the merged ones, unevaluated; returns its config."""
-    try:
+    with explain_misfit(adapters[0], lazy.source):
         if len(adapters) == 1 and weights is None:
             load_adapters(lazy.model, str(adapters[0]))
         else:
             _add_adapters(lazy.model, adapters, configs, weights or [1.0] * len(adapters))
-    except (ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
-        raise EdgeLoraError(
-            f"{adapters[0]}: does not fit the model in {lazy.source} ({error_text(error)}); name "
-            "the model that it was trained on"
-        ) from error
     fused = [
         (name, module.fuse(dequantize=dequantize))
         for name, module in lazy.model.named_modules()
@@ -243,7 +230,7 @@ def _write(
         write_atomically(
             {
                 building / name: lambda file, specs=specs, shard=shard: write_tensors(
-                    file, specs, _drained(shard)
+                    file, specs, drain(shard)
                 )
             }
         )
@@ -269,11 +256,6 @@ def _shards(parameters: Tensors) -> list[Tensors]:
         shards[-1].append((name, array))
         filled += array.nbytes
     return shards
-
-
-def _drained(shard: Tensors) -> Iterator[mx.array]:
-    while shard:
-        yield shard.pop(0)[1]
 
 
 def _copy_companions(source: Path, building: Path) -> None:

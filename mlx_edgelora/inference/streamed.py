@@ -22,10 +22,10 @@ from mlx_edgelora.blocks.checks import checked_blocks
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.measure.meter import DiskMeter
 from mlx_edgelora.measure.units import size
-from mlx_edgelora.model.checkpoint import LazyModel, error_text
+from mlx_edgelora.model.checkpoint import LazyModel
 from mlx_edgelora.model.head import ADAPTED, ROW_NAMES, frozen_matrix, replace_output
 from mlx_edgelora.model.loading import AttachedWeights, attach, open_model
-from mlx_edgelora.model.lora import freeze
+from mlx_edgelora.model.lora import explain_misfit, freeze
 from mlx_edgelora.planner.shape import shape_of
 from mlx_edgelora.planner.sizes import ModelShape
 
@@ -88,13 +88,8 @@ def open_lazy(model: str, adapter: Path | None, cache: Path) -> LazyModel:
     lazy = open_model(model, streamed=True, quantize=None, cache=cache)
     freeze(lazy.model)
     if adapter is not None:
-        try:
+        with explain_misfit(adapter, lazy.source):
             load_adapters(lazy.model, str(adapter))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
-            raise EdgeLoraError(
-                f"{adapter}: does not fit the model in {lazy.source} ({error_text(error)}); name "
-                "the model that it was trained on"
-            ) from error
     lazy.model.eval()
     return lazy
 

@@ -290,7 +290,7 @@ def write_model(folder: Path, parameters: list[tuple[str, mx.array]], config: di
     """Write one shard and config.json, synced; `parameters` is emptied tensor by tensor."""
     specs = {name: (array.dtype, array.shape) for name, array in parameters}
     with open(folder / "model.safetensors", "wb") as file:
-        write_tensors(file, specs, _drain(parameters))
+        write_tensors(file, specs, drain(parameters))
         file.flush()
         sync(file.fileno())
     save_config(config, folder / "config.json")
@@ -299,7 +299,8 @@ def write_model(folder: Path, parameters: list[tuple[str, mx.array]], config: di
     sync_folder(folder)
 
 
-def _drain(parameters: list[tuple[str, mx.array]]) -> Iterator[mx.array]:
+def drain(parameters: list[tuple[str, mx.array]]) -> Iterator[mx.array]:
+    """The arrays of a list in its order, each of which the list then no longer holds."""
     parameters.reverse()
     while parameters:
         yield parameters.pop()[1]

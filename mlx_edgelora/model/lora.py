@@ -6,7 +6,9 @@ differently. No attribute changes, so mlx-lm can load, fuse and generate with th
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import mlx.nn as nn
 from mlx.utils import tree_flatten
@@ -19,6 +21,7 @@ from mlx_edgelora.blocks.lora_layers import LoRALinear, LoRASwitchLinear
 from mlx_edgelora.blocks.refusals import Refusal, refusal_error
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.layers.linear import DequantizedEmbedding, DequantizedLinear, resolve_kernel
+from mlx_edgelora.model.checkpoint import error_text
 
 LORA_CLASSES = {MlxLoRALinear: LoRALinear, MlxLoRASwitchLinear: LoRASwitchLinear}
 DEQUANTIZED_CLASSES = {
@@ -86,6 +89,23 @@ def freeze(model: nn.Module) -> None:
         model.freeze()
     except MODEL_ERRORS as error:
         raise refusal_error(model, Refusal.LORA, error=str(error)) from error
+
+
+@contextmanager
+def explain_misfit(adapter: Path, source: Path) -> Iterator[None]:
+    """Turn mlx-lm's errors about an adapter that does not fit a model into an `EdgeLoraError`.
+
+    Args:
+        adapter: the adapter's folder.
+        source: the model's folder.
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
+        raise EdgeLoraError(
+            f"{adapter}: does not fit the model in {source} ({error_text(error)}); name the model "
+            "that it was trained on"
+        ) from error
 
 
 def set_kernel(model: nn.Module, kernel: str) -> str:

@@ -21,6 +21,7 @@ import numpy as np
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.losses.head import Head, Tile
 from mlx_edgelora.losses.neighbours import QUERIES, nearest, row_sum
+from mlx_edgelora.storage.files import create, temporary_name
 from mlx_edgelora.storage.safetensors import to_numpy
 
 MAGIC = b"MELNEAR1"
@@ -142,9 +143,9 @@ class NeighbourCache:
         return None if length == size else f"{length} bytes long, expected {size}"
 
     def _create(self, header: bytes, size: int) -> None:
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        temporary = temporary_name(self.path)
         try:
-            with open(temporary, "wb") as file:
+            with create(temporary) as file:
                 file.write(header)
                 file.truncate(size)
             os.replace(temporary, self.path)

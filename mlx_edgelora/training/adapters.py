@@ -4,11 +4,13 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 from mlx_edgelora.engine.finite import first_non_finite
 from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.model.checkpoint import error_text
 from mlx_edgelora.storage.files import WatchedFiles, Writer, make_folder, write_atomically
 from mlx_edgelora.storage.safetensors import (
     DTYPES,
@@ -108,6 +110,36 @@ def _goes_with(folder: Path, config: Mapping[str, object]) -> bool:
         return _shape_of_lora(saved) == _shape_of_lora(json.loads(json.dumps(dict(config))))
     except (OSError, ValueError, AttributeError, RecursionError):
         return False
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """The configuration in an adapter's folder.
+
+    Raises:
+        EdgeLoraError: there is none, or it is not a JSON object.
+    """
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise EdgeLoraError(
+            f"{folder}: is not the folder of an adapter ({error_text(error)}), expected "
+            f"{CONFIG_FILE} and {WEIGHTS_FILE}; mlx-edgelora train makes one"
+        ) from error
+    if not isinstance(config, dict):
+        raise EdgeLoraError(f"{folder / CONFIG_FILE}: got {type(config).__name__}, expected a map")
+    return config
+
+
+def base_model(folder: Path) -> str:
+    """The model that an adapter was trained on, as its configuration names it.
+
+    Raises:
+        EdgeLoraError: as `read_adapter_config`, or no model is named.
+    """
+    model = read_adapter_config(folder).get("model")
+    if not isinstance(model, str):
+        raise EdgeLoraError(f"{folder / CONFIG_FILE}: names no model; give one with --model")
+    return model
 
 
 def adapter_file(place: str | os.PathLike) -> Path:

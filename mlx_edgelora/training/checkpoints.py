@@ -249,6 +249,11 @@ def remove_old(run_folder: Path, keep: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def newest_checkpoint(run_folder: Path) -> Path | None:
+    """The folder of a run's newest checkpoint, which is not read; None without one."""
+    return next(reversed(_folders(run_folder)), None)
+
+
 def find_checkpoint(place: Path) -> Checkpoint:
     """Read the checkpoint in a folder, or the newest checkpoint of a run.
 
@@ -260,19 +265,14 @@ def find_checkpoint(place: Path) -> Checkpoint:
     """
     if (place / MANIFEST_FILE).exists():
         return _read(place)
-    folders = _folders(place)
-    if not folders:
+    newest = newest_checkpoint(place)
+    if newest is None:
         raise EdgeLoraError(
             f"resume: {place} has no checkpoint, expected the adapter folder of a run or one of "
             "its checkpoints; start without --resume, or load weights alone with "
             "--resume-adapter-file"
         )
-    return _read(folders[-1])
-
-
-def has_checkpoints(run_folder: Path) -> bool:
-    """Whether a folder contains a run that can be resumed."""
-    return bool(_folders(run_folder))
+    return _read(newest)
 
 
 def fingerprint(parts: Iterator[bytes]) -> str:

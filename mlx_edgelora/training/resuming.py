@@ -22,6 +22,7 @@ from mlx_edgelora.training.checkpoints import (
     check_unused,
     find_checkpoint,
     fingerprint,
+    newest_checkpoint,
 )
 from mlx_edgelora.training.text import abbreviate
 
@@ -114,10 +115,10 @@ def _check_place(checkpoint: Checkpoint, folder: Path) -> None:
     if checkpoint.folder.parent.resolve() != (folder / FOLDER).resolve():
         check_unused(folder)
         return
-    newest = find_checkpoint(folder)
-    if newest.state.step > checkpoint.state.step:
+    newest = newest_checkpoint(folder)
+    if int(newest.name) > checkpoint.state.step:
         raise EdgeLoraError(
-            f"resume: {checkpoint.folder} is not the newest checkpoint, {newest.folder} is, which "
+            f"resume: {checkpoint.folder} is not the newest checkpoint, {newest} is, which "
             "would be overwritten; resume from that one, or choose another --adapter-path"
         )
 

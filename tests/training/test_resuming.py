@@ -13,7 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from tiny import LENGTH, make_data, make_model
+from tiny import make_data, make_model, run_options
 
 from mlx_edgelora import EdgeLoraError, TrainConfig, finetune
 from mlx_edgelora.training.checkpoints import find_checkpoint
@@ -40,20 +40,16 @@ def options(tiny, tmp_path):
 
 def make_options(tiny, folder, **changes):
     return TrainConfig.from_dict(
-        {
-            "model": str(tiny / "model"),
-            "data": str(tiny / "data"),
-            "adapter_path": str(folder / "adapters"),
-            "num_layers": -1,
+        run_options(tiny, folder)
+        | {
+            "spill_dir": None,
             "lora_parameters": {"rank": 4, "scale": 8.0, "dropout": 0.2},
             "batch_size": 3,
             "iters": ITERS,
             "grad_accumulation_steps": 3,
             "lr_schedule": SCHEDULE,
             "optimizer": "adamw",
-            "max_seq_length": LENGTH,
             "steps_per_report": 1,
-            "val_batches": 0,
             "save_every": 4,
             "verify": "off",
         }
