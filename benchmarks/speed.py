@@ -7,9 +7,10 @@
     LD_PRELOAD=libopenblas.so.0 python benchmarks/speed.py products
     python benchmarks/speed.py packing --shape llama-3.2-1b --blocks 4 --tokens 1024 --short-rows 84
 
-`steps` is the table of a GPU: peak and seconds of a step within some budgets, beside mlx-lm's. Each
-row is a process of its own, which is ended after `--seconds`; a row that fails costs its own
-figures alone. The table is written after every row, with every step's seconds in `steps.jsonl`.
+`steps` is the table of a GPU: peak and seconds of a step within some budgets, beside mlx-lm's. A
+row ends after `--seconds` with the steps it has; one that fails costs its own figures alone. The
+table is written after every row, with every step's seconds in `steps.jsonl`. All rows share a
+process, because imports take longer than the steps.
 Shape, tokens, rank, rows and start matrices are the same for all. Ratios are of medians; a GPU
 that nobody else uses is steady enough for that. (`mlx-edgelora benchmark` takes turns, and checks
 that all compute the same.)
@@ -33,8 +34,6 @@ import gc
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -62,6 +61,7 @@ from mlx_edgelora.blocks.checks import checked_blocks
 from mlx_edgelora.data import Batch
 from mlx_edgelora.engine.build import Settings, build_engine
 from mlx_edgelora.engine.finite import Magnitudes
+from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.measure.meter import DiskMeter
 from mlx_edgelora.measure.units import size
 from mlx_edgelora.model.loading import attach, open_model
@@ -85,7 +85,11 @@ PLANS = {
 PACKING = {"group_size": 64, "bits": 4}
 
 
-def job_of(args: argparse.Namespace, work: Path) -> TrainingJob:
+class LateError(Exception):
+    """A row has had its seconds."""
+
+
+def job_of(args: argparse.Namespace, row: str, work: Path) -> TrainingJob:
     """Steps of one contender on random rows."""
     folder = shapes.checkpoint(args.cache, args.shape, args.blocks, args.weights)
     shapes.add_tokenizer(folder, shapes.SHAPES[args.shape][-1])
@@ -95,9 +99,9 @@ def job_of(args: argparse.Namespace, work: Path) -> TrainingJob:
     masked, options = rows.write_rows(work / "data", made), {}
     opened = open_model(str(folder), streamed=False, quantize=None, cache=args.cache)
     write_start(opened, RANK, work / "start.safetensors")
-    if args.row not in RIVALS:
+    if row not in RIVALS:
         words = {"plenty": contenders.PLENTY, "min": "min"}
-        budget = words.get(args.row) or round(float(args.row) * 1e9)
+        budget = words.get(row) or round(float(row) * 1e9)
         options = {"memory_budget": budget, "spill_dir": str(work)}
     return TrainingJob(
         model=str(folder),
@@ -112,18 +116,20 @@ def job_of(args: argparse.Namespace, work: Path) -> TrainingJob:
         mask_prompt=masked,
         last=args.steps,
         output=str(work),
-        checkpointing=args.row == RIVALS[1],
+        checkpointing=row == RIVALS[1],
         options=options,
     )
 
 
-def measured(args: argparse.Namespace) -> dict[str, Any]:
-    """Steps of one contender, in this process."""
-    job = job_of(args, Path(tempfile.mkdtemp(prefix="edgelora-")))
+def measured(args: argparse.Namespace, row: str) -> dict[str, Any]:
+    """Steps of one contender."""
+    job = job_of(args, row, Path(tempfile.mkdtemp(prefix="edgelora-")))
     gc.collect()
     mx.clear_cache()
     mx.reset_peak_memory()
-    times, losses, last = [], [], time.perf_counter()
+    times: list[float] = []
+    losses: list[float] = []
+    began = last = time.perf_counter()
 
     def pause(loss: float, trained: dict | None = None, disk: object = None) -> None:
         nonlocal last
@@ -132,11 +138,20 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         mx.synchronize()
         times.append(time.perf_counter() - last)
         losses.append(loss)
+        if time.perf_counter() - began > args.seconds:
+            raise LateError
         last = time.perf_counter()
 
-    (contenders.mlx_lm if args.row in RIVALS else contenders.mlx_edgelora)(job, pause)
+    block = shapes.SHAPES[args.shape][0].TransformerBlock
+    call = block.__call__
+    try:
+        (contenders.mlx_lm if row in RIVALS else contenders.mlx_edgelora)(job, pause)
+    except LateError:
+        print(f"{row}: ended after {len(times)} steps", flush=True)
+    finally:
+        block.__call__ = call  # mlx-lm's checkpointing exchanges it for good
     return {
-        "row": args.row,
+        "row": row,
         "tokens": args.tokens,
         "peak": mx.get_peak_memory(),
         "first_s": times[0],
@@ -167,27 +182,17 @@ def table(found: list[dict[str, Any]], tokens: int, device: str) -> str:
 
 
 def steps(args: argparse.Namespace) -> None:
-    """Measure every row in a process of its own."""
+    """Measure the rows one after the other; the table is written after each."""
     args.cache.mkdir(parents=True, exist_ok=True)
-    if args.row:
-        print("RESULT " + json.dumps(measured(args)))
-        return
     args.output.mkdir(parents=True, exist_ok=True)
     found: list[dict[str, Any]] = []
     device = str(mx.device_info().get("device_name", mx.default_device()))
     for row in (*RIVALS, *args.budgets):
-        command = [sys.executable, __file__, *sys.argv[1:], "--row", row]
-        log = args.output / f"{args.tokens}-{row.replace(' ', '')}.log"
-        with log.open("w") as file:
-            try:
-                subprocess.run(command, stdout=file, stderr=file, timeout=args.seconds, check=False)
-            except subprocess.TimeoutExpired:
-                file.write(f"\nended after {args.seconds} s\n")
-        results = [line for line in log.read_text().splitlines() if line.startswith("RESULT ")]
-        if not results:
-            print(f"{row}: nothing measured, see {log}", flush=True)
+        try:
+            found.append(measured(args, row))
+        except (EdgeLoraError, RuntimeError, MemoryError, ValueError, OSError, IndexError) as error:
+            print(f"{row}: nothing measured: {error}", flush=True)
             continue
-        found.append(json.loads(results[0].removeprefix("RESULT ")))
         with (args.output / "steps.jsonl").open("a") as file:
             file.write(json.dumps(found[-1]) + "\n")
         (args.output / f"{args.tokens}.md").write_text(table(found, args.tokens, device))
@@ -368,7 +373,6 @@ def main() -> None:
     one.add_argument("--steps", type=int, default=8)
     one.add_argument("--seconds", type=int, default=60, help="of a row at most")
     one.add_argument("--output", type=Path, default=Path("steps"))
-    one.add_argument("--row", help=argparse.SUPPRESS)
     one.set_defaults(run=steps)
     one = commands.add_parser("host", help="what Python takes of a step")
     one.add_argument("--rounds", type=int, default=15)

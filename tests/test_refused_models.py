@@ -43,7 +43,8 @@ def test_every_command_says_so_and_exits_with_2(command, refused, tmp_path, monk
     if command is not benchmark:
         flags += ["--num-layers", "-1", "--adapter-path", tmp_path / "adapters"]
     assert command.main(list(map(str, flags))) == 2
-    assert capsys.readouterr().err == SENTENCE
+    # Before it, the benchmark may advise to install a faster BLAS.
+    assert capsys.readouterr().err.endswith(SENTENCE)
     assert not (tmp_path / "adapters").exists()
 
 

@@ -138,9 +138,8 @@ class Memory:
 
     def _need(self, phase: str) -> Estimate:
         kind = self.kind(phase)
-        return self.measurements.bytes(
-            kind, self.ways[phase], self.batch_shape, partial(need, kind, self.shape)
-        )
+        formula = partial(need, kind, self.shape, on_gpu=self.measurements.overlaps)
+        return self.measurements.bytes(kind, self.ways[phase], self.batch_shape, formula)
 
     def _input(self) -> int:
         """Bytes of a block's input while the block is computed; 0 if it stays in a file."""

@@ -63,7 +63,13 @@ TERMS: dict[str, dict[str, float]] = {
 }
 
 
-def need(kind: str, shape: ModelShape, way: Way, batch_shape: BatchShape) -> float:
+# Times that the matrices of a block are unpacked in a phase.
+UNPACKED = {"forward": 1, "backward": 2, "tiles forward": 1, "tiles backward": 2, "tail": 2}
+
+
+def need(
+    kind: str, shape: ModelShape, way: Way, batch_shape: BatchShape, on_gpu: bool = False
+) -> float:
     """Working memory of a phase in bytes.
 
     Args:
@@ -74,9 +80,14 @@ def need(kind: str, shape: ModelShape, way: Way, batch_shape: BatchShape) -> flo
             blocks, loss_bytes, kernel, placement of the head, attention_block); for an update
             (placement of adapters,).
         batch_shape: sizes of the batch.
+        on_gpu: whether MLX computes on a GPU. It frees nothing there before a command buffer is
+            done, so that all unpacked matrices of a block can be in memory at once.
     """
     sizes = sizes_of(kind, shape, way, batch_shape)
-    return sum(number * sizes.get(name, 0.0) for name, number in TERMS[kind].items())
+    total = sum(number * sizes.get(name, 0.0) for name, number in TERMS[kind].items())
+    if on_gpu and shape.packed and kind in UNPACKED and way[2] == "dequantize":
+        total += UNPACKED[kind] * shape.block_weights * shape.itemsize
+    return total
 
 
 @lru_cache(maxsize=4096)

@@ -176,15 +176,30 @@ class RunPlan:
         highest, self._highest = self._highest, max(self._highest, measured)
         if not self._varies or measured <= (self.budget.bytes if anew else highest):
             return None
+        self.choice = self._search_corrected(measured, self.fixed_at_start)
+        self._variants.clear()
+        return self.plan
+
+    def replanned_anew(self, measured: int) -> "RunPlan":
+        """The run with the best plan of all, also if it needs another engine.
+
+        Args:
+            measured: peak of MLX's allocator in bytes, measured with the present plan.
+
+        Raises:
+            EdgeLoraError: no plan fits the budget.
+        """
+        return self.with_choice(self._search_corrected(measured, None))
+
+    def _search_corrected(self, measured: int, fixed: dict[str, Any] | None) -> Choice:
+        """Correct the expected peaks by a measured one, and search; nothing changes on failure."""
         before = self.measurements.correction
         self.measurements.correction = before * max(1.02, measured / self.choice.peak)
         try:
-            self.choice = self.search(self.fixed_at_start)
+            return self.search(fixed)
         except EdgeLoraError:
             self.measurements.correction = before
             raise
-        self._variants.clear()
-        return self.plan
 
     @property
     def memory_limit(self) -> int:

@@ -177,16 +177,15 @@ class _Search:
     @cached_property
     def ways(self) -> list[tuple[float, Plan]]:
         """The ways to compute blocks with their best possible seconds, fastest first."""
-        # Kernels take the same memory, so only the fastest is tried for each way.
         kernels = self.machine.kernels if self.shape.packed else ("auto",)
         if "kernel" in self.fixed:
             kernels = (self.fixed["kernel"],)
         found = []
         for way in self._short(list(filter(self._agrees, self._ways()))):
             ideal = replace(way, **self._richest())
-            times = [self._seconds(replace(ideal, kernel=kernel)) for kernel in kernels]
-            fastest = min(times)
-            found.append((fastest, replace(way, kernel=kernels[times.index(fastest)])))
+            for kernel in kernels:
+                spent = self._seconds(replace(ideal, kernel=kernel))
+                found.append((spent, replace(way, kernel=kernel)))
         found.sort(key=lambda pair: pair[0])
         return found
 

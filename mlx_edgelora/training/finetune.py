@@ -46,12 +46,13 @@ from mlx_edgelora.training.opening import (
     largest_piece,
     open_run,
     read_sets,
+    renew,
     spill_place,
     with_embedded,
     with_layers,
 )
 from mlx_edgelora.training.profiling import memory_profile
-from mlx_edgelora.training.rehearsal import rehearse
+from mlx_edgelora.training.rehearsal import AnotherEngineError, rehearse
 from mlx_edgelora.training.resuming import (
     check_contents,
     check_iters,
@@ -108,20 +109,40 @@ def finetune(
     ):
         note = _discard_record if records is None else records.note
         run = _prepare(config, checkpoint, notify, note)
-        place, start = spill_place(config), run.start
-        with open_run(run.planned, run.lazy, run.sets, place, notify, start) as (engine, chosen):
-            check_loss(run.config, engine.head)
-            note("plan", summary.plan_record(chosen))
-            result = None
-            if config.train:
+        again: RunPlan | None = None
+        while True:
+            try:
+                return _run(run, optimizer, callbacks, notify, records, again)
+            except AnotherEngineError as needed:
+                again = needed.chosen
+            renew(run.lazy, run.planned)
+
+
+def _run(
+    run: "_PreparedRun",
+    optimizer: optimizers.Optimizer,
+    callbacks: Sequence[TrainingCallback],
+    notify: Callable[[str], None],
+    records: RunLog | None,
+    again: RunPlan | None,
+) -> TrainResult | None:
+    """Train and test with one engine; its plan is `again`, if it is given."""
+    config, result = run.config, None
+    note = _discard_record if records is None else records.note
+    opening = run.planned, run.lazy, run.sets, spill_place(config), notify, run.start, again
+    with open_run(*opening) as (engine, chosen):
+        check_loss(config, engine.head)
+        note("plan", summary.plan_record(chosen))
+        if config.train:
+            if again is None:
                 _advise_packing(run, engine, chosen, notify)
-                if config.verify == "on":
-                    notify(_verification_line(engine, chosen, config))
-                result = _train(run, engine, chosen, optimizer, callbacks, notify, records)
-            if config.test:
-                loss, tokens = evaluate(engine, run.test_set, config, config.test_batches)
-                notify(_test_result(loss, tokens))
-                note("test", {"loss": loss, "tokens": tokens})
+            if config.verify == "on" and again is None:
+                notify(_verification_line(engine, chosen, config))
+            result = _train(run, engine, chosen, optimizer, callbacks, notify, records)
+        if config.test:
+            loss, tokens = evaluate(engine, run.test_set, config, config.test_batches)
+            notify(_test_result(loss, tokens))
+            note("test", {"loss": loss, "tokens": tokens})
     return result
 
 

@@ -94,6 +94,7 @@ def open_run(
     place: tuple[str | Path, str],
     log: Callable[[str], None],
     start: Path | None = None,
+    again: RunPlan | None = None,
 ) -> Iterator[tuple[Engine, RunPlan]]:
     """Choose a plan, measure it, and build the engine; MLX's memory limits are set meanwhile.
 
@@ -104,12 +105,15 @@ def open_run(
         place: folder of scratch files, and why it was chosen.
         log: called with lines to show.
         start: file of the adapter to load; None for a new adapter.
+        again: the run with the plan to begin with, if an earlier engine could not use it.
 
     Yields:
         The engine and the run with its plan.
     """
-    request = plan_request(config, lazy, sets, user_cache(), Path(place[0]))
-    chosen: RunPlan | None = request if request.given else first_plan(request)
+    chosen = again
+    if chosen is None:
+        request = plan_request(config, lazy, sets, user_cache(), Path(place[0]))
+        chosen = request if request.given else first_plan(request)
     left = ENGINES
     while chosen is not None:
         log(chosen.table() if config.verbose else summary.memory(chosen))
@@ -134,8 +138,13 @@ def open_run(
         chosen = another
         if chosen is not None:
             del engine
-            lazy.replace_with(adapted_model(config))
-            gc.collect()  # engines have reference cycles, and two of them would not fit
+            renew(lazy, config)
+
+
+def renew(lazy: LazyModel, config: TrainConfig) -> None:
+    """Replace a model whose engine was closed by a new one, and free the old one's memory."""
+    lazy.replace_with(adapted_model(config))
+    gc.collect()  # engines have reference cycles, and two of them would not fit
 
 
 @contextmanager

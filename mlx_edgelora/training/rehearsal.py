@@ -12,6 +12,7 @@ from mlx_edgelora.blocks.dropout import restore_generator
 from mlx_edgelora.data import Batch
 from mlx_edgelora.engine.block_weights import Arrays
 from mlx_edgelora.engine.step import Engine
+from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.measure.meter import peak_memory, reset_peak
 from mlx_edgelora.measure.profile import PhasePeak, recording
 from mlx_edgelora.measure.units import size
@@ -26,6 +27,18 @@ NEAR = 0.5
 TRIES = 3
 
 
+class AnotherEngineError(EdgeLoraError):
+    """The plan that fits the budget needs another engine, which reads its weights again.
+
+    Attributes:
+        chosen: the run with that plan.
+    """
+
+    def __init__(self, chosen: RunPlan) -> None:
+        super().__init__(chosen.plan.reason)
+        self.chosen = chosen
+
+
 def rehearse(engine: Engine, chosen: RunPlan, log: Callable[[str], None]) -> None:
     """Compute the largest possible batch, and replace the plan until the peak fits the budget.
 
@@ -38,6 +51,7 @@ def rehearse(engine: Engine, chosen: RunPlan, log: Callable[[str], None]) -> Non
         log: called with a line for every new plan.
 
     Raises:
+        AnotherEngineError: a plan fits, but not in this engine.
         EdgeLoraError: no plan fits.
     """
     budget = chosen.budget.bytes
@@ -53,12 +67,17 @@ def rehearse(engine: Engine, chosen: RunPlan, log: Callable[[str], None]) -> Non
         peak = peak_memory() + chosen.optimizer_bytes
         chosen.measurements.add("step", chosen.step_key, chosen.batch_shape, Measurement(peak, 0.0))
         chosen.measurements.write()
-        plan = chosen.replan(peak)
+        message = f"the largest batch took {size(peak)}, above the budget: another plan is chosen"
+        message = summary.line("rehearsed", message)
+        try:
+            plan = chosen.replan(peak)
+        except EdgeLoraError:
+            another = chosen.replanned_anew(peak)
+            log(message)
+            raise AnotherEngineError(another) from None
         if plan is None:
             return
         engine.set_plan_and_residency(plan)
-        message = f"the largest batch took {size(peak)}, above the budget: another plan is chosen"
-        message = summary.line("rehearsed", message)
         log(f"{message}\n{summary.memory(chosen)}")
 
 

@@ -7,6 +7,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from architectures import relative_error
+from backends import frees_at_once
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
@@ -99,6 +100,7 @@ def large():
     return arrays, settings, x, cotangent
 
 
+@frees_at_once
 def test_no_dequantized_copy_ever_exists(large, memory):
     arrays, settings, x, cotangent = large
     peak = step_peak(lambda x: frozen_matmul(x, *arrays, **settings), x, cotangent)
@@ -111,6 +113,7 @@ def test_the_obvious_product_holds_a_copy(large, memory):
     assert peak > 64 * MIB
 
 
+@frees_at_once
 def test_compiled_product_is_exact_and_holds_no_copy(large, memory, compiles):
     arrays, settings, x, cotangent = large
 

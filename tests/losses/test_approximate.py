@@ -7,6 +7,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from architectures import relative_error
+from backends import frees_at_once
 from harness import engine, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -380,6 +381,7 @@ def test_peak_keeps_to_the_budget(large, corrected):
     assert lowest(lambda: large(MIB // 2, corrected, settled), bound) < bound
 
 
+@frees_at_once
 @pytest.mark.parametrize("corrected", [False, True], ids=["plain", "tail"])
 def test_tiles_are_alive_one_at_a_time_inside_a_graph_too(large, corrected):
     """The sum that the tail is made of must not keep every tile waiting."""

@@ -5,6 +5,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from architectures import relative_error
+from backends import frees_at_once
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_references import cross_entropy, terms
@@ -378,6 +379,7 @@ def test_peak_keeps_to_the_budget(large, budget):
     assert large(exact) < budget + 64 * 1024
 
 
+@frees_at_once
 @pytest.mark.parametrize("budget", [MIB // 2, 2 * MIB])
 def test_tiles_are_alive_one_at_a_time_inside_a_graph_too(large, budget):
     """Without `mx.depends` on the step before this holds more than all logits."""

@@ -3,6 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from backends import frees_at_once
 from harness import engine, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -163,6 +164,7 @@ def above(function):
     return mx.get_peak_memory() - before
 
 
+@frees_at_once
 @pytest.mark.parametrize("k", [10, 300])
 @pytest.mark.parametrize("budget", [MIB // 4, MIB])
 def test_nothing_of_tokens_x_vocabulary_exists(memory, k, budget):

@@ -177,6 +177,38 @@ def test_a_plan_that_takes_more_than_its_budget_is_replaced(monkeypatch):
     assert len(Taken.batches) == 3 and len(lines) == 2
 
 
+def test_a_plan_that_needs_another_engine_gets_one(options, monkeypatch):
+    """If no plan of this engine fits, another engine is built; it trains as the first would."""
+    lines, weights = [], []
+    original, high = rehearsal.peak_memory, 59 * 10**6
+
+    def replan(self, measured, anew=True):
+        if measured - self.optimizer_bytes == high:
+            raise EdgeLoraError("none in this engine")
+
+    monkeypatch.setattr(RunPlan, "replan", replan)
+    for near, peaks in ((2.0, []), (0.0, [high])):
+        given = iter(peaks)
+        monkeypatch.setattr(rehearsal, "NEAR", near)
+        monkeypatch.setattr(
+            rehearsal, "peak_memory", lambda given=given: next(given, None) or original()
+        )
+        config = options(memory_budget="60MB", iters=3)
+        result = finetune(config, notify=lines.append)
+        weights.append(mx.load(str(result.adapter_path / "adapters.safetensors")))
+        assert sum(line.startswith("rehearsed") for line in lines) == len(peaks)
+    assert weights[0].keys() == weights[1].keys()
+    for name, value in weights[0].items():
+        assert mx.allclose(value, weights[1][name], rtol=1e-4, atol=1e-6).item(), name
+
+
+def test_a_rehearsal_that_fits_nowhere_says_what_is_needed(options, monkeypatch):
+    monkeypatch.setattr(rehearsal, "NEAR", 0.0)
+    monkeypatch.setattr(rehearsal, "peak_memory", lambda: 10**12)
+    with pytest.raises(EdgeLoraError, match=r"memory_budget: got 60.0 MB, expected at least"):
+        finetune(options(memory_budget="60MB"), notify=lambda line: None)
+
+
 def test_the_largest_batch_is_that_of_the_batches():
     rng = np.random.default_rng(0)
     rows = [(list(range(n)), int(rng.integers(0, n - 1))) for n in rng.integers(2, 90, 31)]

@@ -14,7 +14,7 @@ from mlx_edgelora.planner.duration import seconds
 from mlx_edgelora.planner.machine import Machine, Rates
 from mlx_edgelora.planner.measured import Measurements
 from mlx_edgelora.planner.plan import MIB, Plan
-from mlx_edgelora.planner.search import SLACK, largest_that, plan, smallest
+from mlx_edgelora.planner.search import SLACK, expected, largest_that, plan, smallest
 from mlx_edgelora.planner.sizes import BatchShape, ModelShape
 
 RATES = Rates(3e12, 2e12, 1e11, 1e11, 3e9, 3e9, 2e-6)
@@ -148,6 +148,20 @@ def test_the_kernel_is_the_faster_one_where_there_are_two():
             asked = plan(SHAPE, batch_shape, both, 10**12, {"kernel": other})
             assert asked.plan.kernel == other and asked.seconds >= found.seconds
     assert plan(replace(SHAPE, packed=False), LOAD, both, 10**12).plan.kernel == "auto"
+
+
+def test_the_least_memory_on_a_gpu_is_that_of_the_fused_kernel():
+    """There every matrix of a block may be unpacked at once, because MLX frees them late."""
+    both = replace(MACHINE, kernels=("fused", "dequantize"))
+    known = Measurements(overlaps=True)
+    least = smallest(SHAPE, LOAD, both, measurements=known)
+    assert least.plan.kernel == "fused"
+    unpacked = expected(SHAPE, LOAD, both, replace(least.plan, kernel="dequantize"), known)
+    assert unpacked.peak - least.peak == 2 * SHAPE.block_weights * SHAPE.itemsize
+    on_cpu = [
+        expected(SHAPE, LOAD, both, replace(least.plan, kernel=kernel)) for kernel in both.kernels
+    ]
+    assert on_cpu[0].peak == on_cpu[1].peak
 
 
 def test_slices_of_an_mlp_are_unpacked_whatever_the_kernel():
