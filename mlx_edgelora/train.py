@@ -13,6 +13,7 @@ from mlx_edgelora.embedded import DEFAULT_CONFIG, MODEL_PATH, demonstrate
 from mlx_edgelora.measure.text import COLUMNS, wrapped
 from mlx_edgelora.training.failures import explain_failures
 from mlx_edgelora.training.finetune import finetune
+from mlx_edgelora.training.group import Group
 from mlx_edgelora.training.log import recorded
 from mlx_edgelora.training.resuming import saved_options
 
@@ -22,8 +23,12 @@ def run(config: TrainConfig) -> None:
 
     With the package's own model and data, answers before and after training are printed too.
     """
+    group = Group.joined()
+    config = group.own_options(config)
     with recorded(config) as log:
         result = finetune(config, log=log)
+        if not group.leads:
+            return
         if result is not None and config.model is None and config.data is None:
             print("\nWhat the adapter changed, asked through mlx-lm:")
             with explain_failures(f"the adapter is in {result.adapter_path}"):

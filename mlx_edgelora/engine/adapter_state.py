@@ -52,6 +52,15 @@ class AdapterState(WeightSource, Protocol):
         `look` gets their sums so far, evaluated, by name; it keeps none of them.
         """
 
+    def combine(self, reduce: Callable[[Arrays], Arrays], look: Look = ignored) -> None:
+        """Replace the sums of gradients, a block at a time in the order of the model.
+
+        Args:
+            reduce: gets the sums of a block by name, zeros where nothing was added, and returns
+                what takes their place, evaluated.
+            look: as in `add`.
+        """
+
     def norm(self, count: float) -> mx.array:
         """Global norm of the gradients' sum divided by `count`: float32 scalar, evaluated."""
 
@@ -145,6 +154,18 @@ class ResidentAdapterState(ResidentWeights):
         names = list(gradients)
         add_to(gradients, self._sum)
         look({name: self._sum[name] for name in names})
+
+    def combine(self, reduce: Callable[[Arrays], Arrays], look: Look = ignored) -> None:
+        """Replace the sums in memory."""
+        for names in group_by_block(self._slots).values():
+            total = {}
+            for name in names:
+                box, key = self._slots[name]
+                total[name] = self._sum.pop(name, None)
+                if total[name] is None:
+                    total[name] = mx.zeros_like(box[key])
+            self._sum |= reduce(total)
+            look({name: self._sum[name] for name in names})
 
     def norm(self, count: float) -> mx.array:
         """Norm of the mean."""

@@ -40,6 +40,7 @@ from mlx_edgelora.storage.files import (
 )
 from mlx_edgelora.storage.safetensors import write_tensors
 from mlx_edgelora.training.adapters import CONFIG_FILE, WEIGHTS_FILE, adapter_writer
+from mlx_edgelora.training.group import Group
 
 FOLDER = "checkpoints"
 BEST_FOLDER = "best"
@@ -142,12 +143,14 @@ class Origin:
         fingerprints: SHA-256 of the model and of the tokenized data.
         plan: returns the current memory plan as JSON text, or None.
         overwrites: whether the first save removes another run's files from the adapter's folder.
+        group: the processes of the run, of which the first writes files.
     """
 
     checkpoint: Checkpoint | None = None
     fingerprints: dict[str, str] = field(default_factory=dict)
     plan: Callable[[], str | None] = lambda: None
     overwrites: bool = False
+    group: Group = field(default_factory=Group)
 
     @contextlib.contextmanager
     def replacing(self, run_folder: Path, patterns: Iterable[str]) -> Iterator[None]:

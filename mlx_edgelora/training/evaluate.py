@@ -13,6 +13,7 @@ from mlx_edgelora.data.batches import Batch, iterate_batches
 from mlx_edgelora.engine.adapter_state import AdapterState, Arrays
 from mlx_edgelora.measure.meter import DiskMeter
 from mlx_edgelora.measure.profile import begin_step
+from mlx_edgelora.training.group import Group
 
 
 class GradientEngine(Protocol):
@@ -46,6 +47,7 @@ def evaluate(
     config: TrainConfig,
     num_batches: int,
     advance: Callable[[], None] = lambda: None,
+    group: Group | None = None,
 ) -> tuple[float, int]:
     """Mean loss over the labelled tokens of batches that are the same at every call.
 
@@ -57,6 +59,7 @@ def evaluate(
         config: batch_size, max_seq_length, packing, seed and clear_cache_threshold are used.
         num_batches: number of batches; -1 for all.
         advance: called after every batch.
+        group: processes that share the batches; None for this one alone.
 
     Returns:
         The mean loss, which may be NaN, and the number of labelled tokens.
@@ -69,18 +72,20 @@ def evaluate(
         seed=config.seed,
         packing=config.packing,
     )
-    losses, counts = [], []
-    with _evaluation_mode(engine.model):
+    group, losses, counts = group or Group(), [], []
+    with _evaluation_mode(engine.model), group.failing_together(2):
         for done, batch in enumerate(batches, start=1):
-            begin_step()  # a memory profile starts anew with every batch
-            loss, tokens = engine.loss(batch)
-            losses.append(loss.item() * tokens)
-            counts.append(tokens)
-            limit_cache(engine, config)
+            if done % group.size == group.rank:
+                begin_step()  # a memory profile starts anew with every batch
+                loss, tokens = engine.loss(batch)
+                losses.append(loss.item() * tokens)
+                counts.append(tokens)
+                limit_cache(engine, config)
             advance()
             if done == num_batches:
                 break
-    return math.fsum(losses) / sum(counts), sum(counts)
+    total, count = group.exchange([math.fsum(losses), sum(counts)])
+    return total / count, round(count)
 
 
 @contextlib.contextmanager

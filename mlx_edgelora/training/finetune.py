@@ -34,6 +34,7 @@ from mlx_edgelora.training.awake import keep_awake
 from mlx_edgelora.training.callbacks import TrainingCallback, reporting_callbacks
 from mlx_edgelora.training.checkpoints import Checkpoint, Origin
 from mlx_edgelora.training.evaluate import evaluate
+from mlx_edgelora.training.group import Group
 from mlx_edgelora.training.limits import BudgetWatch, PressureWatch
 from mlx_edgelora.training.log import RunLog, recorded
 from mlx_edgelora.training.loop import TrainResult, train
@@ -57,6 +58,7 @@ from mlx_edgelora.training.resuming import (
     check_contents,
     check_iters,
     fingerprints,
+    options_digest,
     planned,
     run_folder,
     with_saved,
@@ -95,7 +97,10 @@ def finetune(
         EdgeLoraError: the run cannot start or continue, for a reason that the user can change;
             no file is damaged.
     """
-    config = with_embedded(config)
+    group = Group.joined()
+    config = with_embedded(group.own_options(config))
+    if not group.leads:
+        callbacks, notify = (), _discard_line
     if not config.train:
         config = _with_saved_layers(config)
     optimizer = build_optimizer(config)  # raises errors before anything slow begins
@@ -105,10 +110,10 @@ def finetune(
         opened as records,
         explained_failures(config),
         keep_awake(config.caffeinate),
-        run_folder(config) as checkpoint,
+        run_folder(config, group.leads) as checkpoint,
     ):
         note = _discard_record if records is None else records.note
-        run = _prepare(config, checkpoint, notify, note)
+        run = _prepare(config, checkpoint, notify, note, group)
         again: RunPlan | None = None
         while True:
             try:
@@ -140,7 +145,9 @@ def _run(
                 notify(_verification_line(engine, chosen, config))
             result = _train(run, engine, chosen, optimizer, callbacks, notify, records)
         if config.test:
-            loss, tokens = evaluate(engine, run.test_set, config, config.test_batches)
+            loss, tokens = evaluate(
+                engine, run.test_set, config, config.test_batches, group=run.group
+            )
             notify(_test_result(loss, tokens))
             note("test", {"loss": loss, "tokens": tokens})
     return result
@@ -160,6 +167,7 @@ class _PreparedRun:
         checkpoint: the checkpoint to resume from; None for a new run.
         fingerprints: SHA-256 of the model and of the tokenized data.
         start: file of the adapter to load before the first step; None for a new adapter.
+        group: the processes of the run.
     """
 
     config: TrainConfig
@@ -171,6 +179,7 @@ class _PreparedRun:
     checkpoint: Checkpoint | None
     fingerprints: dict[str, str]
     start: Path | None
+    group: Group
 
     @property
     def sets(self) -> list[Dataset]:
@@ -184,6 +193,7 @@ def _prepare(
     checkpoint: Checkpoint | None,
     notify: Callable[[str], None],
     note: Callable[[str, Any], None],
+    group: Group,
 ) -> _PreparedRun:
     """Open the model and the data, and report what they are."""
     if checkpoint is not None:
@@ -200,6 +210,9 @@ def _prepare(
     notify(summary.lines(facts))
     note("run", summary.run_record(config, facts))
     found = fingerprints(lazy.checkpoint, sets[0]) if config.train else {}
+    group.check_same(found | {"options": options_digest(config)})
+    if group.size > 1:
+        notify(summary.line("processes", f"{group.size}, which share the rows of every batch"))
     wanted = config
     if checkpoint is None:
         start = adapter_to_start(config)
@@ -209,7 +222,9 @@ def _prepare(
         start, wanted = checkpoint.weights, planned(config, checkpoint)
     if start is not None:
         _say_start(start, checkpoint, config, notify)
-    return _PreparedRun(config, wanted, lazy, *sets, checkpoint, found, start)
+    # A process plans for the rows that it gets.
+    wanted = dataclasses.replace(wanted, batch_size=group.rows(wanted.batch_size))
+    return _PreparedRun(config, wanted, lazy, *sets, checkpoint, found, start, group)
 
 
 def _train(
@@ -243,8 +258,12 @@ def _train(
             run.valid_set,
             [*first, *callbacks, *watches],
             log=records,
-            origin=Origin(run.checkpoint, run.fingerprints, plan, config.overwrite),
+            origin=Origin(run.checkpoint, run.fingerprints, plan, config.overwrite, run.group),
         )
+
+
+def _discard_line(line: str) -> None:
+    """Do nothing; used in processes other than the first."""
 
 
 def _discard_record(kind: str, facts: Any) -> None:

@@ -111,11 +111,19 @@ def train(
             the last save are then saved if possible.
         Stopped: a signal ended the run; all steps are saved.
     """
-    make_folder(Path(config.adapter_path))
+    origin = origin or Origin()
     with contextlib.ExitStack() as stack:
-        progress = stack.enter_context(progress or Progress(config.iters, verbose=config.verbose))
+        own = Progress(config.iters, verbose=config.verbose, silent=not origin.group.leads)
+        progress = stack.enter_context(progress or own)
         run = _Run(
-            engine, optimizer, config, train_set, callbacks, progress, log, origin or Origin()
+            engine,
+            optimizer,
+            config,
+            train_set,
+            callbacks,
+            progress,
+            log,
+            origin,
         )
         validates = valid_set and config.val_batches != 0
         engine.model.train()
@@ -129,7 +137,7 @@ def train(
             packing=config.packing,
         )
         batches = itertools.islice(batches, first - 1, None)
-        requests = stack.enter_context(stop_requests(config.max_time))
+        requests = run.requests = stack.enter_context(stop_requests(config.max_time))
         iteration = first - 1
         try:
             for iteration, batch in zip(range(first, config.iters + 1), batches, strict=False):
@@ -140,7 +148,7 @@ def train(
                     run.report(iteration)
                 if run.is_due(config.save_every, iteration):
                     run.save(numbered=iteration % config.save_every == 0)
-                if requests.signal is not None or requests.time_is_over:
+                if run.must_stop:
                     run.end_early(requests)
                     break
         except Stopped:
@@ -169,6 +177,9 @@ class _Run:
     def __init__(
         self, engine, optimizer, config, train_set, callbacks, progress, log, origin
     ) -> None:
+        self.requests: StopRequests | None = None
+        self._group = origin.group
+        self._stopped_elsewhere = False  # a process of the group was asked to stop
         self._engine = engine
         self._optimizer = optimizer
         self._config = config
@@ -178,6 +189,8 @@ class _Run:
         self._log = log
         self._origin = origin
         self._folder = Path(config.adapter_path)
+        if self._group.leads:
+            make_folder(self._folder)
         self._meter = UsageMeter(engine.disk)
         self._window = Window(self._meter)
         self._adapters = engine.adapters
@@ -211,6 +224,8 @@ class _Run:
         losses = {"train_loss": state.train_loss, "val_loss": state.val_loss}
         self._last = {name: loss for name, loss in losses.items() if loss is not None}
         self._best = state.best_val_loss
+        if not self._group.leads:  # dropout of other rows is another one
+            mx.random.seed(self._config.seed + self._group.rank + self._group.size * state.step)
         self._progress.note(f"resumed after step {state.step} from {checkpoint.folder}")
         return state.step
 
@@ -225,11 +240,14 @@ class _Run:
         begin_step()
         start = time.perf_counter()
         self._between = False
-        self._weigh(int(batch.mask.sum()))
-        loss, tokens = self._engine.backward(batch, self._add_gradients)
-        loss = loss.item()
-        self._check_finite(iteration, batch, loss)
-        self._weights += self._weight
+        tokens, own = int(batch.mask.sum()), self._group.share(batch)
+        self._weigh(0 if own is None else int(own.mask.sum()), tokens)
+        with self._group.failing_together(2):
+            loss = self._backward(iteration, own)
+        share = self._weight * self._first_tokens / tokens
+        loss, stops = self._group.exchange([loss * share, self._is_asked_to_stop])
+        self._stopped_elsewhere = bool(stops) and self._group.size > 1
+        self._weights += tokens / max(1, self._first_tokens)
         if self.is_due(self._config.grad_accumulation_steps, iteration):
             self._update(iteration)
             self._updated = iteration
@@ -239,14 +257,37 @@ class _Run:
         self._window.add(loss, tokens, time.perf_counter() - start)
         self._progress.step(self._make_report("train_loss", self._window, iteration))
 
-    def _weigh(self, tokens: int) -> None:
+    def _backward(self, iteration: int, batch: Batch | None) -> float:
+        """Compute this process's rows of a batch; returns their mean loss."""
+        if batch is None:
+            return 0.0
+        loss, _ = self._engine.backward(batch, self._add_gradients)
+        loss = loss.item()
+        self._check_finite(iteration, batch, loss)
+        return loss
+
+    @property
+    def _is_asked_to_stop(self) -> bool:
+        requests = self.requests
+        return requests is not None and (requests.signal is not None or requests.time_is_over)
+
+    @property
+    def must_stop(self) -> bool:
+        """Whether the run ends after this step; all processes of a group end after the same one."""
+        return self._is_asked_to_stop if self._group.size == 1 else self._stopped_elsewhere
+
+    def _weigh(self, own: int, tokens: int) -> None:
         """Set the weight of the next gradients: labelled tokens relative to the first batch.
 
         Numbers of tokens as weights could overflow gradients in 16 bits.
+
+        Args:
+            own: labelled tokens of this process.
+            tokens: labelled tokens of the whole batch.
         """
         if not self._weights:
             self._first_tokens = tokens
-        self._weight = tokens / max(1, self._first_tokens)
+        self._weight = own / max(1, self._first_tokens)
 
     def _add_gradients(self, gradients: Arrays) -> None:
         """Add weighted gradients to the sum, and record the sum's magnitude."""
@@ -258,6 +299,10 @@ class _Run:
 
     def _update(self, iteration: int) -> None:
         weights, self._weights = self._weights, 0.0
+        if self._group.size > 1:
+            self._magnitudes.clear()
+            self._adapters.combine(self._group.sum, self._magnitudes.add)
+            self._check_finite(iteration, None, 0.0)
         norm = self._magnitudes.norm()
         self._grad_norm = None if norm is None else norm / weights
         self._magnitudes.clear()
@@ -296,7 +341,9 @@ class _Run:
             total = min(total, config.val_batches)
         start = time.perf_counter()
         with self._progress.validation(total) as advance:
-            loss, tokens = evaluate(self._engine, valid_set, config, config.val_batches, advance)
+            loss, tokens = evaluate(
+                self._engine, valid_set, config, config.val_batches, advance, self._group
+            )
         if not math.isfinite(loss):
             raise EdgeLoraError(
                 f"step {iteration}: validation loss is {loss}, expected a finite number; "
@@ -306,7 +353,7 @@ class _Run:
         is_best = self._best is None or loss < self._best
         self._best = loss if is_best else self._best
         self._publish(self._make_report("val_loss", window, iteration - 1))
-        if is_best and self._config.save_best:
+        if is_best and self._config.save_best and self._group.leads:
             best = self._folder / BEST_FOLDER
             with self._replacing(BEST_FOLDER):
                 save_adapters(best, self._adapters.weights(), self._config.to_dict())
@@ -318,8 +365,9 @@ class _Run:
         Args:
             numbered: also save the adapter under its step's number, as mlx-lm does.
         """
-        with self._replacing(BEST_FOLDER, FOLDER, NUMBERED_FILES):
-            self._save(numbered)
+        if self._group.leads:
+            with self._replacing(BEST_FOLDER, FOLDER, NUMBERED_FILES):
+                self._save(numbered)
         self._saved = self._iteration
         self._progress.saved(self._iteration, self._folder)
 
@@ -377,7 +425,7 @@ class _Run:
             self.report(self._iteration)
         if self._saved < self._iteration:
             self.save()
-        why = "max_time is over"
+        why = "max_time is over" if requests.time_is_over else "another process was asked to stop"
         if requests.signal is not None:
             why = signal.Signals(requests.signal).name
         more = ""
@@ -448,14 +496,15 @@ class _Run:
                 with contextlib.suppress(OSError):  # standard output may be closed
                     self.save()
 
-    def _check_finite(self, iteration: int, batch: Batch, loss: float) -> None:
+    def _check_finite(self, iteration: int, batch: Batch | None, loss: float) -> None:
         what, bad = None, self._magnitudes.first_bad()
         if not math.isfinite(loss):
             what = f"loss is {loss}"
         elif bad is not None:
             what = f"the gradient of {bad} holds NaN or infinity"
         if what is not None:
-            rows = abbreviate([self._row_name(index) for index in batch.indices])
+            indices = () if batch is None else batch.indices
+            rows = abbreviate([self._row_name(index) for index in indices]) or "the rows"
             raise EdgeLoraError(
                 f"step {iteration}: {what}, expected finite numbers; lower the learning rate or "
                 f"check {rows}; {self.last_saved_message()}"

@@ -40,6 +40,7 @@ class Progress:
         live: stream of the bar, used if it is a terminal; standard error by default, so that the
             bar stays when the table is redirected to a file.
         verbose: print a second line for each report.
+        silent: show nothing, in processes of a run other than the first.
     """
 
     def __init__(
@@ -48,7 +49,9 @@ class Progress:
         lines: TextIO | None = None,
         live: TextIO | None = None,
         verbose: bool = False,
+        silent: bool = False,
     ) -> None:
+        self._silent = silent
         self._iters, self._verbose, self._titled = iters, verbose, False
         self._lines = sys.stdout if lines is None else lines
         self._on_terminal = self._lines.isatty()
@@ -62,6 +65,7 @@ class Progress:
         self._gap = "  " if room >= 2 * (len(self._widths) - 1) else " "
 
     def __enter__(self) -> Self:
+        self._bars.disable |= self._silent
         self._bars.start()
         return self
 
@@ -126,6 +130,8 @@ class Progress:
         self._print(wrapped(text))
 
     def _print(self, text: str, style: str | None = None) -> None:
+        if self._silent:
+            return
         if self._on_terminal:
             self._bars.console.print(
                 text, style=style, markup=False, highlight=False, soft_wrap=True

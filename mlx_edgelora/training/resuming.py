@@ -71,11 +71,12 @@ CONTENTS = "model", "data"
 
 
 @contextmanager
-def run_folder(config: TrainConfig) -> Iterator[Checkpoint | None]:
+def run_folder(config: TrainConfig, leads: bool = True) -> Iterator[Checkpoint | None]:
     """Create and lock the adapter's folder, and find the checkpoint to resume from.
 
     Args:
         config: options of the run.
+        leads: whether this process writes into the folder; if not, it only finds the checkpoint.
 
     Yields:
         The checkpoint; None for a new run.
@@ -88,6 +89,10 @@ def run_folder(config: TrainConfig) -> Iterator[Checkpoint | None]:
         yield None
         return
     folder = Path(config.adapter_path)
+    if not leads:
+        place = folder if config.resume is True else config.resume
+        yield find_checkpoint(Path(place)) if place else None
+        return
     is_new = not folder.exists()
     make_folder(folder)
     with contextlib.ExitStack() as stack:
@@ -211,6 +216,13 @@ def planned(config: TrainConfig, checkpoint: Checkpoint) -> TrainConfig:
         return config
     unset = dict.fromkeys(("memory_budget", "weights", "activations", "adapters"))
     return dataclasses.replace(config, plan=str(checkpoint.plan), kernel="auto", **unset)
+
+
+def options_digest(config: TrainConfig) -> str:
+    """SHA-256 of the options that decide what is learned, apart from paths of model and data."""
+    options = json.loads(json.dumps(config.to_dict()))
+    kept = {k: v for k, v in options.items() if k not in {*FREE, *MEMORY, *CONTENTS}}
+    return fingerprint(iter([json.dumps(kept, sort_keys=True).encode()]))
 
 
 def fingerprints(files: ModelFiles, train_set: Sequence) -> dict[str, str]:

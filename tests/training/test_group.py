@@ -1,0 +1,277 @@
+"""Several processes train as one does: gradients, files, failures."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tiny import make_data, make_model, words, write_rows
+
+from mlx_edgelora.data import Batch
+from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.training import group as module
+from mlx_edgelora.training.group import Group
+
+# A process that waits for another ends within this many seconds.
+ENDS = 60
+
+
+class Second(Group):
+    """The second of two processes, whose first one adds the given messages."""
+
+    def __init__(self, messages=()):
+        super().__init__()
+        self.rank, self.size, self.messages = 1, 2, list(messages)
+
+    def _all_sum(self, array):
+        return array + self.messages.pop(0)
+
+
+def batch_of(rows, labels=True):
+    tokens = np.arange(rows * 6, dtype=np.int32).reshape(rows, 6)
+    return Batch(tokens, np.full((rows, 5), labels), tuple(range(rows)))
+
+
+def test_every_row_is_in_one_share():
+    whole, second = batch_of(5), Second()
+    first = Second()
+    first.rank = 0
+    shares = [group.share(whole) for group in (first, second)]
+    assert [share.tokens[:, 0].tolist() for share in shares] == [[0, 12, 24], [6, 18]]
+    assert first.rows(5) == 3
+    assert Group().share(whole) is whole
+    assert second.share(batch_of(1)) is None  # no row
+    assert second.share(batch_of(4, labels=False)) is None  # no label
+
+
+def test_sums_are_one_message_and_keep_shapes_and_dtypes():
+    group = Second([mx.arange(10, dtype=mx.float32)])
+    arrays = {"b": mx.ones((2, 3)), "a": mx.ones((4,), mx.bfloat16)}
+    sums = group.sum(arrays)
+    assert sums["a"].tolist() == [1, 2, 3, 4] and sums["a"].dtype == mx.bfloat16
+    assert sums["b"].tolist() == [[5, 6, 7], [8, 9, 10]]
+    assert not group.messages
+
+
+def test_a_failure_elsewhere_is_an_error_here():
+    group = Second([mx.array([1.0, 0.0])])
+    with pytest.raises(Exception, match="another process of this run has failed"):
+        group.exchange([3.0])
+    told = Second([mx.zeros(3)])
+    with pytest.raises(ZeroDivisionError), told.failing_together(2):
+        _ = 1 / 0
+    assert not told.messages  # the others were told
+
+
+def free_ports(count):
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+class Run:
+    """Processes of `mlx-edgelora train`, joined as `mlx.launch` joins them."""
+
+    def __init__(self, folder, count, options, own=None):
+        hosts = folder / f"hosts-{count}.json"
+        hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(count)]))
+        self.processes = []
+        for rank in range(count):
+            environment = os.environ | {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
+            if count == 1:
+                environment = {k: v for k, v in os.environ.items() if not k.startswith("MLX_HOST")}
+            flags = [
+                f"--{k.replace('_', '-')}={v}"
+                for k, v in (options | (own or {}).get(rank, {})).items()
+            ]
+            self.processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "mlx_edgelora.train", *flags],
+                    env=environment,
+                    cwd=folder,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+
+    def end(self, seconds=120):
+        """Exit statuses and standard errors."""
+        ends = [process.communicate(timeout=seconds) for process in self.processes]
+        self.outputs = [output for output, _ in ends]
+        return [process.returncode for process in self.processes], [error for _, error in ends]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("several")
+    make_model(folder / "model")
+    data = make_data(folder / "data", rows=9)
+    rng = np.random.default_rng(1)
+    write_rows(  # ragged
+        data / "train.jsonl",
+        [{"text": words(rng.integers(0, 100, n))} for n in rng.integers(3, 29, 11)],
+    )
+    return folder
+
+
+def options_of(place, name, **changes):
+    return {
+        "model": place / "model",
+        "data": place / "data",
+        "adapter_path": place / name,
+        "batch_size": 3,
+        "iters": 5,
+        "grad_accumulation_steps": 2,
+        "max_grad_norm": 0.5,
+        "learning_rate": 0.05,
+        "num_layers": 2,
+        "steps_per_report": 1,
+        "val_batches": 2,
+        "verify": "off",
+        "optimizer": "sgd",
+        "log": place / f"{name}.jsonl",
+    } | changes
+
+
+def adapter(place, name):
+    return mx.load(str(place / name / "adapters.safetensors"))
+
+
+def reported(place, name, *kinds):
+    """Values of the given kinds in every report."""
+    records = map(json.loads, (place / f"{name}.jsonl").read_text().splitlines())
+    return [record[kind] for record in records for kind in kinds if record.get(kind) is not None]
+
+
+def assert_same_run(place, one, other):
+    kinds = "train_loss", "val_loss"
+    expected = reported(place, one, *kinds)
+    assert len(expected) > 5
+    np.testing.assert_allclose(reported(place, other, *kinds), expected, rtol=1e-5)
+    norms = (reported(place, name, "grad_norm") for name in (other, one))
+    np.testing.assert_allclose(*norms, rtol=1e-3)  # Adam blows up what rounds differently
+
+
+def test_two_processes_learn_what_one_does(place):
+    """Batches that do not divide, ragged rows, accumulation, clipping; two budgets."""
+    one = Run(place, 1, options_of(place, "one"))
+    statuses, errors = one.end()
+    assert statuses == [0], errors
+    two = Run(place, 2, options_of(place, "two"), {1: {"memory_budget": "min"}})
+    statuses, errors = two.end()
+    assert statuses == [0, 0], errors
+    assert "processes  2, which share the rows of every batch" in two.outputs[0]
+    assert two.outputs[1] == ""
+    assert_same_run(place, "one", "two")
+    # SGD moves parameters by gradients, where Adam would blow up what rounds differently.
+    ours, theirs = adapter(place, "one"), adapter(place, "two")
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert mx.abs(value - theirs[name]).max().item() < 2e-6, name
+    assert (
+        max(mx.abs(value).max().item() for name, value in ours.items() if "lora_b" in name) > 1e-3
+    )
+
+
+@pytest.mark.slow
+def test_four_processes_of_which_one_has_no_row(place):
+    more = {"iters": 20, "grad_accumulation_steps": 1, "optimizer": "adamw", "learning_rate": 1e-3}
+    for count in (1, 4):
+        statuses, errors = Run(place, count, options_of(place, f"many-{count}", **more)).end(300)
+        assert statuses == [0] * count, errors
+    assert_same_run(place, "many-1", "many-4")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("own", "what"),
+    [({"learning_rate": 2e-3}, "options"), ({"data": "other"}, "data"), ({"model": "m"}, "model")],
+)
+def test_processes_with_other_inputs_are_refused(place, own, what):
+    if "data" in own:
+        own = {"data": make_data(place / "other", rows=5)}
+    if "model" in own:
+        own = {"model": make_model(place / "m", name="llama")}
+    run = Run(place, 2, options_of(place, f"refused-{what}"), {1: own})
+    statuses, errors = run.end(ENDS)
+    assert statuses == [2, 2], errors
+    assert f"process 1 of 2: its {what} differs from that of process 0" in errors[0]
+    assert not (place / f"refused-{what}").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_others_and_the_checkpoint_stands(place):
+    options = options_of(place, "killed", iters=4000, save_every=2, steps_per_report=2)
+    run = Run(place, 2, options)
+    saved = place / "killed" / "checkpoints"
+    deadline = time.monotonic() + ENDS
+    while len(list(saved.glob("[0-9]*"))) < 1 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    run.processes[1].send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    statuses, errors = run.end(ENDS)
+    assert time.monotonic() - began < ENDS
+    assert statuses == [2, -signal.SIGKILL]
+    assert "another process of this run has ended or cannot be reached" in errors[0]
+    step = max(int(folder.name) for folder in saved.glob("[0-9]*"))
+    # It goes on alone, and twice in the same way.
+    results = []
+    for name in ("again", "more"):
+        copied = place / name
+        subprocess.run(["cp", "-r", place / "killed", copied], check=True)
+        alone = Run(
+            place,
+            1,
+            options
+            | {
+                "adapter_path": copied,
+                "iters": step + 3,
+                "resume": copied,
+                "accept_changes": "iters",
+            },
+        )
+        statuses, errors = alone.end()
+        assert statuses == [0], errors
+        results.append(adapter(place, name))
+    assert all(mx.array_equal(a, results[1][name]).item() for name, a in results[0].items())
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_stops_all_after_the_same_step(place):
+    run = Run(place, 2, options_of(place, "stopped", iters=4000))
+    line = run.processes[0].stdout.readline()
+    while not line.lstrip().startswith("2/4000"):
+        line = run.processes[0].stdout.readline()
+    run.processes[1].send_signal(signal.SIGTERM)
+    statuses, errors = run.end(ENDS)
+    assert statuses == [0, 143], errors
+    assert "another process was asked to stop: ended after step" in run.outputs[0]
+    assert (place / "stopped" / "adapters.safetensors").exists()
+
+
+def test_a_process_that_finds_no_other_does_not_train_alone(place, monkeypatch):
+    monkeypatch.setenv("MLX_RANK", "0")
+    monkeypatch.delenv("MLX_HOSTFILE", raising=False)
+    monkeypatch.setattr(module, "JOINING", 0)
+    with pytest.raises(
+        EdgeLoraError, match=r"^process 0: the other processes .* cannot be reached"
+    ):
+        Group.joined()
+
+
+def test_a_run_alone_is_a_group_of_one():
+    group = Group()
+    assert (group.rank, group.size, group.leads) == (0, 1, True)
+    assert group.total([1.5]) == [1.5] and group.exchange([2.0]) == [2.0]
+    group.check_same({"model": "00"})
