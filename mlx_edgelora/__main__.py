@@ -11,6 +11,8 @@ COMMANDS = {
     "plan": ("plan", "Tell whether a run fits into memory, and how it would be computed."),
     "generate": ("generate", "Answer prompts with a model and its adapter."),
     "fuse": ("fuse", "Merge an adapter into its model."),
+    "export": ("export.__main__", "Write an adapter in the format of another program."),
+    "import": ("import", "Turn an adapter of Hugging Face PEFT into one of mlx-lm."),
     "verify": ("verify", "Compare the gradients of a run with those of plain MLX."),
     "benchmark": ("benchmark.__main__", "Compare memory and time with mlx-lm."),
     "doctor": ("doctor", "Measure what this machine can do, and write a report of it."),

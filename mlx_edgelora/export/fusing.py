@@ -88,7 +88,7 @@ def fuse(
             notify(f"note: {note}")
     lazy = open_model(name, streamed=False, quantize=None, cache=Path())
     stamp = _stamp(lazy, adapters, weights, dequantize)
-    config = _merge(lazy, adapters, configs, weights, dequantize)
+    config = merge(lazy, adapters, configs, weights, dequantize)
     building = save_path.with_name(f".{save_path.name}.building")
     if building.is_symlink():  # the folder that it points to must not be emptied
         raise EdgeLoraError(f"save_path: {building} is a link, expected none; remove it")
@@ -124,7 +124,7 @@ def _stamp(
     return digest.hexdigest()
 
 
-def _merge(
+def merge(
     lazy: LazyModel,
     adapters: Sequence[Path],
     configs: Sequence[dict],
