@@ -1,10 +1,9 @@
 """Answer prompts within a memory budget; mlx-lm chooses the tokens."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,7 +15,7 @@ from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model
 
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.inference.streamed import open_lazy, plan_inference, streamed
+from mlx_edgelora.inference.streamed import StreamedModel, open_lazy, plan_inference, streamed
 from mlx_edgelora.model.checkpoint import error_text
 from mlx_edgelora.model.tokenizer import load_tokenizer_of
 from mlx_edgelora.planner.machine import default_budget
@@ -54,7 +53,11 @@ class Generator:
     """Generates answers with a model; made by `open_generator`."""
 
     def __init__(
-        self, model: nn.Module, tokenizer: TokenizerWrapper, rows: int, prefill_step: int
+        self,
+        model: nn.Module | StreamedModel,
+        tokenizer: TokenizerWrapper,
+        rows: int,
+        prefill_step: int,
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
         self._rows, self._prefill_step = rows, prefill_step
@@ -192,15 +195,5 @@ def open_generator(
         ready.eval()
         yield Generator(ready, tokenizer, rows, plan.prefill_step)
         return
-    with _limited(plan.peak), streamed(lazy, plan) as ready:
+    with closing(streamed(lazy, plan)) as ready, ready.generating():
         yield Generator(ready, tokenizer, rows, plan.prefill_step)
-
-
-@contextmanager
-def _limited(budget: int) -> Iterator[None]:
-    """Limit MLX's cache of freed buffers, which would outgrow a small budget."""
-    before: Any = mx.set_cache_limit(max(16 << 20, budget // 16))
-    try:
-        yield
-    finally:
-        mx.set_cache_limit(before)
