@@ -1,7 +1,7 @@
 """Answer prompts within a memory budget; mlx-lm chooses the tokens."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from mlx_lm.utils import load_model
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.inference.streamed import StreamedModel, open_lazy, plan_inference, streamed
 from mlx_edgelora.model.checkpoint import error_text
+from mlx_edgelora.model.lora import without_adapter
 from mlx_edgelora.model.tokenizer import load_tokenizer_of
 from mlx_edgelora.planner.machine import default_budget
 from mlx_edgelora.storage.files import user_cache
@@ -97,35 +98,16 @@ class Generator:
             ).texts
         return found
 
-    @contextmanager
-    def without_adapter(self) -> Iterator[None]:
-        """Switch the adapter off; it is switched on again on exit.
-
-        Raises:
-            EdgeLoraError: the adapter has no LoRA layers, or is a DoRA adapter.
-        """
-        layers = [m for m in self._model.modules() if "lora_b" in m and hasattr(m, "scale")]
-        if not layers:
-            raise EdgeLoraError(
-                "adapter_path: holds no LoRA layers, so that it cannot be switched off; ask the "
-                "base model by a run of its own"
-            )
-        if any("m" in layer for layer in layers):
-            raise EdgeLoraError(
-                "adapter_path: a DoRA adapter cannot be switched off; ask the base model by a run "
-                "of its own"
-            )
-        scales = [layer.scale for layer in layers]
-        for layer in layers:
-            layer.scale = 0.0
-        try:
-            yield
-        finally:
-            for layer, scale in zip(layers, scales, strict=True):
-                layer.scale = scale
+    def without_adapter(self) -> AbstractContextManager:
+        """Switch the adapter off; it is switched on again on exit. See `model.lora`."""
+        return without_adapter(self._model)
 
 
-def encode(tokenizer: TokenizerWrapper, messages: Sequence[dict[str, str]] | str) -> list[int]:
+def encode(
+    tokenizer: TokenizerWrapper,
+    messages: Sequence[dict[str, str]] | str,
+    tools: Sequence | None = None,
+) -> list[int]:
     """Tokens of a prompt: a conversation without its next answer, or plain text.
 
     Without a chat template a single message is encoded as plain text, as in mlx-lm.
@@ -144,7 +126,7 @@ def encode(tokenizer: TokenizerWrapper, messages: Sequence[dict[str, str]] | str
         return tokenizer.encode(messages)
     try:
         return tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, return_dict=False
+            list(messages), tools=tools, add_generation_prompt=True, return_dict=False
         )
     except (TemplateError, ValueError, TypeError, KeyError) as error:
         raise EdgeLoraError(

@@ -11,6 +11,7 @@ import mlx.nn as nn
 from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.data.batches import Batch, iterate_batches
 from mlx_edgelora.engine.adapter_state import AdapterState, Arrays
+from mlx_edgelora.engine.step import Engine
 from mlx_edgelora.measure.meter import DiskMeter
 from mlx_edgelora.measure.profile import begin_step
 
@@ -61,6 +62,40 @@ def evaluate(
     Returns:
         The mean loss, which may be NaN, and the number of labelled tokens.
     """
+
+    def measure(batch: Batch) -> tuple[list[mx.array], int]:
+        loss, tokens = engine.loss(batch)
+        return [loss], tokens
+
+    (loss,), tokens = _mean_losses(engine, measure, dataset, config, num_batches, advance)
+    return loss, tokens
+
+
+def evaluate_both(
+    engine: Engine,
+    dataset: Sequence,
+    config: TrainConfig,
+    num_batches: int,
+    advance: Callable[[], None] = lambda: None,
+) -> tuple[float, float, int]:
+    """Mean losses without and with the adapter, and the number of labels; see `evaluate`."""
+
+    def measure(batch: Batch) -> tuple[list[mx.array], int]:
+        base, adapted, tokens = engine.base_and_adapted_loss(batch)
+        return [base, adapted], tokens
+
+    losses, tokens = _mean_losses(engine, measure, dataset, config, num_batches, advance)
+    return *losses, tokens
+
+
+def _mean_losses(
+    engine: GradientEngine,
+    measure: Callable[[Batch], tuple[list[mx.array], int]],
+    dataset: Sequence,
+    config: TrainConfig,
+    num_batches: int,
+    advance: Callable[[], None],
+) -> tuple[list[float], int]:
     batches = iterate_batches(
         dataset,
         config.batch_size,
@@ -73,14 +108,14 @@ def evaluate(
     with _evaluation_mode(engine.model):
         for done, batch in enumerate(batches, start=1):
             begin_step()  # a memory profile starts anew with every batch
-            loss, tokens = engine.loss(batch)
-            losses.append(loss.item() * tokens)
+            found, tokens = measure(batch)
+            losses.append([loss.item() * tokens for loss in found])
             counts.append(tokens)
             limit_cache(engine, config)
             advance()
             if done == num_batches:
                 break
-    return math.fsum(losses) / sum(counts), sum(counts)
+    return [math.fsum(each) / sum(counts) for each in zip(*losses, strict=True)], sum(counts)
 
 
 @contextlib.contextmanager

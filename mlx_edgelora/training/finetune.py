@@ -96,7 +96,7 @@ def finetune(
     """
     config = with_embedded(config)
     if not config.train:
-        config = _with_saved_layers(config)
+        config = with_saved_layers(config)
     optimizer = build_optimizer(config)  # raises errors before anything slow begins
     callbacks = [*callbacks, *reporting_callbacks(config)]
     opened = recorded(config) if log is None else nullcontext(log)
@@ -244,7 +244,7 @@ def _verification_line(engine: Engine, chosen: RunPlan, config: TrainConfig) -> 
     return summary.line("gradients", f"equal in {message}")
 
 
-def _with_saved_layers(config: TrainConfig) -> TrainConfig:
+def with_saved_layers(config: TrainConfig) -> TrainConfig:
     """For a test without training, take layers and LoRA parameters from the saved adapter.
 
     Raises:
@@ -322,11 +322,15 @@ def _say_start(
         )
 
 
+def perplexity(loss: float) -> float:
+    """The exponential of a mean loss; infinite where that is no float."""
+    return math.exp(loss) if loss < MAX_EXPONENT else math.inf
+
+
 def _test_result(loss: float, tokens: int) -> str:
     if not math.isfinite(loss):
         raise EdgeLoraError(
             f"test loss is {loss} on {tokens} tokens, expected a finite number; test another "
             "adapter, or the base model with --adapter-path ''"
         )
-    perplexity = math.exp(loss) if loss < MAX_EXPONENT else math.inf
-    return f"test loss {loss:.3f}, perplexity {perplexity:.3f} on {tokens} tokens"
+    return f"test loss {loss:.3f}, perplexity {perplexity(loss):.3f} on {tokens} tokens"
