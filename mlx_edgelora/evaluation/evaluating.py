@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_edgelora.config import TrainConfig
+from mlx_edgelora.data.sets import find_sets
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.evaluation.rows import AskedRow, asked_rows
 from mlx_edgelora.evaluation.scores import exact_match, token_f1
@@ -194,7 +195,7 @@ def _losses(
     lazy = adapted_model(config)
     tokenizer = load_tokenizer_of(lazy)
     test_set = read_sets(config, tokenizer, lazy.vocabulary, notify)[2]
-    asked = asked_rows(config, num_samples)
+    asked = asked_rows(find_sets(config).test, num_samples)
     prompts = [encode(tokenizer, row.messages, row.tools) for row in asked]
     place, start = spill_place(config), adapter_to_start(config)
     with open_run(config, lazy, [test_set], place, _discard, start) as (engine, _):

@@ -1,17 +1,16 @@
-"""Rows of a test set as prompts with an expected answer."""
+"""Rows of a data set as prompts with an expected answer."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.data.conversation import Conversation, Message
-from mlx_edgelora.data.sets import find_sets
+from mlx_edgelora.data.sets import Part
 
 
 @dataclass(frozen=True)
 class AskedRow:
-    """A row of the test set.
+    """A row of a data set.
 
     Attributes:
         place: its file and line.
@@ -26,17 +25,17 @@ class AskedRow:
     expected: str
 
 
-def asked_rows(config: TrainConfig, count: int) -> list[AskedRow]:
-    """The first `count` rows of the test set that end with an answer in text.
+def asked_rows(parts: Iterable[Part], count: int) -> list[AskedRow]:
+    """The first `count` rows that end with an answer in text, of parts of `find_sets`.
 
     Raises:
-        EdgeLoraError: the test set is missing, or one of its rows cannot be read.
+        EdgeLoraError: a row cannot be read.
     """
-    return list(islice(_asked_rows(config), count))
+    return list(islice(_asked_rows(parts), count))
 
 
-def _asked_rows(config: TrainConfig) -> Iterator[AskedRow]:
-    for part in find_sets(config).test:
+def _asked_rows(parts: Iterable[Part]) -> Iterator[AskedRow]:
+    for part in parts:
         for number, row in part.rows():
             if not isinstance(row, Conversation) or len(row.messages) < 2:
                 continue

@@ -124,13 +124,10 @@ def plan_inference(lazy: LazyModel, budget: int | str, rows: int, tokens: int) -
     head = _head_bytes(lazy)
     blocks = len(lazy.blocks)
     fixed = shape.outside_bytes + shape.adapter_bytes * blocks + shape.outside_adapter_bytes
-    cached = -(-tokens // CACHE_STEP) * CACHE_STEP
-    fixed += rows * cached * shape.keys * blocks * shape.itemsize  # keys and values
-    fixed += 4 * rows * lazy.vocabulary * 4  # logits and arrays of sampling
 
     def work(step: int, head_streamed: bool) -> int:
         of_head = min(2 * head, 3 * TILE_BYTES) if head_streamed else head
-        return fixed + of_head + _activations(shape, rows * min(step, tokens))
+        return fixed + of_head + working_bytes(shape, rows, tokens, step)
 
     def plan(held: int, step: int, head_streamed: bool) -> InferencePlan:
         count = max(1, blocks - held)
@@ -155,9 +152,20 @@ def plan_inference(lazy: LazyModel, budget: int | str, rows: int, tokens: int) -
     )
 
 
-def _activations(shape: ModelShape, tokens: int) -> int:
+def working_bytes(shape: ModelShape, rows: int, tokens: int, step: int) -> int:
+    """Bytes of caches and activations while prompts are answered, without the weights.
+
+    Args:
+        shape: sizes of the model.
+        rows: number of prompts that are answered at once.
+        tokens: tokens of the longest prompt and its answer together.
+        step: number of prompt tokens that are computed at once.
+    """
+    cached = -(-tokens // CACHE_STEP) * CACHE_STEP
+    caches = rows * cached * shape.keys * shape.blocks * shape.itemsize
+    logits = 4 * rows * shape.vocabulary * 4  # and arrays of sampling
     widths = 3 * shape.intermediate + STATES * shape.hidden + 2 * (shape.queries + shape.keys)
-    return tokens * widths * shape.itemsize
+    return caches + logits + rows * min(step, tokens) * widths * shape.itemsize
 
 
 def _head_bytes(lazy: LazyModel) -> int:

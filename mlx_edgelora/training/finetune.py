@@ -60,6 +60,7 @@ from mlx_edgelora.training.resuming import (
     run_folder,
     with_saved,
 )
+from mlx_edgelora.training.samples import SamplePrompts, sample_callbacks, sample_prompts
 from mlx_edgelora.training.training_loss import check_loss, training_loss
 from mlx_edgelora.training.verdict import refuse_wrong
 from mlx_edgelora.training.verification import verify
@@ -139,6 +140,7 @@ class _PreparedRun:
         checkpoint: the checkpoint to resume from; None for a new run.
         fingerprints: SHA-256 of the model and of the tokenized data.
         start: file of the adapter to load before the first step; None for a new adapter.
+        samples: prompts of `sample_every`; None without.
     """
 
     config: TrainConfig
@@ -150,6 +152,7 @@ class _PreparedRun:
     checkpoint: Checkpoint | None
     fingerprints: dict[str, str]
     start: Path | None
+    samples: SamplePrompts | None
 
     @property
     def sets(self) -> list[Dataset]:
@@ -175,6 +178,7 @@ def _prepare(
     tokenizer = load_tokenizer_of(lazy)
     sets = read_sets(config, tokenizer, lazy.vocabulary, notify, about.append)
     config = _with_iters(config, sets[0])
+    samples = sample_prompts(config, tokenizer)
     facts = summary.facts(config, lazy, sets, about)
     notify(summary.lines(facts))
     note("run", summary.run_record(config, facts))
@@ -188,7 +192,7 @@ def _prepare(
         start, wanted = checkpoint.weights, planned(config, checkpoint)
     if start is not None:
         _say_start(start, checkpoint, config, notify)
-    return _PreparedRun(config, wanted, lazy, *sets, checkpoint, found, start)
+    return _PreparedRun(config, wanted, lazy, *sets, checkpoint, found, start, samples)
 
 
 def _train(
@@ -211,6 +215,7 @@ def _train(
         if chosen.plan != before:
             note("plan", summary.plan_record(chosen))
         reset_peak()
+        samples = sample_callbacks(run.samples, engine, chosen, note)
         watches = BudgetWatch(engine, chosen, notify, note), PressureWatch(notify)
         # A function and not a value, because `BudgetWatch` may change the plan.
         plan = lambda: chosen.plan.json()  # noqa: E731, PLW0108
@@ -220,7 +225,7 @@ def _train(
             config,
             run.train_set,
             run.valid_set,
-            [*first, *callbacks, *watches],
+            [*first, *samples, *callbacks, *watches],
             log=records,
             origin=Origin(run.checkpoint, run.fingerprints, plan, config.overwrite),
         )
