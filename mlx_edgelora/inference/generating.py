@@ -15,7 +15,13 @@ from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model
 
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.inference.streamed import StreamedModel, open_lazy, plan_inference, streamed
+from mlx_edgelora.inference.streamed import (
+    InferencePlan,
+    StreamedModel,
+    open_lazy,
+    plan_inference,
+    streamed,
+)
 from mlx_edgelora.model.checkpoint import error_text
 from mlx_edgelora.model.lora import without_adapter
 from mlx_edgelora.model.tokenizer import load_tokenizer_of
@@ -164,18 +170,37 @@ def open_generator(
     Raises:
         EdgeLoraError: the model or adapter cannot be used, or the budget is too small.
     """
+    ready, tokenizer, plan = open_ready(
+        model, adapter, memory_budget, rows, tokens, notify, prompts
+    )
+    generator = Generator(ready, tokenizer, rows, plan.prefill_step)
+    if not isinstance(ready, StreamedModel):
+        yield generator
+        return
+    with closing(ready), ready.generating():
+        yield generator
+
+
+def open_ready(
+    model: str,
+    adapter: Path | None,
+    memory_budget: int | str | None,
+    rows: int,
+    tokens: int,
+    notify: Callable[[str], None] = lambda line: None,
+    prompts: Sequence[Sequence[dict[str, str]] | str] = (),
+) -> tuple[nn.Module | StreamedModel, TokenizerWrapper, InferencePlan]:
+    """The model, its tokenizer and the memory plan; for the arguments see `open_generator`."""
     lazy = open_lazy(model, adapter, user_cache())
     tokenizer = load_tokenizer_of(lazy)
     budget = default_budget()[0] if memory_budget is None else memory_budget
     tokens += max((len(encode(tokenizer, prompt)) for prompt in prompts), default=0)
     plan = plan_inference(lazy, budget, rows, tokens)
     notify(plan.text(len(lazy.model.layers)))
-    if plan.is_resident:  # mlx-lm's own path, which does not evaluate block by block
-        ready, _ = load_model(lazy.source)
-        if adapter is not None:
-            ready = load_adapters(ready, str(adapter))
-        ready.eval()
-        yield Generator(ready, tokenizer, rows, plan.prefill_step)
-        return
-    with closing(streamed(lazy, plan)) as ready, ready.generating():
-        yield Generator(ready, tokenizer, rows, plan.prefill_step)
+    if not plan.is_resident:
+        return streamed(lazy, plan), tokenizer, plan
+    ready, _ = load_model(lazy.source)  # mlx-lm's own path, which does not evaluate by blocks
+    if adapter is not None:
+        ready = load_adapters(ready, str(adapter))
+    ready.eval()
+    return ready, tokenizer, plan
