@@ -10,6 +10,7 @@ COMMANDS = {
     "data": ("preview.command", "Show the data as a run will see it, with the labels."),
     "plan": ("plan", "Tell whether a run fits into memory, and how it would be computed."),
     "generate": ("generate", "Answer prompts with a model and its adapter."),
+    "evaluate": ("evaluate", "Compare a model with and without its adapter on a test set."),
     "fuse": ("fuse", "Merge an adapter into its model."),
     "export": ("export.__main__", "Write an adapter in the format of another program."),
     "import": ("import", "Turn an adapter of Hugging Face PEFT into one of mlx-lm."),

@@ -12,6 +12,7 @@ from mlx_edgelora.config.kinds import BUDGET, read_value
 from mlx_edgelora.embedded import MODEL_PATH, held_out_rows
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.inference.generating import Generator, Sampling, open_generator
+from mlx_edgelora.inference.prompts import conversation, read_prompts
 from mlx_edgelora.measure.meter import peak_memory
 from mlx_edgelora.measure.units import size
 from mlx_edgelora.training.adapters import CONFIG_FILE, WEIGHTS_FILE, base_model, check_adapter
@@ -140,7 +141,7 @@ def _prompts(options: argparse.Namespace, adapter: Path | None) -> Iterator[list
     if options.chat:
         return
     if options.prompts is not None:
-        for place, row in _rows(Path(options.prompts)):
+        for place, row in read_prompts(Path(options.prompts), "--prompts"):
             yield _conversation(row, place, options)
         return
     text = options.prompt
@@ -160,43 +161,10 @@ def _check_sampling(options: argparse.Namespace) -> None:
             raise EdgeLoraError(f"--{flag}: got {value}, expected at least 0{up_to}")
 
 
-def _rows(path: Path) -> Iterator[tuple[str, object]]:
-    try:
-        lines = path.read_text("utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise EdgeLoraError(f"--prompts: {path} cannot be read ({error})") from error
-    if not any(line.strip() for line in lines):
-        raise EdgeLoraError(f"--prompts: {path} is empty, expected a prompt in each line")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        place = f"{path}: line {number}"
-        if not line.lstrip().startswith("{"):
-            yield place, line
-            continue
-        try:
-            yield place, json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise EdgeLoraError(f"{place}: is not JSON ({error})") from error
-
-
 def _conversation(row: object, place: str, options: argparse.Namespace) -> list | str:
-    if isinstance(row, dict):
-        row = row.get("messages") or row.get("prompt")
-    if isinstance(row, list) and row and all(map(_is_message, row)):
-        return row
-    if not isinstance(row, str) or not row.strip():
-        raise EdgeLoraError(f"{place}: got {row!r:.60}, expected a prompt or messages")
-    if options.ignore_chat_template:
-        return row
-    system = [{"role": "system", "content": options.system_prompt}]
-    return (system if options.system_prompt else []) + [{"role": "user", "content": row}]
-
-
-def _is_message(value: object) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(value.get(key), str) for key in ("role", "content")
-    )
+    messages = conversation(row, place, options.system_prompt)
+    is_text = isinstance(row, str) or "messages" not in row
+    return messages[-1]["content"] if options.ignore_chat_template and is_text else messages
 
 
 def _answer(

@@ -74,6 +74,9 @@ GROUPS: dict[str, dict[str, str | None]] = {
         "val_batches": "N",
         "test_batches": "N",
         "steps_per_eval": "N",
+        "sample_every": "N",
+        "sample_prompts": "PROMPT",
+        "sample_tokens": "N",
     },
     "memory": {
         "memory_budget": "SIZE",
@@ -143,6 +146,8 @@ def _add(group: argparse._ArgumentGroup, field: dataclasses.Field, metavar: str 
         text = f"{text} Default: {field.default}."
     # --resume may have no value.
     optional = {"nargs": "?", "const": True} if field.name == "resume" else {}
+    if field.name == "sample_prompts":
+        optional = {"nargs": "+"}
     metavar = metavar or "|".join(map(str, kind.choices))
     group.add_argument(*flags, metavar=metavar, help=_escaped(text), **optional)
 

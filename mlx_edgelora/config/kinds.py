@@ -178,6 +178,7 @@ def _read_duration(value: Any) -> float:
     return float(value)
 
 
+PROMPTS = Kind("prompts, or files of prompts", _read_texts, tuple)
 FLAG = Kind("true or false", _read_flag, bool)
 SWITCH = Kind("on or off", _read_switch, str, ("on", "off"))
 TEXTS = Kind("a list of at least one text", _read_texts, None)

@@ -16,6 +16,7 @@ from mlx_edgelora.config.kinds import (
     DURATION,
     FLAG,
     NAMES,
+    PROMPTS,
     RESUME,
     SIZE,
     SWITCH,
@@ -251,6 +252,21 @@ class TrainConfig:
     test_batches: int = option(
         500, "Batches to test on; -1 for the whole set.", integer(1, also=-1)
     )
+    sample_every: int | None = option(
+        None,
+        "Steps between answers of the model to fixed prompts, which are also answered before the "
+        "first step. Default: never.",
+        integer(1),
+    )
+    sample_prompts: tuple[str, ...] | None = option(
+        None,
+        "Prompts for --sample-every, or files with a prompt in each line. Default: the first two "
+        "prompts of the validation set, or of the training set.",
+        PROMPTS,
+    )
+    sample_tokens: int | None = option(
+        None, "Tokens of such an answer, at most. Default: 64.", integer(1)
+    )
     steps_per_report: int = option(10, "Steps between reports of the training loss.", integer(1))
     steps_per_eval: int = option(200, "Steps between validations.", integer(1))
     save_every: int = option(100, "Steps between saved adapters and checkpoints.", integer(1))
@@ -438,6 +454,8 @@ class TrainConfig:
         _drop_none(result["lora_parameters"])
         if self.hf_dataset is not None:
             result["hf_dataset"] = list(map(_drop_none, result["hf_dataset"]))
+        if self.sample_prompts is not None:
+            result["sample_prompts"] = list(self.sample_prompts)
         if self.accept_changes is not None:
             result["accept_changes"] = list(self.accept_changes)
         if self.lora_parameters.keys is not None:
@@ -494,6 +512,7 @@ def _check_together(config: TrainConfig) -> None:
             "leave the other out"
         )
     _check_memory(config)
+    _check_samples(config)
     if config.memory_profile is not None and not config.train:
         raise EdgeLoraError(
             f"memory_profile: got {config.memory_profile!r} without training, but only training "
@@ -526,6 +545,16 @@ def _check_resume(config: TrainConfig) -> None:
         raise EdgeLoraError(
             "save_best: got true with val_batches 0, which validates never; leave one of them out"
         )
+
+
+def _check_samples(config: TrainConfig) -> None:
+    """Reject options of samples without samples."""
+    if config.sample_every is not None and config.train:
+        return
+    for name in ("sample_every", "sample_prompts", "sample_tokens"):
+        if (value := getattr(config, name)) is not None:
+            why = "sample_every" if config.train else "training"
+            raise EdgeLoraError(f"{name}: got {value!r} without {why}; leave it out")
 
 
 def _check_labels(config: TrainConfig) -> None:

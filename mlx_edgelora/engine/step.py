@@ -1,6 +1,7 @@
 """One training step's loss and gradients: the walk over blocks and the masked, tiled loss."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from mlx_edgelora.losses.exact import CrossEntropy, check_labels
 from mlx_edgelora.measure.meter import DiskMeter
 from mlx_edgelora.measure.profile import phase
 from mlx_edgelora.model.head import ModelHead
+from mlx_edgelora.model.lora import without_adapter
 from mlx_edgelora.model.weights import StreamedWeights
 from mlx_edgelora.planner.plan import Plan
 
@@ -152,15 +154,39 @@ class Engine:
 
     def loss(self, batch: Batch) -> tuple[mx.array, int]:
         """Mean loss over the labelled tokens, and their count; no activations are stored."""
-        total, count = 0.0, 0
+        (loss,), count = self._losses(batch, None)
+        return loss, count
+
+    def base_and_adapted_loss(self, batch: Batch) -> tuple[mx.array, mx.array, int]:
+        """The losses without and with the adapter, from weights read once; see `loss`.
+
+        Raises:
+            EdgeLoraError: the adapter cannot be switched off.
+        """
+        (adapted, base), count = self._losses(batch, partial(without_adapter, self.model))
+        return base, adapted, count
+
+    def _losses(
+        self, batch: Batch, again: Callable[[], AbstractContextManager] | None
+    ) -> tuple[list[mx.array], int]:
+        """Mean losses over the labelled tokens, the second one inside `again`, and their count."""
+        totals, count = [0.0, 0.0][: 1 + (again is not None)], 0
         for part in self._parts(batch, evaluates=True):
             run = partial(self.model, part.tokens)
-            options = {"keep": False, "rows": part.rows, "packing": part.packing}
+            options = {"keep": False, "rows": part.rows, "packing": part.packing, "again": again}
             with self._walk.forward(run, **options) as state:
                 hidden, state.hidden = state.hidden[0], None
-                loss, _, _ = self._loss(state, hidden, part, gradient=False)
-            total, count = total + part.count * loss, count + part.count
-        return total / count, count
+                losses = [self._loss(state, hidden, part, gradient=False)[0]]
+                mx.eval(losses)
+                del hidden
+                if again is not None:
+                    second, state.again = state.again[0], None
+                    with again():
+                        losses.append(self._loss(state, second, part, gradient=False)[0])
+                        mx.eval(losses)
+            totals = [total + part.count * loss for total, loss in zip(totals, losses, strict=True)]
+            count += part.count
+        return [total / count for total in totals], count
 
     def _parts(self, batch: Batch, evaluates: bool = False) -> list["_Part"]:
         """Divide a batch into micro-batches by its plan, and follow that plan."""

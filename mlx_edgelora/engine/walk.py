@@ -63,6 +63,7 @@ class Pass:
         hidden: without a tail, the last block's output: [batch, tokens, hidden], or
             [1, n, hidden] for n rows. Set it to None after use, so that its memory is free during
             the backward.
+        again: the last block's output inside the context `again` of `Walk.forward`.
         cotangent: gradient of the output of the segments; without a tail, set it before
             `Walk.backward`.
     """
@@ -73,6 +74,7 @@ class Pass:
     tail: Tail | None
     rows: mx.array | None = None
     hidden: mx.array | None = None
+    again: mx.array | None = None
     cotangent: mx.array | None = None
     entry_keys: list[mx.array] | None = None
     below_tail: Hidden | None = None
@@ -205,6 +207,7 @@ class Walk:
         keep: bool = True,
         rows: mx.array | None = None,
         packing: Packing | None = None,
+        again: Callable[[], AbstractContextManager] | None = None,
     ) -> Iterator[Pass]:
         """Run the blocks; call `backward` inside the context.
 
@@ -215,6 +218,8 @@ class Walk:
                 those that are needed. `hidden` and `cotangent` are then [1, n, hidden],
                 and where it can be the last block is computed for these rows only.
             packing: where rows of the batch are shared by several, which must not mix.
+            again: makes a context in which each block is computed a second time, from weights that
+                are read once; not with `keep`.
 
         Raises:
             ValueError: rows are not ascending indices of the batch * tokens rows.
@@ -228,13 +233,21 @@ class Walk:
                 eval_without_run_ahead(x)
             if rows is not None:
                 check_row_indices(rows, x.shape[0] * x.shape[1])
-            state = self._new_pass(run, x, calls, rows, first, entry)
+            state = self._new_pass(run, x, calls, rows, first, entry, again is not None)
             state.entry_keys = entry_keys
-            hidden = Hidden(x)
+            hidden, second = Hidden(x), None
             del x
+            if again is not None:
+                with self._inside(again):
+                    second = Hidden(record(self.blocks, run)[0])
+                    eval_without_run_ahead(second.whole())
             for number, segment in enumerate(state.segments):
                 next_segments = state.segments[number + 1 : number + 2]
-                hidden = segment.forward(hidden, next_segments[0].index if next_segments else None)
+                next_block = next_segments[0].index if next_segments else None
+                hidden = segment.forward(hidden, next_block)
+                if second is not None:
+                    with self._inside(again):
+                        second = segment.forward(second, next_block)
                 self.pause()
             state.context.pipeline.drain()
             if state.tail is None:
@@ -242,8 +255,19 @@ class Walk:
                 hidden.forget()
             else:
                 state.below_tail = hidden
-            del hidden
+            if second is not None:
+                state.again = second.whole()
+                second.forget()
+            del hidden, second
             yield state
+
+    @contextmanager
+    def _inside(self, context: Callable[[], AbstractContextManager]) -> Iterator[None]:
+        """Enter a context that changes settings of blocks, by which functions are compiled."""
+        self._functions.refresh()
+        with context():
+            yield
+        self._functions.refresh()
 
     def _new_pass(
         self,
@@ -253,13 +277,15 @@ class Walk:
         rows: mx.array | None,
         first: int,
         entry: bool,
+        twice: bool,
     ) -> Pass:
         """Create a pass and its segments, without computing anything."""
         count, (batch, tokens, width) = len(self.blocks), x.shape
-        kept_from, spans, slots = self._room(batch, tokens, width * x.dtype.size, first)
+        kept_from, spans, slots = self._room(batch, tokens, width * x.dtype.size, first, twice)
         pipeline = Pipeline(self._overlaps)
         if isinstance(self.weights, StreamedWeights):
             self.weights.in_use = 2 if self._overlaps else 1
+            self.weights.repeats = twice
         context = Context(
             self._block_weights, self._functions, pipeline, slots, spans, first, entry
         )
@@ -303,7 +329,7 @@ class Walk:
         self._room(rows, tokens, nbytes, first)
 
     def _room(
-        self, batch: int, tokens: int, nbytes: int, first: int
+        self, batch: int, tokens: int, nbytes: int, first: int, twice: bool = False
     ) -> tuple[int, list[TokenSpan], Slots]:
         """For a pass: index of the first kept block, tiles of tokens, and slots of the store."""
         kept_from, spans = len(self.blocks), [TokenSpan(0, tokens)]
@@ -311,7 +337,7 @@ class Walk:
             spans = spans_of(tokens, max(1, self._plan.tile_tokens // batch))
         if first < kept_from:
             kept_from = max(first, kept_from - self._plan.kept_blocks)
-        waiting = max(0, kept_from - first) + 2 * (len(spans) > 1)
+        waiting = max(0, kept_from - first) + 2 * (1 + twice) * (len(spans) > 1)
         store = self._ram if self._plan.inputs == "memory" else self.store
         longest = max(span.stop - span.start for span in spans)
         return kept_from, spans, Slots(store, waiting * len(spans), batch * longest * nbytes)

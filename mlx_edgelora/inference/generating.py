@@ -1,10 +1,9 @@
 """Answer prompts within a memory budget; mlx-lm chooses the tokens."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,8 +15,15 @@ from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model
 
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.inference.streamed import open_lazy, plan_inference, streamed
+from mlx_edgelora.inference.streamed import (
+    InferencePlan,
+    StreamedModel,
+    open_lazy,
+    plan_inference,
+    streamed,
+)
 from mlx_edgelora.model.checkpoint import error_text
+from mlx_edgelora.model.lora import without_adapter
 from mlx_edgelora.model.tokenizer import load_tokenizer_of
 from mlx_edgelora.planner.machine import default_budget
 from mlx_edgelora.storage.files import user_cache
@@ -54,7 +60,11 @@ class Generator:
     """Generates answers with a model; made by `open_generator`."""
 
     def __init__(
-        self, model: nn.Module, tokenizer: TokenizerWrapper, rows: int, prefill_step: int
+        self,
+        model: nn.Module | StreamedModel,
+        tokenizer: TokenizerWrapper,
+        rows: int,
+        prefill_step: int,
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
         self._rows, self._prefill_step = rows, prefill_step
@@ -94,35 +104,16 @@ class Generator:
             ).texts
         return found
 
-    @contextmanager
-    def without_adapter(self) -> Iterator[None]:
-        """Switch the adapter off; it is switched on again on exit.
-
-        Raises:
-            EdgeLoraError: the adapter has no LoRA layers, or is a DoRA adapter.
-        """
-        layers = [m for m in self._model.modules() if "lora_b" in m and hasattr(m, "scale")]
-        if not layers:
-            raise EdgeLoraError(
-                "adapter_path: holds no LoRA layers, so that it cannot be switched off; ask the "
-                "base model by a run of its own"
-            )
-        if any("m" in layer for layer in layers):
-            raise EdgeLoraError(
-                "adapter_path: a DoRA adapter cannot be switched off; ask the base model by a run "
-                "of its own"
-            )
-        scales = [layer.scale for layer in layers]
-        for layer in layers:
-            layer.scale = 0.0
-        try:
-            yield
-        finally:
-            for layer, scale in zip(layers, scales, strict=True):
-                layer.scale = scale
+    def without_adapter(self) -> AbstractContextManager:
+        """Switch the adapter off; it is switched on again on exit. See `model.lora`."""
+        return without_adapter(self._model)
 
 
-def encode(tokenizer: TokenizerWrapper, messages: Sequence[dict[str, str]] | str) -> list[int]:
+def encode(
+    tokenizer: TokenizerWrapper,
+    messages: Sequence[dict[str, str]] | str,
+    tools: Sequence | None = None,
+) -> list[int]:
     """Tokens of a prompt: a conversation without its next answer, or plain text.
 
     Without a chat template a single message is encoded as plain text, as in mlx-lm.
@@ -141,7 +132,7 @@ def encode(tokenizer: TokenizerWrapper, messages: Sequence[dict[str, str]] | str
         return tokenizer.encode(messages)
     try:
         return tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, return_dict=False
+            list(messages), tools=tools, add_generation_prompt=True, return_dict=False
         )
     except (TemplateError, ValueError, TypeError, KeyError) as error:
         raise EdgeLoraError(
@@ -179,28 +170,37 @@ def open_generator(
     Raises:
         EdgeLoraError: the model or adapter cannot be used, or the budget is too small.
     """
+    ready, tokenizer, plan = open_ready(
+        model, adapter, memory_budget, rows, tokens, notify, prompts
+    )
+    generator = Generator(ready, tokenizer, rows, plan.prefill_step)
+    if not isinstance(ready, StreamedModel):
+        yield generator
+        return
+    with closing(ready), ready.generating():
+        yield generator
+
+
+def open_ready(
+    model: str,
+    adapter: Path | None,
+    memory_budget: int | str | None,
+    rows: int,
+    tokens: int,
+    notify: Callable[[str], None] = lambda line: None,
+    prompts: Sequence[Sequence[dict[str, str]] | str] = (),
+) -> tuple[nn.Module | StreamedModel, TokenizerWrapper, InferencePlan]:
+    """The model, its tokenizer and the memory plan; for the arguments see `open_generator`."""
     lazy = open_lazy(model, adapter, user_cache())
     tokenizer = load_tokenizer_of(lazy)
     budget = default_budget()[0] if memory_budget is None else memory_budget
     tokens += max((len(encode(tokenizer, prompt)) for prompt in prompts), default=0)
     plan = plan_inference(lazy, budget, rows, tokens)
     notify(plan.text(len(lazy.model.layers)))
-    if plan.is_resident:  # mlx-lm's own path, which does not evaluate block by block
-        ready, _ = load_model(lazy.source)
-        if adapter is not None:
-            ready = load_adapters(ready, str(adapter))
-        ready.eval()
-        yield Generator(ready, tokenizer, rows, plan.prefill_step)
-        return
-    with _limited(plan.peak), streamed(lazy, plan) as ready:
-        yield Generator(ready, tokenizer, rows, plan.prefill_step)
-
-
-@contextmanager
-def _limited(budget: int) -> Iterator[None]:
-    """Limit MLX's cache of freed buffers, which would outgrow a small budget."""
-    before: Any = mx.set_cache_limit(max(16 << 20, budget // 16))
-    try:
-        yield
-    finally:
-        mx.set_cache_limit(before)
+    if not plan.is_resident:
+        return streamed(lazy, plan), tokenizer, plan
+    ready, _ = load_model(lazy.source)  # mlx-lm's own path, which does not evaluate by blocks
+    if adapter is not None:
+        ready = load_adapters(ready, str(adapter))
+    ready.eval()
+    return ready, tokenizer, plan

@@ -17,15 +17,18 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import load_adapters
 
-from mlx_edgelora.blocks.block_list import array_slots, bind_arrays
+from mlx_edgelora.blocks.block_list import BlockList, bind_arrays
 from mlx_edgelora.blocks.checks import checked_blocks
+from mlx_edgelora.blocks.weight_source import WeightSource
+from mlx_edgelora.engine.block_weights import BlockWeights
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.measure.meter import DiskMeter
 from mlx_edgelora.measure.units import size
 from mlx_edgelora.model.checkpoint import LazyModel
-from mlx_edgelora.model.head import ADAPTED, ROW_NAMES, frozen_matrix, replace_output
-from mlx_edgelora.model.loading import AttachedWeights, attach, open_model
+from mlx_edgelora.model.head import ROW_NAMES, ModelHead, frozen_matrix, replace_output
+from mlx_edgelora.model.loading import attach, open_model
 from mlx_edgelora.model.lora import explain_misfit, freeze
+from mlx_edgelora.model.weights import ResidentWeights
 from mlx_edgelora.planner.shape import shape_of
 from mlx_edgelora.planner.sizes import ModelShape
 
@@ -121,13 +124,10 @@ def plan_inference(lazy: LazyModel, budget: int | str, rows: int, tokens: int) -
     head = _head_bytes(lazy)
     blocks = len(lazy.blocks)
     fixed = shape.outside_bytes + shape.adapter_bytes * blocks + shape.outside_adapter_bytes
-    cached = -(-tokens // CACHE_STEP) * CACHE_STEP
-    fixed += rows * cached * shape.keys * blocks * shape.itemsize  # keys and values
-    fixed += 4 * rows * lazy.vocabulary * 4  # logits and arrays of sampling
 
     def work(step: int, head_streamed: bool) -> int:
         of_head = min(2 * head, 3 * TILE_BYTES) if head_streamed else head
-        return fixed + of_head + _activations(shape, rows * min(step, tokens))
+        return fixed + of_head + working_bytes(shape, rows, tokens, step)
 
     def plan(held: int, step: int, head_streamed: bool) -> InferencePlan:
         count = max(1, blocks - held)
@@ -152,9 +152,20 @@ def plan_inference(lazy: LazyModel, budget: int | str, rows: int, tokens: int) -
     )
 
 
-def _activations(shape: ModelShape, tokens: int) -> int:
+def working_bytes(shape: ModelShape, rows: int, tokens: int, step: int) -> int:
+    """Bytes of caches and activations while prompts are answered, without the weights.
+
+    Args:
+        shape: sizes of the model.
+        rows: number of prompts that are answered at once.
+        tokens: tokens of the longest prompt and its answer together.
+        step: number of prompt tokens that are computed at once.
+    """
+    cached = -(-tokens // CACHE_STEP) * CACHE_STEP
+    caches = rows * cached * shape.keys * shape.blocks * shape.itemsize
+    logits = 4 * rows * shape.vocabulary * 4  # and arrays of sampling
     widths = 3 * shape.intermediate + STATES * shape.hidden + 2 * (shape.queries + shape.keys)
-    return tokens * widths * shape.itemsize
+    return caches + logits + rows * min(step, tokens) * widths * shape.itemsize
 
 
 def _head_bytes(lazy: LazyModel) -> int:
@@ -167,75 +178,131 @@ def _head_bytes(lazy: LazyModel) -> int:
     return max(sizes, default=0)
 
 
-@contextmanager
-def streamed(lazy: LazyModel, plan: InferencePlan) -> Iterator[nn.Module]:
-    """Make the model callable by mlx-lm; its weights are read according to `plan`.
+class StreamedModel:
+    """A model that is called like mlx-lm's; the arrays of a block are bound while it is computed.
 
-    The results of a block are evaluated before another block is read into the same memory.
+    Results of a block are evaluated before another block is read into the same memory. Attributes
+    are those of the model, so that mlx-lm's functions accept it.
 
     Args:
-        lazy: a model of `open_lazy`.
-        plan: its plan.
-
-    Yields:
-        The model.
+        blocks: the model's blocks.
+        weights: source of frozen weights of the blocks.
+        adapters: source of trained parameters of the blocks.
+        head: the vocabulary head; read in tiles if it is not in memory. None if it cannot be.
+        tile_bytes: size of such a tile.
+        cache_limit: bytes of freed buffers that MLX may keep during a call; None for no change.
+        prefill_step: number of prompt tokens to compute at once.
     """
-    blocks, meter = lazy.blocks, DiskMeter()
-    attached = attach(
-        lazy,
-        streamed=True,
-        dtype=None,
-        meter=meter,
-        streamed_blocks=plan.streamed_blocks,
-    )
-    mx.eval([array for _, array in tree_flatten(lazy.model.trainable_parameters())])
-    slots = [array_slots(block) for block in blocks.blocks]
 
-    def visit(index: int, x: mx.array, args: tuple, kwargs: dict) -> Any:
-        values = attached.weights.block(index)
-        attached.weights.prefetch((index + 1) % len(slots))
-        block = blocks.blocks[index]
-        with bind_arrays(slots[index], values):
-            result = block(x, *args, **kwargs)
+    def __init__(
+        self,
+        blocks: BlockList,
+        weights: WeightSource,
+        adapters: WeightSource,
+        head: ModelHead | None,
+        tile_bytes: int = TILE_BYTES,
+        cache_limit: int | None = None,
+        prefill_step: int = PREFILL_STEPS[0],
+    ) -> None:
+        self._model, self._blocks, self._weights = blocks.model, blocks, weights
+        self._arrays = BlockWeights(blocks, weights, adapters)
+        self._head = None if head is None or head.is_resident else head
+        self._tile_bytes, self._cache_limit = tile_bytes, cache_limit
+        self._last_only = False
+        self.prefill_step = prefill_step
+
+    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+        """The model's output for the arguments of its class; logits are [rows, tokens, words]."""
+        with ExitStack() as stack:
+            if self._cache_limit is not None:
+                stack.callback(mx.set_cache_limit, mx.set_cache_limit(self._cache_limit))
+            if self._head is not None:
+                matrix = frozen_matrix(self._head.module)
+                stack.enter_context(replace_output(matrix, self._logits))
+            stack.enter_context(self._blocks.intercept(self._visit))
+            return self._model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """Compute the logits of the last token only; mlx-lm uses no others when it generates."""
+        self._last_only = True
+        try:
+            yield
+        finally:
+            self._last_only = False
+
+    def close(self) -> None:
+        """Free the weights of the blocks and close their files."""
+        self._weights.close()
+
+    def _visit(self, index: int, x: mx.array, args: tuple, kwargs: dict) -> Any:
+        following = (index + 1) % len(self._blocks)
+        trained, frozen = self._arrays.load(index, following)
+        with bind_arrays(self._arrays.slots[index], frozen | trained):
+            result = self._blocks.blocks[index](x, *args, **kwargs)
             # Caches contain results of the weights, too.
             states = [value.state for value in (*args, *kwargs.values()) if _is_cache(value)]
             mx.eval(result, states)
         return result
 
-    with ExitStack() as stack:
-        stack.callback(attached.weights.close)
-        _settle_head(attached, plan, stack)
-        stack.enter_context(blocks.intercept(visit))
-        yield lazy.model
+    def _logits(self, x: mx.array) -> mx.array:
+        """Logits for x [..., tokens, width], from a tile of the head after the other."""
+        shape, matrix = x.shape, frozen_matrix(self._head.module)
+        if self._last_only:
+            x = x[..., -1:, :]
+        row = sum(array.nbytes for array in self._head.slice(0, 1).values())
+        rows = max(1, self._tile_bytes // row)
+        parts = []
+        for start in range(0, self._head.vocabulary, rows):
+            tile = self._head.slice(start, min(start + rows, self._head.vocabulary))
+            parts.append(_product(x, tile, matrix))
+            mx.eval(parts[-1])
+            del tile
+        logits = mx.concatenate(parts, axis=-1)
+        return mx.broadcast_to(logits, (*shape[:-1], logits.shape[-1]))
+
+
+def streamed(lazy: LazyModel, plan: InferencePlan) -> StreamedModel:
+    """Make the model callable by mlx-lm; its weights are read according to `plan`.
+
+    Args:
+        lazy: a model of `open_lazy`.
+        plan: its plan.
+
+    Returns:
+        The model; close it.
+    """
+    attached = attach(
+        lazy,
+        streamed=True,
+        dtype=None,
+        meter=DiskMeter(),
+        streamed_blocks=plan.streamed_blocks,
+    )
+    mx.eval([array for _, array in tree_flatten(lazy.model.trainable_parameters())])
+    head = attached.head
+    if head is not None and not head.is_resident and not plan.head_streamed:
+        matrix = frozen_matrix(head.module)
+        for name, array in head.slice(0, head.vocabulary).items():
+            matrix[name] = array
+        head = None
+    # The cache of freed buffers would outgrow a small budget.
+    cache_limit = max(16 << 20, plan.peak // 16)
+    return StreamedModel(
+        lazy.blocks,
+        attached.weights,
+        ResidentWeights(),
+        head,
+        cache_limit=cache_limit,
+        prefill_step=plan.prefill_step,
+    )
 
 
 def _is_cache(value: Any) -> bool:
     return hasattr(value, "state") and not isinstance(value, mx.array)
-
-
-def _settle_head(attached: AttachedWeights, plan: InferencePlan, stack: ExitStack) -> None:
-    """Read the vocabulary head into memory, or replace it by a computation in tiles."""
-    head = attached.head
-    if head is None or head.is_resident:
-        return
-    module, matrix = head.module, frozen_matrix(head.module)
-    if not plan.head_streamed or isinstance(module, ADAPTED):
-        for name, array in head.slice(0, head.vocabulary).items():
-            matrix[name] = array
-        return
-    row = sum(array.nbytes for array in head.slice(0, 1).values())
-    rows = max(1, TILE_BYTES // row)
-
-    def logits(x: mx.array) -> mx.array:
-        parts = []
-        for start in range(0, head.vocabulary, rows):
-            tile = head.slice(start, min(start + rows, head.vocabulary))
-            parts.append(_product(x, tile, matrix))
-            mx.eval(parts[-1])
-            del tile
-        return mx.concatenate(parts, axis=-1)
-
-    stack.enter_context(replace_output(module, logits))
 
 
 def _product(x: mx.array, tile: dict[str, mx.array], matrix: nn.Module) -> mx.array:

@@ -92,6 +92,34 @@ def freeze(model: nn.Module) -> None:
 
 
 @contextmanager
+def without_adapter(model: nn.Module) -> Iterator[None]:
+    """Switch the LoRA layers of a model off; they are switched on again on exit.
+
+    Raises:
+        EdgeLoraError: the model has no LoRA layers, or layers of DoRA.
+    """
+    layers = [m for m in model.modules() if "lora_b" in m and hasattr(m, "scale")]
+    if not layers:
+        raise EdgeLoraError(
+            "adapter_path: holds no LoRA layers, so that it cannot be switched off; ask the "
+            "base model by a run of its own"
+        )
+    if any("m" in layer for layer in layers):
+        raise EdgeLoraError(
+            "adapter_path: a DoRA adapter cannot be switched off; ask the base model by a run "
+            "of its own"
+        )
+    scales = [layer.scale for layer in layers]
+    for layer in layers:
+        layer.scale = 0.0
+    try:
+        yield
+    finally:
+        for layer, scale in zip(layers, scales, strict=True):
+            layer.scale = scale
+
+
+@contextmanager
 def explain_misfit(adapter: Path, source: Path) -> Iterator[None]:
     """Turn mlx-lm's errors about an adapter that does not fit a model into an `EdgeLoraError`.
 

@@ -84,6 +84,7 @@ def page(run: Run) -> str:
         f'<div class="pair">{pair}</div>' if pair else "",
         _step_memory(run),
         _plan(run),
+        _samples(run.event("samples")),
         _answers(run.event("answers")),
         _foot(run),
     ]
@@ -209,6 +210,26 @@ def _plan(run: Run) -> str:
         most = "no limit" if budget is None else size(budget)
         words.append(f"Budget: {most}, {plan['budget_reason']}.")
     return _facts("Plan", plan.get("rows"), f"<p>{escape(' '.join(words))}</p>" if words else "")
+
+
+def _samples(samples: Mapping[str, Any]) -> str:
+    """The last answers to fixed prompts during training, and those before it."""
+    rows = samples.get("answers")
+    known = [row for row in rows if isinstance(row, Mapping)] if isinstance(rows, list) else []
+    step = number(samples.get("step"))
+    if not known or step is None:
+        return ""
+    names = {"prompt": "prompt", "before": "before", "now": f"step {step:,.0f}"}
+    text = "".join(
+        f'<dt>{title}</dt><dd class="plain">{escape(str(row[name]))}</dd>'
+        for row in known
+        for name, title in names.items()
+        if name in row
+    )
+    return (
+        f'<section class="card"><h2>Answers during training</h2><dl class="answer">{text}</dl>'
+        "</section>"
+    )
 
 
 def _answers(answers: Mapping[str, Any]) -> str:

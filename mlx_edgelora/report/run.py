@@ -1,8 +1,8 @@
 """Read a run from its log, for a report.
 
 A log has one JSON record per line. A record is a report of a loss (`iteration`, `train_loss` or
-`val_loss`, figures) or has one key: `run`, `plan`, `step_memory`, `test`, `answers` or `end`. Logs
-of mlx-lm's callback reports as JSON are read too.
+`val_loss`, figures) or has one key: `run`, `plan`, `step_memory`, `samples`, `test`, `answers` or
+`end`. Logs of mlx-lm's callback reports as JSON are read too.
 """
 
 import json
@@ -15,7 +15,7 @@ from mlx_edgelora.errors import EdgeLoraError
 
 # Largest number of points of a curve; the points of a longer log are merged.
 MOST_POINTS = 512
-EVENTS = ("run", "plan", "step_memory", "test", "answers", "end")
+EVENTS = ("run", "plan", "step_memory", "samples", "test", "answers", "end")
 # Larger numbers are treated as damaged.
 HUGE = 1e30
 

@@ -1,7 +1,7 @@
 """Callbacks of a run: mlx-lm's class and reporters, so that code written for mlx-lm works."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mlx_lm.tuner.callbacks import SUPPORT_CALLBACK, TrainingCallback
@@ -9,7 +9,20 @@ from mlx_lm.tuner.callbacks import SUPPORT_CALLBACK, TrainingCallback
 from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.errors import EdgeLoraError
 
-__all__ = ["TensorBoardCallback", "TrainingCallback", "reporting_callbacks"]
+__all__ = ["StepCallback", "TensorBoardCallback", "TrainingCallback", "reporting_callbacks"]
+
+
+class StepCallback(TrainingCallback):
+    """A callback that is also called between steps, when no step is in progress."""
+
+    def on_step(self, iteration: int, show: Callable[[str], None]) -> None:
+        """Called before the first step and after every step.
+
+        Args:
+            iteration: number of finished steps.
+            show: prints a line without disturbing the table and the bar.
+        """
+        raise NotImplementedError
 
 
 class TensorBoardCallback(TrainingCallback):

@@ -11,6 +11,7 @@ import mlx.nn as nn
 from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.data.batches import Batch, iterate_batches
 from mlx_edgelora.engine.adapter_state import AdapterState, Arrays
+from mlx_edgelora.engine.step import Engine
 from mlx_edgelora.measure.meter import DiskMeter
 from mlx_edgelora.measure.profile import begin_step
 from mlx_edgelora.training.group import Group
@@ -64,6 +65,45 @@ def evaluate(
     Returns:
         The mean loss, which may be NaN, and the number of labelled tokens.
     """
+
+    def measure(batch: Batch) -> tuple[list[mx.array], int]:
+        loss, tokens = engine.loss(batch)
+        return [loss], tokens
+
+    arguments = dataset, config, num_batches, advance
+    (loss,), tokens = _mean_losses(engine, measure, 1, *arguments, group or Group())
+    return loss, tokens
+
+
+def evaluate_both(
+    engine: Engine,
+    dataset: Sequence,
+    config: TrainConfig,
+    num_batches: int,
+    advance: Callable[[], None] = lambda: None,
+) -> tuple[float, float, int]:
+    """Mean losses without and with the adapter, and the number of labels; see `evaluate`."""
+
+    def measure(batch: Batch) -> tuple[list[mx.array], int]:
+        base, adapted, tokens = engine.base_and_adapted_loss(batch)
+        return [base, adapted], tokens
+
+    arguments = dataset, config, num_batches, advance
+    losses, tokens = _mean_losses(engine, measure, 2, *arguments, Group())
+    return *losses, tokens
+
+
+def _mean_losses(
+    engine: GradientEngine,
+    measure: Callable[[Batch], tuple[list[mx.array], int]],
+    width: int,
+    dataset: Sequence,
+    config: TrainConfig,
+    num_batches: int,
+    advance: Callable[[], None],
+    group: Group,
+) -> tuple[list[float], int]:
+    """Means of the `width` losses that `measure` gives of each batch, and the number of labels."""
     batches = iterate_batches(
         dataset,
         config.batch_size,
@@ -72,20 +112,21 @@ def evaluate(
         seed=config.seed,
         packing=config.packing,
     )
-    group, losses, counts = group or Group(), [], []
-    with _evaluation_mode(engine.model), group.failing_together(2):
+    losses, counts = [], []
+    with _evaluation_mode(engine.model), group.failing_together(width + 1):
         for done, batch in enumerate(batches, start=1):
             if done % group.size == group.rank:
                 begin_step()  # a memory profile starts anew with every batch
-                loss, tokens = engine.loss(batch)
-                losses.append(loss.item() * tokens)
+                found, tokens = measure(batch)
+                losses.append([loss.item() * tokens for loss in found])
                 counts.append(tokens)
                 limit_cache(engine, config)
             advance()
             if done == num_batches:
                 break
-    total, count = group.exchange([math.fsum(losses), sum(counts)])
-    return total / count, round(count)
+    sums = [math.fsum(each) for each in zip(*losses, strict=True)] or [0.0] * width
+    *totals, count = group.exchange([*sums, sum(counts)])
+    return [total / count for total in totals], round(count)
 
 
 @contextlib.contextmanager

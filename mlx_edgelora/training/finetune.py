@@ -63,6 +63,7 @@ from mlx_edgelora.training.resuming import (
     run_folder,
     with_saved,
 )
+from mlx_edgelora.training.samples import SamplePrompts, sample_callbacks, sample_prompts
 from mlx_edgelora.training.training_loss import check_loss, training_loss
 from mlx_edgelora.training.verdict import refuse_wrong
 from mlx_edgelora.training.verification import verify
@@ -102,7 +103,7 @@ def finetune(
     if not group.leads:
         callbacks, notify = (), _discard_line
     if not config.train:
-        config = _with_saved_layers(config)
+        config = with_saved_layers(config)
     optimizer = build_optimizer(config)  # raises errors before anything slow begins
     callbacks = [*callbacks, *reporting_callbacks(config)]
     opened = recorded(config) if log is None else nullcontext(log)
@@ -167,6 +168,7 @@ class _PreparedRun:
         checkpoint: the checkpoint to resume from; None for a new run.
         fingerprints: SHA-256 of the model and of the tokenized data.
         start: file of the adapter to load before the first step; None for a new adapter.
+        samples: prompts of `sample_every`; None without.
         group: the processes of the run.
     """
 
@@ -179,6 +181,7 @@ class _PreparedRun:
     checkpoint: Checkpoint | None
     fingerprints: dict[str, str]
     start: Path | None
+    samples: SamplePrompts | None
     group: Group
 
     @property
@@ -206,6 +209,7 @@ def _prepare(
     tokenizer = load_tokenizer_of(lazy)
     sets = read_sets(config, tokenizer, lazy.vocabulary, notify, about.append)
     config = _with_iters(config, sets[0])
+    samples = sample_prompts(config, tokenizer) if group.leads else None
     facts = summary.facts(config, lazy, sets, about)
     notify(summary.lines(facts))
     note("run", summary.run_record(config, facts))
@@ -224,7 +228,7 @@ def _prepare(
         _say_start(start, checkpoint, config, notify)
     # A process plans for the rows that it gets.
     wanted = dataclasses.replace(wanted, batch_size=group.rows(wanted.batch_size))
-    return _PreparedRun(config, wanted, lazy, *sets, checkpoint, found, start, group)
+    return _PreparedRun(config, wanted, lazy, *sets, checkpoint, found, start, samples, group)
 
 
 def _train(
@@ -247,6 +251,7 @@ def _train(
         if chosen.plan != before:
             note("plan", summary.plan_record(chosen))
         reset_peak()
+        samples = sample_callbacks(run.samples, engine, chosen, note)
         watches = BudgetWatch(engine, chosen, notify, note), PressureWatch(notify)
         # A function and not a value, because `BudgetWatch` may change the plan.
         plan = lambda: chosen.plan.json()  # noqa: E731, PLW0108
@@ -256,7 +261,7 @@ def _train(
             config,
             run.train_set,
             run.valid_set,
-            [*first, *callbacks, *watches],
+            [*first, *samples, *callbacks, *watches],
             log=records,
             origin=Origin(run.checkpoint, run.fingerprints, plan, config.overwrite, run.group),
         )
@@ -284,7 +289,7 @@ def _verification_line(engine: Engine, chosen: RunPlan, config: TrainConfig) -> 
     return summary.line("gradients", f"equal in {message}")
 
 
-def _with_saved_layers(config: TrainConfig) -> TrainConfig:
+def with_saved_layers(config: TrainConfig) -> TrainConfig:
     """For a test without training, take layers and LoRA parameters from the saved adapter.
 
     Raises:
@@ -362,11 +367,15 @@ def _say_start(
         )
 
 
+def perplexity(loss: float) -> float:
+    """The exponential of a mean loss; infinite where that is no float."""
+    return math.exp(loss) if loss < MAX_EXPONENT else math.inf
+
+
 def _test_result(loss: float, tokens: int) -> str:
     if not math.isfinite(loss):
         raise EdgeLoraError(
             f"test loss is {loss} on {tokens} tokens, expected a finite number; test another "
             "adapter, or the base model with --adapter-path ''"
         )
-    perplexity = math.exp(loss) if loss < MAX_EXPONENT else math.inf
-    return f"test loss {loss:.3f}, perplexity {perplexity:.3f} on {tokens} tokens"
+    return f"test loss {loss:.3f}, perplexity {perplexity(loss):.3f} on {tokens} tokens"

@@ -1,8 +1,8 @@
 """The run's log with one JSON record per line, and the report page made from it.
 
 A report of a loss is one flat record (`LossReport.record`). Every other record has one key: `run`
-(model, data, adapters, optimizer and options), `plan`, `step_memory`, `test`, `answers` or `end`.
-`mlx_edgelora/report` reads these records.
+(model, data, adapters, optimizer and options), `plan`, `step_memory`, `samples`, `test`, `answers`
+or `end`. `mlx_edgelora/report` reads these records.
 """
 
 import json

@@ -36,7 +36,7 @@ from mlx_edgelora.measure.meter import peak_memory, recent_peak
 from mlx_edgelora.measure.profile import begin_step, phase
 from mlx_edgelora.storage.files import make_folder
 from mlx_edgelora.training.adapters import WEIGHTS_FILE, save_adapters
-from mlx_edgelora.training.callbacks import TrainingCallback
+from mlx_edgelora.training.callbacks import StepCallback, TrainingCallback
 from mlx_edgelora.training.checkpoints import (
     BEST_FOLDER,
     FOLDER,
@@ -140,10 +140,12 @@ def train(
         requests = run.requests = stack.enter_context(stop_requests(config.max_time))
         iteration = first - 1
         try:
+            run.between_steps(iteration)
             for iteration, batch in zip(range(first, config.iters + 1), batches, strict=False):
                 if validates and run.is_due(config.steps_per_eval, iteration, first=True):
                     run.validate(iteration, valid_set)
                 run.step(iteration, batch)
+                run.between_steps(iteration)
                 if run.is_due(config.steps_per_report, iteration):
                     run.report(iteration)
                 if run.is_due(config.save_every, iteration):
@@ -320,6 +322,13 @@ class _Run:
                 f"number; lower the learning rate; {self.last_saved_message()}"
             )
         return clip_factor(norm, self._config.max_grad_norm)
+
+    def between_steps(self, iteration: int) -> None:
+        """Call the callbacks that wait for the end of a step."""
+        with self._saved_on_failure():
+            for callback in self._callbacks:
+                if isinstance(callback, StepCallback):
+                    callback.on_step(iteration, self._progress.note)
 
     def report(self, iteration: int) -> None:
         """Report the training loss since the last report."""

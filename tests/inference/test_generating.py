@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import closing
 
 import mlx.core as mx
 import pytest
@@ -43,7 +44,7 @@ def ours(model, adapter, prompts, budget="min", count=12):
     lazy = open_lazy(str(model), adapter, model / "cache")
     plan = plan_inference(lazy, budget, 1, 64)
     _, tokenizer = load(str(model))
-    with streamed(lazy, plan) as ready:
+    with closing(streamed(lazy, plan)) as ready:
         return [
             [
                 response.token
