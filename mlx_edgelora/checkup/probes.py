@@ -15,7 +15,7 @@ from mlx_edgelora.checkup.job import Checkup, Found, best_seconds, environment_v
 from mlx_edgelora.measure.meter import footprint
 from mlx_edgelora.model.loading import DTYPES
 from mlx_edgelora.planner.machine import measure_rates
-from mlx_edgelora.storage.page_file import unlinked_file
+from mlx_edgelora.storage.temporaries import create_unnamed
 
 # Largest relative error of a float32 product; above it, products have lower precision (TF32).
 FLOAT32_ERROR = 1e-5
@@ -46,7 +46,7 @@ def wrap(job: Checkup) -> Found:
     """Whether MLX uses mapped memory without a copy, with aligned and other starts and lengths."""
     page, size = mmap.PAGESIZE, job.sizes.disk_bytes
     cases = ((0, page), (page, page + 512), (2 * page, 3 * page - 2), (512, page), (0, size))
-    with unlinked_file(job.folder) as file:
+    with create_unnamed(job.folder) as file:
         file.truncate(size)
         pages = np.memmap(file, np.uint8, "r+", shape=(size,))
         pages[:] = np.arange(size, dtype=np.uint32) % 251
@@ -123,7 +123,7 @@ def _rates(job: Checkup, dtype: mx.Dtype) -> Found:
 def disk(job: Checkup) -> Found:
     """Seconds of writing, syncing and reading a file, and the available system calls."""
     data = os.urandom(job.sizes.disk_bytes)
-    with unlinked_file(job.folder) as file:
+    with create_unnamed(job.folder) as file:
         steps = {
             "write": lambda: file.write(data),
             "fsync": lambda: os.fsync(file.fileno()),

@@ -19,7 +19,7 @@ from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.layers.linear import resolve_kernel
 from mlx_edgelora.measure.meter import footprint, sysctl
 from mlx_edgelora.storage.files import write_atomically
-from mlx_edgelora.storage.page_file import unlinked_file
+from mlx_edgelora.storage.temporaries import create_unnamed
 
 MIB = 2**20
 # Version of the file with the rates. Raise it when the meaning of a rate changes.
@@ -215,7 +215,7 @@ def _disk(folder: Path) -> tuple[float, float]:
 @contextmanager
 def _scratch_file(folder: Path) -> Iterator[BinaryIO]:
     try:
-        with unlinked_file(folder) as file:
+        with create_unnamed(folder) as file:
             yield file
     except OSError as error:
         raise EdgeLoraError(
