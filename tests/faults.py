@@ -95,4 +95,4 @@ def _replacements(faults):
 def _is_device(file):
     if isinstance(file, int):
         return file <= 2
-    return str(file).startswith(("/dev/", "/proc/"))
+    return str(file).startswith(("/dev/null", "/dev/std", "/dev/tty", "/proc/"))

@@ -21,8 +21,11 @@ from tiny import make_data, make_model, run_options  # noqa: E402
 
 from mlx_edgelora import TrainConfig, finetune  # noqa: E402
 from mlx_edgelora.command import command  # noqa: E402
+from mlx_edgelora.planner import machine  # noqa: E402
 from mlx_edgelora.training.checkpoints import find_checkpoint, newest_checkpoint  # noqa: E402
 
+# Of a machine with two cores: plans do not depend on what else the machine does.
+RATES = machine.Rates(4e10, 2e9, 1e9, 4e9, 2e9, 1e9, 4e-6)
 # Everything that a run keeps besides its adapter: accumulated gradients, a schedule, the key of
 # dropout, and an optimizer whose state is in a file.
 OPTIONS = {
@@ -44,29 +47,44 @@ OPTIONS = {
 @contextmanager
 def workplace() -> Iterator[Path]:
     """A temporary folder with a tiny model and its data; caches are kept there as well."""
-    with tempfile.TemporaryDirectory(prefix="reliability-") as name:
-        place = Path(name)
+    with tempfile.TemporaryDirectory(prefix="reliability-") as folder:
+        place = Path(folder)
+        for name in ("cache", "temporary", "spill", "written"):
+            (place / name).mkdir()
         os.environ["XDG_CACHE_HOME"] = str(place / "cache")
-        wait(fork(lambda: make_model(place / "model") and make_data(place / "data", rows=10)))
+        tempfile.tempdir = str(place / "temporary")
+        machine.measure_rates = lambda *_: RATES
+        wait(fork(lambda: _make(place)))
         yield place
+
+
+def _make(place: Path) -> None:
+    make_model(place / "model")
+    make_model(place / "unquantized", quantized=False)
+    make_data(place / "data", rows=10)
 
 
 def train(place: Path, name: str, **changes: object) -> None:
     """A whole run whose adapter is in `place / name`; prints to a file there."""
-    spill = place / "spill"
-    spill.mkdir(exist_ok=True)
-    own = {"adapter_path": str(place / name), "spill_dir": str(spill)}
+    own = {"adapter_path": str(place / name), "spill_dir": str(place / "spill")}
     options = TrainConfig.from_dict(run_options(place, place) | OPTIONS | own | changes)
     with open(place / "output", "w") as output, redirect_stdout(output):
         finetune(options, notify=lambda line: None)
 
 
-def fork(function: Callable[[], object]) -> int:
-    """Run a function as a command in a child process; returns the child's id."""
+def fork(function: Callable[[], object], errors: Path | None = None) -> int:
+    """Run a function as a command in a child process; returns the child's id.
+
+    Args:
+        function: what the child does.
+        errors: file of the child's standard error; by default that of this process.
+    """
     child = os.fork()
     if child == 0:
         status = 70
         try:
+            if errors is not None:
+                os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
             status = command(lambda _: (function(), 0)[1])([])
         finally:
             sys.stdout.flush()

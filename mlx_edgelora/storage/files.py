@@ -29,6 +29,16 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOTTY)
 LOCK_FILE = ".lock"
+# What reading a damaged JSON file of a cache may raise.
+CACHE_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
 # Seconds to wait for another process that changes a cache, which takes milliseconds.
 PATIENCE = 2.0
 
@@ -231,6 +241,12 @@ def cannot_write(path: Path, error: OSError) -> EdgeLoraError:
         advice = "check the path or choose another folder"
     reason = error.strerror or type(error).__name__
     return EdgeLoraError(f"{path}: cannot be written ({reason}); {advice}")
+
+
+def error_line(error: Exception) -> str:
+    """The text of an error of a damaged cache, in a few words."""
+    text = error.strerror if isinstance(error, OSError) else str(error)
+    return " ".join(str(text).split())[:100] or type(error).__name__
 
 
 def sync(descriptor: int) -> None:
