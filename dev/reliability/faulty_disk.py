@@ -1,7 +1,7 @@
 """Let every single operation on files fail in a run, or kill the run there.
 
-`python dev/reliability/faulty_disk.py [scenario ...] [failure ...] [N]`, by default all of both, and
-every operation rather than every N-th; each takes some three to six minutes.
+`python dev/reliability/faulty_disk.py [scenario ...] [failure ...] [N]`, by default all of both and
+every operation instead of every N-th; each takes some three to six minutes.
 
 Scenarios: `resume` goes on with a run that was stopped after 4 of 8 steps; `overwrite` replaces
 another run and quantizes its model first. Both accumulate gradients, page the optimizer's state,
@@ -23,8 +23,9 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from faults import Faults, faulty
 from runs import (
+    Faults,
+    faulty,
     find_checkpoint,
     fork,
     has_checkpoint,
@@ -174,14 +175,9 @@ def main(names: list[str]) -> int:
             for failure in failures or FAILURES:
                 scenario = Scenario(place, name, FAILURES[failure])
                 kinds, found = Counter(scenario.operations), 0
-                print(
-                    name,
-                    failure,
-                    f"{len(scenario.operations)} operations:",
-                    dict(kinds),
-                    flush=True,
-                )
-                for at in range(1, len(scenario.operations) + 1):
+                total = len(scenario.operations)
+                print(name, failure, f"{total} operations:", dict(kinds), flush=True)
+                for at in range(1, total + 1, every):
                     if wrong := scenario.disturb(at):
                         found += 1
                         print(name, failure, at, scenario.operations[at - 1], wrong, flush=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from faults import Faults, faulty  # noqa: E402, F401 - for the scripts
 from tiny import make_data, make_model, run_options  # noqa: E402
 
 from mlx_edgelora import TrainConfig, finetune  # noqa: E402
