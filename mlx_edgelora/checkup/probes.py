@@ -3,6 +3,7 @@
 import fcntl
 import mmap
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -121,7 +122,8 @@ def _rates(job: Checkup, dtype: mx.Dtype) -> Found:
 
 
 def disk(job: Checkup) -> Found:
-    """Seconds of writing, syncing and reading a file, and the available system calls."""
+    """Free space, seconds of writing, syncing and reading a file, and available system calls."""
+    free = shutil.disk_usage(job.folder).free
     data = os.urandom(job.sizes.disk_bytes)
     with create_unnamed(job.folder) as file:
         steps = {
@@ -133,9 +135,12 @@ def disk(job: Checkup) -> Found:
         if not hasattr(fcntl, "F_FULLFSYNC"):
             del steps["full sync"]
         rows = [{"what": name} | run_probe(_time_step, step) for name, step in steps.items()]
+    for row in rows:
+        if row["what"] in ("write", "read") and "seconds" in row:
+            row["bytes_per_second"] = round(len(data) / max(row["seconds"], 1e-9))
     calls = [name for name in CALLS if hasattr(fcntl, name)]
     calls += ["posix_fallocate"] * hasattr(os, "posix_fallocate")
-    return {"file_bytes": len(data), "calls": ", ".join(calls), "times": rows}
+    return {"free_bytes": free, "file_bytes": len(data), "calls": ", ".join(calls), "times": rows}
 
 
 def _time_step(step: Callable[[], object]) -> Found:

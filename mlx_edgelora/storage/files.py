@@ -19,7 +19,9 @@ from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.storage.temporaries import (
     NO_LOCKS,
     create,
+    create_unnamed,
     remove_left_overs,
+    remove_scratch,
     temporary_name,
 )
 
@@ -224,9 +226,8 @@ def make_folder(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = temporary_name(folder / "probe")
-        with create(probe):
-            probe.unlink()
+        remove_scratch(folder)
+        create_unnamed(folder).close()
     except OSError as error:
         raise cannot_write(folder, error) from error
 

@@ -141,8 +141,13 @@ def remove_left_overs(folder: Path, name: str | None = None) -> None:
 
 
 def remove_scratch(folder: Path) -> None:
-    """Remove what dead processes left in a folder of scratch files, where others have files too."""
+    """Remove the `left_over_scratch` of a folder, as far as that is possible."""
     remove_left_overs(folder, _MINE)
+
+
+def left_over_scratch(folder: Path) -> list[Path]:
+    """The `left_overs` of this package in a folder where other programs have files too."""
+    return left_overs(folder, _MINE)
 
 
 def remove(path: Path) -> None:
