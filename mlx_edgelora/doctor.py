@@ -1,20 +1,24 @@
 """`python -m mlx_edgelora.doctor`: measure a machine in two minutes, and write a report."""
 
 import argparse
+import errno
+import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mlx_edgelora.checkup.caches import clean, entries
 from mlx_edgelora.checkup.job import Checkup, Sizes, environment_variable
 from mlx_edgelora.checkup.report import as_json, lines_of, make_report, problems
 from mlx_edgelora.command import command
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.measure.meter import footprint
-from mlx_edgelora.measure.text import wrapped
-from mlx_edgelora.storage.files import make_folder, write_atomically
+from mlx_edgelora.measure.text import say, wrapped
+from mlx_edgelora.storage.files import make_folder, user_cache, write_atomically
+from mlx_edgelora.storage.temporaries import scratch_folder
 
 FILE = "mlx-edgelora-report.json"
 # Exit statuses in addition to those of every command.
@@ -39,11 +43,14 @@ def main(argv: Sequence[str] | None = None, sizes: Sizes | None = None) -> int:
 
 def _run(argv: Sequence[str], sizes: Sizes) -> int:
     options = _parser().parse_args(argv)
+    cache = Path(options.cache_dir) if options.cache_dir else user_cache()
+    if options.clean:
+        return _clean(cache, Path(options.spill_dir), options.report)
     file = None if options.report is None else Path(options.report)
     if file is not None:
         _check_file(file)
     with _scratch(options.spill_dir) as folder:
-        job = Checkup(folder, sizes, footprint())
+        job = Checkup(folder, sizes, footprint(), cache)
         print("Checking this machine. It takes about two minutes, and nothing is sent.")
         report = make_report(job, lambda report: _print_and_write(report, file))
     found = problems(report)
@@ -76,7 +83,27 @@ def _parser() -> _Parser:
         metavar="FOLDER",
         help="folder on the disk that is measured (default: the system's temporary one)",
     )
+    parser.add_argument(
+        "--cache-dir",
+        metavar="FOLDER",
+        help="folder of the caches, if runs had another --cache-dir (default: the user's cache)",
+    )
+    parser.add_argument(
+        "--clean",
+        action="store_true",
+        help="only remove caches and left-overs of dead runs, except what a process uses",
+    )
     return parser
+
+
+def _clean(cache: Path, scratch: Path, report: str | None) -> int:
+    """Remove what no process uses; nothing is measured."""
+    if report is not None:
+        raise EdgeLoraError("command line: --clean measures nothing; leave out --report")
+    lines = list(clean(entries(cache, [scratch, Path(tempfile.gettempdir())])))
+    for line in lines or [f"nothing to remove in {cache}"]:
+        say(line)
+    return FAILED if any(line.startswith("cannot") for line in lines) else PASSED
 
 
 def _check_file(file: Path) -> None:
@@ -93,14 +120,17 @@ def _check_file(file: Path) -> None:
 @contextmanager
 def _scratch(folder: str) -> Iterator[Path]:
     """A temporary folder, also used as cache, so that earlier measurements have no effect."""
-    try:
-        scratch = tempfile.TemporaryDirectory(prefix="mlx_edgelora-", dir=folder)
-    except OSError as error:
-        raise EdgeLoraError(
-            f"--spill-dir: {folder} cannot be written ({error.strerror}); choose another folder"
-        ) from error
-    with scratch as name, environment_variable("XDG_CACHE_HOME", name):
-        yield Path(name)
+    with ExitStack() as stack:
+        try:
+            if not Path(folder).is_dir():
+                raise NotADirectoryError(errno.ENOENT, os.strerror(errno.ENOENT))
+            scratch = stack.enter_context(scratch_folder(Path(folder)))
+        except OSError as error:
+            raise EdgeLoraError(
+                f"--spill-dir: {folder} cannot be written ({error.strerror}); choose another folder"
+            ) from error
+        stack.enter_context(environment_variable("XDG_CACHE_HOME", str(scratch)))
+        yield scratch
 
 
 def _print_and_write(report: Mapping[str, Any], file: Path | None) -> None:

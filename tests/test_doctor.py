@@ -42,10 +42,18 @@ NAMES = {
         *("numpy", "transformers", "tokenizers", "commit", "settings"),
     },
     "device": {"default", "metal", "cuda", "info"},
-    "memory": {"budget_bytes", "budget_why", "pressure", "free_percent", "system_says"},
+    "memory": {
+        "free_bytes",
+        "budget_bytes",
+        "budget_why",
+        "pressure",
+        "free_percent",
+        "system_says",
+    },
     "precision": {"relative_error", "tf32"},
     "wrap": {"page_bytes", "mapping_is_read_back", "wraps"},
-    "disk": {"file_bytes", "calls", "times"},
+    "disk": {"free_bytes", "file_bytes", "calls", "times"},
+    "caches": {"folder", "clean_removes_bytes", "caches"},
     "verify": {"comparisons", "largest_error", "wrong"},
     "steps": {"model", "batch", "dtype", "steps"},
     "attention": {"rows", "heads", "tokens", "itemsize", "calls"},
@@ -100,7 +108,7 @@ def test_names_are_those_of_the_version(ran):
     )
     assert [row["dtype"] for row in found["rates"]["rates"]] == ["float32"]
     assert found["rates"]["rates"][0]["flops"] > 0
-    assert {"what", "seconds"} == set(found["disk"]["times"][0])
+    assert {"what", "seconds", "bytes_per_second"} == set(found["disk"]["times"][0])
     assert all({"start", "bytes"} <= set(row) for row in found["wrap"]["wraps"])
 
 

@@ -2,8 +2,6 @@
 
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from types import ModuleType
 
@@ -14,6 +12,7 @@ from mlx_lm.models import llama, qwen2
 
 from mlx_edgelora.model.checkpoint import write_model
 from mlx_edgelora.storage.files import user_cache, write_atomically
+from mlx_edgelora.storage.temporaries import remove_left_overs, temporary_folder
 
 COMMON = {"rms_norm_eps": 1e-5, "tie_word_embeddings": True, "rope_theta": 500000.0}
 # Architecture, blocks, hidden size, intermediate size, heads, key-value heads, vocabulary.
@@ -94,13 +93,10 @@ def checkpoint(cache: Path, shape: str, blocks: int, weights: str = "4bit") -> P
     model, config = random_model(shape, blocks, weights)
     parameters = tree_flatten(model.parameters())
     del model
-    cache.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=cache))
-    try:
-        write_model(temporary, parameters, config)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    remove_left_overs(cache)
+    with temporary_folder(folder, 0o700) as building:
+        write_model(building, parameters, config)
+        os.replace(building, folder)
     return folder
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.storage.files import user_cache
 
 Found = dict[str, Any]
 
@@ -52,12 +53,14 @@ class Checkup:
         folder: folder of scratch files.
         sizes: sizes of the measurements.
         footprint: footprint of the process at the start, in bytes.
+        cache: folder of the caches that are described.
         began: time of the start, by `time.monotonic`.
     """
 
     folder: Path
     sizes: Sizes
     footprint: int
+    cache: Path = field(default_factory=user_cache)
     began: float = field(default_factory=time.monotonic)
 
     def check_time(self) -> None:

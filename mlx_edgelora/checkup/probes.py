@@ -3,6 +3,7 @@
 import fcntl
 import mmap
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -15,7 +16,7 @@ from mlx_edgelora.checkup.job import Checkup, Found, best_seconds, environment_v
 from mlx_edgelora.measure.meter import footprint
 from mlx_edgelora.model.loading import DTYPES
 from mlx_edgelora.planner.machine import measure_rates
-from mlx_edgelora.storage.page_file import unlinked_file
+from mlx_edgelora.storage.temporaries import create_unnamed
 
 # Largest relative error of a float32 product; above it, products have lower precision (TF32).
 FLOAT32_ERROR = 1e-5
@@ -46,7 +47,7 @@ def wrap(job: Checkup) -> Found:
     """Whether MLX uses mapped memory without a copy, with aligned and other starts and lengths."""
     page, size = mmap.PAGESIZE, job.sizes.disk_bytes
     cases = ((0, page), (page, page + 512), (2 * page, 3 * page - 2), (512, page), (0, size))
-    with unlinked_file(job.folder) as file:
+    with create_unnamed(job.folder) as file:
         file.truncate(size)
         pages = np.memmap(file, np.uint8, "r+", shape=(size,))
         pages[:] = np.arange(size, dtype=np.uint32) % 251
@@ -121,9 +122,10 @@ def _rates(job: Checkup, dtype: mx.Dtype) -> Found:
 
 
 def disk(job: Checkup) -> Found:
-    """Seconds of writing, syncing and reading a file, and the available system calls."""
+    """Free space, seconds of writing, syncing and reading a file, and available system calls."""
+    free = shutil.disk_usage(job.folder).free
     data = os.urandom(job.sizes.disk_bytes)
-    with unlinked_file(job.folder) as file:
+    with create_unnamed(job.folder) as file:
         steps = {
             "write": lambda: file.write(data),
             "fsync": lambda: os.fsync(file.fileno()),
@@ -133,9 +135,12 @@ def disk(job: Checkup) -> Found:
         if not hasattr(fcntl, "F_FULLFSYNC"):
             del steps["full sync"]
         rows = [{"what": name} | run_probe(_time_step, step) for name, step in steps.items()]
+    for row in rows:
+        if row["what"] in ("write", "read") and "seconds" in row:
+            row["bytes_per_second"] = round(len(data) / max(row["seconds"], 1e-9))
     calls = [name for name in CALLS if hasattr(fcntl, name)]
     calls += ["posix_fallocate"] * hasattr(os, "posix_fallocate")
-    return {"file_bytes": len(data), "calls": ", ".join(calls), "times": rows}
+    return {"free_bytes": free, "file_bytes": len(data), "calls": ", ".join(calls), "times": rows}
 
 
 def _time_step(step: Callable[[], object]) -> Found:

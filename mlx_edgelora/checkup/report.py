@@ -17,7 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_edgelora.checkup import probes, system, training
+from mlx_edgelora.checkup import caches, probes, system, training
 from mlx_edgelora.checkup.job import Checkup, Found, run_probe
 from mlx_edgelora.measure.units import duration, size
 
@@ -31,6 +31,7 @@ SECTIONS: dict[str, Callable[[Checkup], Found]] = {
     "memory": system.memory,
     "precision": probes.precision,
     "disk": probes.disk,
+    "caches": caches.caches,
     "verify": training.verify,
     "steps": training.steps,
     "attention": probes.attention,

@@ -11,7 +11,7 @@ from mlx_edgelora.benchmark.machine import commit, machine
 from mlx_edgelora.benchmark.machine import versions as package_versions
 from mlx_edgelora.checkup.job import Checkup, Found
 from mlx_edgelora.measure.meter import footprint as footprint_now
-from mlx_edgelora.planner.machine import default_budget
+from mlx_edgelora.planner.machine import default_budget, free_memory
 
 # Prefixes of environment variables of MLX and of the macOS driver that affect measurements.
 SETTINGS = ("MLX_", "AGX_")
@@ -49,6 +49,7 @@ def memory(job: Checkup) -> Found:
     budget, why = default_budget()
     text = _command_output("vm_stat") or _file("/proc/meminfo", "Mem") or ""
     return {
+        "free_bytes": free_memory(),
         "budget_bytes": budget,
         "budget_why": why,
         # On macOS, pressure is 1 (normal), 2 (warning) or 4 (critical).

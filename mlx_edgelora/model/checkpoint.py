@@ -6,7 +6,6 @@ import io
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +20,12 @@ from mlx_lm.utils import _get_classes, load_model, quantize_model, save_config
 
 from mlx_edgelora.blocks.block_list import BlockList
 from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.measure.text import say
 from mlx_edgelora.measure.units import size
 from mlx_edgelora.model.weights import TensorLocation
 from mlx_edgelora.storage.files import WatchedFiles, sync, sync_folder
 from mlx_edgelora.storage.safetensors import TensorInfo, read_header, write_tensors
+from mlx_edgelora.storage.temporaries import remove, remove_left_overs, temporary_folder
 
 # Layers with floating parameters only, and layers with packed ones.
 FLOATING = (nn.Linear, nn.Embedding, nn.RMSNorm, nn.LayerNorm)
@@ -252,7 +253,7 @@ def convert_checkpoint(lazy: LazyModel, cache: Path, quantize: int | None = None
     """
     checkpoint = lazy.checkpoint
     folder = cache / f"{checkpoint.path.resolve().name}-{_fingerprint(checkpoint, quantize)}"
-    if (folder / "config.json").exists():
+    if _is_complete(folder):
         return folder
     model, config = lazy.model, lazy.config
     if quantize is not None:
@@ -261,12 +262,11 @@ def convert_checkpoint(lazy: LazyModel, cache: Path, quantize: int | None = None
     lazy.raw.clear()
     lazy.model = model = None
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="building-", dir=cache) as building:
-            write_model(Path(building), parameters, config)
+        remove_left_overs(cache)
+        with temporary_folder(folder, 0o700) as building:
+            write_model(building, parameters, config)
             checkpoint.files.check()
             os.replace(building, folder)
-            os.mkdir(building)  # TemporaryDirectory removes what it made
         sync_folder(cache)
     except OSError as error:
         if (folder / "config.json").exists():  # another run was faster
@@ -277,6 +277,19 @@ def convert_checkpoint(lazy: LazyModel, cache: Path, quantize: int | None = None
             "space or choose another folder with --cache-dir"
         ) from error
     return folder
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether there is a converted model; a damaged one is removed, so that it is made again."""
+    if not folder.exists():
+        return False
+    try:
+        read_checkpoint(folder)
+    except EdgeLoraError as error:
+        say(f"note: the converted model is made again, for it is damaged: {error}")
+        remove(folder)
+        return False
+    return True
 
 
 def quantize_in_place(lazy: LazyModel, bits: int) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Open a model lazily by its name, and attach its weights after adapters were added."""
 
 import dataclasses
+import os
+import weakref
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,6 +38,7 @@ from mlx_edgelora.model.head import (
 )
 from mlx_edgelora.model.weights import ResidentWeights, StreamedWeights, cast, cast_all
 from mlx_edgelora.storage.safetensors import RowReader, TensorInfo
+from mlx_edgelora.storage.temporaries import mark_used
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
@@ -61,7 +64,10 @@ def open_model(name: str, *, streamed: bool, quantize: int | None, cache: Path) 
         )
     if quantize is None and (not streamed or can_stream(lazy)):
         return lazy
-    rewritten = load_lazily(read_checkpoint(convert_checkpoint(lazy, cache, quantize)))
+    folder = convert_checkpoint(lazy, cache, quantize)
+    used = mark_used(folder)
+    rewritten = load_lazily(read_checkpoint(folder))
+    weakref.finalize(rewritten.checkpoint, os.close, used)
     return dataclasses.replace(rewritten, source=lazy.source)
 
 

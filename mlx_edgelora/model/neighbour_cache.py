@@ -1,4 +1,4 @@
-"""The nearest tokens of the labels, computed once and kept in a mapped file.
+"""The nearest tokens of the labels, computed once and kept in a file.
 
 There is one file for each head and k. It has a header that identifies both, the sum of the head's
 rows, and a slot for every token of the vocabulary with k int32 and their CRC. The file is sparse:
@@ -8,7 +8,6 @@ once: they write the same values, except for ties.
 """
 
 import hashlib
-import mmap
 import os
 import struct
 import zlib
@@ -21,8 +20,13 @@ import numpy as np
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.losses.head import Head, Tile
 from mlx_edgelora.losses.neighbours import QUERIES, nearest, row_sum
-from mlx_edgelora.storage.files import create, temporary_name
 from mlx_edgelora.storage.safetensors import to_numpy
+from mlx_edgelora.storage.temporaries import (
+    create,
+    mark_used,
+    remove_left_overs,
+    temporary_name,
+)
 
 MAGIC = b"MELNEAR1"
 # magic, vocabulary, k, width, digest of the head
@@ -60,15 +64,14 @@ class NeighbourCache:
         self._slots_at = self._sum_at + 4 * (head.dims + 2)
         self._at_once = max(1, min(QUERIES, SLOTS_BYTES // (4 * (k + 1))))
         size = self._slots_at + 4 * (k + 1) * head.vocabulary
-        shape = (head.vocabulary, k + 1)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if wrong := self._find_problem(header, size):
                 if self.path.exists():
                     log(f"{self.path}: {wrong}; it is rebuilt")
                 self._create(header, size)
-            self._file = open(self.path, "r+b")  # noqa: SIM115 - closed by `close`
-            self._slots = np.memmap(self._file, np.int32, "r", self._slots_at, shape)
+            self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115 - closed by `close`
+            self._used = mark_used(self.path)
         except OSError as error:
             raise _cannot_write(self.path, error) from error
 
@@ -128,7 +131,8 @@ class NeighbourCache:
 
     def close(self) -> None:
         """Close the file."""
-        self._slots = None
+        if not self._file.closed:
+            os.close(self._used)
         self._file.close()
 
     def _find_problem(self, header: bytes, size: int) -> str | None:
@@ -144,11 +148,12 @@ class NeighbourCache:
 
     def _create(self, header: bytes, size: int) -> None:
         temporary = temporary_name(self.path)
+        remove_left_overs(self.path.parent, self.path.name)
         try:
             with create(temporary) as file:
                 file.write(header)
                 file.truncate(size)
-            os.replace(temporary, self.path)
+                os.replace(temporary, self.path)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -160,10 +165,13 @@ class NeighbourCache:
                 f"token: got {outside[0]}, expected 0 to {self._head.vocabulary - 1}, the "
                 "vocabulary of the head"
             )
-        # Copied before the check, because another process may be writing.
-        slots = np.array(self._slots[tokens])
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self._slots._mmap.madvise(mmap.MADV_DONTNEED)
+        # Not mapped: reading a hole of a mapped file in memory (tmpfs) takes a page, and if there
+        # is none left, the system ends the process.
+        slots = np.zeros((len(tokens), self._k + 1), np.int32)  # of zeros, no checksum is right
+        for token, slot in zip(tokens, slots, strict=True):
+            data = self._read(self._slots_at + slot.nbytes * int(token), slot.nbytes)
+            if len(data) == slot.nbytes:
+                slot[:] = np.frombuffer(data, np.int32)
         near = slots[:, : self._k]
         there = np.array([_has_checksum(slot) for slot in slots], bool)
         # A valid checksum in the wrong slot is an error as well.

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from math import inf
 from pathlib import Path
 from typing import BinaryIO
@@ -18,8 +18,9 @@ import mlx.core as mx
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.layers.linear import resolve_kernel
 from mlx_edgelora.measure.meter import footprint, sysctl
-from mlx_edgelora.storage.files import write_atomically
-from mlx_edgelora.storage.page_file import unlinked_file
+from mlx_edgelora.measure.text import say
+from mlx_edgelora.storage.files import CACHE_ERRORS, error_line, updating, write_atomically
+from mlx_edgelora.storage.temporaries import create_unnamed
 
 MIB = 2**20
 # Version of the file with the rates. Raise it when the meaning of a rate changes.
@@ -35,6 +36,8 @@ DISK_BYTES = 32 * MIB
 WARM_UP = 0.2
 # Operations that take more seconds than this, such as 16 bits on a CPU, are timed once.
 SLOW = 0.5
+# Rates above it are damage.
+LARGEST_RATE = 1e18
 # Seconds after which rates are measured again: the machine may have been hot or busy.
 KEPT = 30 * 24 * 3600
 # Metal's names for the GPUs of M1 and M2. They do not support bfloat16 and convert it.
@@ -115,7 +118,7 @@ def this_machine(cache: Path, folder: Path, dtype: mx.Dtype) -> Machine:
         place = f"{key} {_volume(folder)}"
     if place not in known:
         known[place] = measure_rates(folder, dtype), time.time()
-        _write(file, known)
+        _add(file, place, known[place])
     rates, _ = known[place]
     # On a CPU, MLX's kernel is slow and less exact in 16 bits (`layers/linear.py`): not offered.
     kernels = ("fused", "dequantize") if resolve_kernel("auto")[0] == "fused" else ("dequantize",)
@@ -215,7 +218,7 @@ def _disk(folder: Path) -> tuple[float, float]:
 @contextmanager
 def _scratch_file(folder: Path) -> Iterator[BinaryIO]:
     try:
-        with unlinked_file(folder) as file:
+        with create_unnamed(folder) as file:
             yield file
     except OSError as error:
         raise EdgeLoraError(
@@ -297,19 +300,31 @@ def _read(file: Path) -> dict[str, tuple[Rates, float]]:
     try:
         known = {
             key: (Rates(**entry["rates"]), float(entry["measured"]))
-            for key, entry in json.loads(file.read_text()).items()
+            for key, entry in json.loads(file.read_bytes()).items()
         }
-    except (OSError, ValueError, TypeError, AttributeError, LookupError):
-        return {}  # missing or of another version: measured again
+        if not all(_is_rate(rate) for rates, _ in known.values() for rate in astuple(rates)):
+            raise ValueError("a rate is no positive number")
+    except FileNotFoundError:
+        return {}
+    except CACHE_ERRORS as error:
+        say(f"note: {file}: cannot be used ({error_line(error)}); this machine is measured again")
+        return {}
     now = time.time()
     return {key: entry for key, entry in known.items() if 0 <= now - entry[1] < KEPT}
 
 
-def _write(file: Path, known: dict[str, tuple[Rates, float]]) -> None:
-    entries = {key: {"rates": asdict(r), "measured": when} for key, (r, when) in known.items()}
-    text = json.dumps(entries, indent=1)
+def _is_rate(rate: object) -> bool:
+    return isinstance(rate, float) and 0 < rate < LARGEST_RATE
+
+
+def _add(file: Path, place: str, entry: tuple[Rates, float]) -> None:
+    """Add rates to the file; other processes may do the same."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically({file: lambda target: target.write(text.encode())})
+        with updating(file.parent):
+            known = _read(file) | {place: entry}
+            entries = {k: {"rates": asdict(r), "measured": when} for k, (r, when) in known.items()}
+            text = json.dumps(entries, indent=1)
+            write_atomically({file: lambda target: target.write(text.encode())})
     except (OSError, EdgeLoraError):
         return  # measured again next time

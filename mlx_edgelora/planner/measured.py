@@ -12,8 +12,9 @@ from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
 from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.measure.text import say
 from mlx_edgelora.planner.sizes import BatchShape
-from mlx_edgelora.storage.files import write_atomically
+from mlx_edgelora.storage.files import CACHE_ERRORS, error_line, updating, write_atomically
 
 # Version of the file. Raise it when the meaning of its numbers or the engine's memory use changes.
 VERSION = 4
@@ -193,17 +194,18 @@ class Measurements:
         """Write the file; after a failure, the next run measures again."""
         if self.file is None:
             return
-        entries = _entries(self.file)
-        entries.pop(self.key, None)
         own = [
             [kind, list(way), list(astuple(n)), [taken.bytes, taken.seconds]]
             for kind, way, n, taken in self.rows()
         ]
-        kept = dict([*entries.items(), (self.key, own)][-MODELS:])
-        text = json.dumps({"version": VERSION, "models": kept})
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically({self.file: lambda target: target.write(text.encode())})
+            with updating(self.file.parent):  # other processes add their models
+                entries = _entries(self.file)
+                entries.pop(self.key, None)
+                kept = dict([*entries.items(), (self.key, own)][-MODELS:])
+                text = json.dumps({"version": VERSION, "models": kept})
+                write_atomically({self.file: lambda target: target.write(text.encode())})
         except (OSError, EdgeLoraError):
             return
 
@@ -213,12 +215,17 @@ def _entries(file: Path | None) -> dict[str, list]:
     if file is None:
         return {}
     try:
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_bytes())
         if found["version"] != VERSION:
+            say(f"note: {file} is of another version; models are measured again")
             return {}
-        rows = [row for rows in found["models"].values() for row in rows]
-        return found["models"] if all(map(_is_row, rows)) else {}
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        if not all(_is_row(row) for rows in found["models"].values() for row in rows):
+            raise ValueError("a row is no measurement")
+        return found["models"]
+    except FileNotFoundError:
+        return {}
+    except CACHE_ERRORS as error:
+        say(f"note: {file}: cannot be used ({error_line(error)}); models are measured again")
         return {}
 
 

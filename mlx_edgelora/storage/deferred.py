@@ -14,11 +14,13 @@ import struct
 import tempfile
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
 
 import mlx.core as mx
 
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.storage.safetensors import NAMES, to_numpy
+from mlx_edgelora.storage.temporaries import scratch_file
 
 
 class DeferredArray:
@@ -42,12 +44,12 @@ class DeferredArray:
         header = struct.pack("<Q", len(text)) + text
         self._start = len(header)
         try:
-            with tempfile.NamedTemporaryFile(prefix="mlx_edgelora-", buffering=0) as file:
+            with scratch_file(Path(tempfile.gettempdir())) as (file, path):
                 file.write(header)
                 os.truncate(file.fileno(), len(header) + size)  # MLX checks the size
-                self.array = mx.load(file.name, format="safetensors")["x"]
+                self.array = mx.load(os.fspath(path), format="safetensors")["x"]
                 os.truncate(file.fileno(), len(header))  # so that reading too early fails
-                self._file = os.fdopen(os.dup(file.fileno()), "wb", buffering=0)
+                self._file = file
         except OSError as error:
             raise _cannot_write(error) from error
         weakref.finalize(self, self._file.close)  # in case a step fails before `fill`

@@ -2,34 +2,47 @@
 
 Every file is written whole under a temporary name in its own folder and synced to
 the medium before any of them takes its final name, so a set of files either keeps its
-old state or takes its new one, up to the instant between two renames. A temporary name is
-drawn at random and opened only if nothing has it yet, so that no other process can have it,
-whatever container it runs in, and no link is followed.
+old state or takes its new one, up to the instant between two renames.
 """
 
 import contextlib
 import errno
 import fcntl
 import os
-import re
-import secrets
-import shutil
-import stat
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.storage.temporaries import (
+    NO_LOCKS,
+    create,
+    create_unnamed,
+    remove_left_overs,
+    remove_scratch,
+    temporary_name,
+)
 
 Writer = Callable[[BinaryIO], None]
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOTTY)
-_LOCK_FILE = ".lock"
-# `.adapters.safetensors.0123456789abcdef.tmp`
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
+LOCK_FILE = ".lock"
+# What reading a damaged JSON file of a cache may raise.
+CACHE_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
+# Seconds to wait for another process that changes a cache, which takes milliseconds.
+PATIENCE = 2.0
 
 
 def user_cache() -> Path:
@@ -94,15 +107,17 @@ def write_atomically(writers: Mapping[Path, Writer], outdated: Path | None = Non
     temporaries = {path: temporary_name(path) for path in writers}
     path = Path()
     try:
-        for path, writer in writers.items():
-            with create(temporaries[path], like=path) as file:
+        with contextlib.ExitStack() as stack:  # open, and thereby locked, until they are renamed
+            for path, writer in writers.items():
+                remove_left_overs(path.parent, path.name)
+                file = stack.enter_context(create(temporaries[path], like=path))
                 writer(file)
                 file.flush()
                 sync(file.fileno())
-        if outdated is not None:
-            outdated.unlink(missing_ok=True)
-        for path in writers:
-            os.replace(temporaries[path], path)
+            if outdated is not None:
+                outdated.unlink(missing_ok=True)
+            for path in writers:
+                os.replace(temporaries[path], path)
         for folder in {path.parent for path in writers}:
             sync_folder(folder)
     except OSError as error:
@@ -113,41 +128,6 @@ def write_atomically(writers: Mapping[Path, Writer], outdated: Path | None = Non
                 temporary.unlink(missing_ok=True)
 
 
-def temporary_name(path: Path) -> Path:
-    """A name beside `path` that nobody else has; `remove_temporaries` knows it again."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-
-
-def create(path: Path, like: Path | None = None) -> BinaryIO:
-    """Open a new file for writing, with the permissions of the file `like`, if there is one.
-
-    Raises:
-        OSError: the name is taken, by a link as well, or the folder takes no file.
-    """
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    if like is not None:
-        with contextlib.suppress(OSError):
-            os.fchmod(descriptor, stat.S_IMODE(os.stat(like).st_mode))
-    return os.fdopen(descriptor, "wb")
-
-
-def remove_temporaries(folder: Path) -> None:
-    """Remove what runs that were killed left in a folder; hold its lock."""
-    with contextlib.suppress(OSError):
-        for path in list(folder.iterdir()):
-            if _TEMPORARY.fullmatch(path.name):
-                remove(path)
-
-
-def remove(path: Path) -> None:
-    """Remove a file, a link or a folder with all in it, as far as that is possible."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-        return
-    with contextlib.suppress(OSError):
-        path.unlink(missing_ok=True)
-
-
 @contextlib.contextmanager
 def locked(folder: Path, option: str = "--adapter-path") -> Iterator[None]:
     """Keep other runs out of a folder. The system lifts the lock when the process ends.
@@ -155,31 +135,77 @@ def locked(folder: Path, option: str = "--adapter-path") -> Iterator[None]:
     Raises:
         EdgeLoraError: another process has the lock, or the folder cannot be written.
     """
-    path, descriptor = folder / _LOCK_FILE, -1
     try:
-        try:
-            while not _is_same(path, descriptor):  # the owner of the lock removes the file
-                if descriptor >= 0:
-                    os.close(descriptor)
-                flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-                descriptor = os.open(path, flags, 0o666)
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise EdgeLoraError(
-                f"{folder}: another run is writing to this folder; wait for its end, or choose "
-                f"another folder with {option}"
-            ) from error
-        except OSError as error:  # some network volumes have no locks
-            if error.errno not in (*_NOT_SUPPORTED, errno.ENOLCK):
-                raise cannot_write(folder, error) from error
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                path.unlink()
+        descriptor = _lock(folder / LOCK_FILE)
+    except BlockingIOError as error:
+        raise EdgeLoraError(
+            f"{folder}: another run is writing to this folder; wait for its end, or choose "
+            f"another folder with {option}"
+        ) from error
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    try:
+        yield
     finally:
+        _unlock(folder / LOCK_FILE, descriptor)
+
+
+@contextlib.contextmanager
+def updating(folder: Path) -> Iterator[None]:
+    """Keep other processes from changing the small files of a cache meanwhile.
+
+    Waits `PATIENCE` seconds for another process at most, and then goes on: what a process loses of
+    such a file is measured again.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    end, descriptor = time.monotonic() + PATIENCE, -1
+    while descriptor < 0 and time.monotonic() < end:
+        try:
+            descriptor = _lock(folder / LOCK_FILE)
+        except BlockingIOError:
+            time.sleep(0.01)
+    try:
+        yield
+    finally:
+        _unlock(folder / LOCK_FILE, descriptor)
+
+
+def _lock(path: Path) -> int:
+    """Create and lock a file; returns its descriptor.
+
+    Raises:
+        BlockingIOError: another process has the lock.
+        OSError: the file cannot be created.
+    """
+    descriptor = -1
+    try:
+        while not _is_same(path, descriptor):  # the owner of the lock removes the file
+            if descriptor >= 0:
+                os.close(descriptor)
+                descriptor = -1
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                break
+    except OSError:
         if descriptor >= 0:
             os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _unlock(path: Path, descriptor: int) -> None:
+    if descriptor < 0:
+        return
+    with contextlib.suppress(OSError):
+        if _is_same(path, descriptor):
+            path.unlink()
+    os.close(descriptor)
 
 
 def _is_same(path: Path, descriptor: int) -> bool:
@@ -200,9 +226,8 @@ def make_folder(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = temporary_name(folder / "probe")
-        create(probe).close()
-        probe.unlink(missing_ok=True)  # a run that begins there removes it as a left-over
+        remove_scratch(folder)
+        create_unnamed(folder).close()
     except OSError as error:
         raise cannot_write(folder, error) from error
 
@@ -217,6 +242,12 @@ def cannot_write(path: Path, error: OSError) -> EdgeLoraError:
         advice = "check the path or choose another folder"
     reason = error.strerror or type(error).__name__
     return EdgeLoraError(f"{path}: cannot be written ({reason}); {advice}")
+
+
+def error_line(error: Exception) -> str:
+    """The text of an error of a damaged cache, in a few words."""
+    text = error.strerror if isinstance(error, OSError) else str(error)
+    return " ".join(str(text).split())[:100] or type(error).__name__
 
 
 def sync(descriptor: int) -> None:

@@ -14,7 +14,6 @@ import os
 import shutil
 import struct
 import sys
-import tempfile
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.measure import units
 from mlx_edgelora.measure.meter import DiskMeter
 from mlx_edgelora.storage.safetensors import DTYPES, NAMES, to_numpy
+from mlx_edgelora.storage.temporaries import create_unnamed
 
 # 16 KiB on Apple silicon, 4 KiB elsewhere; Metal wraps only whole pages.
 PAGE = mmap.PAGESIZE
@@ -58,7 +58,7 @@ class PageFile:
     def __init__(self, folder: str | os.PathLike, what: str, instead: str) -> None:
         self._folder, self._what, self._instead = Path(folder), what, instead
         try:
-            self._file = unlinked_file(self._folder)
+            self._file = create_unnamed(self._folder)
         except OSError as error:
             raise EdgeLoraError(
                 f"{folder}: no scratch file can be created ({error.strerror}); choose a writable "
@@ -240,17 +240,6 @@ class Section:
     def _drop(self) -> None:
         if self.stop > self._start:
             self._file.drop(self._start, self.stop)
-
-
-def unlinked_file(folder: Path):  # noqa: ANN201 - BufferedRandom has no public name
-    """Create an unlinked file in `folder` that only its owner can read.
-
-    Raises:
-        OSError: no file can be created in the folder.
-    """
-    descriptor, name = tempfile.mkstemp(prefix="mlx_edgelora-", dir=folder)  # mode 0600
-    os.unlink(name)
-    return os.fdopen(descriptor, "w+b", buffering=0)
 
 
 def _preallocate(descriptor: int, size: int) -> None:

@@ -20,8 +20,9 @@ import numpy as np
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.measure import units
 from mlx_edgelora.measure.meter import DiskMeter
-from mlx_edgelora.storage.page_file import PAGE, PageFile, unlinked_file
+from mlx_edgelora.storage.page_file import PAGE, PageFile
 from mlx_edgelora.storage.safetensors import to_numpy
+from mlx_edgelora.storage.temporaries import create_unnamed
 
 # Enough to see through a disk's own cache, little enough to take well under a second.
 PROBE_BYTES = 8 * 10**6
@@ -286,7 +287,7 @@ def _in_memory(folder: Path) -> bool:
 def _write_seconds(folder: Path) -> float:
     start = time.perf_counter()
     try:
-        with unlinked_file(folder) as file:
+        with create_unnamed(folder) as file:
             file.write(bytes(PROBE_BYTES))
             os.fsync(file.fileno())
             return time.perf_counter() - start

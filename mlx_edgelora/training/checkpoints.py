@@ -18,7 +18,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -32,13 +31,11 @@ from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.storage.files import (
     Writer,
     cannot_write,
-    create,
-    remove,
     sync,
     sync_folder,
-    temporary_name,
 )
 from mlx_edgelora.storage.safetensors import write_tensors
+from mlx_edgelora.storage.temporaries import create, remove, temporary_folder
 from mlx_edgelora.training.adapters import CONFIG_FILE, WEIGHTS_FILE, adapter_writer
 from mlx_edgelora.training.group import Group
 
@@ -156,24 +153,30 @@ class Origin:
     def replacing(self, run_folder: Path, patterns: Iterable[str]) -> Iterator[None]:
         """Context of the first save: remove another run's files if `overwrites` is set.
 
-        The files, which match one of the glob patterns, are renamed during the save and restored
-        if it fails. The next start removes renamed files that a crash left.
+        The files, which match one of the glob patterns, are moved aside during the save and moved
+        back if it fails. The next start removes what a crash left aside.
+
+        Raises:
+            EdgeLoraError: a file cannot be moved.
         """
-        moved: list[tuple[Path, Path]] = []
-        try:
-            if self.overwrites and self.checkpoint is None:
-                for path in [path for name in patterns for path in run_folder.glob(name)]:
-                    moved.append((path, temporary_name(path)))
-                    os.replace(*moved[-1])
+        if not self.overwrites or self.checkpoint is not None:
             yield
-        except BaseException:
-            for path, aside in moved:
-                remove(path)
-                with contextlib.suppress(OSError):
-                    os.replace(aside, path)
-            raise
-        for _, aside in moved:
-            remove(aside)
+            return
+        paths = [path for name in patterns for path in run_folder.glob(name)]
+        try:
+            with temporary_folder(run_folder / "replaced") as aside:
+                try:
+                    for path in paths:
+                        os.replace(path, aside / path.name)
+                    yield
+                except BaseException:
+                    for path in paths:
+                        if (aside / path.name).exists():
+                            remove(path)
+                            os.replace(aside / path.name, path)
+                    raise
+        except OSError as error:
+            raise cannot_write(run_folder, error) from error
 
 
 def check_unused(run_folder: Path) -> None:
@@ -225,31 +228,33 @@ def save_checkpoint(
     }
     if plan is not None:
         writers[PLAN_FILE] = lambda file: file.write(plan.encode())
-    building = temporary_name(final)
     try:
-        building.mkdir(parents=True)
-        entries = {name: _write(building / name, writer) for name, writer in writers.items()}
-        _write(building / MANIFEST_FILE, _json_writer(_manifest(entries)))
-        sync_folder(building)
-        if final.exists():  # the same step of the same run, so nothing is lost
-            shutil.rmtree(final)
-        os.replace(building, final)
+        with temporary_folder(final) as building:
+            entries = {name: _write(building / name, writer) for name, writer in writers.items()}
+            _write(building / MANIFEST_FILE, _json_writer(_manifest(entries)))
+            sync_folder(building)
+            _remove(final)  # the same step of the same run, so nothing is lost
+            os.replace(building, final)
         sync_folder(final.parent)
         sync_folder(run_folder)
     except OSError as error:
         raise cannot_write(final, error) from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
     return final
 
 
 def remove_old(run_folder: Path, keep: int) -> None:
     """Remove all checkpoints except the newest `keep`."""
     for folder in _folders(run_folder)[:-keep]:
-        # The manifest goes first: if the removal is interrupted, the rest is no checkpoint.
-        with contextlib.suppress(OSError):
-            (folder / MANIFEST_FILE).unlink()
-        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # it is removed after a later save
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint, if it exists: all of it, or nothing that counts as a checkpoint."""
+    if not folder.exists():
+        return
+    with temporary_folder(folder) as aside:
+        os.replace(folder, aside / folder.name)
 
 
 def newest_checkpoint(run_folder: Path) -> Path | None:

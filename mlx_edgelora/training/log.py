@@ -18,6 +18,7 @@ from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.report.page import check_target, write_report
 from mlx_edgelora.storage.files import cannot_write
+from mlx_edgelora.storage.temporaries import create_unnamed
 
 
 class RunLog:
@@ -36,7 +37,7 @@ class RunLog:
         self._begun = False
         try:
             if path is None:
-                self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - closed by close()
+                self._file = create_unnamed(self._path)
                 return
             # Unbuffered: after a failed write, a buffer would be written again, and fail again,
             # when the file is closed.

@@ -4,7 +4,7 @@ import dataclasses
 import gc
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import mlx.core as mx
@@ -28,8 +28,9 @@ from mlx_edgelora.model.lora import add_lora, freeze
 from mlx_edgelora.model.tokenizer import load_tokenizer_of
 from mlx_edgelora.planner.machine import free_memory
 from mlx_edgelora.planner.run_plan import RunPlan, plan_request
-from mlx_edgelora.storage.files import user_cache, write_atomically
+from mlx_edgelora.storage.files import updating, user_cache, write_atomically
 from mlx_edgelora.storage.stores import spill_folder
+from mlx_edgelora.storage.temporaries import remove_left_overs, remove_scratch
 from mlx_edgelora.training import summary
 from mlx_edgelora.training.adapters import (
     adapter_file,
@@ -112,6 +113,7 @@ def open_run(
     """
     chosen = again
     if chosen is None:
+        _remove_left_overs(config, Path(place[0]))
         request = plan_request(config, lazy, sets, user_cache(), Path(place[0]))
         chosen = request if request.given else first_plan(request)
     left = ENGINES
@@ -145,6 +147,15 @@ def renew(lazy: LazyModel, config: TrainConfig) -> None:
     """Replace a model whose engine was closed by a new one, and free the old one's memory."""
     lazy.replace_with(adapted_model(config))
     gc.collect()  # engines have reference cycles, and two of them would not fit
+
+
+def _remove_left_overs(config: TrainConfig, scratch: Path) -> None:
+    """Remove what dead runs left in caches and in folders of scratch files."""
+    for folder in {user_cache(), cache_folder(config)}:
+        with suppress(OSError), updating(folder):  # a lock that a dead run left goes as well
+            remove_left_overs(folder)
+    for folder in {scratch, Path(tempfile.gettempdir())}:
+        remove_scratch(folder)
 
 
 @contextmanager

@@ -14,7 +14,8 @@ import numpy as np
 from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.model.checkpoint import Checkpoint as ModelFiles
-from mlx_edgelora.storage.files import locked, make_folder, remove_temporaries
+from mlx_edgelora.storage.files import locked, make_folder
+from mlx_edgelora.storage.temporaries import remove_left_overs
 from mlx_edgelora.training.checkpoints import (
     BEST_FOLDER,
     FOLDER,
@@ -102,9 +103,9 @@ def run_folder(config: TrainConfig, leads: bool = True) -> Iterator[Checkpoint |
         if is_new:  # a run that saves nothing leaves no folder
             stack.callback(_remove_if_empty, folder)
         stack.enter_context(locked(folder))
-        remove_temporaries(folder)
-        remove_temporaries(folder / FOLDER)
-        remove_temporaries(folder / BEST_FOLDER)
+        remove_left_overs(folder)
+        remove_left_overs(folder / FOLDER)
+        remove_left_overs(folder / BEST_FOLDER)
         checkpoint = None
         if config.resume:
             checkpoint = find_checkpoint(folder if config.resume is True else Path(config.resume))
