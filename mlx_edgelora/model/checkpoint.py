@@ -107,8 +107,8 @@ def resolve_model(name: str) -> Path:
     Raises:
         EdgeLoraError: it is neither a folder nor a repository that can be reached.
     """
-    if Path(name).is_dir():
-        return Path(name)
+    if os.path.isdir(folder := os.path.expanduser(name)):
+        return Path(folder)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise EdgeLoraError(
             f"model: {name!r} is not a folder, expected a model folder or a Hub name such as "
