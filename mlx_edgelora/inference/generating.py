@@ -8,13 +8,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from jinja2 import TemplateError
 from mlx_lm.generate import batch_generate, stream_generate
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model
 
+from mlx_edgelora.data.template_limits import TEMPLATE_ERRORS, limited_templates
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.inference.streamed import open_lazy, plan_inference, streamed
 from mlx_edgelora.model.checkpoint import error_text
@@ -140,10 +140,11 @@ def encode(tokenizer: TokenizerWrapper, messages: Sequence[dict[str, str]] | str
     if isinstance(messages, str):
         return tokenizer.encode(messages)
     try:
-        return tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, return_dict=False
-        )
-    except (TemplateError, ValueError, TypeError, KeyError) as error:
+        with limited_templates():
+            return tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, return_dict=False
+            )
+    except TEMPLATE_ERRORS as error:
         raise EdgeLoraError(
             f"the chat template does not take this conversation ({error_text(error)}); change its "
             "roles, or use --ignore-chat-template"
