@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import functools
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -14,8 +15,6 @@ WRONG, UNFORESEEN, OUTPUT_CLOSED = 2, 70, 141
 INTERRUPTED = 130
 # Errors of standard output. Errors of files are EdgeLoraErrors already.
 _OF_OUTPUT = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF
-# Limit of an error message, which may contain a whole configuration.
-MOST_CHARACTERS = 1500
 
 Main = Callable[[Sequence[str]], int]
 
@@ -39,6 +38,7 @@ def command(run: Main) -> Callable[[Sequence[str] | None], int]:
         arguments = list(sys.argv[1:] if argv is None else argv)
         debug = "--debug" in arguments
         arguments = [argument for argument in arguments if argument != "--debug"]
+        _print_any_text()
         try:
             status = run(arguments)
             if sys.stdout is not None:
@@ -68,6 +68,12 @@ def command(run: Main) -> Callable[[Sequence[str] | None], int]:
     return main
 
 
+def _print_any_text() -> None:
+    """Escape what standard output cannot encode, as standard error does, instead of failing."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def _drop_output() -> None:
     """Redirect standard output to nothing, or Python would print another error at exit."""
     with contextlib.suppress(OSError):
@@ -75,7 +81,7 @@ def _drop_output() -> None:
 
 
 def _say(text: str) -> None:
-    if len(text) > MOST_CHARACTERS:
-        text = f"{text[: MOST_CHARACTERS - 300]} […] {text[-290:]}"
+    # A quoted name may hold control characters, which a terminal would obey.
+    text = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
     with contextlib.suppress(OSError):  # standard error may be closed
         print(text, file=sys.stderr)

@@ -14,6 +14,7 @@ from mlx_edgelora.checkup.caches import clean, entries
 from mlx_edgelora.checkup.job import Checkup, Sizes, environment_variable
 from mlx_edgelora.checkup.report import as_json, lines_of, make_report, problems
 from mlx_edgelora.command import command
+from mlx_edgelora.config.kinds import path_argument
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.measure.meter import footprint
 from mlx_edgelora.measure.text import say, wrapped
@@ -74,12 +75,14 @@ def _parser() -> _Parser:
         "--report",
         nargs="?",
         const=FILE,
+        type=path_argument,
         metavar="FILE",
         help=f"write the report to this file as well (default: {FILE} in this folder)",
     )
     parser.add_argument(
         "--spill-dir",
         default=tempfile.gettempdir(),
+        type=path_argument,
         metavar="FOLDER",
         help="folder on the disk that is measured (default: the system's temporary one)",
     )

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from mlx_edgelora.command import command
+from mlx_edgelora.config.kinds import path_argument
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.export.fusing import fuse
 from mlx_edgelora.measure.meter import peak_memory
@@ -25,6 +26,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument(
         "--model",
+        type=path_argument,
         metavar="MODEL",
         help="Model folder or Hugging Face name. Default: the model the adapter was trained on.",
     )
@@ -32,6 +34,7 @@ def main(argv: Sequence[str]) -> int:
         "--adapter-path",
         nargs="+",
         default=["adapters"],
+        type=path_argument,
         metavar="FOLDER",
         help="Folders of adapters; several are added up. Default: adapters.",
     )
@@ -45,6 +48,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--save-path",
         default="fused_model",
+        type=path_argument,
         metavar="FOLDER",
         help="Folder to write to; it must not exist. Default: fused_model.",
     )

@@ -2,13 +2,12 @@
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mlx_edgelora.command import command
-from mlx_edgelora.config.kinds import BUDGET, read_value
+from mlx_edgelora.config.kinds import BUDGET, MOST_COUNT, path_argument, read_value
 from mlx_edgelora.embedded import MODEL_PATH, held_out_rows
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.inference.generating import Generator, Sampling, open_generator
@@ -64,11 +63,13 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add(
         "--model",
+        type=path_argument,
         metavar="MODEL",
         help="Model folder or Hugging Face name. Default: the model the adapter was trained on.",
     )
     add(
         "--adapter-path",
+        type=path_argument,
         metavar="FOLDER",
         help="Folder of an adapter. Default: none, the base model answers.",
     )
@@ -76,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompt", "-p", metavar="TEXT", help="Prompt; - reads it from standard input.")
     add(
         "--prompts",
+        type=path_argument,
         metavar="FILE",
         help="File of prompts: a text in each line, or JSON objects with prompt or messages.",
     )
@@ -152,13 +154,13 @@ def _prompts(options: argparse.Namespace, adapter: Path | None) -> Iterator[list
 
 
 def _check_sampling(options: argparse.Namespace) -> None:
-    limits = {"temp": math.inf, "top_p": 1, "min_p": 1, "top_k": math.inf, "seed": 2**64 - 1}
+    limits = {"temp": 1e6, "top_p": 1, "min_p": 1, "top_k": MOST_COUNT, "seed": 2**64 - 1}
+    limits |= {"max_tokens": MOST_COUNT, "batch_size": MOST_COUNT}
     for name, most in limits.items():
         value = getattr(options, name)
         if value is not None and not 0 <= value <= most:
             flag = name.replace("_", "-")
-            up_to = "" if most == math.inf else f" and at most {most}"
-            raise EdgeLoraError(f"--{flag}: got {value}, expected at least 0{up_to}")
+            raise EdgeLoraError(f"--{flag}: got {value}, expected at least 0 and at most {most}")
 
 
 def _conversation(row: object, place: str, options: argparse.Namespace) -> list | str:

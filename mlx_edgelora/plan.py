@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mlx_edgelora.command import command
 from mlx_edgelora.config import config_from_cli
+from mlx_edgelora.config.kinds import path_argument
 from mlx_edgelora.config.yaml_file import read_yaml
 from mlx_edgelora.embedded import DEFAULT_CONFIG
 from mlx_edgelora.errors import EdgeLoraError
@@ -33,7 +34,10 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
     parser.add_argument(
-        "--plot", metavar="FILE", help="Draw peak and time by budget (needs the plot extra)."
+        "--plot",
+        type=path_argument,
+        metavar="FILE",
+        help="Draw peak and time by budget (needs the plot extra).",
     )
     parser.add_argument(
         "--labelled",

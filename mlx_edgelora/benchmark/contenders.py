@@ -25,6 +25,7 @@ from mlx_edgelora import LoraParameters, TrainConfig, TrainingCallback, finetune
 from mlx_edgelora.benchmark.job import TrainingJob
 from mlx_edgelora.config.kinds import BUDGET
 from mlx_edgelora.measure.units import size
+from mlx_edgelora.model.tokenizer import NO_CODE
 
 # More steps than any run has, so that nothing is saved before the end.
 NEVER = 10**9
@@ -134,7 +135,7 @@ def mlx_lm(job: TrainingJob, pause: StepCallback) -> None:
 
     Batches are those of `batches_of`.
     """
-    model, tokenizer = load(job.model)
+    model, tokenizer = load(job.model, tokenizer_config=dict(NO_CODE))
     model.freeze()
     settings = {"rank": job.rank, "scale": job.scale, "dropout": 0.0}
     linear_to_lora_layers(model, len(model.layers), settings)

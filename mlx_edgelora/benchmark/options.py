@@ -10,6 +10,7 @@ from mlx_edgelora.benchmark.contenders import BUDGETS, own
 from mlx_edgelora.benchmark.machine import on_cpu
 from mlx_edgelora.benchmark.published import CONTEXTS
 from mlx_edgelora.benchmark.shapes import SHAPES, WEIGHTS, default_cache
+from mlx_edgelora.config.kinds import path_argument
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.storage.files import make_folder
 
@@ -97,7 +98,7 @@ def _parser() -> _Parser:
     )
     work.add_argument(
         "--data",
-        type=Path,
+        type=lambda text: Path(path_argument(text)),
         metavar="FOLDER",
         help="Folder with train.jsonl, whose prompts are masked. Default: random words.",
     )
@@ -164,11 +165,14 @@ def _parser() -> _Parser:
     )
     output = parser.add_argument_group("output")
     output.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="Folder for tables and pictures."
+        "--output",
+        type=lambda text: Path(path_argument(text)),
+        metavar="FOLDER",
+        help="Folder for tables and pictures.",
     )
     output.add_argument(
         "--cache",
-        type=Path,
+        type=lambda text: Path(path_argument(text)),
         default=default_cache(),
         metavar="FOLDER",
         help="Folder for random models and scratch files. Default: the user's cache.",

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-from mlx_lm.utils import load_tokenizer
 
 from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.data import load_datasets
@@ -13,6 +12,7 @@ from mlx_edgelora.data.dataset import Dataset
 from mlx_edgelora.data.sources import jsonl_source
 from mlx_edgelora.embedded import DATA_PATH
 from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.model.tokenizer import tokenizer_in
 from mlx_edgelora.storage.files import make_folder
 
 # Number of batches. They follow in random order, and repeated batches show changes of the loss.
@@ -120,8 +120,8 @@ def sort_rows(config: TrainConfig, tokenizer: object) -> None:
 
 def tokenizer_of(model: Path) -> object:
     """The tokenizer of a model folder."""
-    config = json.loads((model / "config.json").read_text())
-    return load_tokenizer(model, eos_token_ids=config.get("eos_token_id"))
+    config = json.loads((model / "config.json").read_bytes())
+    return tokenizer_in(model, config.get("eos_token_id"))
 
 
 def batches(

@@ -10,7 +10,7 @@ from mlx_edgelora.config.hints import HINTS
 from mlx_edgelora.config.kinds import read_value, unknown_key
 from mlx_edgelora.config.train_config import TrainConfig
 from mlx_edgelora.config.yaml_file import read_yaml
-from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.errors import EdgeLoraError, shown
 
 
 class _Parser(argparse.ArgumentParser):
@@ -197,7 +197,7 @@ def _flag(field: dataclasses.Field) -> str:
 
 def _refuse(argument: str) -> NoReturn:
     if not argument.startswith("-"):
-        raise EdgeLoraError(f"command line: got {argument!r}, expected a flag such as --model")
+        raise EdgeLoraError(f"command line: got {shown(argument)}, expected a flag such as --model")
     argument = argument.partition("=")[0]
     in_file = [field for field in dataclasses.fields(TrainConfig) if _takes_file_only(field)]
     if argument in map(_flag, in_file):
@@ -226,7 +226,8 @@ def _parse(argv: Sequence[str]) -> dict[str, Any]:
         name = _flag(field)
         try:
             value = value if isinstance(value, bool) else kind.parse(value)
-        except ValueError:
-            raise EdgeLoraError(f"{name}: got {value!r}, expected {kind.expected}") from None
+        except (ValueError, OverflowError):
+            got = f"{name}: got {shown(value)}"
+            raise EdgeLoraError(f"{got}, expected {kind.expected}") from None
         values[field.name] = read_value(name, value, kind)
     return values

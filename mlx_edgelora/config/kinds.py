@@ -4,6 +4,7 @@ An option is a dataclass field with metadata from `option_metadata`. Its kind de
 range and how its text on a command line is read.
 """
 
+import argparse
 import dataclasses
 import difflib
 import math
@@ -12,9 +13,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import Any, NoReturn
 
-from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.errors import EdgeLoraError, shortened, shown
+
+# MLX counts elements of a dimension in 32 bits and bytes in 64, and computes in float32.
+MOST_COUNT, MOST_BYTES = 2**31 - 1, 2**60
+LEAST_NUMBER, MOST_NUMBER = 1e-37, 1e38
 
 
 @dataclass(frozen=True)
@@ -45,12 +50,21 @@ def option(default: Any, text: str, kind: Kind) -> Any:
     return dataclasses.field(default=default, metadata=option_metadata(text, kind))
 
 
+class _OutOfRangeError(ValueError):
+    """A value of the right type that MLX cannot use; the text goes after what was expected."""
+
+
 def integer(minimum: int, maximum: int | None = None, also: int | None = None) -> Kind:
-    """A whole number from `minimum` up to `maximum`, or the value `also`."""
+    """A whole number from `minimum` up to `maximum`, or the value `also`.
+
+    The default of `maximum` is 2^31 - 1.
+    """
 
     def read(value: Any) -> int:
         _require(isinstance(value, int) and not isinstance(value, bool))
         _require(value == also or minimum <= value <= (value if maximum is None else maximum))
+        if maximum is None and value > MOST_COUNT:
+            raise _OutOfRangeError(f"and at most {MOST_COUNT}")
         return value
 
     expected = f"a whole number of at least {minimum}"
@@ -62,11 +76,16 @@ def integer(minimum: int, maximum: int | None = None, also: int | None = None) -
 
 
 def number(expected: str, test: Callable[[float], bool] = lambda value: True) -> Kind:
-    """A finite number that passes the test; whole numbers are accepted."""
+    """A finite number that passes the test; whole numbers are accepted.
+
+    A number other than 0 must be one of float32, where it would become 0 or infinity.
+    """
 
     def read(value: Any) -> float:
         _require(isinstance(value, int | float) and not isinstance(value, bool))
         _require(math.isfinite(value) and test(value))
+        if value and not LEAST_NUMBER <= abs(value) <= MOST_NUMBER:
+            raise _OutOfRangeError(f"from {LEAST_NUMBER:g} to {MOST_NUMBER:g}")
         return float(value)
 
     return Kind(expected, read, float)
@@ -76,12 +95,47 @@ def text(expected: str = "text", test: Callable[[str], bool] = lambda value: Tru
     """A string, or a path, that passes the test."""
 
     def read(value: Any) -> str:
-        _require(isinstance(value, str | os.PathLike))
-        _require("\0" not in os.fspath(value))  # no system call accepts it
-        _require(test(os.fspath(value)))
-        return os.fspath(value)
+        value = _read_text(value)
+        _require(test(value))
+        return value
 
     return Kind(expected, read)
+
+
+def _read_text(value: Any) -> str:
+    _require(isinstance(value, str | os.PathLike))
+    value = os.fspath(value)
+    _require(isinstance(value, str) and "\0" not in value)  # no system call accepts it
+    value.encode()  # a name that is not UTF-8 cannot be given to MLX, or written as JSON
+    return value
+
+
+def expand_home(value: Any) -> str:
+    """A path with `~` replaced, which a shell leaves in `--log=~/file` and YAML everywhere.
+
+    Raises:
+        ValueError: it is not a path of UTF-8 text, or `~name` names nobody.
+    """
+    value = os.path.expanduser(_read_text(value))
+    _require(not value.startswith("~"))
+    return value
+
+
+_PATH = "a path in UTF-8, where ~ is the home folder"
+PATH = Kind(f"text: {_PATH}", expand_home)
+FULL_PATH = Kind(f"text that is not empty: {_PATH}", lambda value: expand_home(value) or _fail())
+
+
+def path_argument(value: str) -> str:
+    """The type of a path for argparse; see `expand_home`."""
+    try:
+        return expand_home(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {shown(value)}, expected {_PATH}") from None
+
+
+def _fail() -> NoReturn:
+    raise ValueError
 
 
 def one_of(*choices: Any) -> Kind:
@@ -130,8 +184,10 @@ def _read_size(value: Any) -> int:
     if isinstance(value, str):
         match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([A-Za-z]*)\s*", value)
         _require(match is not None and match[2].upper() in _UNITS)
-        return int(Decimal(match[1]) * _UNITS[match[2].upper()])
+        value = int(Decimal(match[1]) * _UNITS[match[2].upper()])
     _require(isinstance(value, int) and not isinstance(value, bool) and value >= 0)
+    if value > MOST_BYTES:
+        raise _OutOfRangeError(f"and at most {MOST_BYTES} bytes")
     return value
 
 
@@ -153,7 +209,7 @@ def _read_switch(value: Any) -> str:
 
 def _read_resume(value: Any) -> bool | str:
     _require(isinstance(value, bool | str | os.PathLike))
-    return value if isinstance(value, bool) else os.fspath(value)
+    return value if isinstance(value, bool) else expand_home(value)
 
 
 def _read_names(value: Any) -> tuple[str, ...]:
@@ -205,14 +261,17 @@ def read_value(name: str, value: Any, kind: Kind) -> Any:
     """
     try:
         return kind.read(value)
-    except ValueError:
-        pass
-    raise EdgeLoraError(f"{name}: got {value!r}, expected {kind.expected}")
+    except _OutOfRangeError as error:
+        expected = f"{kind.expected}, {error}"
+    except (ValueError, ArithmeticError):  # OverflowError and those of Decimal
+        expected = kind.expected
+    raise EdgeLoraError(f"{name}: got {shown(value)}, expected {expected}")
 
 
 def unknown_key(name: str, key: Any, known: Sequence[str]) -> EdgeLoraError:
     """The error for a key that is not in `known`; the message calls the key `name`."""
-    if near := difflib.get_close_matches(str(key), known, n=1):
+    name = shortened(name, 200)
+    if near := difflib.get_close_matches(str(key)[:100], known, n=1):
         return EdgeLoraError(
             f"{name}: unknown key, the nearest known one is {near[0]}; correct its spelling or "
             "take it out"
@@ -237,7 +296,7 @@ def read_options(cls: type, mapping: Any, prefix: str = "") -> dict[str, Any]:
     """
     if not isinstance(mapping, Mapping):
         place = prefix.rstrip(".") or "the configuration"
-        raise EdgeLoraError(f"{place}: got {mapping!r}, expected {MAPPING.expected}")
+        raise EdgeLoraError(f"{place}: got {shown(mapping)}, expected {MAPPING.expected}")
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in mapping:
         if key in getattr(cls, "HINTS", {}):

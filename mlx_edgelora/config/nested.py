@@ -23,7 +23,7 @@ from mlx_edgelora.config.kinds import (
     text,
     unknown_key,
 )
-from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.errors import EdgeLoraError, shown
 
 OPTIMIZERS = {
     "adam": optimizers.Adam,
@@ -142,7 +142,7 @@ def _read_optimizer_config(value: Any) -> dict[str, dict[str, Any]]:
         if name not in OPTIMIZERS:
             raise unknown_key(place, name, list(OPTIMIZERS))
         if not isinstance(arguments, Mapping | None):
-            raise EdgeLoraError(f"{place}: got {arguments!r}, expected {MAPPING.expected}")
+            raise EdgeLoraError(f"{place}: got {shown(arguments)}, expected {MAPPING.expected}")
         known = [key for key in inspect.signature(OPTIMIZERS[name]).parameters]
         known.remove("learning_rate")
         for key in arguments or {}:

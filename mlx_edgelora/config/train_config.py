@@ -15,7 +15,9 @@ from mlx_edgelora.config.kinds import (
     BUDGET,
     DURATION,
     FLAG,
+    FULL_PATH,
     NAMES,
+    PATH,
     PROMPTS,
     RESUME,
     SIZE,
@@ -90,13 +92,13 @@ class TrainConfig:
     HINTS: ClassVar[dict[str, str]] = hints.HINTS
 
     config: str | None = option(
-        None, "YAML file with options; the command line takes precedence.", text()
+        None, "YAML file with options; the command line takes precedence.", PATH
     )
     model: str | None = option(
         None,
         "Model to fine-tune: a local folder or a Hugging Face name. Default: the tiny model that "
         "comes with the package.",
-        _NAME,
+        FULL_PATH,
     )
     data: str | None = option(
         None,
@@ -170,10 +172,10 @@ class TrainConfig:
         metadata=option_metadata("Rank, scale, ... of adapters.", LORA),
     )
     resume_adapter_file: str | None = option(
-        None, "Adapter to start from: an adapters.safetensors file.", _NAME
+        None, "Adapter to start from: an adapters.safetensors file.", FULL_PATH
     )
     adapter_path: str = option(
-        "adapters", "Folder of the adapter: written by training, read by a test alone.", text()
+        "adapters", "Folder of the adapter: written by training, read by a test alone.", PATH
     )
     resume: bool | str | None = option(
         None,
@@ -287,12 +289,12 @@ class TrainConfig:
     )
     project_name: str | None = option(None, "Name of the project for --report-to.", text())
     log: str | None = option(
-        None, "JSONL file to which every report is appended as one record.", _NAME
+        None, "JSONL file to which every report is appended as one record.", FULL_PATH
     )
     report: str | None = option(
         None,
         "HTML file about the run, written when it ends: loss, speed, memory and plan.",
-        _NAME,
+        FULL_PATH,
     )
 
     verbose: bool = option(
@@ -344,9 +346,9 @@ class TrainConfig:
         BUDGET,
     )
     plan: str | None = option(
-        None, "Plan file to follow instead of a budget, as --plan-out writes it.", _NAME
+        None, "Plan file to follow instead of a budget, as --plan-out writes it.", FULL_PATH
     )
-    plan_out: str | None = option(None, "JSON file to write the plan to.", _NAME)
+    plan_out: str | None = option(None, "JSON file to write the plan to.", FULL_PATH)
     duty: float = option(
         1.0,
         "Fraction of the time to compute in; 0.5 pauses after each block for as long as the block "
@@ -365,19 +367,19 @@ class TrainConfig:
         None,
         "Folder to write the memory use of the last step to: memory.json, and memory.png with the "
         "plot extra.",
-        _NAME,
+        FULL_PATH,
     )
     spill_dir: str | None = option(
         None,
         "Folder for scratch files (block inputs, paged adapters). Default: the faster of the "
         "temporary folder and the user's cache.",
-        _NAME,
+        FULL_PATH,
     )
     cache_dir: str | None = option(
         None,
         "Folder for converted models and for the nearest tokens of the approximate loss. Default: "
         "the user's cache.",
-        _NAME,
+        FULL_PATH,
     )
     clear_cache_threshold: int | None = option(
         None,

@@ -45,6 +45,11 @@ def _load_from_hub(place: str, name: str, config: Mapping[str, Any], **split: st
             f"{place} needs the package datasets to be loaded from the Hugging Face Hub; run "
             "`pip install datasets`, or give a folder"
         ) from error
+    if config.get("trust_remote_code"):  # older versions run scripts of data sets
+        raise EdgeLoraError(
+            f"{place} has config.trust_remote_code, but code of a data set is never run; leave it "
+            "out, or give a folder"
+        )
     try:
         return datasets.load_dataset(name, **config, **split)
     except (OSError, ValueError, TypeError) as error:

@@ -24,6 +24,8 @@ def open_data(path: Path) -> Iterator[BinaryIO]:
         EdgeLoraError: the file cannot be read or uncompressed, on opening or within the context.
     """
     try:
+        if path.is_fifo() or path.is_char_device():  # would wait, and can be read only once
+            raise EdgeLoraError(f"{path}: is a pipe or device, expected a file of rows")
         with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
             yield file
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:

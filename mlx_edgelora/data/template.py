@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from jinja2 import TemplateError
-
 from mlx_edgelora.data.conversation import Message, RowError
+from mlx_edgelora.data.template_limits import TEMPLATE_ERRORS, limited_templates
+from mlx_edgelora.errors import shortened
 
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
@@ -103,14 +103,15 @@ class Template:
         if getattr(self._tokenizer, "has_thinking", None) is not None:  # as mlx-lm's wrapper does
             options["enable_thinking"] = self._tokenizer.has_thinking
         try:
-            found = self._inner.apply_chat_template(
-                list(messages),
-                tools=tools,
-                return_dict=True,
-                return_assistant_tokens_mask=True,
-                **options,
-            )
-        except (TemplateError, ValueError, TypeError, KeyError, AttributeError):
+            with limited_templates():
+                found = self._inner.apply_chat_template(
+                    list(messages),
+                    tools=tools,
+                    return_dict=True,
+                    return_assistant_tokens_mask=True,
+                    **options,
+                )
+        except TEMPLATE_ERRORS:
             return None  # slow tokenizers do not know the positions of tokens in the text
         if list(found["input_ids"]) != tokens:
             return None
@@ -127,13 +128,17 @@ class Template:
 
     def _applied(self, messages: Sequence[Message], tools: Any, **options: Any) -> Any:
         try:
-            return self._tokenizer.apply_chat_template(
-                list(messages), tools=tools, return_dict=False, **options
-            )
-        except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
+            with limited_templates():
+                return self._tokenizer.apply_chat_template(
+                    list(messages), tools=tools, return_dict=False, **options
+                )
+        except TEMPLATE_ERRORS as error:
             if getattr(self._tokenizer, "has_chat_template", True) is False:
                 raise RowError(
                     "the model's tokenizer has no chat template, which this format needs; use "
                     "the text format or an instruction-tuned model"
                 ) from error
-            raise RowError(f"the chat template refuses the messages ({error})") from error
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise RowError(
+                f"the chat template refuses the messages ({shortened(reason, 300)})"
+            ) from error

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-from jinja2 import TemplateError
 from mlx_lm.generate import batch_generate, stream_generate
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model
 
+from mlx_edgelora.data.template_limits import TEMPLATE_ERRORS, limited_templates
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.inference.streamed import (
     InferencePlan,
@@ -131,10 +131,11 @@ def encode(
     if isinstance(messages, str):
         return tokenizer.encode(messages)
     try:
-        return tokenizer.apply_chat_template(
-            list(messages), tools=tools, add_generation_prompt=True, return_dict=False
-        )
-    except (TemplateError, ValueError, TypeError, KeyError) as error:
+        with limited_templates():
+            return tokenizer.apply_chat_template(
+                list(messages), tools=tools, add_generation_prompt=True, return_dict=False
+            )
+    except TEMPLATE_ERRORS as error:
         raise EdgeLoraError(
             f"the chat template does not take this conversation ({error_text(error)}); change its "
             "roles, or use --ignore-chat-template"

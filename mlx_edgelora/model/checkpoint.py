@@ -22,6 +22,7 @@ from mlx_edgelora.blocks.block_list import BlockList
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.measure.text import say
 from mlx_edgelora.measure.units import size
+from mlx_edgelora.model.config_checks import check_config, checked_sanitize
 from mlx_edgelora.model.weights import TensorLocation
 from mlx_edgelora.storage.files import WatchedFiles, sync, sync_folder
 from mlx_edgelora.storage.safetensors import TensorInfo, read_header, write_tensors
@@ -38,6 +39,7 @@ BUILD_ERRORS = (
     AttributeError,
     ImportError,
     LookupError,
+    MemoryError,
     RuntimeError,
     SystemExit,
     TypeError,
@@ -45,6 +47,8 @@ BUILD_ERRORS = (
 )
 # The files that a model needs from the Hub; Python files are never downloaded.
 HUB_PATTERNS = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
+# Limit of config.json and of the index of shards, in bytes; those of large models have 5 MB.
+MOST_JSON = 50_000_000
 # Part of a converted copy's name: increase it when the written format changes.
 FORMAT = 1
 
@@ -108,8 +112,8 @@ def resolve_model(name: str) -> Path:
     Raises:
         EdgeLoraError: it is neither a folder nor a repository that can be reached.
     """
-    if Path(name).is_dir():
-        return Path(name)
+    if os.path.isdir(folder := os.path.expanduser(name)):
+        return Path(folder)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise EdgeLoraError(
             f"model: {name!r} is not a folder, expected a model folder or a Hub name such as "
@@ -171,6 +175,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise EdgeLoraError(
             f"{path}: the index names tensor {lacking[0]!r}, which no shard has; download it again"
         )
+    check_config(path / "config.json", config, tensors)
     return Checkpoint(path, config, tensors, files)
 
 
@@ -223,7 +228,7 @@ def _recording_classes(config: dict, checkpoint: Checkpoint, raw: dict) -> tuple
 
     def build(args: Any) -> nn.Module:
         model = model_class(args)
-        sanitize = getattr(model, "sanitize", lambda weights: weights)
+        sanitize = checked_sanitize(model, getattr(model, "sanitize", lambda weights: weights))
 
         def record_and_sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
             for name, array in weights.items():
@@ -329,7 +334,11 @@ def _fingerprint(checkpoint: Checkpoint, quantize: int | None) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        if path.stat().st_size > MOST_JSON or not path.is_file():
+            raise EdgeLoraError(
+                f"{path}: is no file of at most {size(MOST_JSON)}; download the model again"
+            )
+        content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise EdgeLoraError(
             f"{path}: cannot be read as JSON ({error_text(error)}); download the model again"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mlx_edgelora.command import command
 from mlx_edgelora.config import TrainConfig, config_from_cli
+from mlx_edgelora.config.kinds import path_argument
 from mlx_edgelora.config.yaml_file import read_yaml
 from mlx_edgelora.data import Dataset
 from mlx_edgelora.embedded import DEFAULT_CONFIG, MODEL_PATH
@@ -41,7 +42,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--rows", type=int, default=3, metavar="N", help="Rows to show of each set. Default: 3."
     )
-    parser.add_argument("--html", metavar="FILE", help="Write all of it to a web page as well.")
+    parser.add_argument(
+        "--html", type=path_argument, metavar="FILE", help="Write all of it to a web page as well."
+    )
     own, rest = parser.parse_known_args(argv)
     if own.rows < 0:
         raise EdgeLoraError(f"--rows: got {own.rows}, expected a number of at least 0")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from mlx_edgelora.command import command
+from mlx_edgelora.config.kinds import path_argument
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.report.page import check_target, write_report
 
@@ -49,9 +50,12 @@ def _parser() -> _Parser:
         f"this package is trained for {STEPS} steps, as an example.",
         allow_abbrev=False,
     )
-    parser.add_argument("log", nargs="?", metavar="LOG", help="JSONL file of a run")
+    parser.add_argument(
+        "log", nargs="?", type=path_argument, metavar="LOG", help="JSONL file of a run"
+    )
     parser.add_argument(
         "--output",
+        type=path_argument,
         metavar="FILE",
         help=f"HTML file to write (default: the log's name with .html, or {EXAMPLE})",
     )

@@ -18,11 +18,14 @@ from typing import BinaryIO
 import mlx.core as mx
 import numpy as np
 
-from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.errors import EdgeLoraError, shortened, shown
 from mlx_edgelora.storage.files import WatchedFiles
 
-# The reference implementation's own cap; a larger header is an attack or an accident.
-MAX_HEADER_BYTES = 100_000_000
+# Limits of a header, in time and memory to read it; shards of the largest models have some 100 kB.
+# The reference implementation takes 100 MB, for which Python needs gigabytes.
+MAX_HEADER_BYTES, MAX_TENSORS = 25_000_000, 200_000
+# Limits of MLX, whose dimensions have 32 bits.
+MAX_DIMENSIONS, MAX_DIMENSION = 32, 2**31 - 1
 
 # name in the file -> (MLX dtype, NumPy dtype of the same width)
 DTYPES: Mapping[str, tuple[mx.Dtype, type]] = {
@@ -69,6 +72,8 @@ def read_header(path: str | os.PathLike) -> dict[str, TensorInfo]:
     """
     path = Path(path)
     try:
+        if path.is_fifo():  # would wait for a writer
+            raise EdgeLoraError(f"{path}: is a pipe, expected a safetensors file")
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             return _parse_header(path, file, size)
@@ -82,15 +87,21 @@ def _parse_header(path: Path, file: BinaryIO, size: int) -> dict[str, TensorInfo
     if size < 8:
         raise _damaged(path, f"{size} bytes long, expected at least 8")
     (length,) = struct.unpack("<Q", file.read(8))
-    if length > min(MAX_HEADER_BYTES, size - 8):
+    if length > size - 8:
         raise _damaged(path, f"its header claims {length} bytes, the file has {size - 8} after it")
+    if length > MAX_HEADER_BYTES:
+        raise _damaged(path, f"its header has {length} bytes, expected at most {MAX_HEADER_BYTES}")
     try:
         header = json.loads(file.read(length), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
         raise _damaged(path, f"its header is not JSON ({error})") from error
     if not isinstance(header, dict):
         raise _damaged(path, "its header is not a JSON object")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None) or {}  # MLX writes null for none
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _damaged(path, "its metadata is not a mapping of names to texts")
+    if len(header) > MAX_TENSORS:
+        raise _damaged(path, f"it has {len(header)} tensors, expected at most {MAX_TENSORS}")
     tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in header.items()}
     at = 8 + length
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
@@ -103,14 +114,15 @@ def _parse_header(path: Path, file: BinaryIO, size: int) -> dict[str, TensorInfo
 
 
 def _tensor(path: Path, name: str, entry: object, base: int) -> TensorInfo:
+    name = shortened(name, 200)
     try:
         dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise _damaged(path, f"tensor {name!r} lacks dtype, shape or data_offsets") from error
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise EdgeLoraError(
-            f"{path}: tensor {name!r} has dtype {dtype!r}, expected one of {', '.join(DTYPES)}; "
-            "convert the file with mlx_lm.convert"
+            f"{path}: tensor {name!r} has dtype {shown(dtype)}, expected one of "
+            f"{', '.join(DTYPES)}; convert the file with mlx_lm.convert"
         )
     if not isinstance(shape, list) or not all(_is_count(n) for n in [*shape, start, stop]):
         raise _damaged(path, f"tensor {name!r} has a shape or offsets that are not counts")
@@ -119,6 +131,8 @@ def _tensor(path: Path, name: str, entry: object, base: int) -> TensorInfo:
         raise _damaged(
             path, f"tensor {name!r} spans {stop - start} bytes, its shape needs {expected}"
         )
+    if len(shape) > MAX_DIMENSIONS or any(n > MAX_DIMENSION for n in shape):
+        raise _damaged(path, f"tensor {name!r} has a shape of {shown(shape)}")
     return TensorInfo(dtype, tuple(shape), base + start, base + stop)
 
 

@@ -234,7 +234,12 @@ def _open_adapter(file: Path, expected: Mapping[str, Sequence[int]]) -> dict[str
         }
     else:
         header = read_header(file)
-        loaded = mx.load(os.fspath(file), format="safetensors")
+        try:
+            loaded = mx.load(os.fspath(file), format="safetensors")
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise EdgeLoraError(
+                f"{file}: MLX cannot read it ({error_text(error)}); use an earlier checkpoint"
+            ) from error
     _check_names(file, header, expected)
     for name in expected:
         _check_tensor(file, name, header[name], tuple(expected[name]))

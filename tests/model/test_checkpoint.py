@@ -171,7 +171,7 @@ MISFITS = {
         "no_such_model",
     ),
     "setting missing": (lambda f: edit(f / "config.json", hidden_size=None), "hidden_size"),
-    "setting of another type": (lambda f: edit(f / "config.json", hidden_size="64"), "TypeError"),
+    "setting of another type": (lambda f: edit(f / "config.json", rms_norm_eps="x"), "Error"),
     "tensor missing": (
         lambda f: replace_tensors(f, lambda t: t.pop("model.norm.weight")),
         "Missing 1 parameters.*model.norm.weight",
