@@ -2,7 +2,6 @@
 
 ITERS = "write epochs, or iters for steps"
 SAVES = "write save_every"
-ONLY_LORA = "only LoRA is trained here; take it out"
 
 HINTS = {
     "lora_layers": "write num_layers, its name in mlx-lm today",
@@ -11,7 +10,7 @@ HINTS = {
     "num_epochs": ITERS,
     "num_train_epochs": ITERS,
     "max_steps": "write iters",
-    "use_dora": ONLY_LORA,
+    "use_dora": "write fine_tune_type: dora",
     "lora_rank": "write rank under lora_parameters in a config file",
     "lora_alpha": "write scale under lora_parameters in a config file: alpha / rank elsewhere",
     "lora_dropout": "write dropout under lora_parameters in a config file",

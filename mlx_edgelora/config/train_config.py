@@ -59,8 +59,8 @@ _REPORT_TO = text(
     lambda value: all(name.strip().lower() in ("", *REPORTERS) for name in value.split(",")),
 )
 _FINE_TUNE_TYPE = dataclasses.replace(
-    one_of("lora"),
-    expected="lora; dora and full fine-tuning are not done here, use mlx_lm.lora for them",
+    one_of("lora", "dora"),
+    expected="lora or dora; full fine-tuning is not done here, use mlx_lm.lora for it",
 )
 _NUM_LAYERS = dataclasses.replace(
     integer(1, also=-1),
@@ -157,7 +157,11 @@ class TrainConfig:
     test: bool = option(False, "Evaluate on the test set, after training if any.", FLAG)
     seed: int = option(0, "Random seed.", integer(0, 2**32 - 1))
 
-    fine_tune_type: str = option("lora", "Only lora is supported.", _FINE_TUNE_TYPE)
+    fine_tune_type: str = option(
+        "lora",
+        "Kind of adapters: lora, or dora, which trains the norm of each row of a matrix too.",
+        _FINE_TUNE_TYPE,
+    )
     num_layers: int | None = option(
         None,
         f"Number of blocks to adapt, counted from the last; -1 for all. Default: {MOST_LAYERS}, or "

@@ -282,6 +282,7 @@ def _with_saved_layers(config: TrainConfig) -> TrainConfig:
     try:
         saved = json.loads(path.read_text())
         layers = {key: saved[key] for key in ("num_layers", "lora_parameters")}
+        layers["fine_tune_type"] = saved.get("fine_tune_type", "lora")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise EdgeLoraError(
             f"{path}: not the configuration of an adapter ({error_text(error)}); name the folder "
@@ -296,6 +297,7 @@ def _with_saved_layers(config: TrainConfig) -> TrainConfig:
     like = TrainConfig.from_dict(layers, str(path))
     return dataclasses.replace(
         config,
+        fine_tune_type=like.fine_tune_type,
         num_layers=like.num_layers,
         lora_parameters=like.lora_parameters,
         resume_adapter_file=str(Path(config.adapter_path) / WEIGHTS_FILE),
