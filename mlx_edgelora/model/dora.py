@@ -1,11 +1,11 @@
 """What DoRA adds to a model's preparation: which layers it can adapt, and where `m` starts."""
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.dora import DoRALinear
 
@@ -90,17 +90,11 @@ def renew_magnitudes(lazy: LazyModel) -> None:
     for module in lazy.model.modules():
         if not isinstance(module, DoRALinear):
             continue
-        linear = module.linear
-        arrays = {
-            name: _again(lazy, array, shards)
-            for name, array in linear.items()
-            if isinstance(array, mx.array)
-        }
-        copy = type(linear).__new__(type(linear))
-        nn.Module.__init__(copy)
-        vars(copy).update(vars(linear))
-        copy.update(tree_unflatten(list(arrays.items())), strict=False)
-        module.m = row_norms(copy)
+        linear = copy(module.linear)
+        for name, array in linear.items():
+            if isinstance(array, mx.array):
+                linear[name] = _again(lazy, array, shards)
+        module.m = row_norms(linear)
 
 
 def _again(lazy: LazyModel, array: mx.array, shards: dict[Path, dict[str, mx.array]]) -> mx.array:

@@ -134,6 +134,11 @@ def set_kernel(model: nn.Module, kernel: str) -> str:
     return f"{kernel} ({reason})"
 
 
+def replace_dora(model: nn.Module) -> None:
+    """Let the DoRA layers of an adapter of mlx-lm's never unpack a matrix whole."""
+    _replace_classes(model, {MlxDoRALinear: DoRALinear})
+
+
 def _replace_classes(model: nn.Module, classes: dict[type, type]) -> None:
     for module in model.modules():
         if type(module) in classes:
