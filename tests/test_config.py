@@ -247,6 +247,9 @@ def test_train_is_the_default_unless_test_is_given(argv, train, test):
         ({"lora_parameters": {"keys": "q_proj"}}, r"lora_parameters\.keys: got 'q_proj'"),
         ({"lora_parameters": {"keys": []}}, r"lora_parameters\.keys: got \[\], expected"),
         ({"lora_parameters": 8}, r"lora_parameters: got 8, expected a mapping"),
+        ({"use_rslora": True}, r"use_rslora: unknown key; write use_rslora under lora_parameters"),
+        ({"lora_parameters": {"use_rslora": 1}}, r"lora_parameters\.use_rslora: got 1, expected t"),
+        ({"loraplus_lr_ratio": 0}, r"loraplus_lr_ratio: got 0, expected a number above 0"),
         ({"fine_tune_type": "full"}, r"fine_tune_type: got 'full', expected lora or dora; full"),
         ({"trust_remote_code": True}, r"trust_remote_code: got True, expected false"),
         ({"num_layers": 0}, r"num_layers: got 0, expected .* or -1 for all"),
@@ -529,3 +532,22 @@ def test_what_contradicts_a_memory_budget_is_refused(options, sentence):
 def test_hints_are_for_keys_that_do_not_exist():
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     assert not names & HINTS.keys()
+
+
+def test_rslora_is_a_scale_in_the_configuration_of_the_adapter():
+    config = TrainConfig.from_dict(
+        {"lora_parameters": {"rank": 16, "scale": 2.5, "use_rslora": True}}
+    )
+    saved = config.to_dict()
+    assert saved["lora_parameters"] == {"rank": 16, "scale": 10.0, "dropout": 0.0}
+    again = TrainConfig.from_dict({"lora_parameters": saved["lora_parameters"]})
+    assert again.lora_parameters == config.lora_parameters  # not scaled twice
+    assert LoraParameters(rank=16, scale=2.5, use_rslora=False).scale == 2.5
+
+
+def test_loraplus_takes_an_adafactor_without_a_rate_of_its_own():
+    own = {"adafactor": {"relative_step": False}}
+    config = TrainConfig(optimizer="adafactor", optimizer_config=own, loraplus_lr_ratio=16)
+    assert config.loraplus_lr_ratio == 16.0
+    with pytest.raises(EdgeLoraError, match=r"^loraplus_lr_ratio: got 16 with adafactor, which s"):
+        TrainConfig(optimizer="adafactor", loraplus_lr_ratio=16)

@@ -13,6 +13,8 @@ HINTS = {
     "use_dora": "write fine_tune_type: dora",
     "lora_rank": "write rank under lora_parameters in a config file",
     "lora_alpha": "write scale under lora_parameters in a config file: alpha / rank elsewhere",
+    "use_rslora": "write use_rslora under lora_parameters in a config file",
+    "loraplus_lr_embedding": "adapters of embeddings have the rates of all others; take it out",
     "lora_dropout": "write dropout under lora_parameters in a config file",
     "gradient_accumulation_steps": "write grad_accumulation_steps",
     "gradient_checkpointing": "the memory budget decides what is recomputed; take it out",

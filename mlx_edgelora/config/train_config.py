@@ -219,6 +219,13 @@ class TrainConfig:
         "Learning rate; lr_schedule in a config file replaces it.",
         number("a number above 0", lambda x: x > 0),
     )
+    loraplus_lr_ratio: float | None = option(
+        None,
+        "LoRA+: learning rate of the matrices B (and DoRA's m), as a multiple of learning_rate, "
+        "such as 16. "
+        "Default: 1.",
+        number("a number above 0", lambda x: x > 0),
+    )
     lr_schedule: dict[str, Any] | None = field(
         default=None,
         metadata=option_metadata("Schedule of the learning rate, in its place.", SCHEDULE),
@@ -492,6 +499,7 @@ def _check_together(config: TrainConfig) -> None:
             "0: a target over the whole vocabulary needs the exact one"
         )
     _check_labels(config)
+    _check_loraplus(config)
     if config.iters is not None and config.epochs is not None:
         raise EdgeLoraError(
             f"epochs: got {config.epochs} with iters {config.iters}, expected one of the two; "
@@ -538,6 +546,17 @@ def _check_labels(config: TrainConfig) -> None:
         raise EdgeLoraError(
             f"train_on: got {config.train_on!r} with mask_prompt, which is last-answer; leave one "
             "of them out"
+        )
+
+
+def _check_loraplus(config: TrainConfig) -> None:
+    """Reject a ratio of learning rates for an optimizer that has no use for a learning rate."""
+    arguments = config.optimizer_config.get(config.optimizer) or {}
+    relative = config.optimizer == "adafactor" and arguments.get("relative_step", True)
+    if config.loraplus_lr_ratio is not None and relative:
+        raise EdgeLoraError(
+            f"loraplus_lr_ratio: got {config.loraplus_lr_ratio:g} with adafactor, which sets its "
+            "own rate; set relative_step: false in optimizer_config, or use another optimizer"
         )
 
 

@@ -288,8 +288,9 @@ def _with_saved_layers(config: TrainConfig) -> TrainConfig:
             f"{path}: not the configuration of an adapter ({error_text(error)}); name the folder "
             "of a trained adapter, or test the base model with --adapter-path ''"
         ) from error
-    # Unknown keys in the file of another program, such as alpha, are ignored.
-    own = {field.name for field in dataclasses.fields(LoraParameters)}
+    # Unknown keys in the file of another program, such as alpha, are ignored; a saved scale is the
+    # one to apply.
+    own = {field.name for field in dataclasses.fields(LoraParameters)} - {"use_rslora"}
     if isinstance(layers["lora_parameters"], Mapping):
         layers["lora_parameters"] = {
             key: value for key, value in layers["lora_parameters"].items() if key in own
