@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.dora import DoRALinear as MlxDoRALinear
 from mlx_lm.utils import load_model
 
+from mlx_edgelora.blocks import gated_mlp
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.layers.dora import row_norms
 from mlx_edgelora.model.lora import add_lora
@@ -59,6 +60,30 @@ def test_gradients_equal_those_of_mlx_lm(case, segment):
     assert names.count("m") == names.count("lora_a") == names.count("lora_b") > 0
     assert loss.item() == pytest.approx(expected_loss, rel=1e-5)
     assert_same_gradients(got, expected, resolution=moves)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("segment", SEGMENTS)
+def test_compiled_the_gradients_are_the_same(tmp_path, segment, compiles):
+    folder, batch = save(tmp_path, "llama", True), random_batch(2, 17)
+    _, expected = plain_value_and_grad(plain(folder, dora=True), batch)
+    with closing(engine(folder, dora=True, compiled=True, **SEGMENTS[segment])) as ours:
+        for _ in range(2):
+            _, got = ours.value_and_grad(batch)
+    assert_same_gradients(got, expected)
+
+
+def test_mlps_are_computed_in_slices(tmp_path, monkeypatch):
+    widths, own = [], gated_mlp.gated_mlp
+
+    def watched(x, first, *rest, **options):
+        widths.append((first.gain.shape, options["tile_bytes"]))
+        return own(x, first, *rest, **options)
+
+    monkeypatch.setattr(gated_mlp, "gated_mlp", watched)
+    with closing(engine(save(tmp_path, "llama", True), dora=True, mlp_bytes=1)) as ours:
+        ours.value_and_grad(random_batch(2, 17))
+    assert set(widths) == {((96,), 1)}
 
 
 @pytest.mark.parametrize("segment", ["recomputed, streamed", "kept", "paged", "tiles of 5 tokens"])
