@@ -234,7 +234,7 @@ def test_train_is_the_default_unless_test_is_given(argv, train, test):
         ({"lora_parameters": {"alpha": 4}}, r"lora_parameters\.alpha: unknown key; .* scale"),
         ({"lora_layers": 4}, r"lora_layers: unknown key; write num_layers"),
         ({"steps_per_save": 4}, r"steps_per_save: unknown key; write save_every"),
-        ({"use_dora": True}, r"use_dora: unknown key; only LoRA is trained here"),
+        ({"use_dora": True}, r"use_dora: unknown key; write fine_tune_type: dora"),
         ({"gradient_accumulation_steps": 4}, r"unknown key; write grad_accumulation_steps"),
         ({"xyz": 4}, r"xyz: unknown key, --help lists all; correct it or take it out"),
         ({"data_format": "messages"}, r"data_format: got 'messages', expected one of chat, comp"),
@@ -247,8 +247,10 @@ def test_train_is_the_default_unless_test_is_given(argv, train, test):
         ({"lora_parameters": {"keys": "q_proj"}}, r"lora_parameters\.keys: got 'q_proj'"),
         ({"lora_parameters": {"keys": []}}, r"lora_parameters\.keys: got \[\], expected"),
         ({"lora_parameters": 8}, r"lora_parameters: got 8, expected a mapping"),
-        ({"fine_tune_type": "dora"}, r"fine_tune_type: got 'dora', expected lora; dora and full"),
-        ({"fine_tune_type": "full"}, r"fine_tune_type: got 'full', expected lora"),
+        ({"use_rslora": True}, r"use_rslora: unknown key; write use_rslora under lora_parameters"),
+        ({"lora_parameters": {"use_rslora": 1}}, r"lora_parameters\.use_rslora: got 1, expected t"),
+        ({"loraplus_lr_ratio": 0}, r"loraplus_lr_ratio: got 0, expected a number above 0"),
+        ({"fine_tune_type": "full"}, r"fine_tune_type: got 'full', expected lora or dora; full"),
         ({"trust_remote_code": True}, r"trust_remote_code: got True, expected false"),
         ({"num_layers": 0}, r"num_layers: got 0, expected .* or -1 for all"),
         ({"num_layers": -2}, r"num_layers: got -2, expected"),
@@ -530,3 +532,22 @@ def test_what_contradicts_a_memory_budget_is_refused(options, sentence):
 def test_hints_are_for_keys_that_do_not_exist():
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     assert not names & HINTS.keys()
+
+
+def test_rslora_is_a_scale_in_the_configuration_of_the_adapter():
+    config = TrainConfig.from_dict(
+        {"lora_parameters": {"rank": 16, "scale": 2.5, "use_rslora": True}}
+    )
+    saved = config.to_dict()
+    assert saved["lora_parameters"] == {"rank": 16, "scale": 10.0, "dropout": 0.0}
+    again = TrainConfig.from_dict({"lora_parameters": saved["lora_parameters"]})
+    assert again.lora_parameters == config.lora_parameters  # not scaled twice
+    assert LoraParameters(rank=16, scale=2.5, use_rslora=False).scale == 2.5
+
+
+def test_loraplus_takes_an_adafactor_without_a_rate_of_its_own():
+    own = {"adafactor": {"relative_step": False}}
+    config = TrainConfig(optimizer="adafactor", optimizer_config=own, loraplus_lr_ratio=16)
+    assert config.loraplus_lr_ratio == 16.0
+    with pytest.raises(EdgeLoraError, match=r"^loraplus_lr_ratio: got 16 with adafactor, which s"):
+        TrainConfig(optimizer="adafactor", loraplus_lr_ratio=16)

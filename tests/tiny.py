@@ -40,7 +40,7 @@ def make_model(folder: Path, name="qwen3", quantized=True, first_word=0, **chang
     return folder
 
 
-def make_adapter(folder, model, keys=None, rank=4, scale=3.0, num_layers=2, seed=0):
+def make_adapter(folder, model, keys=None, rank=4, scale=3.0, num_layers=2, seed=0, dora=False):
     """An adapter with matrices that are not zero, as training leaves them."""
     loaded, _ = load_model(model, lazy=True)
     loaded.freeze()
@@ -48,13 +48,13 @@ def make_adapter(folder, model, keys=None, rank=4, scale=3.0, num_layers=2, seed
     if keys is not None:
         parameters["keys"] = keys
     mx.random.seed(seed)
-    linear_to_lora_layers(loaded, num_layers, parameters)
+    linear_to_lora_layers(loaded, num_layers, parameters, use_dora=dora)
     weights = {
-        name: mx.random.normal(value.shape) * 0.1
+        name: mx.random.normal(value.shape) * 0.1 + (value if name.endswith(".m") else 0)
         for name, value in tree_flatten(loaded.trainable_parameters())
     }
     config = {
-        "fine_tune_type": "lora",
+        "fine_tune_type": "dora" if dora else "lora",
         "num_layers": num_layers,
         "lora_parameters": parameters,
         "model": str(model),

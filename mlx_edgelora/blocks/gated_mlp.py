@@ -8,6 +8,7 @@ features (a top-k, a norm) is detected in a trial, and the module is left unchan
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -15,7 +16,7 @@ import mlx.nn as nn
 
 from mlx_edgelora.blocks.block_list import BlockList
 from mlx_edgelora.blocks.checks import MODEL_ERRORS
-from mlx_edgelora.blocks.lora_layers import LoRALinear
+from mlx_edgelora.blocks.lora_layers import DoRALinear, LoRALinear
 from mlx_edgelora.layers.linear import DequantizedLinear
 from mlx_edgelora.layers.mlp import TILE_BYTES, Activation, Packing, Projection, gated_mlp
 
@@ -40,7 +41,14 @@ class _Sliced:
         if self._tile_bytes is None or any(_drops(layer) for layer in layers):
             return super().__call__(x)
         projections = [_projection(layer) for layer in layers]
-        return gated_mlp(x, *projections, self._activation, tile_bytes=self._tile_bytes)
+        down, gain = projections[-1], projections[-1].gain
+        if gain is not None:  # its rows span all slices: it multiplies their sum, before the bias
+            projections[-1] = replace(down, gain=None, bias=None)
+        y = gated_mlp(x, *projections, self._activation, tile_bytes=self._tile_bytes)
+        if gain is None:
+            return y
+        y = gain.astype(y.dtype) * y
+        return y if down.bias is None else y + down.bias.astype(y.dtype)
 
 
 def slice_mlps(blocks: BlockList, tile_bytes: int = TILE_BYTES) -> str:
@@ -182,7 +190,7 @@ def _is_pointwise(activation: Activation, first: mx.array, second: mx.array) -> 
 
 
 def _is_known(layer: object) -> bool:
-    if type(layer) is LoRALinear:
+    if type(layer) in (LoRALinear, DoRALinear):
         layer = layer.linear
     return type(layer) in MATRICES
 
@@ -200,8 +208,10 @@ def _drops(layer: nn.Module) -> bool:
 
 def _projection(layer: nn.Module) -> Projection:
     lora: dict[str, Any] = {}
-    if isinstance(layer, LoRALinear):
+    if isinstance(layer, LoRALinear | DoRALinear):
         lora = {"lora_a": layer.lora_a, "lora_b": layer.lora_b, "scale": layer.scale}
+        if isinstance(layer, DoRALinear):
+            lora["gain"] = layer.gain()
         layer = layer.linear
     own = {name: layer.get(name) for name in ("weight", "scales", "biases", "bias")}
     if own["scales"] is not None:

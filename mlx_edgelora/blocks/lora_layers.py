@@ -1,8 +1,12 @@
-"""mlx-lm's LoRA layers with the low-rank branch in the dtype of the activations."""
+"""mlx-lm's LoRA and DoRA layers with the low-rank branch in the dtype of the activations."""
 
 import mlx.core as mx
+from mlx_lm.tuner.dora import DoRALinear as MlxDoRALinear
 from mlx_lm.tuner.lora import LoRALinear as MlxLoRALinear
 from mlx_lm.tuner.lora import LoRASwitchLinear as MlxLoRASwitchLinear
+
+from mlx_edgelora.layers.dora import row_norms
+from mlx_edgelora.layers.linear import frozen_product
 
 
 class LoRALinear(MlxLoRALinear):
@@ -19,6 +23,25 @@ class LoRALinear(MlxLoRALinear):
         y = self.linear(x)
         z = self.dropout(x) @ self.lora_a.astype(x.dtype)
         return y + ((self.scale * z) @ self.lora_b.astype(x.dtype)).astype(y.dtype)
+
+
+class DoRALinear(MlxDoRALinear):
+    """mlx-lm's DoRA layer with a matrix that is never unpacked whole.
+
+    The low-rank branch has the dtype of the activations, as in `LoRALinear`.
+    """
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Map [..., in] to [..., out], in the dtype of `x`."""
+        y = frozen_product(self.linear, x)
+        z = self.dropout(x) @ self.lora_a.astype(x.dtype)
+        y = y + ((self.scale * z) @ self.lora_b.astype(x.dtype)).astype(y.dtype)
+        y = self.gain().astype(y.dtype) * y
+        return y + self.linear["bias"] if "bias" in self.linear else y
+
+    def gain(self) -> mx.array:
+        """Factor of each output, float32 [out]; differentiable in `m` only."""
+        return self.m / row_norms(self.linear, self.lora_a, self.lora_b, self.scale)
 
 
 class LoRASwitchLinear(MlxLoRASwitchLinear):

@@ -59,6 +59,7 @@ GROUPS: dict[str, dict[str, str | None]] = {
         "batch_size": "N",
         "grad_accumulation_steps": "N",
         "learning_rate": "RATE",
+        "loraplus_lr_ratio": "RATIO",
         "optimizer": None,
         "max_grad_norm": "NORM",
         "loss": None,

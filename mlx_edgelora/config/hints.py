@@ -2,7 +2,6 @@
 
 ITERS = "write epochs, or iters for steps"
 SAVES = "write save_every"
-ONLY_LORA = "only LoRA is trained here; take it out"
 
 HINTS = {
     "lora_layers": "write num_layers, its name in mlx-lm today",
@@ -11,9 +10,11 @@ HINTS = {
     "num_epochs": ITERS,
     "num_train_epochs": ITERS,
     "max_steps": "write iters",
-    "use_dora": ONLY_LORA,
+    "use_dora": "write fine_tune_type: dora",
     "lora_rank": "write rank under lora_parameters in a config file",
     "lora_alpha": "write scale under lora_parameters in a config file: alpha / rank elsewhere",
+    "use_rslora": "write use_rslora under lora_parameters in a config file",
+    "loraplus_lr_embedding": "adapters of embeddings have the rates of all others; take it out",
     "lora_dropout": "write dropout under lora_parameters in a config file",
     "gradient_accumulation_steps": "write grad_accumulation_steps",
     "gradient_checkpointing": "the memory budget decides what is recomputed; take it out",

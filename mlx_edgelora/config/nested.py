@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -9,6 +10,7 @@ from typing import Any, ClassVar
 import mlx.optimizers as optimizers
 
 from mlx_edgelora.config.kinds import (
+    FLAG,
     MAPPING,
     NUMBERS,
     TEXTS,
@@ -44,7 +46,11 @@ _SCHEDULES = [
 
 @dataclass(frozen=True)
 class LoraParameters:
-    """The linear layers that get adapters, and the settings of the adapters."""
+    """The linear layers that get adapters, and the settings of the adapters.
+
+    `use_rslora` is applied on creation: `scale` is multiplied by sqrt(rank), and the option is None
+    again, so that an adapter's configuration has the scale that mlx-lm applies.
+    """
 
     HINTS: ClassVar[dict[str, str]] = {
         "alpha": "use scale, the factor itself, which is alpha / rank"
@@ -67,8 +73,17 @@ class LoraParameters:
         TEXTS,
     )
 
+    use_rslora: bool | None = option(
+        None,
+        "Rank-stabilized LoRA: multiply the scale by the square root of the rank.",
+        FLAG,
+    )
+
     def __post_init__(self) -> None:
         check_options(self, "lora_parameters.")
+        if self.use_rslora:
+            object.__setattr__(self, "scale", self.scale * math.sqrt(self.rank))
+        object.__setattr__(self, "use_rslora", None)
 
 
 @dataclass(frozen=True)
@@ -151,7 +166,7 @@ def _read_optimizer_config(value: Any) -> dict[str, dict[str, Any]]:
     return {name: dict(value.get(name) or {}) for name in OPTIMIZERS}
 
 
-LORA = Kind("a mapping with rank, dropout, scale and keys", _read_lora, None)
+LORA = Kind("a mapping with rank, dropout, scale, keys and use_rslora", _read_lora, None)
 SCHEDULE = Kind("a mapping with name, arguments, warmup and warmup_init", _read_schedule, None)
 HUB = Kind("a mapping with path, or a list of them", _read_hub, None)
 OPTIMIZER_CONFIG = Kind("a mapping of optimizers to arguments", _read_optimizer_config, None)

@@ -62,8 +62,8 @@ _REPORT_TO = text(
     lambda value: all(name.strip().lower() in ("", *REPORTERS) for name in value.split(",")),
 )
 _FINE_TUNE_TYPE = dataclasses.replace(
-    one_of("lora"),
-    expected="lora; dora and full fine-tuning are not done here, use mlx_lm.lora for them",
+    one_of("lora", "dora"),
+    expected="lora or dora; full fine-tuning is not done here, use mlx_lm.lora for it",
 )
 _NUM_LAYERS = dataclasses.replace(
     integer(1, also=-1),
@@ -160,7 +160,11 @@ class TrainConfig:
     test: bool = option(False, "Evaluate on the test set, after training if any.", FLAG)
     seed: int = option(0, "Random seed.", integer(0, 2**32 - 1))
 
-    fine_tune_type: str = option("lora", "Only lora is supported.", _FINE_TUNE_TYPE)
+    fine_tune_type: str = option(
+        "lora",
+        "Kind of adapters: lora, or dora, which trains the norm of each row of a matrix too.",
+        _FINE_TUNE_TYPE,
+    )
     num_layers: int | None = option(
         None,
         f"Number of blocks to adapt, counted from the last; -1 for all. Default: {MOST_LAYERS}, or "
@@ -216,6 +220,13 @@ class TrainConfig:
     learning_rate: float = option(
         1e-5,
         "Learning rate; lr_schedule in a config file replaces it.",
+        number("a number above 0", lambda x: x > 0),
+    )
+    loraplus_lr_ratio: float | None = option(
+        None,
+        "LoRA+: learning rate of the matrices B (and DoRA's m), as a multiple of learning_rate, "
+        "such as 16. "
+        "Default: 1.",
         number("a number above 0", lambda x: x > 0),
     )
     lr_schedule: dict[str, Any] | None = field(
@@ -508,6 +519,7 @@ def _check_together(config: TrainConfig) -> None:
             "0: a target over the whole vocabulary needs the exact one"
         )
     _check_labels(config)
+    _check_loraplus(config)
     if config.iters is not None and config.epochs is not None:
         raise EdgeLoraError(
             f"epochs: got {config.epochs} with iters {config.iters}, expected one of the two; "
@@ -565,6 +577,17 @@ def _check_labels(config: TrainConfig) -> None:
         raise EdgeLoraError(
             f"train_on: got {config.train_on!r} with mask_prompt, which is last-answer; leave one "
             "of them out"
+        )
+
+
+def _check_loraplus(config: TrainConfig) -> None:
+    """Reject a ratio of learning rates for an optimizer that has no use for a learning rate."""
+    arguments = config.optimizer_config.get(config.optimizer) or {}
+    relative = config.optimizer == "adafactor" and arguments.get("relative_step", True)
+    if config.loraplus_lr_ratio is not None and relative:
+        raise EdgeLoraError(
+            f"loraplus_lr_ratio: got {config.loraplus_lr_ratio:g} with adafactor, which sets its "
+            "own rate; set relative_step: false in optimizer_config, or use another optimizer"
         )
 
 

@@ -137,7 +137,8 @@ class ResidentAdapterState(ResidentWeights):
         self._arithmetic: BlockUpdate | None = None
         slots = array_slots(model)
         self._slots = {name: slots[name] for name in names_of(model)}
-        mx.eval(model.trainable_parameters())
+        for box, key in self._slots.values():  # one by one: DoRA's `m` is computed from a matrix
+            mx.eval(box[key])
 
     def load(self, weights: Iterable[tuple[str, mx.array]]) -> None:
         """Put the values into the model."""

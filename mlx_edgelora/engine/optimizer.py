@@ -18,7 +18,8 @@ from mlx_edgelora.errors import EdgeLoraError
 def build_optimizer(config: TrainConfig) -> optimizers.Optimizer:
     """The optimizer that `optimizer`, `optimizer_config`, `learning_rate`, `lr_schedule` name.
 
-    As in mlx-lm a schedule, counted in optimizer updates, takes the place of the rate.
+    As in mlx-lm a schedule, counted in optimizer updates, takes the place of the rate. The option
+    `loraplus_lr_ratio` becomes an attribute of the optimizer, for `BlockUpdate`.
 
     Raises:
         EdgeLoraError: an unknown optimizer, or arguments that it or the schedule refuses.
@@ -36,12 +37,14 @@ def build_optimizer(config: TrainConfig) -> optimizers.Optimizer:
         # One step with a trial optimizer, because some arguments are only checked there.
         trial = OPTIMIZERS[name](learning_rate=rate, **arguments)
         mx.eval(trial.apply_gradients({"x": mx.ones((2, 2))}, {"x": mx.ones((2, 2))}))
-        return OPTIMIZERS[name](learning_rate=rate, **arguments)
+        optimizer = OPTIMIZERS[name](learning_rate=rate, **arguments)
     except (IndexError, TypeError, ValueError) as error:
         raise EdgeLoraError(
             f"optimizer_config.{name}: got {arguments}, which {OPTIMIZERS[name].__name__} rejects "
             f"({error}); see its arguments in mlx.optimizers"
         ) from error
+    optimizer.loraplus_lr_ratio = config.loraplus_lr_ratio
+    return optimizer
 
 
 def _build_schedule(lr_schedule: dict) -> Callable[[mx.array], mx.array]:
@@ -60,13 +63,17 @@ def _build_schedule(lr_schedule: dict) -> Callable[[mx.array], mx.array]:
 class BlockUpdate:
     """Applies an optimizer to one block at a time; one compiled function serves similar blocks.
 
+    With LoRA+ (arXiv 2402.12354) the learning rate of every B is a multiple of that of A; as in
+    PEFT, vectors (DoRA's `m`) have the rate of B.
+
     Args:
-        optimizer: a new optimizer.
+        optimizer: a new optimizer; its attribute `loraplus_lr_ratio`, if any, is that multiple.
         compiled: whether to compile the arithmetic.
     """
 
     def __init__(self, optimizer: optimizers.Optimizer, compiled: bool) -> None:
         self._optimizer = optimizer
+        self._ratio = getattr(optimizer, "loraplus_lr_ratio", None)
         self._function = mx.compile(self._apply) if compiled else self._apply
 
     def begin(self) -> None:
@@ -117,6 +124,10 @@ class BlockUpdate:
                 if factor is not None:
                     clipped = (gradient * factor).astype(gradient.dtype)
                 after[name] = dict(states[name])
+                if self._ratio is not None:
+                    is_b = name.endswith("lora_b") or gradient.ndim == 1
+                    rate = scalars["learning_rate"]
+                    state["learning_rate"] = self._ratio * rate if is_b else rate
                 updated[name] = self._optimizer.apply_single(clipped, parameters[name], after[name])
         finally:
             state.update(before)

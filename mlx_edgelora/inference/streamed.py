@@ -25,9 +25,14 @@ from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.measure.meter import DiskMeter
 from mlx_edgelora.measure.units import size
 from mlx_edgelora.model.checkpoint import LazyModel
-from mlx_edgelora.model.head import ROW_NAMES, ModelHead, frozen_matrix, replace_output
+from mlx_edgelora.model.head import (
+    ROW_NAMES,
+    ModelHead,
+    frozen_matrix,
+    replace_output,
+)
 from mlx_edgelora.model.loading import attach, open_model
-from mlx_edgelora.model.lora import explain_misfit, freeze
+from mlx_edgelora.model.lora import explain_misfit, freeze, replace_dora
 from mlx_edgelora.model.weights import ResidentWeights
 from mlx_edgelora.planner.shape import shape_of
 from mlx_edgelora.planner.sizes import ModelShape
@@ -93,6 +98,7 @@ def open_lazy(model: str, adapter: Path | None, cache: Path) -> LazyModel:
     if adapter is not None:
         with explain_misfit(adapter, lazy.source):
             load_adapters(lazy.model, str(adapter))
+        replace_dora(lazy.model)
     lazy.model.eval()
     return lazy
 

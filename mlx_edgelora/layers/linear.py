@@ -112,7 +112,7 @@ class DequantizedLinear(nn.QuantizedLinear):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Map [..., in] to [..., out]."""
-        y = _frozen_product(self, x)
+        y = frozen_product(self, x)
         return y + self["bias"] if "bias" in self else y
 
 
@@ -121,10 +121,24 @@ class DequantizedEmbedding(nn.QuantizedEmbedding):
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Map [..., dims] to [..., num_embeddings]."""
-        return _frozen_product(self, x)
+        return frozen_product(self, x)
 
 
-def _frozen_product(layer: nn.Module, x: mx.array) -> mx.array:
+def frozen_product(layer: nn.Module, x: mx.array) -> mx.array:
+    """Multiply [..., in] by a frozen layer's matrix, as the layer does, without its bias."""
+    if "scales" not in layer:
+        return x @ layer["weight"].T
+    if not isinstance(layer, DequantizedLinear | DequantizedEmbedding):
+        return mx.quantized_matmul(
+            x,
+            layer["weight"],
+            scales=layer["scales"],
+            biases=layer.get("biases"),
+            transpose=True,
+            group_size=layer.group_size,
+            bits=layer.bits,
+            mode=layer.mode,
+        )
     return frozen_matmul(
         x,
         layer["weight"],

@@ -59,6 +59,7 @@ class Projection:
         scales, biases: of a packed weight.
         bias: [out] or None.
         lora_a, lora_b: [in, r] and [r, out], or None.
+        gain: [out], multiplies the product before the bias, or None; not for `down`.
         packing: of a packed weight.
         scale: of the LoRA branch.
     """
@@ -69,6 +70,7 @@ class Projection:
     bias: mx.array | None = None
     lora_a: mx.array | None = None
     lora_b: mx.array | None = None
+    gain: mx.array | None = None
     packing: Packing | None = None
     scale: float = 0.0
 
@@ -109,8 +111,8 @@ def gated_mlp(
             least one group of a packed `down`, and one of 192 parts.
 
     Returns:
-        [..., d] in the dtype of `x`, differentiable in `x` and in the six LoRA matrices;
-        what is frozen gets zeros.
+        [..., d] in the dtype of `x`, differentiable in `x`, the six LoRA matrices and the
+        gains; what is frozen gets zeros.
 
     Raises:
         ValueError: the matrices do not fit together.
@@ -225,14 +227,21 @@ class _Slices:
             return None
         return p.lora_a.astype(self.dtype), (p.scale * p.lora_b).astype(self.dtype)
 
-    def project(
+    def product(
         self, p: Projection, span: Span, x: mx.array, weight: mx.array, z: mx.array | None
     ) -> mx.array:
-        """A slice of what an input projection makes of x, whose LoRA part is z."""
+        """A slice of an input projection's product with x, whose LoRA part is z."""
         y = x @ weight.T
-        if p.bias is not None:
-            y = y + p.bias[slice(*span)].astype(self.dtype)
         return y if z is None else y + z @ self.lora(p)[1][:, slice(*span)]
+
+    def gain(self, p: Projection, span: Span) -> mx.array:
+        """A slice of a projection's gain in the activations' dtype."""
+        return p.gain[slice(*span)].astype(self.dtype)
+
+    def output(self, p: Projection, span: Span, product: mx.array) -> mx.array:
+        """What an input projection makes of a slice of its product."""
+        y = product if p.gain is None else self.gain(p, span) * product
+        return y if p.bias is None else y + p.bias[slice(*span)].astype(self.dtype)
 
 
 def _forward(x: mx.array, s: _Slices) -> mx.array:
@@ -246,7 +255,7 @@ def _forward(x: mx.array, s: _Slices) -> mx.array:
         for rows, z, total in zip(xs, zs, sums, strict=True):
             ready = depend_on([rows], after)[0]
             parts = [
-                s.project(p, span, ready, w, part)
+                s.output(p, span, s.product(p, span, ready, w, part))
                 for p, w, part in zip(s.inputs, weights, z, strict=True)
             ]
             h = s.activation(*parts)
@@ -268,12 +277,13 @@ def _backward(
 ) -> tuple[mx.array, list[dict[str, mx.array]]]:
     """The gradient of x, and of each projection's LoRA matrices by name."""
     parts = [_Chunk(s, x[slice(*c)], cotangent[slice(*c)].astype(s.dtype)) for c in s.chunks]
-    # By projection, of each slice: [r, slice] of lora_b of an input, [slice, r] of down's lora_a.
-    pieces: list[list[mx.array]] = [[], [], []]
+    # Of each slice: [r, slice] of both inputs' lora_b, [slice, r] of down's lora_a, [slice] of both
+    # inputs' gain.
+    pieces: list[list[mx.array]] = [[], [], [], [], []]
     after = [cotangent]
     for span in s.features:
         weights = s.weights(span, after)
-        sums: list[mx.array | None] = [None, None, None]
+        sums: list[mx.array | None] = [None] * len(pieces)
         for part in parts:
             sums = part.advance(span, weights, sums, after)
             after = part.arrays() + [a for a in sums if a is not None]
@@ -286,6 +296,8 @@ def _backward(
             a = _total([part.x.T @ part.dz[index].astype(s.dtype) for part in parts])
             b = p.scale * mx.concatenate(pieces[index], axis=1)
             gradients[index] = {"lora_a": a, "lora_b": b}
+        if p.gain is not None:
+            gradients[index]["gain"] = mx.concatenate(pieces[3 + index])
     if s.down.lora_a is not None:
         b = _total([part.z_down.astype(s.dtype).T @ part.dy for part in parts])
         gradients[2] = {"lora_a": mx.concatenate(pieces[2]), "lora_b": s.down.scale * b}
@@ -311,12 +323,13 @@ class _Chunk:
     def advance(
         self, span: Span, weights: list[mx.array], sums: list, after: list[mx.array]
     ) -> list[mx.array | None]:
-        """Add a slice; returns the LoRA matrices' gradients of it, added to `sums`."""
+        """Add a slice; returns the adapters' gradients of it, added to `sums`."""
         s, (x, dy) = self.s, depend_on([self.x, self.dy], after)
         *w_inputs, w_down = weights
-        inputs = [
-            s.project(p, span, x, w, z) for p, w, z in zip(s.inputs, w_inputs, self.z, strict=True)
+        products = [
+            s.product(p, span, x, w, z) for p, w, z in zip(s.inputs, w_inputs, self.z, strict=True)
         ]
+        inputs = [s.output(p, span, u) for p, u in zip(s.inputs, products, strict=True)]
         dh = dy @ w_down
         sums = list(sums)
         if self.down_lora is not None:
@@ -326,6 +339,11 @@ class _Chunk:
         if self.down_lora is not None:
             self.z_down = add_product(self.z_down, h, a)
             sums[2] = add_product(sums[2], h.T, self.dz_down)
+        for index, p in enumerate(s.inputs):
+            if p.gain is not None:
+                share = (back[index].astype(mx.float32) * products[index].astype(mx.float32)).sum(0)
+                sums[3 + index] = share if sums[3 + index] is None else sums[3 + index] + share
+                back[index] = back[index] * s.gain(p, span)
         for index, (d, w) in enumerate(zip(back, w_inputs, strict=True)):
             self.dx = add_product(self.dx, d, w)
             if self.loras[index] is not None:

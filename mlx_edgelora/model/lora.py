@@ -1,4 +1,4 @@
-"""Add LoRA layers to an mlx-lm model: mlx-lm's layers with this package's forward.
+"""Add LoRA or DoRA layers to an mlx-lm model: mlx-lm's layers with this package's forward.
 
 mlx-lm chooses the layers and draws the initial matrices, so names, shapes and random numbers are
 those of mlx-lm; then the classes of the layers are replaced by subclasses that multiply
@@ -12,18 +12,24 @@ from pathlib import Path
 
 import mlx.nn as nn
 from mlx.utils import tree_flatten
+from mlx_lm.tuner.dora import DoRALinear as MlxDoRALinear
 from mlx_lm.tuner.lora import LoRALinear as MlxLoRALinear
 from mlx_lm.tuner.lora import LoRASwitchLinear as MlxLoRASwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_edgelora.blocks.checks import MODEL_ERRORS
-from mlx_edgelora.blocks.lora_layers import LoRALinear, LoRASwitchLinear
+from mlx_edgelora.blocks.lora_layers import DoRALinear, LoRALinear, LoRASwitchLinear
 from mlx_edgelora.blocks.refusals import Refusal, refusal_error
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.layers.linear import DequantizedEmbedding, DequantizedLinear, resolve_kernel
 from mlx_edgelora.model.checkpoint import error_text
+from mlx_edgelora.model.dora import check_dora
 
-LORA_CLASSES = {MlxLoRALinear: LoRALinear, MlxLoRASwitchLinear: LoRASwitchLinear}
+LORA_CLASSES = {
+    MlxLoRALinear: LoRALinear,
+    MlxLoRASwitchLinear: LoRASwitchLinear,
+    MlxDoRALinear: DoRALinear,
+}
 DEQUANTIZED_CLASSES = {
     nn.QuantizedLinear: DequantizedLinear,
     nn.QuantizedEmbedding: DequantizedEmbedding,
@@ -37,6 +43,7 @@ def add_lora(
     scale: float = 20.0,
     dropout: float = 0.0,
     keys: Sequence[str] | None = None,
+    dora: bool = False,
 ) -> None:
     """Freeze the model and give its last blocks LoRA layers, as `mlx_lm.lora` does.
 
@@ -47,10 +54,11 @@ def add_lora(
             [rank, out] zero, both float32.
         keys: names of layers inside a block, or full names outside them; None for every
             linear layer of a block.
+        dora: add DoRA layers, which have `m` [out], too: the norms of the rows, float32.
 
     Raises:
-        EdgeLoraError: too many blocks, a key that names no layer, or an architecture that
-            mlx-lm's LoRA layers cannot be added to.
+        EdgeLoraError: too many blocks, a key that names no layer, a layer that DoRA cannot adapt,
+            or an architecture that mlx-lm's LoRA layers cannot be added to.
     """
     count = len(model.layers) if num_layers == -1 else num_layers
     if count > len(model.layers):
@@ -62,9 +70,11 @@ def add_lora(
     if keys is not None:
         _check_keys(model, keys)
         settings["keys"] = list(keys)
+    if dora:
+        check_dora(model, count, keys)
     freeze(model)
     try:
-        linear_to_lora_layers(model, count, settings)
+        linear_to_lora_layers(model, count, settings, use_dora=dora)
     except ValueError as error:
         raise EdgeLoraError(
             f"lora_parameters.keys: {error}; name linear layers, each of them once"
@@ -150,6 +160,11 @@ def set_kernel(model: nn.Module, kernel: str) -> str:
     if kernel == "dequantize":
         _replace_classes(model, DEQUANTIZED_CLASSES)
     return f"{kernel} ({reason})"
+
+
+def replace_dora(model: nn.Module) -> None:
+    """Let the DoRA layers of an adapter of mlx-lm's never unpack a matrix whole."""
+    _replace_classes(model, {MlxDoRALinear: DoRALinear})
 
 
 def _replace_classes(model: nn.Module, classes: dict[type, type]) -> None:

@@ -301,7 +301,7 @@ def _read_measurements(
     config: TrainConfig, lazy: LazyModel, shape: ModelShape, file: Path, machine: Machine
 ) -> Measurements:
     """The measurements of earlier runs with the same model, options and machine."""
-    trained = asdict(config.lora_parameters), config.loss
+    trained = config.fine_tune_type, asdict(config.lora_parameters), config.loss
     facts = [lazy.config, asdict(shape), trained, machine.key]
     text = json.dumps(facts, sort_keys=True, default=str)
     key = hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -252,7 +252,8 @@ def _check_names(
     missing = [name for name in expected if name not in header]
     # mlx-lm ignores weights of blocks or layers that are not adapted. Here they are an error,
     # because a part of the adapter would be lost.
-    unexpected = [name for name in header if name not in expected and ".lora_" in name]
+    leaves = ("lora_a", "lora_b", "m")
+    unexpected = [n for n in header if n not in expected and n.rpartition(".")[2] in leaves]
     problems = []
     if missing:
         problems.append(f"lacks {abbreviate(missing)}")

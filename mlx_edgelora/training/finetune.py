@@ -306,13 +306,15 @@ def with_saved_layers(config: TrainConfig) -> TrainConfig:
     try:
         saved = json.loads(path.read_text())
         layers = {key: saved[key] for key in ("num_layers", "lora_parameters")}
+        layers["fine_tune_type"] = saved.get("fine_tune_type", "lora")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise EdgeLoraError(
             f"{path}: not the configuration of an adapter ({error_text(error)}); name the folder "
             "of a trained adapter, or test the base model with --adapter-path ''"
         ) from error
-    # Unknown keys in the file of another program, such as alpha, are ignored.
-    own = {field.name for field in dataclasses.fields(LoraParameters)}
+    # Unknown keys in the file of another program, such as alpha, are ignored; a saved scale is the
+    # one to apply.
+    own = {field.name for field in dataclasses.fields(LoraParameters)} - {"use_rslora"}
     if isinstance(layers["lora_parameters"], Mapping):
         layers["lora_parameters"] = {
             key: value for key, value in layers["lora_parameters"].items() if key in own
@@ -320,6 +322,7 @@ def with_saved_layers(config: TrainConfig) -> TrainConfig:
     like = TrainConfig.from_dict(layers, str(path))
     return dataclasses.replace(
         config,
+        fine_tune_type=like.fine_tune_type,
         num_layers=like.num_layers,
         lora_parameters=like.lora_parameters,
         resume_adapter_file=str(Path(config.adapter_path) / WEIGHTS_FILE),

@@ -23,6 +23,7 @@ from mlx_edgelora.engine.step import Engine
 from mlx_edgelora.losses.exact import CrossEntropy
 from mlx_edgelora.measure.text import say
 from mlx_edgelora.model.checkpoint import LazyModel
+from mlx_edgelora.model.dora import renew_magnitudes
 from mlx_edgelora.model.loading import DTYPES, can_stream, open_model
 from mlx_edgelora.model.lora import add_lora, freeze
 from mlx_edgelora.model.tokenizer import load_tokenizer_of
@@ -228,11 +229,13 @@ def dtype_of(config: TrainConfig) -> mx.Dtype | None:
 
 
 def adapt(lazy: LazyModel, config: TrainConfig) -> None:
-    """Add LoRA layers, then check that the model can be trained block by block."""
+    """Add LoRA or DoRA layers, then check that the model can be trained block by block."""
     lora, model = config.lora_parameters, lazy.model
     if config.train or config.resume_adapter_file is not None:
         count = _default_layers(model) if config.num_layers is None else config.num_layers
-        add_lora(model, count, lora.rank, lora.scale, lora.dropout, lora.keys)
+        dora = config.fine_tune_type == "dora"
+        add_lora(model, count, lora.rank, lora.scale, lora.dropout, lora.keys, dora)
+        renew_magnitudes(lazy)
     else:
         freeze(model)
     lazy.blocks = checked_blocks(model)

@@ -160,15 +160,18 @@ def _adapters(config: TrainConfig, lazy: LazyModel) -> str:
     trained = sum(value.size for _, value in tree_flatten(lazy.model.trainable_parameters()))
     total, blocks = get_total_parameters(lazy.model), len(lazy.model.layers)
     count = blocks if config.num_layers == -1 else min(config.num_layers or 0, blocks)
+    kind = "" if config.fine_tune_type == "lora" else f"{config.fine_tune_type}, "
     where = f"all {blocks} blocks" if count == blocks else f"the last {count} blocks"
     return (
-        f"rank {config.lora_parameters.rank} on {where}; trainable {100 * trained / total:.2g} % "
-        f"({_count(trained)} of {_count(total)})"
+        f"{kind}rank {config.lora_parameters.rank} on {where}; trainable "
+        f"{100 * trained / total:.2g} % ({_count(trained)} of {_count(total)})"
     )
 
 
 def _optimizer(config: TrainConfig) -> str:
     rate = "scheduled" if config.lr_schedule else f"{config.learning_rate:g}"
+    if config.loraplus_lr_ratio is not None:
+        rate = f"{rate} ({config.loraplus_lr_ratio:g} times that for B)"
     parts = "" if config.grad_accumulation_steps == 1 else f" x {config.grad_accumulation_steps}"
     return (
         f"{config.optimizer}, learning rate {rate}; {config.iters} steps of "

@@ -45,12 +45,14 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize("flags", [(), ("--dequantize",)], ids=str)
-@pytest.mark.parametrize("name", MODELS)
-def test_as_mlx_lm_to_the_last_bit(tmp_path, monkeypatch, capsys, name, flags):
-    settings = dict(MODELS[name])
+@pytest.mark.parametrize(
+    ("name", "dora"), [*((name, False) for name in MODELS), ("qwen2", True), ("qwen3", True)]
+)
+def test_as_mlx_lm_to_the_last_bit(tmp_path, monkeypatch, capsys, name, dora, flags):
+    settings = dict(MODELS.get(name, {}))
     keys = settings.pop("keys", None)
     model = make_model(tmp_path / "model", name, **({"quantized": False} | settings))
-    adapter = make_adapter(tmp_path / "adapter", model, keys)
+    adapter = make_adapter(tmp_path / "adapter", model, keys, dora=dora)
     run_mlx_lm(monkeypatch, model, adapter, tmp_path / "theirs", *flags)
     command = ["--adapter-path", str(adapter), "--save-path", str(tmp_path / "ours"), *flags]
     assert main(command) == 0

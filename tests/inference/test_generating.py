@@ -66,9 +66,10 @@ def test_greedy_tokens_are_those_of_mlx_lm(tmp_path, name):
     assert ours(model, None, PROMPTS) == theirs(model, None, PROMPTS)
 
 
-def test_with_an_adapter_and_some_blocks_in_memory(tmp_path):
+@pytest.mark.parametrize("dora", [False, True])
+def test_with_an_adapter_and_some_blocks_in_memory(tmp_path, dora):
     model = make_model(tmp_path / "model", "llama", num_hidden_layers=4)
-    adapter = make_adapter(tmp_path / "adapter", model, num_layers=4)
+    adapter = make_adapter(tmp_path / "adapter", model, num_layers=4, dora=dora)
     expected = theirs(model, adapter, PROMPTS)
     assert expected != theirs(model, None, PROMPTS)
     lazy = open_lazy(str(model), adapter, tmp_path)

@@ -24,6 +24,7 @@ SETTINGS = {
 
 def config(optimizer="adamw", **changes):
     values = {"learning_rate": 1e-2, "lr_schedule": None, "optimizer_config": SETTINGS}
+    values["loraplus_lr_ratio"] = None
     return SimpleNamespace(optimizer=optimizer, **{**values, **changes})
 
 
@@ -81,6 +82,34 @@ def test_blockwise_update_is_the_plain_one_bit_for_bit(name):
 
 
 SCHEDULE = {"name": "linear_schedule", "arguments": [1e-2, 1e-3, 4]}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("schedule", [None, SCHEDULE])
+def test_loraplus_gives_every_b_its_own_rate(schedule, compiled, compiles):
+    def pair(**changes):
+        return build_optimizer(config("adamw", lr_schedule=schedule, **changes))
+
+    faster = {"learning_rate": 0.16, "lr_schedule": schedule}
+    if schedule is not None:
+        faster["lr_schedule"] = schedule | {"arguments": [0.16, 0.016, 4]}
+    both = [build_optimizer(config("adamw", **faster)), pair()]
+    plain = optimizers.MultiOptimizer(both, [lambda name, _: name.endswith("lora_b")])
+    expected, _ = plain_steps(plain, 3)
+    got, _ = block_steps(pair(loraplus_lr_ratio=16.0), 3, compiled)
+    assert_near(got, expected)
+    same, _ = plain_steps(pair(), 3)
+    for name, value in expected.items():
+        assert mx.array_equal(value, same[name]) == name.endswith("lora_a"), name
+
+
+def test_loraplus_gives_vectors_the_rate_of_b():
+    update = BlockUpdate(build_optimizer(config("sgd", loraplus_lr_ratio=16.0)), False)
+    update.begin()
+    ones = {"q.m": mx.ones(3), "q.lora_a": mx.ones((2, 3))}
+    updated, _ = update.apply(ones, ones, {}, None)
+    assert mx.allclose(updated["q.m"], mx.array(1 - 0.16))
+    assert mx.allclose(updated["q.lora_a"], mx.array(1 - 0.01))
 
 
 def assert_near(got, expected):
