@@ -63,7 +63,7 @@ def replace_attention(function: Callable[..., mx.array]) -> Iterator[None]:
         finally:
             current.function = before
         return
-    with _replace_temporarily(current, _Dispatcher(partial(function, current))):
+    with replace_temporarily(current, _Dispatcher(partial(function, current))):
         yield
 
 
@@ -71,7 +71,7 @@ def replace_attention(function: Callable[..., mx.array]) -> Iterator[None]:
 def banded_masks() -> Iterator[None]:
     """Let mlx-lm make causal masks that carry their band (`blocks/masks.py`); undone on exit."""
     original = base.create_causal_mask
-    with _replace_temporarily(original, with_bands(original)):
+    with replace_temporarily(original, with_bands(original)):
         yield
 
 
@@ -111,7 +111,8 @@ def add_key_gradients(sums: KeySums) -> Iterator[None]:
 
 
 @contextmanager
-def _replace_temporarily(original: Callable, replacement: Callable) -> Iterator[None]:
+def replace_temporarily(original: Callable, replacement: Callable) -> Iterator[None]:
+    """Replace a function in all of mlx-lm's modules that hold it; undone on exit."""
     try:
         _replace_everywhere(original, replacement)
         yield

@@ -26,6 +26,7 @@ from mlx_edgelora.blocks.attention import bounded_attention
 from mlx_edgelora.blocks.block_list import BlockList, Slot, array_slots, bind_arrays
 from mlx_edgelora.blocks.checks import checked_blocks
 from mlx_edgelora.blocks.dropout import KeyTape, dropout_layers, keyed_dropout
+from mlx_edgelora.blocks.gated_delta import chunked_gated_delta
 from mlx_edgelora.blocks.norms import bounded_norms
 from mlx_edgelora.blocks.packable import check_packing
 from mlx_edgelora.blocks.packing import Packing, packing_now, rows_packed
@@ -225,7 +226,13 @@ class Walk:
             ValueError: rows are not ascending indices of the batch * tokens rows.
         """
         layers = keyed_dropout(self._dropout, self._tape)
-        with layers, bounded_attention(), bounded_norms(), rows_packed(packing):
+        with (
+            layers,
+            bounded_attention(),
+            bounded_norms(),
+            chunked_gated_delta(),
+            rows_packed(packing),
+        ):
             first, entry = self._lowest_reached(run) if keep else (len(self.blocks), False)
             with self._tape.recording() as entry_keys:
                 x, calls = record(self.blocks, run)
