@@ -14,7 +14,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mlx_edgelora.blocks.outputs import Linked, OutputForm
 from mlx_edgelora.blocks.refusals import Refusal, refusal_error
@@ -70,10 +69,8 @@ class BlockList:
 
     def outputs(self, index: int, out: Any) -> list[mx.array]:
         """The hidden state of what a block returned, then the arrays that later blocks read."""
-        if (form := self.forms[index]) is None:
-            return [out]
-        leaves = [leaf for _, leaf in tree_flatten(out)]
-        return [leaves[0], *(leaves[number] for number in form.read)]
+        form = self.forms[index]
+        return [out] if form is None else form.outputs(out)
 
     def modules_outside(self) -> list[nn.Module]:
         """The modules outside the blocks."""

@@ -6,7 +6,7 @@ arrays (`Linked`), so a stand-in among the arguments of a block shows what it re
 is named.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, NamedTuple
@@ -141,6 +141,25 @@ class OutputForm:
 
         return tree_map(leaf, self.tree)
 
+    def outputs(self, out: Any) -> list[mx.array]:
+        """The hidden state of what the block returned, then the arrays that later blocks read."""
+        _, leaves = _numbered(out)
+        return [leaves[0], *(leaves[number] for number in self.read)]
+
+    def read_alike(
+        self, tiles: list[list[mx.array]], whole: list[mx.array], tolerance: float
+    ) -> bool:
+        """Whether tiles of tokens of what later blocks read are those of the whole arrays."""
+        for number, *parts, expected in zip(self.read, *tiles, whole, strict=True):
+            got = mx.concatenate(parts, axis=self.leaves[number].token_axis)
+            if got.shape != expected.shape:
+                return False
+            off = mx.linalg.norm((got - expected).astype(mx.float32).reshape(-1))
+            size = mx.linalg.norm(expected.astype(mx.float32).reshape(-1))
+            if not (off <= tolerance * size).item():  # NaN is no agreement
+                return False
+        return True
+
     def fits(self, out: Any) -> bool:
         """Whether a block returned this."""
         tree, leaves = _numbered(out)
@@ -198,7 +217,7 @@ def _extra(first: mx.array, second: mx.array) -> Extra | None:
 
 def leaves_of(tree: Any) -> list[tuple[str, Any]]:
     """Paths and leaves of nested arguments; modules are leaves."""
-    return tree_flatten(tree, is_leaf=lambda value: isinstance(value, nn.Module))
+    return tree_flatten(tree, is_leaf=_is_module)
 
 
 def links_of(args: tuple, kwargs: dict) -> list[Link]:
@@ -207,21 +226,16 @@ def links_of(args: tuple, kwargs: dict) -> list[Link]:
     return list(dict.fromkeys(link for link in found if link is not None))
 
 
-def fill_links(args: tuple, kwargs: dict, arrays: Mapping[Link, mx.array]) -> tuple[tuple, dict]:
-    """Arguments of a block with arrays in place of their stand-ins."""
-    if not arrays:
-        return args, kwargs
-
-    def fill(leaf: Any) -> Any:
-        return arrays.get(leaf.link, leaf) if isinstance(leaf, Linked) else leaf
-
-    return _mapped(fill, args, kwargs)
-
-
 def pack_links(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Arguments for `mx.compile`: stand-ins become numbered constants."""
-    numbers = {link: f"{_PACKED} {i}" for i, link in enumerate(links_of(args, kwargs))}
-    return fill_links(args, kwargs, numbers)
+    numbers = {link: number for number, link in enumerate(links_of(args, kwargs))}
+
+    def pack(leaf: Any) -> Any:
+        if isinstance(leaf, Linked) and leaf.link is not None:
+            return f"{_PACKED} {numbers[leaf.link]} {leaf.token_axis}"
+        return leaf
+
+    return _mapped(pack, args, kwargs) if numbers else (args, kwargs)
 
 
 def unpack_links(args: tuple, kwargs: dict, arrays: list[mx.array]) -> tuple[tuple, dict]:
@@ -231,15 +245,21 @@ def unpack_links(args: tuple, kwargs: dict, arrays: list[mx.array]) -> tuple[tup
 
     def unpack(leaf: Any) -> Any:
         if isinstance(leaf, str) and leaf.startswith(_PACKED):
-            return arrays[int(leaf.removeprefix(_PACKED))]
+            number, axis = map(int, leaf.removeprefix(_PACKED).split())
+            return Linked(arrays[number], Link(0, number), axis)
         return leaf
 
     return _mapped(unpack, args, kwargs)
 
 
+def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
+    """Nested arguments with a function of each leaf in its place; modules are leaves."""
+    return tree_map(function, tree, is_leaf=_is_module)
+
+
 def _mapped(function: Callable[[Any], Any], args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    is_leaf = lambda value: isinstance(value, nn.Module)  # noqa: E731
-    return (
-        tree_map(function, tuple(args), is_leaf=is_leaf),
-        tree_map(function, kwargs, is_leaf=is_leaf),
-    )
+    return map_leaves(function, tuple(args)), map_leaves(function, kwargs)
+
+
+def _is_module(value: Any) -> bool:
+    return isinstance(value, nn.Module)

@@ -126,7 +126,8 @@ class BlockFunctions:
         """
         block = self.blocks.blocks[index]
         if wanted.rows is not None and wanted.rows_only:  # the last block, which none reads
-            return [BlockParts(block, args, kwargs).output_rows(x, wanted.rows)]
+            parts = BlockParts(block, args, kwargs, form=self.blocks.forms[index])
+            return [parts.output_rows(x, wanted.rows)]
         out, *read = self.blocks.outputs(index, block(x, *args, **kwargs))
         return [out if wanted.rows is None else rows_of(out, wanted.rows), *read]
 
