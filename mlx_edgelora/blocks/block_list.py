@@ -15,11 +15,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_edgelora.blocks.outputs import Linked, OutputForm
 from mlx_edgelora.blocks.refusals import Refusal, refusal_error
 from mlx_edgelora.errors import EdgeLoraError
 
-# handler(index, x, args, kwargs) -> the block's output, as seen by the model's loop
-Handler = Callable[[int, mx.array, tuple, dict], mx.array]
+# handler(index, x, args, kwargs) -> the block's hidden state, or all that it returns
+Handler = Callable[[int, mx.array, tuple, dict], Any]
 # The place of an array: its container (a module, dict or list) and its key.
 Slot = tuple[Any, Any]
 
@@ -34,6 +35,8 @@ class BlockList:
             block's input; set by `checks.checked_blocks`.
         prefix: prefix of the blocks' parameter names, such as `model.layers.`: the parameters of
             block 3 begin with `model.layers.3.`.
+        forms: what each block returns; None for a block that returns its hidden state alone. Set
+            by `checks.checked_blocks`.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -45,6 +48,7 @@ class BlockList:
             for key, value in module.items():
                 if isinstance(value, list) and wanted and wanted <= {id(v) for v in value}:
                     self.blocks: list[nn.Module] = list(value)
+                    self.forms: list[OutputForm | None] = [None] * len(value)
                     self.prefix = ".".join(filter(None, [path, key])) + "."
                     return
         raise refusal_error(model, Refusal.NO_LIST)
@@ -63,6 +67,11 @@ class BlockList:
         """The error for a model with a block that cannot be trained; see `refusal_error`."""
         return refusal_error(self.model, reason, index, self.blocks[index], **values)
 
+    def outputs(self, index: int, out: Any) -> list[mx.array]:
+        """The hidden state of what a block returned, then the arrays that later blocks read."""
+        form = self.forms[index]
+        return [out] if form is None else form.outputs(out)
+
     def modules_outside(self) -> list[nn.Module]:
         """The modules outside the blocks."""
         inside = {id(module) for block in self.blocks for module in block.modules()}
@@ -73,12 +82,26 @@ class BlockList:
         """Send the calls of every block to `handler`; undone on exit.
 
         If `handler` calls a block, the block itself runs. In nested contexts the inner one counts.
+        If it returns one array for a block that returns more, the model's loop gets that array
+        with stand-ins for the others (`outputs.Linked`).
         """
-        calls = _CallInterceptor(self.blocks, handler)
+        calls = _CallInterceptor(self.blocks, self._wrapping(handler))
         with ExitStack() as stack:
             for kind in dict.fromkeys(map(type, self.blocks)):
                 stack.enter_context(calls.replaced_call(kind))
             yield
+
+    def _wrapping(self, handler: Handler) -> Handler:
+        if not any(self.forms):
+            return handler
+
+        def wrapping(index: int, *call: Any) -> Any:
+            found, form = handler(index, *call), self.forms[index]
+            if form is None or not isinstance(found, mx.array):
+                return found
+            return form.wrap(found, index, call)
+
+        return wrapping
 
     @contextmanager
     def skip_blocks(self, hidden: mx.array) -> Iterator[None]:
@@ -221,6 +244,8 @@ def _constant(value: Any) -> str:
     """Description of a plain value, or of an object by its identity."""
     if isinstance(value, bool | int | float | str | None):
         return repr(value)
+    if isinstance(value, Linked):
+        return f"linked {value.shape} {value.dtype}"
     if isinstance(value, tuple):
         return repr((type(value).__name__, [_constant(item) for item in value]))
     if hasattr(value, "__dataclass_fields__"):

@@ -7,18 +7,20 @@ matrix in two blocks) would silently get wrong gradients. `blocks/refusals.py` l
 
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
-from mlx_edgelora.blocks.block_list import BlockList, Handler, array_slots, bind_arrays
+from mlx_edgelora.blocks.arguments import all_leaves, different_argument, has_nan, identity
+from mlx_edgelora.blocks.block_list import BlockList, Handler, Slot, array_slots, bind_arrays
 from mlx_edgelora.blocks.dropout import KeyTape, dropout_layers, keyed_dropout
-from mlx_edgelora.blocks.masks import CausalMask, band_of
+from mlx_edgelora.blocks.outputs import SHAPES, Linked, find_form, links_of
 from mlx_edgelora.blocks.refusals import Refusal, refusal_error
+from mlx_edgelora.errors import EdgeLoraError
 
 # The arguments of a block: x, args, kwargs.
 RecordedCall = tuple[mx.array, tuple, dict]
@@ -65,10 +67,11 @@ def check_walk(blocks: BlockList) -> None:
 
     1. The model's loop runs on four tokens with blocks that are not computed. Each block must be
        called once, in order, on the output of the block before. No other argument may depend on
-       the output of a block or on trained parameters outside the blocks, and the logits may depend
-       only on the last block: gradients of other dependencies would be lost.
+       the output of a block (unless it is one of the arrays that a block returns, unchanged) or on
+       trained parameters outside the blocks, and the logits may depend only on the last block:
+       gradients of other dependencies would be lost.
     2. The loop runs with the blocks' own graphs, built on zeros. Each block must get the same
-       arguments as before, return one array of its input's shape, and change nothing.
+       arguments as before, return a hidden state of its input's shape, and change nothing.
     3. The gradients of blocks are built. None may reach another block's input or its trained
        parameters.
 
@@ -78,7 +81,7 @@ def check_walk(blocks: BlockList) -> None:
         EdgeLoraError: names the architecture, the block and the reason.
     """
     _check_owners(blocks)
-    calls = _placeholder_calls(blocks, lambda index, x: mx.full(x.shape, float("nan"), x.dtype))
+    calls = _linked_calls(blocks)
     _check_arguments(blocks, calls, Refusal.SHARED_STATE)
     trained = tree_flatten(blocks.model.trainable_parameters())
     entry = {n: mx.full(v.shape, float("nan")) for n, v in trained if blocks.local(n) is None}
@@ -93,7 +96,7 @@ def check_walk(blocks: BlockList) -> None:
         if difference := different_argument(calls[index][1:], tuple(arguments)):
             raise blocks.refusal(index, Refusal.OTHER_CALL, name=difference)
     _check_tail(blocks, mx.zeros(calls[-1][0].shape, calls[-1][0].dtype))
-    before = list(map(_identity, blocks.blocks))
+    before = list(map(identity, blocks.blocks))
     _calls(blocks, lambda *call: _checked_output(blocks, calls, before, *call))
     _check_crossings(blocks)
 
@@ -110,6 +113,60 @@ def _check_owners(blocks: BlockList) -> None:
             where = "outside the blocks" if None in (other, index) else f"in block {other}"
             index = index or other or 0
             raise blocks.refusal(index, Refusal.OWNERS, name=name, where=where)
+
+
+def _linked_calls(blocks: BlockList) -> list[RecordedCall]:
+    """The arguments of each block if blocks return NaN; finds what blocks return and read."""
+
+    def nan(index: int, x: mx.array) -> mx.array:
+        return mx.full(x.shape, float("nan"), x.dtype)
+
+    try:
+        calls = _placeholder_calls(blocks, nan)
+    except EdgeLoraError:
+        if not _find_forms(blocks):
+            raise
+        calls = _placeholder_calls(blocks, nan)
+    for _, args, kwargs in calls:
+        for link in links_of(args, kwargs):
+            form = blocks.forms[link.source]
+            if form.leaves[link.leaf].token_axis is None:
+                raise blocks.refusal(link.source, Refusal.CROSSING)
+            form.read = tuple(sorted({*form.read, link.leaf}))
+    return calls
+
+
+def _find_forms(blocks: BlockList) -> bool:
+    """Find what blocks return besides their hidden state; False if there is nothing known."""
+    runs: list[list[tuple]] = []
+
+    def handler(index: int, x: mx.array, args: tuple, kwargs: dict) -> Any:
+        slots = array_slots(blocks.blocks[index])
+        with bind_arrays(slots, _zeros(slots)):
+            out = blocks.blocks[index](x, *args, **kwargs)
+        runs[-1].append((index, out, [args, kwargs]))
+        return out
+
+    try:
+        for shape in SHAPES:
+            runs.append([])
+            with blocks.intercept(handler):
+                blocks.model(mx.zeros(shape, mx.int32))
+    except MODEL_ERRORS:
+        return False
+    if [len(run) for run in runs] != [len(blocks)] * len(runs):
+        return False
+    forms = []
+    for both in zip(*runs, strict=True):
+        forms.append(find_form([out for _, out, _ in both], [given for *_, given in both]))
+        if forms[-1] is None:
+            return False
+    blocks.forms = [form if len(form.leaves) > 1 else None for form in forms]
+    return any(blocks.forms)
+
+
+def _zeros(slots: Mapping[str, Slot]) -> dict[str, mx.array]:
+    return {name: mx.zeros(box[key].shape, box[key].dtype) for name, (box, key) in slots.items()}
 
 
 def _marker(index: int, x: mx.array) -> mx.array:
@@ -161,23 +218,37 @@ def _placeholder_calls(
             shape = str(getattr(x, "shape", type(x).__name__))
             raise blocks.refusal(index, Refusal.HIDDEN, shape=shape)
         returned.append(output(index, x))
-        return returned[-1]
+        if (form := blocks.forms[index]) is None:
+            return returned[-1]
+        return form.wrap(returned[-1], index, (x, args, kwargs), nan=True)
 
     return _calls(blocks, handler)
 
 
 def _check_arguments(blocks: BlockList, calls: list[RecordedCall], reason: Refusal) -> None:
     for index, (_, *others) in enumerate(calls):
-        if any(map(_has_nan, _leaves(others))):
+        if any(map(has_nan, all_leaves(others))):
             raise blocks.refusal(index, reason)
 
 
 def _check_tail(blocks: BlockList, hidden: mx.array) -> None:
     """Refuse a model whose logits depend on the output of an earlier block."""
     used: set[int] = set()
+    hidden_seen: list[mx.array] = []
+
+    def returned(index: int, *call: Any) -> Any:
+        out = gradient_hook(lambda: used.add(index))(hidden_seen[0])
+        if (form := blocks.forms[index]) is None:
+            return out
+        watch = gradient_hook(lambda: used.add(~index))
+        return tree_map(
+            lambda leaf: watch(leaf) if isinstance(leaf, Linked) else leaf,
+            form.wrap(out, index, call),
+        )
 
     def logits(hidden: mx.array) -> mx.array:
-        with blocks.intercept(lambda index, *_: gradient_hook(lambda: used.add(index))(hidden)):
+        hidden_seen[:] = [hidden]
+        with blocks.intercept(returned):
             found = blocks.model(mx.arange(1, 1 + TOKENS[1])[None])
         arrays = [value for _, value in tree_flatten(found) if isinstance(value, mx.array)]
         return sum(array.sum() for array in arrays if mx.issubdtype(array.dtype, mx.floating))
@@ -188,7 +259,7 @@ def _check_tail(blocks: BlockList, hidden: mx.array) -> None:
         raise blocks.refusal(len(blocks) - 1, Refusal.TAIL, error=str(error)) from error
     early = used - {len(blocks) - 1}
     if early:
-        raise blocks.refusal(min(early), Refusal.USED_LATER)
+        raise blocks.refusal(min(max(tag, ~tag) for tag in early), Refusal.USED_LATER)
 
 
 def gradient_hook(when_reached: Callable[[], None]) -> Callable[[mx.array], mx.array]:
@@ -248,21 +319,21 @@ def _checked_output(
     block, zeros = blocks.blocks[index], mx.zeros(x.shape, x.dtype)
     if difference := different_argument(calls[index][1:], (args, kwargs)):
         raise blocks.refusal(index, Refusal.OTHER_CALL, name=difference)
-    if _identity(block) != before[index]:
+    if identity(block) != before[index]:
         raise blocks.refusal(index, Refusal.SET)
     slots = array_slots(block)
     # A block that evaluates values must not read its weights for that.
-    empty = {name: mx.zeros(box[key].shape, box[key].dtype) for name, (box, key) in slots.items()}
     drawn = _generators()
-    with bind_arrays(slots, empty):
-        own = _identity(block), list(map(id, _leaves([args, kwargs])))
+    with bind_arrays(slots, _zeros(slots)):
+        own = identity(block), list(map(id, all_leaves([args, kwargs])))
         try:
             out = block(zeros, *args, **kwargs)
         except MODEL_ERRORS as error:
             raise blocks.refusal(index, Refusal.FAILS, error=str(error)) from error
-        after = _identity(block), list(map(id, _leaves([args, kwargs])))
-    if not isinstance(out, mx.array):
+        after = identity(block), list(map(id, all_leaves([args, kwargs])))
+    if not _returns_as_before(blocks, index, out):
         raise blocks.refusal(index, Refusal.NO_ARRAY, kind=type(out).__name__)
+    out = blocks.outputs(index, out)[0]
     if out.shape != x.shape:
         shapes = {"shape": str(x.shape), "other": str(out.shape)}
         raise blocks.refusal(index, Refusal.OTHER_SHAPE, **shapes)
@@ -272,6 +343,13 @@ def _checked_output(
         raise blocks.refusal(index, Refusal.RANDOM)
     blocks.hidden_dtype = out.dtype
     return out
+
+
+def _returns_as_before(blocks: BlockList, index: int, out: Any) -> bool:
+    """Whether a block returned its hidden state, with what `_find_forms` found besides it."""
+    if (form := blocks.forms[index]) is None:
+        return isinstance(out, mx.array)
+    return form.fits(out)
 
 
 def _generators() -> tuple:
@@ -319,18 +397,15 @@ def _reached_tags(blocks: BlockList, chosen: set[int]) -> set[int | None]:
         def handler(index: int, x: mx.array, args: tuple, kwargs: dict) -> mx.array:
             block = blocks.blocks[index]
             own = array_slots(block)
-            zeros = {
-                name: mx.zeros(box[key].shape, box[key].dtype)
-                for name, (box, key) in own.items()
-                if id(box) not in shared
-            }
+            zeros = _zeros({name: slot for name, slot in own.items() if id(slot[0]) not in shared})
             try:
                 with bind_arrays(own, zeros):
                     out = block(cut(index, x), *args, **kwargs)
             except MODEL_ERRORS as error:
                 raise blocks.refusal(index, Refusal.FAILS, error=str(error)) from error
             if index in chosen:
-                outputs.append(out.astype(mx.float32).sum())
+                found = blocks.outputs(index, out)
+                outputs.append(sum(array.astype(mx.float32).sum() for array in found))
             return cut(~index, x)
 
         values = {n: cut((blocks.local(n) or (None,))[0], v) for n, v in trained.items()}
@@ -343,58 +418,3 @@ def _reached_tags(blocks: BlockList, chosen: set[int]) -> set[int | None]:
     except MODEL_ERRORS as error:
         raise blocks.refusal(min(chosen), Refusal.NO_GRADIENT, error=str(error)) from error
     return reached
-
-
-def different_argument(expected: tuple[tuple, dict], got: tuple[tuple, dict]) -> str | None:
-    """The first argument of a call (args, kwargs) that is not as expected; None if all are.
-
-    Arrays are evaluated, except masks with a band.
-    """
-    names = [f"argument {number + 2}" for number in range(len(expected[0]))] + list(expected[1])
-    if len(expected[0]) != len(got[0]) or expected[1].keys() != got[1].keys():
-        return "number of arguments"
-    for name, *pair in zip(
-        names, (*expected[0], *expected[1].values()), (*got[0], *got[1].values()), strict=True
-    ):
-        leaves = [tree_flatten(value, is_leaf=_is_module) for value in pair]
-        if [place for place, _ in leaves[0]] != [place for place, _ in leaves[1]]:
-            return name
-        if not all(_same(a, b) for (_, a), (_, b) in zip(*leaves, strict=True)):
-            return name
-    return None
-
-
-def _same(first: Any, second: Any) -> bool:
-    bands = [band_of(mask) if isinstance(mask, CausalMask) else None for mask in (first, second)]
-    if None not in bands:
-        return (first.shape, str(bands[0])) == (second.shape, str(bands[1]))
-    if isinstance(first, mx.array) and isinstance(second, mx.array):
-        same = (first.shape, first.dtype) == (second.shape, second.dtype)
-        return same and mx.array_equal(first, second, equal_nan=True).item()
-    plain = (bool, int, float, str, type(None))
-    return type(first) is type(second) and (not isinstance(first, plain) or first == second)
-
-
-def _leaves(value: Any) -> list:
-    """All values in nested arguments, including the attributes of objects."""
-    leaves = [leaf for _, leaf in tree_flatten(value, is_leaf=_is_module)]
-    inside = [vars(leaf) for leaf in leaves if hasattr(leaf, "__dict__")]
-    return leaves + [leaf for _, leaf in tree_flatten(inside, is_leaf=_is_module)]
-
-
-def _is_module(value: Any) -> bool:
-    return isinstance(value, nn.Module)
-
-
-def _identity(block: nn.Module) -> list:
-    arrays = [(name, id(box[key])) for name, (box, key) in array_slots(block).items()]
-    plain = [(path, key, id(v)) for path, m in block.named_modules() for key, v in vars(m).items()]
-    return arrays + plain
-
-
-def _has_nan(value: Any) -> bool:
-    return (
-        isinstance(value, mx.array)
-        and mx.issubdtype(value.dtype, mx.floating)
-        and bool(mx.isnan(value).any().item())
-    )

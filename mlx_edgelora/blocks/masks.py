@@ -21,8 +21,10 @@ from mlx_edgelora.layers.grid import Positions
 # Makes a mask bool [N, offset + N] of N, offset and window_size; mlx-lm's `create_causal_mask`.
 Maker = Callable[..., mx.array]
 _PACKED = "mlx_edgelora causal mask"
-_IN_PLACE = ["add", "and", "floordiv", "lshift", "matmul", "mod", "mul", "or", "pow", "rshift"]
-_IN_PLACE += ["sub", "truediv", "xor"]
+_OPERATORS = ["add", "and", "floordiv", "lshift", "matmul", "mod", "mul", "or", "pow", "rshift"]
+_OPERATORS += ["sub", "truediv", "xor"]
+# Methods of an array that change it in place.
+IN_PLACE = ["__setitem__", *(f"__i{name}__" for name in _OPERATORS)]
 
 
 class CausalMask(mx.array):
@@ -49,7 +51,7 @@ def _forgetting(name: str) -> Callable[..., Any]:
 
 
 # MLX's in-place operators change the object itself.
-for _name in ["__setitem__", *(f"__i{name}__" for name in _IN_PLACE)]:
+for _name in IN_PLACE:
     setattr(CausalMask, _name, _forgetting(_name))
 
 

@@ -15,16 +15,24 @@ whether all this holds for a block.
 """
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mlx_edgelora.blocks.attention import Attention, replace_attention
 from mlx_edgelora.blocks.masks import band_of, causal_array, simplest_mask
+from mlx_edgelora.blocks.outputs import (
+    Linked,
+    OutputForm,
+    Position,
+    leaves_of,
+    links_of,
+    map_leaves,
+)
 from mlx_edgelora.blocks.packing import packing_now
 
 
@@ -89,28 +97,51 @@ class _FullCache:
         return self._held
 
 
+@dataclass(frozen=True)
+class _Picked:
+    """Some tokens: rows of the batch and positions, int [n] each; the first position of a tile."""
+
+    rows: mx.array
+    positions: mx.array
+    start: int
+
+
 class BlockParts:
     """One call of a block, to be made for parts of its tokens.
+
+    What the block reads of earlier ones is among its arguments: cut from the stand-ins there, or
+    given as `shared`, in the order of `outputs.links_of`, each of the tokens of the part.
 
     Args:
         block: the block; its weights are bound when it is called.
         args, kwargs: its arguments after the input.
         through_cache: whether to cut the block at its cache instead of at attention.
+        form: what it returns; None for its hidden state alone.
     """
 
     def __init__(
-        self, block: nn.Module, args: tuple, kwargs: dict, through_cache: bool = False
+        self,
+        block: nn.Module,
+        args: tuple,
+        kwargs: dict,
+        through_cache: bool = False,
+        form: OutputForm | None = None,
     ) -> None:
-        self.block, self.through_cache = block, through_cache
+        self.block, self.through_cache, self.form = block, through_cache, form
         self._args, self._kwargs = args, kwargs
 
     def attention_inputs(
-        self, x: mx.array, span: TokenSpan, offset: int | mx.array | None = None
+        self,
+        x: mx.array,
+        span: TokenSpan,
+        offset: int | mx.array | None = None,
+        shared: Sequence[mx.array] | None = None,
     ) -> AttentionInputs:
         """The attention arguments for the tokens of a span, [B, t, D].
 
         Args:
             offset: position of the first token, by default that of the span.
+            shared: what the block reads of earlier ones.
 
         Raises:
             RuntimeError: the block does not call mlx-lm's attention.
@@ -122,20 +153,24 @@ class BlockParts:
         cache = _Position(span.start if offset is None else offset)
         try:
             with replace_attention(capture):
-                self._call(x, cache, slice(span.start, span.stop))
+                self._call(x, cache, slice(span.start, span.stop), shared=shared)
         except _AttentionReached as reached:
             return reached.inputs
         raise RuntimeError("it does not call mlx-lm's attention")
 
     def key_values(
-        self, x: mx.array, span: TokenSpan, offset: int | mx.array | None = None
+        self,
+        x: mx.array,
+        span: TokenSpan,
+        offset: int | mx.array | None = None,
+        shared: Sequence[mx.array] | None = None,
     ) -> list[mx.array]:
         """The keys and values of a span, or the arrays that its tokens pass to the cache.
 
         Args:
             x: input [B, t, D].
             span: position of the tokens.
-            offset: as in `attention_inputs`.
+            offset, shared: as in `attention_inputs`.
 
         Returns:
             Two arrays [B, heads, t, n].
@@ -145,11 +180,11 @@ class BlockParts:
                 cache.
         """
         if not self.through_cache:
-            inputs = self.attention_inputs(x, span, offset)
+            inputs = self.attention_inputs(x, span, offset, shared)
             return [inputs.k, inputs.v]
         try:
             cache = _EmptyCache(span.start if offset is None else offset)
-            self._call(x, cache, slice(span.start, span.stop))
+            self._call(x, cache, slice(span.start, span.stop), shared=shared)
         except _CacheReached as captured:
             return list(captured.args)
         raise RuntimeError("its cache is not asked for keys and values")
@@ -157,13 +192,25 @@ class BlockParts:
     def output(
         self, x: mx.array, span: TokenSpan, keys: TokenSpan, key_values: list[mx.array]
     ) -> mx.array:
-        """The block's output for the tokens of a span, [B, t, D].
+        """The hidden state of `outputs`, [B, t, D]."""
+        return self.outputs(x, span, keys, key_values)[0]
+
+    def outputs(
+        self,
+        x: mx.array,
+        span: TokenSpan,
+        keys: TokenSpan,
+        key_values: list[mx.array],
+        shared: Sequence[mx.array] | None = None,
+    ) -> list[mx.array]:
+        """The block's output for the tokens of a span, and what later blocks read of it.
 
         Args:
             x: input [B, t, D].
             span: position of the tokens.
             keys: span of the tokens that they may see (`visible_keys`).
             key_values: `key_values` of these tokens.
+            shared: what the block reads of earlier ones.
 
         Raises:
             RuntimeError: the block does not call attention, or its cache, exactly once.
@@ -171,9 +218,9 @@ class BlockParts:
         tokens = slice(span.start, span.stop)
         if self.through_cache:
             cache = _FullCache(span.start, *key_values)
-            out = self._call(x, cache, tokens, self._mask_between(span, keys))
+            out = self._call(x, cache, tokens, self._mask_between(span, keys), shared)
             _check_calls(cache.calls, "its cache")
-            return out
+            return self._outputs(out)
         attended = []
 
         def attend(original: Attention, *args: Any, **kwargs: Any) -> mx.array:
@@ -183,9 +230,9 @@ class BlockParts:
             return attended[-1]
 
         with replace_attention(attend):
-            out = self._call(x, _Position(span.start), tokens)
+            out = self._call(x, _Position(span.start), tokens, shared=shared)
         _check_calls(len(attended), "attention")
-        return out
+        return self._outputs(out)
 
     def output_at(
         self,
@@ -194,16 +241,18 @@ class BlockParts:
         keys: TokenSpan,
         key_values: list[mx.array],
         rows: mx.array,
+        shared: Sequence[mx.array] | None = None,
     ) -> mx.array:
         """As `output`, for some of the span's tokens; not for a block that is cut at its cache.
 
         Args:
             rows: int [n], indices among the B * t tokens.
+            shared: what the block reads of earlier ones.
 
         Returns:
             [1, n, D].
         """
-        inputs, attended = self.attention_inputs(x, span), []
+        inputs, attended = self.attention_inputs(x, span, shared=shared), []
 
         def attend(original: Attention, *_: Any, **__: Any) -> mx.array:
             if not attended:
@@ -217,9 +266,10 @@ class BlockParts:
         single = x.reshape(-1, 1, x.shape[-1])[rows]
         positions = span.start + rows % x.shape[1]
         with replace_attention(attend):
-            out = self._call(single, _Position(positions), positions)
+            picked = _Picked(rows // x.shape[1], positions, span.start)
+            out = self._call(single, _Position(positions), picked, shared=shared)
         _check_calls(len(attended), "attention")
-        return out.swapaxes(0, 1)
+        return self._outputs(out)[0].swapaxes(0, 1)
 
     def output_rows(self, x: mx.array, rows: mx.array) -> mx.array:
         """The block's output for some of all tokens.
@@ -272,42 +322,80 @@ class BlockParts:
                 return f"a block takes {', '.join(value)} by no name of its own"
             if name == "mask":
                 continue
-            if isinstance(value, mx.array):
-                if value.ndim != 2 or value.shape[0] != tokens:
-                    return f"{name} of a block is {value.shape}, not a row for each token"
-            elif any(isinstance(leaf, mx.array) for _, leaf in tree_flatten(value)):
+            arrays = [leaf for _, leaf in leaves_of(value) if isinstance(leaf, mx.array)]
+            if all(isinstance(leaf, Linked) for leaf in arrays):
+                continue
+            if not isinstance(value, mx.array):
                 return f"{name} of a block holds arrays"
+            axis = 0 if value.ndim == 2 else 1
+            if value.ndim < 2 or value.shape[axis] != tokens:
+                return f"{name} of a block is {value.shape}, not a row for each token"
         return None
 
     def with_mask(self, mask: mx.array | str | None) -> "BlockParts":
         """The same call with another mask."""
         arguments = dict(list(self.bind(None).arguments.items())[1:])
-        return BlockParts(self.block, (), arguments | {"mask": mask}, self.through_cache)
+        arguments["mask"] = mask
+        return BlockParts(self.block, (), arguments, self.through_cache, self.form)
 
-    def whole(self, x: mx.array) -> mx.array:
-        """The block's output for all tokens."""
-        return self.block(x, *self._args, **self._kwargs)
+    def whole(self, x: mx.array) -> list[mx.array]:
+        """The block's output for all tokens, and what later blocks read of it."""
+        return self._outputs(self.block(x, *self._args, **self._kwargs))
+
+    def _outputs(self, out: Any) -> list[mx.array]:
+        return [out] if self.form is None else self.form.outputs(out)
 
     def _call(
         self,
         x: mx.array,
         cache: object,
-        tokens: slice | mx.array,
+        tokens: "slice | _Picked",
         mask: mx.array | str | None = None,
-    ) -> mx.array:
-        """Call the block for some tokens: a slice [B, t, D], or an array of indices [n, 1, D]."""
+        shared: Sequence[mx.array] | None = None,
+    ) -> Any:
+        """Call the block for some tokens: a slice [B, t, D], or some of them [n, 1, D]."""
         call = self.bind(x)
+        links = links_of(self._args, self._kwargs) if shared is not None else []
+        given = dict(zip(links, shared or (), strict=True))
+
+        def part(leaf: Any) -> Any:
+            if isinstance(leaf, Position):
+                return cache.offset
+            if not isinstance(leaf, Linked):
+                return leaf
+            if leaf.link not in given:
+                return _at_tokens(leaf, leaf.token_axis, tokens)
+            array = given[leaf.link]
+            if isinstance(tokens, slice):
+                return array
+            inside = _Picked(tokens.rows, tokens.positions - tokens.start, 0)
+            return _at_tokens(array, leaf.token_axis, inside)
+
         for name, value in list(call.arguments.items())[1:]:
+            if name == "mask":
+                continue
             # An array with a value for each token, such as a scale of its queries.
-            if name != "mask" and isinstance(value, mx.array):
-                of_each = value[tokens]
-                call.arguments[name] = (
-                    of_each if isinstance(tokens, slice) else of_each[:, None, None]
-                )
+            if isinstance(value, mx.array) and not isinstance(value, Linked):
+                call.arguments[name] = _at_tokens(value, 0 if value.ndim == 2 else 1, tokens)
+            else:
+                call.arguments[name] = map_leaves(part, value)
         call.arguments["cache"] = cache
         if mask is not None:
             call.arguments["mask"] = mask
         return self.block(*call.args, **call.kwargs)
+
+
+def _at_tokens(array: mx.array, axis: int, tokens: "slice | _Picked") -> mx.array:
+    """The part of an array with some tokens, whose axis is this.
+
+    A slice of tokens stays on that axis; picked ones become rows of a batch, of one token each.
+    """
+    if isinstance(tokens, slice):
+        return array[(*[slice(None)] * axis, tokens)]
+    if axis == 0:  # the same for all rows of the batch
+        return array[tokens.positions][:, None, None]
+    found = mx.moveaxis(array, axis, 1)[tokens.rows % array.shape[0], tokens.positions]
+    return mx.expand_dims(found, axis)
 
 
 def _attend(

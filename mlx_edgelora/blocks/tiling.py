@@ -18,6 +18,7 @@ from mlx_edgelora.blocks.block_list import (
 from mlx_edgelora.blocks.checks import MODEL_ERRORS, depends_on_values, gradient_hook
 from mlx_edgelora.blocks.dropout import without_dropout
 from mlx_edgelora.blocks.masks import band_of, simplest_mask
+from mlx_edgelora.blocks.outputs import OutputForm
 from mlx_edgelora.blocks.packing import rows_packed
 from mlx_edgelora.blocks.parts import BlockParts, TokenSpan
 from mlx_edgelora.blocks.weight_source import WeightSource
@@ -86,7 +87,9 @@ class Tiling:
             if self._calls is None:
                 self._calls = block_calls(self._blocks)
             _, args, kwargs = self._calls[index]
-            self._keys[index] = signature(block) + call_signature(args, kwargs)
+            form = self._blocks.forms[index]
+            read = str(form.read) if form else ""
+            self._keys[index] = signature(block) + call_signature(args, kwargs) + read
         key = self._keys[index]
         if key not in self._found:
             with rows_packed(None):
@@ -104,7 +107,8 @@ class Tiling:
         block, reasons = self._blocks.blocks[index], []
         for through_cache in (False, True):
             try:
-                calls = list(_trials(block, *self._calls[index], through_cache))
+                form = self._blocks.forms[index]
+                calls = list(_trials(block, *self._calls[index], through_cache, form))
                 reason = self._disagreement(index, calls)
                 if not reason and _depends_on_length(*calls[0]):
                     reason = "what a block computes depends on how long the text is"
@@ -130,9 +134,13 @@ class Tiling:
                 return "a block adds a mask to its scores that depends on its input"
             key_values = compute(_key_values, x, parts)
             tiles = [compute(_tile, x, parts, span, key_values) for span in TRIAL_SPANS]
-            off = difference(mx.concatenate(tiles, axis=1), compute(parts.whole, x), x)
+            whole, *read = compute(parts.whole, x)
+            off = difference(mx.concatenate([tile[0] for tile in tiles], axis=1), whole, x)
             if not off <= TOLERANCES[x.dtype]:  # NaN is no agreement
                 return f"computed by parts a block differs by {off:.1e} of its norm"
+            mine, form = [tile[1:] for tile in tiles], parts.form
+            if form and not form.read_alike(mine, read, TOLERANCES[x.dtype]):
+                return "computed by parts a block returns something else to later blocks"
         return None
 
     def _rows_differ(self, index: int, calls: list[tuple[mx.array, BlockParts]]) -> bool:
@@ -140,7 +148,7 @@ class Tiling:
         compute, span = self._computing(index), TRIAL_SPANS[1]
         try:
             for x, parts in calls:
-                whole, key_values = compute(parts.whole, x), compute(_key_values, x, parts)
+                whole, key_values = compute(parts.whole, x)[0], compute(_key_values, x, parts)
                 rows, tile_rows = mx.array(TRIAL_ROWS), mx.array(TRIAL_TILE_ROWS)
                 mine, seen, some = _seen(x, parts, span, key_values)
                 pairs = [
@@ -194,9 +202,9 @@ def _seen(
 
 def _tile(
     x: mx.array, parts: BlockParts, span: TokenSpan, key_values: Sequence[mx.array]
-) -> mx.array:
+) -> list[mx.array]:
     mine, seen, some = _seen(x, parts, span, key_values)
-    return parts.output(mine, span, seen, some)
+    return parts.outputs(mine, span, seen, some)
 
 
 def _key_values(x: mx.array, parts: BlockParts) -> list[mx.array]:
@@ -255,10 +263,15 @@ def block_calls(blocks: BlockList) -> list[tuple]:
 
 
 def _trials(
-    block: nn.Module, x: mx.array, args: tuple, kwargs: dict, through_cache: bool
+    block: nn.Module,
+    x: mx.array,
+    args: tuple,
+    kwargs: dict,
+    through_cache: bool,
+    form: OutputForm | None = None,
 ) -> Iterator[tuple[mx.array, BlockParts]]:
     """The call with scaled inputs, also with a window, because long texts may have one."""
-    parts = BlockParts(block, args, kwargs, through_cache)
+    parts = BlockParts(block, args, kwargs, through_cache, form)
     if reason := parts.untileable_reason(TRIAL_SHAPE[1]):
         raise ValueError(reason)
     mask = parts.mask

@@ -11,6 +11,7 @@ from mlx_edgelora.engine.block_weights import Arrays, BlockWeights
 from mlx_edgelora.engine.functions import BlockFunctions
 from mlx_edgelora.engine.hidden import Hidden, Slots
 from mlx_edgelora.engine.pipeline import Pipeline
+from mlx_edgelora.engine.shared import SharedOutputs
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Context:
         spans: tiles of tokens in which hidden states are stored.
         first: index of the lowest block that is differentiated.
         entry: whether the gradient of the first block's input is needed as well.
+        shared: what blocks return for later ones besides hidden states.
     """
 
     weights: BlockWeights
@@ -34,6 +36,7 @@ class Context:
     spans: Sequence[TokenSpan]
     first: int
     entry: bool
+    shared: SharedOutputs
 
     def needs_input_grad(self, index: int) -> bool:
         """Whether the gradient of a block's input is needed."""

@@ -16,6 +16,7 @@ from mlx_edgelora.blocks.block_list import BlockList, Slot, bind_arrays, signatu
 from mlx_edgelora.blocks.checks import EVALUATES
 from mlx_edgelora.blocks.dropout import KeyTape
 from mlx_edgelora.blocks.masks import pack_masks, unpack_masks
+from mlx_edgelora.blocks.outputs import pack_links, unpack_links
 from mlx_edgelora.blocks.packing import packing_now
 from mlx_edgelora.blocks.parts import BlockParts
 from mlx_edgelora.engine.record import BlockCall
@@ -102,7 +103,7 @@ class BlockFunctions:
         self.blocks, self.slots, self.tape = blocks, slots, tape
         self.functions = Functions(compiles)
         self._signatures: dict[int, str] = {}
-        self._dtypes: dict[tuple[int, mx.Dtype], mx.Dtype] = {}
+        self._dtypes: dict[tuple[int, mx.Dtype], list[mx.Dtype]] = {}
 
     def refresh(self) -> None:
         """Forget signatures and dtypes, because settings of blocks may have changed."""
@@ -117,126 +118,151 @@ class BlockFunctions:
 
     def call_block(
         self, index: int, x: mx.array, args: tuple, kwargs: dict, wanted: OutputRows
-    ) -> mx.array:
-        """Call a block whose arrays are bound; returns [B, T, D], or [1, n, D] for some rows."""
+    ) -> list[mx.array]:
+        """Call a block whose arrays are bound.
+
+        Returns:
+            The hidden state [B, T, D], or [1, n, D] for some rows, and what later blocks read.
+        """
         block = self.blocks.blocks[index]
-        if wanted.rows is None:
-            return block(x, *args, **kwargs)
-        if wanted.rows_only:
-            return BlockParts(block, args, kwargs).output_rows(x, wanted.rows)
-        return rows_of(block(x, *args, **kwargs), wanted.rows)
+        if wanted.rows is not None and wanted.rows_only:  # the last block, which none reads
+            parts = BlockParts(block, args, kwargs, form=self.blocks.forms[index])
+            return [parts.output_rows(x, wanted.rows)]
+        out, *read = self.blocks.outputs(index, block(x, *args, **kwargs))
+        return [out if wanted.rows is None else rows_of(out, wanted.rows), *read]
+
+    def _kind(self, index: int) -> tuple:
+        """Equal for blocks that are the same function of their arrays and return the same."""
+        form = self.blocks.forms[index]
+        return self.signature(index), form and form.read
 
     def forward(
         self,
         index: int,
         arrays: tuple[Arrays, Arrays],
-        x: mx.array,
+        inputs: list[mx.array],
         call: BlockCall,
         wanted: OutputRows,
-    ) -> mx.array:
-        """The block's output, lazy; the keys drawn by dropout are recorded in `call`.
+    ) -> list[mx.array]:
+        """The block's outputs, lazy; the keys drawn by dropout are recorded in `call`.
 
         Args:
             index: index of the block.
             arrays: its trained arrays and its other arrays, by local name.
-            x: input [B, T, D].
+            inputs: input [B, T, D], and what the block reads of earlier ones (`call.links`).
             call: the other arguments of the block.
             wanted: rows of the output that are needed.
+
+        Returns:
+            See `call_block`.
         """
 
         def function(
             trained: Arrays,
             frozen: Arrays,
-            x: mx.array,
+            inputs: list[mx.array],
             args: tuple,
             kwargs: dict,
             rows: RowIndices,
-        ) -> mx.array:
-            args, kwargs = unpack_masks(args, kwargs)
+        ) -> list[mx.array]:
+            x, *shared = inputs
+            args, kwargs = unpack_arguments(args, kwargs, shared)
             with bind_arrays(self.slots[index], frozen | trained):
                 return self.call_block(index, x, args, kwargs, wanted._replace(rows=rows))
 
-        key = "forward", self.signature(index), wanted.rows_only
+        key = "forward", self._kind(index), wanted.rows_only
         if self.tape.is_used:  # keys are drawn while the graph is built
             key = None
         with self.tape.recording() as call.keys:
-            arguments = *pack_masks(call.args, call.kwargs), wanted.rows
-            return self.functions.call(key, function, *arrays, x, *arguments)
+            arguments = *pack_arguments(call), wanted.rows
+            return self.functions.call(key, function, *arrays, inputs, *arguments)
 
-    def dtype(
+    def dtypes(
         self,
         index: int,
         arrays: tuple[Arrays, Arrays],
-        x: mx.array,
+        inputs: list[mx.array],
         call: BlockCall,
         wanted: OutputRows,
-    ) -> mx.Dtype:
-        """Dtype of the block's output, from a graph that is built once; arguments as `forward`."""
+    ) -> list[mx.Dtype]:
+        """Dtypes of the block's outputs, from a graph that is built once; see `forward`."""
+        x, *shared = inputs
         key = index, x.dtype
         if key not in self._dtypes:
-            args, kwargs = unpack_masks(*pack_masks(call.args, call.kwargs))
+            args, kwargs = unpack_arguments(*pack_arguments(call), shared)
             trained, frozen = arrays
             with bind_arrays(self.slots[index], frozen | trained), self.tape.playing(SAME_KEY):
-                self._dtypes[key] = self.call_block(index, x, args, kwargs, wanted).dtype
+                found = self.call_block(index, x, args, kwargs, wanted)
+            self._dtypes[key] = [array.dtype for array in found]
         return self._dtypes[key]
 
     def gradients(
         self,
         index: int,
         arrays: tuple[Arrays, Arrays],
-        x: mx.array,
-        cotangent: mx.array,
+        inputs: list[mx.array],
+        cotangents: list[mx.array],
         call: BlockCall,
         wanted: OutputRows,
         needs_input_grad: bool,
         first: bool = False,
-    ) -> tuple[mx.array | None, Arrays, mx.array | None]:
-        """Gradients of a block's trained arrays and, if `needs_input_grad`, of its input; lazy.
+    ) -> tuple[list[mx.array], Arrays, list[mx.array]]:
+        """Gradients of a block's trained arrays and, if `needs_input_grad`, of its inputs; lazy.
 
         Args:
-            index, arrays, x, call, wanted: as in `forward`.
-            cotangent: gradient of the block's output.
-            needs_input_grad: whether the gradient of the input is needed.
-            first: whether to return the output too, because it was not computed before.
+            index, arrays, inputs, call, wanted: as in `forward`.
+            cotangents: gradients of the block's outputs.
+            needs_input_grad: whether the gradients of the inputs are needed.
+            first: whether to return the outputs too, because they were not computed before.
 
         Returns:
-            The output or None, gradients by local name, and the gradient of the input or None.
+            The outputs or none, gradients by local name, and gradients of the inputs or none.
         """
 
         def function(
             trained: Arrays,
             frozen: Arrays,
-            x: mx.array,
-            cotangent: mx.array,
+            inputs: list[mx.array],
+            cotangents: list[mx.array],
             args: tuple,
             kwargs: dict,
             keys: list[mx.array],
             rows: RowIndices,
-        ) -> list[mx.array]:
-            args, kwargs = unpack_masks(args, kwargs)
+        ) -> tuple[list[mx.array], list[mx.array], list[mx.array]]:
+            count = len(trained)
 
-            def forward(*primals: mx.array) -> mx.array:
-                values = frozen | dict(zip(trained, primals[:-1], strict=True))
+            def forward(*primals: mx.array) -> list[mx.array]:
+                values = frozen | dict(zip(trained, primals[:count], strict=True))
+                x, *shared = primals[count:]
+                own = unpack_arguments(args, kwargs, shared)
                 with (
                     tracing_gradient(),
                     bind_arrays(self.slots[index], values),
                     self.tape.playing(keys),
                 ):
-                    return self.call_block(
-                        index, primals[-1], args, kwargs, wanted._replace(rows=rows)
-                    )
+                    return self.call_block(index, x, *own, wanted._replace(rows=rows))
 
-            out, gradients = mx.vjp(forward, [*trained.values(), x], [cotangent])
-            return [*out[:first], *(gradients if needs_input_grad else gradients[:-1])]
+            out, found = mx.vjp(forward, [*trained.values(), *inputs], cotangents)
+            return out if first else [], found[:count], found[count:] if needs_input_grad else []
 
-        key = "gradients", self.signature(index), wanted.rows_only, needs_input_grad, first
+        key = "gradients", self._kind(index), wanted.rows_only, needs_input_grad, first
         if first and self.tape.is_used:
             key = None
-        arguments = *pack_masks(call.args, call.kwargs), call.keys, wanted.rows
-        found = self.functions.call(key, function, *arrays, x, cotangent, *arguments)
-        out = found.pop(0) if first else None
-        dx = found.pop() if needs_input_grad else None
-        return out, dict(zip(arrays[0], found, strict=True)), dx
+        arguments = *pack_arguments(call), call.keys, wanted.rows
+        out, own, of_inputs = self.functions.call(
+            key, function, *arrays, inputs, cotangents, *arguments
+        )
+        return out, dict(zip(arrays[0], own, strict=True)), of_inputs
+
+
+def pack_arguments(call: BlockCall) -> tuple[tuple, dict]:
+    """A block's arguments for `mx.compile`, which would evaluate masks and stand-ins."""
+    return pack_links(*pack_masks(call.args, call.kwargs))
+
+
+def unpack_arguments(args: tuple, kwargs: dict, shared: list[mx.array]) -> tuple[tuple, dict]:
+    """The arguments given to `pack_arguments`, with `shared` in place of the stand-ins."""
+    return unpack_masks(*unpack_links(args, kwargs, shared))
 
 
 def rows_of(whole: mx.array, rows: mx.array) -> mx.array:

@@ -50,25 +50,27 @@ class Slots:
 
 
 class Hidden:
-    """Hidden states [B, T, D], or their gradient.
+    """Hidden states [B, T, D], or their gradient; also another array with an axis of tokens.
 
     One array in memory (`Hidden(array)`), or tiles that are put into a store one by one
     (`Hidden.tiles`). Memory: the array, or that of the store.
 
     Args:
         array: all tokens, evaluated.
+        axis: axis of the tokens.
     """
 
-    def __init__(self, array: mx.array) -> None:
+    def __init__(self, array: mx.array, axis: int = 1) -> None:
         self._array: mx.array | None = array
+        self._axis = axis
         self._spans: Sequence[TokenSpan] | None = None
         self._slots: Slots | None = None
         self._numbers: list[int | None] = []
 
     @classmethod
-    def tiles(cls, spans: Sequence[TokenSpan], slots: Slots) -> "Hidden":
+    def tiles(cls, spans: Sequence[TokenSpan], slots: Slots, axis: int = 1) -> "Hidden":
         """Create empty hidden states, to be filled with tiles of these spans."""
-        made = cls(None)
+        made = cls(None, axis)
         made._spans, made._slots, made._numbers = spans, slots, [None] * len(spans)
         return made
 
@@ -78,6 +80,10 @@ class Hidden:
             self._slots.release(before)
         self._numbers[number] = self._slots.put(tile)
 
+    def has(self, number: int) -> bool:
+        """Whether a tile is stored."""
+        return self._numbers[number] is not None
+
     def tile(self, number: int) -> mx.array:
         """Return one tile; writing into the result does not change the stored tile."""
         return copy.copy(self._slots.store.take(self._numbers[number], keep=True))
@@ -86,10 +92,10 @@ class Hidden:
         """The same hidden states in tiles of these spans; an array in memory is released."""
         if self._array is None and self._spans == spans:
             return self
-        array, made = self.whole(), Hidden.tiles(spans, slots)
+        array, made = self.whole(), Hidden.tiles(spans, slots, self._axis)
         self.forget()
         for number, span in enumerate(spans):
-            made.put(number, _own(array, span))
+            made.put(number, _own(array, span, self._axis))
         return made
 
     def whole(self) -> mx.array:
@@ -97,7 +103,7 @@ class Hidden:
         if self._array is not None:
             return copy.copy(self._array)  # a new array object on the same memory
         tiles = [self.tile(number) for number in range(len(self._numbers))]
-        array = tiles[0] if len(tiles) == 1 else mx.concatenate(tiles, axis=1)
+        array = tiles[0] if len(tiles) == 1 else mx.concatenate(tiles, axis=self._axis)
         mx.eval(array)
         return array
 
@@ -115,10 +121,15 @@ class Hidden:
                 self._numbers[number] = None
 
 
-def _own(array: mx.array, span: TokenSpan) -> mx.array:
+def tokens_of(array: mx.array, span: TokenSpan, axis: int) -> mx.array:
+    """The tokens of a span, lazy."""
+    return array[(*[slice(None)] * axis, slice(span.start, span.stop))]
+
+
+def _own(array: mx.array, span: TokenSpan, axis: int) -> mx.array:
     """The tokens of a span, copied unless they are the whole array."""
-    if span.stop - span.start == array.shape[1]:
+    if span.stop - span.start == array.shape[axis]:
         return array
-    tile = mx.contiguous(array[:, span.start : span.stop])
+    tile = mx.contiguous(tokens_of(array, span, axis))
     mx.eval(tile)
     return tile

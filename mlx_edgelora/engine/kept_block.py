@@ -25,7 +25,7 @@ class KeptBlock:
 
     def __init__(self, context: Context, index: int, call: BlockCall, wanted: OutputRows) -> None:
         self._context, self.index, self._call, self._wanted = context, index, call, wanted
-        self._cotangent: DeferredArray | None = None
+        self._cotangents: list[DeferredArray] = []
         self._found: tuple = ()
 
     def forward(self, x: Hidden, next_block: int | None) -> Hidden:
@@ -34,36 +34,45 @@ class KeptBlock:
         x.forget()
         arrays = context.weights.load(self.index, next_block, own_memory=True)
         with phase("forward", self.index):
+            inputs = [array, *context.shared.take(self._call.links)]
+            asked = self.index, arrays, inputs
+            dtypes = context.functions.dtypes(*asked, self._call, self._wanted)
             shape = array.shape if rows is None else (1, rows.size, array.shape[-1])
-            dtype = context.functions.dtype(self.index, arrays, array, self._call, self._wanted)
-            self._cotangent = DeferredArray(shape, dtype)
-            out, *self._found = context.functions.gradients(
-                self.index,
-                arrays,
-                array,
-                self._cotangent.array,
+            shapes = [shape, *context.shared.shapes(self.index)]
+            self._cotangents = list(map(DeferredArray, shapes, dtypes))
+            (out, *read), *self._found = context.functions.gradients(
+                *asked,
+                [deferred.array for deferred in self._cotangents],
                 self._call,
                 self._wanted,
                 context.needs_input_grad(self.index),
                 first=True,
             )
-            del arrays, array
-            context.pipeline.submit(out)
+            del arrays, array, inputs, asked
+            context.pipeline.submit(out, read)
+            context.shared.put(self.index, read)
         return Hidden(out)
 
     def backward(
         self, dy: Hidden, prefetch_next: Callable[[], int | None]
     ) -> tuple[Hidden | None, Arrays]:
         """Gradients of the input and of the trained arrays; see `Segment`."""
-        context, cotangent = self._context, dy.whole()
+        context, cotangents = self._context, [dy.whole()]
         dy.forget()
+        cotangents += context.shared.cotangents(self.index)
         context.weights.prefetch(prefetch_next())
         with phase("backward", self.index):
-            self._cotangent.fill(cotangent)
-            del cotangent
-            (gradients, dx), self._found = self._found, ()
-            context.pipeline.submit(gradients, dx)
-        return (Hidden(dx) if dx is not None else None), gradients
+            for deferred, cotangent in zip(self._cotangents, cotangents, strict=True):
+                deferred.fill(cotangent)
+            del cotangents, cotangent
+            (gradients, found), self._found = self._found, ()
+            context.pipeline.submit(gradients, found)
+        context.shared.forget(self.index)
+        if not found:
+            return None, gradients
+        dx, *more = found
+        context.shared.add(self._call.links, more)
+        return Hidden(dx), gradients
 
     def prefetch(self) -> None:
         """Read nothing: everything is in memory."""

@@ -7,17 +7,29 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_edgelora.blocks.block_list import BlockList
+from mlx_edgelora.blocks.outputs import Link, links_of
 from mlx_edgelora.blocks.refusals import Refusal
 from mlx_edgelora.errors import EdgeLoraError
 
 
 @dataclass
 class BlockCall:
-    """The arguments of a block other than its input, and the keys that its dropout drew."""
+    """The arguments of a block other than its input.
+
+    Attributes:
+        args, kwargs: the arguments, with stand-ins for what earlier blocks return.
+        keys: the keys that its dropout drew.
+        links: what it reads of earlier blocks, besides its input.
+    """
 
     args: tuple
     kwargs: dict
     keys: list[mx.array] = field(default_factory=list)
+    links: list[Link] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Find the links."""
+        self.links = links_of(self.args, self.kwargs)
 
 
 class _LoopEnded(Exception):

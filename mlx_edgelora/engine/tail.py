@@ -11,10 +11,9 @@ import mlx.core as mx
 
 from mlx_edgelora.blocks.attention import tracing_gradient
 from mlx_edgelora.blocks.block_list import bind_arrays
-from mlx_edgelora.blocks.masks import pack_masks, unpack_masks
 from mlx_edgelora.engine.block_weights import Arrays
 from mlx_edgelora.engine.context import Context
-from mlx_edgelora.engine.functions import OutputRows
+from mlx_edgelora.engine.functions import OutputRows, pack_arguments, unpack_arguments
 from mlx_edgelora.engine.hidden import Hidden
 from mlx_edgelora.engine.record import BlockCall
 from mlx_edgelora.measure.profile import phase
@@ -77,33 +76,41 @@ class Tail:
             context.functions,
             context.needs_input_grad(self._indices.start),
         )
-        calls = [pack_masks(call.args, call.kwargs) for call in self._calls]
+        calls = list(map(pack_arguments, self._calls))
+        links = [call.links for call in self._calls]
+        # What blocks of the tail read of blocks below it.
+        below = list(dict.fromkeys(k for own in links for k in own if k.source < indices.start))
         # A compiled function keeps the objects that it captures, so it captures no arrays.
         graph, rows_only = loss.graph, wanted.rows_only
 
         def function(
             trained: list[Arrays],
             outside: Arrays,
-            x: mx.array,
+            inputs: list[mx.array],
             frozen: list[Arrays],
             calls: list[tuple[tuple, dict]],
             rows: mx.array | None,
             arrays: list[mx.array],
         ) -> tuple:
-            def forward(trained: list[Arrays], outside: Arrays, x: mx.array) -> mx.array | tuple:
-                out = x
-                for index, own, others, call in zip(indices, trained, frozen, calls, strict=True):
-                    args, kwargs = unpack_masks(*call)
+            def forward(
+                trained: list[Arrays], outside: Arrays, inputs: list[mx.array]
+            ) -> mx.array | tuple:
+                out, *shared = inputs
+                known = dict(zip(below, shared, strict=True))
+                blocks = zip(indices, trained, frozen, calls, links, strict=True)
+                for index, own, others, call, reads in blocks:
+                    args, kwargs = unpack_arguments(*call, [known[link] for link in reads])
                     part = OutputRows(rows, rows_only) if index == indices[-1] else OutputRows()
                     with (
                         tracing_gradient(),
                         bind_arrays(context.weights.slots[index], others | own),
                     ):
-                        out = functions.call_block(index, out, args, kwargs, part)
+                        out, *read = functions.call_block(index, out, args, kwargs, part)
+                    known |= zip(context.shared.links(index), read, strict=True)
                 return graph(out, outside, *arrays)
 
             which = (0, 1, 2) if needs_input_grad else (0, 1)
-            return mx.value_and_grad(forward, argnums=which)(trained, outside, x)
+            return mx.value_and_grad(forward, argnums=which)(trained, outside, inputs)
 
         loaded = [context.weights.load(index, own_memory=True) for index in indices]
         trained, frozen = ([pair[i] for pair in loaded] for i in (0, 1))
@@ -111,19 +118,24 @@ class Tail:
         key = loss.key
         if key is not None:
             kinds = tuple(map(functions.signature, indices))
+            kinds = kinds, tuple(map(tuple, links))
             key = "tail", indices, kinds, needs_input_grad, wanted.rows is None, rows_only, loss.key
         if functions.tape.is_used:  # keys are drawn while the graph is built
             key = None
         with phase("backward", indices.start):
-            array = x.whole()
+            inputs = [x.whole(), *context.shared.take(below)]
             x.forget()
-            arguments = array, frozen, calls, wanted.rows, list(loss.arrays)
+            arguments = inputs, frozen, calls, wanted.rows, list(loss.arrays)
             value, found = functions.functions.call(
                 key, function, trained, loss.outside, *arguments
             )
-            del arguments, array, frozen, trained
-            by_block, outside, *dx = found
+            del arguments, inputs, frozen, trained
+            by_block, outside, *of_inputs = found
             del found
-            mx.eval(value, dx, by_block, outside)
+            mx.eval(value, of_inputs, by_block, outside)
         pairs = zip(reversed(indices), by_block[::-1], strict=True)
-        return TailResult(value, outside, pairs, dx[0] if dx else None)
+        dx = None
+        if of_inputs:
+            dx, *more = of_inputs[0]
+            context.shared.add(below, more)
+        return TailResult(value, outside, pairs, dx)

@@ -51,7 +51,9 @@ class TiledBlock:
     ) -> None:
         self._context, self.index, self._wanted = context, index, wanted
         block = context.functions.blocks.blocks[index]
-        self._parts = BlockParts(block, call.args, call.kwargs, through_cache)
+        form = context.functions.blocks.forms[index]
+        self._parts = BlockParts(block, call.args, call.kwargs, through_cache, form)
+        self._links = call.links
         self._input: Hidden | None = None
         self._places: list[mx.array | None] | None = None  # the wanted rows of each tile
         self._order: list[np.ndarray] = []  # their places among all wanted ones
@@ -68,13 +70,15 @@ class TiledBlock:
                 if self._places is not None and self._places[number] is None:
                     continue
                 seen = self._parts.visible_keys(span, context.spans[-1].stop)
-                tile = self._tile_output(x.tile(number), number, seen, _tokens(seen, key_values))
-                context.pipeline.submit(tile)
+                own, shared = _tokens(seen, key_values), self._shared(number)
+                tile, *read = self._tile_outputs(x.tile(number), number, seen, own, shared)
+                context.pipeline.submit(tile, read)
+                context.shared.put_tile(self.index, number, read)
                 if self._places is None:
                     out.put(number, tile)
                 else:
                     pieces.append(tile)
-                del tile
+                del tile, read, own, shared
         if self.index >= context.first:
             self._input = x
         else:
@@ -92,7 +96,7 @@ class TiledBlock:
         )
         wanted = None if self._places is None else dy.whole()
         trained, frozen = context.weights.load(self.index, prefetch_next())
-        visit = _TiledBackward(self, trained, needs_input_grad)
+        visit = _TiledBackward(self, trained)
         dx = Hidden.tiles(context.spans, context.slots) if needs_input_grad else None
         with bind_arrays(self._slots, frozen | trained):
             with phase("recompute", self.index):
@@ -105,20 +109,14 @@ class TiledBlock:
                         cotangent = None
                     else:
                         cotangent = wanted[:, mx.array(self._order[number])]
-                    piece = visit.tile(number, x.tile(number), cotangent)
+                    visit.tile(number, x.tile(number), cotangent, dx)
                     del cotangent
-                    if needs_input_grad:
-                        dx.put(number, piece)
-                    del piece
                 if not self._is_causal:
                     for number in range(len(context.spans)):
-                        piece = visit.finish_tile(
-                            number, x.tile(number), dx.tile(number) if needs_input_grad else None
-                        )
-                        if needs_input_grad:
-                            dx.put(number, piece)
+                        visit.finish_tile(number, x.tile(number), dx)
         dy.forget()
         x.forget()
+        context.shared.forget(self.index)
         return dx, visit.totals()
 
     def prefetch(self) -> None:
@@ -159,7 +157,7 @@ class TiledBlock:
         """Keys and values of all tokens, [B, heads, T, n] each."""
         whole: list[mx.array] = []
         for number, span in enumerate(self._context.spans):
-            pieces = self._parts.key_values(x.tile(number), span)
+            pieces = self._parts.key_values(x.tile(number), span, shared=self._shared(number))
             if not whole:
                 tokens = self._context.spans[-1].stop
                 whole = [mx.zeros((*p.shape[:2], tokens, p.shape[3]), p.dtype) for p in pieces]
@@ -169,17 +167,30 @@ class TiledBlock:
             mx.eval(whole)
         return whole
 
-    def _tile_output(
-        self, x: mx.array, number: int, seen: TokenSpan, key_values: list[mx.array]
-    ) -> mx.array:
-        """The block's output for a tile: [B, t, D], or [1, m, D] for its wanted rows."""
-        span = self._context.spans[number]
+    def _shared(self, number: int) -> list[mx.array]:
+        """A tile of what the block reads of earlier ones."""
+        return self._context.shared.tile(self._links, number)
+
+    def _tile_outputs(
+        self,
+        x: mx.array,
+        number: int,
+        seen: TokenSpan,
+        key_values: list[mx.array],
+        shared: list[mx.array],
+    ) -> list[mx.array]:
+        """The block's output for a tile, and what later blocks read of it.
+
+        The output is [B, t, D], or [1, m, D] for the wanted rows of the tile.
+        """
+        part = x, self._context.spans[number], seen, key_values
         if self._places is None:
-            return self._parts.output(x, span, seen, key_values)
+            return self._parts.outputs(*part, shared)
         rows = self._places[number]
-        if self._wanted.rows_only:
-            return self._parts.output_at(x, span, seen, key_values, rows)
-        return rows_of(self._parts.output(x, span, seen, key_values), rows)
+        if self._wanted.rows_only:  # the last block, which none reads
+            return [self._parts.output_at(*part, rows, shared)]
+        out, *read = self._parts.outputs(*part, shared)
+        return [rows_of(out, rows), *read]
 
 
 class _TiledBackward:
@@ -189,60 +200,74 @@ class _TiledBackward:
         key_values: keys and values of all tokens.
     """
 
-    def __init__(self, block: TiledBlock, trained: Arrays, needs_input_grad: bool) -> None:
-        self._block, self._trained, self._needs_input_grad = block, trained, needs_input_grad
+    def __init__(self, block: TiledBlock, trained: Arrays) -> None:
+        self._block, self._trained = block, trained
         self._sums: Arrays = {}
         self._key_value_sums: KeySums | None = None
         self.key_values: list[mx.array] = []
 
-    def tile(self, number: int, x: mx.array, cotangent: mx.array | None) -> mx.array | None:
-        """Differentiate a tile; returns the gradient of its input, if it is needed.
+    def tile(self, number: int, x: mx.array, cotangent: mx.array | None, dx: Hidden | None) -> None:
+        """Differentiate a tile.
 
         Args:
             x: input [B, t, D].
             cotangent: gradient of the wanted rows of the tile's output; None if there are none.
+            dx: where the gradient of the input is put; None if it is not needed.
         """
-        block, spans = self._block, self._block._context.spans
+        block, spans, shared = self._block, self._block._context.spans, self._block._shared(number)
         seen = block._parts.visible_keys(spans[number], spans[-1].stop)
-        dx = None
+        found = [mx.zeros_like(array) for array in (x, *shared)]
         if cotangent is not None:
 
-            def output(x: mx.array, *key_values: mx.array) -> list[mx.array]:
-                return [block._tile_output(x, number, seen, list(key_values))]
+            def outputs(*inputs: mx.array) -> list[mx.array]:
+                x, *others = inputs
+                own, key_values = others[: len(shared)], others[len(shared) :]
+                return block._tile_outputs(x, number, seen, key_values, own)
 
             sums = self._sums_from(seen)
+            cotangents = [cotangent, *block._context.shared.cotangent_tile(block.index, number)]
             with ExitStack() as stack:
                 # Only attention reads these keys and values.
                 if not block._parts.through_cache:
                     stack.enter_context(add_key_gradients(sums))
-                dx, *pair = self._vjp(output, [x, *_tokens(seen, self.key_values)], [cotangent])
+                inputs = [x, *shared, *_tokens(seen, self.key_values)]
+                found = self._vjp(outputs, inputs, cotangents)
+            found, pair = found[: 1 + len(shared)], found[1 + len(shared) :]
             if not sums.used:
                 for index, more in enumerate(pair):
                     sums.add(index, more.reshape(-1, *more.shape[2:]), 0)
-        elif self._needs_input_grad:
-            dx = mx.zeros_like(x)
         if block._is_causal:
-            return self.finish_tile(number, x, dx)
-        self._settle(dx)
-        return dx
+            found = self._with_own_keys(number, [x, *shared], found)
+        self._settle(number, found, dx)
 
-    def finish_tile(self, number: int, x: mx.array, dx: mx.array | None) -> mx.array | None:
+    def finish_tile(self, number: int, x: mx.array, dx: Hidden | None) -> None:
         """Add the gradient through a tile's own keys and values, which is complete now."""
+        shared = self._block._shared(number)
+        found = [mx.zeros_like(array) for array in (x, *shared)]
+        if dx is not None:
+            found[0] = dx.tile(number)
+        self._settle(number, self._with_own_keys(number, [x, *shared], found), dx)
+
+    def _with_own_keys(
+        self, number: int, inputs: list[mx.array], found: list[mx.array]
+    ) -> list[mx.array]:
+        """Gradients of a tile's inputs, plus those through its own keys and values."""
+        if self._key_value_sums is None:
+            return found
         block = self._block
         span = block._context.spans[number]
-        if self._key_value_sums is not None:
-            cotangents = [
-                total.astype(key_values.dtype)
-                for total, key_values in zip(
-                    _tokens(span, self._key_value_sums.arrays),
-                    _tokens(span, self.key_values),
-                    strict=True,
-                )
-            ]
-            (more,) = self._vjp(lambda x: block._parts.key_values(x, span), [x], cotangents)
-            dx = dx + more if self._needs_input_grad else None
-        self._settle(dx)
-        return dx
+        cotangents = [
+            total.astype(key_values.dtype)
+            for total, key_values in zip(
+                _tokens(span, self._key_value_sums.arrays),
+                _tokens(span, self.key_values),
+                strict=True,
+            )
+        ]
+        more = self._vjp(
+            lambda x, *shared: block._parts.key_values(x, span, shared=shared), inputs, cotangents
+        )
+        return [a + b for a, b in zip(found, more, strict=True)]
 
     def totals(self) -> Arrays:
         """Gradients of all trained arrays; zeros for those that no gradient reached."""
@@ -250,10 +275,15 @@ class _TiledBackward:
         mx.eval(found)
         return found
 
-    def _settle(self, dx: mx.array | None) -> None:
+    def _settle(self, number: int, found: list[mx.array], dx: Hidden | None) -> None:
+        """Evaluate and store the gradients of a tile's inputs, and the sums so far."""
         key_values = self._key_value_sums.arrays if self._key_value_sums else []
-        arrays = dx if self._needs_input_grad else [], self._sums, key_values
-        self._block._context.pipeline.submit(*arrays)
+        own, *shared = found
+        context = self._block._context
+        context.pipeline.submit(found if dx is not None else [], self._sums, key_values)
+        if dx is not None:
+            dx.put(number, own)
+            context.shared.add_tile(self._block._links, number, shared)
 
     def _sums_from(self, seen: TokenSpan) -> KeySums:
         """The sums of the gradients of keys and values, for a tile that sees these tokens."""

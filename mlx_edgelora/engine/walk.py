@@ -40,6 +40,7 @@ from mlx_edgelora.engine.hidden import Hidden, Slots, spans_of
 from mlx_edgelora.engine.kept_block import KeptBlock
 from mlx_edgelora.engine.pipeline import Pipeline
 from mlx_edgelora.engine.record import BlockCall, first_input, record
+from mlx_edgelora.engine.shared import SharedOutputs
 from mlx_edgelora.engine.tail import GraphLoss, Tail
 from mlx_edgelora.engine.tiled_block import TiledBlock
 from mlx_edgelora.engine.whole_block import WholeBlock
@@ -293,8 +294,9 @@ class Walk:
         if isinstance(self.weights, StreamedWeights):
             self.weights.in_use = 2 if self._overlaps else 1
             self.weights.repeats = twice
+        shared = SharedOutputs(self.blocks.forms, slots, spans, batch, first)
         context = Context(
-            self._block_weights, self._functions, pipeline, slots, spans, first, entry
+            self._block_weights, self._functions, pipeline, slots, spans, first, entry, shared
         )
         if rows is not None and rows.size == batch * tokens:
             last = OutputRows(rows)  # all rows are needed
@@ -344,7 +346,9 @@ class Walk:
             spans = spans_of(tokens, max(1, self._plan.tile_tokens // batch))
         if first < kept_from:
             kept_from = max(first, kept_from - self._plan.kept_blocks)
-        waiting = max(0, kept_from - first) + 2 * (1 + twice) * (len(spans) > 1)
+        # Of what blocks read of each other, the arrays and the sums of their gradients.
+        shared = 2 * sum(len(form.read) for form in self.blocks.forms[:kept_from] if form)
+        waiting = max(0, kept_from - first) + 2 * (1 + twice) * (len(spans) > 1) + shared
         store = self._ram if self._plan.inputs == "memory" else self.store
         longest = max(span.stop - span.start for span in spans)
         return kept_from, spans, Slots(store, waiting * len(spans), batch * longest * nbytes)

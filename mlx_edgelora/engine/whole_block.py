@@ -30,10 +30,15 @@ class WholeBlock:
         if self.index < context.first:
             x.forget()
         arrays = context.weights.load(self.index, next_block)
+        inputs = [array, *context.shared.take(self._call.links)]
         with phase("forward", self.index):
-            out = context.functions.forward(self.index, arrays, array, self._call, self._wanted)
-            del arrays, array
-            context.pipeline.submit(out)
+            out, *read = context.functions.forward(
+                self.index, arrays, inputs, self._call, self._wanted
+            )
+            del arrays, array, inputs
+            context.pipeline.submit(out, read)
+            context.shared.put(self.index, read)
+            del read
         if self.index >= context.first:  # after the computation, because a file needs the values
             self._input = context.store(x)
         return Hidden(out) if self._wanted.rows is not None else context.to_next_segment(out)
@@ -47,13 +52,22 @@ class WholeBlock:
         x, needs_input_grad = self._input.whole(), context.needs_input_grad(self.index)
         self._input.forget()
         arrays = context.weights.load(self.index, prefetch_next())
+        links = self._call.links
+        inputs = [x, *context.shared.take(links)]
+        cotangents = [cotangent, *context.shared.cotangents(self.index)]
         with phase("backward", self.index):
-            _, gradients, dx = context.functions.gradients(
-                self.index, arrays, x, cotangent, self._call, self._wanted, needs_input_grad
+            _, gradients, found = context.functions.gradients(
+                self.index, arrays, inputs, cotangents, self._call, self._wanted, needs_input_grad
             )
-            del arrays, x, cotangent
-            context.pipeline.submit(gradients, dx)
-        return (context.to_next_segment(dx) if needs_input_grad else None), gradients
+            del arrays, x, cotangent, inputs, cotangents
+            context.pipeline.submit(gradients, found)
+        context.shared.forget(self.index)
+        if not needs_input_grad:
+            return None, gradients
+        dx, *more = found
+        context.shared.add(links, more)
+        del found, more
+        return context.to_next_segment(dx), gradients
 
     def prefetch(self) -> int:
         """Start reading the input; see `Segment`."""

@@ -38,7 +38,7 @@ class ActivationStore(Protocol):
     def reserve(self, slots: int, nbytes: int) -> None:
         """Allocate `slots` slots of `nbytes` bytes, and discard all arrays.
 
-        A slot grows if a larger array is put into it later.
+        More slots can be used later, and a slot grows if a larger array is put into it.
         """
 
     def put(self, slot: int, array: mx.array) -> None:
@@ -108,8 +108,8 @@ class MappedStore:
     def __init__(self, folder: str | os.PathLike, meter: DiskMeter | None = None) -> None:
         self._meter = meter or DiskMeter()
         self._file = PageFile(folder, "activations", "--activations ram")
-        self._slot_bytes = 0
-        # Slots with larger arrays than reserved are after all others: start, size.
+        self._slots, self._slot_bytes = 0, 0
+        # Slots that were not reserved, or not large enough, are after all others: start, size.
         self._moved: dict[int, tuple[int, int]] = {}
         self._stop = 0
         self._kept: dict[int, _Kept] = {}
@@ -124,7 +124,7 @@ class MappedStore:
         self._settle()
         self._kept.clear()
         self._moved.clear()
-        self._slot_bytes = _pages(nbytes)
+        self._slots, self._slot_bytes = slots, _pages(nbytes)
         self._stop = slots * self._slot_bytes
         self._file.reserve(self._stop)
         if self._wraps and nbytes not in self._tried:
@@ -180,7 +180,8 @@ class MappedStore:
 
     def _place(self, slot: int) -> tuple[int, int]:
         """The first byte of a slot, and its size."""
-        return self._moved.get(slot, (slot * self._slot_bytes, self._slot_bytes))
+        reserved = self._slot_bytes if slot < self._slots else 0
+        return self._moved.get(slot, (slot * self._slot_bytes, reserved))
 
     def _move(self, slot: int, nbytes: int) -> None:
         """Move a slot to the end of the file, for an array that is larger than reserved."""

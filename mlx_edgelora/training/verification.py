@@ -24,6 +24,7 @@ from mlx.utils import tree_flatten
 
 from mlx_edgelora.blocks import attention as attention_hook
 from mlx_edgelora.blocks import norms as norms_hook
+from mlx_edgelora.blocks.arguments import different_argument
 from mlx_edgelora.blocks.attention import banded_masks
 from mlx_edgelora.blocks.block_list import (
     BlockList,
@@ -32,7 +33,6 @@ from mlx_edgelora.blocks.block_list import (
     call_signature,
     signature,
 )
-from mlx_edgelora.blocks.checks import different_argument
 from mlx_edgelora.blocks.dropout import restore_generator
 from mlx_edgelora.blocks.masks import band_of
 from mlx_edgelora.engine.step import Engine
