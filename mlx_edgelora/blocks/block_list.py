@@ -72,6 +72,11 @@ class BlockList:
         form = self.forms[index]
         return [out] if form is None else form.outputs(out)
 
+    @property
+    def share_outputs(self) -> bool:
+        """Whether blocks read more of earlier ones than their hidden states."""
+        return any(form is not None and form.read for form in self.forms)
+
     def modules_outside(self) -> list[nn.Module]:
         """The modules outside the blocks."""
         inside = {id(module) for block in self.blocks for module in block.modules()}

@@ -163,7 +163,13 @@ class Engine:
         Raises:
             EdgeLoraError: the adapter cannot be switched off.
         """
-        (adapted, base), count = self._losses(batch, partial(without_adapter, self.model))
+        again = partial(without_adapter, self.model)
+        if self._walk.blocks.share_outputs:  # a second forward would replace what the first keeps
+            (adapted,), count = self._losses(batch, None)
+            with self._walk.inside(again):
+                (base,), _ = self._losses(batch, None)
+            return base, adapted, count
+        (adapted, base), count = self._losses(batch, again)
         return base, adapted, count
 
     def _losses(

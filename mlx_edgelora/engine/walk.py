@@ -246,7 +246,7 @@ class Walk:
             hidden, second = Hidden(x), None
             del x
             if again is not None:
-                with self._inside(again):
+                with self.inside(again):
                     second = Hidden(record(self.blocks, run)[0])
                     eval_without_run_ahead(second.whole())
             for number, segment in enumerate(state.segments):
@@ -254,7 +254,7 @@ class Walk:
                 next_block = next_segments[0].index if next_segments else None
                 hidden = segment.forward(hidden, next_block)
                 if second is not None:
-                    with self._inside(again):
+                    with self.inside(again):
                         second = segment.forward(second, next_block)
                 self.pause()
             state.context.pipeline.drain()
@@ -270,7 +270,7 @@ class Walk:
             yield state
 
     @contextmanager
-    def _inside(self, context: Callable[[], AbstractContextManager]) -> Iterator[None]:
+    def inside(self, context: Callable[[], AbstractContextManager]) -> Iterator[None]:
         """Enter a context that changes settings of blocks, by which functions are compiled."""
         self._functions.refresh()
         with context():
