@@ -1,13 +1,13 @@
 """New folders that appear whole or not at all."""
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.storage.files import cannot_write, remove, sync_folder
+from mlx_edgelora.storage.files import cannot_write, sync_folder
+from mlx_edgelora.storage.temporaries import temporary_folder
 
 
 @contextmanager
@@ -23,17 +23,11 @@ def new_folder(save_path: str | os.PathLike) -> Iterator[Path]:
         raise EdgeLoraError(
             f"save_path: {save_path} exists, expected a new folder; remove it or choose another"
         )
-    building = None
     try:
-        save_path.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=f".{save_path.name}.", dir=save_path.parent))
-        building.chmod(0o755)  # mkdtemp's folders are private
-        yield building
-        sync_folder(building)
-        os.rename(building, save_path)
-        sync_folder(save_path.parent)
+        with temporary_folder(save_path) as building:
+            yield building
+            sync_folder(building)
+            os.rename(building, save_path)
+            sync_folder(save_path.parent)
     except OSError as error:
         raise cannot_write(save_path, error) from error
-    finally:
-        if building is not None:
-            remove(building)
