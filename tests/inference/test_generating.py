@@ -126,7 +126,9 @@ def test_the_command_answers_a_file_of_prompts(tmp_path, capsys):
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows) + PROMPTS[2] + "\n")
     flags = ["--adapter-path", str(adapter), "--memory-budget", "min", "-m", "4"]
     assert main([*flags, "--prompts", str(prompts), "--compare"]) == 0
-    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    printed = capsys.readouterr()
+    assert "s for 3 prompts together, an answer of 4 tokens" in printed.err
+    found = [json.loads(line) for line in printed.out.splitlines()]
     assert [row["prompt"] for row in found] == PROMPTS
     assert all(set(row) == {"prompt", "base", "adapter"} for row in found)
     assert main([*flags, "--prompt", PROMPTS[0]]) == 0
