@@ -13,7 +13,7 @@ from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.inference.generating import Generator, Sampling, open_generator
 from mlx_edgelora.inference.prompts import conversation, read_prompts
 from mlx_edgelora.measure.meter import peak_memory
-from mlx_edgelora.measure.units import size
+from mlx_edgelora.measure.units import duration, size
 from mlx_edgelora.training.adapters import CONFIG_FILE, WEIGHTS_FILE, base_model, check_adapter
 from mlx_edgelora.training.failures import explain_failures
 
@@ -43,6 +43,12 @@ def main(argv: Sequence[str]) -> int:
     tokens = sampling.max_tokens + (CHAT_TOKENS if options.chat else 0)
     opened = open_generator(model, adapter, budget, rows, tokens, _note, prompts)
     with opened as generator, explain_failures("nothing was written"):
+        if (seconds := generator.seconds_per_token()) is not None:
+            together = f" for {rows} prompts together" if rows > 1 else ""
+            _note(
+                f"a token takes about {duration(seconds)}{together}, an answer of "
+                f"{sampling.max_tokens} tokens {duration(seconds * sampling.max_tokens)}"
+            )
         if options.chat:
             _chat(generator, options.system_prompt, sampling)
             return 0

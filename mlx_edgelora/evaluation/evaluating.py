@@ -20,6 +20,7 @@ from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.evaluation.rows import AskedRow, asked_rows
 from mlx_edgelora.evaluation.scores import exact_match, token_f1
 from mlx_edgelora.inference.generating import Sampling, encode, open_generator
+from mlx_edgelora.inference.streamed import open_lazy
 from mlx_edgelora.measure.meter import peak_memory
 from mlx_edgelora.measure.text import say
 from mlx_edgelora.model.tokenizer import load_tokenizer_of
@@ -35,6 +36,7 @@ from mlx_edgelora.training.finetune import perplexity, with_saved_layers
 from mlx_edgelora.training.opening import (
     adapted_model,
     adapter_to_start,
+    cache_folder,
     explained_failures,
     open_run,
     read_sets,
@@ -192,6 +194,7 @@ def _losses(
     """Losses without and with the adapter, labels, and the prompts to answer with their tokens."""
     if note := check_adapter(Path(config.adapter_path) / WEIGHTS_FILE):
         notify(f"note: {note}")
+    open_lazy(config.model, Path(config.adapter_path), cache_folder(config))  # do they fit?
     lazy = adapted_model(config)
     tokenizer = load_tokenizer_of(lazy)
     test_set = read_sets(config, tokenizer, lazy.vocabulary, notify)[2]

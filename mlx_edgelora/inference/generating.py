@@ -1,5 +1,6 @@
 """Answer prompts within a memory budget; mlx-lm chooses the tokens."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
@@ -103,6 +104,17 @@ class Generator:
                 completion_batch_size=self._rows,
             ).texts
         return found
+
+    def seconds_per_token(self) -> float | None:
+        """Time of a token of all rows together, measured once; None if no weights are streamed.
+
+        The first pass reads blocks that stay in memory, too, so later tokens may be faster.
+        """
+        if not isinstance(self._model, StreamedModel):
+            return None
+        start = time.perf_counter()
+        mx.eval(self._model(mx.zeros((self._rows, 1), mx.int32)))
+        return time.perf_counter() - start
 
     def without_adapter(self) -> AbstractContextManager:
         """Switch the adapter off; it is switched on again on exit. See `model.lora`."""

@@ -109,6 +109,11 @@ class StreamedWeights:
             self._resident[index] = dict(arrays)
         return arrays
 
+    @property
+    def resident_blocks(self) -> int:
+        """Number of blocks that are kept in memory now."""
+        return len(self._resident)
+
     def set_resident_from(self, index: int) -> None:
         """Keep this block and those above it in memory once they are read, and free the others."""
         self._resident_from = index

@@ -2,7 +2,8 @@
 
 Answers are greedy, and nothing that training uses is changed: neither MLX's random state nor an
 array of the model. Weights that the plan streams are read from disk for every token, once for all
-prompts that are answered together.
+prompts that are answered together. If the budget has no room beside streamed blocks that the plan
+keeps in memory, these are read again, too.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,16 +21,17 @@ from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.evaluation.rows import asked_rows
 from mlx_edgelora.inference.generating import Generator, Sampling, encode
 from mlx_edgelora.inference.prompts import conversation, read_prompts
-from mlx_edgelora.inference.streamed import TILE_BYTES, StreamedModel, working_bytes
+from mlx_edgelora.inference.streamed import StreamedModel, working_bytes
 from mlx_edgelora.measure.text import named_rows
 from mlx_edgelora.measure.units import size
+from mlx_edgelora.model.weights import StreamedWeights
 from mlx_edgelora.planner.run_plan import RunPlan
 from mlx_edgelora.training.callbacks import StepCallback
 
 # Defaults of the options `sample_prompts` and `sample_tokens`.
 PROMPTS, TOKENS = 2, 64
-# Prompt tokens that are computed at once.
-PREFILL_STEP = 128
+# Prompt tokens that are computed at once, and bytes of a tile of a head that is read from disk.
+PREFILL_STEP, TILE = 128, 8 << 20
 
 
 @dataclass(frozen=True)
@@ -107,27 +109,35 @@ def sample_callbacks(
     """
     if prompts is None:
         return []
-    return [_Samples(prompts, engine, _rows_at_once(prompts, chosen), chosen, note)]
+    return [_Samples(prompts, engine, *_room(prompts, engine, chosen), note)]
 
 
-def _rows_at_once(prompts: SamplePrompts, chosen: RunPlan) -> int:
-    """Number of prompts that can be answered together within the budget."""
+def _room(prompts: SamplePrompts, engine: Engine, chosen: RunPlan) -> tuple[int, bool]:
+    """Prompts to answer together, and whether blocks must leave memory for the time of answers."""
     shape, plan, budget = chosen.shape, chosen.plan, chosen.budget.bytes
     tokens = max(map(len, prompts.encoded)) + prompts.max_tokens
+    weights, kept = engine.walk.weights, 0
+    if isinstance(weights, StreamedWeights):
+        weights.trim()
+        kept = shape.block_bytes * weights.resident_blocks
     mx.clear_cache()
     held = mx.get_active_memory() + chosen.optimizer_bytes
     if plan.streams:
-        held += 2 * shape.block_bytes
-    head = shape.head_bytes if shape.head_bytes < 3 * plan.loss_bytes else 3 * plan.loss_bytes
+        held += 3 * shape.block_bytes  # in use, read ahead, and cast
     if plan.head == "streamed":
-        held += head
-    for rows in range(len(prompts.encoded), 0, -1):
-        needs = held + working_bytes(shape, rows, tokens, PREFILL_STEP)
-        if budget is None or needs <= budget:
-            return rows if budget is not None else 1
+        held += min(shape.head_bytes, 3 * TILE)
+    needs = [
+        held + working_bytes(shape, rows, tokens, PREFILL_STEP)
+        for rows in range(1, len(prompts.encoded) + 1)
+    ]
+    if budget is None:
+        return 1, bool(kept)
+    for left in (0, kept):
+        if rows := sum(need - left <= budget for need in needs):
+            return rows, bool(left)
     raise EdgeLoraError(
-        f"sample_every: an answer of {prompts.max_tokens} tokens needs {size(needs)}, but the "
-        f"memory budget is {size(budget)}; raise it, or lower --sample-tokens"
+        f"sample_every: an answer of {prompts.max_tokens} tokens needs {size(needs[0] - kept)}, "
+        f"but the memory budget is {size(budget)}; raise it, or lower --sample-tokens"
     )
 
 
@@ -139,7 +149,7 @@ class _Samples(StepCallback):
         prompts: SamplePrompts,
         engine: Engine,
         rows: int,
-        chosen: RunPlan,
+        leaves: bool,
         note: Callable[[str, Any], None],
     ) -> None:
         self._prompts, self._engine, self._note = prompts, engine, note
@@ -149,9 +159,10 @@ class _Samples(StepCallback):
             walk.weights,
             walk.adapters,
             engine.head,
-            min(TILE_BYTES, chosen.plan.loss_bytes),
+            TILE,
         )
         self._generator = Generator(self._model, prompts.tokenizer, rows, PREFILL_STEP)
+        self._leaves = leaves
         self._before: list[str] | None = None
         self._first = 0
 
@@ -177,7 +188,9 @@ class _Samples(StepCallback):
             show("\n".join(named_rows(short, 12, indent=2)))
 
     def _answers(self) -> list[str]:
-        model = self._engine.model
+        engine, model = self._engine, self._engine.model
+        if self._leaves:
+            engine.walk.weights.set_resident_from(len(engine.walk.blocks))
         model.eval()
         try:
             with self._model.generating():
@@ -186,4 +199,5 @@ class _Samples(StepCallback):
                 )
         finally:
             model.train()
+            engine.set_plan_and_residency(engine.plan)
             mx.clear_cache()

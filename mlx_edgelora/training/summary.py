@@ -71,10 +71,9 @@ def packing_advice(config: TrainConfig, train_set: Dataset) -> str | None:
         return None
     shares = [padding_share(*settings, seed=config.seed, packing=p) for p in (False, True)]
     fewer = 1 - (1 - shares[0]) / (1 - shares[1])
-    return (
-        f"rows are short: with --packing an epoch has {then:,} batches instead of {now:,}, and "
-        f"{100 * fewer:.0f} % fewer tokens are computed"
-    )
+    text = f"rows are short: with --packing an epoch has {then:,} batches instead of {now:,}"
+    # A row of few rows may have more padding than they had apart.
+    return text if fewer < 0.01 else f"{text}, and {100 * fewer:.0f} % fewer tokens are computed"
 
 
 def line(name: str, text: str) -> str:

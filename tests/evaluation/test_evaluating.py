@@ -171,8 +171,8 @@ def test_what_is_wrong_is_said(trained, tmp_path, capsys, damage, flags, message
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hidden_size": 32}, "has shape"),
-        ({"num_hidden_layers": 2}, "num_layers: got 3, but the model has 2 blocks"),
+        ({"hidden_size": 32}, "does not fit the model"),
+        ({"num_hidden_layers": 2}, "does not fit the model"),
     ],
 )
 def test_another_base_model_is_refused(trained, tmp_path, capsys, changes, message):

@@ -1,5 +1,6 @@
 """Streamed models answer as mlx-lm does, token for token, in less memory."""
 
+import importlib
 import json
 import os
 from contextlib import closing
@@ -8,7 +9,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm import load, stream_generate
 from mlx_lm.generate import batch_generate
-from tiny import make_adapter, make_model, words
+from tiny import make_adapter, make_model, words, write_rows
 
 from mlx_edgelora import EdgeLoraError
 from mlx_edgelora.generate import main
@@ -126,7 +127,9 @@ def test_the_command_answers_a_file_of_prompts(tmp_path, capsys):
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows) + PROMPTS[2] + "\n")
     flags = ["--adapter-path", str(adapter), "--memory-budget", "min", "-m", "4"]
     assert main([*flags, "--prompts", str(prompts), "--compare"]) == 0
-    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    printed = capsys.readouterr()
+    assert "s for 3 prompts together, an answer of 4 tokens" in printed.err
+    found = [json.loads(line) for line in printed.out.splitlines()]
     assert [row["prompt"] for row in found] == PROMPTS
     assert all(set(row) == {"prompt", "base", "adapter"} for row in found)
     assert main([*flags, "--prompt", PROMPTS[0]]) == 0
@@ -210,3 +213,49 @@ def test_a_model_that_cannot_be_streamed_answers_if_it_fits(tmp_path, monkeypatc
     assert main([*flags, "1GB"]) == 0
     assert main([*flags, "min"]) == 2
     assert "no blocks; so it cannot be read block by block" in capsys.readouterr().err
+
+
+OTHERS = {
+    "base model": ("llama", {"hidden_size": 96}),
+    "depth": ("llama", {"num_hidden_layers": 1}),
+    "architecture": ("qwen3_moe", {}),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("command", ["generate", "fuse", "evaluate"])
+def test_an_adapter_of_another_model_is_one_sentence(tmp_path, command, other, capsys):
+    name, changes = OTHERS[other]
+    model = make_model(tmp_path / "model", "llama")
+    make_model(tmp_path / "other", name, **changes)
+    adapter = make_adapter(tmp_path / "adapter", model)
+    check_refused(command, adapter, tmp_path, capsys, "--model", str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("command", ["generate", "fuse", "evaluate"])
+def test_a_wrong_rank_is_one_sentence(tmp_path, command, capsys):
+    model = make_model(tmp_path / "model", "llama")
+    adapter = make_adapter(tmp_path / "adapter", model)
+    path = adapter / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["lora_parameters"]["rank"] = 3
+    path.write_text(json.dumps(config))
+    check_refused(command, adapter, tmp_path, capsys)
+    # As in an adapter of another program, whose file says nothing of the rank.
+    arrays = mx.load(str(adapter / "adapters.safetensors"))
+    mx.save_safetensors(str(adapter / "adapters.safetensors"), arrays)
+    check_refused(command, adapter, tmp_path, capsys)
+
+
+def check_refused(command, adapter, folder, capsys, *flags):
+    more = {
+        "generate": ["--prompt", "w1", "-m", "1"],
+        "fuse": ["--save-path", str(folder / "fused")],
+        "evaluate": ["--data", str(folder / "test.jsonl")],
+    }
+    write_rows(folder / "test.jsonl", [{"prompt": "w1", "completion": "w2"}])
+    run = importlib.import_module(f"mlx_edgelora.{command}").main
+    assert run(["--adapter-path", str(adapter), *flags, *more[command]]) == 2
+    (message,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert message.startswith("error: ") and "adapter" in message and len(message) < 600
+    assert not (folder / "fused").exists()
