@@ -28,6 +28,7 @@ from mlx_edgelora.model.loading import AttachedWeights, attach, open_model
 from mlx_edgelora.model.lora import explain_misfit, freeze
 from mlx_edgelora.planner.shape import shape_of
 from mlx_edgelora.planner.sizes import ModelShape
+from mlx_edgelora.training.adapters import read_adapter_config
 
 # Size of the tiles in which a vocabulary head is read from disk.
 TILE_BYTES = 40 << 20
@@ -88,6 +89,7 @@ def open_lazy(model: str, adapter: Path | None, cache: Path) -> LazyModel:
     lazy = open_model(model, streamed=True, quantize=None, cache=cache)
     freeze(lazy.model)
     if adapter is not None:
+        read_adapter_config(adapter)
         with explain_misfit(adapter, lazy.source):
             load_adapters(lazy.model, str(adapter))
     lazy.model.eval()

@@ -297,9 +297,20 @@ def _read(file: Path) -> dict[str, tuple[Rates, float]]:
     try:
         known = {
             key: (Rates(**entry["rates"]), float(entry["measured"]))
-            for key, entry in json.loads(file.read_text()).items()
+            for key, entry in json.loads(file.read_bytes()).items()
         }
-    except (OSError, ValueError, TypeError, AttributeError, LookupError):
+        numbers = [number for rates, _ in known.values() for number in asdict(rates).values()]
+        if not all(type(number) in (int, float) and 0 < number < 1e30 for number in numbers):
+            return {}
+    except (
+        OSError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ):
         return {}  # missing or of another version: measured again
     now = time.time()
     return {key: entry for key, entry in known.items() if 0 <= now - entry[1] < KEPT}
