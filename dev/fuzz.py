@@ -1,7 +1,7 @@
-"""Run the fuzzer of the tests over many inputs: `python dev/fuzz.py [inputs] [first]`.
+"""Run the fuzzer of the tests over many inputs: `python dev/fuzz.py [inputs] [first] [--workers N]`.
 
 Inputs are run in worker processes, so that one that ends its process is seen and attributed. A
-worker that does not answer for `LIMIT` seconds is ended. Prints a table and every finding; exits
+worker that does not answer for `LIMIT` seconds is ended. Prints every finding and a table; exits
 with 1 if there is one.
 """
 
@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# Seconds that an input may take, bytes of address space of a worker, and number of workers.
-LIMIT, MEMORY, WORKERS = 10, 12 << 30, 2
+# Seconds that an input may take, and bytes of address space of a worker.
+LIMIT, MEMORY = 10, 12 << 30
 
 
 def work() -> None:
@@ -86,13 +86,13 @@ class Campaign:
         self._targets: list[str] = []
         self._selector = selectors.DefaultSelector()
 
-    def run(self) -> None:
-        """Run all inputs."""
-        for _ in range(WORKERS):
+    def run(self, workers: int) -> None:
+        """Run all inputs in so many processes."""
+        for _ in range(workers):
             self._start()
-        while workers := [key.data for key in self._selector.get_map().values()]:
+        while running := [key.data for key in self._selector.get_map().values()]:
             ready = {key.data for key, _ in self._selector.select(0.5)}
-            for worker in workers:
+            for worker in running:
                 if worker in ready:
                     self._hear(worker)
                 elif time.monotonic() - worker.began > LIMIT:
@@ -112,8 +112,12 @@ class Campaign:
             raise RuntimeError(f"a worker does not start (status {status})")
         name = self._targets[worker.number % len(self._targets)]
         self.counts[name, what] += 1
-        self.findings.append(f"{worker.number} {name} {what} (status {status})")
+        self._find(f"{worker.number} {name} {what} (status {status})")
         self._start()
+
+    def _find(self, line: str) -> None:
+        self.findings.append(line)
+        print(line, flush=True)
 
     def _hear(self, worker: Worker) -> None:
         line = worker.process.stdout.readline()
@@ -128,7 +132,7 @@ class Campaign:
             kind = outcome.partition(":")[0]
             self.counts[name, kind] += 1
             if kind not in ("accepted", "refused"):
-                self.findings.append(f"{worker.number} {name} {outcome}")
+                self._find(f"{worker.number} {name} {outcome}")
         number = next(self._numbers, None)
         if number is None:
             self._close(worker)
@@ -141,6 +145,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("inputs", type=int, nargs="?", default=20_000, help="Number of inputs.")
     parser.add_argument("first", type=int, nargs="?", default=0, help="Number of the first input.")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="Processes.")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -148,7 +153,10 @@ def main() -> int:
         return 0
     began = time.monotonic()
     campaign = Campaign(options.inputs, options.first)
-    campaign.run()
+    try:
+        campaign.run(options.workers)
+    except KeyboardInterrupt:
+        print("interrupted")
     counts, findings = campaign.counts, campaign.findings
     kinds = ["accepted", "refused", "WRONG", "TRACEBACK", "DEAD", "OVER TIME"]
     print(f"{'target':<18}" + "".join(f"{kind:>11}" for kind in kinds))
@@ -158,8 +166,6 @@ def main() -> int:
     print(f"{'all':<18}" + "".join(f"{total:>11}" for total in totals))
     spent = time.monotonic() - began
     print(f"{sum(totals)} inputs in {spent:.0f} s, the slowest {campaign.slowest:.1f} s")
-    for finding in sorted(findings, key=lambda line: line.split()[1]):
-        print(finding)
     return 1 if findings else 0
 
 
