@@ -1,4 +1,4 @@
-"""Run the fuzzer of the tests over many inputs: `python dev/fuzz.py [inputs] [first] [--workers N]`.
+"""Run the fuzzer of the tests over many inputs: `python dev/fuzz.py [inputs] [first]`.
 
 Inputs are run in worker processes, so that one that ends its process is seen and attributed. A
 worker that does not answer for `LIMIT` seconds is ended. Prints every finding and a table; exits
