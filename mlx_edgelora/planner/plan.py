@@ -215,7 +215,7 @@ def _check(name: str, value: Any, values: tuple, least: int | None) -> None:
         return
     choices = [json.dumps(choice) for choice in values]
     if least is not None:
-        choices.append(f"a whole number from {least} to {most}")
+        choices.append(f"a whole number of at least {least}, and at most {most}")
     raise EdgeLoraError(f"{name}: got {shown(value)}, expected {' or '.join(choices)}")
 
 
