@@ -164,7 +164,7 @@ def _read_texts(value: Any) -> tuple[str, ...]:
 def _read_numbers(value: Any) -> list[float]:
     _require(isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0)
     _require(all(isinstance(n, int | float) and not isinstance(n, bool) for n in value))
-    _require(all(map(math.isfinite, value)))
+    _require(all(number == 0 or LEAST_NUMBER <= abs(number) <= MOST_NUMBER for number in value))
     return list(value)
 
 

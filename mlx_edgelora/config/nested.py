@@ -5,6 +5,7 @@ import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import mlx.optimizers as optimizers
@@ -22,6 +23,7 @@ from mlx_edgelora.config.kinds import (
     option,
     option_metadata,
     read_options,
+    read_value,
     text,
     unknown_key,
 )
@@ -158,12 +160,34 @@ def _read_optimizer_config(value: Any) -> dict[str, dict[str, Any]]:
             raise unknown_key(place, name, list(OPTIMIZERS))
         if not isinstance(arguments, Mapping | None):
             raise EdgeLoraError(f"{place}: got {shown(arguments)}, expected {MAPPING.expected}")
-        known = [key for key in inspect.signature(OPTIMIZERS[name]).parameters]
-        known.remove("learning_rate")
-        for key in arguments or {}:
+        known = dict(inspect.signature(OPTIMIZERS[name]).parameters)
+        known.pop("learning_rate")
+        for key, argument in (arguments or {}).items():
             if key not in known:
-                raise unknown_key(f"{place}.{key}", key, known)
+                raise unknown_key(f"{place}.{key}", key, list(known))
+            if argument is not None:
+                read_value(f"{place}.{key}", argument, _kind_of(known[key].default))
     return {name: dict(value.get(name) or {}) for name in OPTIMIZERS}
+
+
+def _kind_of(default: Any) -> Kind:
+    """The kind of an optimizer's argument, by its default."""
+    if isinstance(default, bool):
+        return FLAG
+    if isinstance(default, int):  # muon's ns_steps, each of which is part of one graph
+        return integer(0, 100)
+    if isinstance(default, list | tuple):
+        return dataclasses.replace(
+            NUMBERS, read=partial(_read_as_many, len(default)), expected=f"{len(default)} numbers"
+        )
+    return number("a number")
+
+
+def _read_as_many(count: int, value: Any) -> list[float]:
+    numbers = NUMBERS.read(value)
+    if len(numbers) != count:
+        raise ValueError
+    return numbers
 
 
 LORA = Kind("a mapping with rank, dropout, scale, keys and use_rslora", _read_lora, None)

@@ -12,6 +12,8 @@ from mlx_edgelora.errors import EdgeLoraError, shown
 # Limits of a file, in bytes and in values with every alias written out. A few lines of aliases of
 # aliases stand for billions of values, which take no memory before something visits them.
 MOST_BYTES, MOST_VALUES = 200_000, 100_000
+# Limit of brackets in brackets. The time that PyYAML takes grows with its square.
+MOST_DEPTH = 50
 # What PyYAML raises for a value that is not of its tag, such as `!!bool x`, `0x_` or 2001-13-45.
 _VALUE_ERRORS = (ValueError, ArithmeticError, AttributeError, LookupError, TypeError)
 
@@ -21,6 +23,11 @@ class _Loader(yaml.SafeLoader):
 
     mlx-lm changes `yaml.SafeLoader` itself. A subclass does not affect other users of that class.
     """
+
+    def fetch_more_tokens(self) -> None:
+        if self.flow_level > MOST_DEPTH:
+            raise yaml.MarkedYAMLError(problem="nested too deeply", problem_mark=self.get_mark())
+        super().fetch_more_tokens()
 
     def get_single_node(self) -> yaml.Node | None:
         node = super().get_single_node()

@@ -6,13 +6,25 @@ is compiled, as in mlx-lm, MLX may round the last bit of a fused operation diffe
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from math import isfinite
 
 import mlx.core as mx
 import mlx.optimizers as optimizers
 from mlx_lm.tuner.utils import build_schedule
 
 from mlx_edgelora.config import OPTIMIZERS, TrainConfig
-from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.errors import EdgeLoraError, shortened, shown
+
+# What MLX raises for arguments that it cannot use; std::bad_cast is a RuntimeError.
+_REJECTIONS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 def build_optimizer(config: TrainConfig) -> optimizers.Optimizer:
@@ -38,10 +50,10 @@ def build_optimizer(config: TrainConfig) -> optimizers.Optimizer:
         trial = OPTIMIZERS[name](learning_rate=rate, **arguments)
         mx.eval(trial.apply_gradients({"x": mx.ones((2, 2))}, {"x": mx.ones((2, 2))}))
         optimizer = OPTIMIZERS[name](learning_rate=rate, **arguments)
-    except (IndexError, TypeError, ValueError) as error:
+    except _REJECTIONS as error:
         raise EdgeLoraError(
             f"optimizer_config.{name}: got {arguments}, which {OPTIMIZERS[name].__name__} rejects "
-            f"({error}); see its arguments in mlx.optimizers"
+            f"({shortened(str(error), 200)}); see its arguments in mlx.optimizers"
         ) from error
     optimizer.loraplus_lr_ratio = config.loraplus_lr_ratio
     return optimizer
@@ -52,9 +64,12 @@ def _build_schedule(lr_schedule: dict) -> Callable[[mx.array], mx.array]:
         schedule = build_schedule(lr_schedule)
         rate = schedule(mx.array(0, mx.uint64))
         mx.eval(rate)
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+        if not isfinite(rate.item()):
+            raise ValueError(f"its first rate is {rate.item()}")
+    except _REJECTIONS as error:
         raise EdgeLoraError(
-            f"lr_schedule: got {lr_schedule}, which cannot be built ({error}); expected name, the "
+            f"lr_schedule: got {shown(lr_schedule)}, which cannot be built "
+            f"({shortened(str(error), 200)}); expected name, the "
             "list arguments of that function in mlx.optimizers.schedulers, and optionally warmup"
         ) from error
     return schedule

@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.config.kinds import MOST_BYTES, MOST_COUNT
+from mlx_edgelora.errors import EdgeLoraError, shown
 from mlx_edgelora.measure.units import size
 
 MIB = 2**20
@@ -132,7 +133,7 @@ class Plan:
             EdgeLoraError: the file cannot be read or is not a plan.
         """
         try:
-            text = Path(path).read_text()
+            text = Path(path).read_text("utf-8")
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or "no text"
             raise EdgeLoraError(
@@ -207,14 +208,15 @@ class Plan:
 
 
 def _check(name: str, value: Any, values: tuple, least: int | None) -> None:
-    if least is not None and type(value) is int and value >= least:  # excludes bool
+    most = MOST_BYTES if name.endswith("_bytes") else MOST_COUNT
+    if least is not None and type(value) is int and least <= value <= most:  # excludes bool
         return
     if any(value is choice for choice in values) or (isinstance(value, str) and value in values):
         return
     choices = [json.dumps(choice) for choice in values]
     if least is not None:
-        choices.append(f"a whole number of at least {least}")
-    raise EdgeLoraError(f"{name}: got {value!r}, expected {' or '.join(choices)}")
+        choices.append(f"a whole number of at least {least}, and at most {most}")
+    raise EdgeLoraError(f"{name}: got {shown(value)}, expected {' or '.join(choices)}")
 
 
 def _split(first: int, count: int, one: str, other: str) -> str:

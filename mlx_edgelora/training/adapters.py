@@ -1,5 +1,6 @@
 """Adapter folders in mlx-lm's format: weights, configuration and numbered checkpoints."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,6 +9,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_edgelora.config import LoraParameters
+from mlx_edgelora.config.kinds import MAPPING, integer, one_of, read_value
 from mlx_edgelora.engine.finite import first_non_finite
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.model.checkpoint import error_text
@@ -127,7 +130,22 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(config, dict):
         raise EdgeLoraError(f"{folder / CONFIG_FILE}: got {type(config).__name__}, expected a map")
+    _check_lora(f"{folder / CONFIG_FILE}: ", config)
     return config
+
+
+def _check_lora(place: str, config: Mapping[str, Any]) -> None:
+    """Check the options that mlx-lm builds LoRA layers by; other programs may write more."""
+    kind = config.get("fine_tune_type", "lora")
+    read_value(f"{place}fine_tune_type", kind, one_of("lora", "dora", "full"))
+    if kind == "full":
+        return
+    read_value(f"{place}num_layers", config.get("num_layers"), integer(-1))
+    parameters = read_value(f"{place}lora_parameters", config.get("lora_parameters"), MAPPING)
+    for field in dataclasses.fields(LoraParameters):
+        value = parameters.get(field.name, field.default)
+        if value is not None or field.default is not None:
+            read_value(f"{place}lora_parameters.{field.name}", value, field.metadata["kind"])
 
 
 def base_model(folder: Path) -> str:
