@@ -115,7 +115,7 @@ def gated_mlp(
         gains; what is frozen gets zeros.
 
     Raises:
-        ValueError: the matrices do not fit together.
+        ValueError: the matrices do not fit together, or `down` has a gain.
     """
     _check(x, first, second, down)
     projections = (first, second, down)
@@ -172,6 +172,8 @@ def _check(x: mx.array, first: Projection, second: Projection, down: Projection)
             f"gated MLP: got x {x.shape} and matrices of {shapes}, expected [f, d] twice, then "
             "[any, f], for x of [..., d]"
         )
+    if down.gain is not None:
+        raise ValueError("gated MLP: got a gain of down, expected none; multiply the result by it")
 
 
 class _Slices:

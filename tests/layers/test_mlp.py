@@ -25,8 +25,8 @@ ACTIVATIONS = {
 }
 
 
-def projection(out, width, key, *, packed=False, rank=3, bias=False, group=32):
-    keys = mx.random.split(mx.random.key(key), 4)
+def projection(out, width, key, *, packed=False, rank=3, bias=False, gain=False, group=32):
+    keys = mx.random.split(mx.random.key(key), 5)
     weight = mx.random.normal((out, width), key=keys[0]) * width**-0.5
     fields = {"weight": weight}
     if packed:
@@ -39,6 +39,8 @@ def projection(out, width, key, *, packed=False, rank=3, bias=False, group=32):
         fields["lora_a"] = 0.3 * mx.random.normal((width, rank), key=keys[2])
         fields["lora_b"] = 0.3 * mx.random.normal((rank, out), key=keys[3])
         fields["scale"] = 2.0
+    if gain:
+        fields["gain"] = 1 + 0.3 * mx.random.normal((out,), key=keys[4])
     return Projection(**fields)
 
 
@@ -50,20 +52,21 @@ def dense(p):
 
 def linear(p, x):
     y = x @ dense(p).T.astype(x.dtype)
-    if p.bias is not None:
-        y = y + p.bias.astype(x.dtype)
-    if p.lora_a is None:
-        return y
-    return y + (p.scale * (x @ p.lora_a.astype(x.dtype))) @ p.lora_b.astype(x.dtype)
+    if p.lora_a is not None:
+        y = y + (p.scale * (x @ p.lora_a.astype(x.dtype))) @ p.lora_b.astype(x.dtype)
+    if p.gain is not None:
+        y = p.gain.astype(x.dtype) * y
+    return y if p.bias is None else y + p.bias.astype(x.dtype)
 
 
 def trained(projections):
-    names = ("lora_a", "lora_b")
-    return [(i, n) for i, p in enumerate(projections) for n in names if p.lora_a is not None]
+    names = ("lora_a", "lora_b", "gain")
+    every = [(i, name) for i in range(len(projections)) for name in names]
+    return [(i, name) for i, name in every if getattr(projections[i], name) is not None]
 
 
 def gradients(function, x, cotangent, projections):
-    """Output, gradient of x and of every LoRA matrix."""
+    """Output, gradient of x and of every LoRA matrix and gain."""
     places = trained(projections)
 
     def run(x, *values):
@@ -99,14 +102,17 @@ def both(x, projections, activation, tile_bytes):
     packed=st.tuples(st.booleans(), st.booleans(), st.booleans()),
     ranks=st.tuples(*[st.sampled_from([0, 1, 3])] * 3),
     bias=st.booleans(),
+    gain=st.booleans(),
     activation=st.sampled_from(list(ACTIVATIONS)),
     tile_bytes=st.integers(1, 60_000),
 )
-def test_equals_layer_by_layer(tokens, width, groups, packed, ranks, bias, activation, tile_bytes):
+def test_equals_layer_by_layer(
+    tokens, width, groups, packed, ranks, bias, gain, activation, tile_bytes
+):
     features = 32 * groups
     shapes = [(features, width), (features, width), (width, features)]
     projections = [
-        projection(*shape, key, packed=p, rank=r, bias=bias)
+        projection(*shape, key, packed=p, rank=r, bias=bias, gain=gain and key < 2)
         for key, (shape, p, r) in enumerate(zip(shapes, packed, ranks, strict=True))
     ]
     x = mx.random.normal((1, tokens, width), key=mx.random.key(tokens))
@@ -119,7 +125,9 @@ def test_equals_layer_by_layer(tokens, width, groups, packed, ranks, bias, activ
 
 def test_more_tokens_than_a_chunk():
     shapes = [(96, 32), (96, 32), (32, 96)]
-    projections = [projection(*shape, key, packed=True) for key, shape in enumerate(shapes)]
+    projections = [
+        projection(*shape, key, packed=True, gain=key < 2) for key, shape in enumerate(shapes)
+    ]
     x = mx.random.normal((2, 1100, 32), key=mx.random.key(0))
     for one, other in zip(*both(x, projections, ACTIVATIONS["silu"], 40_000), strict=True):
         assert relative_error(other, one) < 1e-5
@@ -159,6 +167,12 @@ def test_holds_slices_only(memory):
     whole = 4 * tokens * features
     assert peaks["slices"] < whole  # less than one array of tokens x intermediate
     assert peaks["whole"] > 5 * whole
+
+
+def test_a_gain_of_down_is_refused():
+    first, second, down = (projection(32, 32, key, gain=True) for key in range(3))
+    with pytest.raises(ValueError, match="got a gain of down"):
+        gated_mlp(mx.zeros((3, 32)), first, second, down, ACTIVATIONS["silu"])
 
 
 def test_matrices_that_do_not_fit_are_refused():
