@@ -11,6 +11,7 @@ from toy import WIDTH, Block, Toy, looped
 
 from mlx_edgelora.blocks.block_list import BlockList
 from mlx_edgelora.blocks.checks import check_walk
+from mlx_edgelora.blocks.outputs import links_of
 from mlx_edgelora.engine.walk import Walk
 from mlx_edgelora.errors import EdgeLoraError
 
@@ -351,11 +352,35 @@ IQUEST = {
     "head_dim": 16,
 }
 REFUSED = {
-    "rwkv7": (RWKV7, "one array from it .not enough values to unpack"),
-    "gemma4_text": (GEMMA4, "one array from it .not enough values to unpack"),
-    "hunyuan": (HUNYUAN, "one array from it .not enough values to unpack"),
     "iquestloopcoder": (IQUEST, "does not call it from its list of blocks"),
 }
+# What its blocks return besides their hidden state, and which blocks read it.
+READ = {
+    "rwkv7": (RWKV7, {0: [1, 2, 3]}),
+    "gemma4_text": (GEMMA4, {0: [2], 1: [3]}),
+    "hunyuan": (HUNYUAN, {0: [1], 2: [3]}),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_blocks_read_of_earlier_ones_is_found(name):
+    settings, expected = READ[name]
+    sizes = {"model_type": name, "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 4}
+    architecture = importlib.import_module(f"mlx_lm.models.{name}")
+    model = architecture.Model(architecture.ModelArgs.from_dict(sizes | settings))
+    model.freeze()  # what is made of trained embeddings goes into every block
+    blocks, found = BlockList(model), {}
+    check_walk(blocks)
+
+    def look(index, x, args, kwargs):
+        for link in links_of(args, kwargs):
+            found.setdefault(link.source, set()).add(index)
+            assert link.leaf in blocks.forms[link.source].read
+        return x
+
+    with blocks.intercept(look):
+        model(mx.array([[1, 2, 3, 4, 5]]))
+    assert {source: sorted(readers) for source, readers in found.items()} == expected
 
 
 @pytest.mark.parametrize("name", REFUSED)
