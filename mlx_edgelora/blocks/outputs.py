@@ -6,6 +6,7 @@ arrays (`Linked`), so a stand-in among the arguments of a block shows what it re
 is named.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
@@ -140,6 +141,12 @@ class OutputForm:
             return Position(what) if type(what) is int else what
 
         return tree_map(leaf, self.tree)
+
+    @property
+    def read_entries(self) -> int:
+        """Entries of a token in the arrays that later blocks read."""
+        axes = [self.leaves[number].axes for number in self.read]
+        return sum(math.prod(size for size in sizes if size not in ("B", "T")) for sizes in axes)
 
     def outputs(self, out: Any) -> list[mx.array]:
         """The hidden state of what the block returned, then the arrays that later blocks read."""

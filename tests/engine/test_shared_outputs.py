@@ -1,6 +1,7 @@
 """Blocks that return more than a hidden state, and blocks that read it: the same gradients."""
 
 from contextlib import closing
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,6 +25,10 @@ from mlx_edgelora.blocks.parts import TokenSpan
 from mlx_edgelora.engine.gradients import value_and_grad
 from mlx_edgelora.engine.hidden import Slots
 from mlx_edgelora.engine.shared import SharedOutputs
+from mlx_edgelora.planner.cost import Memory
+from mlx_edgelora.planner.plan import Plan
+from mlx_edgelora.planner.shape import shape_of
+from mlx_edgelora.planner.sizes import BatchShape
 from mlx_edgelora.storage.stores import RamStore
 
 SETTINGS = {
@@ -195,3 +200,16 @@ def test_a_reader_whose_gradient_is_lost_is_seen(known, monkeypatch):
         _, gradients = ours.value_and_grad(batch)
         with pytest.raises(AssertionError):
             assert_same_gradients(gradients, expected, resolution=moves)
+
+
+def test_the_planner_counts_what_blocks_are_given_and_give_each_other():
+    model = build("gemma4_text")
+    add_lora(model)
+    shape = shape_of(checked_blocks(model), 101)
+    assert shape.arguments == 5 * 32  # an input of 32 entries for each block
+    assert shape.shared == 2 * (16 + 32)  # K and V of a block with a window and of one without
+    sizes = BatchShape(1, 100, 40)
+    costs = [Memory(shape, sizes, Plan(inputs=where)) for where in ("file", "memory")]
+    without = [Memory(replace(shape, arguments=0, shared=0), sizes, cost.plan) for cost in costs]
+    more = [cost.base - other.base for cost, other in zip(costs, without, strict=True)]
+    assert more == [100 * 160 * 4, 100 * (160 * 4 + 96 * 8)]
