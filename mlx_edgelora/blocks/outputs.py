@@ -90,6 +90,13 @@ class Extra:
         """The axis of the tokens; None if there is not exactly one."""
         return self.axes.index("T") if self.axes.count("T") == 1 else None
 
+    @property
+    def is_tokens(self) -> bool:
+        """Whether it can be cut into tokens, after an axis of the batch, and has a gradient."""
+        return (
+            bool(self.token_axis) and self.axes[0] == "B" and mx.issubdtype(self.dtype, mx.floating)
+        )
+
 
 class Passed(NamedTuple):
     """An output that is an argument of the block, unchanged; `path` is its place."""

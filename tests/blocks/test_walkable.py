@@ -208,6 +208,71 @@ def test_blocks_that_do_more_than_map_are_refused(kind):
         check_walk(BlockList(Toy(kind)))
 
 
+class Hands(Block):
+    """Returns what it makes besides its hidden state, and adds what it is given."""
+
+    def __call__(self, x, given=None):
+        made = self.make(self.proj(x))
+        return super().__call__(x if given is None else x + given), (made, 3)
+
+    def make(self, y):
+        return y
+
+
+def hands_on(self, h):
+    given = None
+    for layer in self.layers:
+        h, (given, _) = layer(h, given)
+    return h
+
+
+def hands_on_changed(self, h):
+    given = None
+    for layer in self.layers:
+        h, (made, _) = layer(h, given)
+        given = 2 * made
+    return h
+
+
+def hands_on_changed_in_place(self, h):
+    given = None
+    for layer in self.layers:
+        h, (given, _) = layer(h, given)
+        given += 1
+    return h
+
+
+def hands_to_the_head(self, h):
+    for layer in self.layers:
+        h, (made, _) = layer(h)
+    return h + made
+
+
+HANDED = {
+    hands_on_changed: ({}, "block 1 .*shares state with earlier blocks"),
+    hands_on_changed_in_place: ({}, "block 1 .*shares state with earlier blocks"),
+    hands_to_the_head: ({}, "block 3 .*used behind the last block too"),
+    hands_on: (
+        {"make": lambda self, y: y.mean(axis=1, keepdims=True)},
+        "block 0 .*another block reads what it computes",
+    ),
+}
+
+
+@pytest.mark.parametrize("loop", HANDED, ids=lambda loop: loop.__name__)
+def test_what_is_handed_on_is_an_output_of_a_block_for_each_token(loop):
+    changes, reason = HANDED[loop]
+    kind, model = type("Hands", (Hands,), changes), type("Toy", (Toy,), {"loop": loop})
+    with pytest.raises(EdgeLoraError, match=reason):
+        check_walk(BlockList(model(kind)))
+
+
+def test_what_is_handed_on_unchanged_is_found():
+    blocks = BlockList(type("Toy", (Toy,), {"loop": hands_on})(Hands))
+    check_walk(blocks)
+    assert [form.read for form in blocks.forms] == [(1,), (1,), (1,), ()]
+
+
 class Announces(Block):
     """Tells the loop something that only a block that is computed knows."""
 
