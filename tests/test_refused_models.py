@@ -11,18 +11,9 @@ from tiny import make_data, make_model
 from mlx_edgelora import EdgeLoraError, TrainConfig, finetune, plan, train, verify
 from mlx_edgelora.benchmark import __main__ as benchmark
 
-GEMMA4 = {
-    "global_head_dim": 16,
-    "vocab_size_per_layer_input": 50,
-    "num_kv_shared_layers": 0,
-    "hidden_size_per_layer_input": 0,
-    "sliding_window": 4,
-    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-}
 SENTENCE = (
-    "error: gemma4_text: block 0 (DecoderLayer) cannot be trained block by block: the model cannot "
-    "go on with one array from it (not enough values to unpack (expected 3, got 1)); train this "
-    "architecture with mlx_lm.lora\n"
+    "error: iquestloopcoder: block 0 (TransformerBlock) cannot be trained block by block: the "
+    "model does not call it from its list of blocks; train this architecture with mlx_lm.lora\n"
 )
 
 
@@ -30,8 +21,8 @@ SENTENCE = (
 def refused(tmp_path_factory):
     root = tmp_path_factory.mktemp("refused")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(CONFIGS, "gemma4_text", GEMMA4)
-        make_model(root / "model", "gemma4_text")
+        patch.setitem(CONFIGS, "iquestloopcoder", {})
+        make_model(root / "model", "iquestloopcoder")
     make_data(root / "data")
     return root
 

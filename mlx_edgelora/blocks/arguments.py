@@ -8,7 +8,7 @@ from mlx.utils import tree_flatten
 
 from mlx_edgelora.blocks.block_list import array_slots
 from mlx_edgelora.blocks.masks import CausalMask, band_of
-from mlx_edgelora.blocks.outputs import Linked
+from mlx_edgelora.blocks.outputs import Linked, Position
 
 
 def different_argument(expected: tuple[tuple, dict], got: tuple[tuple, dict]) -> str | None:
@@ -41,7 +41,8 @@ def _same(first: Any, second: Any) -> bool:
         same = (first.shape, first.dtype) == (second.shape, second.dtype)
         return same and mx.array_equal(first, second, equal_nan=True).item()
     plain = (bool, int, float, str, type(None))
-    return type(first) is type(second) and (not isinstance(first, plain) or first == second)
+    kinds = [int if isinstance(value, Position) else type(value) for value in (first, second)]
+    return kinds[0] is kinds[1] and (not isinstance(first, plain) or first == second)
 
 
 def all_leaves(value: Any) -> list:

@@ -13,12 +13,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten
 
 from mlx_edgelora.blocks.arguments import all_leaves, different_argument, has_nan, identity
 from mlx_edgelora.blocks.block_list import BlockList, Handler, Slot, array_slots, bind_arrays
 from mlx_edgelora.blocks.dropout import KeyTape, dropout_layers, keyed_dropout
-from mlx_edgelora.blocks.outputs import SHAPES, Linked, find_form, links_of
+from mlx_edgelora.blocks.outputs import SHAPES, Linked, find_form, links_of, map_leaves
 from mlx_edgelora.blocks.refusals import Refusal, refusal_error
 from mlx_edgelora.errors import EdgeLoraError
 
@@ -130,7 +130,7 @@ def _linked_calls(blocks: BlockList) -> list[RecordedCall]:
     for _, args, kwargs in calls:
         for link in links_of(args, kwargs):
             form = blocks.forms[link.source]
-            if form.leaves[link.leaf].token_axis is None:
+            if not form.leaves[link.leaf].is_tokens:
                 raise blocks.refusal(link.source, Refusal.CROSSING)
             form.read = tuple(sorted({*form.read, link.leaf}))
     return calls
@@ -240,9 +240,9 @@ def _check_tail(blocks: BlockList, hidden: mx.array) -> None:
         out = gradient_hook(lambda: used.add(index))(hidden_seen[0])
         if (form := blocks.forms[index]) is None:
             return out
-        watch = gradient_hook(lambda: used.add(~index))
-        return tree_map(
-            lambda leaf: watch(leaf) if isinstance(leaf, Linked) else leaf,
+        watch, zero = gradient_hook(lambda: used.add(~index)), 0 * hidden_seen[0].sum()
+        return map_leaves(
+            lambda leaf: watch(leaf + zero) if isinstance(leaf, Linked) else leaf,
             form.wrap(out, index, call),
         )
 

@@ -6,6 +6,7 @@ arrays (`Linked`), so a stand-in among the arguments of a block shows what it re
 is named.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
@@ -89,6 +90,13 @@ class Extra:
         """The axis of the tokens; None if there is not exactly one."""
         return self.axes.index("T") if self.axes.count("T") == 1 else None
 
+    @property
+    def is_tokens(self) -> bool:
+        """Whether it can be cut into tokens, after an axis of the batch, and has a gradient."""
+        return (
+            bool(self.token_axis) and self.axes[0] == "B" and mx.issubdtype(self.dtype, mx.floating)
+        )
+
 
 class Passed(NamedTuple):
     """An output that is an argument of the block, unchanged; `path` is its place."""
@@ -140,6 +148,12 @@ class OutputForm:
             return Position(what) if type(what) is int else what
 
         return tree_map(leaf, self.tree)
+
+    @property
+    def read_entries(self) -> int:
+        """Entries of a token in the arrays that later blocks read."""
+        axes = [self.leaves[number].axes for number in self.read]
+        return sum(math.prod(size for size in sizes if size not in ("B", "T")) for sizes in axes)
 
     def outputs(self, out: Any) -> list[mx.array]:
         """The hidden state of what the block returned, then the arrays that later blocks read."""

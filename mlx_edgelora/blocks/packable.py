@@ -20,6 +20,7 @@ from mlx_edgelora.blocks.block_list import (
 )
 from mlx_edgelora.blocks.checks import MODEL_ERRORS
 from mlx_edgelora.blocks.dropout import without_dropout
+from mlx_edgelora.blocks.outputs import links_of
 from mlx_edgelora.blocks.packing import Packing, rows_packed
 from mlx_edgelora.blocks.parts import BlockParts, TokenSpan
 from mlx_edgelora.blocks.tiling import TOLERANCES, TRIAL_SCALES, Tiling, difference
@@ -63,6 +64,9 @@ def check_packing(
                 continue
             tried.add(kind)
             choice = tiling.tileable(index)
+            if links_of(*long[index][1:]):
+                where = f"block {index} ({type(block).__name__})"
+                raise _refused(blocks, f"{where} reads what an earlier block returns")
             trial = _Trial(blocks, weights, index, {n: calls[index] for n, calls in alone.items()})
             trial.whole(short[index], len(TRIAL_SCALES))
             if choice.possible and not choice.through_cache:
@@ -156,7 +160,7 @@ class _Trial:
         arrays = {k: v for source in self._weights for k, v in source.block(self._index).items()}
         try:
             with rows_packed(packing), bind_arrays(array_slots(self._block), arrays):
-                made = function()
+                made = self._blocks.outputs(self._index, function())[0]
             del arrays
             mx.eval(made)
         except MODEL_ERRORS as error:

@@ -78,7 +78,7 @@ class Memory:
         # MLX allocates further ahead if it does not wait for weights.
         resident = streamed < count - self.kept
         self.ways = ways_of(plan, self.by_tiles, self.kept, resident)
-        self.base = (self._base() if base is None else base) + self._ring()
+        self.base = (self._base() if base is None else base) + self._ring() + self._shared()
 
     def _base(self) -> int:
         shape = self.shape
@@ -152,6 +152,15 @@ class Memory:
     def _waiting(self, index: int) -> int:
         """Bytes of the inputs in memory of the adapted blocks before block `index`."""
         return 0 if self.plan.spills else max(0, index - self.first) * self.hidden
+
+    def _shared(self) -> int:
+        """Bytes of what all blocks are given of each token, and of what they give each other.
+
+        The latter is stored as inputs of blocks are, with float32 sums of its gradients.
+        """
+        shape, tokens = self.shape, self.batch_shape.size
+        entry = 0 if self.plan.spills else shape.shared * (shape.itemsize + 4)
+        return tokens * (shape.arguments * shape.itemsize + entry)
 
     def _gradients(self, blocks: int) -> int:
         """Bytes of the summed gradients of the last `blocks` blocks."""

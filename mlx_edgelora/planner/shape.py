@@ -1,5 +1,6 @@
 """Find the sizes of a model that decide the cost of a step, without reading its weights."""
 
+import math
 from collections.abc import Mapping
 
 import mlx.core as mx
@@ -10,6 +11,7 @@ from mlx_edgelora.blocks.block_list import BlockList
 from mlx_edgelora.blocks.checks import MODEL_ERRORS
 from mlx_edgelora.blocks.gated_mlp import find_gated_mlp
 from mlx_edgelora.blocks.masks import tiled_mask
+from mlx_edgelora.blocks.outputs import Linked, leaves_of
 from mlx_edgelora.blocks.parts import AttentionInputs, BlockParts, TokenSpan
 from mlx_edgelora.blocks.tiling import block_calls
 from mlx_edgelora.layers.fused import Backend, use_fused
@@ -72,7 +74,20 @@ def shape_of(blocks: BlockList, vocabulary: int, dtype: mx.Dtype | None = None) 
         itemsize=(dtype or blocks.hidden_dtype).size,
         gated=all(block.gated for block in by_block),
         blocked_heads=blocked_heads,
+        arguments=_argument_entries(blocks),
+        shared=sum(form.read_entries for form in blocks.forms if form),
     )
+
+
+def _argument_entries(blocks: BlockList) -> int:
+    """Entries of a token in the arrays [B, T, ...] that blocks are called with."""
+    found = {}
+    for x, args, kwargs in block_calls(blocks):
+        for _, leaf in leaves_of([args, kwargs]):
+            own = isinstance(leaf, mx.array) and not isinstance(leaf, Linked) and leaf.ndim > 2
+            if own and leaf.shape[:2] == x.shape[:2]:
+                found[id(leaf)] = leaf, math.prod(leaf.shape[2:])
+    return sum(entries for _, entries in found.values())
 
 
 def _attention(blocks: BlockList) -> tuple[int, int, int]:

@@ -34,6 +34,8 @@ class ModelShape:
         gated: whether the MLP of every block can be computed in slices.
         blocked_heads: number of query heads for which MLX's fused gradient on Metal computes
             blocks of scores; 0 if attention is computed in another way.
+        arguments: entries of a token's other inputs of all blocks, which stay in memory.
+        shared: entries of a token that blocks return for later ones, such as keys and values.
     """
 
     blocks: int
@@ -59,6 +61,8 @@ class ModelShape:
     itemsize: int
     gated: bool
     blocked_heads: int = 0
+    arguments: int = 0
+    shared: int = 0
 
 
 @dataclass(frozen=True)

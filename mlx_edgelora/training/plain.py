@@ -4,6 +4,7 @@ import inspect
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -13,6 +14,7 @@ from mlx.utils import tree_flatten
 
 from mlx_edgelora.blocks.block_list import BlockList, array_slots, bind_arrays
 from mlx_edgelora.blocks.masks import band_of, causal_array
+from mlx_edgelora.blocks.outputs import Linked, map_leaves
 from mlx_edgelora.blocks.weight_source import WeightSource
 from mlx_edgelora.model.weights import cast
 
@@ -49,7 +51,17 @@ class OneBlockModel(nn.Module):
     def __call__(self, tokens: mx.array) -> mx.array:
         """The block's output for int tokens [rows, tokens], of which only the shape matters."""
         args, kwargs = self.call(tokens)
-        return self.layers[0](self.input(tokens), *args, **kwargs)
+        return self.hidden(self.layers[0](self.input(tokens), *args, **kwargs))
+
+    def hidden(self, out: Any) -> mx.array:
+        """The hidden state of what the block returned."""
+        return self._others[0].outputs(self._index, out)[0]
+
+    def block_list(self) -> BlockList:
+        """The list of this block, which is known to return what it returns in its model."""
+        blocks, form = BlockList(self), self._others[0].forms[self._index]
+        blocks.forms = [form and replace(form, read=())]
+        return blocks
 
     def input(self, tokens: mx.array) -> mx.array:
         """The block's input, which replaces the embedded tokens."""
@@ -59,12 +71,15 @@ class OneBlockModel(nn.Module):
         return noise + self.shift[:rows, :count]
 
     def call(self, tokens: mx.array) -> tuple[tuple, dict]:
-        """The arguments after the input with which the original model calls the block."""
+        """The arguments after the input with which the original model calls the block.
+
+        What it reads of earlier blocks is random.
+        """
         _, args, kwargs = recorded_calls(self._others[0], tokens)[self._index]
         self._count = tokens.shape[1]
         return (
-            tuple(map(self._shorten, args)),
-            {name: self._shorten(value) for name, value in kwargs.items()},
+            tuple(map_leaves(_detached, self._shorten(value)) for value in args),
+            {k: map_leaves(_detached, self._shorten(value)) for k, value in kwargs.items()},
         )
 
     def _shorten(self, value: Any) -> Any:
@@ -72,6 +87,10 @@ class OneBlockModel(nn.Module):
             return value
         count = self._count
         return causal_array(range(count), count, min(self._window, count))
+
+
+def _detached(leaf: Any) -> Any:
+    return Linked(leaf, None, leaf.token_axis) if isinstance(leaf, Linked) else leaf
 
 
 class OneBlockWeights:

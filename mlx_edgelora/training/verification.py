@@ -27,7 +27,6 @@ from mlx_edgelora.blocks import norms as norms_hook
 from mlx_edgelora.blocks.arguments import different_argument
 from mlx_edgelora.blocks.attention import banded_masks
 from mlx_edgelora.blocks.block_list import (
-    BlockList,
     array_slots,
     bind_arrays,
     call_signature,
@@ -35,6 +34,7 @@ from mlx_edgelora.blocks.block_list import (
 )
 from mlx_edgelora.blocks.dropout import restore_generator
 from mlx_edgelora.blocks.masks import band_of
+from mlx_edgelora.blocks.outputs import Linked, leaves_of, links_of, map_leaves
 from mlx_edgelora.engine.step import Engine
 from mlx_edgelora.engine.walk import Walk
 from mlx_edgelora.layers import attention as attention_layer
@@ -137,6 +137,7 @@ class _GradientComparison:
             mine = named_arguments(self._blocks.blocks[index], args, kwargs)
             given = {name: theirs[index][name] for name in mine if name in theirs[index]}
             hidden = next(iter(mine))  # the input is None here; only other arguments count
+            given, mine = _without_stand_ins(given, mine)
             if name := different_argument(((), given | {hidden: None}), ((), mine)):
                 problem = f"block {index} is called with another {name}"
                 return Verdict("calls of blocks", "", "by the model", np.inf, problem)
@@ -276,10 +277,10 @@ class _GradientComparison:
             one,
             self._walk.store,
             OneBlockWeights(self._walk.weights, index, one.layers[0], one.shift.dtype),
-            self._walk.is_compiled,
+            self._walk.is_compiled and not links_of(*self._recorded[index][1:]),
             trained,
             plan=plan,
-            blocks=BlockList(one),
+            blocks=one.block_list(),
             like=self._walk,
         )
         with walk.forward(lambda: one(self._tokens), rows=rows) as state:
@@ -314,7 +315,7 @@ class _GradientComparison:
 
         def function(*primals: mx.array) -> mx.array:
             with bind_arrays(slots, frozen | dict(zip(own, primals[:-1], strict=True))):
-                out = block(primals[-1], *args, **kwargs)
+                out = one.hidden(block(primals[-1], *args, **kwargs))
             return out if rows is None else out.reshape(1, -1, out.shape[-1])[:, rows]
 
         x = one.input(self._tokens).astype(dtype)
@@ -424,6 +425,21 @@ def _some_rows(count: int) -> mx.array:
 
 def _cotangent(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
     return mx.random.normal(shape, key=mx.random.key(5)).astype(dtype)
+
+
+def _without_stand_ins(
+    given: dict[str, Any], mine: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments by name, with shapes in place of what a block reads of earlier ones."""
+    read = [n for n, value in mine.items() if any(type(v) is Linked for _, v in leaves_of(value))]
+
+    def shape(leaf: Any) -> Any:
+        return str(leaf.shape) if isinstance(leaf, mx.array) else leaf
+
+    return tuple(
+        values | {name: map_leaves(shape, values[name]) for name in read if name in values}
+        for values in (given, mine)
+    )
 
 
 def _nudged(arrays: Arrays, seed: int | None) -> Arrays:

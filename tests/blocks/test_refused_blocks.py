@@ -340,7 +340,7 @@ def test_not_a_number_under_a_window_alone_is_seen():
     [
         (lambda h: mx.ones((h.shape[0], h.shape[1])), r"extra of a block is \(2, 7\), not"),
         (lambda h: mx.ones((h.shape[1],)), r"extra of a block is \(7,\), not a row"),
-        (lambda h: mx.ones((1, h.shape[1], 1)), r"extra of a block is \(1, 7, 1\), not"),
+        (lambda h: mx.ones((1, 3, h.shape[1])), r"extra of a block is \(1, 3, 7\), not"),
         (lambda h: (mx.ones(3), 1), "extra of a block holds arrays"),
         (lambda h: {"cos": [mx.ones(3)]}, "extra of a block holds arrays"),
     ],

@@ -11,6 +11,7 @@ from toy import WIDTH, Block, Toy, looped
 
 from mlx_edgelora.blocks.block_list import BlockList
 from mlx_edgelora.blocks.checks import check_walk
+from mlx_edgelora.blocks.outputs import links_of
 from mlx_edgelora.engine.walk import Walk
 from mlx_edgelora.errors import EdgeLoraError
 
@@ -207,6 +208,71 @@ def test_blocks_that_do_more_than_map_are_refused(kind):
         check_walk(BlockList(Toy(kind)))
 
 
+class Hands(Block):
+    """Returns what it makes besides its hidden state, and adds what it is given."""
+
+    def __call__(self, x, given=None):
+        made = self.make(self.proj(x))
+        return super().__call__(x if given is None else x + given), (made, 3)
+
+    def make(self, y):
+        return y
+
+
+def hands_on(self, h):
+    given = None
+    for layer in self.layers:
+        h, (given, _) = layer(h, given)
+    return h
+
+
+def hands_on_changed(self, h):
+    given = None
+    for layer in self.layers:
+        h, (made, _) = layer(h, given)
+        given = 2 * made
+    return h
+
+
+def hands_on_changed_in_place(self, h):
+    given = None
+    for layer in self.layers:
+        h, (given, _) = layer(h, given)
+        given += 1
+    return h
+
+
+def hands_to_the_head(self, h):
+    for layer in self.layers:
+        h, (made, _) = layer(h)
+    return h + made
+
+
+HANDED = {
+    hands_on_changed: ({}, "block 1 .*shares state with earlier blocks"),
+    hands_on_changed_in_place: ({}, "block 1 .*shares state with earlier blocks"),
+    hands_to_the_head: ({}, "block 3 .*used behind the last block too"),
+    hands_on: (
+        {"make": lambda self, y: y.mean(axis=1, keepdims=True)},
+        "block 0 .*another block reads what it computes",
+    ),
+}
+
+
+@pytest.mark.parametrize("loop", HANDED, ids=lambda loop: loop.__name__)
+def test_what_is_handed_on_is_an_output_of_a_block_for_each_token(loop):
+    changes, reason = HANDED[loop]
+    kind, model = type("Hands", (Hands,), changes), type("Toy", (Toy,), {"loop": loop})
+    with pytest.raises(EdgeLoraError, match=reason):
+        check_walk(BlockList(model(kind)))
+
+
+def test_what_is_handed_on_unchanged_is_found():
+    blocks = BlockList(type("Toy", (Toy,), {"loop": hands_on})(Hands))
+    check_walk(blocks)
+    assert [form.read for form in blocks.forms] == [(1,), (1,), (1,), ()]
+
+
 class Announces(Block):
     """Tells the loop something that only a block that is computed knows."""
 
@@ -351,11 +417,35 @@ IQUEST = {
     "head_dim": 16,
 }
 REFUSED = {
-    "rwkv7": (RWKV7, "one array from it .not enough values to unpack"),
-    "gemma4_text": (GEMMA4, "one array from it .not enough values to unpack"),
-    "hunyuan": (HUNYUAN, "one array from it .not enough values to unpack"),
     "iquestloopcoder": (IQUEST, "does not call it from its list of blocks"),
 }
+# What its blocks return besides their hidden state, and which blocks read it.
+READ = {
+    "rwkv7": (RWKV7, {0: [1, 2, 3]}),
+    "gemma4_text": (GEMMA4, {0: [2], 1: [3]}),
+    "hunyuan": (HUNYUAN, {0: [1], 2: [3]}),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_blocks_read_of_earlier_ones_is_found(name):
+    settings, expected = READ[name]
+    sizes = {"model_type": name, "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 4}
+    architecture = importlib.import_module(f"mlx_lm.models.{name}")
+    model = architecture.Model(architecture.ModelArgs.from_dict(sizes | settings))
+    model.freeze()  # what is made of trained embeddings goes into every block
+    blocks, found = BlockList(model), {}
+    check_walk(blocks)
+
+    def look(index, x, args, kwargs):
+        for link in links_of(args, kwargs):
+            found.setdefault(link.source, set()).add(index)
+            assert link.leaf in blocks.forms[link.source].read
+        return x
+
+    with blocks.intercept(look):
+        model(mx.array([[1, 2, 3, 4, 5]]))
+    assert {source: sorted(readers) for source, readers in found.items()} == expected
 
 
 @pytest.mark.parametrize("name", REFUSED)
