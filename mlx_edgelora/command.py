@@ -35,6 +35,7 @@ def command(run: Main) -> Callable[[Sequence[str] | None], int]:
 
     @functools.wraps(run)
     def main(argv: Sequence[str] | None = None) -> int:
+        _open_closed_streams()
         arguments = list(sys.argv[1:] if argv is None else argv)
         debug = "--debug" in arguments
         arguments = [argument for argument in arguments if argument != "--debug"]
@@ -72,6 +73,22 @@ def _print_any_text() -> None:
     """Escape what standard output cannot encode, as standard error does, instead of failing."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _open_closed_streams() -> None:
+    """Connect standard streams that are closed to nothing.
+
+    The next file that is opened would otherwise get the number of the stream, and lines that a
+    library prints would be written into that file.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest number
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open until the process ends
 
 
 def _drop_output() -> None:

@@ -58,3 +58,23 @@ def test_an_output_that_takes_nothing(closed, status, said):
     assert ended.returncode == status
     assert ended.stderr.startswith(said) and "Traceback" not in ended.stderr
     assert bool(ended.stderr) == bool(said)
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_files_do_not_get_the_numbers_of_closed_streams(closed, tmp_path):
+    code = (
+        "import os, sys; from mlx_edgelora.command import command; "
+        "run = lambda _: print('x') or os.write(2, b'y') and open('file', 'w').fileno(); "
+        "number = command(run)([]); sys.exit(0 if number > 2 and sys.stdout.isatty() == 0 else 9)"
+    )
+    line = f'"$0" -c "$1" {closed}'
+    ended = subprocess.run(
+        ["sh", "-c", line, sys.executable, code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
+        capture_output=True,
+        timeout=100,
+        check=False,
+    )
+    assert ended.returncode == 0, ended
+    assert (tmp_path / "file").read_bytes() == b""

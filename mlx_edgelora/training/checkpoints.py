@@ -28,12 +28,7 @@ import mlx.optimizers as optimizers
 
 from mlx_edgelora.engine.adapter_state import AdapterState
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.storage.files import (
-    Writer,
-    cannot_write,
-    sync,
-    sync_folder,
-)
+from mlx_edgelora.storage.files import Writer, cannot_write, sync, sync_folder
 from mlx_edgelora.storage.safetensors import write_tensors
 from mlx_edgelora.storage.temporaries import create, remove, temporary_folder
 from mlx_edgelora.training.adapters import CONFIG_FILE, WEIGHTS_FILE, adapter_writer
@@ -67,6 +62,7 @@ class RunState:
         val_loss: last reported validation loss; None before the first report.
         best_val_loss: lowest validation loss so far; None before the first validation.
         fingerprints: SHA-256 of the model and of the tokenized data.
+        working_folder: folder that relative paths of the options start from; "" if unknown.
     """
 
     step: int
@@ -78,6 +74,7 @@ class RunState:
     val_loss: float | None
     best_val_loss: float | None
     fingerprints: dict[str, str]
+    working_folder: str = ""
 
 
 @dataclass(frozen=True)

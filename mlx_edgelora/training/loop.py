@@ -16,6 +16,7 @@ It differs from `mlx_lm.tuner.trainer.train` on purpose:
 import contextlib
 import itertools
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -193,6 +194,7 @@ class _Run:
         self._folder = Path(config.adapter_path)
         if self._group.leads:
             make_folder(self._folder)
+        self._working_folder = os.getcwd()
         self._meter = UsageMeter(engine.disk)
         self._window = Window(self._meter)
         self._adapters = engine.adapters
@@ -422,6 +424,7 @@ class _Run:
             val_loss=self._last.get("val_loss"),
             best_val_loss=self._best,
             fingerprints=self._origin.fingerprints,
+            working_folder=self._working_folder,
         )
 
     def end_early(self, requests: StopRequests) -> None:

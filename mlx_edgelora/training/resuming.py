@@ -70,6 +70,9 @@ FREE = frozenset(
 )
 # Options of the memory plan. Another plan gives the same gradients except for rounding.
 MEMORY = "memory_budget", "weights", "activations", "adapters", "kernel", "plan"
+# Options with paths, which may be relative to the working folder of the run.
+INPUTS = "model", "data", "plan", "resume_adapter_file"
+OUTPUTS = "cache_dir", "log", "memory_profile", "plan_out", "report", "spill_dir"
 # Options whose contents are compared by fingerprint.
 CONTENTS = "model", "data"
 
@@ -153,9 +156,25 @@ def saved_options(place: Path) -> dict[str, Any]:
     checkpoint = find_checkpoint(place)
     never = {"resume", "accept_changes", "overwrite", "max_time", "config"}
     options = {key: value for key, value in checkpoint.config.items() if key not in never}
+    options |= _from_here(options, checkpoint.state.working_folder)
     if checkpoint.folder.absolute().parent.name != FOLDER:  # a copy in another place
         return options
     return options | {"adapter_path": os.path.normpath(checkpoint.folder / ".." / "..")}
+
+
+def _from_here(options: Mapping[str, Any], folder: str) -> dict[str, str]:
+    """Paths relative to another working folder, as absolute ones."""
+    if not folder or folder == os.getcwd():
+        return {}
+    paths = {}
+    for name in (*INPUTS, *OUTPUTS):
+        value = options.get(name)
+        if not isinstance(value, str) or not value or os.path.isabs(value):
+            continue
+        path = os.path.normpath(os.path.join(folder, value))
+        if name in OUTPUTS or os.path.exists(path):  # other names are those of the Hub
+            paths[name] = path
+    return paths
 
 
 def with_saved(config: TrainConfig, checkpoint: Checkpoint) -> TrainConfig:

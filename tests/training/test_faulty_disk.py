@@ -2,8 +2,6 @@
 
 import errno
 import shutil
-from functools import partial
-from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -121,11 +119,3 @@ def test_a_disk_that_fails_once_or_for_good(disturbed, failure, share):
 def test_a_disk_that_fails_at_any_operation(disturbed, failure):
     for at in range(1, len(disturbed.operations) + 1):
         disturbed.check(at, **failure)
-
-
-def test_a_write_that_nobody_checks_would_be_found(disturbed, monkeypatch):
-    """The comparison can fail: a checkpoint of which a part is missing is no checkpoint."""
-    real = Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda path: real(path)[:-1])
-    with pytest.raises((EdgeLoraError, AssertionError)):
-        partial(disturbed.check, 1, error=errno.EIO)()

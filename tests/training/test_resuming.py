@@ -16,6 +16,7 @@ import pytest
 from tiny import make_data, make_model, run_options
 
 from mlx_edgelora import EdgeLoraError, TrainConfig, finetune
+from mlx_edgelora.training import resuming
 from mlx_edgelora.training.checkpoints import find_checkpoint
 from mlx_edgelora.training.resuming import saved_options
 from mlx_edgelora.training.stopping import Stopped
@@ -352,3 +353,21 @@ def test_the_adapter_that_a_run_began_with_is_not_needed_to_resume(options, tmp_
     shutil.rmtree(first.adapter_path)
     Path(first.adapter_path).mkdir()
     train(options(resume=True, iters=5, **began))
+
+
+def test_paths_are_those_of_the_working_folder_of_the_run(options, tiny, tmp_path, monkeypatch):
+    """A run is resumed from another folder, and a Hub name stays one."""
+    monkeypatch.chdir(tiny)
+    train(options(model="model", data="data", iters=4, log=os.path.relpath(tmp_path / "log")))
+    folder = Path(options().adapter_path)
+    here = saved_options(folder)
+    assert (here["model"], here["data"]) == ("model", "data")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    found = saved_options(folder)
+    assert (found["model"], found["data"]) == (str(tiny / "model"), str(tiny / "data"))
+    assert found["log"] == str(tmp_path / "log") and found["spill_dir"] is None
+    finetune(TrainConfig.from_dict(found | {"iters": 6, "resume": True}), notify=silent)
+    assert find_checkpoint(folder).state.step == 6
+    hub = resuming._from_here({"model": "org/name", "log": ""}, str(tiny))
+    assert hub == {}
