@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from mlx_edgelora.command import command
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.export.gguf_files import OUTTYPES, export_gguf
+from mlx_edgelora.export.ollama import export_ollama
 from mlx_edgelora.export.peft import export_peft
 from mlx_edgelora.measure.meter import peak_memory
 from mlx_edgelora.measure.units import size
 from mlx_edgelora.training.failures import explain_failures
 
-FORMATS = "peft", "gguf"
+FORMATS = "peft", "gguf", "ollama"
 # Options that only some formats have.
-_ONLY = {"base_model": ("peft",), "fused": ("gguf",), "outtype": ("gguf",)}
+_ONLY = {"base_model": ("peft", "ollama"), "fused": ("gguf",), "outtype": ("gguf", "ollama")}
 
 
 @command
@@ -33,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
             )
     options.save_path = options.save_path or f"exported_{options.format}"
     with explain_failures(f"{options.save_path} was not written"):
-        {"peft": _peft, "gguf": _gguf}[options.format](options)
+        {"peft": _peft, "gguf": _gguf, "ollama": _ollama}[options.format](options)
     return 0
 
 
@@ -42,7 +43,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="mlx-edgelora export",
         usage="%(prog)s FORMAT [options]",
         description="Write an adapter in the format of another program: peft, a folder that "
-        "Hugging Face PEFT loads; gguf, a LoRA adapter or a merged model for llama.cpp.",
+        "Hugging Face PEFT loads; gguf, a LoRA adapter or a merged model for llama.cpp; "
+        "ollama, a GGUF file and a Modelfile.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -67,7 +69,8 @@ def _parser() -> argparse.ArgumentParser:
         "--base-model",
         metavar="NAME",
         help="peft: the model that PEFT is to load the adapter onto, such as the unquantized "
-        "original. Default: --model.",
+        "original; default: --model. ollama: Ollama's name of the base model, for the adapter "
+        "alone; default: none, the merged model.",
     )
     add(
         "--fused",
@@ -77,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--outtype",
         choices=OUTTYPES,
-        help="gguf: dtype of matrices. Default: f32 for an adapter, f16 for a model.",
+        help="gguf, ollama: dtype of matrices. Default: f16, but f32 for an adapter in GGUF.",
     )
     return parser
 
@@ -97,6 +100,18 @@ def _gguf(options: argparse.Namespace) -> None:
         f"{'model' if options.fused else 'adapter'} in {path} (peak memory {size(peak_memory())})"
     )
     print(f'\nTry it with llama.cpp:\n  llama-cli {use} -p "..."')
+
+
+def _ollama(options: argparse.Namespace) -> None:
+    path = export_ollama(
+        options.adapter_path,
+        options.save_path,
+        options.model,
+        options.base_model,
+        options.outtype,
+    )
+    print(f"Modelfile in {path.parent} (peak memory {size(peak_memory())})")
+    print(f"\nTry it:\n  ollama create my-model -f {path}\n  ollama run my-model")
 
 
 if __name__ == "__main__":
