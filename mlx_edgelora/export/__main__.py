@@ -3,18 +3,22 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from mlx_edgelora.command import command
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.export.gguf_files import OUTTYPES, export_gguf
+from mlx_edgelora.export.hub import Publisher, model_card, public_name
+from mlx_edgelora.export.ollama import export_ollama
 from mlx_edgelora.export.peft import export_peft
 from mlx_edgelora.measure.meter import peak_memory
 from mlx_edgelora.measure.units import size
+from mlx_edgelora.training.adapters import base_model
 from mlx_edgelora.training.failures import explain_failures
 
-FORMATS = "peft", "gguf"
+FORMATS = "peft", "gguf", "ollama"
 # Options that only some formats have.
-_ONLY = {"base_model": ("peft",), "fused": ("gguf",), "outtype": ("gguf",)}
+_ONLY = {"base_model": ("peft", "ollama"), "fused": ("gguf",), "outtype": ("gguf", "ollama")}
 
 
 @command
@@ -32,9 +36,27 @@ def main(argv: Sequence[str]) -> int:
                 f"with {' or '.join(formats)} only; leave it out"
             )
     options.save_path = options.save_path or f"exported_{options.format}"
+    publisher = None
+    if options.push_to_hub is not None:
+        publisher = Publisher(options.push_to_hub)
+        _check_base(options)
     with explain_failures(f"{options.save_path} was not written"):
-        {"peft": _peft, "gguf": _gguf}[options.format](options)
+        {"peft": _peft, "gguf": _gguf, "ollama": _ollama}[options.format](options)
+    if publisher is not None:
+        base = options.model if options.format == "ollama" else options.base_model or options.model
+        card = model_card(options.adapter_path, options.format, base, options.push_to_hub)
+        print(f"\npublished: {publisher.push(Path(options.save_path), card)}")
     return 0
+
+
+def _check_base(options: argparse.Namespace) -> None:
+    """A published PEFT adapter must name a model that others can find."""
+    base = options.base_model or options.model or base_model(Path(options.adapter_path))
+    if options.format == "peft" and public_name(base) is None:
+        raise EdgeLoraError(
+            f"--push-to-hub: the base model {base} is a folder of this machine, expected a name "
+            "that others can load; give one with --base-model"
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,7 +64,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="mlx-edgelora export",
         usage="%(prog)s FORMAT [options]",
         description="Write an adapter in the format of another program: peft, a folder that "
-        "Hugging Face PEFT loads; gguf, a LoRA adapter or a merged model for llama.cpp.",
+        "Hugging Face PEFT loads; gguf, a LoRA adapter or a merged model for llama.cpp; "
+        "ollama, a GGUF file and a Modelfile.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -67,7 +90,8 @@ def _parser() -> argparse.ArgumentParser:
         "--base-model",
         metavar="NAME",
         help="peft: the model that PEFT is to load the adapter onto, such as the unquantized "
-        "original. Default: --model.",
+        "original; default: --model. ollama: Ollama's name of the base model, for the adapter "
+        "alone; default: none, the merged model.",
     )
     add(
         "--fused",
@@ -77,7 +101,13 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--outtype",
         choices=OUTTYPES,
-        help="gguf: dtype of matrices. Default: f32 for an adapter, f16 for a model.",
+        help="gguf, ollama: dtype of matrices. Default: f16, but f32 for an adapter in GGUF.",
+    )
+    add(
+        "--push-to-hub",
+        metavar="REPO",
+        help="Upload the folder to the Hugging Face Hub, with a model card and your own token; a "
+        "new repository is private. Default: nothing is uploaded.",
     )
     return parser
 
@@ -97,6 +127,18 @@ def _gguf(options: argparse.Namespace) -> None:
         f"{'model' if options.fused else 'adapter'} in {path} (peak memory {size(peak_memory())})"
     )
     print(f'\nTry it with llama.cpp:\n  llama-cli {use} -p "..."')
+
+
+def _ollama(options: argparse.Namespace) -> None:
+    path = export_ollama(
+        options.adapter_path,
+        options.save_path,
+        options.model,
+        options.base_model,
+        options.outtype,
+    )
+    print(f"Modelfile in {path.parent} (peak memory {size(peak_memory())})")
+    print(f"\nTry it:\n  ollama create my-model -f {path}\n  ollama run my-model")
 
 
 if __name__ == "__main__":

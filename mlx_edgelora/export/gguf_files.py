@@ -127,8 +127,12 @@ def write_model(
     model: str | None,
     outtype: str,
     notify: Callable[[str], None],
-) -> None:
-    """Write `model.gguf`: the base model, merged with the adapter if there is one."""
+) -> LazyModel:
+    """Write `model.gguf`: the base model, merged with the adapter if there is one.
+
+    Returns:
+        The model, without its parameters.
+    """
     name = model
     if adapter is not None:
         adapter = Path(adapter)
@@ -160,6 +164,7 @@ def write_model(
     lazy.model = None  # a reference to the arrays would keep their results in memory
     _write(writer, file, specs, drain(arrays))
     lazy.checkpoint.files.check()
+    return lazy
 
 
 def _kind(name: str, shape: tuple[int, ...], outtype: str) -> str:

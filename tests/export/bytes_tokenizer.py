@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 VOCABULARY = 288  # more rows than tokens, as in many models
 
 
-def write_tokenizer(folder: Path, splitter=None, template="") -> Path:
+def write_tokenizer(folder: Path, splitter=None, template=None) -> Path:
     """Replace the tokenizer of a model's folder; the last of 260 tokens ends an answer."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: number for number, letter in enumerate(letters)}
