@@ -89,6 +89,24 @@ class _FullCache:
         return self._held
 
 
+class _States:
+    """Takes the place of mlx-lm's `ArraysCache`: the states of a recurrence or a convolution."""
+
+    lengths = left_padding = None
+
+    def __init__(self, states: list[mx.array]) -> None:
+        self.arrays = dict(enumerate(states))
+
+    def __getitem__(self, index: int) -> mx.array | None:
+        return self.arrays.get(index)
+
+    def __setitem__(self, index: int, state: mx.array) -> None:
+        self.arrays[index] = state
+
+    def advance(self, tokens: int) -> None:
+        """Do nothing: there is no padding."""
+
+
 class BlockParts:
     """One call of a block, to be made for parts of its tokens.
 
@@ -186,6 +204,26 @@ class BlockParts:
             out = self._call(x, _Position(span.start), tokens)
         _check_calls(len(attended), "attention")
         return out
+
+    def output_and_states(
+        self, x: mx.array, span: TokenSpan, states: list[mx.array]
+    ) -> tuple[mx.array, list[mx.array]]:
+        """The output of a recurrent block for the tokens of a span, and its states after them.
+
+        Args:
+            x: input [B, t, D].
+            span: position of the tokens.
+            states: its states after the tokens before; empty for the first tokens.
+
+        Raises:
+            RuntimeError: the block has no states, or not all of them are kept in its cache.
+        """
+        cache = _States(states)
+        out = self._call(x, cache, slice(span.start, span.stop))
+        found = [cache.arrays.get(index) for index in range(len(cache.arrays))]
+        if not found or any(state is None for state in found):
+            raise RuntimeError("its cache is not asked for states")
+        return out, found
 
     def output_at(
         self,

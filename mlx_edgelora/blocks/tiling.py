@@ -47,6 +47,8 @@ class Tileable(NamedTuple):
             at its cache, of the arrays that it passes to the cache.
         through_cache: see `BlockParts`.
         by_rows: whether it can be computed for some of a tile's tokens only.
+        by_states: whether a recurrent block, not `possible` otherwise, can be computed by tiles
+            that hand on its states.
     """
 
     possible: bool
@@ -54,6 +56,7 @@ class Tileable(NamedTuple):
     keys: int = 0
     through_cache: bool = False
     by_rows: bool = False
+    by_states: bool = False
 
 
 class Tiling:
@@ -120,7 +123,26 @@ class Tiling:
                     raise
                 reason = f"a block cannot be called for parts of its tokens: {error}"
             reasons.append(reason)
-        return Tileable(False, reasons[0])
+        return Tileable(False, reasons[0], by_states=self._hands_on_states(index))
+
+    def _hands_on_states(self, index: int) -> bool:
+        """Whether a block's states are all that its tokens know of the tokens before."""
+        compute, (x, args, kwargs) = self._computing(index), self._calls[index]
+        parts = BlockParts(self._blocks.blocks[index], args, kwargs)
+        try:
+            if parts.mask is not None or parts.untileable_reason(TRIAL_SHAPE[1]):
+                return False
+            scaled, states, tiles = mx.array(TRIAL_SCALES, x.dtype)[:, None, None] * x, [], []
+            for span in TRIAL_SPANS:
+                mine = scaled[:, span.start : span.stop]
+                tile, states = compute(parts.output_and_states, mine, span, states)
+                tiles.append(tile)
+            off = difference(mx.concatenate(tiles, axis=1), compute(parts.whole, scaled), scaled)
+        except MODEL_ERRORS as error:
+            if is_killed(error):
+                raise
+            return False
+        return off <= TOLERANCES[x.dtype]
 
     def _disagreement(self, index: int, calls: list[tuple[mx.array, BlockParts]]) -> str | None:
         """How the tiles differ from the whole block; None if they do not."""

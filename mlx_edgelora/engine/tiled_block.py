@@ -62,7 +62,7 @@ class TiledBlock:
         self._find_places()
         trained, frozen = context.weights.load(self.index, next_block)
         out, pieces = Hidden.tiles(context.spans, context.slots), []
-        with phase("forward", self.index), bind_arrays(self._slots, frozen | trained):
+        with phase("forward", self.index), bind_arrays(self.slots, frozen | trained):
             key_values = self._key_values(x)
             for number, span in enumerate(context.spans):
                 if self._places is not None and self._places[number] is None:
@@ -92,9 +92,9 @@ class TiledBlock:
         )
         wanted = None if self._places is None else dy.whole()
         trained, frozen = context.weights.load(self.index, prefetch_next())
-        visit = _TiledBackward(self, trained, needs_input_grad)
+        visit = TiledBackward(self, trained, needs_input_grad)
         dx = Hidden.tiles(context.spans, context.slots) if needs_input_grad else None
-        with bind_arrays(self._slots, frozen | trained):
+        with bind_arrays(self.slots, frozen | trained):
             with phase("recompute", self.index):
                 visit.key_values = self._key_values(x)
             with phase("backward", self.index):
@@ -125,7 +125,8 @@ class TiledBlock:
         """Read nothing: tiles are read when they are computed."""
 
     @property
-    def _slots(self) -> dict:
+    def slots(self) -> dict:
+        """The places of the block's arrays."""
         return self._context.weights.slots[self.index]
 
     @property
@@ -182,7 +183,7 @@ class TiledBlock:
         return rows_of(self._parts.output(x, span, seen, key_values), rows)
 
 
-class _TiledBackward:
+class TiledBackward:
     """One backward of a block whose arrays are bound: sums over its tiles.
 
     Attributes:
@@ -215,7 +216,7 @@ class _TiledBackward:
                 # Only attention reads these keys and values.
                 if not block._parts.through_cache:
                     stack.enter_context(add_key_gradients(sums))
-                dx, *pair = self._vjp(output, [x, *_tokens(seen, self.key_values)], [cotangent])
+                dx, *pair = self.vjp(output, [x, *_tokens(seen, self.key_values)], [cotangent])
             if not sums.used:
                 for index, more in enumerate(pair):
                     sums.add(index, more.reshape(-1, *more.shape[2:]), 0)
@@ -239,7 +240,7 @@ class _TiledBackward:
                     strict=True,
                 )
             ]
-            (more,) = self._vjp(lambda x: block._parts.key_values(x, span), [x], cotangents)
+            (more,) = self.vjp(lambda x: block._parts.key_values(x, span), [x], cotangents)
             dx = dx + more if self._needs_input_grad else None
         self._settle(dx)
         return dx
@@ -249,6 +250,10 @@ class _TiledBackward:
         found = {n: self._sums.get(n, mx.zeros_like(v)) for n, v in self._trained.items()}
         mx.eval(found)
         return found
+
+    def submit(self, *arrays: object) -> None:
+        """Compute these arrays and the sums so far."""
+        self._block._context.pipeline.submit(*arrays, self._sums)
 
     def _settle(self, dx: mx.array | None) -> None:
         key_values = self._key_value_sums.arrays if self._key_value_sums else []
@@ -266,7 +271,7 @@ class _TiledBackward:
         self._key_value_sums.start, self._key_value_sums.used = seen.start, False
         return self._key_value_sums
 
-    def _vjp(
+    def vjp(
         self,
         function: Callable[..., list[mx.array]],
         inputs: list[mx.array],
@@ -280,7 +285,7 @@ class _TiledBackward:
                 name: gradient_hook(lambda name=name: reached.add(name))(value)
                 for name, value in zip(self._trained, primals[:count], strict=True)
             }
-            with tracing_gradient(), bind_arrays(self._block._slots, seen):
+            with tracing_gradient(), bind_arrays(self._block.slots, seen):
                 return function(*primals[count:])
 
         _, found = mx.vjp(bound_function, [*self._trained.values(), *inputs], cotangents)
