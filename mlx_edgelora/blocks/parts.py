@@ -89,22 +89,12 @@ class _FullCache:
         return self._held
 
 
-class _States:
+class _States(list):
     """Takes the place of mlx-lm's `ArraysCache`: the states of a recurrence or a convolution."""
 
     lengths = left_padding = None
 
-    def __init__(self, states: list[mx.array]) -> None:
-        self.arrays = dict(enumerate(states))
-
-    def __getitem__(self, index: int) -> mx.array | None:
-        return self.arrays.get(index)
-
-    def __setitem__(self, index: int, state: mx.array) -> None:
-        self.arrays[index] = state
-
-    def advance(self, tokens: int) -> None:
-        """Do nothing: there is no padding."""
+    def advance(self, tokens: int) -> None: ...
 
 
 class BlockParts:
@@ -206,24 +196,22 @@ class BlockParts:
         return out
 
     def output_and_states(
-        self, x: mx.array, span: TokenSpan, states: list[mx.array]
+        self, x: mx.array, span: TokenSpan, states: list[mx.array | None]
     ) -> tuple[mx.array, list[mx.array]]:
         """The output of a recurrent block for the tokens of a span, and its states after them.
 
         Args:
-            x: input [B, t, D].
-            span: position of the tokens.
-            states: its states after the tokens before; empty for the first tokens.
+            x, span: as in `output`.
+            states: its states after the tokens before; None each for the first tokens.
 
         Raises:
-            RuntimeError: the block has no states, or not all of them are kept in its cache.
+            RuntimeError: the block does not have so many states.
         """
         cache = _States(states)
         out = self._call(x, cache, slice(span.start, span.stop))
-        found = [cache.arrays.get(index) for index in range(len(cache.arrays))]
-        if not found or any(state is None for state in found):
-            raise RuntimeError("its cache is not asked for states")
-        return out, found
+        if any(state is None for state in cache):
+            raise RuntimeError("its cache is not given all states")
+        return out, list(cache)
 
     def output_at(
         self,

@@ -31,10 +31,11 @@ class RecurrentBlock:
         context: shared by the segments of a pass.
         index: index of the block.
         call: arguments of the block.
+        states: number of its states.
     """
 
-    def __init__(self, context: Context, index: int, call: BlockCall) -> None:
-        self._context, self.index = context, index
+    def __init__(self, context: Context, index: int, call: BlockCall, states: int) -> None:
+        self._context, self.index, self._none = context, index, [None] * states
         block = context.functions.blocks.blocks[index]
         self._parts = BlockParts(block, call.args, call.kwargs)
         self._input: Hidden | None = None
@@ -43,7 +44,7 @@ class RecurrentBlock:
         """The block's output; see `Segment`."""
         context, x = self._context, self._context.store(x)
         trained, frozen = context.weights.load(self.index, next_block)
-        out, states = Hidden.tiles(context.spans, context.slots), []
+        out, states = Hidden.tiles(context.spans, context.slots), self._none
         with phase("forward", self.index), bind_arrays(self.slots, frozen | trained):
             for number, span in enumerate(context.spans):
                 tile, states = self._parts.output_and_states(x.tile(number), span, states)
@@ -71,12 +72,11 @@ class RecurrentBlock:
             with phase("backward", self.index):
                 cotangents: list[mx.array] = []
                 for number in reversed(range(len(context.spans))):
-                    before = states.pop()
-                    inputs = [x.tile(number), *before]
+                    inputs = [x.tile(number), *states.pop()]
                     piece, *cotangents = visit.vjp(
                         self._tile(number), inputs, [dy.tile(number), *cotangents]
                     )
-                    del inputs, before
+                    del inputs
                     visit.submit(piece if needs_input_grad else [], cotangents)
                     if needs_input_grad:
                         dx.put(number, piece)
@@ -98,7 +98,8 @@ class RecurrentBlock:
         span, last = self._context.spans[number], number + 1 == len(self._context.spans)
 
         def outputs(x: mx.array, *states: mx.array) -> list[mx.array]:
-            out, states = self._parts.output_and_states(x, span, list(states))
+            before = list(states) or self._none  # none before the first tile
+            out, states = self._parts.output_and_states(x, span, before)
             return [out] if last else [out, *states]
 
         return outputs
@@ -107,7 +108,8 @@ class RecurrentBlock:
         """The states before each tile."""
         found: list[list[mx.array]] = [[]]
         for number, span in enumerate(self._context.spans[:-1]):
-            _, states = self._parts.output_and_states(x.tile(number), span, found[-1])
+            before = found[-1] or self._none
+            _, states = self._parts.output_and_states(x.tile(number), span, before)
             mx.eval(states)
             found.append(states)
         return found

@@ -290,8 +290,8 @@ class Walk:
                 segments.append(
                     TiledBlock(context, index, calls[index], wanted, choice.through_cache)
                 )
-            elif choice and choice.by_states and wanted.rows is None:
-                segments.append(RecurrentBlock(context, index, calls[index]))
+            elif choice and choice.states and wanted.rows is None:
+                segments.append(RecurrentBlock(context, index, calls[index], choice.states))
             else:
                 segments.append(WholeBlock(context, index, calls[index], wanted))
         tail = None
