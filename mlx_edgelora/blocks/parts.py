@@ -106,6 +106,14 @@ class _Picked:
     start: int
 
 
+class _States(list):
+    """Takes the place of mlx-lm's `ArraysCache`: the states of a recurrence or a convolution."""
+
+    lengths = left_padding = None
+
+    def advance(self, tokens: int) -> None: ...
+
+
 class BlockParts:
     """One call of a block, to be made for parts of its tokens.
 
@@ -233,6 +241,24 @@ class BlockParts:
             out = self._call(x, _Position(span.start), tokens, shared=shared)
         _check_calls(len(attended), "attention")
         return self._outputs(out)
+
+    def output_and_states(
+        self, x: mx.array, span: TokenSpan, states: list[mx.array | None]
+    ) -> tuple[mx.array, list[mx.array]]:
+        """The output of a recurrent block for the tokens of a span, and its states after them.
+
+        Args:
+            x, span: as in `output`.
+            states: its states after the tokens before; None each for the first tokens.
+
+        Raises:
+            RuntimeError: the block does not have so many states.
+        """
+        cache = _States(states)
+        out = self._call(x, cache, slice(span.start, span.stop))
+        if any(state is None for state in cache):
+            raise RuntimeError("its cache is not given all states")
+        return out, list(cache)
 
     def output_at(
         self,

@@ -18,7 +18,7 @@ from mlx_edgelora.blocks.block_list import (
 from mlx_edgelora.blocks.checks import MODEL_ERRORS, depends_on_values, gradient_hook
 from mlx_edgelora.blocks.dropout import without_dropout
 from mlx_edgelora.blocks.masks import band_of, simplest_mask
-from mlx_edgelora.blocks.outputs import OutputForm
+from mlx_edgelora.blocks.outputs import OutputForm, links_of
 from mlx_edgelora.blocks.packing import rows_packed
 from mlx_edgelora.blocks.parts import BlockParts, TokenSpan
 from mlx_edgelora.blocks.weight_source import WeightSource
@@ -32,6 +32,8 @@ TRIAL_SPANS = (TokenSpan(0, 3), TokenSpan(3, 7))
 TRIAL_ROWS = (0, 3, 5, 11, 12, 13)
 TRIAL_TILE_ROWS = (0, 3, 5)
 TRIAL_WINDOW = 3
+# The states of Kimi Delta Attention: three convolutions and a recurrence.
+MOST_STATES = 4
 # Scale of each row's input. A small input shows the block's own contribution. A large one shows
 # positions if there is no norm before attention: small inputs give all tokens the same scores.
 TRIAL_SCALES = (0.01, 1.0)
@@ -48,6 +50,8 @@ class Tileable(NamedTuple):
             at its cache, of the arrays that it passes to the cache.
         through_cache: see `BlockParts`.
         by_rows: whether it can be computed for some of a tile's tokens only.
+        states: number of the states of a recurrent block that can be computed by tiles which hand
+            on these, where it is not `possible` otherwise; 0 if there are none.
     """
 
     possible: bool
@@ -55,6 +59,7 @@ class Tileable(NamedTuple):
     keys: int = 0
     through_cache: bool = False
     by_rows: bool = False
+    states: int = 0
 
 
 class Tiling:
@@ -124,7 +129,37 @@ class Tiling:
                     raise
                 reason = f"a block cannot be called for parts of its tokens: {error}"
             reasons.append(reason)
-        return Tileable(False, reasons[0])
+        return Tileable(False, reasons[0], states=self._states(index))
+
+    def _states(self, index: int) -> int:
+        """The number of a block's states if its tokens know no more of those before, else 0."""
+        x, args, kwargs = self._calls[index]
+        parts = BlockParts(self._blocks.blocks[index], args, kwargs)
+        reads = self._blocks.forms[index] is not None or links_of(args, kwargs)
+        if reads or parts.mask is not None or parts.untileable_reason(TRIAL_SHAPE[1]):
+            return (
+                0  # blocks that read of each other have no states in mlx-lm, or are computed whole
+            )
+        for count in range(1, MOST_STATES + 1):
+            try:
+                off = self._states_differ(index, parts, x, count)
+            except MODEL_ERRORS as error:
+                if is_killed(error):
+                    raise
+                continue
+            return count if off <= TOLERANCES[x.dtype] else 0
+        return 0
+
+    def _states_differ(self, index: int, parts: BlockParts, x: mx.array, count: int) -> float:
+        """How tiles that hand on so many states differ from the whole block (`difference`)."""
+        compute, states, tiles = self._computing(index), [None] * count, []
+        scaled = mx.array(TRIAL_SCALES, x.dtype)[:, None, None] * x
+        for span in TRIAL_SPANS:
+            mine = scaled[:, span.start : span.stop]
+            tile, states = compute(parts.output_and_states, mine, span, states)
+            tiles.append(tile)
+        whole, *_ = compute(parts.whole, scaled)
+        return difference(mx.concatenate(tiles, axis=1), whole, scaled)
 
     def _disagreement(self, index: int, calls: list[tuple[mx.array, BlockParts]]) -> str | None:
         """How the tiles differ from the whole block; None if they do not."""

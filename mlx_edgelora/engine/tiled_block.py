@@ -64,7 +64,7 @@ class TiledBlock:
         self._find_places()
         trained, frozen = context.weights.load(self.index, next_block)
         out, pieces = Hidden.tiles(context.spans, context.slots), []
-        with phase("forward", self.index), bind_arrays(self._slots, frozen | trained):
+        with phase("forward", self.index), bind_arrays(self.slots, frozen | trained):
             key_values = self._key_values(x)
             for number, span in enumerate(context.spans):
                 if self._places is not None and self._places[number] is None:
@@ -96,9 +96,9 @@ class TiledBlock:
         )
         wanted = None if self._places is None else dy.whole()
         trained, frozen = context.weights.load(self.index, prefetch_next())
-        visit = _TiledBackward(self, trained)
+        visit = TiledBackward(self, trained)
         dx = Hidden.tiles(context.spans, context.slots) if needs_input_grad else None
-        with bind_arrays(self._slots, frozen | trained):
+        with bind_arrays(self.slots, frozen | trained):
             with phase("recompute", self.index):
                 visit.key_values = self._key_values(x)
             with phase("backward", self.index):
@@ -123,7 +123,8 @@ class TiledBlock:
         """Read nothing: tiles are read when they are computed."""
 
     @property
-    def _slots(self) -> dict:
+    def slots(self) -> dict:
+        """The places of the block's arrays."""
         return self._context.weights.slots[self.index]
 
     @property
@@ -193,7 +194,7 @@ class TiledBlock:
         return [rows_of(out, rows), *read]
 
 
-class _TiledBackward:
+class TiledBackward:
     """One backward of a block whose arrays are bound: sums over its tiles.
 
     Attributes:
@@ -231,7 +232,7 @@ class _TiledBackward:
                 if not block._parts.through_cache:
                     stack.enter_context(add_key_gradients(sums))
                 inputs = [x, *shared, *_tokens(seen, self.key_values)]
-                found = self._vjp(outputs, inputs, cotangents)
+                found = self.vjp(outputs, inputs, cotangents)
             found, pair = found[: 1 + len(shared)], found[1 + len(shared) :]
             if not sums.used:
                 for index, more in enumerate(pair):
@@ -264,7 +265,7 @@ class _TiledBackward:
                 strict=True,
             )
         ]
-        more = self._vjp(
+        more = self.vjp(
             lambda x, *shared: block._parts.key_values(x, span, shared=shared), inputs, cotangents
         )
         return [a + b for a, b in zip(found, more, strict=True)]
@@ -274,6 +275,10 @@ class _TiledBackward:
         found = {n: self._sums.get(n, mx.zeros_like(v)) for n, v in self._trained.items()}
         mx.eval(found)
         return found
+
+    def submit(self, *arrays: object) -> None:
+        """Compute these arrays and the sums so far."""
+        self._block._context.pipeline.submit(*arrays, self._sums)
 
     def _settle(self, number: int, found: list[mx.array], dx: Hidden | None) -> None:
         """Evaluate and store the gradients of a tile's inputs, and the sums so far."""
@@ -296,7 +301,7 @@ class _TiledBackward:
         self._key_value_sums.start, self._key_value_sums.used = seen.start, False
         return self._key_value_sums
 
-    def _vjp(
+    def vjp(
         self,
         function: Callable[..., list[mx.array]],
         inputs: list[mx.array],
@@ -310,7 +315,7 @@ class _TiledBackward:
                 name: gradient_hook(lambda name=name: reached.add(name))(value)
                 for name, value in zip(self._trained, primals[:count], strict=True)
             }
-            with tracing_gradient(), bind_arrays(self._block._slots, seen):
+            with tracing_gradient(), bind_arrays(self._block.slots, seen):
                 return function(*primals[count:])
 
         _, found = mx.vjp(bound_function, [*self._trained.values(), *inputs], cotangents)

@@ -40,6 +40,7 @@ from mlx_edgelora.engine.hidden import Hidden, Slots, spans_of
 from mlx_edgelora.engine.kept_block import KeptBlock
 from mlx_edgelora.engine.pipeline import Pipeline
 from mlx_edgelora.engine.record import BlockCall, first_input, record
+from mlx_edgelora.engine.recurrent_block import RecurrentBlock
 from mlx_edgelora.engine.shared import SharedOutputs
 from mlx_edgelora.engine.tail import GraphLoss, Tail
 from mlx_edgelora.engine.tiled_block import TiledBlock
@@ -317,6 +318,8 @@ class Walk:
                 segments.append(
                     TiledBlock(context, index, calls[index], wanted, choice.through_cache)
                 )
+            elif choice and choice.states and wanted.rows is None:
+                segments.append(RecurrentBlock(context, index, calls[index], choice.states))
             else:
                 segments.append(WholeBlock(context, index, calls[index], wanted))
         tail = None
