@@ -10,10 +10,11 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
@@ -75,11 +76,40 @@ class _ByExperts:
         settings = Experts(
             _function_of_one(self), frozen, max(1, self._group_bytes // max(1, bytes_of_one))
         )
-        sums = _sums_of(adapters)
-        flat, k = x.reshape(-1, x.shape[-1]), indices.shape[-1]
-        picked = mx.stop_gradient(indices.reshape(-1, k))
-        y = compute_experts(flat, picked, adapters, settings, sums)
+        k = indices.shape[-1]
+        flat, picked = x.reshape(-1, x.shape[-1]), mx.stop_gradient(indices.reshape(-1, k))
+        call = ExpertCall(flat, picked, adapters, settings)
+        y = _handler[-1](call) if _handler else compute_experts(*call)
         return y.reshape(*indices.shape, -1)
+
+
+class ExpertCall(NamedTuple):
+    """A call of a layer of experts.
+
+    Attributes:
+        x: [n, d].
+        indices: int [n, k].
+        adapters: trained arrays by name in the layer.
+        experts: see `Experts`.
+    """
+
+    x: mx.array
+    indices: mx.array
+    adapters: Arrays
+    experts: Experts
+
+
+_handler: list[Callable[[ExpertCall], mx.array]] = []
+
+
+@contextmanager
+def handle_experts(handler: Callable[[ExpertCall], mx.array]) -> Iterator[None]:
+    """Let `handler` return what layers of experts return, [n, k, out], for calls by groups."""
+    _handler.append(handler)
+    try:
+        yield
+    finally:
+        _handler.pop()
 
 
 def group_experts(blocks: BlockList, source: object) -> int:
@@ -138,6 +168,14 @@ def set_groups(blocks: BlockList, group_bytes: int | None, stop: int) -> list[se
     return names
 
 
+def calls_experts(block: nn.Module) -> bool:
+    """Whether a block computes experts by groups."""
+    return any(
+        isinstance(module, _ByExperts) and module._group_bytes is not None
+        for module in block.modules()
+    )
+
+
 def expert_adapters(block: nn.Module) -> list[str]:
     """Local names of the trained arrays of experts that are computed by groups."""
     return [
@@ -148,31 +186,6 @@ def expert_adapters(block: nn.Module) -> list[str]:
         for key in TRAINED
         if key in module[name]
     ]
-
-
-# The sums of `summed_gradients`, by the identity of the trained arrays.
-_summing: list[dict[int, mx.array]] = []
-
-
-@contextmanager
-def summed_gradients(sums: dict[int, mx.array]) -> Iterator[None]:
-    """Add the gradients of experts' adapters to arrays, in place, and keep them out of the graph.
-
-    Args:
-        sums: evaluated float32 arrays by `id` of the trained array.
-    """
-    _summing.append(sums)
-    try:
-        yield
-    finally:
-        _summing.pop()
-
-
-def _sums_of(adapters: Arrays) -> Arrays | None:
-    known = _summing[-1] if _summing else {}
-    if not adapters or not all(id(array) in known for array in adapters.values()):
-        return None
-    return {name: known[id(array)] for name, array in adapters.items()}
 
 
 def find_experts(module: nn.Module) -> tuple[str, ...] | None:
@@ -202,17 +215,17 @@ def find_experts(module: nn.Module) -> tuple[str, ...] | None:
 
     try:
         whole = stand_in(module, {name: answer(name) for name in layers})(x[None], indices[None])
-        zeros = mx.zeros((tokens, 1), mx.int32)
-        each = [
-            stand_in(module, {name: one(weights[name][e]) for name in layers})(x, zeros)
-            for e in range(experts)
-        ]
+        agree = [whole.shape == (1, tokens, k, width)]
+        picked = np.array(indices)
+        for expert in range(experts):
+            # Only the tokens that pick it: others must not matter.
+            rows, places = (mx.array(found) for found in np.nonzero(picked == expert))
+            single = stand_in(module, {name: one(weights[name][expert]) for name in layers})
+            y = single(x[rows], mx.zeros((rows.size, 1), mx.int32))
+            agree.append(mx.allclose(y[:, 0], whole[0, rows, places], rtol=1e-4, atol=1e-5).item())
     except MODEL_ERRORS:
         return None
-    if whole.shape != (1, tokens, k, width) or any(y.shape != (tokens, 1, width) for y in each):
-        return None
-    expected = mx.concatenate(each, axis=1)[mx.arange(tokens)[:, None], indices]
-    return layers if mx.allclose(whole[0], expected, rtol=1e-4, atol=1e-5).item() else None
+    return layers if all(agree) else None
 
 
 def _is_known(layer: object) -> bool:

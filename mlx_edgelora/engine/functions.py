@@ -15,9 +15,11 @@ from mlx_edgelora.blocks.attention import tracing_gradient
 from mlx_edgelora.blocks.block_list import BlockList, Slot, bind_arrays, signature
 from mlx_edgelora.blocks.checks import EVALUATES
 from mlx_edgelora.blocks.dropout import KeyTape
+from mlx_edgelora.blocks.experts import calls_experts, expert_adapters
 from mlx_edgelora.blocks.masks import pack_masks, unpack_masks
 from mlx_edgelora.blocks.packing import packing_now
 from mlx_edgelora.blocks.parts import BlockParts
+from mlx_edgelora.engine.expert_gradients import vjp_by_experts
 from mlx_edgelora.engine.record import BlockCall
 
 Arrays = dict[str, mx.array]
@@ -115,6 +117,12 @@ class BlockFunctions:
             self._signatures[index] = signature(self.blocks.blocks[index])
         return self._signatures[index]
 
+    def _has_experts(self, index: int) -> bool:
+        return calls_experts(self.blocks.blocks[index])
+
+    def _of_experts(self, index: int) -> list[str]:
+        return expert_adapters(self.blocks.blocks[index])
+
     def call_block(
         self, index: int, x: mx.array, args: tuple, kwargs: dict, wanted: OutputRows
     ) -> mx.array:
@@ -157,7 +165,7 @@ class BlockFunctions:
                 return self.call_block(index, x, args, kwargs, wanted._replace(rows=rows))
 
         key = "forward", self.signature(index), wanted.rows_only
-        if self.tape.is_used:  # keys are drawn while the graph is built
+        if self.tape.is_used or self._has_experts(index):  # keys are drawn while the graph is built
             key = None
         with self.tape.recording() as call.keys:
             arguments = *pack_masks(call.args, call.kwargs), wanted.rows
@@ -214,25 +222,36 @@ class BlockFunctions:
             rows: RowIndices,
         ) -> list[mx.array]:
             args, kwargs = unpack_masks(args, kwargs)
+            of_experts = {n: trained[n] for n in self._of_experts(index) if n in trained}
+            others = {name: value for name, value in trained.items() if name not in of_experts}
 
-            def forward(*primals: mx.array) -> mx.array:
-                values = frozen | dict(zip(trained, primals[:-1], strict=True))
+            def forward(*primals: mx.array) -> list[mx.array]:
+                values = frozen | of_experts | dict(zip(others, primals[:-1], strict=True))
                 with (
                     tracing_gradient(),
                     bind_arrays(self.slots[index], values),
                     self.tape.playing(keys),
                 ):
-                    return self.call_block(
-                        index, primals[-1], args, kwargs, wanted._replace(rows=rows)
-                    )
+                    x, own = primals[-1], wanted._replace(rows=rows)
+                    return [self.call_block(index, x, args, kwargs, own)]
 
-            out, gradients = mx.vjp(forward, [*trained.values(), x], [cotangent])
-            return [*out[:first], *(gradients if needs_input_grad else gradients[:-1])]
+            sums = {name: mx.zeros(value.shape) for name, value in of_experts.items()}
+            if sums:
+                mx.eval(sums)
+            by_id = {id(of_experts[name]): total for name, total in sums.items()}
+            primals = [*others.values(), x]
+            out, found = vjp_by_experts(forward, primals, [cotangent], by_id)
+            dx = found.pop()
+            named = dict(zip(others, found, strict=True)) | sums
+            gradients = [named[name].astype(value.dtype) for name, value in trained.items()]
+            return [*out[:first], *gradients, *([dx] if needs_input_grad else [])]
 
         key = "gradients", self.signature(index), wanted.rows_only, needs_input_grad, first
         if first and self.tape.is_used:
             key = None
         arguments = *pack_masks(call.args, call.kwargs), call.keys, wanted.rows
+        if self._has_experts(index):  # picked by values
+            key = None
         found = self.functions.call(key, function, *arrays, x, cotangent, *arguments)
         out = found.pop(0) if first else None
         dx = found.pop() if needs_input_grad else None

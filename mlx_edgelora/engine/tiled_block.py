@@ -24,11 +24,12 @@ import numpy as np
 from mlx_edgelora.blocks.attention import add_key_gradients, tracing_gradient
 from mlx_edgelora.blocks.block_list import bind_arrays
 from mlx_edgelora.blocks.checks import gradient_hook
-from mlx_edgelora.blocks.experts import expert_adapters, summed_gradients
+from mlx_edgelora.blocks.experts import expert_adapters
 from mlx_edgelora.blocks.masks import band_of
 from mlx_edgelora.blocks.parts import BlockParts, TokenSpan
 from mlx_edgelora.engine.block_weights import Arrays
 from mlx_edgelora.engine.context import Context
+from mlx_edgelora.engine.expert_gradients import vjp_by_experts
 from mlx_edgelora.engine.functions import OutputRows, rows_of
 from mlx_edgelora.engine.hidden import Hidden
 from mlx_edgelora.engine.record import BlockCall
@@ -293,8 +294,8 @@ class _TiledBackward:
             with tracing_gradient(), bind_arrays(self._block._slots, seen):
                 return function(*primals[count:])
 
-        with summed_gradients(of_experts):
-            _, found = mx.vjp(bound_function, [*trained.values(), *inputs], cotangents)
+        primals = [*trained.values(), *inputs]
+        _, found = vjp_by_experts(bound_function, primals, cotangents, of_experts)
         # Arrays that a part does not use have zero gradients, which are not evaluated or added.
         # The values of a tile may decide which arrays these are (experts).
         for name, value in zip(trained, found, strict=False):

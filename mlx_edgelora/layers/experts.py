@@ -9,9 +9,10 @@ requested for a group of experts at a time and dropped before the next group, so
 a file; experts that no token picks are never requested. Exact: sums over the picks of a token are
 float32.
 
-Which rows belong to an expert depends on values, so all this is evaluated at once, also while MLX
-traces a gradient. An array that is computed from traced arrays would keep its whole graph
-(`engine/walk.py`), so arrays go in and out through views of their memory.
+Which rows belong to an expert depends on values, so all this is evaluated at once, and arrays go in
+and out through views of their memory. Evaluated while MLX traces a gradient, an expert's arrays are
+freed only when it is done, and those before it not at all (`engine/walk.py`): `visit_forward` and
+`visit_backward` are for a walk that is not traced.
 
 Memory in addition to x [n, d], the output and its gradient [n, k, out]: the arrays of a group,
 what `f_e` needs for at most `TOKENS` rows, in the backward [n, d] in float32, and the gradients of
@@ -19,7 +20,7 @@ the adapters. A step's backward requests every group twice: y is needed for the 
 is multiplied by.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -44,13 +45,7 @@ class Experts(NamedTuple):
     group: int
 
 
-def compute_experts(
-    x: mx.array,
-    indices: mx.array,
-    adapters: Arrays,
-    experts: Experts,
-    sums: Arrays | None = None,
-) -> mx.array:
+def compute_experts(x: mx.array, indices: mx.array, adapters: Arrays, experts: Experts) -> mx.array:
     """Map each token through the experts that it picks.
 
     Args:
@@ -58,34 +53,26 @@ def compute_experts(
         indices: int [n, k], the experts of each token; gets no gradient.
         adapters: trained arrays [E, ...] by name.
         experts: see `Experts`.
-        sums: evaluated float32 arrays like `adapters`, to which their gradients are added in
-            place; these then get none in MLX's graph. None for gradients in the graph.
 
     Returns:
         [n, k, out] in the dtype of `x`, evaluated; differentiable in `x` and `adapters`.
     """
     names = list(adapters)
 
-    def by_name(arrays: Sequence[mx.array]) -> Arrays:
-        return adapters if sums is not None else dict(zip(names, arrays, strict=True))
-
     @mx.custom_function
     def call(x: mx.array, indices: mx.array, *arrays: mx.array) -> mx.array:
-        return _forward(x, _Visit(indices, by_name(arrays), experts))
+        return visit_forward(x, indices, dict(zip(names, arrays, strict=True)), experts)
 
     @call.vjp
     def backward(primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array) -> list[mx.array]:
         x, indices, *arrays = primals
-        held = by_name(arrays)
-        found = sums
-        if found is None:
-            found = {name: mx.zeros(value.shape) for name, value in held.items()}
-            mx.eval(found)
-        dx = _backward(x, cotangent, _Visit(indices, held, experts), found)
-        given = [] if sums is not None else [found[n].astype(held[n].dtype) for n in names]
-        return [dx, mx.zeros_like(indices), *given]
+        held = dict(zip(names, arrays, strict=True))
+        sums = {name: mx.zeros(value.shape) for name, value in held.items()}
+        mx.eval(sums)
+        dx = visit_backward(x, indices, cotangent, held, experts, sums)
+        return [dx, mx.zeros_like(indices), *(sums[n].astype(held[n].dtype) for n in names)]
 
-    return call(x, indices, *([] if sums is not None else adapters.values()))
+    return call(x, indices, *adapters.values())
 
 
 class _Rows:
@@ -146,41 +133,57 @@ class _Visit:
             del arrays, frozen
 
 
-def _forward(x: mx.array, visit: _Visit) -> mx.array:
+def visit_forward(x: mx.array, indices: mx.array, adapters: Arrays, experts: Experts) -> mx.array:
+    """What `compute_experts` returns, evaluated."""
+    visit = _Visit(indices, adapters, experts)
     rows, (tokens, k) = _Rows(x), visit.shape
     out, into = None, None
-    for _, picks, frozen, adapters in visit:
-        piece = visit.experts.function(rows.take(picks // k), frozen | adapters).astype(x.dtype)
+    for _, picks, frozen, own in visit:
+        piece = experts.function(rows.take(picks // k), frozen | own).astype(x.dtype)
         mx.eval(piece)
         if out is None:
             out = mx.zeros((tokens * k, piece.shape[-1]), x.dtype)
             into = _Rows(out)
         into.put(picks, piece)
-        del piece, frozen, adapters
+        del piece, frozen, own
     return out.reshape(tokens, k, -1)
 
 
-def _backward(x: mx.array, cotangent: mx.array, visit: _Visit, sums: Arrays) -> mx.array:
+def visit_backward(
+    x: mx.array,
+    indices: mx.array,
+    cotangent: mx.array,
+    adapters: Arrays,
+    experts: Experts,
+    sums: Arrays,
+) -> mx.array:
+    """The gradient of `x`, evaluated.
+
+    Args:
+        x, indices, adapters, experts: as in `compute_experts`.
+        cotangent: [n, k, out].
+        sums: evaluated float32 arrays like `adapters`, to which their gradients are added in place.
+    """
+    visit = _Visit(indices, adapters, experts)
     rows, k = _Rows(x), visit.shape[1]
     given = _Rows(cotangent.reshape(-1, cotangent.shape[-1]))
-    dx = mx.zeros(x.shape)
-    dx_rows, into = _Rows(dx), {name: _Rows(total) for name, total in sums.items()}
-    for expert, picks, frozen, adapters in visit:
-        names = list(adapters)
+    dx, into = mx.zeros(x.shape), {name: _Rows(total) for name, total in sums.items()}
+    dx_rows, names = _Rows(dx), list(adapters)
+    for expert, picks, frozen, own in visit:
 
-        def function(
-            x: mx.array, *values: mx.array, frozen: Arrays = frozen, names: list[str] = names
-        ) -> list[mx.array]:
-            own = dict(zip(names, values, strict=True))
-            return [visit.experts.function(x, frozen | own).astype(x.dtype)]
+        def function(x: mx.array, *values: mx.array, frozen: Arrays = frozen) -> list[mx.array]:
+            arrays = frozen | dict(zip(names, values, strict=True))
+            return [experts.function(x, arrays).astype(x.dtype)]
 
         tokens = picks // k
-        inputs = [rows.take(tokens), *adapters.values()]
+        inputs = [rows.take(tokens), *own.values()]
         _, found = mx.vjp(function, inputs, [given.take(picks).astype(x.dtype)])
         found = [array.astype(mx.float32) for array in found]
         mx.eval(found)
         dx_rows.add(tokens, found[0])
         for name, gradient in zip(names, found[1:], strict=True):
             into[name].add(expert, gradient)
-        del found, inputs, function, frozen, adapters
-    return dx.astype(x.dtype)
+        del found, inputs, function, frozen, own
+    dx = dx.astype(x.dtype)
+    mx.eval(dx)
+    return dx
