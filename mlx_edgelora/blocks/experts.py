@@ -228,6 +228,12 @@ def find_experts(module: nn.Module) -> tuple[str, ...] | None:
     return layers if all(agree) else None
 
 
+def count_experts(module: nn.Module) -> int:
+    """Number of experts of a layer of experts; 0 if the module is none."""
+    layers = module._layers if isinstance(module, _ByExperts) else find_experts(module)
+    return _base(module[layers[0]])["weight"].shape[0] if layers else 0
+
+
 def _is_known(layer: object) -> bool:
     """Whether this is a linear layer of experts, adapted or not, that can be computed singly."""
     if isinstance(layer, LoRASwitchLinear):

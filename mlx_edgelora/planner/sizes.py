@@ -31,9 +31,11 @@ class ModelShape:
         mlp_adapter_bytes: the part of `adapter_bytes` in the MLP.
         outside_adapter_bytes: bytes of trained parameters outside the blocks.
         itemsize: bytes of an entry of a hidden state.
-        gated: whether the MLP of every block can be computed in slices.
+        gated: whether the MLP of every block can be computed in slices, or in groups of experts.
         blocked_heads: number of query heads for which MLX's fused gradient on Metal computes
             blocks of scores; 0 if attention is computed in another way.
+        expert_bytes: the part of `block_bytes` in experts that can be read in groups.
+        one_expert_bytes: the part of `expert_bytes` of a single expert.
     """
 
     blocks: int
@@ -59,6 +61,8 @@ class ModelShape:
     itemsize: int
     gated: bool
     blocked_heads: int = 0
+    expert_bytes: int = 0
+    one_expert_bytes: int = 0
 
 
 @dataclass(frozen=True)
