@@ -4,6 +4,8 @@
     python benchmarks/memory.py floor --shape llama-3.2-3b --contexts 4096 8192 --blocks 2 4
     python benchmarks/memory.py floor --shape llama-3.3-70b --contexts 2048 --blocks 2 \\
         --dtype bfloat16 --stand-in
+    python benchmarks/memory.py floor --shape qwen3-30b-a3b --contexts 512 --blocks 2 --rank 8 \\
+        --dtype bfloat16 --stand-in
     python benchmarks/memory.py time --shape llama-3.2-3b --contexts 1024 --blocks 2 --steps 5
     python benchmarks/memory.py depth --shape small --contexts 256 --blocks 4 16
     python benchmarks/memory.py attention 1024 2048
@@ -20,9 +22,9 @@ step (Linux), `published` (arXiv 2606.19528, all four techniques) is of the whol
 --blocks the model has its full depth.
 
 A CPU multiplies bfloat16 at some 4 GFLOP/s, so long rows would take hours. With --stand-in
-its products are made of the first 8 columns of what is multiplied: arrays of the same
-shapes, made from and in the same arrays, whose values mean nothing. docs/memory.md sets rows
-of both kinds beside each other.
+its products are made of the first 8 columns of what is multiplied (of the first group, where
+experts are packed): arrays of the same shapes, made from and in the same arrays, whose values mean
+nothing. docs/memory.md sets rows of both kinds beside each other.
 
 `attention` is forward and backward with heads of Llama-3.2-3B (24 query heads, 8 key heads, head
 size 128), causal, float32: in tiles and MLX's own, which needs 6.4 GB at 4096 tokens on a CPU and
@@ -39,6 +41,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -86,6 +89,19 @@ def stand_in(*dtypes: mx.Dtype) -> None:
 
     mx.array.__matmul__ = lambda a, b: product(*cut(a, b))
     mx.addmm = lambda c, a, b, *rest: add_product(c, *cut(a, b), *rest)
+    gather, gather_packed = mx.gather_mm, mx.gather_qmm
+    mx.gather_mm = lambda a, b, **rest: gather(*((a[..., :8], b[..., :8, :])), **rest)
+
+    def gather_group(
+        x: mx.array, w: mx.array, scales: mx.array, biases: mx.array | None, **rest: Any
+    ) -> mx.array:
+        size = rest["group_size"]
+        ends = size, size * rest["bits"] // 32, 1, 1
+        arrays = x, w, scales, biases
+        cut = [a if a is None else a[..., :end] for a, end in zip(arrays, ends, strict=True)]
+        return gather_packed(*cut, **rest)
+
+    mx.gather_qmm = gather_group
 
 
 class Run:

@@ -8,7 +8,8 @@ from types import ModuleType
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.models import llama, qwen2
+from mlx_lm.models import gpt_oss, llama, qwen2, qwen3_moe
+from mlx_lm.models.switch_layers import SwitchLinear
 
 from mlx_edgelora.model.checkpoint import write_model
 from mlx_edgelora.storage.files import user_cache, write_atomically
@@ -26,9 +27,34 @@ SHAPES = {
     "llama-3.3-70b": (llama, 80, 8192, 28672, 64, 8, 128256),
     "qwen2.5-3b": (qwen2, 36, 2048, 11008, 16, 2, 151936),
     "qwen2.5-0.5b": (qwen2, 24, 896, 4864, 14, 2, 151936),
+    "qwen3-30b-a3b": (qwen3_moe, 48, 2048, 6144, 32, 4, 151936),
+    "gpt-oss-20b": (gpt_oss, 24, 2880, 2880, 64, 8, 201088),
 }
+# Other settings of mixtures of experts.
+EXPERTS = {
+    "qwen3-30b-a3b": {
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,
+        "max_position_embeddings": 40960,
+    },
+    "gpt-oss-20b": {
+        "head_dim": 64,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 4,
+        "sliding_window": 128,
+        "rope_scaling": None,
+    },
+}
+# Shapes whose experts are packed in another way.
+MXFP4 = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
+PACKED_EXPERTS = {"gpt-oss-20b": MXFP4}
 # Shapes of models whose head is not tied to the embedding.
-UNTIED = ("llama-3.1-8b",)
+UNTIED = ("llama-3.1-8b", "qwen3-30b-a3b", "gpt-oss-20b")
 WEIGHTS = ("float32", "bfloat16", "4bit")
 GROUP, BITS = 64, 4
 # Number of words of the tokenizer of a random model.
@@ -47,7 +73,7 @@ def default_cache() -> Path:
 def config_of(shape: str, blocks: int) -> tuple[ModuleType, dict]:
     """The architecture of a shape, and its configuration with `blocks` blocks."""
     module, _, hidden, intermediate, heads, kv_heads, vocabulary = SHAPES[shape]
-    return module, COMMON | {
+    return module, COMMON | EXPERTS.get(shape, {}) | {
         "model_type": module.__name__.rpartition(".")[2],
         "hidden_size": hidden,
         "intermediate_size": intermediate,
@@ -67,9 +93,24 @@ def random_model(shape: str, blocks: int, weights: str) -> tuple[nn.Module, dict
     if weights != "float32":
         model.set_dtype(mx.bfloat16)
     if weights == "4bit":
-        nn.quantize(model, GROUP, BITS)
-        config = config | {"quantization": {"group_size": GROUP, "bits": BITS}}
+        config = config | {"quantization": _quantize(model, PACKED_EXPERTS.get(shape))}
     return model, config
+
+
+def _quantize(model: nn.Module, experts: dict | None) -> dict:
+    """Pack a model, its experts perhaps in another way; returns how, as mlx-lm reads it."""
+    settings: dict = {"group_size": GROUP, "bits": BITS}
+
+    def packing(path: str, module: nn.Module) -> bool | dict:
+        if not hasattr(module, "to_quantized"):
+            return False
+        if experts is None or not isinstance(module, SwitchLinear):
+            return True
+        settings[path] = experts
+        return experts
+
+    nn.quantize(model, GROUP, BITS, class_predicate=packing)
+    return settings
 
 
 def checkpoint(cache: Path, shape: str, blocks: int, weights: str = "4bit") -> Path:

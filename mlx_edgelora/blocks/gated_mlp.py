@@ -17,6 +17,7 @@ import mlx.nn as nn
 from mlx_edgelora.blocks.block_list import BlockList
 from mlx_edgelora.blocks.checks import MODEL_ERRORS
 from mlx_edgelora.blocks.lora_layers import DoRALinear, LoRALinear
+from mlx_edgelora.blocks.stand_in import stand_in
 from mlx_edgelora.layers.linear import DequantizedLinear
 from mlx_edgelora.layers.mlp import TILE_BYTES, Activation, Packing, Projection, gated_mlp
 
@@ -122,7 +123,7 @@ def find_gated_mlp(module: nn.Module) -> MlpLayers | None:
         return layer
 
     try:
-        out = _stand_in(module, {name: answer(name) for name in module})(x)
+        out = stand_in(module, {name: answer(name) for name in module})(x)
     except MODEL_ERRORS:
         return None
     names = [name for name, given in calls if given is x]
@@ -149,11 +150,11 @@ def own_activation(module: nn.Module, form: MlpLayers) -> Activation:
         return h
 
     answers: dict[str, Any] = {name: lambda x, name=name: results[name] for name in form.inputs}
-    stand_in = _stand_in(module, answers | {form.down: last})
+    copy = stand_in(module, answers | {form.down: last})
 
     def activation(first: mx.array, second: mx.array) -> mx.array:
         results.update(zip(form.inputs, (first[None], second[None]), strict=True))
-        stand_in(first[None])
+        copy(first[None])
         h = results.pop(form.down)[0]
         results.clear()
         return h
@@ -166,15 +167,6 @@ def _settings(module: nn.Module) -> str:
     items = sorted(vars(module).items())
     plain = (bool, int, float, str, set, type(None))
     return repr([(key, v if isinstance(v, plain) else id(v)) for key, v in items])
-
-
-def _stand_in(module: nn.Module, answers: dict[str, Callable]) -> nn.Module:
-    """A module of the same class and settings with functions in place of layers."""
-    copy = type(module).__new__(type(module))
-    nn.Module.__init__(copy)
-    for key, value in {**vars(module), **answers}.items():
-        object.__setattr__(copy, key, value)
-    return copy
 
 
 def _is_pointwise(activation: Activation, first: mx.array, second: mx.array) -> bool:

@@ -42,6 +42,7 @@ GROUPS: dict[str, dict[str, str | None]] = {
     },
     "LoRA": {
         "num_layers": "N",
+        "lora_preset": None,
         "adapter_path": "FOLDER",
         "resume_adapter_file": "FILE",
         "fine_tune_type": None,

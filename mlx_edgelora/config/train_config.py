@@ -175,6 +175,12 @@ class TrainConfig:
         default_factory=LoraParameters,
         metadata=option_metadata("Rank, scale, ... of adapters.", LORA),
     )
+    lora_preset: str | None = option(
+        None,
+        "Which layers of a block get adapters, in place of lora_parameters.keys: attention (with "
+        "recurrent layers), mlp (with experts) or all. Default: all.",
+        one_of("attention", "mlp", "all"),
+    )
     resume_adapter_file: str | None = option(
         None, "Adapter to start from: an adapters.safetensors file.", FULL_PATH
     )
@@ -505,6 +511,11 @@ def _check_together(config: TrainConfig) -> None:
     _check_val_split(config)
     if config.train and not config.adapter_path:
         raise EdgeLoraError("adapter_path: got no name, expected a folder to write the adapter to")
+    if config.lora_preset is not None and config.lora_parameters.keys is not None:
+        raise EdgeLoraError(
+            f"lora_preset: got {config.lora_preset!r} with lora_parameters.keys, which name the "
+            "layers already; leave one of them out (a resumed run keeps its layers)"
+        )
     _check_resume(config)
     if config.loss == "exact":
         for name in ("loss_k", "loss_max_subset", "loss_tail_correction"):

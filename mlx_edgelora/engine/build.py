@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 
+from mlx_edgelora.blocks.experts import group_experts
 from mlx_edgelora.blocks.gated_mlp import slice_mlps
 from mlx_edgelora.engine.adapter_state import AdapterState, ResidentAdapterState
 from mlx_edgelora.engine.functions import can_compile
@@ -99,11 +100,17 @@ def build_engine(
         )
         model.train()
         sliced = slice_mlps(walk.blocks)
+        layers = group_experts(walk.blocks, attached.weights)
         loss = settings.loss or CrossEntropy(plan.loss_bytes)
         engine = Engine(model, walk, attached.head, meter, loss, adapters)
         engine.set_plan(plan)
         way = "layer by layer" if plan.mlp_bytes is None else f"in slices of {size(plan.mlp_bytes)}"
         log(f"quantized matrices: kernel {kernel}; MLPs {way} ({sliced})")
+        if layers:
+            groups = (
+                "all at once" if plan.mlp_bytes is None else f"groups of {size(plan.mlp_bytes)}"
+            )
+            log(f"experts: {groups} ({layers} layers of experts)")
         which = "labelled tokens" if walk.computes_rows_only else "all tokens"
         log(f"loss over {attached.logits}; last block computed for {which}")
         if plan.tile_tokens is not None:

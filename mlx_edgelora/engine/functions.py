@@ -15,10 +15,12 @@ from mlx_edgelora.blocks.attention import tracing_gradient
 from mlx_edgelora.blocks.block_list import BlockList, Slot, bind_arrays, signature
 from mlx_edgelora.blocks.checks import EVALUATES
 from mlx_edgelora.blocks.dropout import KeyTape
+from mlx_edgelora.blocks.experts import calls_experts, expert_adapters
 from mlx_edgelora.blocks.masks import pack_masks, unpack_masks
 from mlx_edgelora.blocks.outputs import pack_links, unpack_links
 from mlx_edgelora.blocks.packing import packing_now
 from mlx_edgelora.blocks.parts import BlockParts
+from mlx_edgelora.engine.expert_gradients import vjp_by_experts
 from mlx_edgelora.engine.record import BlockCall
 
 Arrays = dict[str, mx.array]
@@ -116,6 +118,12 @@ class BlockFunctions:
             self._signatures[index] = signature(self.blocks.blocks[index])
         return self._signatures[index]
 
+    def _has_experts(self, index: int) -> bool:
+        return calls_experts(self.blocks.blocks[index])
+
+    def _of_experts(self, index: int) -> list[str]:
+        return expert_adapters(self.blocks.blocks[index])
+
     def call_block(
         self, index: int, x: mx.array, args: tuple, kwargs: dict, wanted: OutputRows
     ) -> list[mx.array]:
@@ -171,7 +179,7 @@ class BlockFunctions:
                 return self.call_block(index, x, args, kwargs, wanted._replace(rows=rows))
 
         key = "forward", self._kind(index), wanted.rows_only
-        if self.tape.is_used:  # keys are drawn while the graph is built
+        if self.tape.is_used or self._has_experts(index):  # keys are drawn while the graph is built
             key = None
         with self.tape.recording() as call.keys:
             arguments = *pack_arguments(call), wanted.rows
@@ -229,10 +237,12 @@ class BlockFunctions:
             keys: list[mx.array],
             rows: RowIndices,
         ) -> tuple[list[mx.array], list[mx.array], list[mx.array]]:
-            count = len(trained)
+            of_experts = {n: trained[n] for n in self._of_experts(index) if n in trained}
+            others = {name: value for name, value in trained.items() if name not in of_experts}
+            count = len(others)
 
             def forward(*primals: mx.array) -> list[mx.array]:
-                values = frozen | dict(zip(trained, primals[:count], strict=True))
+                values = frozen | of_experts | dict(zip(others, primals[:count], strict=True))
                 x, *shared = primals[count:]
                 own = unpack_arguments(args, kwargs, shared)
                 with (
@@ -242,11 +252,22 @@ class BlockFunctions:
                 ):
                     return self.call_block(index, x, *own, wanted._replace(rows=rows))
 
-            out, found = mx.vjp(forward, [*trained.values(), *inputs], cotangents)
-            return out if first else [], found[:count], found[count:] if needs_input_grad else []
+            primals = [*others.values(), *inputs]
+            if not self._has_experts(index):
+                out, found = mx.vjp(forward, primals, cotangents)
+                return out if first else [], found[:count], found[count:] * needs_input_grad
+            sums = {name: mx.zeros(value.shape) for name, value in of_experts.items()}
+            mx.eval(sums)
+            by_id = {id(of_experts[name]): total for name, total in sums.items()}
+            out, found = vjp_by_experts(forward, primals, cotangents, by_id)
+            named = dict(zip(others, found[:count], strict=True)) | sums
+            own = [named[name].astype(value.dtype) for name, value in trained.items()]
+            return out if first else [], own, found[count:] * needs_input_grad
 
         key = "gradients", self._kind(index), wanted.rows_only, needs_input_grad, first
         if first and self.tape.is_used:
+            key = None
+        if self._has_experts(index):  # picked by values
             key = None
         arguments = *pack_arguments(call), call.keys, wanted.rows
         out, own, of_inputs = self.functions.call(

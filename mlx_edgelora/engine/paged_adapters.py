@@ -5,6 +5,7 @@ memory until a page fault brings them back. Here parameters and gradients are on
 and the walk over blocks decides which ones are read.
 """
 
+import math
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from itertools import zip_longest
@@ -19,6 +20,9 @@ from mlx_edgelora.engine.optimizer import BlockUpdate, average, global_norm, squ
 from mlx_edgelora.measure.meter import DiskMeter
 from mlx_edgelora.storage.page_file import PageFile, Section, Spec
 
+# Bytes of parameters that are updated at a time; the blocks of most models have fewer.
+PIECE_BYTES = 8 * 2**20
+
 
 class PagedAdapterState:
     """The blocks' parameters, gradients and optimizer state in a file.
@@ -26,7 +30,8 @@ class PagedAdapterState:
     The model keeps lazy arrays of NaN of the same shapes, which are never evaluated. Adapters
     outside the blocks (of embedding and head) stay in memory.
 
-    Memory: one block's parameters, gradients and state, and the new ones while it is updated.
+    Memory: one block's parameters and gradients; while it is updated `PIECE_BYTES` of parameters,
+    or one array, with gradients, state and the new ones.
     Disk: all blocks'; each step reads parameters three times and writes them once, writes
     gradients once (and reads them once more for their norm), reads and writes the state.
 
@@ -148,8 +153,9 @@ class PagedAdapterState:
         every = squares(self._outside, count)
         for index in sorted(self._summed):
             prefix = f"{self._blocks.prefix}{index}."
-            of_block = squares(self._gradients[index].read(), count)
-            every |= {prefix + local: value for local, value in of_block.items()}
+            for names in self._pieces(index):
+                of_piece = squares(self._gradients[index].read(names), count)
+                every |= {prefix + local: value for local, value in of_piece.items()}
         return global_norm(every, self._names)
 
     def update(
@@ -264,19 +270,35 @@ class PagedAdapterState:
             box[key] = value
 
     def _update_block(self, index: int, count: float, factor: mx.array | None) -> None:
-        gradients = average(self._gradients[index].read(), count)
-        parameters, states = self._parameters[index].read(), {name: {} for name in gradients}
-        if index in self._updated:
-            for (name, key), value in self._states[index].read().items():
-                states[name][key] = value
-        parameters, states = self._arithmetic.apply(gradients, parameters, states, factor)
-        del gradients
-        mx.eval(parameters, states)
-        self._parameters[index].write(parameters)
-        self._states[index].write(
-            {(name, key): value for name, state in states.items() for key, value in state.items()}
-        )
+        for names in self._pieces(index):
+            gradients = average(self._gradients[index].read(names), count)
+            parameters, states = self._parameters[index].read(names), {name: {} for name in names}
+            if index in self._updated:
+                wanted = [key for key in self._states[index].specs() if key[0] in states]
+                for (name, key), value in self._states[index].read(wanted).items():
+                    states[name][key] = value
+            parameters, states = self._arithmetic.apply(gradients, parameters, states, factor)
+            del gradients
+            mx.eval(parameters, states)
+            self._parameters[index].write(parameters)
+            self._states[index].write(
+                {(name, key): v for name, state in states.items() for key, v in state.items()}
+            )
+            del parameters, states
         self._updated.add(index)
+
+    def _pieces(self, index: int) -> list[list[str]]:
+        """The names of a block's parameters, some at a time: those of experts are large."""
+        pieces: list[list[str]] = []
+        held = 0
+        for name, (dtype, shape) in self._parameters[index].specs().items():
+            size = math.prod(shape) * dtype.size
+            if not pieces or held + size > PIECE_BYTES:
+                pieces.append([])
+                held = 0
+            pieces[-1].append(name)
+            held += size
+        return pieces
 
     def _prefetch_update(self, index: int) -> None:
         self._parameters[index].prefetch()

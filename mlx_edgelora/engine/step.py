@@ -10,6 +10,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_edgelora.blocks.block_list import bind_arrays
+from mlx_edgelora.blocks.experts import set_groups
 from mlx_edgelora.blocks.gated_mlp import set_slices
 from mlx_edgelora.blocks.packing import Packing
 from mlx_edgelora.data import Batch
@@ -94,7 +95,11 @@ class Engine:
         self._plan = plan
         set_attention_block(plan.attention_block)
         blocks = self._walk.blocks
-        set_slices(blocks, plan.mlp_bytes, len(blocks) - plan.kept_blocks)
+        stop = len(blocks) - plan.kept_blocks
+        set_slices(blocks, plan.mlp_bytes, stop)
+        by_groups = set_groups(blocks, plan.mlp_bytes, stop)
+        if isinstance(self._walk.weights, StreamedWeights):
+            self._walk.weights.defer(by_groups)
         self._walk.set_plan(plan)  # last, because it reads the blocks' settings
 
     def set_plan_and_residency(self, plan: Plan) -> None:

@@ -24,10 +24,12 @@ import numpy as np
 from mlx_edgelora.blocks.attention import add_key_gradients, tracing_gradient
 from mlx_edgelora.blocks.block_list import bind_arrays
 from mlx_edgelora.blocks.checks import gradient_hook
+from mlx_edgelora.blocks.experts import expert_adapters
 from mlx_edgelora.blocks.masks import band_of
 from mlx_edgelora.blocks.parts import BlockParts, TokenSpan
 from mlx_edgelora.engine.block_weights import Arrays
 from mlx_edgelora.engine.context import Context
+from mlx_edgelora.engine.expert_gradients import vjp_by_experts
 from mlx_edgelora.engine.functions import OutputRows, rows_of
 from mlx_edgelora.engine.hidden import Hidden
 from mlx_edgelora.engine.record import BlockCall
@@ -205,6 +207,12 @@ class TiledBackward:
         self._block, self._trained = block, trained
         self._sums: Arrays = {}
         self._key_value_sums: KeySums | None = None
+        module = block._context.functions.blocks.blocks[block.index]
+        # Summed where they are made: in the graph each tile would have those of all experts.
+        self._of_experts = [name for name in expert_adapters(module) if name in trained]
+        for name in self._of_experts:
+            self._sums[name] = mx.zeros(trained[name].shape)
+        mx.eval(self._sums)
         self.key_values: list[mx.array] = []
 
     def tile(self, number: int, x: mx.array, cotangent: mx.array | None, dx: Hidden | None) -> None:
@@ -273,6 +281,7 @@ class TiledBackward:
     def totals(self) -> Arrays:
         """Gradients of all trained arrays; zeros for those that no gradient reached."""
         found = {n: self._sums.get(n, mx.zeros_like(v)) for n, v in self._trained.items()}
+        found = {name: value.astype(self._trained[name].dtype) for name, value in found.items()}
         mx.eval(found)
         return found
 
@@ -308,20 +317,23 @@ class TiledBackward:
         cotangents: list[mx.array],
     ) -> list[mx.array]:
         """Differentiate a part of the block: return gradients of its inputs, sum the others."""
-        reached, count = set(), len(self._trained)
+        trained = {n: v for n, v in self._trained.items() if n not in self._of_experts}
+        of_experts = {id(self._trained[name]): self._sums[name] for name in self._of_experts}
+        reached, count = set(), len(trained)
 
         def bound_function(*primals: mx.array) -> list[mx.array]:
             seen = {
                 name: gradient_hook(lambda name=name: reached.add(name))(value)
-                for name, value in zip(self._trained, primals[:count], strict=True)
+                for name, value in zip(trained, primals[:count], strict=True)
             }
             with tracing_gradient(), bind_arrays(self._block.slots, seen):
                 return function(*primals[count:])
 
-        _, found = mx.vjp(bound_function, [*self._trained.values(), *inputs], cotangents)
+        primals = [*trained.values(), *inputs]
+        _, found = vjp_by_experts(bound_function, primals, cotangents, of_experts)
         # Arrays that a part does not use have zero gradients, which are not evaluated or added.
         # The values of a tile may decide which arrays these are (experts).
-        for name, value in zip(self._trained, found, strict=False):
+        for name, value in zip(trained, found, strict=False):
             if name in reached:
                 self._sums[name] = self._sums[name] + value if name in self._sums else value
         return found[count:]

@@ -6,12 +6,14 @@ differently. No attribute changes, so mlx-lm can load, fuse and generate with th
 """
 
 import difflib
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.nn as nn
 from mlx.utils import tree_flatten
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.dora import DoRALinear as MlxDoRALinear
 from mlx_lm.tuner.lora import LoRALinear as MlxLoRALinear
 from mlx_lm.tuner.lora import LoRASwitchLinear as MlxLoRASwitchLinear
@@ -25,6 +27,7 @@ from mlx_edgelora.layers.linear import DequantizedEmbedding, DequantizedLinear, 
 from mlx_edgelora.model.checkpoint import error_text
 from mlx_edgelora.model.dora import check_dora
 
+MATRICES = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
 LORA_CLASSES = {
     MlxLoRALinear: LoRALinear,
     MlxLoRASwitchLinear: LoRASwitchLinear,
@@ -87,6 +90,52 @@ def add_lora(
             "the last num_layers blocks have"
         )
     _replace_classes(model, LORA_CLASSES)
+
+
+def preset_keys(model: nn.Module, preset: str) -> tuple[str, ...] | None:
+    """The layers of a preset, as `keys` of `add_lora`; they are found by what modules are.
+
+    A module below a block that is called with a cache mixes tokens: attention and recurrent
+    layers. All other layers of a block work token by token: MLPs, experts and their routers.
+
+    Args:
+        model: an mlx-lm model, adapted or not.
+        preset: "attention", "mlp" or "all".
+
+    Returns:
+        Names of layers inside a block; None for all layers, as mlx-lm chooses them.
+
+    Raises:
+        EdgeLoraError: the blocks have no layer of this kind.
+    """
+    if preset == "all":
+        return None
+    found: dict[str, None] = {}
+    for block in model.layers:
+        modules = block.named_modules()
+        mixers = [f"{path}." for path, module in modules if path and _mixes_tokens(module)]
+        for path, module in modules:
+            mixes = any(f"{path}.".startswith(mixer) for mixer in mixers)
+            if _is_adaptable(module) and mixes == (preset == "attention"):
+                found[path] = None
+    # The layer inside of a LoRA layer is not another one.
+    names = [name for name in found if name.rpartition(".")[0] not in found]
+    if not names:
+        raise EdgeLoraError(
+            f"lora_preset: got {preset!r}, but no layer of this model's blocks is of this kind; "
+            "name layers in lora_parameters.keys"
+        )
+    return tuple(sorted(names))
+
+
+def _mixes_tokens(module: nn.Module) -> bool:
+    return "cache" in inspect.signature(type(module).__call__).parameters
+
+
+def _is_adaptable(module: nn.Module) -> bool:
+    """Whether mlx-lm adapts a layer by default, or did."""
+    kinds = (*MATRICES, nn.Embedding, nn.QuantizedEmbedding, *LORA_CLASSES)
+    return hasattr(module, "to_lora") or isinstance(module, kinds)
 
 
 def freeze(model: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 import fcntl
 import os
-from collections.abc import Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +73,7 @@ class StreamedWeights:
     ) -> None:
         self._blocks, self._dtype, self._meter, self._files = blocks, dtype, meter, files
         self._resident: dict[int, Arrays] = {}
+        self._deferred: list[frozenset[str]] = [frozenset()] * len(blocks)
         self._resident_from = len(blocks) if streamed is None else streamed
         size = sum(i.stop - i.start for block in blocks[:streamed] for _, i in block.values())
         self._uncached = file_cache is not None and size > file_cache
@@ -120,6 +121,50 @@ class StreamedWeights:
         for lower in [held for held in self._resident if held < index]:
             del self._resident[lower]
         self.trim()
+
+    def defer(self, names: Sequence[Collection[str]]) -> None:
+        """Leave tensors out of streamed blocks; they are read by `rows`.
+
+        Args:
+            names: for every block, their local names.
+        """
+        deferred = [frozenset(of_block) for of_block in names]
+        if deferred != self._deferred:
+            self.trim()
+            self._deferred = deferred
+
+    def rows(self, index: int, names: Sequence[str], rows: list[int]) -> Arrays | None:
+        """Read rows of tensors that were left out of a block, into memory of their own.
+
+        Args:
+            index: index of the block.
+            names: local names of the tensors.
+            rows: indices along their first axis.
+
+        Returns:
+            [len(rows), ...] by name, cast as blocks are; None if the block's arrays have them.
+
+        Raises:
+            EdgeLoraError: a shard was removed or changed since training began.
+        """
+        if index >= self._resident_from or not self._deferred[index].issuperset(names):
+            return None
+        tensors: dict[str, TensorInfo] = {}
+        for name in names:
+            shard, info = self._blocks[index][name]
+            self._files.check(shard)
+            size = (info.stop - info.start) // info.shape[0]
+            shape = (len(rows), *info.shape[1:])
+            tensors[name] = TensorInfo(info.dtype, shape, info.start, info.start + size * len(rows))
+        buffer = _Buffer(tensors)
+        for name in names:
+            shard, info = self._blocks[index][name]
+            size = (info.stop - info.start) // info.shape[0]
+            for place, row in enumerate(rows):
+                view = buffer.views[name][place * size : (place + 1) * size]
+                self._read(shard, info.start + row * size, view)
+        self._meter.add_read(buffer.nbytes)
+        return self._cast(buffer.arrays)
 
     def prefetch(self, index: int) -> None:
         """Read a block's tensors in the background."""
@@ -176,7 +221,14 @@ class StreamedWeights:
             self._free.setdefault(layout, []).append(buffer)
 
     def _layout(self, index: int) -> Hashable:
-        return tuple((n, i.dtype, i.shape) for n, (_, i) in self._blocks[index].items())
+        return tuple((n, i.dtype, i.shape) for n, (_, i) in self._tensors(index).items())
+
+    def _tensors(self, index: int) -> Mapping[str, tuple[Path, TensorInfo]]:
+        """The tensors that are read with a block."""
+        if index >= self._resident_from or not self._deferred[index]:
+            return self._blocks[index]
+        left_out = self._deferred[index]
+        return {n: place for n, place in self._blocks[index].items() if n not in left_out}
 
     def _buffer(self, index: int) -> "_Buffer":
         """A buffer for a block; free buffers of other layouts are dropped."""
@@ -184,16 +236,16 @@ class StreamedWeights:
         for other in [other for other in self._free if other != layout]:
             del self._free[other]
         free = self._free.setdefault(layout, [])
-        return free.pop() if free else _Buffer({n: i for n, (_, i) in self._blocks[index].items()})
+        return free.pop() if free else _Buffer({n: i for n, (_, i) in self._tensors(index).items()})
 
     def _cast(self, arrays: Arrays) -> Arrays:
         return dict(arrays) if self._dtype is None else cast_all(arrays, self._dtype)
 
     def _fill(self, index: int, buffer: "_Buffer") -> "_Buffer":
-        for shard in dict.fromkeys(shard for shard, _ in self._blocks[index].values()):
+        for shard in dict.fromkeys(shard for shard, _ in self._tensors(index).values()):
             # A file that was overwritten in place would silently give wrong weights.
             self._files.check(shard)
-        for name, (shard, info) in self._blocks[index].items():
+        for name, (shard, info) in self._tensors(index).items():
             self._read(shard, info.start, buffer.views[name])
         return buffer
 

@@ -174,7 +174,10 @@ class Memory:
         more = self.measurements.overlaps and self.plan.prefetch
         buffers = 1 + self.plan.prefetch + more
         visited = min(self.streamed, self.shape.blocks - self.kept)
-        return min(visited and visited + more, buffers) * self.shape.block_bytes
+        one = self.shape.block_bytes
+        if self.plan.mlp_bytes is not None:
+            one -= self.shape.expert_bytes  # read in groups, into memory of their own
+        return min(visited and visited + more, buffers) * one
 
     @property
     def _paged_block(self) -> int:

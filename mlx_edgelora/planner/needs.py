@@ -84,7 +84,9 @@ def need(
             done, so that all unpacked matrices of a block can be in memory at once.
     """
     sizes = sizes_of(kind, shape, way, batch_shape)
-    total = sum(number * sizes.get(name, 0.0) for name, number in TERMS[kind].items())
+    grouped = kind in UNPACKED and kind != "tail" and way[1] is not None
+    total = float(max(way[1], shape.one_expert_bytes) if grouped and shape.expert_bytes else 0)
+    total += sum(number * sizes.get(name, 0.0) for name, number in TERMS[kind].items())
     if on_gpu and shape.packed and kind in UNPACKED and way[2] == "dequantize":
         total += UNPACKED[kind] * shape.block_weights * shape.itemsize
     return total

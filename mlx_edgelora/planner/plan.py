@@ -38,7 +38,8 @@ class Plan:
             "resident".
         tile_tokens: number of tokens for which a block is computed at a time; None computes all at
             once. Excludes kept_blocks.
-        mlp_bytes: bytes of a slice of a gated MLP; None computes it layer by layer.
+        mlp_bytes: bytes of a slice of a gated MLP, and of a group of experts; None computes MLPs
+            layer by layer, and all experts at once.
         kernel: how packed matrices are multiplied. "fused" is MLX's own kernel. "dequantize"
             unpacks them one tile at a time, as slices of an MLP always do. "auto" depends on the
             backend.

@@ -193,10 +193,11 @@ class _Search:
         sliced = self.shape.gated and self.fixed.get("mlp_bytes", 1) is not None
         # MLX's own kernel multiplies whole packed matrices, and slices are slow on a GPU.
         on_cpu = self.machine.kernels[0] != "fused"
+        grouped = sliced and bool(self.shape.expert_bytes)
         sliced &= on_cpu
-        slices = (None, SLICE) if sliced else (None,)
+        slices = (None, SLICE) if sliced or grouped else (None,)
         # Without slices, a tile would take several times the memory and save little time.
-        in_tiles = (SLICE,) if sliced else (None,)
+        in_tiles = (SLICE,) if sliced else slices
         for micro in self._micro_batches():
             size = self.batch_shape.part(micro).size
             for loss_bytes in LOSSES if on_cpu else (*LOSSES, *LARGE_LOSSES):

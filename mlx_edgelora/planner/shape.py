@@ -9,6 +9,7 @@ from mlx.utils import tree_flatten
 
 from mlx_edgelora.blocks.block_list import BlockList
 from mlx_edgelora.blocks.checks import MODEL_ERRORS
+from mlx_edgelora.blocks.experts import count_experts
 from mlx_edgelora.blocks.gated_mlp import find_gated_mlp
 from mlx_edgelora.blocks.masks import tiled_mask
 from mlx_edgelora.blocks.outputs import Linked, leaves_of
@@ -76,6 +77,8 @@ def shape_of(blocks: BlockList, vocabulary: int, dtype: mx.Dtype | None = None) 
         blocked_heads=blocked_heads,
         arguments=_argument_entries(blocks),
         shared=sum(form.read_entries for form in blocks.forms if form),
+        expert_bytes=largest.expert_frozen,
+        one_expert_bytes=largest.one_expert,
     )
 
 
@@ -128,7 +131,18 @@ class _BlockSizes:
         held = _held(arrays, dtype)
         forms = [(path, module, find_gated_mlp(module)) for path, module in block.named_modules()]
         mlps = [(f"{path}.", module, form) for path, module, form in forms if form]
-        self.gated = bool(mlps)
+        counts = {
+            f"{path}.": layers
+            for path, module in block.named_modules()
+            if (layers := count_experts(module))
+        }
+        by_experts = {
+            path: sum(size for name, size in held.items() if name.startswith(path))
+            for path in counts
+        }
+        self.expert_frozen = sum(by_experts.values())
+        self.one_expert = max((by_experts[path] // counts[path] for path in counts), default=0)
+        self.gated = bool(mlps) or bool(counts)
         matrices = {
             f"{path}.": frozen_matrix(module)
             for path, module in block.named_modules()
@@ -150,9 +164,8 @@ class _BlockSizes:
         self.width = max(norms, default=max((i for i, _ in sizes.values()), default=1))
         outs = [out for path, (_, out) in sizes.items() if path not in inside]
         self.intermediate = max((sizes[path][1] for path in inside), default=max(outs, default=1))
-        self.rank = max(
-            (v.shape[-1] for n, v in trained.items() if n.endswith("lora_a")), default=0
-        )
+        # [in, rank], or [experts, rank, in].
+        self.rank = max((v.shape[1] for n, v in trained.items() if n.endswith("lora_a")), default=0)
         self.packed = any("scales" in matrix for matrix in matrices.values())
 
 

@@ -31,11 +31,13 @@ class ModelShape:
         mlp_adapter_bytes: the part of `adapter_bytes` in the MLP.
         outside_adapter_bytes: bytes of trained parameters outside the blocks.
         itemsize: bytes of an entry of a hidden state.
-        gated: whether the MLP of every block can be computed in slices.
+        gated: whether the MLP of every block can be computed in slices, or in groups of experts.
         blocked_heads: number of query heads for which MLX's fused gradient on Metal computes
             blocks of scores; 0 if attention is computed in another way.
         arguments: entries of a token's other inputs of all blocks, which stay in memory.
         shared: entries of a token that blocks return for later ones, such as keys and values.
+        expert_bytes: the part of `block_bytes` in experts that can be read in groups.
+        one_expert_bytes: the part of `expert_bytes` of a single expert.
     """
 
     blocks: int
@@ -63,6 +65,8 @@ class ModelShape:
     blocked_heads: int = 0
     arguments: int = 0
     shared: int = 0
+    expert_bytes: int = 0
+    one_expert_bytes: int = 0
 
 
 @dataclass(frozen=True)

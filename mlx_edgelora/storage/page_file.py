@@ -14,7 +14,7 @@ import os
 import shutil
 import struct
 import sys
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -201,9 +201,9 @@ class Section:
         self._meter.add_written(sum(self._places[name].nbytes for name in arrays))
         self._drop()
 
-    def read(self) -> dict[Hashable, mx.array]:
-        """All arrays, evaluated copies. Memory: these."""
-        arrays = {name: self._copy(name) for name in self._places}
+    def read(self, names: Iterable[Hashable] | None = None) -> dict[Hashable, mx.array]:
+        """Some arrays, by default all: evaluated copies. Memory: these."""
+        arrays = {name: self._copy(name) for name in (self._places if names is None else names)}
         self._drop()
         return arrays
 

@@ -25,7 +25,7 @@ from mlx_edgelora.measure.text import say
 from mlx_edgelora.model.checkpoint import LazyModel
 from mlx_edgelora.model.dora import renew_magnitudes
 from mlx_edgelora.model.loading import DTYPES, can_stream, open_model
-from mlx_edgelora.model.lora import add_lora, freeze
+from mlx_edgelora.model.lora import add_lora, freeze, preset_keys
 from mlx_edgelora.model.tokenizer import load_tokenizer_of
 from mlx_edgelora.planner.machine import free_memory
 from mlx_edgelora.planner.run_plan import RunPlan, plan_request
@@ -234,7 +234,8 @@ def adapt(lazy: LazyModel, config: TrainConfig) -> None:
     if config.train or config.resume_adapter_file is not None:
         count = _default_layers(model) if config.num_layers is None else config.num_layers
         dora = config.fine_tune_type == "dora"
-        add_lora(model, count, lora.rank, lora.scale, lora.dropout, lora.keys, dora)
+        keys = lora.keys if config.lora_preset is None else preset_keys(model, config.lora_preset)
+        add_lora(model, count, lora.rank, lora.scale, lora.dropout, keys, dora)
         renew_magnitudes(lazy)
     else:
         freeze(model)
@@ -246,8 +247,14 @@ def _default_layers(model: nn.Module) -> int:
 
 
 def with_layers(config: TrainConfig, lazy: LazyModel, log: Callable[[str], None]) -> TrainConfig:
-    """Fill in the default of `num_layers`, which the adapter's configuration must contain."""
-    if config.num_layers is not None or not config.train:
+    """Fill in `num_layers` and the keys of `lora_preset`, which mlx-lm reads with an adapter."""
+    if not config.train:
+        return config
+    if config.lora_preset is not None:
+        keys = preset_keys(lazy.model, config.lora_preset)
+        lora = dataclasses.replace(config.lora_parameters, keys=keys)
+        config = dataclasses.replace(config, lora_parameters=lora, lora_preset=None)
+    if config.num_layers is not None:
         return config
     count = _default_layers(lazy.model)
     if count < MOST_LAYERS:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx.utils import tree_flatten
+from mlx_lm.tuner.lora import LoRASwitchLinear
 from mlx_lm.utils import get_total_parameters
 
 from mlx_edgelora.config import TrainConfig
@@ -22,6 +23,10 @@ from mlx_edgelora.planner.run_plan import RunPlan
 NAMES = 11
 # Packing is recommended if it divides the number of batches of an epoch by at least this.
 FEWER = 2
+# Arrays of the optimizer's state for each trained one.
+MOMENTS = {"adam": 2, "adamw": 2, "muon": 1}
+# Adapters over experts are mentioned if they and their moments are this share of the model.
+MANY_ADAPTERS = 0.1
 EMBEDDED = "the tiny model of this package"
 
 
@@ -164,6 +169,24 @@ def _adapters(config: TrainConfig, lazy: LazyModel) -> str:
     return (
         f"{kind}rank {config.lora_parameters.rank} on {where}; trainable "
         f"{100 * trained / total:.2g} % ({_count(trained)} of {_count(total)})"
+        f"{_about_experts(config, lazy)}"
+    )
+
+
+def _about_experts(config: TrainConfig, lazy: LazyModel) -> str:
+    """The bytes of adapters over experts, if they are many beside those of the model."""
+    layers = [m for m in lazy.model.modules() if isinstance(m, LoRASwitchLinear)]
+    experts = sum(m.lora_a.nbytes + m.lora_b.nbytes for m in layers)
+    held = experts * (1 + MOMENTS.get(config.optimizer, 0))
+    stored = sum(info.stop - info.start for _, info in lazy.checkpoint.tensors.values())
+    if not experts or held < MANY_ADAPTERS * stored:
+        return ""
+    trained = tree_flatten(lazy.model.trainable_parameters())
+    others = (sum(value.nbytes for _, value in trained) - experts) * (held // experts)
+    moments = "" if held == experts else f", with moments {size(held)}"
+    return (
+        f"; adapters over all experts: {size(experts)}{moments} (all other adapters: "
+        f"{size(others)}; --lora-preset attention leaves experts out)"
     )
 
 
