@@ -102,6 +102,19 @@ def test_adapters_that_peft_made(tmp_path, name, settings):
     assert_close(found, torch_logits(theirs, TOKENS))
 
 
+@pytest.mark.parametrize("name", ["llama", "phi3", "mixtral", "qwen3_moe"])
+def test_there_through_peft_and_back(tmp_path, name):
+    """As exported, loaded by PEFT, saved by PEFT and imported again."""
+    peft = pytest.importorskip("peft")
+    model = make_checkpoint(tmp_path / "model", name)
+    adapter = make_adapter(tmp_path / "adapter", model, rank=5, scale=3.3)
+    export_peft(adapter, tmp_path / "peft", notify=str)
+    theirs = peft.PeftModel.from_pretrained(load_theirs(model), tmp_path / "peft")
+    theirs.save_pretrained(tmp_path / "saved")
+    import_peft(tmp_path / "saved", tmp_path / "back", notify=str)
+    assert_close(mlx_logits(model, TOKENS, tmp_path / "back"), mlx_logits(model, TOKENS, adapter))
+
+
 def test_experts_one_by_one(tmp_path):
     """As transformers 4 had them, with other names in the file."""
     model = make_model(tmp_path / "model", "qwen3_moe", quantized=False)
