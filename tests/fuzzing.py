@@ -300,6 +300,8 @@ class Fuzzer:
             "arguments": [rng.choice(numbers) for _ in range(rng.randrange(5))],
         }
         if rng.random() < 0.3:
+            schedule |= {"name": "cosine_decay", "arguments": [1e-5, rng.choice(numbers)]}
+        if rng.random() < 0.3:
             schedule["warmup"] = rng.choice(numbers)
         schedule = mutate(rng, schedule) if rng.random() < 0.2 else schedule
         self._update(build_optimizer(TrainConfig.from_dict({"lr_schedule": schedule})))
