@@ -44,7 +44,8 @@ def tokenizer_in(path: Path, eos_token_ids: int | list[int] | None = None) -> To
         found = load_tokenizer(path, dict(NO_CODE), eos_token_ids=ids)
         # Some damage only shows in use, such as an unknown token that is unknown itself.
         found.decode(found.encode("a b"))
-        _ = found.eos_token_id
+        for name in ("eos", "unk", "bos", "pad"):
+            getattr(found, f"{name}_token_id", None)
         return found
     except (EdgeLoraError, KeyboardInterrupt):
         raise
