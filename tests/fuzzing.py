@@ -259,7 +259,9 @@ class Fuzzer:
     def fuzz_options(self, rng: random.Random) -> None:
         """Options from Python or YAML."""
         field = rng.choice(dataclasses.fields(TrainConfig))
-        self._check_config(TrainConfig.from_dict({field.name: rng.choice(ODD)}))
+        value = rng.choice([*ODD, *[field.default] * 20])
+        value = None if value is dataclasses.MISSING else value
+        self._check_config(TrainConfig.from_dict({field.name: value}))
 
     def fuzz_command_line(self, rng: random.Random) -> None:
         """Options of a command line."""
@@ -299,6 +301,8 @@ class Fuzzer:
             "name": rng.choice([*names, "join_schedules"]),
             "arguments": [rng.choice(numbers) for _ in range(rng.randrange(5))],
         }
+        if rng.random() < 0.4:
+            schedule |= {"name": "cosine_decay", "arguments": [1e-5, rng.randint(1, 999)]}
         if rng.random() < 0.3:
             schedule["warmup"] = rng.choice(numbers)
         schedule = mutate(rng, schedule) if rng.random() < 0.2 else schedule

@@ -134,7 +134,7 @@ PACKED = "model.layers.1.self_attn.q_proj.weight"
         (NORM, {"dtype": ["F32"]}, "has dtype ['F32'], expected one of BOOL"),
         (NORM, {"dtype": "I32"}, f"{NORM} has dtype mlx.core.int32, which a RMSNorm cannot have"),
         (PACKED, {"dtype": "F32"}, f"{PACKED} has dtype mlx.core.float32, which a QuantizedLinear"),
-        (PACKED, {"shape": [8, 64]}, "mlx-lm cannot build this model (ValueError: [quantize] The"),
+        (PACKED, {"shape": [8, 64]}, "packed weights of shape (8, 64) with scales"),
     ],
 )
 def test_a_header_that_lies(refused, model, name, lie, expected):
@@ -148,12 +148,12 @@ def test_a_header_that_lies(refused, model, name, lie, expected):
         ({"model_type": None}, "config.json: no model_type, expected an architecture of mlx-lm"),
         ({"model_type": "nonesuch"}, "(ValueError: Model type nonesuch not supported)"),
         ({"model_type": "cache"}, "mlx-lm cannot build this model (AttributeError"),
-        ({"num_attention_heads": 0}, "mlx-lm cannot build this model (ZeroDivisionError"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0, expected a whole number from 1"),
         ({"num_hidden_layers": 4}, "(ValueError: Missing 11 parameters: model.layers.3."),
         ({"hidden_size": 128}, "(ValueError: Expected shape (128, 8) but received shape (64, 8)"),
         ({"hidden_size": None}, "'hidden_size'); use a model that it can load"),
         ({"rope_theta": "high"}, "mlx-lm cannot build this model (TypeError: rope(): incompatible"),
-        ({"quantization": "yes"}, "mlx-lm cannot build this model (TypeError"),
+        ({"quantization": "yes"}, "has a quantization of 'yes', expected a group_size"),
         ({"model_file": "own.py"}, "asks to run its own code ('own.py'), which is never done"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -315,7 +315,8 @@ def test_a_rank_that_no_memory_holds(refused, tmp_path):
 @pytest.mark.parametrize("name", ["model", "data", "log", "report", "spill_dir", "cache_dir"])
 def test_an_empty_name_is_not_passed_over(refused, name):
     text = refused(**{name: ""})
-    assert text == f"--{name.replace('_', '-')}: got '', expected text that is not empty"
+    sentence = f"--{name.replace('_', '-')}: got '', expected text that is not empty"
+    assert text.startswith(sentence)
 
 
 def test_a_name_with_a_null_character(refused, tmp_path):

@@ -40,8 +40,14 @@ def tokenizer_in(path: Path, eos_token_ids: int | list[int] | None = None) -> To
                 f"{file}: is no file of at most {size(MOST_BYTES)}; download the model again"
             )
     try:
-        return load_tokenizer(path, dict(NO_CODE), eos_token_ids=_checked_ids(path, eos_token_ids))
-    except KeyboardInterrupt:
+        ids = _checked_ids(path, eos_token_ids)
+        found = load_tokenizer(path, dict(NO_CODE), eos_token_ids=ids)
+        # Some damage only shows in use, such as an unknown token that is unknown itself.
+        found.decode(found.encode("a b"))
+        for name in ("eos", "unk", "bos", "pad"):
+            getattr(found, f"{name}_token_id", None)
+        return found
+    except (EdgeLoraError, KeyboardInterrupt):
         raise
     # The package tokenizers raises bare exceptions, and panics of Rust are BaseExceptions.
     except BaseException as error:
