@@ -20,6 +20,7 @@ from mlx_edgelora.blocks.block_list import BlockList, Handler, Slot, array_slots
 from mlx_edgelora.blocks.dropout import KeyTape, dropout_layers, keyed_dropout
 from mlx_edgelora.blocks.outputs import SHAPES, Linked, find_form, links_of, map_leaves
 from mlx_edgelora.blocks.refusals import Refusal, refusal_error
+from mlx_edgelora.blocks.tracing import gradient_hook
 from mlx_edgelora.errors import EdgeLoraError
 
 # The arguments of a block: x, args, kwargs.
@@ -35,8 +36,6 @@ MODEL_ERRORS = (
     ValueError,
 )
 TOKENS = (1, 4)
-# Part of MLX's error if a traced function needs values.
-EVALUATES = "Attempting to eval an array during function transformations"
 
 
 def checked_blocks(model: nn.Module) -> BlockList:
@@ -260,47 +259,6 @@ def _check_tail(blocks: BlockList, hidden: mx.array) -> None:
     early = used - {len(blocks) - 1}
     if early:
         raise blocks.refusal(min(max(tag, ~tag) for tag in early), Refusal.USED_LATER)
-
-
-def gradient_hook(when_reached: Callable[[], None]) -> Callable[[mx.array], mx.array]:
-    """An identity function that calls `when_reached` if a gradient passes through it."""
-
-    @mx.custom_function
-    def identity(x: mx.array) -> mx.array:
-        return mx.contiguous(x)
-
-    @identity.vjp
-    def backward(_: mx.array, cotangent: mx.array, __: mx.array) -> mx.array:
-        when_reached()
-        return cotangent
-
-    return identity
-
-
-def depends_on_values(function: Callable[..., Any], inputs: Sequence[mx.array]) -> bool:
-    """Whether the control flow of a function depends on the values of its inputs.
-
-    The function is traced by `mx.compile`, which forbids any evaluation; nothing is computed.
-    Compilation is switched on for the trial if it is off.
-    """
-
-    def raises(function: Callable[..., Any]) -> bool:
-        try:
-            mx.compile(function)(*inputs)
-        except (ValueError, RuntimeError) as error:
-            if EVALUATES not in str(error):
-                raise
-            return True
-        return False
-
-    is_off = not raises(lambda *arrays: [mx.eval(arrays), *arrays][1:])
-    if is_off:
-        mx.enable_compile()
-    try:
-        return raises(function)
-    finally:
-        if is_off:
-            mx.disable_compile()
 
 
 def _checked_output(

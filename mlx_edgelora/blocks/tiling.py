@@ -15,12 +15,13 @@ from mlx_edgelora.blocks.block_list import (
     call_signature,
     signature,
 )
-from mlx_edgelora.blocks.checks import MODEL_ERRORS, depends_on_values, gradient_hook
+from mlx_edgelora.blocks.checks import MODEL_ERRORS
 from mlx_edgelora.blocks.dropout import without_dropout
 from mlx_edgelora.blocks.masks import band_of, simplest_mask
 from mlx_edgelora.blocks.outputs import OutputForm, links_of
 from mlx_edgelora.blocks.packing import rows_packed
 from mlx_edgelora.blocks.parts import BlockParts, TokenSpan
+from mlx_edgelora.blocks.tracing import depends_on_values, gradient_hook
 from mlx_edgelora.blocks.weight_source import WeightSource
 from mlx_edgelora.errors import is_killed
 from mlx_edgelora.layers.fused import is_floating

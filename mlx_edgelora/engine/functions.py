@@ -13,13 +13,13 @@ import mlx.core as mx
 
 from mlx_edgelora.blocks.attention import tracing_gradient
 from mlx_edgelora.blocks.block_list import BlockList, Slot, bind_arrays, signature
-from mlx_edgelora.blocks.checks import EVALUATES
 from mlx_edgelora.blocks.dropout import KeyTape
 from mlx_edgelora.blocks.experts import calls_experts, expert_adapters
 from mlx_edgelora.blocks.masks import pack_masks, unpack_masks
 from mlx_edgelora.blocks.outputs import pack_links, unpack_links
 from mlx_edgelora.blocks.packing import packing_now
 from mlx_edgelora.blocks.parts import BlockParts
+from mlx_edgelora.blocks.tracing import EVALUATES
 from mlx_edgelora.engine.expert_gradients import vjp_by_experts
 from mlx_edgelora.engine.record import BlockCall
 

@@ -9,7 +9,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlx_edgelora.blocks.block_list import array_slots, bind_arrays
-from mlx_edgelora.blocks.checks import gradient_hook
+from mlx_edgelora.blocks.tracing import gradient_hook
 from mlx_edgelora.blocks.weight_source import WeightSource
 from mlx_edgelora.engine.block_weights import Arrays
 from mlx_edgelora.engine.walk import Walk

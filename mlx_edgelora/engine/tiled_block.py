@@ -23,10 +23,10 @@ import numpy as np
 
 from mlx_edgelora.blocks.attention import add_key_gradients, tracing_gradient
 from mlx_edgelora.blocks.block_list import bind_arrays
-from mlx_edgelora.blocks.checks import gradient_hook
 from mlx_edgelora.blocks.experts import expert_adapters
 from mlx_edgelora.blocks.masks import band_of
 from mlx_edgelora.blocks.parts import BlockParts, TokenSpan
+from mlx_edgelora.blocks.tracing import gradient_hook
 from mlx_edgelora.engine.block_weights import Arrays
 from mlx_edgelora.engine.context import Context
 from mlx_edgelora.engine.expert_gradients import vjp_by_experts

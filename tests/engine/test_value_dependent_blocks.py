@@ -11,7 +11,7 @@ from mlx_lm.models import base
 from mlx_lm.models.base import create_attention_mask
 from toy import Toy as ToyModel
 
-from mlx_edgelora.blocks.checks import depends_on_values
+from mlx_edgelora.blocks.tracing import depends_on_values
 from mlx_edgelora.engine.functions import can_compile
 from mlx_edgelora.engine.gradients import gradient_tree
 from mlx_edgelora.engine.walk import Walk

@@ -24,7 +24,7 @@ from sweeping import (
 )
 
 from mlx_edgelora import EdgeLoraError
-from mlx_edgelora.blocks import checks
+from mlx_edgelora.blocks import tracing
 from mlx_edgelora.engine.step import Engine
 
 pytestmark = pytest.mark.slow
@@ -187,8 +187,8 @@ def test_beyond_the_bound_only_what_float32_leaves_open_is_exact():
 def test_blocks_that_look_at_values_are_known_without_compiling():
     x = mx.zeros(2)
     with uncompiled():
-        assert not checks.depends_on_values(lambda x: [x + 1], [x])
-        assert checks.depends_on_values(lambda x: [x * x.sum().item()], [x])
+        assert not tracing.depends_on_values(lambda x: [x + 1], [x])
+        assert tracing.depends_on_values(lambda x: [x * x.sum().item()], [x])
 
 
 def test_what_a_run_tells_of_its_tiles():
