@@ -201,7 +201,8 @@ class BlockParts:
         """A recurrent block's output for a span, as `output`, and its states after these tokens.
 
         Args:
-            x, span, states: `states` are those after the tokens before; None each at the start.
+            x, span: as in `output`.
+            states: those after the tokens before; None each at the start.
 
         Raises:
             RuntimeError: the block does not have so many states.
