@@ -295,7 +295,7 @@ def test_keys_and_values_of_a_tile_without_a_gradient_are_seen(llama, monkeypatc
 
 def test_gradients_of_matrices_that_leave_a_tile_out_are_seen(llama, monkeypatch):
     """The input's gradient is right, and so is that of what other tiles alone reach."""
-    original = TiledBackward._vjp
+    original = TiledBackward.vjp
 
     def vjp(self, function, inputs, cotangents):
         before, first = dict(self._sums), not self._sums
@@ -304,7 +304,7 @@ def test_gradients_of_matrices_that_leave_a_tile_out_are_seen(llama, monkeypatch
             self._sums = before
         return found
 
-    monkeypatch.setattr(TiledBackward, "_vjp", vjp)
+    monkeypatch.setattr(TiledBackward, "vjp", vjp)
     found = problems(llama, **TILES)
     assert found and not any("shift is" in text for text in found)
 
@@ -449,7 +449,7 @@ def test_experts_first_picked_in_a_later_tile_are_seen(tmp_path, monkeypatch):
     monkeypatch.setitem(CONFIGS, "dbrx", DBRX)
     folder = save(tmp_path, "dbrx", True)
     assert problems(folder, **TILES) == []
-    original = TiledBackward._vjp
+    original = TiledBackward.vjp
 
     def vjp(self, *args):
         """As if only these experts had gradients that had one in the first tile."""
@@ -460,7 +460,7 @@ def test_experts_first_picked_in_a_later_tile_are_seen(tmp_path, monkeypatch):
             del self._sums[name]
         return found
 
-    monkeypatch.setattr(TiledBackward, "_vjp", vjp)
+    monkeypatch.setattr(TiledBackward, "vjp", vjp)
     found = problems(folder, **TILES)
     assert found and "ffn.experts" in found[0]
 
