@@ -245,11 +245,11 @@ class BlockParts:
     def output_and_states(
         self, x: mx.array, span: TokenSpan, states: list[mx.array | None]
     ) -> tuple[mx.array, list[mx.array]]:
-        """The output of a recurrent block for the tokens of a span, and its states after them.
+        """A recurrent block's output for a span, as `output`, and its states after these tokens.
 
         Args:
             x, span: as in `output`.
-            states: its states after the tokens before; None each for the first tokens.
+            states: those after the tokens before; None each at the start.
 
         Raises:
             RuntimeError: the block does not have so many states.

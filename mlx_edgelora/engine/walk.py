@@ -8,8 +8,8 @@
 The walk is not traced by MLX: an array that is evaluated while a gradient is traced keeps its whole
 graph, so nothing would be freed. Each segment is differentiated separately and evaluated, and its
 graph is dropped. A segment is a block computed whole (`WholeBlock`), by tiles of tokens
-(`TiledBlock`), or once with its activations kept (`KeptBlock`); the last blocks and the loss can
-be one segment (`Tail`).
+(`TiledBlock`, `RecurrentBlock`), or once with its activations kept (`KeptBlock`); the last blocks
+and the loss can be one segment (`Tail`).
 """
 
 from collections.abc import Callable, Container, Iterator

@@ -24,7 +24,7 @@ from mlx_edgelora.blocks import parts
 from mlx_edgelora.blocks.block_list import BlockList
 from mlx_edgelora.engine.hidden import Hidden
 from mlx_edgelora.engine.tail import Tail
-from mlx_edgelora.engine.tiled_block import _TiledBackward
+from mlx_edgelora.engine.tiled_block import TiledBackward
 from mlx_edgelora.engine.walk import Walk
 from mlx_edgelora.layers import attention as attention_layer
 from mlx_edgelora.layers import grid
@@ -280,19 +280,19 @@ def test_a_skipped_tile_is_seen(llama, monkeypatch):
 
 
 def test_keys_and_values_of_a_tile_without_a_gradient_are_seen(llama, monkeypatch):
-    original = _TiledBackward._with_own_keys
+    original = TiledBackward._with_own_keys
 
     def rest(self, number, inputs, found):
         return found if number == 1 else original(self, number, inputs, found)
 
-    monkeypatch.setattr(_TiledBackward, "_with_own_keys", rest)
+    monkeypatch.setattr(TiledBackward, "_with_own_keys", rest)
     found = problems(llama, **TILES)
     assert found and all("k_proj" in text or "v_proj" in text for text in found)
 
 
 def test_gradients_of_matrices_that_leave_a_tile_out_are_seen(llama, monkeypatch):
     """The input's gradient is right, and so is that of what other tiles alone reach."""
-    original = _TiledBackward._vjp
+    original = TiledBackward.vjp
 
     def vjp(self, function, inputs, cotangents):
         before, first = dict(self._sums), not self._sums
@@ -301,7 +301,7 @@ def test_gradients_of_matrices_that_leave_a_tile_out_are_seen(llama, monkeypatch
             self._sums = before
         return found
 
-    monkeypatch.setattr(_TiledBackward, "_vjp", vjp)
+    monkeypatch.setattr(TiledBackward, "vjp", vjp)
     found = problems(llama, **TILES)
     assert found and not any("shift is" in text for text in found)
 
@@ -446,7 +446,7 @@ def test_experts_first_picked_in_a_later_tile_are_seen(tmp_path, monkeypatch):
     monkeypatch.setitem(CONFIGS, "dbrx", DBRX)
     folder = save(tmp_path, "dbrx", True)
     assert problems(folder, **TILES) == []
-    original = _TiledBackward._vjp
+    original = TiledBackward.vjp
 
     def vjp(self, *args):
         """As if only these experts had gradients that had one in the first tile."""
@@ -457,7 +457,7 @@ def test_experts_first_picked_in_a_later_tile_are_seen(tmp_path, monkeypatch):
             del self._sums[name]
         return found
 
-    monkeypatch.setattr(_TiledBackward, "_vjp", vjp)
+    monkeypatch.setattr(TiledBackward, "vjp", vjp)
     found = problems(folder, **TILES)
     assert found and "ffn.experts" in found[0]
 
