@@ -211,6 +211,8 @@ class BlockFunctions:
             The output or None, gradients by local name, and the gradient of the input or None.
         """
 
+        grouped = self._has_experts(index)
+
         def function(
             trained: Arrays,
             frozen: Arrays,
@@ -240,7 +242,10 @@ class BlockFunctions:
                 mx.eval(sums)
             by_id = {id(of_experts[name]): total for name, total in sums.items()}
             primals = [*others.values(), x]
-            out, found = vjp_by_experts(forward, primals, [cotangent], by_id)
+            if grouped:
+                out, found = vjp_by_experts(forward, primals, [cotangent], by_id)
+            else:
+                out, found = mx.vjp(forward, primals, [cotangent])
             dx = found.pop()
             named = dict(zip(others, found, strict=True)) | sums
             gradients = [named[name].astype(value.dtype) for name, value in trained.items()]
@@ -250,7 +255,7 @@ class BlockFunctions:
         if first and self.tape.is_used:
             key = None
         arguments = *pack_masks(call.args, call.kwargs), call.keys, wanted.rows
-        if self._has_experts(index):  # picked by values
+        if grouped:  # experts are picked by values
             key = None
         found = self.functions.call(key, function, *arrays, x, cotangent, *arguments)
         out = found.pop(0) if first else None
