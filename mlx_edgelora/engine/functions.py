@@ -227,6 +227,8 @@ class BlockFunctions:
             The outputs or none, gradients by local name, and gradients of the inputs or none.
         """
 
+        grouped = self._has_experts(index)
+
         def function(
             trained: Arrays,
             frozen: Arrays,
@@ -253,7 +255,7 @@ class BlockFunctions:
                     return self.call_block(index, x, *own, wanted._replace(rows=rows))
 
             primals = [*others.values(), *inputs]
-            if not self._has_experts(index):
+            if not grouped:
                 out, found = mx.vjp(forward, primals, cotangents)
                 return out if first else [], found[:count], found[count:] * needs_input_grad
             sums = {name: mx.zeros(value.shape) for name, value in of_experts.items()}
@@ -267,7 +269,7 @@ class BlockFunctions:
         key = "gradients", self._kind(index), wanted.rows_only, needs_input_grad, first
         if first and self.tape.is_used:
             key = None
-        if self._has_experts(index):  # picked by values
+        if grouped:  # experts are picked by values
             key = None
         arguments = *pack_arguments(call), call.keys, wanted.rows
         out, own, of_inputs = self.functions.call(

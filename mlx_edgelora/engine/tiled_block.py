@@ -23,7 +23,7 @@ import numpy as np
 
 from mlx_edgelora.blocks.attention import add_key_gradients, tracing_gradient
 from mlx_edgelora.blocks.block_list import bind_arrays
-from mlx_edgelora.blocks.experts import expert_adapters
+from mlx_edgelora.blocks.experts import calls_experts, expert_adapters
 from mlx_edgelora.blocks.masks import band_of
 from mlx_edgelora.blocks.parts import BlockParts, TokenSpan
 from mlx_edgelora.blocks.tracing import gradient_hook
@@ -209,6 +209,7 @@ class TiledBackward:
         self._key_value_sums: KeySums | None = None
         module = block._context.functions.blocks.blocks[block.index]
         # Summed where they are made: in the graph each tile would have those of all experts.
+        self._by_experts = calls_experts(module)
         self._of_experts = [name for name in expert_adapters(module) if name in trained]
         for name in self._of_experts:
             self._sums[name] = mx.zeros(trained[name].shape)
@@ -330,7 +331,10 @@ class TiledBackward:
                 return function(*primals[count:])
 
         primals = [*trained.values(), *inputs]
-        _, found = vjp_by_experts(bound_function, primals, cotangents, of_experts)
+        if self._by_experts:
+            _, found = vjp_by_experts(bound_function, primals, cotangents, of_experts)
+        else:
+            _, found = mx.vjp(bound_function, primals, cotangents)
         # Arrays that a part does not use have zero gradients, which are not evaluated or added.
         # The values of a tile may decide which arrays these are (experts).
         for name, value in zip(trained, found, strict=False):

@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from pairwise import pairwise
 
 from mlx_edgelora.config import OPTIMIZERS
+from mlx_edgelora.engine import paged_adapters
 from mlx_edgelora.engine.adapter_state import ResidentAdapterState
 from mlx_edgelora.engine.optimizer import clip_factor
 from mlx_edgelora.engine.paged_adapters import PagedAdapterState
@@ -59,16 +60,18 @@ def parameters(model):
     return dict(tree_flatten(model.trainable_parameters()))
 
 
-HOMES = "resident", "paged"
+HOMES = "resident", "paged", "paged, an array at a time"
 
 
 @pytest.fixture(params=HOMES)
-def home(request, tmp_path):
+def home(request, tmp_path, monkeypatch):
     """home(model) -> that model's trained parameters in a home, closed afterwards."""
     made = []
+    if request.param == HOMES[2]:
+        monkeypatch.setattr(paged_adapters, "PIECE_BYTES", 1)
 
     def make(model):
-        paged = request.param == "paged"
+        paged = request.param != "resident"
         made.append(PagedAdapterState(model, tmp_path) if paged else ResidentAdapterState(model))
         return made[-1]
 
