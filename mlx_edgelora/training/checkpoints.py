@@ -43,7 +43,7 @@ STATE_FILE, RUN_FILE, PLAN_FILE, MANIFEST_FILE = (
     "plan.json",
     "manifest.json",
 )
-# Format version of checkpoints; increase it when the meaning of their content changes.
+# Version of the format; increase it when the meaning of the content changes.
 VERSION = 1
 _PACKAGES = ("mlx", "mlx-lm", "mlx-edgelora")
 
@@ -299,8 +299,11 @@ def _folders(run_folder: Path) -> list[Path]:
 
 
 def _json_writer(content: Mapping[str, object]) -> Writer:
-    text = json.dumps(content, indent=1, sort_keys=True) + "\n"
-    return lambda file: file.write(text.encode())
+    return lambda file: file.write(_json_text(content))
+
+
+def _json_text(content: Mapping[str, object]) -> bytes:
+    return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
 
 
 def _state_writer(
@@ -382,13 +385,14 @@ def _read(folder: Path) -> Checkpoint:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads(path.read_bytes())
+        data = path.read_bytes()
+        manifest = json.loads(data)
         content, digest = manifest["content"], manifest["sha256"]
     except OSError as error:
         raise _damaged(path, error.strerror) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(path, "it is not a manifest") from error
-    if len(manifest) != 2 or _digest(content) != digest:
+    if _json_text(manifest) != data or _digest(content) != digest:
         raise _damaged(path, "its checksum differs")
     return content
 
