@@ -6,10 +6,12 @@ import sys
 import pytest
 from tiny import make_adapter, make_data, make_model
 
-from mlx_edgelora import data, fuse, generate, plan, train, verify
+from mlx_edgelora import plan, train, verify
 from mlx_edgelora.benchmark import __main__ as benchmark
 from mlx_edgelora.data import hub
 from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.fuse import main as fuse
+from mlx_edgelora.generate import main as generate
 from mlx_edgelora.preview import command as preview
 
 EVIL = """open({ran!r}, "w").close()
@@ -18,13 +20,13 @@ class EvilTokenizer(PreTrainedTokenizerFast): pass
 class EvilConfig(LlamaConfig): pass
 """
 COMMANDS = {
-    "train": train,
-    "plan": plan,
-    "data": preview,
+    "train": train.main,
+    "plan": plan.main,
+    "data": preview.main,
     "generate": generate,
     "fuse": fuse,
-    "verify": verify,
-    "benchmark": benchmark,
+    "verify": verify.main,
+    "benchmark": benchmark.main,
 }
 
 
@@ -62,7 +64,7 @@ def test_no_command_asks_or_runs_it(name, evil, capsys):
         flags += ["--num-layers", "-1", "--iters", "1", "--adapter-path", "new"]
     if name in ("generate", "fuse"):
         flags += ["--adapter-path", "adapters"]
-    status = COMMANDS[name].main(flags)
+    status = COMMANDS[name](flags)
     printed = capsys.readouterr()
     assert not (root / "ran").exists()
     assert not asked
@@ -77,7 +79,7 @@ def test_a_model_file_is_refused(evil):
     path = root / "model/config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_file": "evil.py"}))
     for name in ("train", "generate", "fuse"):
-        assert COMMANDS[name].main(["--model", "model"]) == 2
+        assert COMMANDS[name](["--model", "model"]) == 2
     assert not (root / "ran").exists()
 
 

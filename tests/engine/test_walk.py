@@ -44,7 +44,9 @@ def test_gradients_equal_plain_autodiff(name, quantized, spill):
     (got_loss, got_count), got = value_and_grad(model, default_loss, store=spill)(
         model, tokens(), LENGTHS
     )
-    assert (got_loss.item(), got_count.item()) == (loss.item(), count.item())
+    # A recurrence is computed in chunks, which round otherwise than mlx-lm's loop.
+    assert got_loss.item() == pytest.approx(loss.item(), rel=1e-6)
+    assert got_count.item() == count.item()
     assert_same_gradients(got, expected)
 
 

@@ -59,7 +59,7 @@ def test_other_models_of_the_same_class_are_not_touched(made):
     [
         ({"memory_budget": "5 elephants"}, "memory_budget: got '5 elephants'"),
         ({"memory_budget": 10**6, "tokens": 10**6}, "memory_budget: got 1.00 MB, but"),
-        ({"adapter": "nowhere"}, "nowhere: does not fit the model"),
+        ({"adapter": "nowhere"}, "nowhere: is not the folder of an adapter"),
     ],
 )
 def test_what_is_wrong_is_said(made, options, message):
