@@ -84,6 +84,6 @@ def test_a_model_file_is_refused(evil):
 
 
 def test_code_of_a_data_set_is_refused(monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", data)  # any module: it is not used
+    monkeypatch.setitem(sys.modules, "datasets", plan)  # any module: it is not used
     with pytest.raises(EdgeLoraError, match="code of a data set is never run"):
         hub._load_from_hub("hf_dataset: 'x'", "x", {"trust_remote_code": True}, split="train")

@@ -494,11 +494,8 @@ def test_a_resume_file_for_a_test_alone_is_refused(options):
 
 
 def test_an_optimizer_argument_that_only_fails_in_a_step_is_refused(options):
-    config = options(optimizer="adafactor", optimizer_config={"adafactor": {"eps": 3}})
-    with pytest.raises(
-        EdgeLoraError, match="optimizer_config.adafactor.eps: got 3, expected 2 numbers"
-    ):
-        run(config)
+    with pytest.raises(EdgeLoraError, match=r"adafactor.eps: got 3, expected 2 numbers"):
+        options(optimizer="adafactor", optimizer_config={"adafactor": {"eps": 3}})
 
 
 def test_a_test_loss_beyond_the_exponential_is_no_overflow(options, monkeypatch):
