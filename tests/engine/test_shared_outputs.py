@@ -25,6 +25,7 @@ from mlx_edgelora.blocks.parts import TokenSpan
 from mlx_edgelora.engine.gradients import value_and_grad
 from mlx_edgelora.engine.hidden import Slots
 from mlx_edgelora.engine.shared import SharedOutputs
+from mlx_edgelora.model.lora import without_adapter
 from mlx_edgelora.planner.cost import Memory
 from mlx_edgelora.planner.plan import Plan
 from mlx_edgelora.planner.shape import shape_of
@@ -123,6 +124,21 @@ def test_gradients_equal_plain_autodiff(known, plan):
         assert got.item() == pytest.approx(loss, rel=1e-5)
         assert_same_gradients(gradients, expected, resolution=moves)
         assert ours.loss(batch)[0].item() == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["hunyuan", "gemma4_text"])
+def test_losses_without_and_with_the_adapter(name, tmp_path):
+    """A second forward of a block must not replace what later blocks of the first one read."""
+    with closing(engine(save(tmp_path, name, False))) as ours:
+        assert ours.walk.blocks.share_outputs
+        ours.model.eval()
+        batch = random_batch()
+        adapted, _ = ours.loss(batch)
+        with without_adapter(ours.model):
+            base, _ = ours.loss(batch)
+        found = ours.base_and_adapted_loss(batch)
+        assert [loss.item() for loss in found[:2]] == [base.item(), adapted.item()]
+        assert abs(base.item() - adapted.item()) > 1e-4
 
 
 @pytest.mark.parametrize(("name", "count"), [("gemma4_text", 5), ("hunyuan", 4), ("rwkv7", 0)])
