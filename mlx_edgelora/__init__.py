@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from mlx_edgelora.errors import EdgeLoraError
     from mlx_edgelora.evaluation.evaluating import Evaluation, evaluate
     from mlx_edgelora.export.fusing import fuse
+    from mlx_edgelora.export.gguf_files import export_gguf
+    from mlx_edgelora.export.ollama import export_ollama
+    from mlx_edgelora.export.peft import export_peft
+    from mlx_edgelora.export.peft_import import import_peft
     from mlx_edgelora.inference.loading import generate, load
     from mlx_edgelora.storage.stores import MappedStore, RamStore
     from mlx_edgelora.training.callbacks import TrainingCallback
@@ -43,9 +47,13 @@ _MODULES = {
     "TrainResult": "training.loop",
     "TrainingCallback": "training.callbacks",
     "evaluate": "evaluation.evaluating",
+    "export_gguf": "export.gguf_files",
+    "export_ollama": "export.ollama",
+    "export_peft": "export.peft",
     "finetune": "training.finetune",
     "fuse": "export.fusing",
     "generate": "inference.loading",
+    "import_peft": "export.peft_import",
     "load": "inference.loading",
     "value_and_grad": "engine.gradients",
 }
@@ -60,9 +68,13 @@ __all__ = [
     "TrainResult",
     "TrainingCallback",
     "evaluate",
+    "export_gguf",
+    "export_ollama",
+    "export_peft",
     "finetune",
     "fuse",
     "generate",
+    "import_peft",
     "load",
     "value_and_grad",
 ]
