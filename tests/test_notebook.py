@@ -3,10 +3,13 @@
 import json
 from pathlib import Path
 
+import pytest
+
 NOTEBOOK = Path(__file__).parents[1] / "examples/from_data_to_chat.ipynb"
 ANSWER = "name: Tom; city: Oslo; item: lamps; count: 12"
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     notebook = json.loads(NOTEBOOK.read_text("utf-8"))

@@ -67,7 +67,7 @@ def test_greedy_tokens_are_those_of_mlx_lm(tmp_path, name):
     assert ours(model, None, PROMPTS) == theirs(model, None, PROMPTS)
 
 
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dora", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_with_an_adapter_and_some_blocks_in_memory(tmp_path, dora):
     model = make_model(tmp_path / "model", "llama", num_hidden_layers=4)
     adapter = make_adapter(tmp_path / "adapter", model, num_layers=4, dora=dora)

@@ -204,6 +204,7 @@ def test_embeddings_in_pieces_are_those_of_memory(tmp_path, monkeypatch, quantiz
     assert mx.allclose(table(tokens), expected, rtol=1e-6, atol=1e-6).item()
 
 
+@pytest.mark.slow
 def test_looking_up_holds_the_result_and_little_more(tmp_path, monkeypatch, memory):
     monkeypatch.setattr(model_head, "LOOKUP_BYTES", 2**14)
     table = nn.Embedding(2048, 512).to_quantized(64, 4)

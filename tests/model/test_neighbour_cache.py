@@ -188,6 +188,7 @@ def test_truncated_at_every_length(tmp_path, opened, computed):
     refilled(tmp_path, opened, computed, f"{len(whole) + 1} bytes long, expected {len(whole)}")
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_is_computed_again(tmp_path, computed):
     """Of header, sum and slots: what is wrong is made again, and nothing else."""
     path = fill(tmp_path)

@@ -163,6 +163,7 @@ def assert_same_run(place, one, other):
     np.testing.assert_allclose(*norms, rtol=1e-3)  # Adam blows up what rounds differently
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does(place):
     """Batches that do not divide, ragged rows, accumulation, clipping; two budgets."""
     one = Run(place, 1, options_of(place, "one"))

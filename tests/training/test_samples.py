@@ -66,6 +66,7 @@ def encoded(tokenizer, prompt):
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True)
 
 
+@pytest.mark.slow
 def test_the_budget_is_kept(tmp_path, memory):
     """With caches of thousands of tokens for every prompt it would not be."""
     wide = {"hidden_size": 256, "num_hidden_layers": 8, "intermediate_size": 512}
