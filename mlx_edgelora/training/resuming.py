@@ -14,8 +14,9 @@ import numpy as np
 from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.model.checkpoint import Checkpoint as ModelFiles
-from mlx_edgelora.storage.files import locked, make_folder
+from mlx_edgelora.storage.files import locked, make_folder, write_atomically
 from mlx_edgelora.storage.temporaries import remove_left_overs
+from mlx_edgelora.training.adapters import CONFIG_FILE, WEIGHTS_FILE
 from mlx_edgelora.training.checkpoints import (
     BEST_FOLDER,
     FOLDER,
@@ -136,11 +137,29 @@ def _check_place(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def check_iters(config: TrainConfig, checkpoint: Checkpoint) -> None:
-    """Raise `EdgeLoraError` if the run has finished all its steps."""
+    """Raise `EdgeLoraError` if the run has finished all its steps.
+
+    Its adapter is saved before: a kill between the last checkpoint and the adapter left an older
+    one.
+    """
     if config.iters <= checkpoint.state.step:
+        folder = Path(config.adapter_path)
+        if checkpoint.folder.parent.resolve() == (folder / FOLDER).resolve():
+            _publish(checkpoint, folder)
         raise EdgeLoraError(
             f"iters: got {config.iters}, but {checkpoint.folder} is of step "
             f"{checkpoint.state.step} already; raise it to go on"
+        )
+
+
+def _publish(checkpoint: Checkpoint, folder: Path) -> None:
+    """Make a checkpoint's adapter the one of the run's folder."""
+    new = {name: (checkpoint.folder / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE)}
+    files = {folder / name: content for name, content in new.items()}
+    if any(not file.exists() or file.read_bytes() != new for file, new in files.items()):
+        write_atomically(
+            {file: lambda target, new=new: target.write(new) for file, new in files.items()},
+            folder / WEIGHTS_FILE,
         )
 
 

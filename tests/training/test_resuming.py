@@ -198,6 +198,20 @@ def test_what_differs_is_named(options, changes, message):
         train(options(resume=True, **changes))
 
 
+def test_the_adapter_of_a_finished_run_is_that_of_its_last_checkpoint(options):
+    """A kill between the last checkpoint and the adapter leaves an older adapter."""
+    config = options(iters=8, save_every=4)
+    train(config)
+    folder = Path(config.adapter_path)
+    last = (folder / "adapters.safetensors").read_bytes()
+    older = folder / "0000004_adapters.safetensors"
+    (folder / "adapters.safetensors").write_bytes(older.read_bytes())
+    assert older.read_bytes() != last
+    with pytest.raises(EdgeLoraError, match="of step 8 already"):
+        train(options(iters=8, save_every=4, resume=True))
+    assert (folder / "adapters.safetensors").read_bytes() == last
+
+
 def test_a_change_is_accepted_by_its_name(options):
     train(options(iters=8))
     changes = {"max_grad_norm": 1.0, "resume": True}
