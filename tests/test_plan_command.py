@@ -110,6 +110,7 @@ def test_wrong_input_is_one_sentence(run_command, flags, sentence):
     assert err.startswith(sentence) and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_picture(run_command, tmp_path):
     pytest.importorskip("matplotlib")
     run_command("--memory-budget", "1GB", "--plot", tmp_path / "plan.png")

@@ -89,6 +89,7 @@ def test_rows_and_gradients_equal_the_whole_blocks(data, batch, tokens, window, 
     kind=st.sampled_from(KINDS),
     all_rows=st.booleans(),
 )
+@pytest.mark.slow
 def test_tiles_and_gradients_equal_the_whole_blocks(
     data, batch, tokens, window, kv_heads, kind, all_rows
 ):

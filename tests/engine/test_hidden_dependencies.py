@@ -165,6 +165,7 @@ def test_the_next_segment_is_built_while_one_is_computed(name, plan, tmp_path, m
             assert_same_gradients(got, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [0, 3])
 def test_batches_of_other_label_counts_leave_nothing(tmp_path, compiles, kept):
     """What is compiled for one number of labelled tokens serves all that are padded to it."""

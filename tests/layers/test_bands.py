@@ -76,6 +76,7 @@ def shifted(band, start):
 
 @settings(max_examples=60, deadline=None)
 @given(shape=shapes, drawn=bands(), tile_bytes=st.integers(1, 6000))
+@pytest.mark.slow
 def test_gradients_over_the_keys_that_are_seen_are_those_over_all(shape, drawn, tile_bytes):
     """As tiles of tokens ask for them; the other keys have none."""
     band, keys = drawn

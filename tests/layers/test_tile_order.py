@@ -20,6 +20,7 @@ def packed():
     return made
 
 
+@pytest.mark.slow
 def test_tiles_wait_for_one_another(packed, memory, monkeypatch):
     x = mx.random.normal((256, 512))
     mx.eval(x)
@@ -40,6 +41,7 @@ def test_tiles_wait_for_one_another(packed, memory, monkeypatch):
     linear._product.cache_clear()
 
 
+@pytest.mark.slow
 def test_16_bits_hold_less_than_float32(packed, memory):
     """Tiles of twice the rows held more: unpacking makes 16-bit arrays whatever the dtype is."""
     held = {}

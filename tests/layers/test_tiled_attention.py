@@ -313,6 +313,7 @@ def test_output_and_gradients_are_held_once(memory, dtype):
     assert peak < arrays[0].nbytes / 1.5
 
 
+@pytest.mark.slow
 def test_array_mask_costs_no_copy_of_it(long, memory):
     arrays, cotangent = long
     mask = normal((2048, 2048), 7) > 0

@@ -154,6 +154,7 @@ def test_the_engine_sets_the_block_before_a_gradient_and_puts_it_back(
     assert os.environ.get(BLOCK_VARIABLE) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "budget",
     ["min", *(pytest.param(budget, marks=pytest.mark.slow) for budget in ("20MB", None))],

@@ -178,6 +178,7 @@ def test_first_magnitudes_leave_no_weights_in_memory(tiny):
     assert held() - before <= 1.1 * trained
 
 
+@pytest.mark.slow
 def test_mlx_lm_loads_what_was_trained_here(tiny, tmp_path):
     config = tiny()
     run(config)

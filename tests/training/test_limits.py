@@ -135,6 +135,7 @@ def test_a_plan_that_was_given_says_what_the_cache_is(options, unlimited, tmp_pa
     assert max(seen.cache) > 1 << 14
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", [{}, {"tile_tokens": 32}], ids=["whole", "tiles"])
 def test_the_file_is_mapped_once_whatever_the_lengths(options, tmp_path, monkeypatch, plan):
     data, mapped, original = tmp_path / "rising", [], page_file.np.memmap

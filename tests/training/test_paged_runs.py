@@ -93,6 +93,7 @@ def test_a_run_is_the_resident_one_bit_for_bit(run, changes):
     assert len(files(kept)) == 3
 
 
+@pytest.mark.slow
 def test_resuming_and_testing_go_through_the_file(run):
     _, _, start = run("resident", "start")
     changes = {"resume_adapter_file": str(start / WEIGHTS), "iters": 2, "train": True, "test": True}

@@ -315,6 +315,7 @@ def test_the_command_goes_on_with_the_options_of_the_run(options, tmp_path):
     assert_same(mx.load(f"{options().adapter_path}/adapters.safetensors"), expected)
 
 
+@pytest.mark.slow
 def test_overwriting_keeps_the_old_run_until_the_new_one_is_saved(options, monkeypatch):
     folder = Path(options().adapter_path)
     train(options(iters=8, val_batches=-1, steps_per_eval=4, save_best=True))
