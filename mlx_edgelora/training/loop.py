@@ -228,8 +228,6 @@ class _Run:
         losses = {"train_loss": state.train_loss, "val_loss": state.val_loss}
         self._last = {name: loss for name, loss in losses.items() if loss is not None}
         self._best = state.best_val_loss
-        if not self._group.leads:  # dropout of other rows is another one
-            mx.random.seed(self._config.seed + self._group.rank + self._group.size * state.step)
         self._progress.note(f"resumed after step {state.step} from {checkpoint.folder}")
         return state.step
 

@@ -195,6 +195,23 @@ def test_four_processes_of_which_one_has_no_row(place):
 
 
 @pytest.mark.slow
+def test_a_resumed_run_of_two_processes_ends_with_the_same_bits(place):
+    """Dropout included: all processes go on from the random key of the checkpoint."""
+    file = place / "dropout.yaml"
+    file.write_text("lora_parameters: {rank: 4, scale: 8.0, dropout: 0.3}")
+    common = {"config": file, "grad_accumulation_steps": 1, "max_grad_norm": 9}
+    ends = []
+    for name, stops in (("straight", [6]), ("in-parts", [4, 6])):
+        for iters in stops:
+            resumes = {"resume": place / name} if iters != stops[0] else {}
+            more = common | {"iters": iters} | resumes
+            statuses, errors = Run(place, 2, options_of(place, name, **more)).end()
+            assert statuses == [0, 0], errors
+        ends.append(adapter(place, name))
+    assert all(mx.array_equal(a, ends[1][name]).item() for name, a in ends[0].items())
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("own", "what"),
     [({"learning_rate": 2e-3}, "options"), ({"data": "other"}, "data"), ({"model": "m"}, "model")],
