@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from mlx_edgelora.command import command
-from mlx_edgelora.config.kinds import BUDGET, read_value
+from mlx_edgelora.config.kinds import BUDGET, add_model, path_argument, read_value
 from mlx_edgelora.evaluation.evaluating import Evaluation, evaluate
 from mlx_edgelora.measure.text import COLUMNS, named_rows
 from mlx_edgelora.measure.units import size
@@ -48,19 +48,17 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add(
-        "--model",
-        metavar="MODEL",
-        help="Model folder or Hugging Face name. Default: the model the adapter was trained on.",
-    )
+    add_model(parser)
     add(
         "--adapter-path",
+        type=path_argument,
         default="adapters",
         metavar="FOLDER",
         help="Folder of the adapter. Default: adapters.",
     )
     add(
         "--data",
+        type=path_argument,
         metavar="DATA",
         help="Folder with a test set, or a file of test rows. Default: the data of the run that "
         "made the adapter.",
@@ -93,7 +91,12 @@ def _parser() -> argparse.ArgumentParser:
         help="Memory limit for MLX, such as 2GB; min for the "
         "least. Default: what is free, less 20 %%.",
     )
-    add("--save-path", metavar="FILE", help="JSONL file for the answers. Default: none.")
+    add(
+        "--save-path",
+        type=path_argument,
+        metavar="FILE",
+        help="JSONL file for the answers. Default: none.",
+    )
     return parser
 
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from mlx_edgelora.command import command
-from mlx_edgelora.config.kinds import path_argument
+from mlx_edgelora.config.kinds import add_model, path_argument
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.export.fusing import fuse
 from mlx_edgelora.measure.meter import peak_memory
@@ -24,12 +24,7 @@ def main(argv: Sequence[str]) -> int:
         "mlx_lm.fuse. An interrupted run goes on where it stopped.",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--model",
-        type=path_argument,
-        metavar="MODEL",
-        help="Model folder or Hugging Face name. Default: the model the adapter was trained on.",
-    )
+    add_model(parser)
     parser.add_argument(
         "--adapter-path",
         nargs="+",

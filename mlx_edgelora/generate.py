@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mlx_edgelora.command import command
-from mlx_edgelora.config.kinds import BUDGET, MOST_COUNT, path_argument, read_value
+from mlx_edgelora.config.kinds import BUDGET, MOST_COUNT, add_model, path_argument, read_value
 from mlx_edgelora.embedded import MODEL_PATH, held_out_rows
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.inference.generating import Generator, Sampling, open_generator
@@ -67,12 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add(
-        "--model",
-        type=path_argument,
-        metavar="MODEL",
-        help="Model folder or Hugging Face name. Default: the model the adapter was trained on.",
-    )
+    add_model(parser)
     add(
         "--adapter-path",
         type=path_argument,

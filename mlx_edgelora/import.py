@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from mlx_edgelora.command import command
+from mlx_edgelora.config.kinds import path_argument
 from mlx_edgelora.export.peft_import import import_peft
 from mlx_edgelora.training.failures import explain_failures
 
@@ -19,14 +20,18 @@ def main(argv: Sequence[str]) -> int:
         "or to train on. No weights of the base model are read.",
         allow_abbrev=False,
     )
-    parser.add_argument("--peft", metavar="FOLDER", help="Folder of the PEFT adapter.")
+    parser.add_argument(
+        "--peft", type=path_argument, metavar="FOLDER", help="Folder of the PEFT adapter."
+    )
     parser.add_argument(
         "--model",
+        type=path_argument,
         metavar="MODEL",
         help="Model folder or Hugging Face name. Default: the model that the PEFT adapter names.",
     )
     parser.add_argument(
         "--save-path",
+        type=path_argument,
         default="adapters",
         metavar="FOLDER",
         help="Folder to write to; it must not exist. Default: adapters.",

@@ -1,5 +1,6 @@
 """Options, configuration files and paths that someone made to break the reader."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from mlx_edgelora.command import command
 from mlx_edgelora.config import TrainConfig, config_from_cli
 from mlx_edgelora.config.yaml_file import MOST_BYTES, read_yaml
 from mlx_edgelora.errors import MOST_CHARACTERS, EdgeLoraError
+from mlx_edgelora.evaluate import main as evaluate
+from mlx_edgelora.export.__main__ import main as export
 from mlx_edgelora.fuse import main as fuse
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -78,10 +81,20 @@ def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
     assert TrainConfig(resume="~/r").resume == str(tmp_path / "r")
 
 
-def test_other_commands_know_the_home_folder(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        (fuse, ["--adapter-path=~/none"]),
+        (evaluate, ["--adapter-path=~/none"]),
+        (export, ["peft", "--adapter-path=~/none"]),
+        (importlib.import_module("mlx_edgelora.import").main, ["--peft=~/none"]),
+    ],
+    ids=["fuse", "evaluate", "export", "import"],
+)
+def test_other_commands_know_the_home_folder(command, flags, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert fuse(["--adapter-path=~/none"]) == 2
-    assert f"{tmp_path}/none: is not the folder of an adapter" in capsys.readouterr().err
+    assert command(flags) == 2
+    assert f"{tmp_path}/none: " in capsys.readouterr().err
 
 
 def test_messages_are_bounded_and_hold_no_control_characters(capsys):

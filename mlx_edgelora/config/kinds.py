@@ -134,6 +134,16 @@ def path_argument(value: str) -> str:
         raise argparse.ArgumentTypeError(f"got {shown(value)}, expected {_PATH}") from None
 
 
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the option `--model` of a command that works with an adapter."""
+    parser.add_argument(
+        "--model",
+        type=path_argument,
+        metavar="MODEL",
+        help="Model folder or Hugging Face name. Default: the model the adapter was trained on.",
+    )
+
+
 def _fail() -> NoReturn:
     raise ValueError
 

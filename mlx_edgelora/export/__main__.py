@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlx_edgelora.command import command
+from mlx_edgelora.config.kinds import add_model, path_argument
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.export.gguf_files import OUTTYPES, export_gguf
 from mlx_edgelora.export.hub import Publisher, model_card, public_name
@@ -70,19 +71,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("format", nargs="?", choices=FORMATS, metavar="FORMAT", help=f"{', '.join(FORMATS)}.")
-    add(
-        "--model",
-        metavar="MODEL",
-        help="Model folder or Hugging Face name. Default: the model the adapter was trained on.",
-    )
+    add_model(parser)
     add(
         "--adapter-path",
+        type=path_argument,
         default="adapters",
         metavar="FOLDER",
         help="Folder of an adapter. Default: adapters.",
     )
     add(
         "--save-path",
+        type=path_argument,
         metavar="FOLDER",
         help="Folder to write to; it must not exist. Default: exported_FORMAT.",
     )
