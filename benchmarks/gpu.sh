@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# On a machine with an NVIDIA GPU, in seven minutes or less: the table of peaks and times, at 1024 tokens
+# On a machine with an NVIDIA GPU, in nine minutes at most: the table of peaks and times, at 1024 tokens
 # and at 4096, packed rows, and the test suite, each with a time limit of its own; logs and tables in a folder.
 #
 #   benchmarks/gpu.sh [FOLDER]        the folder is $OUT, or benchmark-gpu, if it is not named
