@@ -243,10 +243,11 @@ class _Run:
         start = time.perf_counter()
         self._between = False
         tokens, own = int(batch.mask.sum()), self._group.share(batch)
-        self._weigh(0 if own is None else int(own.mask.sum()), tokens)
+        own_tokens = 0 if own is None else int(own.mask.sum())
+        self._weigh(own_tokens, tokens)
         with self._group.failing_together(2):
             loss = self._backward(iteration, own)
-        share = self._weight * self._first_tokens / tokens
+        share = own_tokens / tokens
         loss, stops = self._group.exchange([loss * share, self._is_asked_to_stop])
         self._stopped_elsewhere = bool(stops) and self._group.size > 1
         self._weights += tokens / max(1, self._first_tokens)

@@ -154,13 +154,15 @@ def check_iters(config: TrainConfig, checkpoint: Checkpoint) -> None:
 
 def _publish(checkpoint: Checkpoint, folder: Path) -> None:
     """Make a checkpoint's adapter the one of the run's folder."""
-    new = {name: (checkpoint.folder / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE)}
-    files = {folder / name: content for name, content in new.items()}
-    if any(not file.exists() or file.read_bytes() != new for file, new in files.items()):
-        write_atomically(
-            {file: lambda target, new=new: target.write(new) for file, new in files.items()},
-            folder / WEIGHTS_FILE,
-        )
+    # The weights last: without them the configuration counts for nothing.
+    names = CONFIG_FILE, WEIGHTS_FILE
+    wanted = {folder / name: (checkpoint.folder / name).read_bytes() for name in names}
+    if any(not file.exists() or file.read_bytes() != content for file, content in wanted.items()):
+        writers = {
+            file: lambda target, content=content: target.write(content)
+            for file, content in wanted.items()
+        }
+        write_atomically(writers, folder / WEIGHTS_FILE)
 
 
 def saved_options(place: Path) -> dict[str, Any]:
