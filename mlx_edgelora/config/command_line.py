@@ -105,6 +105,7 @@ GROUPS: dict[str, dict[str, str | None]] = {
         "kernel": None,
         "verify": None,
         "duty": "SHARE",
+        "balance": None,
         "caffeinate": None,
         "cache_dir": "FOLDER",
         "clear_cache_threshold": "SIZE",

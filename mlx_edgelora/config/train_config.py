@@ -372,6 +372,11 @@ class TrainConfig:
         "took.",
         number("a number above 0 and at most 1", lambda x: 0 < x <= 1),
     )
+    balance: bool = option(
+        False,
+        "With several processes, give each rows in proportion to its measured speed, not evenly.",
+        FLAG,
+    )
     caffeinate: bool = option(
         True, "On macOS, keep the system awake while the run lasts; the display may sleep.", FLAG
     )

@@ -52,12 +52,11 @@ class AdapterState(WeightSource, Protocol):
         `look` gets their sums so far, evaluated, by name; it keeps none of them.
         """
 
-    def combine(self, reduce: Callable[[Arrays], Arrays], look: Look = ignored) -> None:
-        """Replace the sums of gradients, a block at a time in the order of the model.
+    def replace(self, sums: Arrays, look: Look = ignored) -> None:
+        """Replace the sums of gradients of a whole block, or of all parameters outside the blocks.
 
         Args:
-            reduce: gets the sums of a block by name, zeros where nothing was added, and returns
-                what takes their place, evaluated.
+            sums: evaluated, by name.
             look: as in `add`.
         """
 
@@ -156,17 +155,10 @@ class ResidentAdapterState(ResidentWeights):
         add_to(gradients, self._sum)
         look({name: self._sum[name] for name in names})
 
-    def combine(self, reduce: Callable[[Arrays], Arrays], look: Look = ignored) -> None:
+    def replace(self, sums: Arrays, look: Look = ignored) -> None:
         """Replace the sums in memory."""
-        for names in group_by_block(self._slots).values():
-            total = {}
-            for name in names:
-                box, key = self._slots[name]
-                total[name] = self._sum.pop(name, None)
-                if total[name] is None:
-                    total[name] = mx.zeros_like(box[key])
-            self._sum |= reduce(total)
-            look({name: self._sum[name] for name in names})
+        self._sum |= sums
+        look(sums)
 
     def norm(self, count: float) -> mx.array:
         """Norm of the mean."""

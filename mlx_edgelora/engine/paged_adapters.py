@@ -125,28 +125,15 @@ class PagedAdapterState:
             self._summed.add(index)
             look({f"{self._blocks.prefix}{index}.{local}": x for local, x in total.items()})
 
-    def combine(self, reduce: Callable[[Arrays], Arrays], look: Look = ignored) -> None:
-        """Replace the sums; reads and writes all gradients once."""
-        order = dict.fromkeys((self._blocks.local(name) or (None,))[0] for name in self._names)
-        for index in order:
+    def replace(self, sums: Arrays, look: Look = ignored) -> None:
+        """Write the sums of a block to the file."""
+        look(sums)
+        for index, arrays in self._by_block(dict(sums)).items():
             if index is None:
-                slots = array_slots(self._model)
-                for name in self._resident():
-                    if name not in self._outside:
-                        box, key = slots[name]
-                        self._outside[name] = mx.zeros_like(box[key])
-                self._outside = reduce(self._outside)
-                look(dict(self._outside))
-                continue
-            if index in self._summed:
-                total = self._gradients[index].read()
+                self._outside |= arrays
             else:
-                specs = self._parameters[index].specs()
-                total = {name: mx.zeros(shape, dtype) for name, (dtype, shape) in specs.items()}
-            total = reduce(total)
-            self._gradients[index].write(total)
-            self._summed.add(index)
-            look({f"{self._blocks.prefix}{index}.{local}": x for local, x in total.items()})
+                self._gradients[index].write(arrays)
+                self._summed.add(index)
 
     def norm(self, count: float) -> mx.array:
         """Norm of the mean; reads all gradients once."""

@@ -15,6 +15,7 @@ from mlx_edgelora.engine.step import Engine
 from mlx_edgelora.measure.meter import DiskMeter
 from mlx_edgelora.measure.profile import begin_step
 from mlx_edgelora.training.group import Group
+from mlx_edgelora.training.sharing import Shares
 
 
 class GradientEngine(Protocol):
@@ -60,7 +61,7 @@ def evaluate(
         config: batch_size, max_seq_length, packing, seed and clear_cache_threshold are used.
         num_batches: number of batches; -1 for all.
         advance: called after every batch.
-        group: processes that share the batches; None for this one alone.
+        group: processes that share the rows; None for this one alone.
 
     Returns:
         The mean loss, which may be NaN, and the number of labelled tokens.
@@ -112,12 +113,12 @@ def _mean_losses(
         seed=config.seed,
         packing=config.packing,
     )
-    losses, counts = [], []
+    losses, counts, shares = [], [], Shares(group, config.batch_size)
     with _evaluation_mode(engine.model), group.failing_together(width + 1):
         for done, batch in enumerate(batches, start=1):
-            if done % group.size == group.rank:
+            for piece in shares.pieces(batch):
                 begin_step()  # a memory profile starts anew with every batch
-                found, tokens = measure(batch)
+                found, tokens = measure(piece)
                 losses.append([loss.item() * tokens for loss in found])
                 counts.append(tokens)
                 limit_cache(engine, config)

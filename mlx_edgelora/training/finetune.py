@@ -99,6 +99,11 @@ def finetune(
             no file is damaged.
     """
     group = Group.joined()
+    if config.balance and group.size == 1:
+        raise EdgeLoraError(
+            "balance: got true in a run by one process, expected several that share the rows; "
+            "start them with mlx.launch, or leave balance out"
+        )
     config = with_embedded(group.own_options(config))
     if not group.leads:
         callbacks, notify = (), _discard_line

@@ -8,18 +8,17 @@ would, except for rounding. As in mlx-lm, `batch_size` counts the rows of all pr
 
 import contextlib
 import dataclasses
+import math
 import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_edgelora.config import TrainConfig
-from mlx_edgelora.data.batches import Batch
 from mlx_edgelora.engine.adapter_state import Arrays
 from mlx_edgelora.errors import EdgeLoraError
 
@@ -43,12 +42,15 @@ class Group:
     Attributes:
         rank: number of this process, from 0.
         size: number of processes.
+        waited: seconds that this process has waited for messages.
     """
 
     def __init__(self, members: mx.distributed.Group | None = None) -> None:
         self._members = members
         self.rank = 0 if members is None else members.rank()
         self.size = 1 if members is None else members.size()
+        self.waited = 0.0
+        self._is_lost = False  # whether another process was found to have ended
 
     @classmethod
     def joined(cls) -> "Group":
@@ -87,44 +89,21 @@ class Group:
         """The largest number of rows of a batch that one process gets."""
         return -(-batch_size // self.size)
 
-    def share(self, batch: Batch) -> Batch | None:
-        """This process's rows of a batch; None if it has none, or none with a label."""
-        if self.size == 1:
-            return batch
-        mine = slice(self.rank, None, self.size)
-        own = replace(
-            batch,
-            tokens=batch.tokens[mine],
-            mask=batch.mask[mine],
-            starts=None if batch.starts is None else batch.starts[mine],
-        )
-        return own if own.mask.any() else None
-
     def total(self, numbers: Sequence[float]) -> list[float]:
         """Sums of numbers over all processes, in float32."""
         if self.size == 1:
             return list(numbers)
-        return self._all_sum(mx.array(numbers, mx.float32)).tolist()
+        found = self.all_sum(mx.array(numbers, mx.float32))
+        self.evaluate(found)
+        return found.tolist()
 
-    def sum(self, arrays: Arrays) -> Arrays:
-        """Sums of arrays over all processes, in one message.
+    def send(self, arrays: Arrays) -> "Message":
+        """Begin to add up arrays over all processes, in one message.
 
         Args:
             arrays: the same names, shapes and dtypes in all processes.
-
-        Returns:
-            Evaluated sums by name, in the order of the names.
         """
-        names = sorted(arrays)
-        flat = [arrays[name].astype(mx.float32).reshape(-1) for name in names]
-        cuts = np.cumsum([array.size for array in flat])[:-1].tolist()
-        parts = mx.split(self._all_sum(mx.concatenate(flat)), cuts)
-        sums = {
-            name: part.reshape(arrays[name].shape).astype(arrays[name].dtype)
-            for name, part in zip(names, parts, strict=True)
-        }
-        mx.eval(sums)
-        return sums
+        return Message(self, arrays)
 
     def check_same(self, facts: Mapping[str, str]) -> None:
         """Check that facts are the same in all processes.
@@ -139,7 +118,7 @@ class Group:
             return
         own = np.frombuffer(bytes.fromhex("".join(facts.values())), np.uint8)
         every = mx.distributed.all_gather(mx.array(own.astype(np.uint32)), group=self._members)
-        self._evaluate(every)
+        self.evaluate(every)
         rows = np.array(every).reshape(self.size, len(facts), -1)
         for number, name in enumerate(facts):
             others = [r for r in range(self.size) if (rows[r, number] != rows[0, number]).any()]
@@ -151,16 +130,20 @@ class Group:
                 )
 
     @contextlib.contextmanager
-    def failing_together(self, numbers: int) -> Iterator[None]:
+    def failing_together(
+        self, numbers: int, finish: Callable[[], None] = lambda: None
+    ) -> Iterator[None]:
         """Context of what each process computes alone; a failure is made known to the others.
 
-        They are in `exchange` then, with as many numbers.
+        They are in `exchange` then, with as many numbers, after `finish`.
         """
         try:
             yield
         except Exception:
-            with contextlib.suppress(EdgeLoraError):
-                self.total([1.0, *[0.0] * numbers])
+            if not self._is_lost:
+                with contextlib.suppress(EdgeLoraError):
+                    finish()
+                    self.total([1.0, *[0.0] * numbers])
             raise
 
     def exchange(self, numbers: Sequence[float]) -> list[float]:
@@ -174,20 +157,21 @@ class Group:
             raise EdgeLoraError("another process of this run has failed, and says why itself")
         return sums
 
-    def _all_sum(self, array: mx.array) -> mx.array:
-        found = mx.distributed.all_sum(array, group=self._members)
-        self._evaluate(found)
-        return found
+    def all_sum(self, array: mx.array) -> mx.array:
+        """The sum over all processes, lazy."""
+        return mx.distributed.all_sum(array, group=self._members)
 
-    def _evaluate(self, array: mx.array) -> None:
+    def evaluate(self, array: mx.array) -> None:
         """Evaluate what needs all processes; a process that waits too long ends."""
         # A waiting evaluation cannot be interrupted, not even by a signal.
         timer = threading.Timer(PATIENCE, self._give_up)
         timer.daemon = True
         timer.start()
+        start = time.perf_counter()
         try:
             mx.eval(array)
         except RuntimeError as error:
+            self._is_lost = True
             raise EdgeLoraError(
                 f"process {self.rank} of {self.size}: another process of this run has ended or "
                 f"cannot be reached ({' '.join(str(error).split())[:200]}); start all of them "
@@ -195,6 +179,7 @@ class Group:
             ) from error
         finally:
             timer.cancel()
+            self.waited += time.perf_counter() - start
 
     def _give_up(self) -> None:
         print(
@@ -205,3 +190,36 @@ class Group:
             flush=True,
         )
         os._exit(ALONE)
+
+
+class Message:
+    """Sums of arrays over all processes that are on their way.
+
+    Args:
+        group: the processes.
+        arrays: evaluated, by name.
+    """
+
+    def __init__(self, group: Group, arrays: Arrays) -> None:
+        self._group = group
+        self._specs = {name: (arrays[name].shape, arrays[name].dtype) for name in sorted(arrays)}
+        flat = mx.concatenate([arrays[name].astype(mx.float32).reshape(-1) for name in self._specs])
+        mx.eval(flat)  # so that nothing waits for what is computed after it
+        self._sum = group.all_sum(flat)
+        mx.async_eval(self._sum)
+
+    def sums(self) -> Arrays:
+        """Wait for the message; returns evaluated sums by name.
+
+        Raises:
+            EdgeLoraError: another process has ended.
+        """
+        self._group.evaluate(self._sum)
+        sizes = [math.prod(shape) for shape, _ in self._specs.values()]
+        parts = mx.split(self._sum, np.cumsum(sizes)[:-1].tolist())
+        sums = {
+            name: part.reshape(shape).astype(dtype)
+            for (name, (shape, dtype)), part in zip(self._specs.items(), parts, strict=True)
+        }
+        mx.eval(sums)
+        return sums

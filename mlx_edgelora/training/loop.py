@@ -52,6 +52,7 @@ from mlx_edgelora.training.failures import explain
 from mlx_edgelora.training.log import RunLog
 from mlx_edgelora.training.progress import Progress
 from mlx_edgelora.training.report import LossReport, UsageMeter, Window
+from mlx_edgelora.training.sharing import SharedSums, Shares
 from mlx_edgelora.training.stopping import Stopped, StopRequests, stop_requests
 from mlx_edgelora.training.text import abbreviate
 
@@ -182,6 +183,7 @@ class _Run:
     ) -> None:
         self.requests: StopRequests | None = None
         self._group = origin.group
+        self._shares = Shares(origin.group, config.batch_size, config.balance)
         self._stopped_elsewhere = False  # a process of the group was asked to stop
         self._engine = engine
         self._optimizer = optimizer
@@ -199,11 +201,13 @@ class _Run:
         self._window = Window(self._meter)
         self._adapters = engine.adapters
         self._adapters.start(optimizer)
+        self._shared = SharedSums(engine.adapters, engine.model, origin.group)
         self._magnitudes = Magnitudes()
         self._grad_norm: float | None = None  # norm before clipping at the last update
         self._weights = 0.0  # sum of the weights of the accumulated gradients
         self._first_tokens = 0  # labelled tokens of the first accumulated batch
         self._weight = 1.0  # weight of the current batch
+        self._is_last = False  # whether no rows of this process follow before the update
         self._trained_tokens = 0
         self._iteration = 0
         self._between = True  # whether no step is in progress
@@ -242,16 +246,14 @@ class _Run:
         begin_step()
         start = time.perf_counter()
         self._between = False
-        tokens, own = int(batch.mask.sum()), self._group.share(batch)
-        own_tokens = 0 if own is None else int(own.mask.sum())
-        self._weigh(own_tokens, tokens)
-        with self._group.failing_together(2):
-            loss = self._backward(iteration, own)
-        share = own_tokens / tokens
-        loss, stops = self._group.exchange([loss * share, self._is_asked_to_stop])
-        self._stopped_elsewhere = bool(stops) and self._group.size > 1
+        tokens, pieces = int(batch.mask.sum()), self._shares.pieces(batch)
+        # Numbers of tokens as weights could overflow gradients in 16 bits.
+        if not self._weights:
+            self._first_tokens = tokens
+        is_due = self.is_due(self._config.grad_accumulation_steps, iteration)
+        loss = self._backward_of_all(iteration, pieces, tokens, is_due)
         self._weights += tokens / max(1, self._first_tokens)
-        if self.is_due(self._config.grad_accumulation_steps, iteration):
+        if is_due:
             self._update(iteration)
             self._updated = iteration
         self._iteration, self._key, self._between = iteration, mx.random.state[0], True
@@ -260,14 +262,41 @@ class _Run:
         self._window.add(loss, tokens, time.perf_counter() - start)
         self._progress.step(self._make_report("train_loss", self._window, iteration))
 
-    def _backward(self, iteration: int, batch: Batch | None) -> float:
-        """Compute this process's rows of a batch; returns their mean loss."""
-        if batch is None:
-            return 0.0
-        loss, _ = self._engine.backward(batch, self._add_gradients)
-        loss = loss.item()
-        self._check_finite(iteration, batch, loss)
+    def _backward_of_all(
+        self, iteration: int, pieces: list[Batch], tokens: int, is_due: bool
+    ) -> float:
+        """Compute a batch together with the other processes; returns its mean loss.
+
+        Args:
+            iteration: the step.
+            pieces: rows of this process.
+            tokens: labelled tokens of the whole batch.
+            is_due: whether an update follows.
+        """
+        if is_due:
+            self._shared.begin()
+        finish, speeds = self._shared.finish, self._shares.speeds
+        with self._group.failing_together(2 + len(speeds()), finish), self._shares.timed(pieces):
+            loss = self._backward(iteration, pieces, tokens, is_due)
+        finish()
+        own = [loss, self._is_asked_to_stop, *speeds()]
+        loss, stops, *measured = self._group.exchange(own)
+        self._shares.measured(measured)
+        self._stopped_elsewhere = bool(stops) and self._group.size > 1
         return loss
+
+    def _backward(self, iteration: int, pieces: list[Batch], tokens: int, is_due: bool) -> float:
+        """Compute this process's rows; returns their part of the batch's mean loss."""
+        total = 0.0
+        for piece in pieces:
+            own = int(piece.mask.sum())
+            self._weight = own / max(1, self._first_tokens)
+            self._is_last = is_due and piece is pieces[-1]
+            loss, _ = self._engine.backward(piece, self._add_gradients)
+            loss = loss.item()
+            self._check_finite(iteration, piece, loss, self._magnitudes)
+            total += loss * (own / tokens)
+        return total
 
     @property
     def _is_asked_to_stop(self) -> bool:
@@ -279,34 +308,24 @@ class _Run:
         """Whether the run ends after this step; all processes of a group end after the same one."""
         return self._is_asked_to_stop if self._group.size == 1 else self._stopped_elsewhere
 
-    def _weigh(self, own: int, tokens: int) -> None:
-        """Set the weight of the next gradients: labelled tokens relative to the first batch.
-
-        Numbers of tokens as weights could overflow gradients in 16 bits.
-
-        Args:
-            own: labelled tokens of this process.
-            tokens: labelled tokens of the whole batch.
-        """
-        if not self._weights:
-            self._first_tokens = tokens
-        self._weight = own / max(1, self._first_tokens)
-
     def _add_gradients(self, gradients: Arrays) -> None:
         """Add weighted gradients to the sum, and record the sum's magnitude."""
         if self._weight != 1:
             for name in list(gradients):
                 gradients[name] = self._weight * gradients.pop(name)
             mx.eval(gradients)
+        names = list(gradients)  # the next call empties it
         self._adapters.add(gradients, self._magnitudes.add)
+        if self._is_last:
+            self._shared.add(names)
 
     def _update(self, iteration: int) -> None:
         weights, self._weights = self._weights, 0.0
+        magnitudes = self._magnitudes
         if self._group.size > 1:
-            self._magnitudes.clear()
-            self._adapters.combine(self._group.sum, self._magnitudes.add)
-            self._check_finite(iteration, None, 0.0)
-        norm = self._magnitudes.norm()
+            magnitudes = self._shared.magnitudes
+            self._check_finite(iteration, None, 0.0, magnitudes)
+        norm = magnitudes.norm()
         self._grad_norm = None if norm is None else norm / weights
         self._magnitudes.clear()
         with phase("update"):
@@ -335,6 +354,8 @@ class _Run:
         """Report the training loss since the last report."""
         report = self._make_report("train_loss", self._window, iteration)
         self._publish(report)
+        if (news := self._shares.news()) is not None:
+            self._progress.note(news)
         self._window = Window(self._meter)
 
     def validate(self, iteration: int, valid_set: Sequence) -> None:
@@ -507,8 +528,10 @@ class _Run:
                 with contextlib.suppress(OSError):  # standard output may be closed
                     self.save()
 
-    def _check_finite(self, iteration: int, batch: Batch | None, loss: float) -> None:
-        what, bad = None, self._magnitudes.first_bad()
+    def _check_finite(
+        self, iteration: int, batch: Batch | None, loss: float, magnitudes: Magnitudes
+    ) -> None:
+        what, bad = None, magnitudes.first_bad()
         if not math.isfinite(loss):
             what = f"loss is {loss}"
         elif bad is not None:

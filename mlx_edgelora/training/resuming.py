@@ -33,6 +33,7 @@ FREE = frozenset(
     {
         "accept_changes",
         "adapter_path",
+        "balance",
         "cache_dir",
         "caffeinate",
         "clear_cache_threshold",

@@ -1,22 +1,32 @@
 """Several processes train as one does: gradients, files, failures."""
 
 import json
+import math
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optimizers
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.lora import LoRALinear
 from tiny import make_data, make_model, words, write_rows
 
+from mlx_edgelora import TrainConfig, finetune
 from mlx_edgelora.data import Batch
+from mlx_edgelora.engine.adapter_state import ResidentAdapterState
+from mlx_edgelora.engine.paged_adapters import PagedAdapterState
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.training import group as module
 from mlx_edgelora.training.group import Group
+from mlx_edgelora.training.sharing import SharedSums, Shares
 
 # A process that waits for another ends within this many seconds.
 ENDS = 60
@@ -29,7 +39,7 @@ class Second(Group):
         super().__init__()
         self.rank, self.size, self.messages = 1, 2, list(messages)
 
-    def _all_sum(self, array):
+    def all_sum(self, array):
         return array + self.messages.pop(0)
 
 
@@ -38,25 +48,111 @@ def batch_of(rows, labels=True):
     return Batch(tokens, np.full((rows, 5), labels), tuple(range(rows)))
 
 
+def shares_of(rank, size=2, batch_size=4, balance=True):
+    group = Group()
+    group.rank, group.size = rank, size
+    return Shares(group, batch_size, balance)
+
+
+def rows_of(pieces):
+    return [[int(row[0]) // 6 for row in piece.tokens] for piece in pieces]
+
+
 def test_every_row_is_in_one_share():
-    whole, second = batch_of(5), Second()
-    first = Second()
-    first.rank = 0
-    shares = [group.share(whole) for group in (first, second)]
-    assert [share.tokens[:, 0].tolist() for share in shares] == [[0, 12, 24], [6, 18]]
-    assert first.rows(5) == 3
-    assert Group().share(whole) is whole
-    assert second.share(batch_of(1)) is None  # no row
-    assert second.share(batch_of(4, labels=False)) is None  # no label
+    whole = batch_of(5)
+    assert rows_of(shares_of(0, batch_size=5).pieces(whole)) == [[0, 2, 4]]
+    assert rows_of(shares_of(1, batch_size=5).pieces(whole)) == [[1, 3]]
+    assert Shares(Group(), 5).pieces(whole) == [whole]
+    assert shares_of(1).pieces(batch_of(1)) == []  # no row
+    assert shares_of(1).pieces(batch_of(4, labels=False)) == []  # no label
+    packed = replace(whole, starts=np.arange(25).reshape(5, 5))
+    (mine,) = shares_of(1, batch_size=5).pieces(packed)
+    assert mine.starts[:, 0].tolist() == [5, 15]
+
+
+def test_a_faster_process_gets_more_rows_in_pieces_that_fit_its_plan():
+    fast, slow = shares_of(0), shares_of(1)
+    for shares in (fast, slow):
+        shares.measured([1.0, 90.0])  # of the step that compiles
+        for _ in range(3):
+            shares.measured([30.0, 10.0])
+    whole = batch_of(4)
+    assert rows_of(fast.pieces(whole)) == [[0, 2], [1]]  # two are its even share
+    assert rows_of(slow.pieces(whole)) == [[3]]
+    assert fast.news() == "rows of a batch by process: 3, 1" and fast.news() is None
+    even = shares_of(0, balance=False)
+    even.measured([30.0, 10.0])
+    assert even.speeds() == [] and even.news() is None
+    assert rows_of(even.pieces(whole)) == [[0, 2]]
+
+
+def test_a_speed_is_of_the_rows_and_without_the_waiting():
+    shares = shares_of(1)
+    with shares.timed(shares.pieces(batch_of(4))):
+        shares._group.waited += 1e6
+    assert shares.speeds() == [0, 1]  # nothing is known: more was waited for than spent
+    shares._group.waited = 0.0
+    with shares.timed(shares.pieces(batch_of(4))):
+        time.sleep(0.02)
+    zero, own = shares.speeds()
+    assert zero == 0 and 1 < own < 2 / 0.02
 
 
 def test_sums_are_one_message_and_keep_shapes_and_dtypes():
     group = Second([mx.arange(10, dtype=mx.float32)])
     arrays = {"b": mx.ones((2, 3)), "a": mx.ones((4,), mx.bfloat16)}
-    sums = group.sum(arrays)
+    sums = group.send(arrays).sums()
     assert sums["a"].tolist() == [1, 2, 3, 4] and sums["a"].dtype == mx.bfloat16
     assert sums["b"].tolist() == [[5, 6, 7], [8, 9, 10]]
     assert not group.messages
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_messages_have_one_order_whatever_the_plan(tmp_path, paged):
+    """Blocks that come late, all at once, or not at all; what a process lacks is zero."""
+    model = adapted()
+    specs = {name: value.shape for name, value in tree_flatten(model.trainable_parameters())}
+    state = PagedAdapterState(model, tmp_path) if paged else ResidentAdapterState(model)
+    state.start(optimizers.SGD(0.1))
+    blocks = {}
+    for name in specs:
+        blocks.setdefault(name.split(".")[1], []).append(name)
+    sizes = {key: sum(math.prod(specs[n]) for n in names) for key, names in blocks.items()}
+    last, first = sorted(blocks, reverse=True)
+    assert sizes[last] != sizes[first]  # by which the order is seen
+    group = Second([mx.ones(sizes[last]), mx.ones(sizes[first])])
+    sums = SharedSums(state, model, group)
+    state.add({name: mx.full(specs[name], 2.0) for name in specs})
+    sums.add(list(specs))  # not before `begin`
+    assert len(group.messages) == 2
+    sums.begin()
+    sums.add(blocks[first])
+    assert len(group.messages) == 2  # its turn has not come
+    sums.add(blocks[last])
+    assert not group.messages
+    sums.finish()
+    assert all((value == 3).all().item() for value in dict(state.gradients()).values())
+    entries = sum(sizes.values())
+    assert sums.magnitudes.norm() == pytest.approx(3 * math.sqrt(entries))
+    # Nothing of its own: the sums are those of the others.
+    state.start(optimizers.SGD(0.1))
+    group.messages = [mx.ones(sizes[last]), mx.ones(sizes[first])]
+    sums.begin()
+    sums.finish()
+    assert len(state.gradients()) == len(specs)
+    assert all((value == 1).all().item() for value in dict(state.gradients()).values())
+    state.close()
+
+
+def adapted():
+    """Two blocks with adapters of different sizes."""
+    model = nn.Module()
+    model.layers = [nn.Module(), nn.Module()]
+    for index, layer in enumerate(model.layers):
+        layer.freeze()
+        layer.up = LoRALinear(8, 6 + index, r=2)
+        layer.up.linear.freeze()
+    return model
 
 
 def test_a_failure_elsewhere_is_an_error_here():
@@ -67,6 +163,10 @@ def test_a_failure_elsewhere_is_an_error_here():
     with pytest.raises(ZeroDivisionError), told.failing_together(2):
         _ = 1 / 0
     assert not told.messages  # the others were told
+    told, calls = Second([mx.zeros(3)]), []
+    with pytest.raises(ZeroDivisionError), told.failing_together(2, lambda: calls.append(1)):
+        _ = 1 / 0
+    assert calls == [1]  # the messages of gradients come first
 
 
 def free_ports(count):
@@ -91,7 +191,7 @@ class Run:
             if count == 1:
                 environment = {k: v for k, v in os.environ.items() if not k.startswith("MLX_HOST")}
             flags = [
-                f"--{k.replace('_', '-')}={v}"
+                f"--{k.replace('_', '-')}" + ("" if v is True else f"={v}")
                 for k, v in (options | (own or {}).get(rank, {})).items()
             ]
             self.processes.append(
@@ -183,6 +283,22 @@ def test_two_processes_learn_what_one_does(place):
     assert (
         max(mx.abs(value).max().item() for name, value in ours.items() if "lora_b" in name) > 1e-3
     )
+
+
+@pytest.mark.slow
+def test_a_slow_process_gets_fewer_rows(place):
+    """Each with its own budget and speed; learned is what one process learns."""
+    more = {"batch_size": 8, "iters": 8, "val_batches": 1}
+    statuses, errors = Run(place, 1, options_of(place, "alone", **more)).end()
+    assert statuses == [0], errors
+    own = {1: {"memory_budget": "min", "duty": 0.1}}
+    run = Run(place, 2, options_of(place, "balanced", balance=True, **more), own)
+    statuses, errors = run.end()
+    assert statuses == [0, 0], errors
+    divided = [line for line in run.outputs[0].splitlines() if "rows of a batch by process" in line]
+    fast, slow = map(int, divided[-1].split(":")[1].split(","))
+    assert fast + slow == 8 and fast > 5
+    assert_same_run(place, "alone", "balanced")
 
 
 @pytest.mark.slow
@@ -286,6 +402,11 @@ def test_a_process_that_finds_no_other_does_not_train_alone(place, monkeypatch):
         EdgeLoraError, match=r"^process 0: the other processes .* cannot be reached"
     ):
         Group.joined()
+
+
+def test_one_process_has_nobody_to_share_with(place):
+    with pytest.raises(EdgeLoraError, match=r"^balance: got true in a run by one process"):
+        finetune(TrainConfig(model=str(place / "model"), data=str(place / "data"), balance=True))
 
 
 def test_a_run_alone_is_a_group_of_one():
