@@ -20,7 +20,7 @@ how much faster each is than the one before.
 `fits` is the README's table, by the formula alone: of each shape a block or a few of random 4-bit
 weights are made, and the planner is asked about the model of full depth, one row of 2048 tokens,
 half of them labelled, bfloat16, rank 8 on all blocks. Which of two ways is faster follows from the
-rates of the machine that this runs on.
+rates of the machine that this runs on, or from those of `--rates`.
 
 `collect` measures phases of one shape as a run does before its first step, for several batches and
 ways to compute them, and appends a line for each to a file. `fit` prints for every kind of phase
@@ -52,7 +52,7 @@ from mlx_edgelora.measure.units import size
 from mlx_edgelora.model.checkpoint import LazyModel
 from mlx_edgelora.model.loading import DTYPES, open_model
 from mlx_edgelora.model.lora import add_lora
-from mlx_edgelora.planner.machine import Machine, this_machine
+from mlx_edgelora.planner.machine import Machine, Rates, this_machine
 from mlx_edgelora.planner.measured import Measurements
 from mlx_edgelora.planner.plan import Plan
 from mlx_edgelora.planner.run_plan import Budget, RunPlan
@@ -67,7 +67,6 @@ BUDGETS = (1.03, 1.25, 1.6, 2.5, 4.0, None)
 # Of `fits`: blocks that are made of each shape, budgets in bytes, and the batch.
 MADE = {"llama-3.2-1b": 4, "llama-3.2-3b": 3, "llama-3.1-8b": 1, "llama-3.3-70b": 1}
 BYTES = (4 * 10**9, 10 * 10**9, 22 * 10**9)
-LOAD = BatchShape(1, 2048, 1024)
 
 
 @dataclass(frozen=True)
@@ -328,14 +327,33 @@ def draw(file: Path, choices: list[Choice], peaks: list[int], medians: list[floa
 
 def fits(args: argparse.Namespace) -> None:
     """Print what the planner says of every shape and budget."""
-    for name, made in MADE.items():
+    load = BatchShape(1, args.tokens, args.tokens // 2)
+    for name in args.shapes:
+        made = MADE[name]
         planned = Planned(args, Case(name, made, 128, 1, 8, "bfloat16", 0.5, None))
+        machine = assumed(*args.rates) if args.rates else planned.machine
         blocks = SHAPES[name][1]
         shape = replace(planned.shape, blocks=blocks, adapted=blocks)
-        for budget in BYTES:
-            choice = plan(shape, LOAD, planned.machine, budget)
+        for budget in args.budgets:
+            choice = plan(shape, load, machine, budget)
             text = f"{size(choice.peak)} expected; {choice.plan.summary(blocks)}"
+            if args.rates:
+                text += f"; {choice.seconds:.0f} s a step"
             print(f"{name}, {size(budget)}: {text}", flush=True)
+
+
+def assumed(flops: float, moved: float, read: float) -> Machine:
+    """A GPU with these rates per second, and what follows from them for the others."""
+    rates = Rates(
+        flops=flops,
+        fused_flops=flops,
+        dequantized=moved / 2.5,  # half a byte is read and two are written
+        moved=moved,
+        read=read,
+        written=read,
+        call=1e-5,
+    )
+    return Machine("assumed", rates, ("fused", "dequantize"))
 
 
 def collect(args: argparse.Namespace) -> None:
@@ -364,6 +382,17 @@ def main() -> None:
     one.add_argument("--plot", type=Path)
     one.set_defaults(run=budgets)
     one = commands.add_parser("fits", help="what fits into how much memory")
+    one.add_argument("--shapes", choices=MADE, nargs="+", default=list(MADE))
+    one.add_argument("--tokens", type=int, default=2048, help="of a row")
+    one.add_argument("--budgets", type=float, nargs="+", default=BYTES, help="in bytes")
+    one.add_argument(
+        "--rates",
+        type=float,
+        nargs=3,
+        metavar=("FLOPS", "MOVED", "READ"),
+        help="of the machine, for the time of a step: operations, bytes in memory and bytes from "
+        "the disk per second",
+    )
     one.set_defaults(run=fits)
     one = commands.add_parser("collect", help="measure what phases need")
     one.add_argument("file", type=Path, help="gets a line for each phase")
