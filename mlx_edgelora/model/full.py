@@ -7,7 +7,6 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_edgelora.blocks.block_list import array_slots
-from mlx_edgelora.blocks.trained import trains_weights
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.model.checkpoint import LazyModel
 from mlx_edgelora.model.lora import check_num_layers, freeze
@@ -69,22 +68,17 @@ def take_out(lazy: LazyModel, dtype: mx.Dtype | None) -> None:
         box[key] = value if dtype is None else cast(value, dtype)
 
 
-def is_full(model: nn.Module) -> bool:
-    """Whether weights of the model itself are trained."""
-    return trains_weights(model)
-
-
-def lay_over(lazy: LazyModel, file: Path) -> None:
-    """Let weights in a file take the place of a model's, as another shard of its checkpoint.
+def stream_from(lazy: LazyModel, file: Path) -> None:
+    """Let weights that a model has from a file be streamed like those of its checkpoint.
 
     Args:
-        lazy: a model without adapters.
-        file: the weights of a full fine-tuning; their names and shapes are checked.
+        lazy: a model with the weights of a full fine-tuning, not evaluated yet.
+        file: the file that they are in.
     """
-    header, arrays = read_header(file), mx.load(str(file))
+    slots = array_slots(lazy.model)
     lazy.checkpoint.files.watch(file)
-    for name, array in arrays.items():
+    for name, info in read_header(file).items():
+        box, key = slots[name]
         place = f"{file}:{name}"  # no name of the checkpoint's own
-        lazy.checkpoint.tensors[place] = file, header[name]
-        lazy.raw[id(array)] = array, TensorLocation(file, place)
-    lazy.model.load_weights(list(arrays.items()), strict=False)
+        lazy.checkpoint.tensors[place] = file, info
+        lazy.raw[id(box[key])] = box[key], TensorLocation(file, place)
