@@ -46,8 +46,7 @@ def _check_unquantized(index: int, block: nn.Module) -> None:
         if "scales" in module:
             raise EdgeLoraError(
                 f"fine_tune_type: full cannot train {name} of block {index}, which is quantized "
-                f"to {module.bits} bits; name an unquantized model, without quantize, or use "
-                "fine_tune_type lora"
+                f"to {module.bits} bits; name an unquantized model, or use fine_tune_type lora"
             )
 
 

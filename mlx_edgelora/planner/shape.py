@@ -80,6 +80,7 @@ def shape_of(blocks: BlockList, vocabulary: int, dtype: mx.Dtype | None = None) 
         shared=sum(form.read_entries for form in blocks.forms if form),
         expert_bytes=largest.expert_frozen,
         one_expert_bytes=largest.one_expert,
+        full=trains_weights(model),
     )
 
 
