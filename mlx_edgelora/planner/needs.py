@@ -61,6 +61,7 @@ TERMS: dict[str, dict[str, float]] = {
         "last intermediate": 8.0,
         "attention": 3.1,
         "one": 10.0,
+        "trained": 1.2,
         "scores": 1.0,
     },
     "update": {"adapters": 3.0, "one": 1.0},
@@ -121,6 +122,7 @@ def sizes_of(kind: str, shape: ModelShape, way: Way, batch_shape: BatchShape) ->
     every = batch_shape.size * shape.hidden * shape.itemsize
     if kind == "tail":
         above, inner = way[0] - 1, batch_shape.size * shape.intermediate * shape.itemsize
+        sizes["trained"] = way[0] * sizes.get("trained", 0.0)
         return sizes | {
             "kept hidden": above * every * FLOAT / shape.itemsize,
             "kept intermediate": above * inner,
