@@ -349,8 +349,8 @@ class TrainConfig:
     )
     adapters: str | None = option(
         None,
-        "Where adapters, gradients and optimizer state are kept: in memory (resident) or in a file "
-        "(paged). Default: the memory budget decides.",
+        "Where adapters or trained weights, gradients and optimizer state are kept: in memory "
+        "(resident) or in a file (paged). Default: the memory budget decides.",
         one_of("resident", "paged"),
     )
     memory_budget: str | int | None = option(

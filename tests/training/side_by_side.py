@@ -1,6 +1,7 @@
 """Whole runs here and in mlx-lm, with the same options."""
 
 import dataclasses
+import json
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -78,7 +79,7 @@ def recast(model, dtype):
 
 
 def assert_same_run(config, folder):
-    """The losses and the weights of 20 steps are those of mlx-lm."""
+    """The losses and the files of 20 steps are those of mlx-lm."""
     losses, expected = run(config), run_mlx_lm(config, folder / "theirs")
     assert len(losses) == len(expected) == 20
     assert np.abs(np.subtract(losses, expected)).max() < 1e-4
@@ -90,3 +91,9 @@ def assert_same_run(config, folder):
     for name, value in wanted.items():
         error = mx.linalg.norm((got[name] - value).reshape(-1))
         assert error.item() < 1e-3 * mx.linalg.norm(value.reshape(-1)).item(), name
+    ours, theirs = (
+        json.loads((folder / who / "adapter_config.json").read_text())
+        for who in ("adapters", "theirs")
+    )
+    for key in ("fine_tune_type", "num_layers", "lora_parameters"):
+        assert ours[key] == theirs[key]

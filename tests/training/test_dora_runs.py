@@ -1,7 +1,6 @@
 """DoRA from end to end: the steps, files and logits of mlx-lm."""
 
 import dataclasses
-import json
 from types import SimpleNamespace
 
 import architectures
@@ -16,7 +15,7 @@ from mlx_lm.tuner.datasets import CacheDataset, load_dataset
 from mlx_lm.tuner.trainer import evaluate
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from peaks import held
-from side_by_side import logits, recast, run, run_mlx_lm, weights
+from side_by_side import assert_same_run, logits, recast, run, run_mlx_lm, weights
 from tiny import LENGTH, make_data, make_model
 
 from mlx_edgelora import EdgeLoraError, finetune
@@ -56,16 +55,6 @@ def options(folder, model, data, **changes):
         "lora_parameters": {"rank": 4, "scale": 8.0, "dropout": 0.0},
     }
     return side_by_side.options(folder, model, data, **dora | changes)
-
-
-def assert_same_run(config, folder):
-    side_by_side.assert_same_run(config, folder)
-    ours, theirs = (
-        json.loads((folder / who / "adapter_config.json").read_text())
-        for who in ("adapters", "theirs")
-    )
-    for key in ("fine_tune_type", "num_layers", "lora_parameters"):
-        assert ours[key] == theirs[key]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import io
-import json
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -41,21 +40,10 @@ def tiny(tmp_path):
     return make
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "llama",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3_text", "qwen3_moe")),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "qwen3_moe"])
 def test_twenty_steps_are_those_of_mlx_lm(tiny, tmp_path, name):
     assert_same_run(tiny(name, **SMALLEST), tmp_path)
-    ours, theirs = (
-        json.loads((tmp_path / who / "adapter_config.json").read_text())
-        for who in ("adapters", "theirs")
-    )
-    for key in ("fine_tune_type", "num_layers", "lora_parameters"):
-        assert ours[key] == theirs[key]
 
 
 @pytest.mark.slow
