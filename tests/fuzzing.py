@@ -395,7 +395,8 @@ class Fuzzer:
         content = self._header(rng, good)
         path.write_bytes(content)
         note = check_adapter(path)
-        for name, array in read_adapter_weights(path, self.shapes):
+        zeros = {name: mx.zeros(shape) for name, shape in self.shapes.items()}
+        for name, array in read_adapter_weights(path, zeros):
             require(tuple(array.shape) == tuple(self.shapes[name]), "another shape")
         require(content == self.good[path] or note is not None, "damage in spite of a checksum")
 

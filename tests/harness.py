@@ -19,7 +19,8 @@ from mlx_edgelora import data
 from mlx_edgelora.engine import build as build_module
 from mlx_edgelora.engine.build import Settings, build_engine
 from mlx_edgelora.engine.step import Engine, Loss
-from mlx_edgelora.model.loading import open_model
+from mlx_edgelora.model.full import take_out, unfreeze_blocks
+from mlx_edgelora.model.loading import DTYPES, open_model
 from mlx_edgelora.model.lora import add_lora
 from mlx_edgelora.planner.plan import Plan
 
@@ -59,6 +60,7 @@ def engine(
     compiled: bool = False,
     num_layers: int = -1,
     loss: Loss | None = None,
+    full: bool = False,
     **options,
 ) -> Engine:
     """The engine that a run by some plan has, on a checkpoint, with random adapters.
@@ -68,6 +70,7 @@ def engine(
         streamed, spilled: False for a plan with all weights, or all inputs of blocks, in memory.
         compiled: as where MLX compiles. Unless the test has the fixture `compiles`, MLX builds
             each graph anew nevertheless.
+        full: train the blocks' own weights in place of adapters.
         options: choices of the `Plan`, or of LoRA.
     """
     choices = {} if streamed else {"streamed_blocks": 0}
@@ -76,8 +79,12 @@ def engine(
     plan = Plan(**choices | {name: value for name, value in options.items() if name in names})
     lora = {name: value for name, value in options.items() if name not in names}
     lazy = open_model(str(folder), streamed=plan.streams, quantize=None, cache=folder / "cache")
-    add_lora(lazy.model, num_layers, **({"rank": 4, "scale": 3.0} | lora))
-    randomize(lazy.model)
+    if full:
+        unfreeze_blocks(lazy.model, num_layers)
+        take_out(lazy, dtype and DTYPES[dtype])
+    else:
+        add_lora(lazy.model, num_layers, **({"rank": 4, "scale": 3.0} | lora))
+        randomize(lazy.model)
     stack = ExitStack()
     with pytest.MonkeyPatch.context() as patch:
         if compiled:
@@ -117,6 +124,15 @@ def plain(folder: Path, num_layers: int = -1, dora: bool = False, **lora) -> nn.
     settings = {"rank": 4, "scale": 3.0, "dropout": 0.0} | lora
     linear_to_lora_layers(model, count, settings, use_dora=dora)
     randomize(model)
+    return model.train()
+
+
+def plain_full(folder: Path, num_layers: int = -1) -> nn.Module:
+    """A model whose last blocks are trained, as mlx-lm unfreezes them."""
+    model, _ = load_model(folder)
+    model.freeze()
+    for block in model.layers[-max(num_layers, 0) :]:
+        block.unfreeze()
     return model.train()
 
 

@@ -250,7 +250,7 @@ def test_train_is_the_default_unless_test_is_given(argv, train, test):
         ({"use_rslora": True}, r"use_rslora: unknown key; write use_rslora under lora_parameters"),
         ({"lora_parameters": {"use_rslora": 1}}, r"lora_parameters\.use_rslora: got 1, expected t"),
         ({"loraplus_lr_ratio": 0}, r"loraplus_lr_ratio: got 0, expected a number above 0"),
-        ({"fine_tune_type": "full"}, r"fine_tune_type: got 'full', expected lora or dora; full"),
+        ({"fine_tune_type": "qlora"}, r"fine_tune_type: got 'qlora', expected one of lora, dora"),
         ({"trust_remote_code": True}, r"trust_remote_code: got True, expected false"),
         ({"num_layers": 0}, r"num_layers: got 0, expected .* or -1 for all"),
         ({"num_layers": -2}, r"num_layers: got -2, expected"),

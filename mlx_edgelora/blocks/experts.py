@@ -22,6 +22,7 @@ from mlx_edgelora.blocks.block_list import BlockList
 from mlx_edgelora.blocks.checks import MODEL_ERRORS
 from mlx_edgelora.blocks.lora_layers import LoRASwitchLinear
 from mlx_edgelora.blocks.stand_in import stand_in
+from mlx_edgelora.blocks.trained import trains_weights
 from mlx_edgelora.layers.experts import Arrays, Experts, compute_experts
 from mlx_edgelora.layers.linear import frozen_matmul
 
@@ -130,7 +131,7 @@ def group_experts(blocks: BlockList, source: object) -> int:
     for index, block in enumerate(blocks.blocks):
         for path, module in block.named_modules():
             layers = find_experts(module)
-            if layers is None:
+            if layers is None or trains_weights(module):
                 continue
             found += 1
             key = type(module), layers

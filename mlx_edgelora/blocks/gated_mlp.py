@@ -18,6 +18,7 @@ from mlx_edgelora.blocks.block_list import BlockList
 from mlx_edgelora.blocks.checks import MODEL_ERRORS
 from mlx_edgelora.blocks.lora_layers import DoRALinear, LoRALinear
 from mlx_edgelora.blocks.stand_in import stand_in
+from mlx_edgelora.blocks.trained import trains_weights
 from mlx_edgelora.layers.linear import DequantizedLinear
 from mlx_edgelora.layers.mlp import TILE_BYTES, Activation, Packing, Projection, gated_mlp
 
@@ -68,7 +69,7 @@ def slice_mlps(blocks: BlockList, tile_bytes: int = TILE_BYTES) -> str:
     for index, block in enumerate(blocks.blocks):
         for module in block.modules():
             form = find_gated_mlp(module)
-            if form is None:
+            if form is None or trains_weights(module):
                 continue
             found += 1
             with_one.add(index)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mlx_edgelora.config import hints
+from mlx_edgelora.config.full import check_full
 from mlx_edgelora.config.kinds import (
     BUDGET,
     DURATION,
@@ -60,10 +61,6 @@ _NAME = text("text that is not empty", bool)
 _REPORT_TO = text(
     f"some of {', '.join(REPORTERS)}, separated by a comma",
     lambda value: all(name.strip().lower() in ("", *REPORTERS) for name in value.split(",")),
-)
-_FINE_TUNE_TYPE = dataclasses.replace(
-    one_of("lora", "dora"),
-    expected="lora or dora; full fine-tuning is not done here, use mlx_lm.lora for it",
 )
 _NUM_LAYERS = dataclasses.replace(
     integer(1, also=-1),
@@ -162,8 +159,9 @@ class TrainConfig:
 
     fine_tune_type: str = option(
         "lora",
-        "Kind of adapters: lora, or dora, which trains the norm of each row of a matrix too.",
-        _FINE_TUNE_TYPE,
+        "What is trained: adapters (lora, or dora, which trains the norm of each row of a matrix "
+        "too), or all weights of the last num_layers blocks (full).",
+        one_of("lora", "dora", "full"),
     )
     num_layers: int | None = option(
         None,
@@ -351,8 +349,8 @@ class TrainConfig:
     )
     adapters: str | None = option(
         None,
-        "Where adapters, gradients and optimizer state are kept: in memory (resident) or in a file "
-        "(paged). Default: the memory budget decides.",
+        "Where adapters or trained weights, gradients and optimizer state are kept: in memory "
+        "(resident) or in a file (paged). Default: the memory budget decides.",
         one_of("resident", "paged"),
     )
     memory_budget: str | int | None = option(
@@ -476,6 +474,8 @@ class TrainConfig:
         """All options as JSON values under mlx-lm's names, as in `adapter_config.json`."""
         result = dataclasses.asdict(self)
         _drop_none(result["lora_parameters"])
+        if self.fine_tune_type == "full":  # as in mlx-lm
+            result["lora_parameters"] = None
         if self.hf_dataset is not None:
             result["hf_dataset"] = list(map(_drop_none, result["hf_dataset"]))
         if self.sample_prompts is not None:
@@ -536,6 +536,7 @@ def _check_together(config: TrainConfig) -> None:
         )
     _check_labels(config)
     _check_loraplus(config)
+    check_full(config)
     if config.iters is not None and config.epochs is not None:
         raise EdgeLoraError(
             f"epochs: got {config.epochs} with iters {config.iters}, expected one of the two; "

@@ -26,6 +26,9 @@ from mlx_edgelora.engine.optimizer import (
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.model.weights import ResidentWeights
 
+# A larger block is updated before the next one: what they take on the way would add up.
+ASYNC_BYTES = 32 * 2**20
+
 Arrays = dict[str, mx.array]
 Look = Callable[[Mapping[str, mx.array]], None]
 
@@ -188,7 +191,8 @@ class ResidentAdapterState(ResidentWeights):
             box[key] = updated[own]
             self._states[local[own]] = states[own]
         del gradients, parameters, before
-        if mx.default_device() == mx.gpu:
+        held = sum(array.nbytes for array in updated.values())
+        if mx.default_device() == mx.gpu and held < ASYNC_BYTES:
             mx.async_eval(updated, states)
         else:
             mx.eval(updated, states)

@@ -69,6 +69,8 @@ def build_engine(
     compiled = settings.compiled and can_compile()
     with ExitStack() as stack:
         stack.callback(set_attention_block, None)  # set by the engine's plans
+        if not plan.streams:
+            lazy.raw.clear()  # it would keep what is moved to a file
         if plan.adapters == "paged":
             adapters: AdapterState = PagedAdapterState(model, settings.folder, meter, compiled)
         else:

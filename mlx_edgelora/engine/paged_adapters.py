@@ -221,7 +221,6 @@ class PagedAdapterState:
                 specs.setdefault(place[0], {})[place[1]] = (box[key].dtype, box[key].shape)
         sections, end = self._sections(0, specs)
         self._file.reserve(end)
-        nan = mx.array(float("nan"))
         for index, section in sections.items():
             prefix = f"{self._blocks.prefix}{index}."
             boxes = {local: slots[prefix + local] for local in specs[index]}
@@ -230,7 +229,7 @@ class PagedAdapterState:
             section.write(arrays)
             for local, (box, key) in boxes.items():
                 dtype, shape = specs[index][local]
-                box[key] = mx.full(shape, nan, dtype)
+                box[key] = mx.full(shape, math.nan, dtype)
         mx.eval([box[key] for box, key in (slots[name] for name in self._resident())])
         return sections, end
 

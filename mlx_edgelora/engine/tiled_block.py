@@ -339,7 +339,9 @@ class TiledBackward:
         # The values of a tile may decide which arrays these are (experts).
         for name, value in zip(trained, found, strict=False):
             if name in reached:
-                self._sums[name] = self._sums[name] + value if name in self._sums else value
+                # In float32: trained weights may have 16 bits, and a row many tiles.
+                before = self._sums.get(name)
+                self._sums[name] = value if before is None else before.astype(mx.float32) + value
         return found[count:]
 
 

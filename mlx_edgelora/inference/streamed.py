@@ -25,6 +25,7 @@ from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.measure.meter import DiskMeter
 from mlx_edgelora.measure.units import size
 from mlx_edgelora.model.checkpoint import LazyModel
+from mlx_edgelora.model.full import stream_from
 from mlx_edgelora.model.head import (
     ROW_NAMES,
     ModelHead,
@@ -36,7 +37,7 @@ from mlx_edgelora.model.lora import explain_misfit, freeze, replace_dora
 from mlx_edgelora.model.weights import ResidentWeights
 from mlx_edgelora.planner.shape import shape_of
 from mlx_edgelora.planner.sizes import ModelShape
-from mlx_edgelora.training.adapters import read_adapter_config
+from mlx_edgelora.training.adapters import WEIGHTS_FILE, read_adapter_config
 
 # Size of the tiles in which a vocabulary head is read from disk.
 TILE_BYTES = 40 << 20
@@ -97,10 +98,12 @@ def open_lazy(model: str, adapter: Path | None, cache: Path) -> LazyModel:
     lazy = open_model(model, streamed=True, quantize=None, cache=cache)
     freeze(lazy.model)
     if adapter is not None:
-        read_adapter_config(adapter)
+        config = read_adapter_config(adapter)
         with explain_misfit(adapter, lazy.source):
             load_adapters(lazy.model, str(adapter))
         replace_dora(lazy.model)
+        if config.get("fine_tune_type") == "full":
+            stream_from(lazy, adapter / WEIGHTS_FILE)
     lazy.model.eval()
     return lazy
 

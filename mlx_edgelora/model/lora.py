@@ -63,12 +63,7 @@ def add_lora(
         EdgeLoraError: too many blocks, a key that names no layer, a layer that DoRA cannot adapt,
             or an architecture that mlx-lm's LoRA layers cannot be added to.
     """
-    count = len(model.layers) if num_layers == -1 else num_layers
-    if count > len(model.layers):
-        raise EdgeLoraError(
-            f"num_layers: got {num_layers}, but the model has {len(model.layers)} blocks; "
-            "lower it, or use -1 for all"
-        )
+    count = check_num_layers(model, num_layers)
     settings = {"rank": rank, "scale": scale, "dropout": dropout}
     if keys is not None:
         _check_keys(model, keys)
@@ -90,6 +85,21 @@ def add_lora(
             "the last num_layers blocks have"
         )
     _replace_classes(model, LORA_CLASSES)
+
+
+def check_num_layers(model: nn.Module, num_layers: int) -> int:
+    """The number of last blocks to train, with -1 for all of them replaced.
+
+    Raises:
+        EdgeLoraError: the model has fewer.
+    """
+    count = len(model.layers) if num_layers == -1 else num_layers
+    if count > len(model.layers):
+        raise EdgeLoraError(
+            f"num_layers: got {num_layers}, but the model has {len(model.layers)} blocks; "
+            "lower it, or use -1 for all"
+        )
+    return count
 
 
 def preset_keys(model: nn.Module, preset: str) -> tuple[str, ...] | None:

@@ -83,7 +83,7 @@ class Memory:
     def _base(self) -> int:
         shape = self.shape
         base = shape.outside_bytes + (0 if self.plan.reads_head else shape.head_bytes)
-        base += (shape.blocks - self.streamed) * shape.block_bytes
+        base += max(0, shape.frozen_blocks - self.streamed) * shape.block_bytes
         base += shape.outside_adapter_bytes * (1 + MOMENTS)
         if not self.paged:
             base += (1 + MOMENTS) * shape.adapted * shape.adapter_bytes
@@ -173,7 +173,7 @@ class Memory:
         # On a GPU, a block is still computed while the next one is read, even if both are the same.
         more = self.measurements.overlaps and self.plan.prefetch
         buffers = 1 + self.plan.prefetch + more
-        visited = min(self.streamed, self.shape.blocks - self.kept)
+        visited = min(self.streamed, self.shape.blocks - self.kept, self.shape.frozen_blocks)
         one = self.shape.block_bytes
         if self.plan.mlp_bytes is not None:
             one -= self.shape.expert_bytes  # read in groups, into memory of their own
@@ -187,7 +187,8 @@ class Memory:
     def _kept_weights(self) -> int:
         """Bytes of the streamed weights of kept blocks, in addition to the ring of buffers."""
         first = self.shape.blocks - self.kept
-        held = max(0, self.streamed - first) * self.shape.block_bytes
+        streamed = min(self.streamed, self.shape.frozen_blocks)
+        held = max(0, streamed - first) * self.shape.block_bytes
         # They reuse the ring's memory, except for the block that is prefetched at the end.
         return held - max(0, min(held, self._ring()) - self.plan.prefetch * self.shape.block_bytes)
 

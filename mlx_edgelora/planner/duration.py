@@ -98,8 +98,9 @@ class _Step:
     def reading(self) -> float:
         """Seconds of reading the weights of streamed blocks, in the forward and the backward."""
         memory, shape = self.memory, self.shape
-        again = max(0, min(memory.streamed, shape.blocks - memory.kept) - memory.first)
-        size = shape.block_bytes * (memory.streamed + again)
+        streamed = min(memory.streamed, shape.frozen_blocks)
+        again = max(0, min(streamed, shape.blocks - memory.kept) - memory.first)
+        size = shape.block_bytes * (streamed + again)
         return self._disk(size, self.rates.read, self.plan.prefetch)
 
     def _spilling(self) -> float:

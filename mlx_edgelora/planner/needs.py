@@ -8,6 +8,7 @@ from a model. Each term is a size times a coefficient that was fitted to measure
 
 from functools import lru_cache
 
+from mlx_edgelora.engine.paged_adapters import PIECE_BYTES
 from mlx_edgelora.layers.fused import BLOCK
 from mlx_edgelora.layers.mlp import TOKENS, slice_features
 from mlx_edgelora.losses.exact import tile_shape
@@ -16,6 +17,8 @@ from mlx_edgelora.planner.sizes import BatchShape, ModelShape
 
 FLOAT = 4
 MIB = 2**20
+# Of weights that are updated together: they, the gradient and two moments, the last three anew.
+ARRAYS = 7
 
 TERMS: dict[str, dict[str, float]] = {
     "load": {"every hidden": 0.3, "one": 0.6},
@@ -32,6 +35,7 @@ TERMS: dict[str, dict[str, float]] = {
         "slice": 7.3,
         "slice weights": 1.7,
         "one": 6.9,
+        "trained": 1.2,
         "scores": 1.0,
     },
     "tiles forward": {
@@ -57,6 +61,7 @@ TERMS: dict[str, dict[str, float]] = {
         "last intermediate": 8.0,
         "attention": 3.1,
         "one": 10.0,
+        "trained": 1.2,
         "scores": 1.0,
     },
     "update": {"adapters": 3.0, "one": 1.0},
@@ -96,6 +101,10 @@ def need(
 def sizes_of(kind: str, shape: ModelShape, way: Way, batch_shape: BatchShape) -> dict[str, float]:
     """Sizes of the arrays of a phase in bytes, by the names of its terms."""
     sizes = {"one": float(MIB), "adapters": float(shape.adapter_bytes)}
+    if shape.full:
+        # Tiles are summed in float32; the gradient of a whole block is not.
+        sizes["trained"] = float(shape.adapter_bytes)
+        sizes["adapters"] *= FLOAT / shape.itemsize
     if kind == "head":
         loss_bytes, place = way
         rows, chunk = tile_shape(loss_bytes, shape.hidden, batch_shape.labelled, shape.vocabulary)
@@ -105,10 +114,15 @@ def sizes_of(kind: str, shape: ModelShape, way: Way, batch_shape: BatchShape) ->
         return sizes | {"tile": tile, "labelled": labelled * FLOAT, "read": read}
     if kind == "update":
         paged = way == ("paged",)
+        if shape.full:  # a piece at a time, or a block, which is evaluated before the next one
+            piece = min(shape.adapter_bytes, PIECE_BYTES) if paged else shape.adapter_bytes
+            least = piece * ARRAYS / TERMS["update"]["adapters"]
+            return sizes | {"adapters": max(least, shape.adapter_bytes)}
         return sizes | {"adapters": shape.adapter_bytes * (1 if paged else shape.adapted)}
     every = batch_shape.size * shape.hidden * shape.itemsize
     if kind == "tail":
         above, inner = way[0] - 1, batch_shape.size * shape.intermediate * shape.itemsize
+        sizes["trained"] = way[0] * sizes.get("trained", 0.0)
         return sizes | {
             "kept hidden": above * every * FLOAT / shape.itemsize,
             "kept intermediate": above * inner,

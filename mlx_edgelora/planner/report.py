@@ -13,7 +13,7 @@ from mlx_edgelora.measure.units import duration, size
 from mlx_edgelora.planner.cost import Memory
 from mlx_edgelora.planner.run_plan import RunPlan
 from mlx_edgelora.planner.search import Choice, largest_that, plan, smallest
-from mlx_edgelora.planner.sizes import BatchShape
+from mlx_edgelora.planner.sizes import BatchShape, ModelShape
 
 GB = 10**9
 # Upper limits of the search for the longest rows and the largest batch.
@@ -122,7 +122,7 @@ class PlanReport:
         verdict = "fits in" if self.fits else "does not fit in"
         lines = [
             f"{batch.rows} x {batch.tokens} tokens{_shared(batch)}, "
-            f"{batch.labelled} of them labelled, adapters of rank {chosen.shape.rank} on "
+            f"{batch.labelled} of them labelled, {_trained(chosen.shape)} "
             f"{chosen.shape.adapted} of {chosen.shape.blocks} blocks",
             f"{verdict} {budget} ({chosen.budget.why})" if not self._unlimited else f"for {budget}",
             "",
@@ -210,6 +210,10 @@ class PlanReport:
 
 def _shared(batch_shape: BatchShape) -> str:
     return f" in rows of about {batch_shape.context}, packed" if batch_shape.context else ""
+
+
+def _trained(shape: ModelShape) -> str:
+    return "all weights of" if shape.full else f"adapters of rank {shape.rank} on"
 
 
 def with_smallest_plan(chosen: RunPlan) -> RunPlan:

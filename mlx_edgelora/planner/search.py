@@ -384,6 +384,7 @@ def _in_16_bits(shape: ModelShape) -> ModelShape:
         mlp_bytes=shape.mlp_bytes // (1 if shape.packed else 2),
         head_bytes=shape.head_bytes // (1 if shape.head_packed else 2),
         outside_bytes=shape.outside_bytes // 2,
+        adapter_bytes=shape.adapter_bytes // (2 if shape.full else 1),
     )
 
 

@@ -15,6 +15,7 @@ from mlx_edgelora.blocks.masks import tiled_mask
 from mlx_edgelora.blocks.outputs import Linked, leaves_of
 from mlx_edgelora.blocks.parts import AttentionInputs, BlockParts, TokenSpan
 from mlx_edgelora.blocks.tiling import block_calls
+from mlx_edgelora.blocks.trained import trains_weights
 from mlx_edgelora.layers.fused import Backend, use_fused
 from mlx_edgelora.model.head import MATRICES, find_head, frozen_matrix
 from mlx_edgelora.model.weights import cast, cast_all
@@ -60,7 +61,7 @@ def shape_of(blocks: BlockList, vocabulary: int, dtype: mx.Dtype | None = None) 
         intermediate=largest.intermediate,
         vocabulary=vocabulary,
         rank=largest.rank,
-        block_bytes=largest.frozen,
+        block_bytes=max(block.frozen for block in by_block),
         mlp_bytes=largest.mlp_frozen,
         block_weights=largest.entries,
         mlp_weights=largest.mlp_entries,
@@ -69,7 +70,7 @@ def shape_of(blocks: BlockList, vocabulary: int, dtype: mx.Dtype | None = None) 
         packed=largest.packed,
         head_packed=matrix is not None and "scales" in matrix,
         outside_bytes=max(0, outside_bytes),
-        adapter_bytes=largest.trained,
+        adapter_bytes=max(block.trained for block in by_block),
         mlp_adapter_bytes=largest.mlp_trained,
         outside_adapter_bytes=sum(outside.values()),
         itemsize=(dtype or blocks.hidden_dtype).size,
@@ -79,6 +80,7 @@ def shape_of(blocks: BlockList, vocabulary: int, dtype: mx.Dtype | None = None) 
         shared=sum(form.read_entries for form in blocks.forms if form),
         expert_bytes=largest.expert_frozen,
         one_expert_bytes=largest.one_expert,
+        full=trains_weights(model),
     )
 
 
@@ -130,11 +132,15 @@ class _BlockSizes:
         arrays = {n: v for n, v in tree_flatten(block.parameters()) if n not in trained}
         held = _held(arrays, dtype)
         forms = [(path, module, find_gated_mlp(module)) for path, module in block.named_modules()]
-        mlps = [(f"{path}.", module, form) for path, module, form in forms if form]
+        mlps = [
+            (f"{path}.", module, form)
+            for path, module, form in forms
+            if form and not trains_weights(module)
+        ]
         counts = {
             f"{path}.": layers
             for path, module in block.named_modules()
-            if (layers := count_experts(module))
+            if (layers := count_experts(module)) and not trains_weights(module)
         }
         by_experts = {
             path: sum(size for name, size in held.items() if name.startswith(path))

@@ -38,6 +38,7 @@ class ModelShape:
         shared: entries of a token that blocks return for later ones, such as keys and values.
         expert_bytes: the part of `block_bytes` in experts that can be read in groups.
         one_expert_bytes: the part of `expert_bytes` of a single expert.
+        full: whether the last `adapted` blocks have no adapters, but train their own weights.
     """
 
     blocks: int
@@ -67,6 +68,12 @@ class ModelShape:
     shared: int = 0
     expert_bytes: int = 0
     one_expert_bytes: int = 0
+    full: bool = False
+
+    @property
+    def frozen_blocks(self) -> int:
+        """Number of first blocks that have frozen weights."""
+        return self.blocks - self.adapted if self.full else self.blocks
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,13 @@
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from mlx_edgelora.blocks.trained import is_adapter
 from mlx_edgelora.config import LoraParameters
 from mlx_edgelora.config.kinds import MAPPING, integer, one_of, read_value
 from mlx_edgelora.engine.finite import first_non_finite
@@ -205,18 +206,19 @@ def check_adapter(file: Path) -> str | None:
 
 
 def read_adapter_weights(
-    file: str | os.PathLike, expected: Mapping[str, Sequence[int]]
+    file: str | os.PathLike, expected: Mapping[str, mx.array]
 ) -> Iterator[tuple[str, mx.array]]:
     """Read an adapter file that must fit the model, one array at a time.
 
     Args:
         file: a safetensors file, such as `adapters/adapters.safetensors`, or an `.npz` file of an
             early version of mlx-lm.
-        expected: shapes of all LoRA parameters of the model, by name.
+        expected: the trained parameters of the model by name, for their shapes and dtypes; they
+            are not evaluated.
 
     Yields:
-        Name and evaluated float32 array, in the order of `expected`. One array is in memory at a
-        time. Other tensors of the file are ignored, as in mlx-lm.
+        Name and evaluated array, in the order of `expected`. One array is in memory at a time.
+        Other tensors of a file of adapters are ignored, as in mlx-lm.
 
     Raises:
         EdgeLoraError: the file is missing or damaged, or a tensor is missing, has another shape,
@@ -226,7 +228,7 @@ def read_adapter_weights(
     files.watch(Path(file))
     loaded = _open_adapter(Path(file), expected)
     for name in expected:
-        array = loaded.pop(name).astype(mx.float32)
+        array = loaded.pop(name).astype(expected[name].dtype)
         mx.eval(array)
         files.check()
         if first_non_finite({name: array}) is not None:
@@ -238,7 +240,7 @@ def read_adapter_weights(
         del array
 
 
-def _open_adapter(file: Path, expected: Mapping[str, Sequence[int]]) -> dict[str, mx.array]:
+def _open_adapter(file: Path, expected: Mapping[str, mx.array]) -> dict[str, mx.array]:
     """The arrays of a file by name: names, shapes and dtypes are checked, data is not read."""
     if file.suffix == ".npz":
         try:
@@ -260,7 +262,7 @@ def _open_adapter(file: Path, expected: Mapping[str, Sequence[int]]) -> dict[str
             ) from error
     _check_names(file, header, expected)
     for name in expected:
-        _check_tensor(file, name, header[name], tuple(expected[name]))
+        _check_tensor(file, name, header[name], expected[name].shape)
     return loaded
 
 
@@ -270,8 +272,9 @@ def _check_names(
     missing = [name for name in expected if name not in header]
     # mlx-lm ignores weights of blocks or layers that are not adapted. Here they are an error,
     # because a part of the adapter would be lost.
-    leaves = ("lora_a", "lora_b", "m")
-    unexpected = [n for n in header if n not in expected and n.rpartition(".")[2] in leaves]
+    # A file of a full fine-tuning holds nothing but trained weights.
+    full = not all(map(is_adapter, expected))
+    unexpected = [n for n in header if n not in expected and (full or is_adapter(n))]
     problems = []
     if missing:
         problems.append(f"lacks {abbreviate(missing)}")
@@ -295,5 +298,5 @@ def _check_tensor(
     if info.dtype not in _FLOATS:
         raise EdgeLoraError(
             f"{file}: {name} has dtype {info.dtype}, expected one of {', '.join(_FLOATS)}; "
-            "resume from a file of LoRA weights"
+            "resume from a file of trained weights"
         )

@@ -24,6 +24,7 @@ from mlx_edgelora.losses.exact import CrossEntropy
 from mlx_edgelora.measure.text import say
 from mlx_edgelora.model.checkpoint import LazyModel
 from mlx_edgelora.model.dora import renew_magnitudes
+from mlx_edgelora.model.full import take_out, unfreeze_blocks
 from mlx_edgelora.model.loading import DTYPES, can_stream, open_model
 from mlx_edgelora.model.lora import add_lora, freeze, preset_keys
 from mlx_edgelora.model.tokenizer import load_tokenizer_of
@@ -229,16 +230,19 @@ def dtype_of(config: TrainConfig) -> mx.Dtype | None:
 
 
 def adapt(lazy: LazyModel, config: TrainConfig) -> None:
-    """Add LoRA or DoRA layers, then check that the model can be trained block by block."""
+    """Choose what is trained, then check that the model can be trained block by block."""
     lora, model = config.lora_parameters, lazy.model
-    if config.train or config.resume_adapter_file is not None:
-        count = _default_layers(model) if config.num_layers is None else config.num_layers
+    count = _default_layers(model) if config.num_layers is None else config.num_layers
+    if not config.train and config.resume_adapter_file is None:
+        freeze(model)
+    elif config.fine_tune_type == "full":
+        unfreeze_blocks(model, count)
+        take_out(lazy, dtype_of(config))
+    else:
         dora = config.fine_tune_type == "dora"
         keys = lora.keys if config.lora_preset is None else preset_keys(model, config.lora_preset)
         add_lora(model, count, lora.rank, lora.scale, lora.dropout, keys, dora)
         renew_magnitudes(lazy)
-    else:
-        freeze(model)
     lazy.blocks = checked_blocks(model)
 
 
@@ -269,8 +273,8 @@ def adapter_to_start(config: TrainConfig) -> Path | None:
 
 def _load(trained: AdapterState, model: nn.Module, start: Path | None) -> None:
     if start is not None:
-        shapes = {name: value.shape for name, value in tree_flatten(model.trainable_parameters())}
-        trained.load(read_adapter_weights(start, shapes))
+        expected = dict(tree_flatten(model.trainable_parameters()))
+        trained.load(read_adapter_weights(start, expected))
 
 
 def read_sets(

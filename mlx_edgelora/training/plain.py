@@ -4,6 +4,7 @@ import inspect
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import replace
 from types import FrameType
 from typing import Any
@@ -15,6 +16,7 @@ from mlx.utils import tree_flatten
 from mlx_edgelora.blocks.block_list import BlockList, array_slots, bind_arrays
 from mlx_edgelora.blocks.masks import band_of, causal_array
 from mlx_edgelora.blocks.outputs import Linked, map_leaves
+from mlx_edgelora.blocks.trained import is_adapter
 from mlx_edgelora.blocks.weight_source import WeightSource
 from mlx_edgelora.model.weights import cast
 
@@ -136,6 +138,15 @@ class RandomAdapters:
             name: random_adapter(name, value)
             for name, value in tree_flatten(block.trainable_parameters())
         }
+
+    def cast(self, dtype: mx.Dtype) -> "RandomAdapters":
+        """The same values with trained weights of the block itself in another dtype."""
+        other = copy(self)
+        other._arrays = {
+            name: value if is_adapter(name) else value.astype(dtype)
+            for name, value in self._arrays.items()
+        }
+        return other
 
     def block(self, index: int, own_memory: bool = False) -> Arrays:
         """Evaluated arrays by their names in the block."""

@@ -124,6 +124,8 @@ def _room(prompts: SamplePrompts, engine: Engine, chosen: RunPlan) -> tuple[int,
     held = mx.get_active_memory() + chosen.optimizer_bytes
     if plan.streams:
         held += 3 * shape.block_bytes  # in use, read ahead, and cast
+    if shape.full and plan.adapters == "paged":
+        held += 2 * shape.adapter_bytes
     if plan.head == "streamed":
         held += min(shape.head_bytes, 3 * TILE)
     needs = [

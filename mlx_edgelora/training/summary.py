@@ -165,9 +165,12 @@ def _adapters(config: TrainConfig, lazy: LazyModel) -> str:
     total, blocks = get_total_parameters(lazy.model), len(lazy.model.layers)
     count = blocks if config.num_layers == -1 else min(config.num_layers or 0, blocks)
     kind = "" if config.fine_tune_type == "lora" else f"{config.fine_tune_type}, "
+    what = f"{kind}rank {config.lora_parameters.rank} on"
+    if config.fine_tune_type == "full":
+        what = "none: full, all weights of"
     where = f"all {blocks} blocks" if count == blocks else f"the last {count} blocks"
     return (
-        f"{kind}rank {config.lora_parameters.rank} on {where}; trainable "
+        f"{what} {where}; trainable "
         f"{100 * trained / total:.2g} % ({_count(trained)} of {_count(total)})"
         f"{_about_experts(config, lazy)}"
     )

@@ -157,7 +157,8 @@ class _GradientComparison:
             mx.reset_peak_memory()
             for _, group in short.groups():
                 one, trained = short.alone(group[0], mx.float32)
-                short._plain(one, group[0], trained, None, mx.float32, None)
+                own = trained.cast(mx.float32)
+                short._plain(one, group[0], own, None, mx.float32, None)
             peaks.append(mx.get_peak_memory())
         return int(np.polyval(np.polyfit(PROBES, peaks, 2), tokens))
 
@@ -196,10 +197,11 @@ class _GradientComparison:
             return function(*args)
 
         def walked(dtype: mx.Dtype) -> Arrays:
-            return again(self._walked, self.alone(index, dtype)[0], index, trained, rows, way)
+            alone, own = self.alone(index, dtype)[0], trained.cast(dtype)
+            return again(self._walked, alone, index, own, rows, way)
 
         def plain(dtype: mx.Dtype, nudge: int | None) -> Arrays:
-            return again(self._plain, one, index, trained, rows, dtype, nudge)
+            return again(self._plain, one, index, trained.cast(dtype), rows, dtype, nudge)
 
         name = type(self._blocks.blocks[index]).__name__
         how = f"{way}, labelled tokens" if last else way

@@ -1,13 +1,13 @@
 """DoRA from end to end: the steps, files and logits of mlx-lm."""
 
 import dataclasses
-import json
 from types import SimpleNamespace
 
 import architectures
 import mlx.core as mx
 import numpy as np
 import pytest
+import side_by_side
 from mlx.utils import tree_flatten
 from mlx_lm import load
 from mlx_lm import lora as mlx_lm_lora
@@ -15,10 +15,10 @@ from mlx_lm.tuner.datasets import CacheDataset, load_dataset
 from mlx_lm.tuner.trainer import evaluate
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from peaks import held
+from side_by_side import assert_same_run, logits, recast, run, run_mlx_lm, weights
 from tiny import LENGTH, make_data, make_model
-from training_helpers import Recorder
 
-from mlx_edgelora import EdgeLoraError, TrainConfig, finetune
+from mlx_edgelora import EdgeLoraError, finetune
 from mlx_edgelora.blocks import lora_layers
 from mlx_edgelora.embedded import DATA_PATH, MODEL_PATH
 from mlx_edgelora.layers.dora import row_norms
@@ -50,76 +50,11 @@ def tiny(request, tmp_path, monkeypatch):
 
 
 def options(folder, model, data, **changes):
-    return TrainConfig.from_dict(
-        {
-            "model": str(model),
-            "data": str(data),
-            "fine_tune_type": "dora",
-            "adapter_path": str(folder / "adapters"),
-            "spill_dir": str(folder),
-            "cache_dir": str(folder / "cache"),
-            "num_layers": -1,
-            "lora_parameters": {"rank": 4, "scale": 8.0, "dropout": 0.0},
-            "batch_size": 3,
-            "iters": 20,
-            "learning_rate": 1e-3,
-            "optimizer": "adamw",
-            "max_seq_length": LENGTH,
-            "val_batches": 0,
-            "steps_per_report": 1,
-            "kernel": "dequantize",
-            "weights": "streamed",
-            "activations": "spill",
-            "overwrite": True,
-        }
-        | changes
-    )
-
-
-def run(config):
-    recorder = Recorder()
-    finetune(config, [recorder], lambda line: None)
-    return [report["train_loss"] for report in recorder.train]
-
-
-def run_mlx_lm(config, folder):
-    """The same run by mlx-lm."""
-    config = dataclasses.replace(config, adapter_path=str(folder))
-    args = SimpleNamespace(**(mlx_lm_lora.CONFIG_DEFAULTS | config.to_dict()))
-    recorder = Recorder()
-    np.random.seed(args.seed)
-    model, tokenizer = load(args.model)
-    train_set, valid_set, _ = load_dataset(args, tokenizer)
-    mlx_lm_lora.train_model(args, model, train_set, valid_set, recorder)
-    return [report["train_loss"] for report in recorder.train]
-
-
-def weights(folder):
-    return mx.load(str(folder / "adapters.safetensors"))
-
-
-def logits(model):
-    return model.eval()(mx.arange(3, 15)[None]).astype(mx.float32)
-
-
-def assert_same_run(config, folder):
-    losses, expected = run(config), run_mlx_lm(config, folder / "theirs")
-    assert len(losses) == len(expected) == 20
-    assert np.abs(np.subtract(losses, expected)).max() < 1e-4
-    assert expected[-1] < expected[0] - 0.1  # it learns
-    got, wanted = weights(folder / "adapters"), weights(folder / "theirs")
-    assert {n: (v.shape, v.dtype) for n, v in got.items()} == {
-        n: (v.shape, v.dtype) for n, v in wanted.items()
+    dora = {
+        "fine_tune_type": "dora",
+        "lora_parameters": {"rank": 4, "scale": 8.0, "dropout": 0.0},
     }
-    for name, value in wanted.items():
-        error = mx.linalg.norm((got[name] - value).reshape(-1))
-        assert error.item() < 1e-3 * mx.linalg.norm(value.reshape(-1)).item(), name
-    ours, theirs = (
-        json.loads((folder / who / "adapter_config.json").read_text())
-        for who in ("adapters", "theirs")
-    )
-    for key in ("fine_tune_type", "num_layers", "lora_parameters"):
-        assert ours[key] == theirs[key]
+    return side_by_side.options(folder, model, data, **dora | changes)
 
 
 @pytest.mark.parametrize(
@@ -159,15 +94,6 @@ def test_the_first_values_are_those_of_mlx_lm(tiny, quantized, dtype):
     for name, value in expected.items():
         assert got[name].dtype == value.dtype == mx.float32
         assert mx.array_equal(got[name], value), name
-
-
-def recast(model, dtype):
-    """Write a checkpoint again in another dtype."""
-    file = f"{model}/model.safetensors"
-    arrays = mx.load(file)
-    cast = {n: v if v.dtype == mx.uint32 else v.astype(dtype) for n, v in arrays.items()}
-    mx.eval(cast)
-    mx.save_safetensors(file, cast, {"format": "mlx"})
 
 
 def test_first_magnitudes_leave_no_weights_in_memory(tiny):
