@@ -32,6 +32,7 @@ from mlx_edgelora.data.dataset import Dataset
 from mlx_edgelora.engine.adapter_state import Arrays
 from mlx_edgelora.engine.finite import Magnitudes
 from mlx_edgelora.engine.optimizer import clip_factor
+from mlx_edgelora.engine.preferences import take_figures
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.measure.meter import peak_memory, recent_peak
 from mlx_edgelora.measure.profile import begin_step, phase
@@ -114,7 +115,12 @@ def train(
     """
     origin = origin or Origin()
     with contextlib.ExitStack() as stack:
-        own = Progress(config.iters, verbose=config.verbose, silent=not origin.group.leads)
+        own = Progress(
+            config.iters,
+            verbose=config.verbose,
+            silent=not origin.group.leads,
+            has_rewards=config.compares_answers,
+        )
         progress = stack.enter_context(progress or own)
         run = _Run(
             engine,
@@ -202,7 +208,7 @@ class _Run:
         self._magnitudes = Magnitudes()
         self._grad_norm: float | None = None  # norm before clipping at the last update
         self._weights = 0.0  # sum of the weights of the accumulated gradients
-        self._first_tokens = 0  # labelled tokens of the first accumulated batch
+        self._first_terms = 0  # terms of the loss of the first accumulated batch
         self._weight = 1.0  # weight of the current batch
         self._trained_tokens = 0
         self._iteration = 0
@@ -222,7 +228,7 @@ class _Run:
         state = checkpoint.state
         checkpoint.restore(self._adapters, self._optimizer)
         self._key = mx.random.state[0]
-        self._weights, self._first_tokens = state.accumulated, state.first_tokens
+        self._weights, self._first_terms = state.accumulated, state.first_tokens
         self._trained_tokens = state.trained_tokens
         self._iteration = self._updated = self._saved = state.step
         losses = {"train_loss": state.train_loss, "val_loss": state.val_loss}
@@ -242,22 +248,24 @@ class _Run:
         begin_step()
         start = time.perf_counter()
         self._between = False
-        tokens, own = int(batch.mask.sum()), self._group.share(batch)
-        own_tokens = 0 if own is None else int(own.mask.sum())
-        self._weigh(own_tokens, tokens)
+        terms, own = batch.terms, self._group.share(batch)
+        own_terms = 0 if own is None else own.terms
+        self._weigh(own_terms, terms)
         with self._group.failing_together(2):
             loss = self._backward(iteration, own)
-        share = own_tokens / tokens
+        share = own_terms / terms
         loss, stops = self._group.exchange([loss * share, self._is_asked_to_stop])
         self._stopped_elsewhere = bool(stops) and self._group.size > 1
-        self._weights += tokens / max(1, self._first_tokens)
+        self._weights += terms / max(1, self._first_terms)
         if self.is_due(self._config.grad_accumulation_steps, iteration):
             self._update(iteration)
             self._updated = iteration
         self._iteration, self._key, self._between = iteration, mx.random.state[0], True
         limit_cache(self._engine, self._config)
+        tokens = int(batch.mask.sum())
         self._trained_tokens += tokens
-        self._window.add(loss, tokens, time.perf_counter() - start)
+        seconds, figures = time.perf_counter() - start, take_figures(self._engine)
+        self._window.add(loss, tokens, seconds, terms, figures)
         self._progress.step(self._make_report("train_loss", self._window, iteration))
 
     def _backward(self, iteration: int, batch: Batch | None) -> float:
@@ -279,18 +287,18 @@ class _Run:
         """Whether the run ends after this step; all processes of a group end after the same one."""
         return self._is_asked_to_stop if self._group.size == 1 else self._stopped_elsewhere
 
-    def _weigh(self, own: int, tokens: int) -> None:
-        """Set the weight of the next gradients: labelled tokens relative to the first batch.
+    def _weigh(self, own: int, terms: int) -> None:
+        """Set the weight of the next gradients: terms of the loss relative to the first batch.
 
         Numbers of tokens as weights could overflow gradients in 16 bits.
 
         Args:
-            own: labelled tokens of this process.
-            tokens: labelled tokens of the whole batch.
+            own: terms of the mean loss of this process (`Batch.terms`).
+            terms: those of the whole batch.
         """
         if not self._weights:
-            self._first_tokens = tokens
-        self._weight = own / max(1, self._first_tokens)
+            self._first_terms = terms
+        self._weight = own / max(1, self._first_terms)
 
     def _add_gradients(self, gradients: Arrays) -> None:
         """Add weighted gradients to the sum, and record the sum's magnitude."""
@@ -359,7 +367,7 @@ class _Run:
                 f"step {iteration}: validation loss is {loss}, expected a finite number; "
                 f"lower the learning rate; {self.last_saved_message()}"
             )
-        window.add(loss, tokens, time.perf_counter() - start)
+        window.add(loss, tokens, time.perf_counter() - start, figures=take_figures(self._engine))
         is_best = self._best is None or loss < self._best
         self._best = loss if is_best else self._best
         self._publish(self._make_report("val_loss", window, iteration - 1))
@@ -416,7 +424,7 @@ class _Run:
         return RunState(
             step=self._iteration,
             accumulated=self._weights,
-            first_tokens=self._first_tokens,
+            first_tokens=self._first_terms,
             trained_tokens=self._trained_tokens,
             random_key=(high, low),
             train_loss=self._last.get("train_loss"),
