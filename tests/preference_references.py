@@ -10,7 +10,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from harness import random_batch
-from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 
 from mlx_edgelora.data.batches import Batch, Preferences
@@ -97,7 +96,7 @@ def desirable(batch):
 
 
 def trl_value_and_grad(loss, model, folder, batch):
-    """TRL's loss and rewards, and all gradients by MLX's autodiff."""
+    """TRL's loss, all gradients by MLX's autodiff, and the rewards of chosen and other answers."""
     reference, _ = load_model(folder)
 
     def of_model(model):
@@ -106,7 +105,7 @@ def trl_value_and_grad(loss, model, folder, batch):
 
     (value, *rewards), gradients = nn.value_and_grad(model, of_model)(model)
     mx.eval(value, rewards, gradients)
-    return value.item(), [np.array(reward) for reward in rewards], gradients
+    return value.item(), gradients, [np.array(reward) for reward in rewards]
 
 
 def value_and_grad(engine, batch):
@@ -114,7 +113,3 @@ def value_and_grad(engine, batch):
     found = {}
     loss, count = engine.backward(batch, lambda more: add_into(found, more))
     return (loss, count), gradient_tree(engine.model, found)
-
-
-def names_of(tree):
-    return [name for name, _ in tree_flatten(tree)]
