@@ -61,6 +61,11 @@ def _check_preferences(config: "TrainConfig") -> None:
             f"train_on: got {config.train_on!r} with the {loss} loss, which trains the answers "
             "that are compared; leave it out"
         )
+    if loss in (DPO, KTO) and not config.train and not config.adapter_path:
+        raise EdgeLoraError(
+            f"adapter_path: got no adapter to test with the {loss} loss, which compares a model "
+            "with and without one; name its folder, or test with orpo or simpo"
+        )
     if loss in (DPO, KTO) and config.fine_tune_type != "lora":
         raise EdgeLoraError(
             f"fine_tune_type: got {config.fine_tune_type!r} with the {loss} loss, whose reference "
