@@ -71,6 +71,8 @@ STATEMENTS = (
     "{name} was in {city} and {past} {count} {item}{day}.",
     "{name} from {city} {past} {count} {item}{day}.",
 )
+ACTIVE = tuple(text for text in STATEMENTS if text.startswith("{name}"))
+PASSIVE = tuple(text for text in STATEMENTS if " were " in text)
 QUESTIONS = (
     ("Who {past} the {item}?", "{name} {past} the {item}."),
     ("Where did {name} {verb} the {item}?", "{name} {past} the {item} in {city}."),
@@ -157,10 +159,31 @@ def make_rows(seed: int = SEED) -> dict[str, list[dict[str, str]]]:
     return splits
 
 
-def write_data(folder: Path, seed: int = SEED) -> None:
+def make_preferences(seed: int = SEED) -> dict[str, list[dict[str, str]]]:
+    """Return pairs of answers of "train", "valid" and "test": the active voice is preferred.
+
+    To a sentence the base model answers with another one about the same event, in any voice.
+    """
+    random = Random(seed)
+    names, cities = random.sample(NAMES, len(NAMES)), random.sample(CITIES, len(CITIES))
+    seen, unseen = slice(-HELD_OUT), slice(-HELD_OUT, None)
+    splits = {}
+    for split, size, part in (("train", 400, seen), ("valid", 64, seen), ("test", 100, unseen)):
+        rows = []
+        for _ in range(size):
+            fact = make_fact(random, names[part], cities[part])
+            answers = random.choice(ACTIVE), random.choice(PASSIVE)
+            prompt = random.choice([text for text in STATEMENTS if text not in answers])
+            texts = (text.format(**fact) for text in (prompt, *answers))
+            rows.append(dict(zip(("prompt", "chosen", "rejected"), texts, strict=True)))
+        splits[split] = rows
+    return splits
+
+
+def write_data(folder: Path, splits: dict[str, list[dict[str, str]]]) -> None:
     """Write train.jsonl, valid.jsonl and test.jsonl to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    for split, rows in make_rows(seed).items():
+    for split, rows in splits.items():
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{split}.jsonl").write_text(text, encoding="utf-8", newline="\n")
 
@@ -288,7 +311,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ASSETS, help="the folder to write to")
     parser.add_argument("--steps", type=int, default=500, help="pretraining steps")
     args = parser.parse_args()
-    write_data(args.out / "data")
+    write_data(args.out / "data", make_rows())
+    write_data(args.out / "preferences", make_preferences())
     tokenizer = make_tokenizer()
     save_model(args.out / "model", train_base(tokenizer, args.steps), tokenizer)
 

@@ -1,7 +1,8 @@
-"""The model and the data set of the package, and a comparison of answers before and after tuning.
+"""The model and the data sets of the package, and a comparison of answers before and after tuning.
 
 Both are made by `examples/make_embedded_model.py`. The base model was trained on a small generated
-English. The data set teaches it a new task: to turn a sentence into a record.
+English. The data set teaches it a new task: to turn a sentence into a record. The set of
+preferences has pairs of answers, of which the one in the active voice is preferred.
 """
 
 import json
@@ -19,6 +20,7 @@ from mlx_edgelora.errors import EdgeLoraError
 ASSETS_PATH = Path(__file__).resolve().parent / "assets"
 MODEL_PATH = ASSETS_PATH / "model"
 DATA_PATH = ASSETS_PATH / "data"
+PREFERENCES_PATH = ASSETS_PATH / "preferences"
 DEFAULT_CONFIG = ASSETS_PATH / "default.yaml"
 
 MAX_TOKENS = 32

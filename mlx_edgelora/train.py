@@ -29,7 +29,8 @@ def run(config: TrainConfig) -> None:
         result = finetune(config, log=log)
         if not group.leads:
             return
-        if result is not None and config.model is None and config.data is None:
+        embedded = config.model is None and config.data is None and not config.compares_answers
+        if result is not None and embedded:
             print("\nWhat the adapter changed, asked through mlx-lm:")
             with explain_failures(f"the adapter is in {result.adapter_path}"):
                 shown = demonstrate(result.adapter_path)

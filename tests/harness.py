@@ -150,24 +150,30 @@ def plain_value_and_grad(model: nn.Module, batch: Batch):
     return value.item(), gradients
 
 
-def resolution(model: nn.Module, batch: Batch):
+def resolution(model: nn.Module, batch: Batch, value_and_grad=None):
     """How finely float32 defines the gradients of `plain_value_and_grad(model, batch)`.
+
+    Another function of model and batch may take its place (`value_and_grad`).
 
     Gives a function without arguments, which says of each array how far, as a norm, it moves when
     every float32 parameter is multiplied by 1 + 2**-23 or 1 - 2**-23, one unit in the last place,
     signs at random; the farthest of four draws. Plain MLX does not know it any better either.
     """
 
+    value_and_grad = value_and_grad or plain_value_and_grad
+
     @functools.cache
     def moves() -> dict[str, float]:
-        expected = dict(tree_flatten(plain_value_and_grad(model, batch)[1]))
-        draws = [nudged_gradients(model, batch, seed) for seed in range(4)]
+        expected = dict(tree_flatten(value_and_grad(model, batch)[1]))
+        draws = [nudged_gradients(model, batch, seed, value_and_grad) for seed in range(4)]
         return {name: max(norm(draw[name] - g) for draw in draws) for name, g in expected.items()}
 
     return moves
 
 
-def nudged_gradients(model: nn.Module, batch: Batch, seed: int) -> dict[str, mx.array]:
+def nudged_gradients(
+    model: nn.Module, batch: Batch, seed: int, value_and_grad=plain_value_and_grad
+) -> dict[str, mx.array]:
     rng, kept = np.random.RandomState(seed), model.parameters()
 
     def nudge(value):
@@ -178,7 +184,7 @@ def nudged_gradients(model: nn.Module, batch: Batch, seed: int) -> dict[str, mx.
 
     model.update(tree_map(nudge, kept))
     try:
-        return dict(tree_flatten(plain_value_and_grad(model, batch)[1]))
+        return dict(tree_flatten(value_and_grad(model, batch)[1]))
     finally:
         model.update(kept)
 

@@ -130,7 +130,7 @@ def test_no_row_is_in_two_splits_and_test_entities_are_new():
 
 
 def test_the_script_reproduces_the_data_byte_for_byte(script, tmp_path):
-    script.write_data(tmp_path)
+    script.write_data(tmp_path, script.make_rows())
     for split in SPLITS:
         name = f"{split}.jsonl"
         assert (tmp_path / name).read_bytes() == (embedded.DATA_PATH / name).read_bytes()

@@ -68,6 +68,10 @@ GROUPS: dict[str, dict[str, str | None]] = {
         "loss_max_subset": "N",
         "loss_tail_correction": None,
         "label_smoothing": "SHARE",
+        "beta": "BETA",
+        "simpo_gamma": "GAMMA",
+        "desirable_weight": "WEIGHT",
+        "undesirable_weight": "WEIGHT",
         "seed": "N",
     },
     "evaluation": {

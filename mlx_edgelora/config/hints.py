@@ -2,8 +2,13 @@
 
 ITERS = "write epochs, or iters for steps"
 SAVES = "write save_every"
+LOSS = "write loss: dpo, orpo, simpo or kto"
 
 HINTS = {
+    "train_mode": LOSS,
+    "train_type": "write fine_tune_type for adapters, or loss for dpo, orpo, simpo and kto",
+    "loss_type": LOSS,
+    "dpo_cpo_loss_type": LOSS,
     "lora_layers": "write num_layers, its name in mlx-lm today",
     "steps_per_save": SAVES,
     "save_steps": SAVES,

@@ -33,6 +33,7 @@ from mlx_edgelora.config.kinds import (
     read_options,
     text,
 )
+from mlx_edgelora.config.losses import check_loss_options
 from mlx_edgelora.config.nested import (
     HUB,
     LORA,
@@ -44,6 +45,7 @@ from mlx_edgelora.config.nested import (
 )
 from mlx_edgelora.config.yaml_file import read_yaml
 from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.losses.preferences import KTO, PREFERENCE_LOSSES
 
 REPORTERS = ("wandb", "swanlab", "tensorboard")
 DEFAULT_ITERS = 1000
@@ -241,8 +243,28 @@ class TrainConfig:
     loss: str = option(
         "exact",
         "Cross-entropy over the whole vocabulary (exact), or over the tokens nearest to the labels "
-        "(approximate).",
-        one_of("exact", "approximate"),
+        "(approximate); or a comparison of answers (dpo, orpo, simpo, kto).",
+        one_of("exact", "approximate", *PREFERENCE_LOSSES),
+    )
+    beta: float | None = option(
+        None,
+        "For dpo, orpo, simpo and kto: strength of the preference. Default: 0.1, or 2 for simpo.",
+        number("a number above 0", lambda x: x > 0),
+    )
+    simpo_gamma: float | None = option(
+        None,
+        "For simpo: margin by which chosen answers shall be better. Default: 0.5.",
+        number("a number of at least 0", lambda x: x >= 0),
+    )
+    desirable_weight: float | None = option(
+        None,
+        "For kto: weight of desirable answers. Default: 1.",
+        number("a number above 0", lambda x: x > 0),
+    )
+    undesirable_weight: float | None = option(
+        None,
+        "For kto: weight of undesirable answers. Default: 1.",
+        number("a number above 0", lambda x: x > 0),
     )
     loss_k: int | None = option(
         None, "For the approximate loss: nearest tokens per label. Default: 1000.", integer(1)
@@ -470,6 +492,16 @@ class TrainConfig:
             values |= found
         return cls(**values)
 
+    @property
+    def compares_answers(self) -> bool:
+        """Whether the loss compares answers, so that rows are preferences."""
+        return self.loss in PREFERENCE_LOSSES
+
+    @property
+    def compares_pairs(self) -> bool:
+        """Whether a batch has two rows for each of `batch_size`, a chosen and a rejected answer."""
+        return self.compares_answers and self.loss != KTO
+
     def to_dict(self) -> dict[str, Any]:
         """All options as JSON values under mlx-lm's names, as in `adapter_config.json`."""
         result = dataclasses.asdict(self)
@@ -522,18 +554,7 @@ def _check_together(config: TrainConfig) -> None:
             "layers already; leave one of them out (a resumed run keeps its layers)"
         )
     _check_resume(config)
-    if config.loss == "exact":
-        for name in ("loss_k", "loss_max_subset", "loss_tail_correction"):
-            if getattr(config, name) is not None:
-                raise EdgeLoraError(
-                    f"{name}: got {getattr(config, name)!r} with the exact loss, which has no use "
-                    "for it; leave it out, or set loss to approximate"
-                )
-    elif config.label_smoothing:
-        raise EdgeLoraError(
-            f"label_smoothing: got {config.label_smoothing} with the approximate loss, expected "
-            "0: a target over the whole vocabulary needs the exact one"
-        )
+    check_loss_options(config)
     _check_labels(config)
     _check_loraplus(config)
     check_full(config)

@@ -1,7 +1,7 @@
 """Padded batches in the order and shape of mlx-lm; padding is never labelled."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import NamedTuple
 
@@ -23,6 +23,22 @@ LabelledRow = tuple[Sequence[int], Labelled]
 
 
 @dataclass(frozen=True, eq=False)
+class Preferences:
+    """What is known about the answers in a batch of preferences.
+
+    Attributes:
+        desirable: bool [B], whether each row is a chosen or desirable answer.
+        together: 2 if rows 2 i and 2 i + 1 are the chosen and the rejected answer to a prompt; 1 if
+            every row is judged alone.
+        mismatched: rows judged alone need answers that belong to other prompts, as many; else None.
+    """
+
+    desirable: np.ndarray
+    together: int
+    mismatched: "Batch | None" = None
+
+
+@dataclass(frozen=True, eq=False)
 class Batch:
     """Rows of similar length, padded on the right with token 0.
 
@@ -32,12 +48,21 @@ class Batch:
         indices: indices of the rows in the data set, for messages.
         starts: int32 [B, T], in a packed batch: for each input the position at which its row of
             the data set begins. None in a batch without packing.
+        preferences: in a batch of preferences, which answers are preferred; else None.
     """
 
     tokens: np.ndarray
     mask: np.ndarray
     indices: tuple[int, ...]
     starts: np.ndarray | None = None
+    preferences: Preferences | None = None
+
+    @property
+    def terms(self) -> int:
+        """Number of terms of the mean loss: labelled tokens, or pairs or judged answers."""
+        if self.preferences is None:
+            return int(self.mask.sum())
+        return len(self.mask) // self.preferences.together
 
     def inputs(self) -> np.ndarray:
         """The model's inputs: int32 [B, T]."""
@@ -95,7 +120,7 @@ def iterate_batches(
     Args:
         dataset: a `Dataset`, or any sequence of (tokens, offset of the first labelled token) or
             (tokens, labelled spans). Rows are truncated to `max_seq_length`.
-        batch_size: rows per batch.
+        batch_size: rows per batch; pairs of rows or judged rows in a data set of preferences.
         max_seq_length: largest number of tokens per row; T + 1 does not exceed it.
         loop: repeat epochs without end instead of ending after one.
         seed: seed of the order; None for a random order.
@@ -108,7 +133,7 @@ def iterate_batches(
     Raises:
         EdgeLoraError: a row has no token to train on. Raised at the call, before the first batch.
     """
-    lengths = _lengths(dataset, max_seq_length)
+    lengths = _longest(_lengths(dataset, max_seq_length), _together(dataset))
     epochs = _epochs(lengths, batch_size, max_seq_length if packing else None, seed)
     return _generate(dataset, epochs if loop else islice(epochs, 1), max_seq_length, packing)
 
@@ -123,7 +148,7 @@ def count_batches(
 ) -> int:
     """The number of batches of `iterate_batches` in `epochs` epochs."""
     if not packing:
-        return epochs * -(-len(dataset) // batch_size)
+        return epochs * -(-(len(dataset) // _together(dataset)) // batch_size)
     lengths = _lengths(dataset, max_seq_length)
     found = _epochs(lengths, batch_size, max_seq_length, seed)
     return sum(len(epoch.groups) for epoch in islice(found, epochs))
@@ -138,13 +163,17 @@ def padding_share(
 ) -> float:
     """The share of padding in the tokens of the first epoch's batches, from 0 to 1."""
     lengths = _lengths(dataset, max_seq_length)
+    every = int(lengths.sum())
     capacity = max_seq_length if packing else None
+    lengths = _longest(lengths, _together(dataset))
     epoch = next(_epochs(lengths, batch_size, capacity, seed))
     sizes = _filled(lengths, epoch.rows, capacity)
+    together = _together(dataset)
     widths = [
-        len(group) * _width(int(sizes[group].max()), max_seq_length) for group in epoch.groups
+        together * len(group) * _width(int(sizes[group].max()), max_seq_length)
+        for group in epoch.groups
     ]
-    return 1 - float(lengths.sum()) / sum(widths)
+    return 1 - every / sum(widths)
 
 
 def largest_batch(
@@ -180,15 +209,31 @@ def _sizes(
         tokens = _width(min(int(lengths.sum()), max_seq_length), max_seq_length) - 1
         labels = most_labels(lengths, counts, shared * max_seq_length)
         return Sizes(shared, tokens, labels, mean_context(lengths))
-    counts, size = counts[np.argsort(lengths, kind="stable")], min(batch_size, len(rows))
-    whole = len(rows) // size * size
+    tokens = _width(int(lengths.max()), max_seq_length) - 1
+    together = _together(dataset)
+    if together > 1:
+        lengths, counts = _longest(lengths, together), counts.reshape(-1, together)
+        judged = dataset.judged_alone  # what answers other prompts is computed apart
+        counts = counts.max(axis=1) if judged else counts.sum(axis=1)
+        together = 1 if judged else together
+    counts, size = counts[np.argsort(lengths, kind="stable")], min(batch_size, len(lengths))
+    whole = len(lengths) // size * size
     # The smaller group may be anywhere, so full groups are counted from the start or the end.
     labels = max(
         int(part.reshape(-1, size).sum(axis=1).max())
-        for part in (counts[:whole], counts[len(rows) - whole :])
+        for part in (counts[:whole], counts[len(counts) - whole :])
     )
-    tokens = _width(int(lengths.max()), max_seq_length) - 1
-    return Sizes(size, tokens, labels, tokens)
+    return Sizes(together * size, tokens, labels, tokens)
+
+
+def _together(dataset: Sequence) -> int:
+    """Rows of a data set that go into a batch together: 2 in one of preferences."""
+    return dataset.together if isinstance(dataset, Dataset) else 1
+
+
+def _longest(lengths: np.ndarray, together: int) -> np.ndarray:
+    """Tokens of the longest of the rows that belong together."""
+    return lengths.reshape(-1, together).max(axis=1)
 
 
 def padded(tokens: int) -> int:
@@ -252,7 +297,25 @@ def _generate(
 ) -> Iterator[Batch]:
     for rows, groups in epochs:
         for group in groups:
-            yield _make_batch(dataset, [rows[row] for row in group], max_seq_length, packing)
+            chosen = [rows[row] for row in group]
+            if _together(dataset) > 1:
+                yield _make_preferences(dataset, np.concatenate(chosen), max_seq_length)
+            else:
+                yield _make_batch(dataset, chosen, max_seq_length, packing)
+
+
+def _make_preferences(dataset: Dataset, examples: np.ndarray, max_seq_length: int) -> Batch:
+    """Make a batch of pairs, or of judged rows and of rows that answer other prompts."""
+    rows = 2 * examples
+    if not dataset.judged_alone:
+        rows = np.stack([rows, rows + 1], axis=1).reshape(-1)
+    batch = _make_batch(dataset, rows[:, None], max_seq_length, False)
+    mismatched = None
+    if dataset.judged_alone:
+        mismatched = _make_batch(dataset, (rows + 1)[:, None], max_seq_length, False)
+    desirable = np.array([dataset.is_desirable(row) for row in rows.tolist()])
+    together = 1 if dataset.judged_alone else 2
+    return replace(batch, preferences=Preferences(desirable, together, mismatched))
 
 
 def _make_batch(

@@ -46,4 +46,30 @@ class Conversation:
     prompt_messages: int | None = None
 
 
-CanonicalRow = PlainText | Conversation
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt.
+
+    Attributes:
+        chosen: the prompt with the preferred answer.
+        rejected: the same prompt with the other answer.
+    """
+
+    chosen: Conversation
+    rejected: Conversation
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An answer with a judgement.
+
+    Attributes:
+        conversation: the prompt with the answer.
+        is_desirable: whether the answer is desirable.
+    """
+
+    conversation: Conversation
+    is_desirable: bool
+
+
+CanonicalRow = PlainText | Conversation | Pair | Judged

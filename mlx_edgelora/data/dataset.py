@@ -3,7 +3,7 @@
 from array import array
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -12,6 +12,9 @@ import numpy as np
 from mlx_edgelora.data.findings import Findings
 from mlx_edgelora.data.spans import Labelled, count_labels, spans_of
 from mlx_edgelora.errors import EdgeLoraError
+
+# Kinds of data sets of preferences.
+PAIRS, JUDGED = "pairs", "judged"
 
 
 class Row(NamedTuple):
@@ -23,12 +26,14 @@ class Row(NamedTuple):
         tokens: token ids of prompt and completion.
         labelled: position of the first token to train on (0 for all tokens), or (start, stop)
             pairs.
+        is_desirable: in a data set of preferences, whether it is a chosen or desirable answer.
     """
 
     source: str
     number: int
     tokens: Sequence[int]
     labelled: Labelled
+    is_desirable: bool = True
 
 
 @dataclass(frozen=True)
@@ -84,8 +89,19 @@ class Dataset(Sequence[tuple[np.ndarray, np.ndarray]]):
     long as the limit, a single token) are left out, because the mean loss of a batch with only
     such rows would be 0 / 0.
 
+    Args:
+        rows: the rows, in order.
+        max_seq_length: limit of a row, in tokens.
+        name: name of the data set.
+        findings: remarks on the tokenization of rows.
+        preferences: None, or the kind of a data set of preferences, in which rows 2 i and 2 i + 1
+            belong together: `PAIRS` of a chosen and a rejected answer, or an answer that is
+            `JUDGED` alone and another one, to the same prompt, that belongs to another prompt.
+
     Attributes:
         report: statistics of the rows.
+        together: rows that belong together: 2 in a data set of preferences, else 1.
+        judged_alone: whether answers are judged alone.
     """
 
     def __init__(
@@ -94,7 +110,11 @@ class Dataset(Sequence[tuple[np.ndarray, np.ndarray]]):
         max_seq_length: int,
         name: str,
         findings: Findings | None = None,
+        preferences: str | None = None,
     ) -> None:
+        self.together = 1 if preferences is None else 2
+        self.judged_alone = preferences == JUDGED
+        self._desirable = array("b")
         self._tokens = array("i")
         self._starts = array("q", [0])
         self._spans = array("i")
@@ -121,7 +141,7 @@ class Dataset(Sequence[tuple[np.ndarray, np.ndarray]]):
     def _read(self, rows: Iterable[Row], max_seq_length: int, counts: Counter[str]) -> None:
         """Keep rows with labels; consecutive pieces of one row are counted as one row."""
         place, is_kept, is_cut = None, False, False
-        for row in rows:
+        for row in self._complete(rows, max_seq_length):
             if (row.source, row.number) != place:
                 place, is_kept, is_cut = (row.source, row.number), False, False
                 counts["rows"] += 1
@@ -141,17 +161,48 @@ class Dataset(Sequence[tuple[np.ndarray, np.ndarray]]):
             counts["labels"] += labels
             self._append(row, tokens, spans)
 
+    def _complete(self, rows: Iterable[Row], max_seq_length: int) -> Iterator[Row]:
+        """The rows; of rows that belong together none has labels if one has none."""
+        for some in zip(*[iter(rows)] * self.together, strict=True):
+            lengths = [min(len(row.tokens), max_seq_length) for row in some]
+            if all(len(spans_of(r.labelled, n)) for r, n in zip(some, lengths, strict=True)):
+                yield from some
+            else:
+                yield from (row._replace(labelled=[]) for row in some)
+
     def _append(self, row: Row, tokens: Sequence[int], spans: np.ndarray) -> None:
         if not self._sources or self._sources[-1][1] != row.source:
             self._sources.append((len(self), row.source))
         self._tokens.extend(tokens)
         self._starts.append(len(self._tokens))
         self._numbers.append(row.number)
+        self._desirable.append(row.is_desirable)
         self._spans.extend(spans.reshape(-1).tolist())
         self._span_starts.append(len(self._spans) // 2)
 
     def __len__(self) -> int:
         return len(self._numbers)
+
+    @property
+    def examples(self) -> int:
+        """Number of rows of the source that are trained: rows, pairs or judged answers."""
+        return len(self) // self.together
+
+    def rows_of(self, example: int) -> range:
+        """Indices of the rows that are trained of a row of the source."""
+        first = self.together * example
+        return range(first, first + (1 if self.judged_alone else self.together))
+
+    def judgement(self, index: int) -> str | None:
+        """What is said of a row in a data set of preferences; None in others."""
+        if self.together == 1:
+            return None
+        words = ("undesirable", "desirable") if self.judged_alone else ("rejected", "chosen")
+        return words[self.is_desirable(index)]
+
+    def is_desirable(self, index: int) -> bool:
+        """Whether a row of a data set of preferences is a chosen or desirable answer."""
+        return bool(self._desirable[index])
 
     def count_tokens(self) -> tuple[int, int]:
         """The number of tokens in all rows, and of those that are labels."""

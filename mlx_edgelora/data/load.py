@@ -6,8 +6,9 @@ from typing import Any
 from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.data.conversation import RowError
 from mlx_edgelora.data.dataset import Dataset, Row
-from mlx_edgelora.data.encode import EVERYTHING, LAST_ANSWER, Encoder, rows_of
+from mlx_edgelora.data.encode import ANSWERS, EVERYTHING, LAST_ANSWER, Encoder, rows_of
 from mlx_edgelora.data.findings import Findings
+from mlx_edgelora.data.preferences import preference_set
 from mlx_edgelora.data.sets import Part, find_sets
 from mlx_edgelora.errors import EdgeLoraError
 
@@ -42,14 +43,19 @@ def load_datasets(
 def _build(parts: Sequence[Part], config: TrainConfig, tokenizer: Any) -> Dataset:
     name = " + ".join(part.name for part in parts)
     encode, findings = _encoder(config, tokenizer), Findings()
-    rows = (row for part in parts for row in _encode(part, encode, findings))
-    dataset = Dataset(rows, config.max_seq_length, name, findings)
+    if config.compares_answers:
+        dataset = preference_set(parts, config.loss, encode, config.max_seq_length, findings)
+    else:
+        rows = (row for part in parts for row in _encode(part, encode, findings))
+        dataset = Dataset(rows, config.max_seq_length, name, findings)
     if not config.allow_lost_content:
         findings.refuse_lost(name)
     return dataset
 
 
 def _encoder(config: TrainConfig, tokenizer: Any) -> Encoder:
+    if config.compares_answers:
+        return Encoder(tokenizer, ANSWERS, f"--loss {config.loss}")
     if config.train_on is not None:
         return Encoder(tokenizer, config.train_on, f"--train-on {config.train_on}")
     return Encoder(tokenizer, LAST_ANSWER if config.mask_prompt else EVERYTHING, "mask_prompt")

@@ -9,24 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from mlx_edgelora.data.cells import Cells, conversation_of, messages_of
 from mlx_edgelora.data.conversation import (
     REASONING_KEYS,
-    SYSTEM_ROLES,
     CanonicalRow,
-    Conversation,
     Message,
     PlainText,
     RowError,
 )
-from mlx_edgelora.data.messages import (
-    is_empty,
-    is_message,
-    read_content,
-    read_messages,
-    read_tools,
-    short,
-    with_reasoning,
-)
+from mlx_edgelora.data.messages import is_empty, read_messages, short, with_reasoning
+from mlx_edgelora.data.preference_rows import read_judged, read_preferences
+from mlx_edgelora.losses.preferences import KTO
 
 Row = Mapping[str, Any]
 # Pairs of columns of a question and its answer.
@@ -118,26 +111,9 @@ class RowKind:
                 columns[part] = column
         cells = {part: row[column] for part, column in columns.items()}
         try:
-            return _READERS[self.name](_Cells(cells, columns, self.system_prompt))
+            return _READERS[self.name](Cells(cells, columns, self.system_prompt))
         except RecursionError as error:
             raise RowError("is nested too deeply") from error
-
-
-@dataclass(frozen=True)
-class _Cells:
-    """The values of a row by part, with their columns for error messages."""
-
-    values: Mapping[str, Any]
-    columns: Mapping[str, str]
-    system_prompt: str | None
-
-    def content(self, part: str) -> tuple[str, str | None]:
-        """The text of a part, and its reasoning or None."""
-        return read_content(self.columns[part], self.values[part])
-
-    def optional_text(self, part: str) -> str | None:
-        """The text of an optional part; None if the row does not have it."""
-        return self.content(part)[0] if part in self.values else None
 
 
 def find_kind(
@@ -145,6 +121,7 @@ def find_kind(
     features: Features = Features(),
     kind: str | None = None,
     system_prompt: str | None = None,
+    preference_loss: str | None = None,
 ) -> RowKind:
     """The kind of most of the rows; of several kinds that fit equally, the first one.
 
@@ -154,16 +131,23 @@ def find_kind(
             mlx-lm's default, only kinds with these columns are considered.
         kind: a value of `--data-format`; other kinds are not considered.
         system_prompt: system prompt of conversations without one.
+        preference_loss: name of a loss of preferences; only rows for that loss are considered.
 
     Raises:
         RowError: no kind fits, or `system_prompt` is given for plain text.
     """
     keys = list(dict.fromkeys(key for row in rows for key in row))
-    layouts = [_resolved(layout, keys) for layout in _layouts(features, kind)]
+    found = _layouts(features, kind)
+    if preference_loss is not None:
+        found = _preference_layouts(features, preference_loss)
+    layouts = [_resolved(layout, keys) for layout in found]
     fits = [_fit(layout, rows) for layout in layouts]
     best = max(range(len(layouts)), key=lambda index: fits[index])
     if not any(fits[best]):
-        raise RowError(f"got the {_keys(rows[0])}, expected {_expected(layouts)}")
+        raise RowError(
+            f"got the {_keys(rows[0])}, expected {_expected(layouts)}"
+            f"{_hint(rows[0], preference_loss)}"
+        )
     layout = layouts[best]
     if layout.kind == "text" and system_prompt is not None:
         raise RowError(
@@ -212,6 +196,31 @@ def _layouts(features: Features, kind: str | None) -> list[_Layout]:
     return [layout for layout in layouts if kind in (None, layout.kind)]
 
 
+def _preference_layouts(features: Features, loss: str) -> list[_Layout]:
+    """The layouts of rows for a loss of preferences, in the order of preference."""
+    if (features.text, features.chat) != (Features().text, Features().chat):
+        raise RowError(
+            f"text_feature and chat_feature name columns that the loss {loss} has no use for; "
+            "leave them out"
+        )
+    both = {"system": SYSTEM, "tools": TOOLS}
+    answers = {"chosen": "chosen", "rejected": "rejected"}
+    pairs = _Layout("preferences", answers, both | {"prompt": (features.prompt,)})
+    if loss != KTO:
+        return [pairs]
+    judged = {"prompt": features.prompt, "completion": features.completion, "label": "label"}
+    return [_Layout("judged", judged, both), pairs]
+
+
+def _hint(row: Row, preference_loss: str | None) -> str:
+    """What to do about rows of preferences for another loss."""
+    if preference_loss is None and {"chosen", "rejected"} <= row.keys():
+        return "; train on pairs of answers with --loss dpo, orpo, simpo or kto"
+    if preference_loss is not None and {"prompt", "completion", "label"} <= row.keys():
+        return "; train on judged answers with --loss kto"
+    return ""
+
+
 def _resolved(layout: _Layout, keys: Sequence[str]) -> _Layout:
     """The layout with the spelling of the rows' columns, ignoring case and spaces."""
     simple = {key.strip().casefold(): key for key in reversed(keys)}
@@ -239,25 +248,25 @@ def _fit(layout: _Layout, rows: Sequence[Row]) -> tuple[int, bool, int]:
     return sum(full), full[0], sum(all(column in row for column in columns) for row in rows)
 
 
-def _read_text(cells: _Cells) -> CanonicalRow:
+def _read_text(cells: Cells) -> CanonicalRow:
     return PlainText(cells.content("text")[0])
 
 
-def _read_chat(cells: _Cells) -> CanonicalRow:
+def _read_chat(cells: Cells) -> CanonicalRow:
     messages = read_messages(cells.columns["messages"], cells.values["messages"])
-    return _conversation(cells, messages)
+    return conversation_of(cells, messages)
 
 
-def _read_pair(cells: _Cells) -> CanonicalRow:
+def _read_pair(cells: Cells) -> CanonicalRow:
     """Read a prompt and a completion, which are each text or messages."""
-    prompt = _messages_of(cells, "prompt", "user")
-    completion = _messages_of(cells, "completion", "assistant")
+    prompt = messages_of(cells, "prompt", "user")
+    completion = messages_of(cells, "completion", "assistant")
     if REASONING_KEYS[0] not in completion[0]:
         completion[0] = with_reasoning(completion[0], cells.optional_text("reasoning"))
-    return _conversation(cells, prompt + completion, len(prompt))
+    return conversation_of(cells, prompt + completion, len(prompt))
 
 
-def _read_alpaca(cells: _Cells) -> CanonicalRow:
+def _read_alpaca(cells: Cells) -> CanonicalRow:
     """Read an instruction, with its input after a blank line and earlier turns in `history`."""
     parts = cells.content("prompt")[0], cells.optional_text("input")
     question = {"role": "user", "content": "\n\n".join(part for part in parts if part)}
@@ -265,10 +274,10 @@ def _read_alpaca(cells: _Cells) -> CanonicalRow:
     answer = {"role": "assistant", "content": content}
     prompt = [*_read_history(cells), question]
     answer = with_reasoning(answer, reasoning or cells.optional_text("reasoning"))
-    return _conversation(cells, [*prompt, answer], len(prompt))
+    return conversation_of(cells, [*prompt, answer], len(prompt))
 
 
-def _read_history(cells: _Cells) -> list[Message]:
+def _read_history(cells: Cells) -> list[Message]:
     turns = cells.values.get("history", [])
     messages = []
     for turn in turns if isinstance(turns, list) else [turns]:
@@ -286,43 +295,15 @@ def _read_history(cells: _Cells) -> list[Message]:
     return messages
 
 
-def _messages_of(cells: _Cells, part: str, role: str) -> list[Message]:
-    place, value = cells.columns[part], cells.values[part]
-    if is_message(value):
-        return read_messages(place, [value])
-    if isinstance(value, list) and value and all(map(is_message, value)):
-        return read_messages(place, value)
-    content, reasoning = cells.content(part)
-    return [with_reasoning({"role": role, "content": content}, reasoning)]
-
-
-def _conversation(
-    cells: _Cells, messages: list[Message], prompt_messages: int | None = None
-) -> Conversation:
-    """A conversation with the row's own system prompt, or else that of the run."""
-    own = cells.optional_text("system")
-    has_system = any(message["role"] in SYSTEM_ROLES for message in messages)
-    if own is not None and has_system and messages[0]["content"] != own:
-        raise RowError(
-            f"{cells.columns['system']}: has a system prompt, and so have its messages; keep one"
-        )
-    system = cells.system_prompt if own is None else own
-    if system is not None and not has_system:
-        messages = [{"role": "system", "content": system}, *messages]
-        prompt_messages = None if prompt_messages is None else prompt_messages + 1
-    tools = None
-    if "tools" in cells.values:
-        tools = read_tools(cells.columns["tools"], cells.values["tools"])
-    return Conversation(messages, tools, prompt_messages)
-
-
-_READERS: dict[str, Callable[[_Cells], CanonicalRow]] = {
+_READERS: dict[str, Callable[[Cells], CanonicalRow]] = {
     "chat": _read_chat,
     "sharegpt": _read_chat,
     "text": _read_text,
     "completions": _read_pair,
     "qa": _read_pair,
     "alpaca": _read_alpaca,
+    "preferences": read_preferences,
+    "judged": read_judged,
 }
 
 

@@ -185,7 +185,8 @@ def _part(source: Source, features: Features, config: TrainConfig) -> Part:
     features = Features() if source.is_text else features
     rows = [row for _, row in sample]
     try:
-        kind = find_kind(rows, features, config.data_format, config.system_prompt)
+        loss = config.loss if config.compares_answers else None
+        kind = find_kind(rows, features, config.data_format, config.system_prompt, loss)
     except RowError as error:
         raise EdgeLoraError(f"{source.row_name} {sample[0][0]}: {error}") from error
     return Part(source, kind, None, source.name)

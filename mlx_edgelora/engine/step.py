@@ -3,27 +3,25 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import NamedTuple
+from typing import Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from mlx_edgelora.blocks.block_list import bind_arrays
 from mlx_edgelora.blocks.experts import set_groups
 from mlx_edgelora.blocks.gated_mlp import set_slices
-from mlx_edgelora.blocks.packing import Packing
 from mlx_edgelora.data import Batch
-from mlx_edgelora.data.batches import PAD_TO
 from mlx_edgelora.engine.adapter_state import AdapterState, ResidentAdapterState
 from mlx_edgelora.engine.block_weights import Arrays
 from mlx_edgelora.engine.gradients import add_into, gradient_tree
+from mlx_edgelora.engine.parts import Part, labelled_parts
+from mlx_edgelora.engine.tail import GraphLoss
 from mlx_edgelora.engine.walk import Pass, Walk
-from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.layers.fused import set_attention_block
 from mlx_edgelora.losses.approximate import ApproximateCrossEntropy
-from mlx_edgelora.losses.chunked import chunked_cross_entropy, in_graph
-from mlx_edgelora.losses.exact import CrossEntropy, check_labels
+from mlx_edgelora.losses.chunked import Project, chunked_cross_entropy, in_graph, token_losses
+from mlx_edgelora.losses.exact import CrossEntropy, Objective, check_labels
 from mlx_edgelora.measure.meter import DiskMeter
 from mlx_edgelora.measure.profile import phase
 from mlx_edgelora.model.head import ModelHead
@@ -35,8 +33,6 @@ Loss = CrossEntropy | ApproximateCrossEntropy
 
 # Float32 logits of a chunk of tokens, if all logits of a token are computed at once.
 LOGITS_BYTES = 4 * 2**20
-# Number of different counts of labelled tokens for batches of one size: each one is compiled.
-FILLED = 8
 
 
 class Engine:
@@ -56,6 +52,7 @@ class Engine:
 
     Attributes:
         plan_for: returns the plan for a batch; by default that of the last `set_plan`.
+        exact: the exact cross-entropy, for evaluation.
         empties_cache: whether MLX's buffer cache is emptied after every step, unless
             `clear_cache_threshold` is set.
     """
@@ -74,8 +71,8 @@ class Engine:
         self._walk, self.head = walk, head
         # Evaluation uses tiles of the same size.
         tiles = getattr(training_loss, "exact", training_loss) or CrossEntropy()
-        self._exact = CrossEntropy(tiles.tile_bytes)
-        self.training_loss = training_loss or self._exact
+        self.exact = CrossEntropy(tiles.tile_bytes)
+        self.training_loss = training_loss or self.exact
         self._plan = Plan()
         self.plan_for: Callable[[Batch], Plan] = lambda batch: self._plan
         self.empties_cache = True
@@ -124,25 +121,31 @@ class Engine:
         name comes once per micro-batch, and the gradients add up. Gradients that `sink` does not
         keep are freed before the next block is computed.
         """
-        parts = self._parts(batch)
+        parts = self.parts(batch, labelled_parts)
         count = sum(part.count for part in parts)
-        losses = [self._backward(part, part.count / count, sink) for part in parts]
+        losses = [
+            self.compute(part, partial(_TokenLoss, self, part, part.count / count), sink)
+            for part in parts
+        ]
         loss = losses[0] if len(losses) == 1 else mx.stack(losses).sum()
         return loss, count
 
-    def _backward(self, part: "_Part", share: float, sink: Callable[[Arrays], None]) -> mx.array:
-        """A part's share of the mean loss; gradients are multiplied by the share as well."""
+    def compute(
+        self,
+        part: Part,
+        loss_of: Callable[[Pass], "PartLoss"],
+        sink: Callable[[Arrays], None],
+    ) -> mx.array | tuple:
+        """A loss of a part of a batch, as its `graph` gives it; gradients are passed to `sink`."""
         run = partial(self.model, part.tokens)
         with self._walk.forward(run, rows=part.rows, packing=part.packing) as state:
+            loss = loss_of(state)
             if state.tail is not None:
-                loss, outside = self._walk.finish(state, _TailLoss(self, state, part, share))
+                value, outside = self._walk.finish(state, loss)
             else:
                 hidden, state.hidden = state.hidden[0], None
                 with phase("head"):
-                    loss, piece, outside = self._loss(state, hidden, part, gradient=True)
-                if share != 1:
-                    loss, piece = share * loss, share * piece
-                    outside = {name: share * value for name, value in outside.items()}
+                    value, piece, outside = loss.value_and_grad(hidden)
                 state.cotangent = piece.astype(hidden.dtype)[None]
                 del hidden, piece
                 mx.eval(state.cotangent)
@@ -155,7 +158,7 @@ class Engine:
         if outside:
             mx.eval(outside)
             sink(outside)
-        return loss
+        return value
 
     def loss(self, batch: Batch) -> tuple[mx.array, int]:
         """Mean loss over the labelled tokens, and their count; no activations are stored."""
@@ -168,45 +171,91 @@ class Engine:
         Raises:
             EdgeLoraError: the adapter cannot be switched off.
         """
-        again = partial(without_adapter, self.model)
-        if self._walk.blocks.share_outputs:  # a second forward would replace what the first keeps
-            (adapted,), count = self._losses(batch, None)
-            with self._walk.inside(again):
-                (base,), _ = self._losses(batch, None)
-            return base, adapted, count
-        (adapted, base), count = self._losses(batch, again)
+        (adapted, base), count = self._losses(batch, partial(without_adapter, self.model))
         return base, adapted, count
 
     def _losses(
         self, batch: Batch, again: Callable[[], AbstractContextManager] | None
     ) -> tuple[list[mx.array], int]:
         """Mean losses over the labelled tokens, the second one inside `again`, and their count."""
+        parts = self.parts(batch, labelled_parts, evaluates=True)
+
+        def measure(state: Pass, hidden: mx.array, part: Part) -> mx.array:
+            if self.head is None:
+                return self.chunked(state, hidden, part.labels, gradient=False)[0]
+            return self.exact.value(hidden, self.head, part.labels)[0]
+
         totals, count = [0.0, 0.0][: 1 + (again is not None)], 0
-        for part in self._parts(batch, evaluates=True):
-            run = partial(self.model, part.tokens)
-            options = {"keep": False, "rows": part.rows, "packing": part.packing, "again": again}
-            with self._walk.forward(run, **options) as state:
-                hidden, state.hidden = state.hidden[0], None
-                losses = [self._loss(state, hidden, part, gradient=False)[0]]
-                mx.eval(losses)
-                del hidden
-                if again is not None:
-                    second, state.again = state.again[0], None
-                    with again():
-                        losses.append(self._loss(state, second, part, gradient=False)[0])
-                        mx.eval(losses)
+        for part in parts:
+            losses = self.measure(part, measure, again)
             totals = [total + part.count * loss for total, loss in zip(totals, losses, strict=True)]
             count += part.count
         return [total / count for total in totals], count
 
-    def _parts(self, batch: Batch, evaluates: bool = False) -> list["_Part"]:
-        """Divide a batch into micro-batches by its plan, and follow that plan."""
+    def token_losses(
+        self, part: Part, again: Callable[[], AbstractContextManager] | None = None
+    ) -> list[mx.array]:
+        """The loss of each token of a part, float32 [n], and the same inside `again`."""
+
+        def measure(state: Pass, hidden: mx.array, part: Part) -> mx.array:
+            if self.head is None:
+                return token_losses(hidden, part.labels, *self._projection(state, hidden))
+            return self.exact.losses(hidden, self.head, part.labels)
+
+        return self.measure(part, measure, again)
+
+    def measure(
+        self,
+        part: Part,
+        measure: Callable[[Pass, mx.array, Part], mx.array],
+        again: Callable[[], AbstractContextManager] | None = None,
+    ) -> list[mx.array]:
+        """What `measure` gives of the last hidden states, [n, D]; no activations are stored.
+
+        Args:
+            part: part of a batch.
+            measure: called with the pass, the hidden states and the part.
+            again: makes a context in which it is computed a second time, from weights that are
+                read once if the model's blocks share no outputs.
+        """
+        if again is not None and self._walk.blocks.share_outputs:
+            # A second forward would replace what the first keeps.
+            found = self.measure(part, measure)
+            with self._walk.inside(again):
+                return found + self.measure(part, measure)
+        run = partial(self.model, part.tokens)
+        options = {"keep": False, "rows": part.rows, "packing": part.packing, "again": again}
+        with self._walk.forward(run, **options) as state:
+            hidden, state.hidden = state.hidden[0], None
+            found = [measure(state, hidden, part)]
+            mx.eval(found)
+            del hidden
+            if again is not None:
+                second, state.again = state.again[0], None
+                with again():
+                    found.append(measure(state, second, part))
+                    mx.eval(found)
+        return found
+
+    def parts(
+        self,
+        batch: Batch,
+        divide: Callable[[Batch, int, bool], list[Part]],
+        evaluates: bool = False,
+    ) -> list[Part]:
+        """Divide a batch into micro-batches by its plan, and follow that plan.
+
+        Args:
+            batch: the batch.
+            divide: divides it, as `labelled_parts` does.
+            evaluates: whether no gradients are needed.
+        """
         plan = self.plan_for(batch)
         if plan != self._plan:
             self.set_plan(plan)
         exact = isinstance(self.training_loss, CrossEntropy) and self.head is not None
         fills = self._walk.is_compiled and exact and not evaluates
-        return _labelled_parts(batch, plan.micro_batches, fills)
+        return divide(batch, plan.micro_batches, fills)
 
     def close(self) -> None:
         """Free the store's disk space and close the files of the weights."""
@@ -214,19 +263,7 @@ class Engine:
         self._walk.weights.close()
         set_attention_block(None)
 
-    def _loss(
-        self, state: Pass, hidden: mx.array, part: "_Part", gradient: bool
-    ) -> tuple[mx.array, mx.array | None, Arrays]:
-        if self.head is None:
-            return self._chunked_loss(state, hidden, part.labels, gradient)
-        if not gradient:
-            return self._exact.value(hidden, self.head, part.labels)[0], None, {}
-        weights = [] if part.weights is None else [part.weights]
-        operands = hidden, self.head, part.labels, *weights
-        (loss, _), gradients = self.training_loss.value_and_grad(*operands)
-        return loss, gradients.hidden, self.head.gradients_by_name(gradients)
-
-    def _chunked_loss(
+    def chunked(
         self,
         state: Pass,
         hidden: mx.array,
@@ -234,45 +271,81 @@ class Engine:
         gradient: bool,
         trained: Arrays | None = None,
         evaluate: Callable[..., None] = mx.eval,
-    ) -> tuple[mx.array, mx.array | None, Arrays]:
+        objective: Objective | None = None,
+    ) -> tuple[mx.array | tuple, mx.array | None, Arrays]:
+        """The loss from whole rows of logits; see `chunked_cross_entropy`."""
+        projection = self._projection(state, hidden, trained)
+        smoothing = self.training_loss.label_smoothing if gradient and objective is None else 0.0
+        return chunked_cross_entropy(
+            hidden, labels, *projection, gradient, smoothing, evaluate, objective
+        )
+
+    def _projection(
+        self, state: Pass, hidden: mx.array, trained: Arrays | None = None
+    ) -> tuple[Project, Arrays, int]:
+        """The model's head as a function, its trained parameters, and the tokens of a chunk."""
+
         def logits(hidden: mx.array, trained: Arrays) -> mx.array:
             with self._walk.tail(state, hidden[None], trained):
                 return self.model(mx.zeros((1, hidden.shape[0]), mx.int32))[0]
 
         trained = self._walk.outside() if trained is None else trained
-        rows = max(1, LOGITS_BYTES // logits(hidden[:1], trained).nbytes)
-        smoothing = self.training_loss.label_smoothing if gradient else 0.0
-        return chunked_cross_entropy(
-            hidden, labels, logits, trained, rows, gradient, smoothing, evaluate
-        )
+        return logits, trained, max(1, LOGITS_BYTES // logits(hidden[:1], trained).nbytes)
 
 
-class _TailLoss:
-    """The training loss as a part of the graph of the last blocks; see `tail.GraphLoss`.
+class PartLoss(GraphLoss, Protocol):
+    """A loss of a part of a batch, alone or as a part of a graph."""
+
+    def value_and_grad(self, hidden: mx.array) -> tuple[mx.array | tuple, mx.array, Arrays]:
+        """The loss of hidden states [n, D], its gradient by them, and gradients of `outside`."""
+        ...
+
+
+class _TokenLoss:
+    """The training loss of a part: a mean over its labelled tokens; see `PartLoss`.
 
     Args:
         engine: the engine with the loss.
-        state: the current pass.
         part: part of the batch.
         share: factor of the loss.
+        state: the current pass.
     """
 
-    def __init__(self, engine: Engine, state: Pass, part: "_Part", share: float) -> None:
-        self._engine, self._state, self._share = engine, state, share
+    def __init__(self, engine: Engine, part: Part, share: float, state: Pass) -> None:
+        self._engine, self._part, self._share, self._state = engine, part, share, state
         self.outside = engine.walk.outside()
         loss, head = engine.training_loss, engine.head
         # A loss that chooses tokens by the labels is another graph for every batch.
         compiles = isinstance(loss, CrossEntropy) and head is not None and head.is_resident
         self.key = ("loss", id(engine), loss) if compiles else None
-        weights = part.weights
-        if weights is None:
-            weights = mx.full(part.labels.shape, 1 / part.count)
-        self.arrays = [part.labels, share * weights]
-        if head is not None:
+        if head is not None and state.tail is not None:
             check_labels(mx.zeros((part.labels.size, head.dims)), head, part.labels)
         exact = isinstance(loss, CrossEntropy) and head is not None
         # A compiled function keeps the objects that it captures, so it captures nothing of a batch.
         self.graph = partial(_exact_graph, engine.walk, loss, head) if exact else self._any_graph
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """Labels and their weights."""
+        part, weights = self._part, self._part.weights
+        if weights is None:
+            weights = mx.full(part.labels.shape, 1 / part.count)
+        return [part.labels, self._share * weights]
+
+    def value_and_grad(self, hidden: mx.array) -> tuple[mx.array, mx.array, Arrays]:
+        """See `PartLoss`; evaluated piece by piece."""
+        engine, part, share = self._engine, self._part, self._share
+        if engine.head is None:
+            loss, piece, outside = engine.chunked(self._state, hidden, part.labels, gradient=True)
+        else:
+            weights = [] if part.weights is None else [part.weights]
+            operands = hidden, engine.head, part.labels, *weights
+            (loss, _), gradients = engine.training_loss.value_and_grad(*operands)
+            piece, outside = gradients.hidden, engine.head.gradients_by_name(gradients)
+        if share != 1:
+            loss, piece = share * loss, share * piece
+            outside = {name: share * value for name, value in outside.items()}
+        return loss, piece, outside
 
     def _any_graph(self, hidden: mx.array, outside: Arrays, *arrays: mx.array) -> mx.array:
         """The loss of the part, times its share."""
@@ -280,8 +353,8 @@ class _TailLoss:
         loss, head, hidden = engine.training_loss, engine.head, hidden.reshape(-1, hidden.shape[-1])
         if head is None:
             return self._share * in_graph(
-                lambda hidden, trained: engine._chunked_loss(
-                    self._state, hidden, labels, True, trained, _nothing
+                lambda hidden, trained: engine.chunked(
+                    self._state, hidden, labels, True, trained, evaluate_nothing
                 ),
                 hidden,
                 outside,
@@ -304,63 +377,5 @@ def _exact_graph(
         return loss.graph(hidden.reshape(-1, hidden.shape[-1]), head, labels, weights)
 
 
-def _nothing(*_: object) -> None:
+def evaluate_nothing(*_: object) -> None:
     """Evaluate nothing, because a graph is being built."""
-
-
-class _Part(NamedTuple):
-    """Some rows of a batch.
-
-    Attributes:
-        tokens: int [B, T].
-        rows: int [n], indices among the B * T tokens: the labelled ones and, if there are
-            `weights`, some others.
-        labels: int [n].
-        count: of labelled tokens.
-        weights: float32 [n], of each in the mean loss, 0 without a label; None if all are equal.
-        packing: where rows share rows; None where they do not.
-    """
-
-    tokens: mx.array
-    rows: mx.array
-    labels: mx.array
-    count: int
-    weights: mx.array | None = None
-    packing: Packing | None = None
-
-
-def _labelled_parts(batch: Batch, count: int, fills: bool) -> list[_Part]:
-    """Divide a batch into `count` parts, or as many as it has rows with labels.
-
-    Args:
-        batch: the whole batch.
-        count: number of parts.
-        fills: whether to add tokens without a label, so that few shapes are compiled.
-    """
-    mask = batch.mask
-    labelled = np.flatnonzero(mask.any(axis=1))
-    if not labelled.size:
-        raise EdgeLoraError(
-            f"batch of rows {list(batch.indices)}: no token carries a label, expected at least "
-            "one; raise max_seq_length or leave mask_prompt out"
-        )
-    inputs, labels, parts = batch.inputs(), batch.labels(), []
-    pieces = [slice(None)] if count == 1 else np.array_split(labelled, min(count, labelled.size))
-    for piece in pieces:
-        # Parts keep the length of the batch, because tokens may depend on later ones or on it.
-        own = mask[piece].reshape(-1)
-        rows = _pad_rows(own) if fills else np.flatnonzero(own)
-        wanted = labels[piece].reshape(-1)[rows]
-        number, arrays = int(own.sum()), [inputs[piece], rows, wanted]
-        weights = mx.array(own[rows].astype(np.float32) / number) if fills else None
-        packing = None if batch.starts is None else Packing(batch.starts[piece])
-        parts.append(_Part(*map(mx.array, arrays), number, weights, packing))
-    return parts
-
-
-def _pad_rows(labelled: np.ndarray) -> np.ndarray:
-    """Indices of the labelled tokens, padded with others to one of a few counts."""
-    step = max(PAD_TO, -(-labelled.size // (FILLED * PAD_TO)) * PAD_TO)
-    rows, others = np.flatnonzero(labelled), np.flatnonzero(~labelled)
-    missing = min(-rows.size % step, others.size)
-    return np.sort(np.concatenate([rows, others[:missing]]))

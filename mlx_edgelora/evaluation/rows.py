@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from mlx_edgelora.data.conversation import Conversation, Message
+from mlx_edgelora.data.conversation import Conversation, Message, Pair
 from mlx_edgelora.data.sets import Part
 
 
@@ -36,7 +36,8 @@ def asked_rows(parts: Iterable[Part], count: int) -> list[AskedRow]:
 
 def _asked_rows(parts: Iterable[Part]) -> Iterator[AskedRow]:
     for part in parts:
-        for number, row in part.rows():
+        for number, found in part.rows():
+            row = found.chosen if isinstance(found, Pair) else found
             if not isinstance(row, Conversation) or len(row.messages) < 2:
                 continue
             *messages, last = row.messages

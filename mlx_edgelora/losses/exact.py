@@ -28,11 +28,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_edgelora.losses.head import Adapter, Head, Pointwise, Tile, add_row_sum
 
 TILE_BYTES = 40 * 2**20
 """What tiles take by default: 1,092 rows of 3,072 and 1,124 tokens."""
+
+# The losses of tokens, [n] -> a loss, [], and figures about it, an array of any shape.
+Objective = Callable[[mx.array], tuple[mx.array, mx.array]]
 
 
 @dataclass(frozen=True)
@@ -86,8 +90,13 @@ class CrossEntropy:
         return self.graph(hidden, head, labels), labels.size
 
     def graph(
-        self, hidden: mx.array, head: Head, labels: mx.array, weights: mx.array | None = None
-    ) -> mx.array:
+        self,
+        hidden: mx.array,
+        head: Head,
+        labels: mx.array,
+        weights: mx.array | None = None,
+        objective: Objective | None = None,
+    ) -> mx.array | tuple[mx.array, mx.array]:
         """Compute the loss as a call does, without checking labels; it can be compiled.
 
         Args:
@@ -96,10 +105,12 @@ class CrossEntropy:
             labels: int [n], checked.
             weights: weights of the tokens, [n]; the loss is then the weighted sum. None for the
                 mean.
+            objective: computes another loss from the losses of the tokens.
 
         Returns:
-            The loss, float32 [], not evaluated.
+            The loss, float32 [], not evaluated; with an objective, its loss and its figures.
         """
+        count = 1 if objective is None else 2
         trained = [] if head.adapter is None else [head.adapter.down, head.adapter.up]
 
         @mx.custom_function
@@ -108,13 +119,23 @@ class CrossEntropy:
             if trained:
                 adapter = replace(adapter, down=trained[0], up=trained[1])
             scan = _Scan(self, hidden, head, adapter, labels, weights=weights)
-            return [scan.loss(), *scan.gradients().arrays()]
+            values = [scan.loss()] if objective is None else scan.weigh(objective)
+            return [*values, *scan.gradients().arrays()]
 
         @loss.vjp
         def backward(_: object, cotangents: list[mx.array], outputs: list[mx.array]) -> list:
-            return [cotangents[0].astype(gradient.dtype) * gradient for gradient in outputs[1:]]
+            return [cotangents[0].astype(gradient.dtype) * gradient for gradient in outputs[count:]]
 
-        return loss(hidden, *trained)[0]
+        found = loss(hidden, *trained)
+        return found[0] if objective is None else tuple(found[:count])
+
+    def losses(self, hidden: mx.array, head: Head, labels: mx.array) -> mx.array:
+        """Compute the loss of each token, float32 [n], evaluated; it cannot be traced."""
+        check_labels(hidden, head, labels)
+        scan = _Scan(self, hidden, head, head.adapter, labels, evaluate=mx.eval, gradient=False)
+        found = scan.losses()
+        mx.eval(found)
+        return found
 
     def value(self, hidden: mx.array, head: Head, labels: mx.array) -> tuple[mx.array, int]:
         """Compute the loss without gradients, evaluated tile by tile; it cannot be traced."""
@@ -125,8 +146,13 @@ class CrossEntropy:
         return loss, labels.size
 
     def value_and_grad(
-        self, hidden: mx.array, head: Head, labels: mx.array, weights: mx.array | None = None
-    ) -> tuple[tuple[mx.array, int], Gradients]:
+        self,
+        hidden: mx.array,
+        head: Head,
+        labels: mx.array,
+        weights: mx.array | None = None,
+        objective: Objective | None = None,
+    ) -> tuple[tuple[mx.array | tuple[mx.array, mx.array], int], Gradients]:
         """Compute the loss and its gradients, evaluated tile by tile; it cannot be traced.
 
         Args:
@@ -134,13 +160,14 @@ class CrossEntropy:
             head: the head.
             labels: int [n].
             weights: see `graph`.
+            objective: see `graph`.
 
         Returns:
-            The loss, float32 [], with n, and the gradients.
+            What `graph` returns, with n, and the gradients.
         """
         check_labels(hidden, head, labels)
         scan = _Scan(self, hidden, head, head.adapter, labels, evaluate=mx.eval, weights=weights)
-        loss = scan.loss()
+        loss = scan.loss() if objective is None else scan.weigh(objective)
         mx.eval(loss)
         return (loss, labels.size), scan.gradients()
 
@@ -245,14 +272,28 @@ class _Scan:
         """The mean loss."""
         total = mx.array(0.0)
         for state, weight in zip(self._states, self._weights, strict=True):
-            target = _apply(self._head.logits_transform, state.product[:, None])[:, 0]
-            # The logarithm is added last: it would lose digits next to a large maximum.
-            losses = (state.max_logit - target) + mx.log(state.total)
-            if self._smoothing:
-                mean = state.logits_sum / self._head.vocabulary
-                losses = losses + self._smoothing * (target - mean)
-            total = total + (losses * weight).sum()
+            total = total + (self._losses_of(state) * weight).sum()
         return total
+
+    def losses(self) -> mx.array:
+        """The loss of each token, [n]."""
+        return mx.concatenate(list(map(self._losses_of, self._states)))
+
+    def weigh(self, objective: Objective) -> tuple[mx.array, mx.array]:
+        """The loss of an objective and its figures; `gradients` is then of that loss."""
+        value, weights = mx.value_and_grad(objective)(self.losses())
+        stops = np.cumsum([state.total.size for state in self._states])[:-1].tolist()
+        self._weights = mx.split(weights, stops)
+        return value
+
+    def _losses_of(self, state: _RunningSums) -> mx.array:
+        target = _apply(self._head.logits_transform, state.product[:, None])[:, 0]
+        # The logarithm is added last: it would lose digits next to a large maximum.
+        losses = (state.max_logit - target) + mx.log(state.total)
+        if self._smoothing:
+            mean = state.logits_sum / self._head.vocabulary
+            losses = losses + self._smoothing * (target - mean)
+        return losses
 
     def gradients(self) -> Gradients:
         """Gradients of the mean loss; consumes the state of the pass."""

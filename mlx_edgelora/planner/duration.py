@@ -33,7 +33,7 @@ def seconds(
     step = _Step(
         shape, part, plan, machine, Measurements() if measurements is None else measurements
     )
-    return min(plan.micro_batches, batch_shape.rows) * step.batch() + step.update()
+    return min(plan.micro_batches, batch_shape.most_parts) * step.batch() + step.update()
 
 
 def longest_operation(

@@ -8,7 +8,7 @@ to formula in similar phases.
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mlx_edgelora.errors import EdgeLoraError
@@ -195,7 +195,12 @@ class Measurements:
         if self.file is None:
             return
         own = [
-            [kind, list(way), list(astuple(n)), [taken.bytes, taken.seconds]]
+            [
+                kind,
+                list(way),
+                [n.rows, n.tokens, n.labelled, n.context],
+                [taken.bytes, taken.seconds],
+            ]
             for kind, way, n, taken in self.rows()
         ]
         try:

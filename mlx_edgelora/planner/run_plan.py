@@ -288,13 +288,13 @@ def plan_request(
 def _largest_batch_shape(config: TrainConfig, datasets: Sequence, labelled: float) -> BatchShape:
     """Sizes of the largest batch."""
     most = largest_batch(datasets, config.batch_size, config.max_seq_length, config.packing)
+    together = 2 if config.compares_pairs else 1
     if not most.tokens:
-        tokens = config.max_seq_length - 1
-        return BatchShape(
-            config.batch_size, tokens, max(1, round(labelled * config.batch_size * tokens))
-        )
+        rows, tokens = together * config.batch_size, config.max_seq_length - 1
+        labels = max(1, round(labelled * rows * tokens))
+        return BatchShape(rows, tokens, labels, together=together)
     context = most.context if config.packing else 0
-    return BatchShape(most.rows, most.tokens, most.labels, context)
+    return BatchShape(most.rows, most.tokens, most.labels, context, together)
 
 
 def _read_measurements(

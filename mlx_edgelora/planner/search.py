@@ -228,10 +228,10 @@ class _Search:
 
     def _micro_batches(self) -> list[int]:
         parts, count = [], 1
-        while count < self.batch_shape.rows:
+        while count < self.batch_shape.most_parts:
             parts.append(count)
             count *= 2
-        return [*parts, self.batch_shape.rows]
+        return [*parts, self.batch_shape.most_parts]
 
     def _agrees(self, way: Plan) -> bool:
         later = {*self._leanest(), "kernel"}

@@ -1,6 +1,6 @@
 """The sizes of a model and a batch that decide the memory and time of a step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -86,12 +86,20 @@ class BatchShape:
         labelled: number of tokens in the batch that have a label.
         context: for packed rows, length of the example that a token belongs to, averaged over
             tokens; 0 without packing.
+        together: rows that are computed in the same part of a batch: 2 in batches of pairs. It
+            changes no measurement.
     """
 
     rows: int
     tokens: int
     labelled: int
     context: int = 0
+    together: int = field(default=1, compare=False)
+
+    @property
+    def most_parts(self) -> int:
+        """Largest number of parts in which a batch can be computed."""
+        return max(1, self.rows // self.together)
 
     @property
     def size(self) -> int:
@@ -105,6 +113,6 @@ class BatchShape:
 
     def part(self, count: int) -> "BatchShape":
         """The largest part of the batch if its rows are divided into `count` parts."""
-        rows = -(-self.rows // min(count, self.rows))
+        rows = self.together * -(-self.most_parts // min(count, self.most_parts))
         labelled = min(self.labelled, -(-self.labelled * rows // self.rows))
         return BatchShape(rows, self.tokens, labelled, self.context)

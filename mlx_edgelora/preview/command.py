@@ -66,9 +66,10 @@ def _show(config: TrainConfig, wanted: int, html: str | None) -> int:
     for remark in remarks:
         _print(f"- {remark}")
     rows = [
-        (dataset.place(number), facts.segments(*dataset[number], tokenizer))
+        (facts.title(dataset, number), facts.segments(*dataset[number], tokenizer))
         for _, dataset in sets
-        for number in facts.sampled(len(dataset), wanted)
+        for example in facts.sampled(dataset.examples, wanted)
+        for number in dataset.rows_of(example)
     ]
     marks = _marks()
     for place, segments in rows:
@@ -111,12 +112,13 @@ def _remarks(config: TrainConfig, sets: Sequence[tuple[str, Dataset]]) -> Iterat
         for line in report.findings.lines():
             yield f"{name}: {line}"
         if repeated := facts.duplicates(dataset):
-            yield f"{name}: {repeated:,} of {len(dataset):,} rows are the same as an earlier one"
+            rows = f"{dataset.examples:,} rows"
+            yield f"{name}: {repeated:,} of {rows} are the same as an earlier one"
         if report.labels_cut:
             longest = max(longest, report.longest)
     for name, dataset in sets[1:]:
         if sets[0][0] == PURPOSES[0] and (count := facts.shared(sets[0][1], dataset)):
-            yield f"{name}: {count:,} of {len(dataset):,} rows are in the training set as well"
+            yield f"{name}: {count:,} of {dataset.examples:,} rows are in the training set as well"
     if longest:
         yield _longer(config, longest)
 

@@ -1,6 +1,7 @@
 """Statistics of tokenized data sets: lengths, labels and duplicates."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +29,17 @@ class Bin:
 
 def lengths_of(dataset: Dataset) -> np.ndarray:
     """Number of tokens of each row: int64 [n]."""
-    return np.array([len(tokens) for tokens, _ in dataset], np.int64)
+    return np.array([len(dataset[index][0]) for index in _trained(dataset)], np.int64)
+
+
+def title(dataset: Dataset, index: int) -> str:
+    """Place of a row, and what is said of it in a data set of preferences."""
+    judgement = dataset.judgement(index)
+    return dataset.place(index) if judgement is None else f"{dataset.place(index)}, {judgement}"
+
+
+def _trained(dataset: Dataset) -> list[int]:
+    return [row for example in range(dataset.examples) for row in dataset.rows_of(example)]
 
 
 def histogram(lengths: np.ndarray) -> list[Bin]:
@@ -59,7 +70,7 @@ def _round_up(number: int) -> int:
 
 def duplicates(dataset: Dataset) -> int:
     """Number of rows that have the same tokens and labels as an earlier row."""
-    return len(dataset) - len(set(_digests(dataset)))
+    return dataset.examples - len(set(_digests(dataset)))
 
 
 def shared(dataset: Dataset, other: Dataset) -> int:
@@ -69,10 +80,18 @@ def shared(dataset: Dataset, other: Dataset) -> int:
 
 
 def _digests(dataset: Dataset) -> list[bytes]:
+    """One digest for each row, pair or judged answer."""
     return [
-        hashlib.blake2b(tokens.tobytes() + b"|" + spans.tobytes(), digest_size=16).digest()
-        for tokens, spans in dataset
+        hashlib.blake2b(b"||".join(_bytes_of(dataset, example)), digest_size=16).digest()
+        for example in range(dataset.examples)
     ]
+
+
+def _bytes_of(dataset: Dataset, example: int) -> Iterator[bytes]:
+    for index in dataset.rows_of(example):
+        tokens, spans = dataset[index]
+        yield tokens.tobytes() + b"|" + spans.tobytes()
+        yield (dataset.judgement(index) or "").encode()
 
 
 def labelled_share(dataset: Dataset) -> float:

@@ -59,7 +59,7 @@ def _overview(name: str, dataset: Dataset) -> Iterator[str]:
     share = 100 * facts.labelled_share(dataset)
     yield f"<h2>{escape(name)}: {escape(report.name)}</h2>"
     yield (
-        f"<p>{report.rows:,} rows read, {len(dataset):,} to train on, {report.dropped:,} left "
+        f"<p>{report.rows:,} rows read, {dataset.examples:,} to train on, {report.dropped:,} left "
         f"out, {report.truncated:,} truncated to {report.max_seq_length:,} tokens. "
         f"{report.tokens:,} tokens, {share:.3g} % of them labels. Longest row: "
         f"{report.longest:,} tokens.</p><table>"

@@ -26,7 +26,7 @@ def overview(name: str, dataset: Dataset) -> list[str]:
     report, lengths = dataset.report, facts.lengths_of(dataset)
     lines = [
         *fitted(f"{name}: {report.name}"),
-        f"  rows       {report.rows:,} read, {len(dataset):,} to train on"
+        f"  rows       {report.rows:,} read, {dataset.examples:,} to train on"
         + (f", {report.dropped:,} left out" if report.dropped else ""),
         f"  tokens     {report.tokens:,}; {100 * facts.labelled_share(dataset):.3g} % of them "
         f"labels ({report.labels:,})",

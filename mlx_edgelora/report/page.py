@@ -74,6 +74,7 @@ def page(run: Run) -> str:
     budget = number(run.event("plan").get("budget_bytes"))
     loss = Line("training", "c0", run.train_loss.points)
     validation = Line("validation", "c1", run.val_loss.points, dotted=True)
+    rewards = _rewards(run)
     pair = curves("Tokens per second", [Line("training", "c0", run.speed.points)], _speed, True)
     pair += _memory(run, budget)
     parts = [
@@ -81,6 +82,7 @@ def page(run: Run) -> str:
         _tiles(run, budget),
         _facts("Run", run.event("run").get("facts")),
         curves("Loss", [loss, validation], _loss),
+        f'<div class="pair">{rewards}</div>' if rewards else "",
         f'<div class="pair">{pair}</div>' if pair else "",
         _step_memory(run),
         _plan(run),
@@ -124,6 +126,9 @@ def _tiles(run: Run, budget: float | None) -> str:
     for name, curve in (("Validation loss", run.val_loss), ("Training loss", run.train_loss)):
         if curve:
             tiles.append((name, f"{curve.last:.3f}", f"from {curve.first:.3f}", None))
+    for name, curve in (("Accuracy", run.accuracy), ("Validation accuracy", run.val_accuracy)):
+        if curve:
+            tiles.append((name, f"{curve.last:.1%}", f"from {curve.first:.1%}", None))
     if (loss := number(run.event("test").get("loss"))) is not None:
         tokens = number(run.event("test").get("tokens")) or 0
         tiles.append(("Test loss", f"{loss:.3f}", f"on {tokens:,.0f} tokens", None))
@@ -147,6 +152,22 @@ def _tile(tile: tuple[str, str, str, float | None]) -> str:
     return (
         f'<div class="card tile"><h3>{escape(name)}</h3><strong>{escape(value)}</strong>'
         f"<span>{escape(more)}</span>{bar}</div>"
+    )
+
+
+def _rewards(run: Run) -> str:
+    """Charts of the answers that are compared; empty for other losses."""
+    charts = (
+        ("Accuracy of comparisons", run.accuracy, run.val_accuracy, _share),
+        ("Reward margin", run.margin, run.val_margin, _loss),
+    )
+    return "".join(
+        curves(
+            title,
+            [Line("training", "c0", train.points), Line("validation", "c1", val.points, True)],
+            shown,
+        )
+        for title, train, val, shown in charts
     )
 
 
@@ -273,6 +294,10 @@ def _foot(run: Run) -> str:
 
 def _loss(value: float) -> str:
     return f"{value:.3g}"
+
+
+def _share(value: float) -> str:
+    return f"{value:.0%}"
 
 
 def _speed(value: float) -> str:

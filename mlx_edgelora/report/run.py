@@ -70,6 +70,10 @@ class Run:
         events: the last record of each kind in `EVENTS`, unchanged.
         train_loss: mean training loss by step.
         val_loss: mean validation loss by step.
+        accuracy: of losses of preferences, share of right comparisons in training.
+        val_accuracy: the same in validations.
+        margin: of losses of preferences, reward margin in training.
+        val_margin: the same in validations.
         speed: labelled tokens per second.
         peak: peak memory of MLX's allocator since the report before, in bytes.
         process: memory of the process, in bytes.
@@ -83,6 +87,10 @@ class Run:
     events: dict[str, Any] = field(default_factory=dict)
     train_loss: Curve = field(default_factory=Curve)
     val_loss: Curve = field(default_factory=Curve)
+    accuracy: Curve = field(default_factory=Curve)
+    val_accuracy: Curve = field(default_factory=Curve)
+    margin: Curve = field(default_factory=Curve)
+    val_margin: Curve = field(default_factory=Curve)
     speed: Curve = field(default_factory=Curve)
     peak: Curve = field(default_factory=lambda: Curve(highest=True))
     process: Curve = field(default_factory=lambda: Curve(highest=True))
@@ -114,6 +122,11 @@ class Run:
             "speed": record.get("tokens_per_second") if "train_loss" in record else None,
             "peak": peak,
             "process": record.get("footprint_bytes"),
+        }
+        before = "val_" if "val_loss" in record else ""
+        figures |= {
+            f"{before}accuracy": record.get("accuracy"),
+            f"{before}margin": record.get("reward_margin"),
         }
         for name, value in figures.items():
             if (value := number(value)) is not None:

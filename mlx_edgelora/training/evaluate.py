@@ -34,12 +34,13 @@ class GradientEngine(Protocol):
             sink: called several times with evaluated gradients by name; each name occurs once.
 
         Returns:
-            The mean loss over the labelled tokens, and the number of these.
+            The mean loss over the labelled tokens, and the number of these; or the mean over what
+            `Batch.terms` counts, and this.
         """
         ...
 
     def loss(self, batch: Batch) -> tuple[mx.array, int]:
-        """The mean loss over the labelled tokens and their number, without gradients."""
+        """The mean loss and the number of its terms, without gradients; see `backward`."""
         ...
 
 
@@ -64,7 +65,8 @@ def evaluate(
         group: processes that share the rows; None for this one alone.
 
     Returns:
-        The mean loss, which may be NaN, and the number of labelled tokens.
+        The mean loss, which may be NaN, and the number of labelled tokens. Figures about answers
+        are those of `engine.preferences.take_figures`.
     """
 
     def measure(batch: Batch) -> tuple[list[mx.array], int]:
@@ -104,7 +106,10 @@ def _mean_losses(
     advance: Callable[[], None],
     group: Group,
 ) -> tuple[list[float], int]:
-    """Means of the `width` losses that `measure` gives of each batch, and the number of labels."""
+    """Means of the `width` losses that `measure` gives of each batch, and the number of labels.
+
+    `measure` gives mean losses of a batch, and of how many terms they are the means.
+    """
     batches = iterate_batches(
         dataset,
         config.batch_size,
@@ -113,21 +118,23 @@ def _mean_losses(
         seed=config.seed,
         packing=config.packing,
     )
-    losses, counts, shares = [], [], Shares(group, config.batch_size)
-    with _evaluation_mode(engine.model), group.failing_together(width + 1):
+    losses, counts, labels = [], [], 0
+    shares = Shares(group, config.batch_size)
+    with _evaluation_mode(engine.model), group.failing_together(width + 2):
         for done, batch in enumerate(batches, start=1):
             for piece in shares.pieces(batch):
                 begin_step()  # a memory profile starts anew with every batch
-                found, tokens = measure(piece)
-                losses.append([loss.item() * tokens for loss in found])
-                counts.append(tokens)
+                found, terms = measure(piece)
+                losses.append([loss.item() * terms for loss in found])
+                counts.append(terms)
+                labels += int(piece.mask.sum())
                 limit_cache(engine, config)
             advance()
             if done == num_batches:
                 break
     sums = [math.fsum(each) for each in zip(*losses, strict=True)] or [0.0] * width
-    *totals, count = group.exchange([*sums, sum(counts)])
-    return [total / count for total in totals], round(count)
+    *totals, count, labels = group.exchange([*sums, sum(counts), labels])
+    return [total / count for total in totals], round(labels)
 
 
 @contextlib.contextmanager

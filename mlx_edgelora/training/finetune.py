@@ -13,11 +13,14 @@ from typing import Any
 import mlx.optimizers as optimizers
 
 from mlx_edgelora.config import LoraParameters, TrainConfig
+from mlx_edgelora.config.losses import preference_loss
 from mlx_edgelora.data import Dataset
 from mlx_edgelora.data.batches import count_batches
 from mlx_edgelora.engine.optimizer import build_optimizer
+from mlx_edgelora.engine.preferences import PreferenceEngine, take_figures
 from mlx_edgelora.engine.step import Engine
 from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.losses.preferences import Figures
 from mlx_edgelora.measure.meter import reset_peak
 from mlx_edgelora.measure.text import say
 from mlx_edgelora.model.checkpoint import LazyModel, error_text
@@ -33,7 +36,7 @@ from mlx_edgelora.training.adapters import (
 from mlx_edgelora.training.awake import keep_awake
 from mlx_edgelora.training.callbacks import TrainingCallback, reporting_callbacks
 from mlx_edgelora.training.checkpoints import Checkpoint, Origin
-from mlx_edgelora.training.evaluate import evaluate
+from mlx_edgelora.training.evaluate import GradientEngine, evaluate
 from mlx_edgelora.training.group import Group
 from mlx_edgelora.training.limits import BudgetWatch, PressureWatch
 from mlx_edgelora.training.log import RunLog, recorded
@@ -105,6 +108,7 @@ def finetune(
             "start them with mlx.launch, or leave balance out"
         )
     config = with_embedded(group.own_options(config))
+    _check_group(config, group)
     if not group.leads:
         callbacks, notify = (), _discard_line
     if not config.train:
@@ -143,19 +147,24 @@ def _run(
     opening = run.planned, run.lazy, run.sets, spill_place(config), notify, run.start, again
     with open_run(*opening) as (engine, chosen):
         check_loss(config, engine.head)
+        compares = config.compares_answers
+        measured = PreferenceEngine(engine, preference_loss(config)) if compares else engine
         note("plan", summary.plan_record(chosen))
         if config.train:
             if again is None:
                 _advise_packing(run, engine, chosen, notify)
             if config.verify == "on" and again is None:
                 notify(_verification_line(engine, chosen, config))
-            result = _train(run, engine, chosen, optimizer, callbacks, notify, records)
+            opened = engine, measured
+            result = _train(run, opened, chosen, optimizer, callbacks, notify, records)
         if config.test:
             loss, tokens = evaluate(
-                engine, run.test_set, config, config.test_batches, group=run.group
+                measured, run.test_set, config, config.test_batches, group=run.group
             )
-            notify(_test_result(loss, tokens))
-            note("test", {"loss": loss, "tokens": tokens})
+            figures = take_figures(measured)
+            notify(_test_result(loss, tokens, figures))
+            rewards = {} if figures is None else figures.record()
+            note("test", {"loss": loss, "tokens": tokens, **rewards})
     return result
 
 
@@ -238,14 +247,18 @@ def _prepare(
 
 def _train(
     run: _PreparedRun,
-    engine: Engine,
+    opened: tuple[Engine, GradientEngine],
     chosen: RunPlan,
     optimizer: optimizers.Optimizer,
     callbacks: Sequence[TrainingCallback],
     notify: Callable[[str], None],
     records: RunLog | None,
 ) -> TrainResult:
-    """Rehearse the largest batch, then train; see `rehearse`."""
+    """Rehearse the largest batch, then train; see `rehearse`.
+
+    `opened` is the engine of the model, and the engine of the loss, which may be the same.
+    """
+    engine, measured = opened
     config, note = run.config, _discard_record if records is None else records.note
     folder, tiles = cache_folder(config), chosen.plan.loss_bytes
     losses = training_loss(config, engine.head, run.train_set, folder, notify, tiles)
@@ -261,7 +274,7 @@ def _train(
         # A function and not a value, because `BudgetWatch` may change the plan.
         plan = lambda: chosen.plan.json()  # noqa: E731, PLW0108
         return train(
-            engine,
+            measured,
             optimizer,
             config,
             run.train_set,
@@ -380,10 +393,22 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < MAX_EXPONENT else math.inf
 
 
-def _test_result(loss: float, tokens: int) -> str:
+def _check_group(config: TrainConfig, group: Group) -> None:
+    """Refuse a loss whose parts in several processes do not add up to that of the whole batch."""
+    if group.size > 1 and config.compares_answers:
+        raise EdgeLoraError(
+            f"loss: got {config.loss} in a run of {group.size} processes, but answers are compared "
+            "in one process only; start it without mlx.launch"
+        )
+
+
+def _test_result(loss: float, tokens: int, figures: Figures | None) -> str:
     if not math.isfinite(loss):
         raise EdgeLoraError(
             f"test loss is {loss} on {tokens} tokens, expected a finite number; test another "
             "adapter, or the base model with --adapter-path ''"
         )
+    if figures is not None:
+        margin = "" if figures.margin is None else f", reward margin {figures.margin:.3f}"
+        return f"test loss {loss:.3f}{margin}, accuracy {figures.accuracy:.1%} on {tokens} tokens"
     return f"test loss {loss:.3f}, perplexity {perplexity(loss):.3f} on {tokens} tokens"

@@ -32,6 +32,7 @@ from mlx_edgelora.data.dataset import Dataset
 from mlx_edgelora.engine.adapter_state import Arrays
 from mlx_edgelora.engine.finite import Magnitudes
 from mlx_edgelora.engine.optimizer import clip_factor
+from mlx_edgelora.engine.preferences import take_figures
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.measure.meter import peak_memory, recent_peak
 from mlx_edgelora.measure.profile import begin_step, phase
@@ -115,7 +116,12 @@ def train(
     """
     origin = origin or Origin()
     with contextlib.ExitStack() as stack:
-        own = Progress(config.iters, verbose=config.verbose, silent=not origin.group.leads)
+        own = Progress(
+            config.iters,
+            verbose=config.verbose,
+            silent=not origin.group.leads,
+            has_rewards=config.compares_answers,
+        )
         progress = stack.enter_context(progress or own)
         run = _Run(
             engine,
@@ -205,7 +211,7 @@ class _Run:
         self._magnitudes = Magnitudes()
         self._grad_norm: float | None = None  # norm before clipping at the last update
         self._weights = 0.0  # sum of the weights of the accumulated gradients
-        self._first_tokens = 0  # labelled tokens of the first accumulated batch
+        self._first_terms = 0  # terms of the loss of the first accumulated batch
         self._weight = 1.0  # weight of the current batch
         self._is_last = False  # whether no rows of this process follow before the update
         self._trained_tokens = 0
@@ -226,7 +232,7 @@ class _Run:
         state = checkpoint.state
         checkpoint.restore(self._adapters, self._optimizer)
         self._key = mx.random.state[0]
-        self._weights, self._first_tokens = state.accumulated, state.first_tokens
+        self._weights, self._first_terms = state.accumulated, state.first_tokens
         self._trained_tokens = state.trained_tokens
         self._iteration = self._updated = self._saved = state.step
         losses = {"train_loss": state.train_loss, "val_loss": state.val_loss}
@@ -246,38 +252,40 @@ class _Run:
         begin_step()
         start = time.perf_counter()
         self._between = False
-        tokens, pieces = int(batch.mask.sum()), self._shares.pieces(batch)
+        terms, pieces = batch.terms, self._shares.pieces(batch)
         # Numbers of tokens as weights could overflow gradients in 16 bits.
         if not self._weights:
-            self._first_tokens = tokens
+            self._first_terms = terms
         is_due = self.is_due(self._config.grad_accumulation_steps, iteration)
-        loss = self._backward_of_all(iteration, pieces, tokens, is_due)
-        self._weights += tokens / max(1, self._first_tokens)
+        loss = self._backward_of_all(iteration, pieces, terms, is_due)
+        self._weights += terms / max(1, self._first_terms)
         if is_due:
             self._update(iteration)
             self._updated = iteration
         self._iteration, self._key, self._between = iteration, mx.random.state[0], True
         limit_cache(self._engine, self._config)
+        tokens = int(batch.mask.sum())
         self._trained_tokens += tokens
-        self._window.add(loss, tokens, time.perf_counter() - start)
+        seconds, figures = time.perf_counter() - start, take_figures(self._engine)
+        self._window.add(loss, tokens, seconds, terms, figures)
         self._progress.step(self._make_report("train_loss", self._window, iteration))
 
     def _backward_of_all(
-        self, iteration: int, pieces: list[Batch], tokens: int, is_due: bool
+        self, iteration: int, pieces: list[Batch], terms: int, is_due: bool
     ) -> float:
         """Compute a batch together with the other processes; returns its mean loss.
 
         Args:
             iteration: the step.
             pieces: rows of this process.
-            tokens: labelled tokens of the whole batch.
+            terms: terms of the loss of the whole batch (`Batch.terms`).
             is_due: whether an update follows.
         """
         if is_due:
             self._shared.begin()
         finish, speeds = self._shared.finish, self._shares.speeds
         with self._group.failing_together(2 + len(speeds()), finish), self._shares.timed(pieces):
-            loss = self._backward(iteration, pieces, tokens, is_due)
+            loss = self._backward(iteration, pieces, terms, is_due)
         finish()
         own = [loss, self._is_asked_to_stop, *speeds()]
         loss, stops, *measured = self._group.exchange(own)
@@ -285,17 +293,17 @@ class _Run:
         self._stopped_elsewhere = bool(stops) and self._group.size > 1
         return loss
 
-    def _backward(self, iteration: int, pieces: list[Batch], tokens: int, is_due: bool) -> float:
+    def _backward(self, iteration: int, pieces: list[Batch], terms: int, is_due: bool) -> float:
         """Compute this process's rows; returns their part of the batch's mean loss."""
         total = 0.0
         for piece in pieces:
-            own = int(piece.mask.sum())
-            self._weight = own / max(1, self._first_tokens)
+            own = piece.terms
+            self._weight = own / max(1, self._first_terms)
             self._is_last = is_due and piece is pieces[-1]
             loss, _ = self._engine.backward(piece, self._add_gradients)
             loss = loss.item()
             self._check_finite(iteration, piece, loss, self._magnitudes)
-            total += loss * (own / tokens)
+            total += loss * (own / terms)
         return total
 
     @property
@@ -380,7 +388,7 @@ class _Run:
                 f"step {iteration}: validation loss is {loss}, expected a finite number; "
                 f"lower the learning rate; {self.last_saved_message()}"
             )
-        window.add(loss, tokens, time.perf_counter() - start)
+        window.add(loss, tokens, time.perf_counter() - start, figures=take_figures(self._engine))
         is_best = self._best is None or loss < self._best
         self._best = loss if is_best else self._best
         self._publish(self._make_report("val_loss", window, iteration - 1))
@@ -437,7 +445,7 @@ class _Run:
         return RunState(
             step=self._iteration,
             accumulated=self._weights,
-            first_tokens=self._first_tokens,
+            first_tokens=self._first_terms,
             trained_tokens=self._trained_tokens,
             random_key=(high, low),
             train_loss=self._last.get("train_loss"),

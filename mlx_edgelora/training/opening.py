@@ -16,7 +16,7 @@ from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.config.train_config import MOST_LAYERS
 from mlx_edgelora.data import Dataset, load_datasets
 from mlx_edgelora.data.findings import LINES
-from mlx_edgelora.embedded import DATA_PATH, MODEL_PATH
+from mlx_edgelora.embedded import DATA_PATH, MODEL_PATH, PREFERENCES_PATH
 from mlx_edgelora.engine.adapter_state import AdapterState
 from mlx_edgelora.engine.build import Settings, build_engine
 from mlx_edgelora.engine.step import Engine
@@ -215,7 +215,8 @@ def has_data(config: TrainConfig) -> bool:
 
 def with_embedded(config: TrainConfig) -> TrainConfig:
     """Fill in the embedded model and data where the config names none."""
-    data = config.data or (None if config.hf_dataset else str(DATA_PATH))
+    own = PREFERENCES_PATH if config.compares_answers else DATA_PATH
+    data = config.data or (None if config.hf_dataset else str(own))
     return dataclasses.replace(config, model=config.model or str(MODEL_PATH), data=data)
 
 

@@ -25,6 +25,8 @@ TABLE = {
     "lr": 8,
     "grad norm": 9,
 }
+# Columns of losses of preferences, behind the losses.
+REWARDS = {"margin": 7, "accuracy": 8}
 # Redraws per second. Each takes a millisecond or two of the CPU, for which a fast GPU waits.
 REDRAWS = 2
 # ANSI colours follow the terminal's theme, dark or light.
@@ -41,6 +43,7 @@ class Progress:
             bar stays when the table is redirected to a file.
         verbose: print a second line for each report.
         silent: show nothing, in processes of a run other than the first.
+        has_rewards: whether the loss compares answers.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Progress:
         live: TextIO | None = None,
         verbose: bool = False,
         silent: bool = False,
+        has_rewards: bool = False,
     ) -> None:
         self._silent = silent
         self._iters, self._verbose, self._titled = iters, verbose, False
@@ -60,7 +64,11 @@ class Progress:
         self._task = self._bars.add_task("step", total=iters, figures="", left="")
         columns = min(self._bars.console.width, COLUMNS) if self._on_terminal else COLUMNS
         first = max(4, 2 * len(str(iters)) + 1)
-        self._widths = _fitting({"step": first} | TABLE, columns)
+        table = {"step": first} | TABLE
+        if has_rewards:  # a narrow terminal shows no norm of gradients beside them
+            names = list(TABLE.items())
+            table = {"step": first} | dict(names[:2]) | REWARDS | dict(names[2:])
+        self._widths = _fitting(table, columns)
         room = columns - sum(self._widths.values())
         self._gap = "  " if room >= 2 * (len(self._widths) - 1) else " "
 
@@ -113,6 +121,7 @@ class Progress:
                 "lr": f"{report.learning_rate:.2e}",
                 "grad norm": "" if norm is None else f"{norm:.3g}",
             }
+        row |= _rewards(report)
         if not self._titled:
             self._titled = True
             self._print(self._row({name: name for name in self._widths}), style="bold")
@@ -186,6 +195,18 @@ def _fitting(widths: dict[str, int], columns: int) -> dict[str, int]:
             break
         fitting[name] = width
     return fitting
+
+
+def _rewards(report: LossReport) -> dict[str, str]:
+    """The cells of losses of preferences."""
+    figures = report.figures
+    if figures is None:
+        return {}
+    margin, accuracy = figures.margin, figures.accuracy
+    return {
+        "margin": "" if margin is None else f"{margin:.3f}",
+        "accuracy": "" if accuracy is None else f"{accuracy:.1%}",
+    }
 
 
 def _details(report: LossReport) -> str:

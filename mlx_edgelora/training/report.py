@@ -3,6 +3,7 @@
 import time
 from dataclasses import asdict, dataclass
 
+from mlx_edgelora.losses.preferences import Figures
 from mlx_edgelora.measure.meter import DiskMeter, footprint, peak_memory
 
 
@@ -45,7 +46,8 @@ class LossReport:
         kind: `train_loss` or `val_loss`, the key of `loss` in records.
         iteration: number of finished steps, counted as in mlx-lm's callbacks: a validation before
             step n reports n - 1.
-        loss: mean over the labelled tokens of the window or of the validation batches.
+        loss: mean over the labelled tokens of the window or of the validation batches; or over
+            their pairs or judged answers.
         learning_rate: learning rate of the last optimizer update.
         trained_tokens: labelled tokens since the run began.
         tokens: labelled tokens of the window or validation.
@@ -56,6 +58,7 @@ class LossReport:
         usage: totals of the process since the run began.
         grad_norm: global norm of the gradients of the last update, before clipping; None in a
             validation and before the first update.
+        figures: of losses of preferences, sums over the answers; else None.
     """
 
     kind: str
@@ -70,6 +73,7 @@ class LossReport:
     written_bytes: int
     usage: Usage
     grad_norm: float | None = None
+    figures: Figures | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -81,6 +85,7 @@ class LossReport:
         return {
             "iteration": self.iteration,
             self.kind: self.loss,
+            **({} if self.figures is None else self.figures.record()),
             "learning_rate": self.learning_rate,
             **({} if self.grad_norm is None else {"grad_norm": self.grad_norm}),
             "tokens_per_second": self.tokens_per_second,
@@ -100,20 +105,40 @@ class LossReport:
 
 
 class Window:
-    """Sums losses over consecutive batches, weighting each batch by its tokens."""
+    """Sums losses over consecutive batches, weighting each batch by the terms of its mean."""
 
     def __init__(self, meter: UsageMeter) -> None:
         self._meter = meter
         self._start = meter.read()
         self._loss = 0.0
-        self._tokens = 0
+        self._terms = self._tokens = 0
+        self._figures: Figures | None = None
         self._seconds = 0.0
         self._batches = 0
 
-    def add(self, loss: float, tokens: int, seconds: float) -> None:
-        """Add one batch: its mean loss, its number of labelled tokens and its seconds."""
-        self._loss += loss * tokens
+    def add(
+        self,
+        loss: float,
+        tokens: int,
+        seconds: float,
+        terms: int | None = None,
+        figures: Figures | None = None,
+    ) -> None:
+        """Add one batch.
+
+        Args:
+            loss: its mean loss.
+            tokens: its labelled tokens.
+            seconds: its time.
+            terms: of what the loss is the mean (`Batch.terms`); by default of the tokens.
+            figures: sums over the answers, for losses of preferences.
+        """
+        terms = tokens if terms is None else terms
+        self._loss += loss * terms
+        self._terms += terms
         self._tokens += tokens
+        if figures is not None:
+            self._figures = figures if self._figures is None else self._figures + figures
         self._seconds += seconds
         self._batches += 1
 
@@ -130,7 +155,7 @@ class Window:
         return LossReport(
             kind=kind,
             iteration=iteration,
-            loss=self._loss / self._tokens,
+            loss=self._loss / self._terms,
             learning_rate=learning_rate,
             trained_tokens=trained_tokens,
             tokens=self._tokens,
@@ -140,4 +165,5 @@ class Window:
             written_bytes=usage.disk_write_bytes - self._start.disk_write_bytes,
             usage=usage,
             grad_norm=grad_norm,
+            figures=self._figures,
         )

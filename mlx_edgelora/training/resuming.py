@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from mlx_edgelora.config import TrainConfig
+from mlx_edgelora.data import Dataset
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.model.checkpoint import Checkpoint as ModelFiles
 from mlx_edgelora.storage.files import locked, make_folder, write_atomically
@@ -294,3 +295,5 @@ def _row_parts(train_set: Sequence) -> Iterator[bytes]:
     for index in range(len(train_set)):
         for part in train_set[index]:
             yield np.asarray(part, np.int32).tobytes()
+        if isinstance(train_set, Dataset) and (judgement := train_set.judgement(index)):
+            yield judgement.encode()

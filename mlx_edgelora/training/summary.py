@@ -11,9 +11,11 @@ from mlx_lm.tuner.lora import LoRASwitchLinear
 from mlx_lm.utils import get_total_parameters
 
 from mlx_edgelora.config import TrainConfig
+from mlx_edgelora.config.losses import preference_loss
 from mlx_edgelora.data import Dataset
 from mlx_edgelora.data.batches import count_batches, padding_share
-from mlx_edgelora.embedded import DATA_PATH, MODEL_PATH
+from mlx_edgelora.embedded import DATA_PATH, MODEL_PATH, PREFERENCES_PATH
+from mlx_edgelora.losses.preferences import KTO, SIMPO
 from mlx_edgelora.measure.text import named_rows
 from mlx_edgelora.measure.units import duration, size
 from mlx_edgelora.model.checkpoint import LazyModel
@@ -48,6 +50,8 @@ def facts(
     if about_rows:
         rows["rows"] = "; ".join(about_rows)
     rows["tokens"] = _tokens(config, sets)
+    if config.compares_answers:
+        rows["loss"] = _loss(config)
     if config.train:
         rows |= {"batches": _batches(config, sets[0])}
         rows |= {"adapters": _adapters(config, lazy), "optimizer": _optimizer(config)}
@@ -68,7 +72,7 @@ def run_record(config: TrainConfig, facts: Mapping[str, str]) -> dict[str, Any]:
 
 def packing_advice(config: TrainConfig, train_set: Dataset) -> str | None:
     """A recommendation of packing; None if it is on, or if it would not halve the steps."""
-    if config.packing:
+    if config.packing or config.compares_answers:
         return None
     settings = train_set, config.batch_size, config.max_seq_length
     now, then = (count_batches(*settings, seed=config.seed, packing=p) for p in (False, True))
@@ -133,10 +137,30 @@ def _data(config: TrainConfig, sets: Sequence[Dataset | None]) -> str:
     found = []
     for name, rows in zip(("training", "validation", "test"), sets, strict=False):
         if rows is not None:
-            found.append(f"{len(rows):,} rows for {name}")
-    place = config.data if config.data and config.data != str(DATA_PATH) else None
+            found.append(f"{rows.examples:,} {_unit(config)} for {name}")
+    own = (str(DATA_PATH), str(PREFERENCES_PATH))
+    place = config.data if config.data and config.data not in own else None
     where = f"{_short(Path(place))}: " if place else ""
     return f"{where}{', '.join(found)}"
+
+
+def _unit(config: TrainConfig) -> str:
+    return "pairs" if config.compares_pairs else "rows"
+
+
+def _loss(config: TrainConfig) -> str:
+    """The loss of preferences with its options."""
+    loss = preference_loss(config)
+    words = [loss.name, f"beta {loss.beta:g}"]
+    if loss.name == SIMPO:
+        words.append(f"gamma {loss.gamma:g}")
+    if loss.name == KTO:
+        words.append(
+            f"weights {loss.desirable_weight:g} of desirable and {loss.undesirable_weight:g} of "
+            "undesirable answers"
+        )
+    reference = "; reference: the model without its adapter" if loss.has_reference else ""
+    return f"{', '.join(words)}{reference}"
 
 
 def _tokens(config: TrainConfig, sets: Sequence[Dataset | None]) -> str:
@@ -154,7 +178,7 @@ def _batches(config: TrainConfig, train_set: Dataset) -> str:
     settings = train_set, config.batch_size, config.max_seq_length
     options = {"seed": config.seed, "packing": config.packing}
     count, share = count_batches(*settings, **options), padding_share(*settings, **options)
-    rows = f"{config.batch_size} rows"
+    rows = f"{config.batch_size} {_unit(config)}"
     if config.packing:
         rows = f"{rows} of {config.max_seq_length:,} tokens that short rows share"
     return f"{count:,} an epoch, of {rows}; {100 * share:.0f} % of their tokens are padding"
@@ -200,7 +224,7 @@ def _optimizer(config: TrainConfig) -> str:
     parts = "" if config.grad_accumulation_steps == 1 else f" x {config.grad_accumulation_steps}"
     return (
         f"{config.optimizer}, learning rate {rate}; {config.iters} steps of "
-        f"{config.batch_size}{parts} rows"
+        f"{config.batch_size}{parts} {_unit(config)}"
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from mlx_edgelora.config import TrainConfig
+from mlx_edgelora.config.losses import APPROXIMATE
 from mlx_edgelora.data import Dataset
 from mlx_edgelora.engine.step import Loss
 from mlx_edgelora.errors import EdgeLoraError
@@ -30,7 +31,7 @@ def check_loss(config: TrainConfig, head: ModelHead | None) -> None:
     Raises:
         EdgeLoraError: the approximate loss needs a frozen head and a smaller `loss_k`.
     """
-    if config.loss == "exact" or not config.train:  # a test always uses the exact loss
+    if config.loss != APPROXIMATE or not config.train:  # a test always uses the exact loss
         return
     if head is None or head.adapter is not None:
         why = (
@@ -68,7 +69,7 @@ def training_loss(
     Yields:
         The loss.
     """
-    if config.loss == "exact":
+    if config.loss != APPROXIMATE:
         yield CrossEntropy(tile_bytes, config.label_smoothing)
         return
     k = min(config.loss_k or DEFAULT_K, head.vocabulary)

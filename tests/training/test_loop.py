@@ -280,7 +280,7 @@ def test_a_bad_row_is_named_by_file_and_line(make_config, quiet):
     rows = [Row("train.jsonl: line", 7 + i, *row) for i, row in enumerate(make_rows(2, 16))]
     engine = Spoiled(make_model(), step=1, loss=float("nan"))
     config = make_config(batch_size=1, seed=0)
-    first = next(iterate_batches([row[2:] for row in rows], 1, 16, seed=0)).indices[0]
+    first = next(iterate_batches([row[2:4] for row in rows], 1, 16, seed=0)).indices[0]
     with pytest.raises(EdgeLoraError, match=rf"check train\.jsonl: line {7 + first};"):
         run(config, quiet, Dataset(rows, 16, "train.jsonl"), engine=engine)
 

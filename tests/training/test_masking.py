@@ -18,7 +18,7 @@ from harness import (
 from mlx.utils import tree_flatten
 
 from mlx_edgelora import data
-from mlx_edgelora.engine import step
+from mlx_edgelora.engine import parts
 from mlx_edgelora.engine.functions import rows_of
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.losses.exact import CrossEntropy, tile_shape
@@ -167,7 +167,7 @@ def test_filled_up_there_are_few_numbers_of_rows():
     for count in range(1, 301):
         made = batch(3, 100, fill(), count)
         made.mask.reshape(-1)[np.random.RandomState(count).permutation(300)[:count]] = True
-        (part,) = step._labelled_parts(made, 1, fills=True)
+        (part,) = parts.labelled_parts(made, 1, fills=True)
         rows, weights = np.array(part.rows), np.array(part.weights)
         assert (np.diff(rows) > 0).all()
         assert part.count == count
@@ -175,7 +175,7 @@ def test_filled_up_there_are_few_numbers_of_rows():
         assert weights[weights > 0] == pytest.approx(1 / count)
         assert np.array_equal(part.labels, made.labels().reshape(-1)[rows])
         sizes.add(rows.size)
-    assert len(sizes) <= step.FILLED
+    assert len(sizes) <= parts.FILLED
 
 
 @pytest.mark.parametrize(("name", "layers"), MODELS, ids=str)
