@@ -33,8 +33,8 @@ from mlx_edgelora.storage.safetensors import read_header, write_tensors
 from mlx_edgelora.training.adapters import (
     CONFIG_FILE,
     WEIGHTS_FILE,
-    base_model,
     check_adapter,
+    model_for,
     read_adapter_config,
 )
 
@@ -82,11 +82,11 @@ def fuse(
             f"save_path: {save_path} exists, expected a new folder; remove it or choose another"
         )
     configs = [read_adapter_config(folder) for folder in adapters]
-    name = model or base_model(adapters[0])
     for folder in adapters:
         if note := check_adapter(folder / WEIGHTS_FILE):
             notify(f"note: {note}")
-    lazy = open_model(name, streamed=False, quantize=None, cache=Path())
+        model = model_for(folder, model, notify)
+    lazy = open_model(model, streamed=False, quantize=None, cache=Path())
     stamp = _stamp(lazy, adapters, weights, dequantize)
     config = merge(lazy, adapters, configs, weights, dequantize)
     building = save_path.with_name(f".{save_path.name}.building")
