@@ -1,8 +1,9 @@
 """Merge adapters into their model, one tensor at a time.
 
 mlx-lm's own layers do the arithmetic (`fuse` of its LoRA and DoRA layers), on arrays that MLX has
-not read yet. Then tensors are computed, written and dropped one after the other. A model of any
-size needs the memory of a few tensors, and every tensor equals that of `mlx_lm.fuse` bit for bit.
+not read yet. Then tensors are computed, written and dropped one after the other, large ones a few
+rows at a time. A model of any size needs the memory of a few tensors, and every tensor equals that
+of `mlx_lm.fuse` bit for bit.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 from mlx_lm.utils import dequantize_model, get_total_parameters, save_config
 
 from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.export.merged_rows import MERGED_ROWS, is_large, merged_rows
 from mlx_edgelora.measure.units import size
 from mlx_edgelora.model.checkpoint import LazyModel, drain
 from mlx_edgelora.model.loading import open_model
@@ -88,7 +90,8 @@ def fuse(
         model = model_for(folder, model, notify)
     lazy = open_model(model, streamed=False, quantize=None, cache=Path())
     stamp = _stamp(lazy, adapters, weights, dequantize)
-    config = merge(lazy, adapters, configs, weights, dequantize)
+    large: dict[str, nn.Module] = {}
+    config = merge(lazy, adapters, configs, weights, dequantize, large)
     building = save_path.with_name(f".{save_path.name}.building")
     if building.is_symlink():  # the folder that it points to must not be emptied
         raise EdgeLoraError(f"save_path: {building} is a link, expected none; remove it")
@@ -98,7 +101,7 @@ def fuse(
             if os.path.lexists(save_path):  # created by another run meanwhile
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
             _begin(building, stamp)
-            _write(building, lazy, config, notify)
+            _write(building, lazy, config, _Merged(large, dequantize), notify)
             (building / _NOTE).unlink()
             sync_folder(building)
             os.replace(building, save_path)
@@ -130,18 +133,40 @@ def merge(
     configs: Sequence[dict],
     weights: Sequence[float] | None,
     dequantize: bool,
+    large: dict[str, nn.Module] | None = None,
 ) -> dict[str, Any]:
-    """Replace the model's parameters by the merged ones, unevaluated; returns its config."""
+    """Replace the model's parameters by the merged ones, unevaluated.
+
+    Args:
+        lazy: the model without adapters; changed in place.
+        adapters: folders of the adapters.
+        configs: their configurations.
+        weights: factor of each adapter; None for 1.
+        dequantize: unpack all weights.
+        large: filled with the LoRA layers that are too large to be merged at once, by name; the
+            model then has arrays of their shapes, which mean nothing. None to merge all layers.
+
+    Returns:
+        The configuration of the merged model.
+
+    Raises:
+        EdgeLoraError: an adapter does not fit the model or another adapter.
+    """
     with explain_misfit(adapters[0], lazy.source):
         if len(adapters) == 1 and weights is None:
             load_adapters(lazy.model, str(adapters[0]))
         else:
             _add_adapters(lazy.model, adapters, configs, weights or [1.0] * len(adapters))
-    fused = [
-        (name, module.fuse(dequantize=dequantize))
-        for name, module in lazy.model.named_modules()
-        if hasattr(module, "fuse")
-    ]
+    fused = []
+    for name, module in lazy.model.named_modules():
+        if not hasattr(module, "fuse"):
+            continue
+        merged = module.fuse(dequantize=dequantize)
+        if large is not None and is_large(module):
+            large[name] = module
+            for leaf in MERGED_ROWS & merged.keys():
+                merged[leaf] = mx.zeros(merged[leaf].shape, merged[leaf].dtype)
+        fused.append((name, merged))
     lazy.model.update_modules(tree_unflatten(fused))
     config = dict(lazy.config)
     if dequantize:
@@ -206,8 +231,36 @@ def _begin(building: Path, stamp: str) -> None:
     write_atomically({building / _NOTE: lambda file: file.write(text)})
 
 
+class _Merged:
+    """The arrays of shards in their order, with those of large layers computed when they are due.
+
+    Args:
+        layers: the large LoRA layers by name, which are dropped one after the other.
+        dequantize: unpack their weights.
+    """
+
+    def __init__(self, layers: dict[str, nn.Module], dequantize: bool) -> None:
+        self._layers, self._dequantize = layers, dequantize
+        self._found: dict[str, mx.array] = {}
+
+    def arrays(self, shard: Tensors) -> Iterator[mx.array]:
+        """The arrays of a shard, which then no longer holds them."""
+        names = [name for name, _ in shard]
+        for name, array in zip(names, drain(shard), strict=True):
+            place, _, leaf = name.rpartition(".")
+            if place in self._layers and leaf in MERGED_ROWS:
+                merged = merged_rows(self._layers.pop(place), self._dequantize)
+                self._found = {f"{place}.{key}": value for key, value in merged.items()}
+                del merged
+            yield self._found.pop(name, array)
+
+
 def _write(
-    building: Path, lazy: LazyModel, config: dict[str, Any], notify: Callable[[str], None]
+    building: Path,
+    lazy: LazyModel,
+    config: dict[str, Any],
+    merged: _Merged,
+    notify: Callable[[str], None],
 ) -> None:
     parameters = tree_flatten(lazy.model.parameters())
     count = get_total_parameters(lazy.model)
@@ -230,7 +283,7 @@ def _write(
         write_atomically(
             {
                 building / name: lambda file, specs=specs, shard=shard: write_tensors(
-                    file, specs, drain(shard)
+                    file, specs, merged.arrays(shard)
                 )
             }
         )
