@@ -105,8 +105,11 @@ def fuse(
             (building / _NOTE).unlink()
             sync_folder(building)
             os.replace(building, save_path)
-            (save_path / ".lock").unlink(missing_ok=True)
-        sync_folder(save_path.parent)
+            with contextlib.suppress(
+                OSError
+            ):  # it is complete, and at worst lost by a power failure
+                (save_path / ".lock").unlink(missing_ok=True)
+                sync_folder(save_path.parent)
     except OSError as error:
         raise cannot_write(save_path, error) from error
     return save_path
