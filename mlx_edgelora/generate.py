@@ -13,6 +13,7 @@ from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.inference.generating import Generator, Sampling, open_generator
 from mlx_edgelora.inference.prompts import conversation, read_prompts
 from mlx_edgelora.measure.meter import peak_memory
+from mlx_edgelora.measure.text import wrapped
 from mlx_edgelora.measure.units import duration, size
 from mlx_edgelora.training.adapters import CONFIG_FILE, WEIGHTS_FILE, check_adapter, model_for
 from mlx_edgelora.training.failures import explain_failures
@@ -119,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _note(line: str) -> None:
     """Print a line to standard error, apart from the answers."""
-    print(line, file=sys.stderr)
+    print(wrapped(line), file=sys.stderr, flush=True)
 
 
 def _adapter(folder: str | None) -> Path | None:

@@ -273,11 +273,13 @@ def _write(
     shards = _shards(parameters)
     parameters.clear()
     index = {"metadata": {"total_size": total, "total_parameters": count}, "weight_map": {}}
+    done = 0
     for number, shard in enumerate(shards, start=1):
         name = "model.safetensors"
         if len(shards) > 1:
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         names = [key for key, _ in shard]
+        done += sum(array.nbytes for _, array in shard)
         index["weight_map"] |= dict.fromkeys(names, name)
         if (building / name).exists() and list(read_header(building / name)) == names:
             shard.clear()
@@ -291,7 +293,7 @@ def _write(
             }
         )
         lazy.checkpoint.files.check()
-        notify(f"{name}: {size((building / name).stat().st_size)} of {size(total)}")
+        notify(f"{name} written, {size(done)} of {size(total)}")
     index["weight_map"] = dict(sorted(index["weight_map"].items()))
     text = json.dumps(index, indent=4).encode()
     write_atomically({building / NOT_COPIED[1]: lambda file: file.write(text)})
