@@ -46,6 +46,11 @@ SHARD_BYTES = 5 << 30
 COMPANIONS = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "*.jsonl")
 NOT_COPIED = ("config.json", "model.safetensors.index.json")
 _NOTE = "fuse.json"
+# Names of weights that are not for text.
+_SENSES = re.compile(
+    r"(^|\.)(vision_|(visual|multi_modal_projector|patch_merge_mlp|audio_tower|embed_audio|embed_vision)"
+    r"\.)"
+)
 
 Tensors = list[tuple[str, mx.array]]
 
@@ -266,6 +271,7 @@ def _write(
     notify: Callable[[str], None],
 ) -> None:
     parameters = tree_flatten(lazy.model.parameters())
+    parameters += _other_senses(lazy, [name for name, _ in parameters], config, notify)
     count = get_total_parameters(lazy.model)
     total = sum(array.nbytes for _, array in parameters)
     lazy.raw.clear()
@@ -301,6 +307,22 @@ def _write(
     save_config(config, building / "config.json")
     with open(building / "config.json", "rb+") as file:
         sync(file.fileno())
+
+
+def _other_senses(
+    lazy: LazyModel, names: Sequence[str], config: dict[str, Any], notify: Callable[[str], None]
+) -> Tensors:
+    """The weights for images and sound, which mlx-lm leaves out, as they are stored.
+
+    mlx-lm leaves them out of the merged model again when it loads it, but other programs need them.
+    """
+    if any(map(_SENSES.search, names)):  # mlx-lm runs them
+        return []
+    left_out = [(at.name, array) for array, at in lazy.raw.values() if _SENSES.search(at.name)]
+    if "quantization" not in config and any(name.endswith(".scales") for name, _ in left_out):
+        notify("note: weights for images or sound are packed, and left out of an unpacked model")
+        return []
+    return left_out
 
 
 def _shards(parameters: Tensors) -> list[Tensors]:

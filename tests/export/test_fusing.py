@@ -8,8 +8,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from architectures import config
+from mlx.utils import tree_flatten
 from mlx_lm import fuse as mlx_lm_fuse
+from mlx_lm.models import pixtral
 from mlx_lm.tuner.lora import LoRALinear
+from mlx_lm.utils import load_model, save_config
 from tiny import make_adapter, make_model
 
 from mlx_edgelora import EdgeLoraError
@@ -136,6 +140,25 @@ def test_layers_without_an_adapter_keep_their_bits(tmp_path):
     before, after = tensors(model), tensors(tmp_path / "sum")
     for name, array in before.items():
         assert mx.array_equal(array, after[name]) == ("q_proj" not in name or "layers.0" in name)
+
+
+def test_weights_for_images_stay(tmp_path, monkeypatch, capsys):
+    """mlx-lm runs such a model for text, and leaves them out."""
+    arguments = pixtral.ModelArgs("pixtral", text_config=config("llama"))
+    text = pixtral.Model(arguments)
+    names = "vision_tower.patch_conv.weight", "multi_modal_projector.linear_1.bias"
+    images = {name: mx.random.normal((2, 3)).astype(mx.bfloat16) for name in names}
+    model = make_model(tmp_path / "model", "llama", quantized=False)
+    weights = dict(tree_flatten(text.parameters())) | images
+    mx.save_safetensors(str(model / "model.safetensors"), weights)
+    save_config({"model_type": "pixtral", "text_config": config("llama")}, model / "config.json")
+    (model / "model.safetensors.index.json").unlink()
+    adapter = make_adapter(tmp_path / "adapter", model)
+    run_mlx_lm(monkeypatch, model, adapter, tmp_path / "theirs")
+    assert main(["--adapter-path", str(adapter), "--save-path", str(tmp_path / "ours")]) == 0
+    assert_same(tensors(tmp_path / "ours"), tensors(tmp_path / "theirs") | images)
+    loaded, _ = load_model(tmp_path / "ours")
+    assert dict(tree_flatten(loaded.parameters())).keys() == weights.keys() - images.keys()
 
 
 def test_the_peak_is_a_few_tensors(tmp_path):
