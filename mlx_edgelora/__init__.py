@@ -36,6 +36,9 @@ if sys.platform == "darwin":
     # Makes Metal's driver less eager to end long computations. It is read at the GPU's first use.
     os.environ.setdefault("AGX_RELAX_CDM_CTXSTORE_TIMEOUT", "1")
 
+# As in mlx-lm: transformers would say in every command that PyTorch is not installed.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
 # Imported at first use, so that importing a single layer or loss does not load mlx-lm.
 _MODULES = {
     "EdgeLoraError": "errors",

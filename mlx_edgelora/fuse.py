@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
         print("interrupted; the same command goes on with what is missing", file=sys.stderr)
         raise
     print(f"fused model in {path} (peak memory {size(peak_memory())})")
-    print(f'\nTry it:\n  mlx_lm.generate --model {path} --prompt "..."')
+    print(f'\nTry it:\n  mlx-edgelora generate --model {path} --prompt "..."')
     return 0
 
 

@@ -13,8 +13,9 @@ from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.inference.generating import Generator, Sampling, open_generator
 from mlx_edgelora.inference.prompts import conversation, read_prompts
 from mlx_edgelora.measure.meter import peak_memory
+from mlx_edgelora.measure.text import wrapped
 from mlx_edgelora.measure.units import duration, size
-from mlx_edgelora.training.adapters import CONFIG_FILE, WEIGHTS_FILE, base_model, check_adapter
+from mlx_edgelora.training.adapters import CONFIG_FILE, WEIGHTS_FILE, check_adapter, model_for
 from mlx_edgelora.training.failures import explain_failures
 
 # Tokens of a conversation before its answer, for the memory plan of a chat.
@@ -26,7 +27,10 @@ def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit status (`mlx_edgelora.command`)."""
     options = _parser().parse_args(argv)
     adapter = _adapter(options.adapter_path)
-    model = options.model or (str(MODEL_PATH) if adapter is None else base_model(adapter))
+    if adapter is None:
+        model = options.model or str(MODEL_PATH)
+    else:
+        model = model_for(adapter, options.model, _note)
     prompts = list(_prompts(options, adapter))
     rows = max(1, min(options.batch_size, len(prompts)))
     budget = options.memory_budget
@@ -116,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _note(line: str) -> None:
     """Print a line to standard error, apart from the answers."""
-    print(line, file=sys.stderr)
+    print(wrapped(line), file=sys.stderr, flush=True)
 
 
 def _adapter(folder: str | None) -> Path | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from mlx_edgelora.command import command
 from mlx_edgelora.config import TrainConfig, config_from_cli
 from mlx_edgelora.config.yaml_file import read_yaml
-from mlx_edgelora.embedded import DEFAULT_CONFIG, MODEL_PATH, demonstrate
+from mlx_edgelora.embedded import DEFAULT_CONFIG, demonstrate
 from mlx_edgelora.measure.text import COLUMNS, wrapped
 from mlx_edgelora.training.failures import explain_failures
 from mlx_edgelora.training.finetune import finetune
@@ -39,7 +39,7 @@ def run(config: TrainConfig) -> None:
                 log.note("answers", asdict(shown))
         if result is not None:
             print(f"\nThe adapter is in {result.adapter_path}. Try it:")
-            print(command_to_try(config.model or str(MODEL_PATH), result.adapter_path))
+            print(command_to_try(result.adapter_path))
     if config.report is not None:
         print(f"\nThe report is in {config.report}")
 
@@ -51,10 +51,10 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def command_to_try(model: str, adapter_path: Path) -> str:
+def command_to_try(adapter_path: Path) -> str:
     """A command that answers a prompt with the adapter; a long one is split into several lines."""
-    options = [f"--model {shlex.quote(model)}", f"--adapter-path {shlex.quote(str(adapter_path))}"]
-    words = ["mlx_lm.generate", *options, '--prompt "..."']
+    path = shlex.quote(str(adapter_path))
+    words = ["mlx-edgelora generate", f"--adapter-path {path}", '--prompt "..."']
     line = f"  {' '.join(words)}"
     return line if len(line) <= COLUMNS else "  " + " \\\n      ".join(words)
 

@@ -38,7 +38,7 @@ def printed(tiny, tmp_path, monkeypatch, capsys):
 def test_train(printed, flags):
     lines = printed(train.main, [*TRAIN, *flags])
     assert any(line.endswith("lr  grad norm") for line in lines)
-    assert lines[-1] == '  mlx_lm.generate --model model --adapter-path adapters --prompt "..."'
+    assert lines[-1] == '  mlx-edgelora generate --adapter-path adapters --prompt "..."'
     assert max(map(len, lines)) <= 80
 
 
@@ -57,10 +57,9 @@ def test_doctor(printed):
 
 
 def test_a_command_to_try_that_is_long_goes_on_below():
-    command = train.command_to_try("mlx-community/Llama-3.2-3B-Instruct-4bit", "my adapters")
+    command = train.command_to_try("my adapters of the third day of the second experiment")
     assert command.splitlines() == [
-        "  mlx_lm.generate \\",
-        "      --model mlx-community/Llama-3.2-3B-Instruct-4bit \\",
-        "      --adapter-path 'my adapters' \\",
+        "  mlx-edgelora generate \\",
+        "      --adapter-path 'my adapters of the third day of the second experiment' \\",
         '      --prompt "..."',
     ]

@@ -12,6 +12,7 @@ from mlx_lm.utils import load_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from mlx_edgelora.model.hashes import weights_fingerprint
 from mlx_edgelora.training.adapters import save_adapters
 
 VOCABULARY = 128
@@ -59,7 +60,7 @@ def make_adapter(folder, model, keys=None, rank=4, scale=3.0, num_layers=2, seed
         "lora_parameters": parameters,
         "model": str(model),
     }
-    save_adapters(folder, weights, config)
+    save_adapters(folder, weights, config, base=weights_fingerprint(model))
     return folder
 
 

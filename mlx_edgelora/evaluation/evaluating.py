@@ -26,9 +26,9 @@ from mlx_edgelora.measure.text import say
 from mlx_edgelora.model.tokenizer import load_tokenizer_of
 from mlx_edgelora.storage.files import make_folder, write_atomically
 from mlx_edgelora.training.adapters import (
-    WEIGHTS_FILE,
-    base_model,
+    adapter_file,
     check_adapter,
+    model_for,
     read_adapter_config,
 )
 from mlx_edgelora.training.evaluate import evaluate_both
@@ -157,7 +157,7 @@ def evaluate(
         make_folder(Path(save_path).parent)
     folder = Path(adapter_path)
     options = {"batch_size": batch_size, "memory_budget": memory_budget, "data": data}
-    config = _config(folder, model, options)
+    config = _config(folder, model, options, notify)
     with explained_failures(config):
         base_loss, adapter_loss, tokens, asked, prompts = _losses(config, num_samples, notify)
         gc.collect()  # engines have reference cycles, and two models might not fit
@@ -172,7 +172,9 @@ def evaluate(
     return Evaluation(base_loss, adapter_loss, tokens, rows, base, adapter, peak_memory())
 
 
-def _config(folder: Path, model: str | None, options: dict[str, Any]) -> TrainConfig:
+def _config(
+    folder: Path, model: str | None, options: dict[str, Any], notify: Callable[[str], None]
+) -> TrainConfig:
     """The options of a test of the adapter, with those of the run that made it."""
     saved = read_adapter_config(folder)
     kind = saved.get("fine_tune_type", "lora")
@@ -180,11 +182,13 @@ def _config(folder: Path, model: str | None, options: dict[str, Any]) -> TrainCo
         raise EdgeLoraError(
             f"{folder}: is of type {kind}, expected lora; mlx_lm.lora --test evaluates others"
         )
+    if note := check_adapter(adapter_file(folder)):
+        notify(f"note: {note}")
     values = {name: saved[name] for name in OF_THE_RUN if saved.get(name) is not None}
     values |= {name: value for name, value in options.items() if value is not None}
     if options["data"] is not None:
         values.pop("hf_dataset", None)
-    values |= {"model": model or base_model(folder), "adapter_path": str(folder)}
+    values |= {"model": model_for(folder, model, notify), "adapter_path": str(folder)}
     return with_saved_layers(TrainConfig.from_dict(values | {"train": False, "test": True}))
 
 
@@ -192,8 +196,6 @@ def _losses(
     config: TrainConfig, num_samples: int, notify: Callable[[str], None]
 ) -> tuple[float, float, int, list[AskedRow], list[list[int]]]:
     """Losses without and with the adapter, labels, and the prompts to answer with their tokens."""
-    if note := check_adapter(Path(config.adapter_path) / WEIGHTS_FILE):
-        notify(f"note: {note}")
     open_lazy(config.model, Path(config.adapter_path), cache_folder(config))  # do they fit?
     lazy = adapted_model(config)
     tokenizer = load_tokenizer_of(lazy)

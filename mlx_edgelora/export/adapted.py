@@ -19,8 +19,8 @@ from mlx_edgelora.storage.safetensors import read_header
 from mlx_edgelora.training.adapters import (
     CONFIG_FILE,
     WEIGHTS_FILE,
-    base_model,
     check_adapter,
+    model_for,
     read_adapter_config,
 )
 from mlx_edgelora.training.text import abbreviate
@@ -75,9 +75,9 @@ def open_adapted(
             f"{folder / CONFIG_FILE}: fine_tune_type is {kind!r}, expected lora or dora; merge "
             "other kinds with mlx-edgelora fuse"
         )
-    name = model or base_model(folder)
     if note := check_adapter(folder / WEIGHTS_FILE):
         notify(f"note: {note}")
+    name = model_for(folder, model, notify)
     lazy = open_model(name, streamed=False, quantize=None, cache=Path())
     with explain_misfit(folder, lazy.source):
         load_adapters(lazy.model, str(folder))

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mlx_edgelora.errors import EdgeLoraError
@@ -28,6 +28,7 @@ def new_folder(save_path: str | os.PathLike) -> Iterator[Path]:
             yield building
             sync_folder(building)
             os.rename(building, save_path)
-            sync_folder(save_path.parent)
+            with suppress(OSError):  # it is complete, and at worst lost by a power failure
+                sync_folder(save_path.parent)
     except OSError as error:
         raise cannot_write(save_path, error) from error

@@ -1,8 +1,9 @@
 """Merge adapters into their model, one tensor at a time.
 
 mlx-lm's own layers do the arithmetic (`fuse` of its LoRA and DoRA layers), on arrays that MLX has
-not read yet. Then tensors are computed, written and dropped one after the other. A model of any
-size needs the memory of a few tensors, and every tensor equals that of `mlx_lm.fuse` bit for bit.
+not read yet. Then tensors are computed, written and dropped one after the other, large ones a few
+rows at a time. A model of any size needs the memory of a few tensors, and every tensor equals that
+of `mlx_lm.fuse` bit for bit.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 from mlx_lm.utils import dequantize_model, get_total_parameters, save_config
 
 from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.export.merged_rows import MERGED_ROWS, is_large, merged_rows
 from mlx_edgelora.measure.units import size
 from mlx_edgelora.model.checkpoint import LazyModel, drain
 from mlx_edgelora.model.loading import open_model
@@ -33,8 +35,8 @@ from mlx_edgelora.storage.safetensors import read_header, write_tensors
 from mlx_edgelora.training.adapters import (
     CONFIG_FILE,
     WEIGHTS_FILE,
-    base_model,
     check_adapter,
+    model_for,
     read_adapter_config,
 )
 
@@ -44,6 +46,11 @@ SHARD_BYTES = 5 << 30
 COMPANIONS = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "*.jsonl")
 NOT_COPIED = ("config.json", "model.safetensors.index.json")
 _NOTE = "fuse.json"
+# Names of weights that are not for text.
+_SENSES = re.compile(
+    r"(^|\.)(vision_|(visual|multi_modal_projector|patch_merge_mlp|audio_tower|embed_audio|embed_vision)"
+    r"\.)"
+)
 
 Tensors = list[tuple[str, mx.array]]
 
@@ -82,13 +89,14 @@ def fuse(
             f"save_path: {save_path} exists, expected a new folder; remove it or choose another"
         )
     configs = [read_adapter_config(folder) for folder in adapters]
-    name = model or base_model(adapters[0])
     for folder in adapters:
         if note := check_adapter(folder / WEIGHTS_FILE):
             notify(f"note: {note}")
-    lazy = open_model(name, streamed=False, quantize=None, cache=Path())
+        model = model_for(folder, model, notify)
+    lazy = open_model(model, streamed=False, quantize=None, cache=Path())
     stamp = _stamp(lazy, adapters, weights, dequantize)
-    config = merge(lazy, adapters, configs, weights, dequantize)
+    large: dict[str, nn.Module] = {}
+    config = merge(lazy, adapters, configs, weights, dequantize, large)
     building = save_path.with_name(f".{save_path.name}.building")
     if building.is_symlink():  # the folder that it points to must not be emptied
         raise EdgeLoraError(f"save_path: {building} is a link, expected none; remove it")
@@ -98,12 +106,15 @@ def fuse(
             if os.path.lexists(save_path):  # created by another run meanwhile
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
             _begin(building, stamp)
-            _write(building, lazy, config, notify)
+            _write(building, lazy, config, _Merged(large, dequantize), notify)
             (building / _NOTE).unlink()
             sync_folder(building)
             os.replace(building, save_path)
-            (save_path / ".lock").unlink(missing_ok=True)
-        sync_folder(save_path.parent)
+            with contextlib.suppress(
+                OSError
+            ):  # it is complete, and at worst lost by a power failure
+                (save_path / ".lock").unlink(missing_ok=True)
+                sync_folder(save_path.parent)
     except OSError as error:
         raise cannot_write(save_path, error) from error
     return save_path
@@ -130,18 +141,40 @@ def merge(
     configs: Sequence[dict],
     weights: Sequence[float] | None,
     dequantize: bool,
+    large: dict[str, nn.Module] | None = None,
 ) -> dict[str, Any]:
-    """Replace the model's parameters by the merged ones, unevaluated; returns its config."""
+    """Replace the model's parameters by the merged ones, unevaluated.
+
+    Args:
+        lazy: the model without adapters; changed in place.
+        adapters: folders of the adapters.
+        configs: their configurations.
+        weights: factor of each adapter; None for 1.
+        dequantize: unpack all weights.
+        large: filled with the LoRA layers that are too large to be merged at once, by name; the
+            model then has arrays of their shapes, which mean nothing. None to merge all layers.
+
+    Returns:
+        The configuration of the merged model.
+
+    Raises:
+        EdgeLoraError: an adapter does not fit the model or another adapter.
+    """
     with explain_misfit(adapters[0], lazy.source):
         if len(adapters) == 1 and weights is None:
             load_adapters(lazy.model, str(adapters[0]))
         else:
             _add_adapters(lazy.model, adapters, configs, weights or [1.0] * len(adapters))
-    fused = [
-        (name, module.fuse(dequantize=dequantize))
-        for name, module in lazy.model.named_modules()
-        if hasattr(module, "fuse")
-    ]
+    fused = []
+    for name, module in lazy.model.named_modules():
+        if not hasattr(module, "fuse"):
+            continue
+        merged = module.fuse(dequantize=dequantize)
+        if large is not None and is_large(module):
+            large[name] = module
+            for leaf in MERGED_ROWS & merged.keys():
+                merged[leaf] = mx.zeros(merged[leaf].shape, merged[leaf].dtype)
+        fused.append((name, merged))
     lazy.model.update_modules(tree_unflatten(fused))
     config = dict(lazy.config)
     if dequantize:
@@ -206,10 +239,39 @@ def _begin(building: Path, stamp: str) -> None:
     write_atomically({building / _NOTE: lambda file: file.write(text)})
 
 
+class _Merged:
+    """The arrays of shards in their order, with those of large layers computed when they are due.
+
+    Args:
+        layers: the large LoRA layers by name, which are dropped one after the other.
+        dequantize: unpack their weights.
+    """
+
+    def __init__(self, layers: dict[str, nn.Module], dequantize: bool) -> None:
+        self._layers, self._dequantize = layers, dequantize
+        self._found: dict[str, mx.array] = {}
+
+    def arrays(self, shard: Tensors) -> Iterator[mx.array]:
+        """The arrays of a shard, which then no longer holds them."""
+        names = [name for name, _ in shard]
+        for name, array in zip(names, drain(shard), strict=True):
+            place, _, leaf = name.rpartition(".")
+            if place in self._layers and leaf in MERGED_ROWS:
+                merged = merged_rows(self._layers.pop(place), self._dequantize)
+                self._found = {f"{place}.{key}": value for key, value in merged.items()}
+                del merged
+            yield self._found.pop(name, array)
+
+
 def _write(
-    building: Path, lazy: LazyModel, config: dict[str, Any], notify: Callable[[str], None]
+    building: Path,
+    lazy: LazyModel,
+    config: dict[str, Any],
+    merged: _Merged,
+    notify: Callable[[str], None],
 ) -> None:
     parameters = tree_flatten(lazy.model.parameters())
+    parameters += _other_senses(lazy, [name for name, _ in parameters], config, notify)
     count = get_total_parameters(lazy.model)
     total = sum(array.nbytes for _, array in parameters)
     lazy.raw.clear()
@@ -217,11 +279,13 @@ def _write(
     shards = _shards(parameters)
     parameters.clear()
     index = {"metadata": {"total_size": total, "total_parameters": count}, "weight_map": {}}
+    done = 0
     for number, shard in enumerate(shards, start=1):
         name = "model.safetensors"
         if len(shards) > 1:
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         names = [key for key, _ in shard]
+        done += sum(array.nbytes for _, array in shard)
         index["weight_map"] |= dict.fromkeys(names, name)
         if (building / name).exists() and list(read_header(building / name)) == names:
             shard.clear()
@@ -230,12 +294,12 @@ def _write(
         write_atomically(
             {
                 building / name: lambda file, specs=specs, shard=shard: write_tensors(
-                    file, specs, drain(shard)
+                    file, specs, merged.arrays(shard)
                 )
             }
         )
         lazy.checkpoint.files.check()
-        notify(f"{name}: {size((building / name).stat().st_size)} of {size(total)}")
+        notify(f"{name} written, {size(done)} of {size(total)}")
     index["weight_map"] = dict(sorted(index["weight_map"].items()))
     text = json.dumps(index, indent=4).encode()
     write_atomically({building / NOT_COPIED[1]: lambda file: file.write(text)})
@@ -243,6 +307,22 @@ def _write(
     save_config(config, building / "config.json")
     with open(building / "config.json", "rb+") as file:
         sync(file.fileno())
+
+
+def _other_senses(
+    lazy: LazyModel, names: Sequence[str], config: dict[str, Any], notify: Callable[[str], None]
+) -> Tensors:
+    """The weights for images and sound, which mlx-lm leaves out, as they are stored.
+
+    mlx-lm leaves them out of the merged model again when it loads it, but other programs need them.
+    """
+    if any(map(_SENSES.search, names)):  # mlx-lm runs them
+        return []
+    left_out = [(at.name, array) for array, at in lazy.raw.values() if _SENSES.search(at.name)]
+    if "quantization" not in config and any(name.endswith(".scales") for name, _ in left_out):
+        notify("note: weights for images or sound are packed, and left out of an unpacked model")
+        return []
+    return left_out
 
 
 def _shards(parameters: Tensors) -> list[Tensors]:

@@ -26,8 +26,8 @@ from mlx_edgelora.storage.files import sync
 from mlx_edgelora.storage.safetensors import to_numpy
 from mlx_edgelora.training.adapters import (
     WEIGHTS_FILE,
-    base_model,
     check_adapter,
+    model_for,
     read_adapter_config,
 )
 
@@ -137,9 +137,9 @@ def write_model(
     if adapter is not None:
         adapter = Path(adapter)
         config = read_adapter_config(adapter)
-        name = model or base_model(adapter)
         if note := check_adapter(adapter / WEIGHTS_FILE):
             notify(f"note: {note}")
+        name = model_for(adapter, model, notify)
     lazy = open_model(name, streamed=False, quantize=None, cache=Path())
     arguments, blocks = lazy.model.args, len(lazy.model.layers)
     converter = Converter(lazy.config["model_type"], arguments, blocks)

@@ -93,7 +93,7 @@ class Generator:
             return ["".join(self.stream(prompts[0], sampling))]
         found: list[str] = []
         for start in range(0, len(prompts), self._rows):
-            found += batch_generate(
+            tokens = batch_generate(
                 self._model,
                 self._tokenizer,
                 [list(prompt) for prompt in prompts[start : start + self._rows]],
@@ -102,8 +102,19 @@ class Generator:
                 prefill_step_size=self._prefill_step,
                 prefill_batch_size=self._rows,
                 completion_batch_size=self._rows,
-            ).texts
+                return_token_ids=True,
+            ).token_ids
+            found += map(self._text, tokens)
         return found
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        """The text of tokens as it is streamed: without a leading space that only joins words."""
+        detokenizer = self._tokenizer.detokenizer
+        detokenizer.reset()
+        for token in tokens:
+            detokenizer.add_token(token)
+        detokenizer.finalize()
+        return detokenizer.text
 
     def seconds_per_token(self) -> float | None:
         """Time of a token of all rows together, measured once; None if no weights are streamed.

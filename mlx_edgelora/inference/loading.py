@@ -1,6 +1,7 @@
 """`load` and `generate` for Python, as in mlx-lm, within a memory budget."""
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_edgelora.config.kinds import BUDGET, read_value
 from mlx_edgelora.inference.generating import encode, open_ready
 from mlx_edgelora.inference.streamed import StreamedModel
+from mlx_edgelora.training.adapters import model_for
 
 
 def load(
@@ -36,6 +38,9 @@ def load(
     Returns:
         The model and its tokenizer.
 
+    Warns:
+        UserWarning: the adapter was trained on another model.
+
     Raises:
         EdgeLoraError: the model or adapter cannot be used, they do not fit each other, or the
             budget is too small.
@@ -43,8 +48,14 @@ def load(
     if memory_budget is not None:
         memory_budget = read_value("memory_budget", memory_budget, BUDGET)
     path = None if adapter is None else Path(adapter)
+    if path is not None:
+        model_for(path, model, _warn)
     ready, tokenizer, _ = open_ready(model, path, memory_budget, 1, tokens)
     return ready, tokenizer
+
+
+def _warn(line: str) -> None:
+    warnings.warn(line.removeprefix("note: "), stacklevel=4)
 
 
 def generate(

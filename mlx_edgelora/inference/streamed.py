@@ -173,7 +173,8 @@ def working_bytes(shape: ModelShape, rows: int, tokens: int, step: int) -> int:
         step: number of prompt tokens that are computed at once.
     """
     cached = -(-tokens // CACHE_STEP) * CACHE_STEP
-    caches = rows * cached * shape.keys * shape.blocks * shape.itemsize
+    # While a finished row is taken out of a batch, mlx-lm holds the caches of before and after.
+    caches = (2 * rows - 1) * cached * shape.keys * shape.blocks * shape.itemsize
     logits = 4 * rows * shape.vocabulary * 4  # and arrays of sampling
     widths = 3 * shape.intermediate + STATES * shape.hidden + 2 * (shape.queries + shape.keys)
     return caches + logits + rows * min(step, tokens) * widths * shape.itemsize

@@ -1,11 +1,12 @@
-"""Compare the contents of a model's shards with hashes that were recorded elsewhere.
+"""Hashes of a model's weights: of all bytes, as recorded elsewhere, and of samples, to know it.
 
 Headers and sizes are checked whenever a model is opened; a changed bit in the data is only seen by
 a hash of all bytes. The Hub names each large file by its SHA-256, which its clients keep beside the
-download.
+download. To tell one model from another, samples of its tensors are enough.
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from mlx_edgelora.model.checkpoint import read_checkpoint
 # A file of lines `HASH  NAME` in the model's folder, as sha256sum writes it.
 SUMS = "SHA256SUMS"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+# Of a fingerprint: number of tensors that are sampled, and bytes from the middle of each.
+SAMPLES, SAMPLE_BYTES = 256, 4096
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,33 @@ def hash_shards(folder: Path) -> Iterator[ShardHash]:
         yield ShardHash(shard.name, _sha256(shard), expected, source)
 
 
+def weights_fingerprint(folder: Path) -> str:
+    """SHA-256 of the names, dtypes and shapes of a model's tensors and of samples of their data.
+
+    The same weights in other shards, or with another config.json, have the same fingerprint. Reads
+    the headers and about 1 MB, whatever the size of the model.
+
+    Raises:
+        EdgeLoraError: a shard cannot be read, or its header or size is wrong.
+    """
+    tensors = read_checkpoint(folder).tensors
+    names = sorted(tensors)
+    digest = hashlib.sha256()
+    for name in names:
+        _, info = tensors[name]
+        digest.update(repr((name, info.dtype, info.shape)).encode())
+    for name in names[:: -(-len(names) // SAMPLES)]:
+        shard, info = tensors[name]
+        start = max(info.start, (info.start + info.stop - SAMPLE_BYTES) // 2)
+        try:
+            with shard.open("rb") as file:
+                data = os.pread(file.fileno(), min(SAMPLE_BYTES, info.stop - start), start)
+        except OSError as error:
+            raise _unreadable(shard, error) from error
+        digest.update(data)
+    return digest.hexdigest()
+
+
 def _recorded(shard: Path) -> tuple[str | None, str]:
     """The recorded SHA-256 of a shard, and where it is recorded."""
     try:
@@ -80,4 +110,8 @@ def _sha256(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise EdgeLoraError(f"{path}: cannot be read ({error.strerror}); check the disk") from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> EdgeLoraError:
+    return EdgeLoraError(f"{path}: cannot be read ({error.strerror}); check the disk")

@@ -102,7 +102,7 @@ class Measurements:
         more = (way[0] - few) / (many - few)
         return Measurement(
             round(low.bytes + more * (high.bytes - low.bytes)),
-            low.seconds + more * (high.seconds - low.seconds),
+            low.seconds + more * max(0.0, high.seconds - low.seconds),  # more work is not less time
         )
 
     def bytes(

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from mlx_edgelora.config import LoraParameters
 from mlx_edgelora.config.kinds import MAPPING, integer, one_of, read_value
 from mlx_edgelora.engine.finite import first_non_finite
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.model.checkpoint import error_text
+from mlx_edgelora.model.checkpoint import error_text, resolve_model
+from mlx_edgelora.model.hashes import weights_fingerprint
 from mlx_edgelora.storage.files import WatchedFiles, Writer, make_folder, write_atomically
 from mlx_edgelora.storage.safetensors import (
     DTYPES,
@@ -29,6 +30,8 @@ from mlx_edgelora.training.text import abbreviate
 WEIGHTS_FILE = "adapters.safetensors"
 CONFIG_FILE = "adapter_config.json"
 
+# Metadata of the file of weights: the fingerprint of the model that they were trained on.
+_BASE = "base_model"
 _FLOATS = ("F32", "F16", "BF16")
 
 
@@ -37,6 +40,7 @@ def save_adapters(
     weights: Mapping[str, mx.array],
     config: Mapping[str, object],
     step: int | None = None,
+    base: str | None = None,
 ) -> None:
     """Write an adapter folder that mlx-lm loads; old files stay until the new ones are complete.
 
@@ -46,13 +50,14 @@ def save_adapters(
             mapping that reads them from a file needs memory for one of them.
         config: content of `adapter_config.json`; JSON values only.
         step: also write the weights to `<step, 7 digits>_adapters.safetensors`.
+        base: `weights_fingerprint` of the base model; None if unknown.
 
     Raises:
         EdgeLoraError: a weight is NaN or infinite, the disk is full or the folder cannot be
             written. The files in the folder are unchanged.
     """
     folder = Path(path)
-    write_weights = adapter_writer(folder, weights, config)
+    write_weights = adapter_writer(folder, weights, config, base)
     text = json.dumps(dict(config), indent=4, sort_keys=True) + "\n"
     make_folder(folder)
     writers = {folder / CONFIG_FILE: lambda file: file.write(text.encode())}
@@ -68,7 +73,10 @@ def save_adapters(
 
 
 def adapter_writer(
-    folder: Path, weights: Mapping[str, mx.array], config: Mapping[str, object]
+    folder: Path,
+    weights: Mapping[str, mx.array],
+    config: Mapping[str, object],
+    base: str | None = None,
 ) -> Writer:
     """Make the writer of a weights file, whose metadata has the LoRA options and a checksum.
 
@@ -76,6 +84,7 @@ def adapter_writer(
         folder: named in error messages.
         weights: LoRA parameters by name; read twice, one at a time.
         config: options of the run.
+        base: `weights_fingerprint` of the base model; None if unknown.
 
     Returns:
         A function that writes to an open file.
@@ -92,6 +101,8 @@ def adapter_writer(
                 "lower the learning rate and resume from the last good adapter"
             )
     metadata = {"lora": json.dumps(_shape_of_lora(config), sort_keys=True)}
+    if base is not None:
+        metadata[_BASE] = base
     return lambda file: write_tensors(file, specs, weights.values(), metadata)
 
 
@@ -159,6 +170,49 @@ def base_model(folder: Path) -> str:
     if not isinstance(model, str):
         raise EdgeLoraError(f"{folder / CONFIG_FILE}: names no model; give one with --model")
     return model
+
+
+def model_for(folder: Path, model: str | None, notify: Callable[[str], None]) -> str:
+    """The model to use an adapter with: the one given, or the one that its configuration names.
+
+    The fingerprint of the model that the adapter was trained on is kept with its weights. A given
+    model may be another one, such as one with more bits.
+
+    Args:
+        folder: the adapter's folder.
+        model: a folder or a Hub name; None for the model that the adapter names.
+        notify: called with a note if the given model is another one.
+
+    Returns:
+        A folder or a Hub name.
+
+    Raises:
+        EdgeLoraError: no model is named or it cannot be read, or it was replaced by another one
+            after the training.
+    """
+    read_adapter_config(folder)
+    name = model or base_model(folder)
+    if (note := other_base(adapter_file(folder), name)) is None:
+        return name
+    if model is None:
+        raise EdgeLoraError(
+            f"{folder}: was trained on other weights than those that are in {name} now; put the "
+            "model back, or use the adapter with this one all the same with --model"
+        )
+    notify(f"note: {note}")
+    return name
+
+
+def other_base(file: Path, model: str) -> str | None:
+    """A note if an adapter's file was not trained on a model; None if it was, or nothing is known.
+
+    Raises:
+        EdgeLoraError: a file cannot be read.
+    """
+    saved = None if file.suffix == ".npz" else read_metadata(file).get(_BASE)
+    if saved is None or saved == weights_fingerprint(resolve_model(model)):
+        return None
+    return f"{file.parent} was trained on other weights than those of {model}; results may be worse"
 
 
 def adapter_file(place: str | os.PathLike) -> Path:

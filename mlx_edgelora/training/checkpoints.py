@@ -138,6 +138,7 @@ class Origin:
         plan: returns the current memory plan as JSON text, or None.
         overwrites: whether the first save removes another run's files from the adapter's folder.
         group: the processes of the run, of which the first writes files.
+        base: `weights_fingerprint` of the base model, kept with the adapter; None if unknown.
     """
 
     checkpoint: Checkpoint | None = None
@@ -145,6 +146,7 @@ class Origin:
     plan: Callable[[], str | None] = lambda: None
     overwrites: bool = False
     group: Group = field(default_factory=Group)
+    base: str | None = None
 
     @contextlib.contextmanager
     def replacing(self, run_folder: Path, patterns: Iterable[str]) -> Iterator[None]:
@@ -198,6 +200,7 @@ def save_checkpoint(
     state: RunState,
     config: Mapping[str, object],
     plan: str | None,
+    base: str | None = None,
 ) -> Path:
     """Write a checkpoint of a run, one array at a time.
 
@@ -208,6 +211,7 @@ def save_checkpoint(
         state: progress of the run.
         config: options of the run.
         plan: JSON text of the memory plan; None without one.
+        base: `weights_fingerprint` of the base model; None if unknown.
 
     Returns:
         The checkpoint's folder.
@@ -218,7 +222,7 @@ def save_checkpoint(
     """
     final = run_folder / FOLDER / f"{state.step:07d}"
     writers: dict[str, Writer] = {
-        WEIGHTS_FILE: adapter_writer(final, adapters.weights(), config),
+        WEIGHTS_FILE: adapter_writer(final, adapters.weights(), config, base),
         CONFIG_FILE: _json_writer(config),
         STATE_FILE: _state_writer(adapters, optimizer, state.accumulated),
         RUN_FILE: _json_writer(asdict(state)),

@@ -24,6 +24,7 @@ from mlx_edgelora.losses.preferences import Figures
 from mlx_edgelora.measure.meter import reset_peak
 from mlx_edgelora.measure.text import say
 from mlx_edgelora.model.checkpoint import LazyModel, error_text
+from mlx_edgelora.model.hashes import weights_fingerprint
 from mlx_edgelora.model.tokenizer import load_tokenizer_of
 from mlx_edgelora.planner.machine import converts_dtype
 from mlx_edgelora.planner.run_plan import RunPlan
@@ -32,6 +33,7 @@ from mlx_edgelora.training.adapters import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     check_adapter,
+    other_base,
 )
 from mlx_edgelora.training.awake import keep_awake
 from mlx_edgelora.training.callbacks import TrainingCallback, reporting_callbacks
@@ -281,7 +283,14 @@ def _train(
             run.valid_set,
             [*first, *samples, *callbacks, *watches],
             log=records,
-            origin=Origin(run.checkpoint, run.fingerprints, plan, config.overwrite, run.group),
+            origin=Origin(
+                run.checkpoint,
+                run.fingerprints,
+                plan,
+                config.overwrite,
+                run.group,
+                weights_fingerprint(run.lazy.source),
+            ),
         )
 
 
@@ -379,8 +388,9 @@ def _say_start(
     """Check the adapter that a new run starts from, and report it."""
     if checkpoint is not None:  # its manifest was checked, and the loop reports it
         return
-    if note := check_adapter(start):
-        log(f"note: {note}")
+    for note in (check_adapter(start), other_base(start, config.model)):
+        if note is not None:
+            log(f"note: {note}")
     if config.train:
         log(
             f"weights loaded from {start}; steps, optimizer and schedule start anew (--resume "

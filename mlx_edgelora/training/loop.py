@@ -395,7 +395,8 @@ class _Run:
         if is_best and self._config.save_best and self._group.leads:
             best = self._folder / BEST_FOLDER
             with self._replacing(BEST_FOLDER):
-                save_adapters(best, self._adapters.weights(), self._config.to_dict())
+                config, base = self._config.to_dict(), self._origin.base
+                save_adapters(best, self._adapters.weights(), config, base=base)
             self._progress.saved(iteration - 1, best)
 
     def save(self, numbered: bool = False) -> None:
@@ -420,10 +421,11 @@ class _Run:
                 self._state(),
                 config,
                 self._origin.plan(),
+                self._origin.base,
             )
             remove_old(self._folder, self._config.keep_checkpoints)
         step = iteration if numbered else None
-        save_adapters(self._folder, self._adapters.weights(), config, step)
+        save_adapters(self._folder, self._adapters.weights(), config, step, self._origin.base)
 
     @contextlib.contextmanager
     def _replacing(self, *patterns: str) -> Iterator[None]:

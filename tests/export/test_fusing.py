@@ -5,13 +5,19 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
+from architectures import config
+from mlx.utils import tree_flatten
 from mlx_lm import fuse as mlx_lm_fuse
+from mlx_lm.models import pixtral
+from mlx_lm.tuner.lora import LoRALinear
+from mlx_lm.utils import load_model, save_config
 from tiny import make_adapter, make_model
 
 from mlx_edgelora import EdgeLoraError
-from mlx_edgelora.export import fusing
+from mlx_edgelora.export import fusing, merged_rows
 from mlx_edgelora.export.fusing import fuse
 from mlx_edgelora.fuse import main
 
@@ -56,7 +62,7 @@ def test_as_mlx_lm_to_the_last_bit(tmp_path, monkeypatch, capsys, name, dora, fl
     run_mlx_lm(monkeypatch, model, adapter, tmp_path / "theirs", *flags)
     command = ["--adapter-path", str(adapter), "--save-path", str(tmp_path / "ours"), *flags]
     assert main(command) == 0
-    assert "mlx_lm.generate --model" in capsys.readouterr().out
+    assert "mlx-edgelora generate --model" in capsys.readouterr().out
     assert_same(tensors(tmp_path / "ours"), tensors(tmp_path / "theirs"))
     read = json.loads
     for file in ("config.json", "model.safetensors.index.json"):
@@ -65,6 +71,46 @@ def test_as_mlx_lm_to_the_last_bit(tmp_path, monkeypatch, capsys, name, dora, fl
     names = {path.name for path in (tmp_path / "ours").iterdir()}
     assert {"tokenizer.json", "tokenizer_config.json"} <= names
     assert not any(path.startswith(".") for path in names)
+
+
+@pytest.mark.parametrize("flags", [(), ("--dequantize",)], ids=str)
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_large_layers_are_merged_some_rows_at_a_time(tmp_path, monkeypatch, capsys, name, flags):
+    """As mlx-lm to the last bit, in tiles that the rows do not divide into."""
+    monkeypatch.setattr(merged_rows, "TILE", 64 * 7)
+    model = make_model(tmp_path / "model", name, quantized=True)
+    adapter = make_adapter(tmp_path / "adapter", model)
+    run_mlx_lm(monkeypatch, model, adapter, tmp_path / "theirs", *flags)
+    layers = []
+    merge = fusing.merged_rows
+    monkeypatch.setattr(fusing, "merged_rows", lambda *args: layers.append(args) or merge(*args))
+    command = ["--adapter-path", str(adapter), "--save-path", str(tmp_path / "ours"), *flags]
+    assert main(command) == 0
+    assert len(layers) >= 14
+    assert_same(tensors(tmp_path / "ours"), tensors(tmp_path / "theirs"))
+
+
+def test_a_large_layer_needs_little_memory(monkeypatch):
+    monkeypatch.setattr(merged_rows, "TILE", 1 << 16)
+    base = nn.QuantizedLinear.from_linear(nn.Linear(512, 1024, bias=False), 64, 4)
+    layer = LoRALinear.from_base(base, r=4, scale=3.0)
+    layer.lora_b = mx.random.normal((4, 1024))
+    mx.eval(layer.parameters())
+    peaks, results = [], []
+    for compute in (layer.fuse, lambda: merged_rows.merged_rows(layer, False)):
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        merged = compute()
+        found = {name: merged[name] for name in merged_rows.MERGED_ROWS}
+        del merged
+        mx.eval(found)
+        peaks.append(mx.get_peak_memory() - before)
+        results.append(found)
+    product, packed = 4 * 512 * 1024, sum(array.nbytes for array in results[0].values())
+    tile = 4 * merged_rows.TILE
+    assert peaks[1] < product + 2 * packed + 3 * tile < peaks[0], peaks
+    assert_same(results[1], results[0])
 
 
 def test_several_adapters_are_added_up(tmp_path):
@@ -94,6 +140,25 @@ def test_layers_without_an_adapter_keep_their_bits(tmp_path):
     before, after = tensors(model), tensors(tmp_path / "sum")
     for name, array in before.items():
         assert mx.array_equal(array, after[name]) == ("q_proj" not in name or "layers.0" in name)
+
+
+def test_weights_for_images_stay(tmp_path, monkeypatch, capsys):
+    """mlx-lm runs such a model for text, and leaves them out."""
+    arguments = pixtral.ModelArgs("pixtral", text_config=config("llama"))
+    text = pixtral.Model(arguments)
+    names = "vision_tower.patch_conv.weight", "multi_modal_projector.linear_1.bias"
+    images = {name: mx.random.normal((2, 3)).astype(mx.bfloat16) for name in names}
+    model = make_model(tmp_path / "model", "llama", quantized=False)
+    weights = dict(tree_flatten(text.parameters())) | images
+    mx.save_safetensors(str(model / "model.safetensors"), weights)
+    save_config({"model_type": "pixtral", "text_config": config("llama")}, model / "config.json")
+    (model / "model.safetensors.index.json").unlink()
+    adapter = make_adapter(tmp_path / "adapter", model)
+    run_mlx_lm(monkeypatch, model, adapter, tmp_path / "theirs")
+    assert main(["--adapter-path", str(adapter), "--save-path", str(tmp_path / "ours")]) == 0
+    assert_same(tensors(tmp_path / "ours"), tensors(tmp_path / "theirs") | images)
+    loaded, _ = load_model(tmp_path / "ours")
+    assert dict(tree_flatten(loaded.parameters())).keys() == weights.keys() - images.keys()
 
 
 def test_the_peak_is_a_few_tensors(tmp_path):

@@ -12,6 +12,7 @@ from mlx_lm.generate import batch_generate
 from tiny import make_adapter, make_model, words, write_rows
 
 from mlx_edgelora import EdgeLoraError
+from mlx_edgelora.embedded import MODEL_PATH, held_out_rows
 from mlx_edgelora.generate import main
 from mlx_edgelora.inference.generating import Sampling, open_generator
 from mlx_edgelora.inference.streamed import open_lazy, plan_inference, streamed
@@ -91,6 +92,33 @@ def test_many_prompts_are_answered_at_once(tmp_path):
             base = generator.answers(encoded, Sampling(max_tokens=9))
     loaded, _ = load(str(model))
     assert base == batch_generate(loaded, tokenizer, encoded, max_tokens=9).texts != expected
+
+
+def test_answers_of_a_batch_are_the_texts_of_single_ones(tmp_path, monkeypatch):
+    """The embedded model's tokenizer begins words with a space, which an answer begins without."""
+    rows = [row["prompt"] for row in held_out_rows(2)]
+    with open_generator(str(MODEL_PATH), rows=2, tokens=64, notify=str) as generator:
+        encoded = [generator.encode([{"role": "user", "content": row}]) for row in rows]
+        sampling = Sampling(max_tokens=6)
+        single = ["".join(generator.stream(prompt, sampling)) for prompt in encoded]
+        assert generator.answers(encoded, sampling) == single
+    assert all(text == text.strip() != "" for text in single)
+
+
+def test_the_peak_while_answers_end_is_the_plans(tmp_path):
+    model = make_model(tmp_path / "model", "llama", quantized=False, num_hidden_layers=12)
+    plan = plan_inference(open_lazy(str(model), None, tmp_path), "min", 6, 250)
+    with open_generator(str(model), None, "min", rows=6, tokens=250, notify=str) as generator:
+        encoded = [generator.encode(words([i] * 240)) for i in range(6)]
+        ends = {generator.answers([prompt], Sampling(max_tokens=2))[0] for prompt in encoded}
+        assert len(ends) > 1
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        tokenizer = generator._tokenizer
+        tokenizer.add_eos_token(ends.pop().split()[1])
+        generator.answers(encoded, Sampling(max_tokens=4))
+    assert mx.get_peak_memory() - before < plan.peak
 
 
 def test_the_peak_is_the_plans(tmp_path):

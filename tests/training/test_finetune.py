@@ -182,6 +182,15 @@ def test_an_adapter_trained_by_mlx_lm_resumes_here(options, tmp_path):
     assert result.adapter_path == tmp_path / "ours"
 
 
+def test_an_adapter_trained_here_resumes_in_mlx_lm(options, tmp_path):
+    _, start, _ = run(options(iters=4))
+    more = {"iters": 1, "resume_adapter_file": str(tmp_path / "adapters/adapters.safetensors")}
+    _, expected, _ = run(options(**more, adapter_path=str(tmp_path / "ours")))
+    losses = train_with_mlx_lm(options(**more, adapter_path=str(tmp_path / "theirs")))
+    assert losses == pytest.approx(expected, abs=1e-5)
+    assert losses[0] < start[0] - 1e-2
+
+
 def test_a_test_alone_is_that_of_mlx_lm(options, tmp_path, tiny):
     """On the adapter as its own configuration describes it, whatever the options say."""
     run(options())
