@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models import gpt_oss, llama, qwen2, qwen3_moe
-from mlx_lm.models.switch_layers import SwitchLinear
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from mlx_edgelora.model.checkpoint import write_model
 from mlx_edgelora.storage.files import user_cache, write_atomically
@@ -110,7 +110,22 @@ def _quantize(model: nn.Module, experts: dict | None) -> dict:
         return experts
 
     nn.quantize(model, GROUP, BITS, class_predicate=packing)
+    for module in model.modules():
+        if isinstance(module, QuantizedSwitchLinear):
+            _randomize(module)
     return settings
+
+
+def _randomize(layer: QuantizedSwitchLinear) -> None:
+    """Let packed experts be random bits: to draw and pack their weights would take minutes."""
+    weight, scales, biases = layer["weight"], layer["scales"], layer.get("biases")
+    layer["weight"] = mx.random.bits(weight.shape)
+    if biases is None:  # scales are exponents of two, of weights up to 6
+        layer["scales"] = mx.full(scales.shape, 127 - 7, mx.uint8)
+        return
+    largest = (8 * weight.shape[-1]) ** -0.5
+    layer["scales"] = mx.full(scales.shape, 2 * largest / 15, scales.dtype)
+    layer["biases"] = mx.full(biases.shape, -largest, biases.dtype)
 
 
 def checkpoint(cache: Path, shape: str, blocks: int, weights: str = "4bit") -> Path:

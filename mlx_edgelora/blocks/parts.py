@@ -15,13 +15,12 @@ whether all this holds for a block.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from mlx_edgelora.blocks.attention import Attention, replace_attention
 from mlx_edgelora.blocks.masks import band_of, causal_array, simplest_mask
@@ -121,7 +120,8 @@ class BlockParts:
     given as `shared`, in the order of `outputs.links_of`, each of the tokens of the part.
 
     Args:
-        block: the block; its weights are bound when it is called.
+        block: the block as a function (`BlockList.function`); its weights are bound when it is
+            called.
         args, kwargs: its arguments after the input.
         through_cache: whether to cut the block at its cache instead of at attention.
         form: what it returns; None for its hidden state alone.
@@ -129,7 +129,7 @@ class BlockParts:
 
     def __init__(
         self,
-        block: nn.Module,
+        block: Callable[..., Any],
         args: tuple,
         kwargs: dict,
         through_cache: bool = False,
@@ -321,7 +321,13 @@ class BlockParts:
     @cached_property
     def mask(self) -> mx.array | str | None:
         """The mask of the call."""
-        return self.bind(None).arguments.get("mask")
+        return self.bind(None).arguments.get(self.mask_name)
+
+    @cached_property
+    def mask_name(self) -> str:
+        """The name of the parameter that takes the mask: "mask", or the only one that ends so."""
+        names = [name for name in self._signature.parameters if name.endswith("mask")]
+        return names[0] if len(names) == 1 else "mask"
 
     def _mask_between(self, span: TokenSpan, keys: TokenSpan) -> mx.array | str | None:
         part = mask_at(self.mask, span, keys)
@@ -333,7 +339,7 @@ class BlockParts:
 
     @cached_property
     def _signature(self) -> inspect.Signature:
-        return inspect.signature(self.block.__call__)
+        return inspect.signature(self.block)
 
     def bind(self, x: mx.array | None) -> inspect.BoundArguments:
         """Bind the arguments of the whole call for input x."""
@@ -346,7 +352,7 @@ class BlockParts:
             kind = call.signature.parameters[name].kind
             if kind is inspect.Parameter.VAR_KEYWORD and value:
                 return f"a block takes {', '.join(value)} by no name of its own"
-            if name == "mask":
+            if name == self.mask_name:
                 continue
             arrays = [leaf for _, leaf in leaves_of(value) if isinstance(leaf, mx.array)]
             if all(isinstance(leaf, Linked) for leaf in arrays):
@@ -361,7 +367,7 @@ class BlockParts:
     def with_mask(self, mask: mx.array | str | None) -> "BlockParts":
         """The same call with another mask."""
         arguments = dict(list(self.bind(None).arguments.items())[1:])
-        arguments["mask"] = mask
+        arguments[self.mask_name] = mask
         return BlockParts(self.block, (), arguments, self.through_cache, self.form)
 
     def whole(self, x: mx.array) -> list[mx.array]:
@@ -398,16 +404,20 @@ class BlockParts:
             return _at_tokens(array, leaf.token_axis, inside)
 
         for name, value in list(call.arguments.items())[1:]:
-            if name == "mask":
+            if name == self.mask_name:
                 continue
             # An array with a value for each token, such as a scale of its queries.
             if isinstance(value, mx.array) and not isinstance(value, Linked):
                 call.arguments[name] = _at_tokens(value, 0 if value.ndim == 2 else 1, tokens)
             else:
                 call.arguments[name] = map_leaves(part, value)
-        call.arguments["cache"] = cache
+        if call.arguments.get("offset") is not None and isinstance(cache, _Position):
+            # Its model tells it where it is, not a cache.
+            call.arguments["offset"] = cache.offset
+        else:
+            call.arguments["cache"] = cache
         if mask is not None:
-            call.arguments["mask"] = mask
+            call.arguments[self.mask_name] = mask
         return self.block(*call.args, **call.kwargs)
 
 

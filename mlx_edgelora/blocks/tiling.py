@@ -52,7 +52,8 @@ class Tileable(NamedTuple):
         through_cache: see `BlockParts`.
         by_rows: whether it can be computed for some of a tile's tokens only.
         states: number of the states of a recurrent block that can be computed by tiles which hand
-            on these, where it is not `possible` otherwise; 0 if there are none.
+            on these, where it is not `possible` otherwise; 0 for a block whose tokens know nothing
+            of each other, None if it cannot be computed so.
     """
 
     possible: bool
@@ -60,7 +61,12 @@ class Tileable(NamedTuple):
     keys: int = 0
     through_cache: bool = False
     by_rows: bool = False
-    states: int = 0
+    states: int | None = None
+
+    @property
+    def by_tiles(self) -> bool:
+        """Whether the block is computed by tiles, in one way or the other."""
+        return self.possible or self.states is not None
 
 
 class Tiling:
@@ -105,12 +111,12 @@ class Tiling:
     def summary(self) -> str:
         """Describe the tiling of all blocks in words."""
         found = [self.tileable(index) for index in range(len(self._blocks))]
-        reasons = sorted({choice.reason for choice in found if not choice.possible})
-        count = sum(choice.possible for choice in found)
+        reasons = sorted({choice.reason for choice in found if not choice.by_tiles})
+        count = sum(choice.by_tiles for choice in found)
         return f"{count} of {len(found)} blocks" + (f" ({'; '.join(reasons)})" if reasons else "")
 
     def _trial(self, index: int) -> Tileable:
-        block, reasons = self._blocks.blocks[index], []
+        block, reasons = self._blocks.function(index), []
         for through_cache in (False, True):
             try:
                 form = self._blocks.forms[index]
@@ -132,24 +138,23 @@ class Tiling:
             reasons.append(reason)
         return Tileable(False, reasons[0], states=self._states(index))
 
-    def _states(self, index: int) -> int:
-        """The number of a block's states if its tokens know no more of those before, else 0."""
+    def _states(self, index: int) -> int | None:
+        """The number of a block's states if its tokens know no more of those before, else None."""
         x, args, kwargs = self._calls[index]
-        parts = BlockParts(self._blocks.blocks[index], args, kwargs)
+        parts = BlockParts(self._blocks.function(index), args, kwargs)
         reads = self._blocks.forms[index] is not None or links_of(args, kwargs)
-        if reads or parts.mask is not None or parts.untileable_reason(TRIAL_SHAPE[1]):
-            return (
-                0  # blocks that read of each other have no states in mlx-lm, or are computed whole
-            )
-        for count in range(1, MOST_STATES + 1):
+        if reads or parts.untileable_reason(TRIAL_SHAPE[1]):
+            return None  # those that read of each other have no states, or are computed whole
+        # A block that asks for no cache has no use for its mask either.
+        for count in range(1 + MOST_STATES if parts.mask is None else 1):
             try:
                 off = self._states_differ(index, parts, x, count)
             except MODEL_ERRORS as error:
                 if is_killed(error):
                     raise
                 continue
-            return count if off <= TOLERANCES[x.dtype] else 0
-        return 0
+            return count if off <= TOLERANCES[x.dtype] else None
+        return None
 
     def _states_differ(self, index: int, parts: BlockParts, x: mx.array, count: int) -> float:
         """How tiles that hand on so many states differ from the whole block (`difference`)."""
@@ -166,7 +171,7 @@ class Tiling:
         """How the tiles differ from the whole block; None if they do not."""
         compute = self._computing(index)
         for x, parts in calls:
-            if not parts.through_cache and _mask_is_computed(x, parts):
+            if not parts.through_cache and _mask_is_computed(x, parts, self._blocks.blocks[index]):
                 return "a block adds a mask to its scores that depends on its input"
             key_values = compute(_key_values, x, parts)
             tiles = [compute(_tile, x, parts, span, key_values) for span in TRIAL_SPANS]
@@ -299,7 +304,7 @@ def block_calls(blocks: BlockList) -> list[tuple]:
 
 
 def _trials(
-    block: nn.Module,
+    block: Callable,
     x: mx.array,
     args: tuple,
     kwargs: dict,
@@ -319,15 +324,15 @@ def _trials(
         yield scaled, parts.with_mask(mask)
 
 
-def _mask_is_computed(x: mx.array, parts: BlockParts) -> bool:
+def _mask_is_computed(x: mx.array, parts: BlockParts, block: nn.Module) -> bool:
     """Whether a gradient passes through the mask that a block passes to attention.
 
     A tile would then compute the mask from some tokens instead of all.
     """
     reached: list[bool] = []
     watch = gradient_hook(lambda: reached.append(True))
-    trained = dict(tree_flatten(parts.block.trainable_parameters()))
-    slots = array_slots(parts.block)
+    trained = dict(tree_flatten(block.trainable_parameters()))
+    slots = array_slots(block)
 
     def constants(x: mx.array, *values: mx.array) -> list[mx.array]:
         seen = {name: watch(value) for name, value in zip(trained, values, strict=True)}

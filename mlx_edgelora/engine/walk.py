@@ -318,7 +318,7 @@ class Walk:
                 segments.append(
                     TiledBlock(context, index, calls[index], wanted, choice.through_cache)
                 )
-            elif choice and choice.states and wanted.rows is None:
+            elif choice and choice.states is not None and wanted.rows is None:
                 segments.append(RecurrentBlock(context, index, calls[index], choice.states))
             else:
                 segments.append(WholeBlock(context, index, calls[index], wanted))
@@ -360,7 +360,7 @@ class Walk:
         """Whether what a block is called with can be cut into tokens, as in the trial of it."""
         if packing_now() is not None and self._tiling.tileable(index).through_cache:
             return False  # its attention is not known to be in that of mlx-lm
-        parts = BlockParts(self.blocks.blocks[index], call.args, call.kwargs)
+        parts = BlockParts(self.blocks.function(index), call.args, call.kwargs)
         return parts.untileable_reason(tokens) is None
 
     def finish(self, state: Pass, loss: GraphLoss) -> tuple[mx.array | tuple, Arrays]:
