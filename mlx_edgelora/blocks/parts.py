@@ -321,13 +321,7 @@ class BlockParts:
     @cached_property
     def mask(self) -> mx.array | str | None:
         """The mask of the call."""
-        return self.bind(None).arguments.get(self.mask_name)
-
-    @cached_property
-    def mask_name(self) -> str:
-        """The name of the parameter that takes the mask: "mask", or the only one that ends so."""
-        names = [name for name in self._signature.parameters if name.endswith("mask")]
-        return names[0] if len(names) == 1 else "mask"
+        return self.bind(None).arguments.get("mask")
 
     def _mask_between(self, span: TokenSpan, keys: TokenSpan) -> mx.array | str | None:
         part = mask_at(self.mask, span, keys)
@@ -352,7 +346,7 @@ class BlockParts:
             kind = call.signature.parameters[name].kind
             if kind is inspect.Parameter.VAR_KEYWORD and value:
                 return f"a block takes {', '.join(value)} by no name of its own"
-            if name == self.mask_name:
+            if name == "mask":
                 continue
             arrays = [leaf for _, leaf in leaves_of(value) if isinstance(leaf, mx.array)]
             if all(isinstance(leaf, Linked) for leaf in arrays):
@@ -367,7 +361,7 @@ class BlockParts:
     def with_mask(self, mask: mx.array | str | None) -> "BlockParts":
         """The same call with another mask."""
         arguments = dict(list(self.bind(None).arguments.items())[1:])
-        arguments[self.mask_name] = mask
+        arguments["mask"] = mask
         return BlockParts(self.block, (), arguments, self.through_cache, self.form)
 
     def whole(self, x: mx.array) -> list[mx.array]:
@@ -404,7 +398,7 @@ class BlockParts:
             return _at_tokens(array, leaf.token_axis, inside)
 
         for name, value in list(call.arguments.items())[1:]:
-            if name == self.mask_name:
+            if name == "mask":
                 continue
             # An array with a value for each token, such as a scale of its queries.
             if isinstance(value, mx.array) and not isinstance(value, Linked):
@@ -417,7 +411,7 @@ class BlockParts:
         else:
             call.arguments["cache"] = cache
         if mask is not None:
-            call.arguments[self.mask_name] = mask
+            call.arguments["mask"] = mask
         return self.block(*call.args, **call.kwargs)
 
 

@@ -52,8 +52,7 @@ class Tileable(NamedTuple):
         through_cache: see `BlockParts`.
         by_rows: whether it can be computed for some of a tile's tokens only.
         states: number of the states of a recurrent block that can be computed by tiles which hand
-            on these, where it is not `possible` otherwise; 0 for a block whose tokens know nothing
-            of each other, None if it cannot be computed so.
+            on these, where it is not `possible` otherwise; 0 if there are none.
     """
 
     possible: bool
@@ -61,12 +60,7 @@ class Tileable(NamedTuple):
     keys: int = 0
     through_cache: bool = False
     by_rows: bool = False
-    states: int | None = None
-
-    @property
-    def by_tiles(self) -> bool:
-        """Whether the block is computed by tiles, in one way or the other."""
-        return self.possible or self.states is not None
+    states: int = 0
 
 
 class Tiling:
@@ -111,8 +105,8 @@ class Tiling:
     def summary(self) -> str:
         """Describe the tiling of all blocks in words."""
         found = [self.tileable(index) for index in range(len(self._blocks))]
-        reasons = sorted({choice.reason for choice in found if not choice.by_tiles})
-        count = sum(choice.by_tiles for choice in found)
+        reasons = sorted({choice.reason for choice in found if not choice.possible})
+        count = sum(choice.possible for choice in found)
         return f"{count} of {len(found)} blocks" + (f" ({'; '.join(reasons)})" if reasons else "")
 
     def _trial(self, index: int) -> Tileable:
@@ -138,23 +132,24 @@ class Tiling:
             reasons.append(reason)
         return Tileable(False, reasons[0], states=self._states(index))
 
-    def _states(self, index: int) -> int | None:
-        """The number of a block's states if its tokens know no more of those before, else None."""
+    def _states(self, index: int) -> int:
+        """The number of a block's states if its tokens know no more of those before, else 0."""
         x, args, kwargs = self._calls[index]
         parts = BlockParts(self._blocks.function(index), args, kwargs)
         reads = self._blocks.forms[index] is not None or links_of(args, kwargs)
-        if reads or parts.untileable_reason(TRIAL_SHAPE[1]):
-            return None  # those that read of each other have no states, or are computed whole
-        # A block that asks for no cache has no use for its mask either.
-        for count in range(1 + MOST_STATES if parts.mask is None else 1):
+        if reads or parts.mask is not None or parts.untileable_reason(TRIAL_SHAPE[1]):
+            return (
+                0  # blocks that read of each other have no states in mlx-lm, or are computed whole
+            )
+        for count in range(1, MOST_STATES + 1):
             try:
                 off = self._states_differ(index, parts, x, count)
             except MODEL_ERRORS as error:
                 if is_killed(error):
                     raise
                 continue
-            return count if off <= TOLERANCES[x.dtype] else None
-        return None
+            return count if off <= TOLERANCES[x.dtype] else 0
+        return 0
 
     def _states_differ(self, index: int, parts: BlockParts, x: mx.array, count: int) -> float:
         """How tiles that hand on so many states differ from the whole block (`difference`)."""

@@ -318,7 +318,7 @@ class Walk:
                 segments.append(
                     TiledBlock(context, index, calls[index], wanted, choice.through_cache)
                 )
-            elif choice and choice.states is not None and wanted.rows is None:
+            elif choice and choice.states and wanted.rows is None:
                 segments.append(RecurrentBlock(context, index, calls[index], choice.states))
             else:
                 segments.append(WholeBlock(context, index, calls[index], wanted))
