@@ -15,6 +15,8 @@ from mlx_edgelora.blocks.block_list import (
     call_signature,
     signature,
 )
+from mlx_edgelora.blocks.cached_parts import CachedParts
+from mlx_edgelora.blocks.cached_trial import try_caches
 from mlx_edgelora.blocks.checks import MODEL_ERRORS
 from mlx_edgelora.blocks.dropout import without_dropout
 from mlx_edgelora.blocks.masks import band_of, simplest_mask
@@ -53,6 +55,8 @@ class Tileable(NamedTuple):
         by_rows: whether it can be computed for some of a tile's tokens only.
         states: number of the states of a recurrent block that can be computed by tiles which hand
             on these, where it is not `possible` otherwise; 0 if there are none.
+        appended: number of arrays that its tokens append to several caches; 0 for a block that is
+            not computed by these.
     """
 
     possible: bool
@@ -61,6 +65,7 @@ class Tileable(NamedTuple):
     through_cache: bool = False
     by_rows: bool = False
     states: int = 0
+    appended: int = 0
 
 
 class Tiling:
@@ -99,7 +104,10 @@ class Tiling:
         key = self._keys[index]
         if key not in self._found:
             with rows_packed(None):
-                self._found[key] = self._trial(index)
+                found = self._trial(index)
+                if not found.possible and not found.states:
+                    found = self._by_caches(index) or found
+                self._found[key] = found
         return self._found[key]
 
     def summary(self) -> str:
@@ -131,6 +139,29 @@ class Tiling:
                 reason = f"a block cannot be called for parts of its tokens: {error}"
             reasons.append(reason)
         return Tileable(False, reasons[0], states=self._states(index))
+
+    def _by_caches(self, index: int) -> Tileable | None:
+        """How a block with several caches is computed by tiles; None if it cannot be."""
+        x, args, kwargs = self._calls[index]
+        parts = CachedParts(self._blocks.function(index), args, kwargs)
+        reads = self._blocks.forms[index] is not None or links_of(args, kwargs)
+        if reads or not parts.is_causal or parts.untileable_reason(TRIAL_SHAPE[1]):
+            return None
+        scaled = mx.array(TRIAL_SCALES, x.dtype)[:, None, None] * x
+        window = simplest_mask(range(TRIAL_SHAPE[1]), TRIAL_SHAPE[1], TRIAL_WINDOW)
+        try:
+            for mask in (parts.mask, window):
+                got, expected, appended = try_caches(
+                    self._computing(index), parts.with_mask(mask), scaled, TRIAL_SPANS
+                )
+                if not difference(got, expected, scaled) <= TOLERANCES[x.dtype]:
+                    return None
+        except MODEL_ERRORS as error:
+            if is_killed(error):
+                raise
+            return None
+        keys = -(-appended.entries // 2)  # those of a pair of keys and values, on the average
+        return Tileable(True, "", keys, through_cache=True, appended=appended.count)
 
     def _states(self, index: int) -> int:
         """The number of a block's states if its tokens know no more of those before, else 0."""
