@@ -119,7 +119,7 @@ def _quantize(model: nn.Module, experts: dict | None) -> dict:
 def _randomize(layer: QuantizedSwitchLinear) -> None:
     """Let packed experts be random bits: to draw and pack their weights would take minutes."""
     weight, scales, biases = layer["weight"], layer["scales"], layer.get("biases")
-    layer["weight"] = mx.random.bits(weight.shape)
+    layer["weight"] = mx.random.randint(-(2**31), 2**31 - 1, weight.shape).view(mx.uint32)
     if biases is None:  # scales are exponents of two, of weights up to 6
         layer["scales"] = mx.full(scales.shape, 127 - 7, mx.uint8)
         return
