@@ -210,6 +210,7 @@ def _write(
     building: Path, lazy: LazyModel, config: dict[str, Any], notify: Callable[[str], None]
 ) -> None:
     parameters = tree_flatten(lazy.model.parameters())
+    parameters += _other_towers(lazy, {name for name, _ in parameters}, config)
     count = get_total_parameters(lazy.model)
     total = sum(array.nbytes for _, array in parameters)
     lazy.raw.clear()
@@ -243,6 +244,34 @@ def _write(
     save_config(config, building / "config.json")
     with open(building / "config.json", "rb+") as file:
         sync(file.fileno())
+
+
+def _other_towers(lazy: LazyModel, taken: set[str], config: dict[str, Any]) -> Tensors:
+    """What mlx-lm leaves out of a model, such as its vision tower, as it is stored.
+
+    Args:
+        lazy: the model.
+        taken: names of its parameters.
+        config: that of the merged model; one without quantization gets unpacked tensors.
+    """
+    names = set(lazy.find_other_towers()) - taken
+    stored = [(place.name, array) for array, place in lazy.raw.values() if place.name in names]
+    quantization = lazy.config.get("quantization")
+    if quantization is None or "quantization" in config:
+        return stored
+    arrays, unpacked = dict(stored), []
+    for name, array in stored:
+        path, _, leaf = name.rpartition(".")
+        scales, biases = arrays.get(f"{path}.scales"), arrays.get(f"{path}.biases")
+        if scales is None:
+            unpacked.append((name, array))
+        elif leaf == "weight":
+            own = quantization.get(path) or quantization
+            settings = {key: own[key] for key in ("group_size", "bits", "mode") if key in own}
+            unpacked.append((name, mx.dequantize(array, scales, biases, **settings)))
+        elif leaf not in ("scales", "biases"):
+            unpacked.append((name, array))
+    return unpacked
 
 
 def _shards(parameters: Tensors) -> list[Tensors]:
