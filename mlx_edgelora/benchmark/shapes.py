@@ -8,9 +8,10 @@ from types import ModuleType
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.models import gpt_oss, llama, qwen2, qwen3_moe
-from mlx_lm.models.switch_layers import SwitchLinear
+from mlx_lm.models import deepseek_v3, gpt_oss, llama, qwen2, qwen3_moe
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
+from mlx_edgelora.benchmark.expert_shapes import EXPERTS, PACKED_EXPERTS
 from mlx_edgelora.model.checkpoint import write_model
 from mlx_edgelora.storage.files import user_cache, write_atomically
 from mlx_edgelora.storage.temporaries import remove_left_overs, temporary_folder
@@ -29,32 +30,10 @@ SHAPES = {
     "qwen2.5-0.5b": (qwen2, 24, 896, 4864, 14, 2, 151936),
     "qwen3-30b-a3b": (qwen3_moe, 48, 2048, 6144, 32, 4, 151936),
     "gpt-oss-20b": (gpt_oss, 24, 2880, 2880, 64, 8, 201088),
+    "deepseek-v3-16-experts": (deepseek_v3, 61, 7168, 18432, 128, 128, 129280),
 }
-# Other settings of mixtures of experts.
-EXPERTS = {
-    "qwen3-30b-a3b": {
-        "head_dim": 128,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "moe_intermediate_size": 768,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "norm_topk_prob": True,
-        "max_position_embeddings": 40960,
-    },
-    "gpt-oss-20b": {
-        "head_dim": 64,
-        "num_local_experts": 32,
-        "num_experts_per_tok": 4,
-        "sliding_window": 128,
-        "rope_scaling": None,
-    },
-}
-# Shapes whose experts are packed in another way.
-MXFP4 = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
-PACKED_EXPERTS = {"gpt-oss-20b": MXFP4}
 # Shapes of models whose head is not tied to the embedding.
-UNTIED = ("llama-3.1-8b", "qwen3-30b-a3b", "gpt-oss-20b")
+UNTIED = ("llama-3.1-8b", *EXPERTS)
 WEIGHTS = ("float32", "bfloat16", "4bit")
 GROUP, BITS = 64, 4
 # Number of words of the tokenizer of a random model.
@@ -110,7 +89,22 @@ def _quantize(model: nn.Module, experts: dict | None) -> dict:
         return experts
 
     nn.quantize(model, GROUP, BITS, class_predicate=packing)
+    for module in model.modules():
+        if isinstance(module, QuantizedSwitchLinear):
+            _randomize(module)
     return settings
+
+
+def _randomize(layer: QuantizedSwitchLinear) -> None:
+    """Let packed experts be random bits: to draw and pack their weights would take minutes."""
+    weight, scales, biases = layer["weight"], layer["scales"], layer.get("biases")
+    layer["weight"] = mx.random.randint(-(2**31), 2**31 - 1, weight.shape).view(mx.uint32)
+    if biases is None:  # scales are exponents of two, of weights up to 6
+        layer["scales"] = mx.full(scales.shape, 127 - 7, mx.uint8)
+        return
+    largest = (8 * weight.shape[-1]) ** -0.5
+    layer["scales"] = mx.full(scales.shape, 2 * largest / 15, scales.dtype)
+    layer["biases"] = mx.full(biases.shape, -largest, biases.dtype)
 
 
 def checkpoint(cache: Path, shape: str, blocks: int, weights: str = "4bit") -> Path:

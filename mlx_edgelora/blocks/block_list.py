@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_edgelora.blocks.call_form import CallForm, StandardBlock
 from mlx_edgelora.blocks.outputs import Linked, OutputForm
 from mlx_edgelora.blocks.refusals import Refusal, refusal_error
 from mlx_edgelora.errors import EdgeLoraError
@@ -37,11 +38,14 @@ class BlockList:
             block 3 begin with `model.layers.3.`.
         forms: what each block returns; None for a block that returns its hidden state alone. Set
             by `checks.checked_blocks`.
+        call_form: how the model passes hidden states to its blocks; None for [B, T, D] as the
+            first argument, as most do. Set by `checks.checked_blocks`.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.hidden_dtype: mx.Dtype | None = None
+        self.call_form: CallForm | None = None
         layers = getattr(model, "layers", None)
         wanted = {id(layer) for layer in layers} if isinstance(layers, Iterable) else set()
         for path, module in model.named_modules():
@@ -55,6 +59,11 @@ class BlockList:
 
     def __len__(self) -> int:
         return len(self.blocks)
+
+    def function(self, index: int) -> Callable[..., Any]:
+        """A block as a function of [B, T, D] and the other arguments that a handler gets."""
+        block = self.blocks[index]
+        return block if self.call_form is None else StandardBlock(block, self.call_form)
 
     def local(self, name: str) -> tuple[int, str] | None:
         """Split a parameter's name into block index and local name; None outside the blocks."""
@@ -86,11 +95,11 @@ class BlockList:
     def intercept(self, handler: Handler) -> Iterator[None]:
         """Send the calls of every block to `handler`; undone on exit.
 
-        If `handler` calls a block, the block itself runs. In nested contexts the inner one counts.
-        If it returns one array for a block that returns more, the model's loop gets that array
-        with stand-ins for the others (`outputs.Linked`).
+        If `handler` calls a block (`function`), the block itself runs. In nested contexts the inner
+        one counts. If it returns one array for a block that returns more, the model's loop gets
+        that array with stand-ins for the others (`outputs.Linked`).
         """
-        calls = _CallInterceptor(self.blocks, self._wrapping(handler))
+        calls = _CallInterceptor(self.blocks, self._wrapping(handler), self.call_form)
         with ExitStack() as stack:
             for kind in dict.fromkeys(map(type, self.blocks)):
                 stack.enter_context(calls.replaced_call(kind))
@@ -119,8 +128,8 @@ class BlockList:
 class _CallInterceptor:
     """Sends the calls of modules to a handler, by replacing `__call__` of their classes."""
 
-    def __init__(self, blocks: list[nn.Module], handler: Handler) -> None:
-        self._handler = handler
+    def __init__(self, blocks: list[nn.Module], handler: Handler, form: CallForm | None) -> None:
+        self._handler, self._form = handler, form
         self._indices: dict[int, list[int]] = {}
         for index, block in enumerate(blocks):
             self._indices.setdefault(id(block), []).append(index)
@@ -136,6 +145,10 @@ class _CallInterceptor:
         def replacement(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if self._is_handling or id(module) not in self._indices:
                 return call(module, *args, **kwargs)
+            if self._form is not None:
+                x, kwargs = self._form.split(module, args, kwargs)
+                found = self._handle(module, x, (), kwargs)
+                return self._form.original(found) if isinstance(found, mx.array) else found
             x, *args = args or (kwargs.pop(first),)
             return self._handle(module, x, tuple(args), kwargs)
 

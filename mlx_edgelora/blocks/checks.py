@@ -18,8 +18,10 @@ from mlx.utils import tree_flatten
 from mlx_edgelora.blocks.arguments import all_leaves, different_argument, has_nan, identity
 from mlx_edgelora.blocks.block_list import BlockList, Handler, Slot, array_slots, bind_arrays
 from mlx_edgelora.blocks.dropout import KeyTape, dropout_layers, keyed_dropout
+from mlx_edgelora.blocks.hidden_argument import find_call_form
 from mlx_edgelora.blocks.outputs import SHAPES, Linked, find_form, links_of, map_leaves
 from mlx_edgelora.blocks.refusals import Refusal, refusal_error
+from mlx_edgelora.blocks.settling import settles
 from mlx_edgelora.blocks.tracing import gradient_hook
 from mlx_edgelora.errors import EdgeLoraError
 
@@ -54,6 +56,7 @@ def checked_blocks(model: nn.Module) -> BlockList:
         # Dropout must not count as random numbers of a block, and not advance MLX's generator.
         layers = keyed_dropout(dropout_layers(model), tape)
         with layers, tape.playing(itertools.repeat(mx.random.key(0))):
+            blocks.call_form = find_call_form(blocks)
             check_walk(blocks)
     finally:
         for module in resting:
@@ -142,7 +145,7 @@ def _find_forms(blocks: BlockList) -> bool:
     def handler(index: int, x: mx.array, args: tuple, kwargs: dict) -> Any:
         slots = array_slots(blocks.blocks[index])
         with bind_arrays(slots, _zeros(slots)):
-            out = blocks.blocks[index](x, *args, **kwargs)
+            out = blocks.function(index)(x, *args, **kwargs)
         runs[-1].append((index, out, [args, kwargs]))
         return out
 
@@ -285,17 +288,21 @@ def _checked_output(
     with bind_arrays(slots, _zeros(slots)):
         own = identity(block), list(map(id, all_leaves([args, kwargs])))
         try:
-            out = block(zeros, *args, **kwargs)
+            out = blocks.function(index)(zeros, *args, **kwargs)
         except MODEL_ERRORS as error:
             raise blocks.refusal(index, Refusal.FAILS, error=str(error)) from error
         after = identity(block), list(map(id, all_leaves([args, kwargs])))
+        mutates = after != own and not (
+            after[1] == own[1]
+            and settles(block, lambda x: blocks.function(index)(x, *args, **kwargs), zeros)
+        )
     if not _returns_as_before(blocks, index, out):
         raise blocks.refusal(index, Refusal.NO_ARRAY, kind=type(out).__name__)
     out = blocks.outputs(index, out)[0]
     if out.shape != x.shape:
         shapes = {"shape": str(x.shape), "other": str(out.shape)}
         raise blocks.refusal(index, Refusal.OTHER_SHAPE, **shapes)
-    if after != own:
+    if mutates:
         raise blocks.refusal(index, Refusal.MUTATES)
     if _generators() != drawn:
         raise blocks.refusal(index, Refusal.RANDOM)
@@ -358,7 +365,7 @@ def _reached_tags(blocks: BlockList, chosen: set[int]) -> set[int | None]:
             zeros = _zeros({name: slot for name, slot in own.items() if id(slot[0]) not in shared})
             try:
                 with bind_arrays(own, zeros):
-                    out = block(cut(index, x), *args, **kwargs)
+                    out = blocks.function(index)(cut(index, x), *args, **kwargs)
             except MODEL_ERRORS as error:
                 raise blocks.refusal(index, Refusal.FAILS, error=str(error)) from error
             if index in chosen:

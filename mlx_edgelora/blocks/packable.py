@@ -110,7 +110,7 @@ class _Trial:
         alone: dict[int, Call],
     ) -> None:
         self._blocks, self._weights, self._index, self._alone = blocks, weights, index, alone
-        self._block = blocks.blocks[index]
+        self._block, self._function = blocks.blocks[index], blocks.function(index)
 
     def whole(self, call: Call, rows: int) -> None:
         """Compare where the block is computed for all tokens at once."""
@@ -120,14 +120,17 @@ class _Trial:
         if rows > 1:
             x = mx.array(TRIAL_SCALES, x.dtype)[:, None, None] * x
         packing = Packing(np.repeat(_starts(tokens)[None], rows, 0))
-        got = self._computed(lambda: self._block(x, *args, **kwargs), packing)
+        got = self._computed(lambda: self._function(x, *args, **kwargs), packing)
         last = tokens - sum(ROWS)
         self._compare(got[:, last:], x[:, last:])
 
     def by_tiles(self, call: Call, tokens: int) -> None:
         """Compare where the block is computed for the last tokens of a row by its parts."""
         x, args, kwargs = call
-        parts, span = BlockParts(self._block, args, kwargs), TokenSpan(tokens - sum(ROWS), tokens)
+        parts, span = (
+            BlockParts(self._function, args, kwargs),
+            TokenSpan(tokens - sum(ROWS), tokens),
+        )
         x = self._input(x, sum(ROWS))
         packing = Packing(_starts(tokens)[None])
 
@@ -149,7 +152,7 @@ class _Trial:
             own = x[:, begin : begin + count]
             _, args, kwargs = self._alone[count]
             expected = self._computed(
-                lambda own=own, args=args, kwargs=kwargs: self._block(own, *args, **kwargs), None
+                lambda own=own, args=args, kwargs=kwargs: self._function(own, *args, **kwargs), None
             )
             off = difference(got[:, begin : begin + count], expected, own)
             if not off <= TOLERANCES[x.dtype]:  # NaN is no agreement

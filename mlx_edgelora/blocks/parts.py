@@ -15,13 +15,12 @@ whether all this holds for a block.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from mlx_edgelora.blocks.attention import Attention, replace_attention
 from mlx_edgelora.blocks.masks import band_of, causal_array, simplest_mask
@@ -121,7 +120,8 @@ class BlockParts:
     given as `shared`, in the order of `outputs.links_of`, each of the tokens of the part.
 
     Args:
-        block: the block; its weights are bound when it is called.
+        block: the block as a function (`BlockList.function`); its weights are bound when it is
+            called.
         args, kwargs: its arguments after the input.
         through_cache: whether to cut the block at its cache instead of at attention.
         form: what it returns; None for its hidden state alone.
@@ -129,7 +129,7 @@ class BlockParts:
 
     def __init__(
         self,
-        block: nn.Module,
+        block: Callable[..., Any],
         args: tuple,
         kwargs: dict,
         through_cache: bool = False,
@@ -333,7 +333,7 @@ class BlockParts:
 
     @cached_property
     def _signature(self) -> inspect.Signature:
-        return inspect.signature(self.block.__call__)
+        return inspect.signature(self.block)
 
     def bind(self, x: mx.array | None) -> inspect.BoundArguments:
         """Bind the arguments of the whole call for input x."""
@@ -405,7 +405,11 @@ class BlockParts:
                 call.arguments[name] = _at_tokens(value, 0 if value.ndim == 2 else 1, tokens)
             else:
                 call.arguments[name] = map_leaves(part, value)
-        call.arguments["cache"] = cache
+        if call.arguments.get("offset") is not None and isinstance(cache, _Position):
+            # Its model tells it where it is, not a cache.
+            call.arguments["offset"] = cache.offset
+        else:
+            call.arguments["cache"] = cache
         if mask is not None:
             call.arguments["mask"] = mask
         return self.block(*call.args, **call.kwargs)

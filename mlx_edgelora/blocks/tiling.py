@@ -15,6 +15,8 @@ from mlx_edgelora.blocks.block_list import (
     call_signature,
     signature,
 )
+from mlx_edgelora.blocks.cached_parts import CachedParts
+from mlx_edgelora.blocks.cached_trial import try_caches
 from mlx_edgelora.blocks.checks import MODEL_ERRORS
 from mlx_edgelora.blocks.dropout import without_dropout
 from mlx_edgelora.blocks.masks import band_of, simplest_mask
@@ -53,6 +55,8 @@ class Tileable(NamedTuple):
         by_rows: whether it can be computed for some of a tile's tokens only.
         states: number of the states of a recurrent block that can be computed by tiles which hand
             on these, where it is not `possible` otherwise; 0 if there are none.
+        appended: number of arrays that its tokens append to several caches; 0 for a block that is
+            not computed by these.
     """
 
     possible: bool
@@ -61,6 +65,7 @@ class Tileable(NamedTuple):
     through_cache: bool = False
     by_rows: bool = False
     states: int = 0
+    appended: int = 0
 
 
 class Tiling:
@@ -99,7 +104,10 @@ class Tiling:
         key = self._keys[index]
         if key not in self._found:
             with rows_packed(None):
-                self._found[key] = self._trial(index)
+                found = self._trial(index)
+                if not found.possible and not found.states:
+                    found = self._by_caches(index) or found
+                self._found[key] = found
         return self._found[key]
 
     def summary(self) -> str:
@@ -110,7 +118,7 @@ class Tiling:
         return f"{count} of {len(found)} blocks" + (f" ({'; '.join(reasons)})" if reasons else "")
 
     def _trial(self, index: int) -> Tileable:
-        block, reasons = self._blocks.blocks[index], []
+        block, reasons = self._blocks.function(index), []
         for through_cache in (False, True):
             try:
                 form = self._blocks.forms[index]
@@ -132,10 +140,33 @@ class Tiling:
             reasons.append(reason)
         return Tileable(False, reasons[0], states=self._states(index))
 
+    def _by_caches(self, index: int) -> Tileable | None:
+        """How a block with several caches is computed by tiles; None if it cannot be."""
+        x, args, kwargs = self._calls[index]
+        parts = CachedParts(self._blocks.function(index), args, kwargs)
+        reads = self._blocks.forms[index] is not None or links_of(args, kwargs)
+        if reads or not parts.is_causal or parts.untileable_reason(TRIAL_SHAPE[1]):
+            return None
+        scaled = mx.array(TRIAL_SCALES, x.dtype)[:, None, None] * x
+        window = simplest_mask(range(TRIAL_SHAPE[1]), TRIAL_SHAPE[1], TRIAL_WINDOW)
+        try:
+            for mask in (parts.mask, window):
+                got, expected, appended = try_caches(
+                    self._computing(index), parts.with_mask(mask), scaled, TRIAL_SPANS
+                )
+                if not difference(got, expected, scaled) <= TOLERANCES[x.dtype]:
+                    return None
+        except MODEL_ERRORS as error:
+            if is_killed(error):
+                raise
+            return None
+        keys = -(-appended.entries // 2)  # those of a pair of keys and values, on the average
+        return Tileable(True, "", keys, through_cache=True, appended=appended.count)
+
     def _states(self, index: int) -> int:
         """The number of a block's states if its tokens know no more of those before, else 0."""
         x, args, kwargs = self._calls[index]
-        parts = BlockParts(self._blocks.blocks[index], args, kwargs)
+        parts = BlockParts(self._blocks.function(index), args, kwargs)
         reads = self._blocks.forms[index] is not None or links_of(args, kwargs)
         if reads or parts.mask is not None or parts.untileable_reason(TRIAL_SHAPE[1]):
             return (
@@ -166,7 +197,7 @@ class Tiling:
         """How the tiles differ from the whole block; None if they do not."""
         compute = self._computing(index)
         for x, parts in calls:
-            if not parts.through_cache and _mask_is_computed(x, parts):
+            if not parts.through_cache and _mask_is_computed(x, parts, self._blocks.blocks[index]):
                 return "a block adds a mask to its scores that depends on its input"
             key_values = compute(_key_values, x, parts)
             tiles = [compute(_tile, x, parts, span, key_values) for span in TRIAL_SPANS]
@@ -299,7 +330,7 @@ def block_calls(blocks: BlockList) -> list[tuple]:
 
 
 def _trials(
-    block: nn.Module,
+    block: Callable,
     x: mx.array,
     args: tuple,
     kwargs: dict,
@@ -319,15 +350,15 @@ def _trials(
         yield scaled, parts.with_mask(mask)
 
 
-def _mask_is_computed(x: mx.array, parts: BlockParts) -> bool:
+def _mask_is_computed(x: mx.array, parts: BlockParts, block: nn.Module) -> bool:
     """Whether a gradient passes through the mask that a block passes to attention.
 
     A tile would then compute the mask from some tokens instead of all.
     """
     reached: list[bool] = []
     watch = gradient_hook(lambda: reached.append(True))
-    trained = dict(tree_flatten(parts.block.trainable_parameters()))
-    slots = array_slots(parts.block)
+    trained = dict(tree_flatten(block.trainable_parameters()))
+    slots = array_slots(block)
 
     def constants(x: mx.array, *values: mx.array) -> list[mx.array]:
         seen = {name: watch(value) for name, value in zip(trained, values, strict=True)}

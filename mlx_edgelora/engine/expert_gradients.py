@@ -62,7 +62,8 @@ def vjp_by_experts(
         with _given(y):
             return function(*primals)
 
-    _, (dy,) = mx.vjp(after, [y], cotangents)
+    # The outputs are not kept: they hold what was computed for the gradient.
+    (dy,) = mx.vjp(after, [y], cotangents)[1]
     mx.eval(dy)
     own = {name: sums[id(array)] for name, array in call.adapters.items()}
     dx = visit_backward(call.x, call.indices, dy, call.adapters, call.experts, own)

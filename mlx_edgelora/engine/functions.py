@@ -132,7 +132,7 @@ class BlockFunctions:
         Returns:
             The hidden state [B, T, D], or [1, n, D] for some rows, and what later blocks read.
         """
-        block = self.blocks.blocks[index]
+        block = self.blocks.function(index)
         if wanted.rows is not None and wanted.rows_only:  # the last block, which none reads
             parts = BlockParts(block, args, kwargs, form=self.blocks.forms[index])
             return [parts.output_rows(x, wanted.rows)]

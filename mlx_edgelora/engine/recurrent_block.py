@@ -36,7 +36,7 @@ class RecurrentBlock:
 
     def __init__(self, context: Context, index: int, call: BlockCall, states: int) -> None:
         self._context, self.index, self._none = context, index, [None] * states
-        block = context.functions.blocks.blocks[index]
+        block = context.functions.blocks.function(index)
         self._parts = BlockParts(block, call.args, call.kwargs)
         self._input: Hidden | None = None
 

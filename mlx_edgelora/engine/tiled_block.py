@@ -52,7 +52,7 @@ class TiledBlock:
         self, context: Context, index: int, call: BlockCall, wanted: OutputRows, through_cache: bool
     ) -> None:
         self._context, self.index, self._wanted = context, index, wanted
-        block = context.functions.blocks.blocks[index]
+        block = context.functions.blocks.function(index)
         form = context.functions.blocks.forms[index]
         self._parts = BlockParts(block, call.args, call.kwargs, through_cache, form)
         self._links = call.links

@@ -34,6 +34,7 @@ from mlx_edgelora.blocks.parts import BlockParts, TokenSpan
 from mlx_edgelora.blocks.tiling import Tileable, Tiling
 from mlx_edgelora.blocks.weight_source import WeightSource
 from mlx_edgelora.engine.block_weights import Arrays, BlockWeights
+from mlx_edgelora.engine.cached_block import CachedBlock
 from mlx_edgelora.engine.context import Context, Segment
 from mlx_edgelora.engine.functions import SAME_KEY, BlockFunctions, OutputRows
 from mlx_edgelora.engine.hidden import Hidden, Slots, spans_of
@@ -315,6 +316,11 @@ class Walk:
             if index >= kept_from:
                 segments.append(KeptBlock(context, index, calls[index], wanted))
             elif choice and choice.possible and self._can_cut(index, calls[index], tokens):
+                if choice.appended:
+                    segments.append(
+                        CachedBlock(context, index, calls[index], wanted, choice.appended)
+                    )
+                    continue
                 segments.append(
                     TiledBlock(context, index, calls[index], wanted, choice.through_cache)
                 )
@@ -360,7 +366,7 @@ class Walk:
         """Whether what a block is called with can be cut into tokens, as in the trial of it."""
         if packing_now() is not None and self._tiling.tileable(index).through_cache:
             return False  # its attention is not known to be in that of mlx-lm
-        parts = BlockParts(self.blocks.blocks[index], call.args, call.kwargs)
+        parts = BlockParts(self.blocks.function(index), call.args, call.kwargs)
         return parts.untileable_reason(tokens) is None
 
     def finish(self, state: Pass, loss: GraphLoss) -> tuple[mx.array | tuple, Arrays]:

@@ -46,11 +46,6 @@ SHARD_BYTES = 5 << 30
 COMPANIONS = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "*.jsonl")
 NOT_COPIED = ("config.json", "model.safetensors.index.json")
 _NOTE = "fuse.json"
-# Names of weights that are not for text.
-_SENSES = re.compile(
-    r"(^|\.)(vision_|(visual|multi_modal_projector|patch_merge_mlp|audio_tower|embed_audio|embed_vision)"
-    r"\.)"
-)
 
 Tensors = list[tuple[str, mx.array]]
 
@@ -271,7 +266,7 @@ def _write(
     notify: Callable[[str], None],
 ) -> None:
     parameters = tree_flatten(lazy.model.parameters())
-    parameters += _other_senses(lazy, [name for name, _ in parameters], config, notify)
+    parameters += _other_towers(lazy, {name for name, _ in parameters}, config)
     count = get_total_parameters(lazy.model)
     total = sum(array.nbytes for _, array in parameters)
     lazy.raw.clear()
@@ -309,20 +304,32 @@ def _write(
         sync(file.fileno())
 
 
-def _other_senses(
-    lazy: LazyModel, names: Sequence[str], config: dict[str, Any], notify: Callable[[str], None]
-) -> Tensors:
-    """The weights for images and sound, which mlx-lm leaves out, as they are stored.
+def _other_towers(lazy: LazyModel, taken: set[str], config: dict[str, Any]) -> Tensors:
+    """What mlx-lm leaves out of a model, such as its vision tower, as it is stored.
 
-    mlx-lm leaves them out of the merged model again when it loads it, but other programs need them.
+    Args:
+        lazy: the model.
+        taken: names of its parameters.
+        config: that of the merged model; one without quantization gets unpacked tensors.
     """
-    if any(map(_SENSES.search, names)):  # mlx-lm runs them
-        return []
-    left_out = [(at.name, array) for array, at in lazy.raw.values() if _SENSES.search(at.name)]
-    if "quantization" not in config and any(name.endswith(".scales") for name, _ in left_out):
-        notify("note: weights for images or sound are packed, and left out of an unpacked model")
-        return []
-    return left_out
+    names = set(lazy.find_other_towers()) - taken
+    stored = [(place.name, array) for array, place in lazy.raw.values() if place.name in names]
+    quantization = lazy.config.get("quantization")
+    if quantization is None or "quantization" in config:
+        return stored
+    arrays, unpacked = dict(stored), []
+    for name, array in stored:
+        path, _, leaf = name.rpartition(".")
+        scales, biases = arrays.get(f"{path}.scales"), arrays.get(f"{path}.biases")
+        if scales is None:
+            unpacked.append((name, array))
+        elif leaf == "weight":
+            own = quantization.get(path) or quantization
+            settings = {key: own[key] for key in ("group_size", "bits", "mode") if key in own}
+            unpacked.append((name, mx.dequantize(array, scales, biases, **settings)))
+        elif leaf not in ("scales", "biases"):
+            unpacked.append((name, array))
+    return unpacked
 
 
 def _shards(parameters: Tensors) -> list[Tensors]:

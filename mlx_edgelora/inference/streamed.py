@@ -254,7 +254,7 @@ class StreamedModel:
         following = (index + 1) % len(self._blocks)
         trained, frozen = self._arrays.load(index, following)
         with bind_arrays(self._arrays.slots[index], frozen | trained):
-            result = self._blocks.blocks[index](x, *args, **kwargs)
+            result = self._blocks.function(index)(x, *args, **kwargs)
             # Caches contain results of the weights, too.
             states = [value.state for value in (*args, *kwargs.values()) if _is_cache(value)]
             mx.eval(result, states)

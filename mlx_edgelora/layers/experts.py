@@ -177,7 +177,8 @@ def visit_backward(
 
         tokens = picks // k
         inputs = [rows.take(tokens), *own.values()]
-        _, found = mx.vjp(function, inputs, [given.take(picks).astype(x.dtype)])
+        # The outputs are not kept: they hold what was computed for the gradient.
+        found = mx.vjp(function, inputs, [given.take(picks).astype(x.dtype)])[1]
         found = [array.astype(mx.float32) for array in found]
         mx.eval(found)
         dx_rows.add(tokens, found[0])

@@ -23,6 +23,7 @@ from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.measure.text import say
 from mlx_edgelora.measure.units import size
 from mlx_edgelora.model.config_checks import check_config, checked_sanitize
+from mlx_edgelora.model.other_towers import other_towers, unchanged
 from mlx_edgelora.model.weights import TensorLocation
 from mlx_edgelora.storage.files import WatchedFiles, sync, sync_folder
 from mlx_edgelora.storage.safetensors import TensorInfo, read_header, write_tensors
@@ -85,6 +86,7 @@ class LazyModel:
         vocabulary: number of logits.
         streamable: whether every parameter is stored in a shard as the model uses it.
         blocks: the model's blocks, once it was adapted and checked.
+        find_other_towers: returns the names of the tensors of vision and other towers.
     """
 
     model: nn.Module
@@ -95,6 +97,7 @@ class LazyModel:
     vocabulary: int
     streamable: bool = True
     blocks: BlockList | None = None
+    find_other_towers: Callable[[], list[str]] = list
 
     def replace_with(self, other: "LazyModel") -> None:
         """Take over another model's state, so that the old weights can be freed."""
@@ -186,11 +189,14 @@ def load_lazily(checkpoint: Checkpoint) -> LazyModel:
         EdgeLoraError: mlx-lm does not know the architecture or the tensors do not fit it.
     """
     raw: dict[int, tuple[mx.array, TensorLocation]] = {}
+    find_towers: list[Callable[[], list[str]]] = []
     try:
         model, config = load_model(
             checkpoint.path,
             lazy=True,
-            get_model_classes=lambda config: _recording_classes(config, checkpoint, raw),
+            get_model_classes=lambda config: _recording_classes(
+                config, checkpoint, raw, find_towers
+            ),
         )
         _check_dtypes(checkpoint.path, model)
         # Builds a graph and reads nothing: some wrong settings only fail in a call.
@@ -201,7 +207,15 @@ def load_lazily(checkpoint: Checkpoint) -> LazyModel:
             f"({type(error).__name__}: {error_text(error)}); use a model that it can load"
         ) from error
     checkpoint.files.check()  # mlx-lm read them again
-    return LazyModel(model, config, checkpoint, raw, checkpoint.path, vocabulary)
+    return LazyModel(
+        model,
+        config,
+        checkpoint,
+        raw,
+        checkpoint.path,
+        vocabulary,
+        find_other_towers=find_towers[-1],
+    )
 
 
 def _check_dtypes(path: Path, model: nn.Module) -> None:
@@ -222,7 +236,15 @@ def _check_dtypes(path: Path, model: nn.Module) -> None:
                 )
 
 
-def _recording_classes(config: dict, checkpoint: Checkpoint, raw: dict) -> tuple[Callable, Any]:
+def _unread(checkpoint: Checkpoint) -> dict[str, mx.array]:
+    """All tensors of a checkpoint, not evaluated."""
+    shards = {shard for shard, _ in checkpoint.tensors.values()}
+    return {name: array for shard in shards for name, array in mx.load(str(shard)).items()}
+
+
+def _recording_classes(
+    config: dict, checkpoint: Checkpoint, raw: dict, find_towers: list[Callable]
+) -> tuple[Callable, Any]:
     """mlx-lm's classes for a config, which record the weights before `sanitize` changes them."""
     model_class, args_class = _get_classes(config)
 
@@ -234,7 +256,16 @@ def _recording_classes(config: dict, checkpoint: Checkpoint, raw: dict) -> tuple
             for name, array in weights.items():
                 raw[id(array)] = array, TensorLocation(checkpoint.tensors[name][0], name)
             object.__delattr__(model, "sanitize")
-            return sanitize(weights)
+            before = dict(weights)
+            found = sanitize(weights)
+            used, names = unchanged(before, found), set(found)
+
+            def find() -> list[str]:  # holds neither arrays nor the model, which may be let go
+                method = getattr(model_class(args), "sanitize", dict)
+                return other_towers(_unread(checkpoint), used, names, method)
+
+            find_towers.append(find)
+            return found
 
         object.__setattr__(model, "sanitize", record_and_sanitize)
         return model

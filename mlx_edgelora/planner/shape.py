@@ -104,9 +104,10 @@ def _attention(blocks: BlockList) -> tuple[int, int, int]:
         of scores.
     """
     found, heads, backend = [(0, 0)], 0, Backend.here()
-    for block, (x, args, kwargs) in zip(blocks.blocks, block_calls(blocks), strict=True):
+    for index, (x, args, kwargs) in enumerate(block_calls(blocks)):
         try:
-            inputs = BlockParts(block, args, kwargs).attention_inputs(x, TokenSpan(0, x.shape[1]))
+            parts = BlockParts(blocks.function(index), args, kwargs)
+            inputs = parts.attention_inputs(x, TokenSpan(0, x.shape[1]))
         except MODEL_ERRORS:
             continue  # the block has another form of attention
         sizes = [a.shape[1] * a.shape[3] for a in (inputs.q, inputs.k, inputs.v)]

@@ -53,7 +53,11 @@ class OneBlockModel(nn.Module):
     def __call__(self, tokens: mx.array) -> mx.array:
         """The block's output for int tokens [rows, tokens], of which only the shape matters."""
         args, kwargs = self.call(tokens)
-        return self.hidden(self.layers[0](self.input(tokens), *args, **kwargs))
+        return self.hidden(self.block(self.input(tokens), *args, **kwargs))
+
+    def block(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the block as a function (`BlockList.function`)."""
+        return self._others[0].function(self._index)(*args, **kwargs)
 
     def hidden(self, out: Any) -> mx.array:
         """The hidden state of what the block returned."""
@@ -63,6 +67,7 @@ class OneBlockModel(nn.Module):
         """The list of this block, which is known to return what it returns in its model."""
         blocks, form = BlockList(self), self._others[0].forms[self._index]
         blocks.forms = [form and replace(form, read=())]
+        blocks.call_form = self._others[0].call_form
         return blocks
 
     def input(self, tokens: mx.array) -> mx.array:

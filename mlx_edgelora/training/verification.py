@@ -317,7 +317,7 @@ class _GradientComparison:
 
         def function(*primals: mx.array) -> mx.array:
             with bind_arrays(slots, frozen | dict(zip(own, primals[:-1], strict=True))):
-                out = one.hidden(block(primals[-1], *args, **kwargs))
+                out = one.hidden(one.block(primals[-1], *args, **kwargs))
             return out if rows is None else out.reshape(1, -1, out.shape[-1])[:, rows]
 
         x = one.input(self._tokens).astype(dtype)
