@@ -99,7 +99,7 @@ def test_a_plan_without_groups_reads_blocks_whole_again(tmp_path, monkeypatch):
 
 def test_a_block_that_calls_its_experts_twice_is_an_error():
     block = nn.Module()
-    block.experts = layer = SwitchGLU(8, 8, 3)
+    block.experts = layer = SwitchGLU(8, 8, 3).freeze()
     blocks = SimpleNamespace(blocks=[block])
     group_experts(blocks, None)
     set_groups(blocks, 1, 1)

@@ -42,7 +42,7 @@ def make(kind, count, packing=None, bias=False, lora=True):
             object.__setattr__(adapted, "__class__", LoRASwitchLinear)  # as `add_lora` does
             adapted.lora_b = 0.1 * mx.random.normal(adapted.lora_b.shape)
             module[name] = adapted
-    return module
+    return module.freeze().unfreeze(keys=["lora_a", "lora_b"])
 
 
 def glu(width, inner, count, bias):
