@@ -243,6 +243,7 @@ def test_a_model_that_cannot_be_streamed_answers_if_it_fits(tmp_path, monkeypatc
     assert "no blocks; so it cannot be read block by block" in capsys.readouterr().err
 
 
+COMMANDS = "generate", "fuse", "evaluate", "export.__main__"
 OTHERS = {
     "base model": ("llama", {"hidden_size": 96}),
     "depth": ("llama", {"num_hidden_layers": 1}),
@@ -251,7 +252,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("other", OTHERS)
-@pytest.mark.parametrize("command", ["generate", "fuse", "evaluate"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_an_adapter_of_another_model_is_one_sentence(tmp_path, command, other, capsys):
     name, changes = OTHERS[other]
     model = make_model(tmp_path / "model", "llama")
@@ -260,7 +261,7 @@ def test_an_adapter_of_another_model_is_one_sentence(tmp_path, command, other, c
     check_refused(command, adapter, tmp_path, capsys, "--model", str(tmp_path / "other"))
 
 
-@pytest.mark.parametrize("command", ["generate", "fuse", "evaluate"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_wrong_rank_is_one_sentence(tmp_path, command, capsys):
     model = make_model(tmp_path / "model", "llama")
     adapter = make_adapter(tmp_path / "adapter", model)
@@ -279,6 +280,7 @@ def check_refused(command, adapter, folder, capsys, *flags):
     more = {
         "generate": ["--prompt", "w1", "-m", "1"],
         "fuse": ["--save-path", str(folder / "fused")],
+        "export.__main__": ["peft", "--save-path", str(folder / "fused")],
         "evaluate": ["--data", str(folder / "test.jsonl")],
     }
     write_rows(folder / "test.jsonl", [{"prompt": "w1", "completion": "w2"}])
