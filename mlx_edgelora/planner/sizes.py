@@ -38,6 +38,7 @@ class ModelShape:
         shared: entries of a token that blocks return for later ones, such as keys and values.
         expert_bytes: the part of `block_bytes` in experts that can be read in groups.
         one_expert_bytes: the part of `expert_bytes` of a single expert.
+        expert_adapter_bytes: the part of `adapter_bytes` in these experts.
     """
 
     blocks: int
@@ -67,6 +68,7 @@ class ModelShape:
     shared: int = 0
     expert_bytes: int = 0
     one_expert_bytes: int = 0
+    expert_adapter_bytes: int = 0
 
 
 @dataclass(frozen=True)
