@@ -91,6 +91,9 @@ def need(
     sizes = sizes_of(kind, shape, way, batch_shape)
     grouped = kind in UNPACKED and kind != "tail" and way[1] is not None
     total = float(max(way[1], shape.one_expert_bytes) if grouped and shape.expert_bytes else 0)
+    if grouped and kind.endswith("backward"):  # gradients of experts are summed in place
+        sizes = sizes | {"adapters": shape.adapter_bytes - shape.expert_adapter_bytes}
+        total += shape.expert_adapter_bytes
     total += sum(number * sizes.get(name, 0.0) for name, number in TERMS[kind].items())
     if on_gpu and shape.packed and kind in UNPACKED and way[2] == "dequantize":
         total += UNPACKED[kind] * shape.block_weights * shape.itemsize

@@ -81,6 +81,7 @@ def shape_of(blocks: BlockList, vocabulary: int, dtype: mx.Dtype | None = None) 
         expert_bytes=largest.expert_frozen,
         one_expert_bytes=largest.one_expert,
         full=trains_weights(model),
+        expert_adapter_bytes=largest.expert_trained,
     )
 
 
@@ -149,6 +150,9 @@ class _BlockSizes:
         }
         self.expert_frozen = sum(by_experts.values())
         self.one_expert = max((by_experts[path] // counts[path] for path in counts), default=0)
+        self.expert_trained = sum(
+            value.nbytes for name, value in trained.items() if name.startswith(tuple(counts))
+        )
         self.gated = bool(mlps) or bool(counts)
         matrices = {
             f"{path}.": frozen_matrix(module)

@@ -39,6 +39,7 @@ class ModelShape:
         expert_bytes: the part of `block_bytes` in experts that can be read in groups.
         one_expert_bytes: the part of `expert_bytes` of a single expert.
         full: whether the last `adapted` blocks have no adapters, but train their own weights.
+        expert_adapter_bytes: the part of `adapter_bytes` in these experts.
     """
 
     blocks: int
@@ -68,6 +69,7 @@ class ModelShape:
     shared: int = 0
     expert_bytes: int = 0
     one_expert_bytes: int = 0
+    expert_adapter_bytes: int = 0
     full: bool = False
 
     @property

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import architectures
 import mlx.core as mx
+import mlx.optimizers as optimizers
 import pytest
 from harness import (
     assert_same_gradients,
@@ -93,3 +94,26 @@ def test_what_two_caches_are_given():
             lambda x, mask, cache: block(block(x, mask, cache), mask, cache), ("causal", None), {}
         )
         twice.tile(mine, span, [])
+
+
+@pytest.mark.slow
+def test_twenty_steps_are_those_of_mlx_lm(tmp_path, monkeypatch):
+    monkeypatch.setitem(architectures.CONFIGS, FAST, SWEEP[FAST])
+    folder = save(tmp_path, FAST, True)
+    batches = [random_batch(2, 23, seed=seed) for seed in range(3)]
+    reference, theirs = plain(folder), optimizers.AdamW(1e-3)
+    expected = []
+    for step in range(20):
+        loss, gradients = plain_value_and_grad(reference, batches[step % 3])
+        theirs.update(reference, gradients)
+        mx.eval(reference.parameters(), theirs.state)
+        expected.append(loss)
+    found, own = [], optimizers.AdamW(1e-3)
+    with closing(engine(folder, tile_tokens=10, adapters="paged")) as ours:
+        ours.adapters.start(own)
+        for step in range(20):
+            loss, _ = ours.backward(batches[step % 3], ours.adapters.add)
+            ours.adapters.update(own, 1)
+            found.append(loss.item())
+    assert expected[-1] < expected[1] - 0.01  # it is trained
+    assert found == pytest.approx(expected, rel=1e-5)

@@ -13,6 +13,8 @@ from mlx_edgelora.planner.plan import Plan
 from mlx_edgelora.planner.shape import shape_of
 from mlx_edgelora.planner.sizes import BatchShape
 
+LORA = ("lora_a", "lora_b")
+
 
 def shape_of_a_mixture():
     model = build("qwen3_moe", mlp_only_layers=[])
@@ -29,6 +31,21 @@ def test_sizes_of_experts():
     assert shape.expert_bytes == held and shape.one_expert_bytes == held // 4
     assert shape.rank == 4 and shape.gated
     assert 0 < shape.expert_bytes < shape.block_bytes
+    adapters = [
+        experts[name][key] for name in ("gate_proj", "up_proj", "down_proj") for key in LORA
+    ]
+    assert shape.expert_adapter_bytes == sum(array.nbytes for array in adapters)
+    assert shape.expert_adapter_bytes < shape.adapter_bytes
+
+
+def test_gradients_of_experts_are_expected_once():
+    _, shape = shape_of_a_mixture()
+    shape = replace(shape, adapter_bytes=10**9 + 10**6, expert_adapter_bytes=10**9)
+    for tile_tokens in (None, 16):
+        plan = Plan(mlp_bytes=1, tile_tokens=tile_tokens, adapters="paged")
+        phases = Memory(shape, BatchShape(1, 64, 20), plan).phases()
+        needs = {phase.name: phase.need.value for phase in phases}
+        assert 10**9 < needs["backward"] < 1.1 * 10**9
 
 
 def test_groups_of_experts_are_not_in_the_buffers_of_blocks():
