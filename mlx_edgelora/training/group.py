@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -91,13 +90,7 @@ class Group:
         """This process's rows of a batch; None if it has none, or none with a label."""
         if self.size == 1:
             return batch
-        mine = slice(self.rank, None, self.size)
-        own = replace(
-            batch,
-            tokens=batch.tokens[mine],
-            mask=batch.mask[mine],
-            starts=None if batch.starts is None else batch.starts[mine],
-        )
+        own = batch.share(slice(self.rank, None, self.size))
         return own if own.mask.any() else None
 
     def total(self, numbers: Sequence[float]) -> list[float]:
