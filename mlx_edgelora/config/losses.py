@@ -74,6 +74,19 @@ def _check_preferences(config: "TrainConfig") -> None:
         )
 
 
+def check_processes(config: "TrainConfig", count: int) -> None:
+    """Check that a run of several processes gives what one would.
+
+    Raises:
+        EdgeLoraError: it does not with KTO, whose term is the mean over a whole batch.
+    """
+    if count > 1 and config.loss == KTO:
+        raise EdgeLoraError(
+            f"loss: got kto in a run of {count} processes, but it compares with the answers of a "
+            "whole batch, which one process must hold; start it without mlx.launch"
+        )
+
+
 def preference_loss(config: "TrainConfig") -> PreferenceLoss:
     """The loss of the answers that the options describe."""
     loss = config.loss

@@ -31,11 +31,14 @@ class Preferences:
         together: 2 if rows 2 i and 2 i + 1 are the chosen and the rejected answer to a prompt; 1 if
             every row is judged alone.
         mismatched: rows judged alone need answers that belong to other prompts, as many; else None.
+        chosen_labels: labelled tokens of chosen answers for each term of the loss, if these rows
+            are a part of a batch; None to count them.
     """
 
     desirable: np.ndarray
     together: int
     mismatched: "Batch | None" = None
+    chosen_labels: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +66,33 @@ class Batch:
         if self.preferences is None:
             return int(self.mask.sum())
         return len(self.mask) // self.preferences.together
+
+    @property
+    def chosen_labels(self) -> float:
+        """Labelled tokens of chosen answers for each term of the loss of preferences."""
+        known = self.preferences
+        if known.chosen_labels is not None:
+            return known.chosen_labels
+        return float(self.mask[known.desirable].sum()) / self.terms
+
+    @property
+    def together(self) -> int:
+        """Number of rows that are never divided: two in a batch of pairs."""
+        return 1 if self.preferences is None else self.preferences.together
+
+    def share(self, which: Sequence[int]) -> "Batch":
+        """Some of the rows; of a batch of pairs, some of the pairs."""
+        rows = np.arange(len(self.mask)).reshape(-1, self.together)[which].reshape(-1)
+        preferences = self.preferences
+        if preferences is not None:
+            preferences = replace(
+                preferences,
+                desirable=preferences.desirable[rows],
+                chosen_labels=self.chosen_labels,
+            )
+        starts = None if self.starts is None else self.starts[rows]
+        tokens, mask = self.tokens[rows], self.mask[rows]
+        return replace(self, tokens=tokens, mask=mask, starts=starts, preferences=preferences)
 
     def inputs(self) -> np.ndarray:
         """The model's inputs: int32 [B, T]."""

@@ -182,8 +182,7 @@ def answer_parts(batch: Batch, count: int, fills: bool) -> list[AnswerPart]:
 
 
 def _totals(batch: Batch, kl: float) -> mx.array:
-    tokens = int(batch.mask[batch.preferences.desirable].sum())
-    return mx.array([batch.terms, max(1, tokens), kl], mx.float32)
+    return mx.array([batch.terms, max(1, batch.terms * batch.chosen_labels), kl], mx.float32)
 
 
 class _AnswerLoss:

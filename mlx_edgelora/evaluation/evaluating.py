@@ -21,6 +21,7 @@ from mlx_edgelora.evaluation.rows import AskedRow, asked_rows
 from mlx_edgelora.evaluation.scores import exact_match, token_f1
 from mlx_edgelora.inference.generating import Sampling, encode, open_generator
 from mlx_edgelora.inference.streamed import open_lazy
+from mlx_edgelora.losses.preferences import PREFERENCE_LOSSES
 from mlx_edgelora.measure.meter import peak_memory
 from mlx_edgelora.measure.text import say
 from mlx_edgelora.model.tokenizer import load_tokenizer_of
@@ -184,6 +185,11 @@ def _config(
         )
     if note := check_adapter(adapter_file(folder)):
         notify(f"note: {note}")
+    if saved.get("loss") in PREFERENCE_LOSSES and not options["data"]:
+        raise EdgeLoraError(
+            f"{folder}: was trained on preferences, which are evaluated by mlx-edgelora train "
+            f"--test --loss {saved['loss']}; name other rows with --data"
+        )
     values = {name: saved[name] for name in OF_THE_RUN if saved.get(name) is not None}
     values |= {name: value for name, value in options.items() if value is not None}
     if options["data"] is not None:

@@ -11,7 +11,9 @@ import mlx.nn as nn
 from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.data.batches import Batch, iterate_batches
 from mlx_edgelora.engine.adapter_state import AdapterState, Arrays
+from mlx_edgelora.engine.preferences import take_figures
 from mlx_edgelora.engine.step import Engine
+from mlx_edgelora.losses.preferences import Figures
 from mlx_edgelora.measure.meter import DiskMeter
 from mlx_edgelora.measure.profile import begin_step
 from mlx_edgelora.training.group import Group
@@ -65,8 +67,8 @@ def evaluate(
         group: processes that share the rows; None for this one alone.
 
     Returns:
-        The mean loss, which may be NaN, and the number of labelled tokens. Figures about answers
-        are those of `engine.preferences.take_figures`.
+        The mean loss, which may be NaN, and the number of labelled tokens. `rewards`
+        gives the figures about answers.
     """
 
     def measure(batch: Batch) -> tuple[list[mx.array], int]:
@@ -135,6 +137,12 @@ def _mean_losses(
     sums = [math.fsum(each) for each in zip(*losses, strict=True)] or [0.0] * width
     *totals, count, labels = group.exchange([*sums, sum(counts), labels])
     return [total / count for total in totals], round(labels)
+
+
+def rewards(engine: GradientEngine, group: Group) -> Figures | None:
+    """Figures of all processes about the answers since the last call; None for other losses."""
+    own = take_figures(engine)
+    return None if own is None else Figures(tuple(group.exchange(own.sums)))
 
 
 @contextlib.contextmanager

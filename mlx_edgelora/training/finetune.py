@@ -13,11 +13,11 @@ from typing import Any
 import mlx.optimizers as optimizers
 
 from mlx_edgelora.config import LoraParameters, TrainConfig
-from mlx_edgelora.config.losses import preference_loss
+from mlx_edgelora.config.losses import check_processes, preference_loss
 from mlx_edgelora.data import Dataset
 from mlx_edgelora.data.batches import count_batches
 from mlx_edgelora.engine.optimizer import build_optimizer
-from mlx_edgelora.engine.preferences import PreferenceEngine, take_figures
+from mlx_edgelora.engine.preferences import PreferenceEngine
 from mlx_edgelora.engine.step import Engine
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.losses.preferences import Figures
@@ -38,7 +38,7 @@ from mlx_edgelora.training.adapters import (
 from mlx_edgelora.training.awake import keep_awake
 from mlx_edgelora.training.callbacks import TrainingCallback, reporting_callbacks
 from mlx_edgelora.training.checkpoints import Checkpoint, Origin
-from mlx_edgelora.training.evaluate import GradientEngine, evaluate
+from mlx_edgelora.training.evaluate import GradientEngine, evaluate, rewards
 from mlx_edgelora.training.group import Group
 from mlx_edgelora.training.limits import BudgetWatch, PressureWatch
 from mlx_edgelora.training.log import RunLog, recorded
@@ -110,7 +110,7 @@ def finetune(
             "start them with mlx.launch, or leave balance out"
         )
     config = with_embedded(group.own_options(config))
-    _check_group(config, group)
+    check_processes(config, group.size)
     if not group.leads:
         callbacks, notify = (), _discard_line
     if not config.train:
@@ -163,10 +163,10 @@ def _run(
             loss, tokens = evaluate(
                 measured, run.test_set, config, config.test_batches, group=run.group
             )
-            figures = take_figures(measured)
+            figures = rewards(measured, run.group)
             notify(_test_result(loss, tokens, figures))
-            rewards = {} if figures is None else figures.record()
-            note("test", {"loss": loss, "tokens": tokens, **rewards})
+            known = {} if figures is None else figures.record()
+            note("test", {"loss": loss, "tokens": tokens, **known})
     return result
 
 
@@ -401,15 +401,6 @@ def _say_start(
 def perplexity(loss: float) -> float:
     """The exponential of a mean loss; infinite where that is no float."""
     return math.exp(loss) if loss < MAX_EXPONENT else math.inf
-
-
-def _check_group(config: TrainConfig, group: Group) -> None:
-    """Refuse a loss whose parts in several processes do not add up to that of the whole batch."""
-    if group.size > 1 and config.compares_answers:
-        raise EdgeLoraError(
-            f"loss: got {config.loss} in a run of {group.size} processes, but answers are compared "
-            "in one process only; start it without mlx.launch"
-        )
 
 
 def _test_result(loss: float, tokens: int, figures: Figures | None) -> str:

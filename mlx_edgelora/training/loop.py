@@ -32,7 +32,6 @@ from mlx_edgelora.data.dataset import Dataset
 from mlx_edgelora.engine.adapter_state import Arrays
 from mlx_edgelora.engine.finite import Magnitudes
 from mlx_edgelora.engine.optimizer import clip_factor
-from mlx_edgelora.engine.preferences import take_figures
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.measure.meter import peak_memory, recent_peak
 from mlx_edgelora.measure.profile import begin_step, phase
@@ -48,7 +47,7 @@ from mlx_edgelora.training.checkpoints import (
     remove_old,
     save_checkpoint,
 )
-from mlx_edgelora.training.evaluate import GradientEngine, evaluate, limit_cache
+from mlx_edgelora.training.evaluate import GradientEngine, evaluate, limit_cache, rewards
 from mlx_edgelora.training.failures import explain
 from mlx_edgelora.training.log import RunLog
 from mlx_edgelora.training.progress import Progress
@@ -266,7 +265,8 @@ class _Run:
         limit_cache(self._engine, self._config)
         tokens = int(batch.mask.sum())
         self._trained_tokens += tokens
-        seconds, figures = time.perf_counter() - start, take_figures(self._engine)
+        figures = rewards(self._engine, self._group)
+        seconds = time.perf_counter() - start
         self._window.add(loss, tokens, seconds, terms, figures)
         self._progress.step(self._make_report("train_loss", self._window, iteration))
 
@@ -388,7 +388,8 @@ class _Run:
                 f"step {iteration}: validation loss is {loss}, expected a finite number; "
                 f"lower the learning rate; {self.last_saved_message()}"
             )
-        window.add(loss, tokens, time.perf_counter() - start, figures=take_figures(self._engine))
+        seconds, figures = time.perf_counter() - start, rewards(self._engine, self._group)
+        window.add(loss, tokens, seconds, figures=figures)
         is_best = self._best is None or loss < self._best
         self._best = loss if is_best else self._best
         self._publish(self._make_report("val_loss", window, iteration - 1))

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -43,16 +42,16 @@ class Shares:
         self._seconds, self._rows = 0.0, 0
 
     def pieces(self, batch: Batch) -> list[Batch]:
-        """This process's rows of a batch, those with a label, in pieces that fit its plan."""
+        """This process's rows of a batch, those with a label, in pieces that fit its plan.
+
+        Pairs of answers count as rows do, and are not divided.
+        """
         if self._group.size == 1:
             return [batch]
-        mine = [
-            row
-            for row, owner in enumerate(self._owners(len(batch.tokens)))
-            if owner == self._group.rank
-        ]
+        owners = self._owners(len(batch.tokens) // batch.together)
+        mine = [number for number, owner in enumerate(owners) if owner == self._group.rank]
         count = -(-len(mine) // self._most)
-        pieces = [_rows(batch, mine[number::count]) for number in range(count)]
+        pieces = [batch.share(mine[number::count]) for number in range(count)]
         return [piece for piece in pieces if piece.mask.any()]
 
     @contextmanager
@@ -61,7 +60,7 @@ class Shares:
         start, waited = time.perf_counter(), self._group.waited
         yield
         self._seconds = time.perf_counter() - start - (self._group.waited - waited)
-        self._rows = sum(len(piece.tokens) for piece in pieces)
+        self._rows = sum(len(piece.tokens) // piece.together for piece in pieces)
 
     def speeds(self) -> list[float]:
         """What this process adds to the sums that `measured` gets: its own speed at its place."""
@@ -102,16 +101,6 @@ class Shares:
             owners.append(int(np.argmin(ends)))
             counts[owners[-1]] += 1
         return owners
-
-
-def _rows(batch: Batch, rows: Sequence[int]) -> Batch:
-    rows = list(rows)
-    return replace(
-        batch,
-        tokens=batch.tokens[rows],
-        mask=batch.mask[rows],
-        starts=None if batch.starts is None else batch.starts[rows],
-    )
 
 
 class SharedSums:

@@ -302,6 +302,27 @@ def test_a_slow_process_gets_fewer_rows(place):
 
 
 @pytest.mark.slow
+def test_two_processes_compare_what_one_does(place):
+    """Pairs of different lengths, in batches that do not divide; rewards are of all processes."""
+    rng, data = np.random.default_rng(1), place / "pairs"
+    data.mkdir(exist_ok=True)
+    for split in ("train", "valid"):
+        texts = [
+            [words(rng.integers(0, 100, n)) for n in row] for row in rng.integers(1, 6, (7, 3))
+        ]
+        parts = ("prompt", "chosen", "rejected")
+        write_rows(data / f"{split}.jsonl", [dict(zip(parts, t, strict=True)) for t in texts])
+    for count in (1, 2):
+        more = {"loss": "orpo", "data": data, "iters": 6}
+        statuses, errors = Run(place, count, options_of(place, f"pairs-{count}", **more)).end()
+        assert statuses == [0] * count, errors
+    assert_same_run(place, "pairs-1", "pairs-2")
+    for kind in ("reward_margin", "accuracy"):
+        one, two = (reported(place, f"pairs-{count}", kind) for count in (1, 2))
+        np.testing.assert_allclose(two, one, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_four_processes_of_which_one_has_no_row(place):
     more = {"iters": 20, "grad_accumulation_steps": 1, "optimizer": "adamw", "learning_rate": 1e-3}
     for count in (1, 4):

@@ -205,8 +205,8 @@ def test_options_that_do_not_fit_are_refused(mapping, sentence):
         TrainConfig.from_dict(mapping)
 
 
-def test_several_processes_are_refused(options, monkeypatch):
+def test_kto_in_several_processes_is_refused(options, monkeypatch):
     two = SimpleNamespace(size=2, leads=True, own_options=lambda config: config)
     monkeypatch.setattr(module.Group, "joined", lambda: two)
-    with pytest.raises(EdgeLoraError, match=r"loss: got dpo in a run of 2 processes, but answers"):
-        finetune(options("dpo"), notify=silent)
+    with pytest.raises(EdgeLoraError, match=r"loss: got kto in a run of 2 processes, but it"):
+        finetune(options("kto"), notify=silent)
