@@ -315,11 +315,7 @@ class Walk:
             if index >= kept_from:
                 segments.append(KeptBlock(context, index, calls[index], wanted))
             elif choice and choice.possible and self._can_cut(index, calls[index], tokens):
-                segments.append(
-                    TiledBlock(context, index, calls[index], wanted, choice.through_cache)
-                )
-            elif choice and choice.states and wanted.rows is None:
-                segments.append(RecurrentBlock(context, index, calls[index], choice.states))
+                segments.append(_tiled(context, index, calls[index], wanted, choice))
             else:
                 segments.append(WholeBlock(context, index, calls[index], wanted))
         tail = None
@@ -486,6 +482,15 @@ class Walk:
 
     def _outside_bound(self, outside: Arrays) -> AbstractContextManager:
         return bind_arrays(self._outside, outside)
+
+
+def _tiled(
+    context: Context, index: int, call: BlockCall, wanted: OutputRows, choice: Tileable
+) -> Segment:
+    """A block that is computed by tiles."""
+    if choice.recurrence is not None:
+        return RecurrentBlock(context, index, call, wanted, choice.recurrence)
+    return TiledBlock(context, index, call, wanted, choice.through_cache)
 
 
 def check_row_indices(rows: mx.array, count: int) -> None:

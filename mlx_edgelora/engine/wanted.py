@@ -1,0 +1,52 @@
+"""The wanted rows of a block's output, tile by tile."""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_edgelora.blocks.parts import TokenSpan
+from mlx_edgelora.engine.functions import RowIndices
+
+
+class WantedRows:
+    """Where the wanted rows of a pass are in its tiles.
+
+    Args:
+        rows: int [n], ascending, of the B * T tokens; None for all.
+        spans: the tiles.
+    """
+
+    def __init__(self, rows: RowIndices, spans: Sequence[TokenSpan]) -> None:
+        self.all = rows is None
+        self._places: list[mx.array | None] = []
+        self._order: list[np.ndarray] = []  # their places among all wanted ones
+        if self.all:
+            return
+        row, position = np.divmod(np.asarray(rows), spans[-1].stop)
+        for span in spans:
+            inside = np.flatnonzero((position >= span.start) & (position < span.stop))
+            own = row[inside] * (span.stop - span.start) + position[inside] - span.start
+            self._places.append(mx.array(own) if own.size else None)
+            self._order.append(inside)
+
+    def at(self, number: int) -> mx.array | None:
+        """The wanted rows of a tile, int [m] of its B * t tokens; None if there are none."""
+        return self._places[number]
+
+    def has(self, number: int) -> bool:
+        """Whether rows of a tile are wanted."""
+        return self.all or self._places[number] is not None
+
+    def cotangent(self, wanted: mx.array, number: int) -> mx.array | None:
+        """Of gradients of the wanted rows, [1, n, D], those of a tile; None if there are none."""
+        return wanted[:, mx.array(self._order[number])] if self.has(number) else None
+
+    def in_order(self, pieces: list[mx.array]) -> mx.array:
+        """Join the outputs of the tiles, [1, m, D] each, in the order of the wanted rows."""
+        whole = pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=1)
+        order = np.concatenate(self._order)
+        if (np.diff(order) < 0).any():
+            whole = whole[:, mx.array(np.argsort(order))]
+        mx.eval(whole)
+        return whole
