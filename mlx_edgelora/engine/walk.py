@@ -31,6 +31,7 @@ from mlx_edgelora.blocks.norms import bounded_norms
 from mlx_edgelora.blocks.packable import check_packing
 from mlx_edgelora.blocks.packing import Packing, packing_now, rows_packed
 from mlx_edgelora.blocks.parts import BlockParts, TokenSpan
+from mlx_edgelora.blocks.state_space import chunked_state_space
 from mlx_edgelora.blocks.tiling import Tileable, Tiling
 from mlx_edgelora.blocks.weight_source import WeightSource
 from mlx_edgelora.engine.block_weights import Arrays, BlockWeights
@@ -233,6 +234,7 @@ class Walk:
             bounded_attention(),
             bounded_norms(),
             chunked_gated_delta(),
+            chunked_state_space(),
             rows_packed(packing),
         ):
             first, entry = self._lowest_reached(run) if keep else (len(self.blocks), False)
