@@ -41,6 +41,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,10 @@ class Run:
             "written": after.written_bytes - before.written_bytes,
         }
 
+    def try_tiles(self) -> None:
+        """Find out which blocks are computed by tiles."""
+        print(f"tiles: {self._engine.walk.tiling}", file=sys.stderr)
+
     def close(self) -> None:
         """Give memory and disk space back."""
         self._stack.close()
@@ -187,11 +192,15 @@ def random_batch(vocabulary: int, tokens: int, labelled: float) -> Batch:
 def measured(args: argparse.Namespace, blocks: int, tokens: int) -> dict[str, float]:
     """Figures of the last of some steps by a plan, in this process."""
     mx.set_cache_limit(0)
-    if args.stand_in:
-        stand_in(mx.bfloat16)
     words = args.vocabulary or SHAPES[args.shape][-1]
     folder = checkpoint(args.cache, args.shape, blocks, vocabulary=words)
-    run = Run(folder, PLANS[args.row], args)
+    plan = PLANS[args.row]
+    if args.tile_tokens:
+        plan = replace(plan, tile_tokens=args.tile_tokens)
+    run = Run(folder, plan, args)
+    run.try_tiles()  # before products mean nothing
+    if args.stand_in:
+        stand_in(mx.bfloat16)
     batch = random_batch(words, tokens, args.labelled)
     for _ in range(args.steps):
         row = run.step(batch)
@@ -224,6 +233,8 @@ def own_process(args: argparse.Namespace, row: str, blocks: int, tokens: int) ->
     child += ["--blocks", str(blocks), "--contexts", str(tokens), "--rank", str(args.rank)]
     child += ["--dtype", args.dtype, "--labelled", str(args.labelled), "--steps", str(args.steps)]
     child += ["--cache", str(args.cache)] + ["--stand-in"] * args.stand_in
+    if getattr(args, "tile_tokens", None):
+        child += ["--tile-tokens", str(args.tile_tokens)]
     if getattr(args, "vocabulary", None):
         child += ["--vocabulary", str(args.vocabulary)]
     out = subprocess.run(child, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -317,6 +328,7 @@ def main() -> None:
         one.add_argument("--steps", type=int, default=count)
         if name != "time":
             one.add_argument("--vocabulary", type=int, help="fewer words than the model has")
+            one.add_argument("--tile-tokens", type=int, help="of each plan; 256 for the floor")
         one.add_argument("--stand-in", action="store_true", help="for products of bfloat16")
         one.add_argument("--cache", type=Path, default=default_cache(), help="of random models")
         one.add_argument("--row", choices=PLANS, help=argparse.SUPPRESS)

@@ -192,18 +192,29 @@ class RecurrentParts(BlockParts):
         kind: type[States] = States,
     ) -> tuple[object, list[States]]:
         """A stand-in for the block's cache, and those in it that hold states, in order."""
-        left, found = list(states), []
+        found: list[States] = []
+        return _stand_in(self.recurrence.layout, list(states), offset, kind, found), found
 
-        def make(layout: Layout) -> object:
-            if isinstance(layout, tuple):
-                return _Caches([make(part) for part in layout], offset)
-            if layout is None:
-                return TokenPosition(offset)
-            found.append(kind(left[:layout], offset))
-            del left[:layout]
-            return found[-1]
 
-        return make(self.recurrence.layout), found
+def _stand_in(
+    layout: Layout,
+    left: list[mx.array | None],
+    offset: int | mx.array,
+    kind: type[States],
+    found: list[States],
+) -> object:
+    """A stand-in for a cache: takes its states from `left`, and adds what holds them to `found`.
+
+    Not a nested function, which would refer to itself, and so keep the states until the collector
+    of reference cycles runs.
+    """
+    if isinstance(layout, tuple):
+        return _Caches([_stand_in(part, left, offset, kind, found) for part in layout], offset)
+    if layout is None:
+        return TokenPosition(offset)
+    found.append(kind(left[:layout], offset))
+    del left[:layout]
+    return found[-1]
 
 
 def find_recurrences(blocks: BlockList) -> list[Recurrence | None]:

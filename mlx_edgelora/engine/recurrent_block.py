@@ -6,11 +6,12 @@ A tile is a function of its tokens and of the states after the tokens before, an
 
 as mlx-lm's chunked prefill calls a block, with a stand-in for its cache (`blocks/states.py`). The
 forward keeps nothing but the input, in the store. The backward computes the states again, from the
-first tile on, and goes from the last tile to the first with the gradient of its states. A block
+first tile on, puts them into the store as well, and goes from the last tile to the first with the
+gradient of its states. A block
 that has attention as well is given the keys and values of the tokens so far, as in
 `tiled_block.py`: `K, V = key_values(x, s)`, whose gradient is complete when its tile is reached.
 
-Memory: the states before each tile, keys and values, and one tile's graph. Time: that of a whole
+Memory: keys and values, and one tile's graph and states. Time: that of a whole
 block and one more forward. Blocks whose tokens know nothing of each other have no states.
 """
 
@@ -28,6 +29,7 @@ from mlx_edgelora.engine.context import Context
 from mlx_edgelora.engine.functions import OutputRows, rows_of
 from mlx_edgelora.engine.hidden import Hidden
 from mlx_edgelora.engine.record import BlockCall
+from mlx_edgelora.engine.spilled import SpilledArrays
 from mlx_edgelora.engine.tiled_block import TiledBackward, tokens_of_keys
 from mlx_edgelora.engine.wanted import WantedRows
 from mlx_edgelora.measure.profile import phase
@@ -107,9 +109,12 @@ class RecurrentBlock:
                         cotangent = self._rows.cotangent(wanted, number)
                     cotangents = [] if cotangent is None else [cotangent]
                     del cotangent
-                    inputs = x.tile(number), self._shared(number), before.pop()
+                    states = before[number].arrays() if number else self._parts.no_states
+                    inputs = x.tile(number), self._shared(number), states
                     after = self._tile_backward(visit, number, inputs, cotangents, after, dx)
-                    del inputs, cotangents
+                    del inputs, cotangents, states
+        for spilled in before.values():
+            spilled.forget()
         dy.forget()
         x.forget()
         context.shared.forget(self.index)
@@ -174,17 +179,17 @@ class RecurrentBlock:
         del pieces, piece
         mx.eval(whole)
 
-    def _states(self, x: Hidden, key_values: list[mx.array]) -> list[list[mx.array | None]]:
-        """The states before each tile; fills the keys and values of all tokens."""
-        found = [self._parts.no_states]
-        count = len(self._context.spans)
+    def _states(self, x: Hidden, key_values: list[mx.array]) -> dict[int, SpilledArrays]:
+        """The states before each tile but the first; fills the keys and values of all tokens."""
+        found: dict[int, SpilledArrays] = {}
+        states, count = self._parts.no_states, len(self._context.spans)
         for number in range(count):
             mine, shared = x.tile(number), self._shared(number)
-            self._add_key_values(key_values, mine, number, found[-1], shared)
+            self._add_key_values(key_values, mine, number, states, shared)
             if number + 1 < count:
-                _, states = self._outputs(mine, number, found[-1], key_values, shared)
+                states = self._outputs(mine, number, states, key_values, shared)[1]
                 mx.eval(states)
-                found.append(states)
+                found[number + 1] = SpilledArrays(self._context.slots, states)
             del mine, shared
         return found
 

@@ -29,19 +29,20 @@ def in_chunks(chunk: Chunk, size: int) -> mx.custom_function:
 
     Returns:
         A function (state, *arrays [B, T, ...]) -> (y [B, T, ...], last state in float32, the
-        states before each group of chunks).
+        states before each group of chunks but the first).
     """
 
     @mx.custom_function
     def recurrence(state: mx.array, *arrays: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         state, ys, saved = state.astype(mx.float32), [], []
+        none = mx.zeros((0, *state.shape))
         for group in _groups(arrays[0].shape[1], size):
-            saved.append(state)
+            saved += [state[None]] if ys else [none]
             for start in group:
                 (state,) = depend_on([state], ys[-1:])
                 y, state = chunk(state, *_tokens(arrays, start, size))
                 ys.append(y)
-        return mx.concatenate(ys, axis=1), state, mx.stack(saved)
+        return mx.concatenate(ys, axis=1), state, mx.concatenate(saved)
 
     @recurrence.vjp
     def vjp(
@@ -52,7 +53,8 @@ def in_chunks(chunk: Chunk, size: int) -> mx.custom_function:
         varied = [number for number, array in enumerate(arrays) if is_floating(array)]
         found, after = [], [dstate]
         groups = list(_groups(arrays[0].shape[1], size))
-        for group, state in reversed(list(zip(groups, outputs[2], strict=True))):
+        saved = [first.astype(mx.float32), *outputs[2]]
+        for group, state in reversed(list(zip(groups, saved, strict=True))):
             states = depend_on([state], after)
             for start in group[:-1]:
                 states.append(chunk(states[-1], *_tokens(arrays, start, size))[1])
