@@ -197,6 +197,8 @@ def measured(args: argparse.Namespace, blocks: int, tokens: int) -> dict[str, fl
     plan = PLANS[args.row]
     if args.tile_tokens:
         plan = replace(plan, tile_tokens=args.tile_tokens)
+    if args.mlp_bytes:
+        plan = replace(plan, mlp_bytes=args.mlp_bytes)
     run = Run(folder, plan, args)
     run.try_tiles()  # before products mean nothing
     if args.stand_in:
@@ -233,10 +235,9 @@ def own_process(args: argparse.Namespace, row: str, blocks: int, tokens: int) ->
     child += ["--blocks", str(blocks), "--contexts", str(tokens), "--rank", str(args.rank)]
     child += ["--dtype", args.dtype, "--labelled", str(args.labelled), "--steps", str(args.steps)]
     child += ["--cache", str(args.cache)] + ["--stand-in"] * args.stand_in
-    if getattr(args, "tile_tokens", None):
-        child += ["--tile-tokens", str(args.tile_tokens)]
-    if getattr(args, "vocabulary", None):
-        child += ["--vocabulary", str(args.vocabulary)]
+    for name in ("tile_tokens", "mlp_bytes", "vocabulary"):
+        if value := getattr(args, name, None):
+            child += ["--" + name.replace("_", "-"), str(value)]
     out = subprocess.run(child, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(out.splitlines()[-1])
 
@@ -329,6 +330,7 @@ def main() -> None:
         if name != "time":
             one.add_argument("--vocabulary", type=int, help="fewer words than the model has")
             one.add_argument("--tile-tokens", type=int, help="of each plan; 256 for the floor")
+            one.add_argument("--mlp-bytes", type=int, help="of each plan; 16 MiB for the floor")
         one.add_argument("--stand-in", action="store_true", help="for products of bfloat16")
         one.add_argument("--cache", type=Path, default=default_cache(), help="of random models")
         one.add_argument("--row", choices=PLANS, help=argparse.SUPPRESS)

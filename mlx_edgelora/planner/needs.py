@@ -62,6 +62,11 @@ TERMS: dict[str, dict[str, float]] = {
     "update": {"adapters": 3.0, "one": 1.0},
 }
 
+# A recurrent block in a tile: its MLP and its recurrence are not in memory at the same time.
+RECURRENT_TERMS: dict[str, dict[str, float]] = {
+    "forward": {"hidden": 4.9, "recurrent": 3.5, "states": 5.0, "one": 5.9},
+    "backward": {"hidden": 11.1, "recurrent": 4.5, "states": 11.3, "one": 11.1},
+}
 
 # Times that the matrices of a block are unpacked in a phase.
 UNPACKED = {"forward": 1, "backward": 2, "tiles forward": 1, "tiles backward": 2, "tail": 2}
@@ -87,6 +92,9 @@ def need(
     grouped = kind in UNPACKED and kind != "tail" and way[1] is not None
     total = float(max(way[1], shape.one_expert_bytes) if grouped and shape.expert_bytes else 0)
     total += sum(number * sizes.get(name, 0.0) for name, number in TERMS[kind].items())
+    if shape.state_bytes and kind in UNPACKED and kind != "tail":
+        terms = RECURRENT_TERMS[kind.removeprefix("tiles ")]
+        total = max(total, sum(number * sizes[name] for name, number in terms.items()))
     if on_gpu and shape.packed and kind in UNPACKED and way[2] == "dequantize":
         total += UNPACKED[kind] * shape.block_weights * shape.itemsize
     return total
@@ -129,6 +137,8 @@ def sizes_of(kind: str, shape: ModelShape, way: Way, batch_shape: BatchShape) ->
         "hidden": tokens * shape.hidden * entry,
         "intermediate": 0 if sliced else tokens * shape.intermediate * entry,
         "scores": _scores(shape, batch_shape, tokens // batch_shape.rows, attention_block),
+        "recurrent": tokens * shape.recurrent * FLOAT,
+        "states": batch_shape.rows * shape.state_bytes,
     }
     if sliced:
         group = 64 if shape.packed else 1

@@ -38,6 +38,9 @@ class ModelShape:
         shared: entries of a token that blocks return for later ones, such as keys and values.
         expert_bytes: the part of `block_bytes` in experts that can be read in groups.
         one_expert_bytes: the part of `expert_bytes` of a single expert.
+        state_bytes: bytes of the states of a recurrent block after a tile, for a row; 0 if there
+            are no such blocks.
+        recurrent: outputs of the widest matrix of a recurrent block, MLPs left out.
     """
 
     blocks: int
@@ -67,6 +70,8 @@ class ModelShape:
     shared: int = 0
     expert_bytes: int = 0
     one_expert_bytes: int = 0
+    state_bytes: int = 0
+    recurrent: int = 0
 
 
 @dataclass(frozen=True)
