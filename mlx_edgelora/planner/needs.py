@@ -93,11 +93,20 @@ def need(
     total = float(max(way[1], shape.one_expert_bytes) if grouped and shape.expert_bytes else 0)
     total += sum(number * sizes.get(name, 0.0) for name, number in TERMS[kind].items())
     if shape.state_bytes and kind in UNPACKED and kind != "tail":
-        terms = RECURRENT_TERMS[kind.removeprefix("tiles ")]
-        total = max(total, sum(number * sizes[name] for name, number in terms.items()))
+        total = max(total, _recurrent(kind, shape, batch_shape, sizes))
     if on_gpu and shape.packed and kind in UNPACKED and way[2] == "dequantize":
         total += UNPACKED[kind] * shape.block_weights * shape.itemsize
     return total
+
+
+def _recurrent(
+    kind: str, shape: ModelShape, batch_shape: BatchShape, sizes: dict[str, float]
+) -> float:
+    """Working memory of a recurrent block, less the keys and values that others have by tiles."""
+    tiled, phase = kind.startswith("tiles "), kind.removeprefix("tiles ")
+    total = sum(number * sizes[name] for name, number in RECURRENT_TERMS[phase].items())
+    entry = shape.itemsize + FLOAT * (phase == "backward")
+    return total - tiled * batch_shape.size * shape.keys * entry
 
 
 @lru_cache(maxsize=4096)
