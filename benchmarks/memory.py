@@ -24,7 +24,8 @@ step (Linux), `published` (arXiv 2606.19528, all four techniques) is of the whol
 A CPU multiplies bfloat16 at some 4 GFLOP/s, so long rows would take hours. With --stand-in
 its products are made of the first 8 columns of what is multiplied (of the first group, where
 experts are packed): arrays of the same shapes, made from and in the same arrays, whose values mean
-nothing. docs/memory.md sets rows of both kinds beside each other.
+nothing. docs/memory.md sets rows of both kinds beside each other. With --vocabulary the head, which
+is read and multiplied by tiles, has fewer words: its memory is the same, its time is not.
 
 `attention` is forward and backward with heads of Llama-3.2-3B (24 query heads, 8 key heads, head
 size 128), causal, float32: in tiles and MLX's own, which needs 6.4 GB at 4096 tokens on a CPU and
@@ -40,6 +41,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +146,10 @@ class Run:
             "written": after.written_bytes - before.written_bytes,
         }
 
+    def try_tiles(self) -> None:
+        """Find out which blocks are computed by tiles."""
+        print(f"tiles: {self._engine.walk.tiling}", file=sys.stderr)
+
     def close(self) -> None:
         """Give memory and disk space back."""
         self._stack.close()
@@ -186,10 +192,18 @@ def random_batch(vocabulary: int, tokens: int, labelled: float) -> Batch:
 def measured(args: argparse.Namespace, blocks: int, tokens: int) -> dict[str, float]:
     """Figures of the last of some steps by a plan, in this process."""
     mx.set_cache_limit(0)
+    words = args.vocabulary or SHAPES[args.shape][-1]
+    folder = checkpoint(args.cache, args.shape, blocks, vocabulary=words)
+    plan = PLANS[args.row]
+    if args.tile_tokens:
+        plan = replace(plan, tile_tokens=args.tile_tokens)
+    if args.mlp_bytes:
+        plan = replace(plan, mlp_bytes=args.mlp_bytes)
+    run = Run(folder, plan, args)
+    run.try_tiles()  # before products mean nothing
     if args.stand_in:
         stand_in(mx.bfloat16)
-    run = Run(checkpoint(args.cache, args.shape, blocks), PLANS[args.row], args)
-    batch = random_batch(SHAPES[args.shape][-1], tokens, args.labelled)
+    batch = random_batch(words, tokens, args.labelled)
     for _ in range(args.steps):
         row = run.step(batch)
     run.close()
@@ -221,6 +235,9 @@ def own_process(args: argparse.Namespace, row: str, blocks: int, tokens: int) ->
     child += ["--blocks", str(blocks), "--contexts", str(tokens), "--rank", str(args.rank)]
     child += ["--dtype", args.dtype, "--labelled", str(args.labelled), "--steps", str(args.steps)]
     child += ["--cache", str(args.cache)] + ["--stand-in"] * args.stand_in
+    for name in ("tile_tokens", "mlp_bytes", "vocabulary"):
+        if value := getattr(args, name, None):
+            child += ["--" + name.replace("_", "-"), str(value)]
     out = subprocess.run(child, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(out.splitlines()[-1])
 
@@ -236,6 +253,7 @@ def steps(args: argparse.Namespace) -> None:
     print(
         f"{args.shape}, rank {args.rank}, {args.dtype}, {args.labelled:.0%} labelled"
         + ", products by a stand-in" * args.stand_in
+        + (f", {args.vocabulary} words" if args.command != "time" and args.vocabulary else "")
     )
     rows = ("block by block", "plain MLX") if args.command == "depth" else ("floor",)
     columns = ("peak", "process", "read", "written", "published GB")
@@ -309,6 +327,10 @@ def main() -> None:
         one.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
         one.add_argument("--labelled", type=float, default=labelled, help="share of the tokens")
         one.add_argument("--steps", type=int, default=count)
+        if name != "time":
+            one.add_argument("--vocabulary", type=int, help="fewer words than the model has")
+            one.add_argument("--tile-tokens", type=int, help="of each plan; 256 for the floor")
+            one.add_argument("--mlp-bytes", type=int, help="of each plan; 16 MiB for the floor")
         one.add_argument("--stand-in", action="store_true", help="for products of bfloat16")
         one.add_argument("--cache", type=Path, default=default_cache(), help="of random models")
         one.add_argument("--row", choices=PLANS, help=argparse.SUPPRESS)

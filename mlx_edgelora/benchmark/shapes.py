@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import deepseek_v3, gpt_oss, llama, qwen2, qwen3_moe
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
+from mlx_edgelora.benchmark import hybrid_shapes
 from mlx_edgelora.benchmark.expert_shapes import EXPERTS, PACKED_EXPERTS
 from mlx_edgelora.model.checkpoint import write_model
 from mlx_edgelora.storage.files import user_cache, write_atomically
@@ -31,9 +32,9 @@ SHAPES = {
     "qwen3-30b-a3b": (qwen3_moe, 48, 2048, 6144, 32, 4, 151936),
     "gpt-oss-20b": (gpt_oss, 24, 2880, 2880, 64, 8, 201088),
     "deepseek-v3-16-experts": (deepseek_v3, 61, 7168, 18432, 128, 128, 129280),
-}
+} | hybrid_shapes.SHAPES
 # Shapes of models whose head is not tied to the embedding.
-UNTIED = ("llama-3.1-8b", *EXPERTS)
+UNTIED = ("llama-3.1-8b", *EXPERTS, *hybrid_shapes.UNTIED)
 WEIGHTS = ("float32", "bfloat16", "4bit")
 GROUP, BITS = 64, 4
 # Number of words of the tokenizer of a random model.
@@ -52,7 +53,8 @@ def default_cache() -> Path:
 def config_of(shape: str, blocks: int) -> tuple[ModuleType, dict]:
     """The architecture of a shape, and its configuration with `blocks` blocks."""
     module, _, hidden, intermediate, heads, kv_heads, vocabulary = SHAPES[shape]
-    return module, COMMON | EXPERTS.get(shape, {}) | {
+    others = EXPERTS.get(shape, {}) | hybrid_shapes.settings_of(shape, blocks)
+    return module, COMMON | others | {
         "model_type": module.__name__.rpartition(".")[2],
         "hidden_size": hidden,
         "intermediate_size": intermediate,
@@ -64,9 +66,13 @@ def config_of(shape: str, blocks: int) -> tuple[ModuleType, dict]:
     }
 
 
-def random_model(shape: str, blocks: int, weights: str) -> tuple[nn.Module, dict]:
+def random_model(
+    shape: str, blocks: int, weights: str, vocabulary: int | None = None
+) -> tuple[nn.Module, dict]:
     """A model with random weights that are not evaluated yet, and its configuration."""
     module, config = config_of(shape, blocks)
+    if vocabulary is not None:
+        config |= {name: vocabulary for name in config if name.startswith("vocab_size")}
     mx.random.seed(0)
     model = module.Model(module.ModelArgs.from_dict(config))
     if weights != "float32":
@@ -107,7 +113,9 @@ def _randomize(layer: QuantizedSwitchLinear) -> None:
     layer["biases"] = mx.full(biases.shape, -largest, biases.dtype)
 
 
-def checkpoint(cache: Path, shape: str, blocks: int, weights: str = "4bit") -> Path:
+def checkpoint(
+    cache: Path, shape: str, blocks: int, weights: str = "4bit", vocabulary: int | None = None
+) -> Path:
     """Write a model of a shape with random weights, unless it exists.
 
     Args:
@@ -116,16 +124,19 @@ def checkpoint(cache: Path, shape: str, blocks: int, weights: str = "4bit") -> P
         blocks: number of blocks.
         weights: one of `WEIGHTS`. 4bit has groups of 64 and scales and norms in bfloat16, as in
             published checkpoints.
+        vocabulary: number of words; that of the shape by default.
 
     Returns:
         The folder of the model. It is created only when complete.
 
     Memory: the largest tensor and its computation.
     """
-    folder = cache / (f"{shape}-{blocks}" + f"-{weights}" * (weights != "4bit"))
+    words = vocabulary or SHAPES[shape][-1]
+    fewer = f"-{words}-words" * (words != SHAPES[shape][-1])
+    folder = cache / (f"{shape}-{blocks}" + f"-{weights}" * (weights != "4bit") + fewer)
     if (folder / "config.json").exists():
         return folder
-    model, config = random_model(shape, blocks, weights)
+    model, config = random_model(shape, blocks, weights, words)
     parameters = tree_flatten(model.parameters())
     del model
     remove_left_overs(cache)

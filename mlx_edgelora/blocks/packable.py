@@ -69,7 +69,7 @@ def check_packing(
                 raise _refused(blocks, f"{where} reads what an earlier block returns")
             trial = _Trial(blocks, weights, index, {n: calls[index] for n, calls in alone.items()})
             trial.whole(short[index], len(TRIAL_SCALES))
-            if choice.possible and not choice.through_cache:
+            if choice.possible and not choice.through_cache and choice.recurrence is None:
                 trial.by_tiles(long[index], tokens)
             else:
                 trial.whole(long[index], 1)

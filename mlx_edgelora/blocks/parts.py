@@ -61,13 +61,14 @@ class _AttentionReached(Exception):
         self.inputs = inputs
 
 
-class _Position:
+class TokenPosition:
     """Takes the place of a cache: it has an offset and keeps nothing."""
 
     def __init__(self, offset: int | mx.array) -> None:
         self.offset = offset
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Return what it is given."""
         return keys, values
 
 
@@ -105,14 +106,6 @@ class _Picked:
     start: int
 
 
-class _States(list):
-    """Takes the place of mlx-lm's `ArraysCache`: the states of a recurrence or a convolution."""
-
-    lengths = left_padding = None
-
-    def advance(self, tokens: int) -> None: ...
-
-
 class BlockParts:
     """One call of a block, to be made for parts of its tokens.
 
@@ -144,12 +137,14 @@ class BlockParts:
         span: TokenSpan,
         offset: int | mx.array | None = None,
         shared: Sequence[mx.array] | None = None,
+        cache: object = None,
     ) -> AttentionInputs:
         """The attention arguments for the tokens of a span, [B, t, D].
 
         Args:
             offset: position of the first token, by default that of the span.
             shared: what the block reads of earlier ones.
+            cache: takes the place of the block's cache; by default it has a position only.
 
         Raises:
             RuntimeError: the block does not call mlx-lm's attention.
@@ -158,7 +153,8 @@ class BlockParts:
         def capture(original: Attention, *args: Any, **kwargs: Any) -> None:
             raise _AttentionReached(_attention_inputs(*args, **kwargs))
 
-        cache = _Position(span.start if offset is None else offset)
+        if cache is None:
+            cache = TokenPosition(span.start if offset is None else offset)
         try:
             with replace_attention(capture):
                 self._call(x, cache, slice(span.start, span.stop), shared=shared)
@@ -210,6 +206,7 @@ class BlockParts:
         keys: TokenSpan,
         key_values: list[mx.array],
         shared: Sequence[mx.array] | None = None,
+        cache: object = None,
     ) -> list[mx.array]:
         """The block's output for the tokens of a span, and what later blocks read of it.
 
@@ -219,6 +216,7 @@ class BlockParts:
             keys: span of the tokens that they may see (`visible_keys`).
             key_values: `key_values` of these tokens.
             shared: what the block reads of earlier ones.
+            cache: as in `attention_inputs`, where the block is cut at attention.
 
         Raises:
             RuntimeError: the block does not call attention, or its cache, exactly once.
@@ -238,27 +236,10 @@ class BlockParts:
             return attended[-1]
 
         with replace_attention(attend):
-            out = self._call(x, _Position(span.start), tokens, shared=shared)
+            own = TokenPosition(span.start) if cache is None else cache
+            out = self._call(x, own, tokens, shared=shared)
         _check_calls(len(attended), "attention")
         return self._outputs(out)
-
-    def output_and_states(
-        self, x: mx.array, span: TokenSpan, states: list[mx.array | None]
-    ) -> tuple[mx.array, list[mx.array]]:
-        """A recurrent block's output for a span, as `output`, and its states after these tokens.
-
-        Args:
-            x, span: as in `output`.
-            states: those after the tokens before; None each at the start.
-
-        Raises:
-            RuntimeError: the block does not have so many states.
-        """
-        cache = _States(states)
-        out = self._call(x, cache, slice(span.start, span.stop))
-        if any(state is None for state in cache):
-            raise RuntimeError("its cache is not given all states")
-        return out, list(cache)
 
     def output_at(
         self,
@@ -293,7 +274,7 @@ class BlockParts:
         positions = span.start + rows % x.shape[1]
         with replace_attention(attend):
             picked = _Picked(rows // x.shape[1], positions, span.start)
-            out = self._call(single, _Position(positions), picked, shared=shared)
+            out = self._call(single, TokenPosition(positions), picked, shared=shared)
         _check_calls(len(attended), "attention")
         return self._outputs(out)[0].swapaxes(0, 1)
 
@@ -319,9 +300,16 @@ class BlockParts:
         return TokenSpan(max(seen.start, packing.first(span.start, span.stop)), seen.stop)
 
     @cached_property
+    def mask_name(self) -> str:
+        """Name of the argument that masks attention, of which there may be none."""
+        given = self.bind(None).arguments.items()
+        named = [name for name, value in given if name.endswith("mask") and value is not None]
+        return named[0] if len(named) == 1 else "mask"
+
+    @cached_property
     def mask(self) -> mx.array | str | None:
         """The mask of the call."""
-        return self.bind(None).arguments.get("mask")
+        return self.bind(None).arguments.get(self.mask_name)
 
     def _mask_between(self, span: TokenSpan, keys: TokenSpan) -> mx.array | str | None:
         part = mask_at(self.mask, span, keys)
@@ -346,7 +334,7 @@ class BlockParts:
             kind = call.signature.parameters[name].kind
             if kind is inspect.Parameter.VAR_KEYWORD and value:
                 return f"a block takes {', '.join(value)} by no name of its own"
-            if name == "mask":
+            if name == self.mask_name:
                 continue
             arrays = [leaf for _, leaf in leaves_of(value) if isinstance(leaf, mx.array)]
             if all(isinstance(leaf, Linked) for leaf in arrays):
@@ -361,8 +349,12 @@ class BlockParts:
     def with_mask(self, mask: mx.array | str | None) -> "BlockParts":
         """The same call with another mask."""
         arguments = dict(list(self.bind(None).arguments.items())[1:])
-        arguments["mask"] = mask
-        return BlockParts(self.block, (), arguments, self.through_cache, self.form)
+        if self.mask_name in self._signature.parameters:
+            arguments[self.mask_name] = mask
+        return self._with_call((), arguments)
+
+    def _with_call(self, args: tuple, kwargs: dict) -> "BlockParts":
+        return BlockParts(self.block, args, kwargs, self.through_cache, self.form)
 
     def whole(self, x: mx.array) -> list[mx.array]:
         """The block's output for all tokens, and what later blocks read of it."""
@@ -398,20 +390,20 @@ class BlockParts:
             return _at_tokens(array, leaf.token_axis, inside)
 
         for name, value in list(call.arguments.items())[1:]:
-            if name == "mask":
+            if name == self.mask_name:
                 continue
             # An array with a value for each token, such as a scale of its queries.
             if isinstance(value, mx.array) and not isinstance(value, Linked):
                 call.arguments[name] = _at_tokens(value, 0 if value.ndim == 2 else 1, tokens)
             else:
                 call.arguments[name] = map_leaves(part, value)
-        if call.arguments.get("offset") is not None and isinstance(cache, _Position):
+        if call.arguments.get("offset") is not None and isinstance(cache, TokenPosition):
             # Its model tells it where it is, not a cache.
             call.arguments["offset"] = cache.offset
         else:
             call.arguments["cache"] = cache
         if mask is not None:
-            call.arguments["mask"] = mask
+            call.arguments[self.mask_name] = mask
         return self.block(*call.args, **call.kwargs)
 
 

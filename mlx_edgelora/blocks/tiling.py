@@ -1,7 +1,7 @@
 """Find out by trials which blocks can be computed by tiles of tokens."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,9 +20,15 @@ from mlx_edgelora.blocks.cached_trial import try_caches
 from mlx_edgelora.blocks.checks import MODEL_ERRORS
 from mlx_edgelora.blocks.dropout import without_dropout
 from mlx_edgelora.blocks.masks import band_of, simplest_mask
-from mlx_edgelora.blocks.outputs import OutputForm, links_of
+from mlx_edgelora.blocks.outputs import links_of
 from mlx_edgelora.blocks.packing import rows_packed
 from mlx_edgelora.blocks.parts import BlockParts, TokenSpan
+from mlx_edgelora.blocks.states import (
+    Recurrence,
+    RecurrentParts,
+    find_recurrences,
+    states_in,
+)
 from mlx_edgelora.blocks.tracing import depends_on_values, gradient_hook
 from mlx_edgelora.blocks.weight_source import WeightSource
 from mlx_edgelora.errors import is_killed
@@ -35,14 +41,14 @@ TRIAL_SPANS = (TokenSpan(0, 3), TokenSpan(3, 7))
 TRIAL_ROWS = (0, 3, 5, 11, 12, 13)
 TRIAL_TILE_ROWS = (0, 3, 5)
 TRIAL_WINDOW = 3
-# The states of Kimi Delta Attention: three convolutions and a recurrence.
-MOST_STATES = 4
 # Scale of each row's input. A small input shows the block's own contribution. A large one shows
 # positions if there is no norm before attention: small inputs give all tokens the same scores.
 TRIAL_SCALES = (0.01, 1.0)
 # Allowed difference, relative to the norm. Rounding stays below it (TF32 makes 1e-3 of float32);
 # a wrong position or mask gives differences of a tenth and more.
 TOLERANCES = {mx.float32: 5e-3, mx.float16: 2e-2, mx.bfloat16: 5e-2}
+
+Parts = TypeVar("Parts", bound=BlockParts)
 
 
 class Tileable(NamedTuple):
@@ -53,10 +59,10 @@ class Tileable(NamedTuple):
             at its cache, of the arrays that it passes to the cache.
         through_cache: see `BlockParts`.
         by_rows: whether it can be computed for some of a tile's tokens only.
-        states: number of the states of a recurrent block that can be computed by tiles which hand
-            on these, where it is not `possible` otherwise; 0 if there are none.
         appended: number of arrays that its tokens append to several caches; 0 for a block that is
             not computed by these.
+        recurrence: how tiles hand on the states of a recurrent block, or are called where tokens
+            know nothing of each other; None for a block whose tokens see each other's keys alone.
     """
 
     possible: bool
@@ -64,8 +70,8 @@ class Tileable(NamedTuple):
     keys: int = 0
     through_cache: bool = False
     by_rows: bool = False
-    states: int = 0
     appended: int = 0
+    recurrence: Recurrence | None = None
 
 
 class Tiling:
@@ -82,6 +88,7 @@ class Tiling:
     ) -> None:
         self._blocks, self._weights = blocks, weights
         self._calls: list[tuple] | None = None
+        self._recurrences: list[Recurrence | None] = []
         self._keys: dict[int, str] = {}
         self._found: dict[str, Tileable] = {} if like is None else like._found
 
@@ -97,6 +104,7 @@ class Tiling:
         if index not in self._keys:
             if self._calls is None:
                 self._calls = block_calls(self._blocks)
+                self._recurrences = find_recurrences(self._blocks)
             _, args, kwargs = self._calls[index]
             form = self._blocks.forms[index]
             read = str(form.read) if form else ""
@@ -105,7 +113,7 @@ class Tiling:
         if key not in self._found:
             with rows_packed(None):
                 found = self._trial(index)
-                if not found.possible and not found.states:
+                if not found.possible:
                     found = self._by_caches(index) or found
                 self._found[key] = found
         return self._found[key]
@@ -118,11 +126,31 @@ class Tiling:
         return f"{count} of {len(found)} blocks" + (f" ({'; '.join(reasons)})" if reasons else "")
 
     def _trial(self, index: int) -> Tileable:
+        recurrence = self._recurrences[index]
+        ways = [self._with_keys(index)] if recurrence is None else self._ways(index, recurrence)
+        tried = []
+        for found in ways:
+            if found.possible:
+                return found
+            tried.append(found)
+        return tried[0]
+
+    def _ways(self, index: int, recurrence: Recurrence) -> Iterator[Tileable]:
+        """Trials of a block, that which its cache suggests first."""
+        if states_in(recurrence.layout):
+            yield self._with_states(index, recurrence)
+        yield self._with_keys(index)
+        if not isinstance(recurrence.layout, tuple):  # its tokens may see no others at all
+            yield self._with_states(index, Recurrence(0, recurrence.positions))
+
+    def _with_keys(self, index: int) -> Tileable:
+        """Whether tokens know no more of each other than keys and values."""
         block, reasons = self._blocks.function(index), []
         for through_cache in (False, True):
             try:
                 form = self._blocks.forms[index]
-                calls = list(_trials(block, *self._calls[index], through_cache, form))
+                x, *call = self._calls[index]
+                calls = list(_trials(BlockParts(block, *call, through_cache, form), x))
                 reason = self._disagreement(index, calls)
                 if not reason and _depends_on_length(*calls[0]):
                     reason = "what a block computes depends on how long the text is"
@@ -138,7 +166,7 @@ class Tiling:
                     raise
                 reason = f"a block cannot be called for parts of its tokens: {error}"
             reasons.append(reason)
-        return Tileable(False, reasons[0], states=self._states(index))
+        return Tileable(False, reasons[0])
 
     def _by_caches(self, index: int) -> Tileable | None:
         """How a block with several caches is computed by tiles; None if it cannot be."""
@@ -163,35 +191,49 @@ class Tiling:
         keys = -(-appended.entries // 2)  # those of a pair of keys and values, on the average
         return Tileable(True, "", keys, through_cache=True, appended=appended.count)
 
-    def _states(self, index: int) -> int:
-        """The number of a block's states if its tokens know no more of those before, else 0."""
-        x, args, kwargs = self._calls[index]
-        parts = BlockParts(self._blocks.function(index), args, kwargs)
-        reads = self._blocks.forms[index] is not None or links_of(args, kwargs)
-        if reads or parts.mask is not None or parts.untileable_reason(TRIAL_SHAPE[1]):
-            return (
-                0  # blocks that read of each other have no states in mlx-lm, or are computed whole
-            )
-        for count in range(1, MOST_STATES + 1):
-            try:
-                off = self._states_differ(index, parts, x, count)
-            except MODEL_ERRORS as error:
-                if is_killed(error):
-                    raise
-                continue
-            return count if off <= TOLERANCES[x.dtype] else 0
-        return 0
+    def _with_states(self, index: int, recurrence: Recurrence) -> Tileable:
+        """Whether tokens know no more of those before than states, and perhaps keys and values."""
+        x, *call = self._calls[index]
+        parts = RecurrentParts(
+            self._blocks.function(index), *call, self._blocks.forms[index], recurrence
+        )
+        keys, size = 0, 0
+        try:
+            known = parts.attends and band_of(parts.mask) is not None
+            if parts.no_states and parts.mask is not None and not known:
+                raise ValueError("its mask is none that a recurrence knows")
+            for scaled, masked in _trials(parts, x):
+                reason, key_values, size = self._states_differ(index, scaled, masked)
+                if reason:
+                    return Tileable(False, reason)
+                keys = max([array.shape[1] * array.shape[3] for array in key_values], default=0)
+            if _depends_on_length(x, parts):
+                return Tileable(False, "what a block computes depends on how long the text is")
+        except MODEL_ERRORS as error:
+            if is_killed(error):
+                raise
+            return Tileable(False, f"a block cannot be called for parts of its tokens: {error}")
+        size //= TRIAL_SHAPE[0]
+        return Tileable(True, "", keys, recurrence=recurrence._replace(state_bytes=size))
 
-    def _states_differ(self, index: int, parts: BlockParts, x: mx.array, count: int) -> float:
-        """How tiles that hand on so many states differ from the whole block (`difference`)."""
-        compute, states, tiles = self._computing(index), [None] * count, []
-        scaled = mx.array(TRIAL_SCALES, x.dtype)[:, None, None] * x
+    def _states_differ(
+        self, index: int, x: mx.array, parts: RecurrentParts
+    ) -> tuple[str | None, list[mx.array], int]:
+        """How tiles that hand on states differ, their keys and values, and bytes of the states."""
+        compute, states, tiles = self._computing(index), parts.no_states, []
+        key_values: list[mx.array] = []
         for span in TRIAL_SPANS:
-            mine = scaled[:, span.start : span.stop]
-            tile, states = compute(parts.output_and_states, mine, span, states)
+            mine = x[:, span.start : span.stop]
+            if parts.attends:
+                own = compute(parts.tile_key_values, mine, span, states)
+                pairs = zip(key_values or [None] * len(own), own, strict=True)
+                key_values = [b if a is None else mx.concatenate([a, b], axis=2) for a, b in pairs]
+            seen = parts.visible_keys(span, x.shape[1])
+            some = [array[:, :, seen.start : seen.stop] for array in key_values]
+            tile, states = compute(parts.tile_outputs, mine, span, states, seen, some)
             tiles.append(tile)
-        whole, *_ = compute(parts.whole, scaled)
-        return difference(mx.concatenate(tiles, axis=1), whole, scaled)
+        reason = self._tiles_differ(x, parts, tiles, compute(parts.whole, x))
+        return reason, key_values, sum(state.nbytes for state in states)
 
     def _disagreement(self, index: int, calls: list[tuple[mx.array, BlockParts]]) -> str | None:
         """How the tiles differ from the whole block; None if they do not."""
@@ -201,13 +243,21 @@ class Tiling:
                 return "a block adds a mask to its scores that depends on its input"
             key_values = compute(_key_values, x, parts)
             tiles = [compute(_tile, x, parts, span, key_values) for span in TRIAL_SPANS]
-            whole, *read = compute(parts.whole, x)
-            off = difference(mx.concatenate([tile[0] for tile in tiles], axis=1), whole, x)
-            if not off <= TOLERANCES[x.dtype]:  # NaN is no agreement
-                return f"computed by parts a block differs by {off:.1e} of its norm"
-            mine, form = [tile[1:] for tile in tiles], parts.form
-            if form and not form.read_alike(mine, read, TOLERANCES[x.dtype]):
-                return "computed by parts a block returns something else to later blocks"
+            if reason := self._tiles_differ(x, parts, tiles, compute(parts.whole, x)):
+                return reason
+        return None
+
+    def _tiles_differ(
+        self, x: mx.array, parts: BlockParts, tiles: list[list[mx.array]], expected: list[mx.array]
+    ) -> str | None:
+        """How tiles of outputs differ from those of the whole block; None if they do not."""
+        whole, *read = expected
+        off = difference(mx.concatenate([tile[0] for tile in tiles], axis=1), whole, x)
+        if not off <= TOLERANCES[x.dtype]:  # NaN is no agreement
+            return f"computed by parts a block differs by {off:.1e} of its norm"
+        mine, form = [tile[1:] for tile in tiles], parts.form
+        if form and not form.read_alike(mine, read, TOLERANCES[x.dtype]):
+            return "computed by parts a block returns something else to later blocks"
         return None
 
     def _rows_differ(self, index: int, calls: list[tuple[mx.array, BlockParts]]) -> bool:
@@ -301,9 +351,13 @@ def _depends_on_length(x: mx.array, parts: BlockParts) -> bool:
     For example, rotary frequencies may change after some length. A trial on a few tokens would not
     show it, and a tile does not know the length of the text.
     """
-    return depends_on_values(
-        lambda offset: parts.key_values(x[:, :3], TokenSpan(0, 3), offset), [mx.array(3)]
-    )
+
+    def part(offset: mx.array) -> list[mx.array]:
+        if isinstance(parts, RecurrentParts):
+            return parts.placed(x[:, :3], offset)
+        return parts.key_values(x[:, :3], TokenSpan(0, 3), offset)
+
+    return depends_on_values(part, [mx.array(3)])
 
 
 def has_active_dropout(module: nn.Module) -> bool:
@@ -329,16 +383,8 @@ def block_calls(blocks: BlockList) -> list[tuple]:
     return calls
 
 
-def _trials(
-    block: Callable,
-    x: mx.array,
-    args: tuple,
-    kwargs: dict,
-    through_cache: bool,
-    form: OutputForm | None = None,
-) -> Iterator[tuple[mx.array, BlockParts]]:
+def _trials(parts: Parts, x: mx.array) -> Iterator[tuple[mx.array, Parts]]:
     """The call with scaled inputs, also with a window, because long texts may have one."""
-    parts = BlockParts(block, args, kwargs, through_cache, form)
     if reason := parts.untileable_reason(TRIAL_SHAPE[1]):
         raise ValueError(reason)
     mask = parts.mask

@@ -28,6 +28,7 @@ class Slots:
 
     def __init__(self, store: ActivationStore, count: int, nbytes: int) -> None:
         self.store = store
+        self.nbytes = nbytes
         if count:  # a file of no bytes cannot be mapped
             store.reserve(count, nbytes)
         self._free = list(range(count))[::-1]

@@ -19,7 +19,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 import mlx.core as mx
-import numpy as np
 
 from mlx_edgelora.blocks.attention import add_key_gradients, tracing_gradient
 from mlx_edgelora.blocks.block_list import bind_arrays
@@ -33,6 +32,7 @@ from mlx_edgelora.engine.expert_gradients import vjp_by_experts
 from mlx_edgelora.engine.functions import OutputRows, rows_of
 from mlx_edgelora.engine.hidden import Hidden
 from mlx_edgelora.engine.record import BlockCall
+from mlx_edgelora.engine.wanted import WantedRows
 from mlx_edgelora.layers.attention import KeySums
 from mlx_edgelora.measure.profile import phase
 
@@ -52,31 +52,29 @@ class TiledBlock:
         self, context: Context, index: int, call: BlockCall, wanted: OutputRows, through_cache: bool
     ) -> None:
         self._context, self.index, self._wanted = context, index, wanted
+        self._rows = WantedRows(wanted.rows, context.spans)
         block = context.functions.blocks.function(index)
         form = context.functions.blocks.forms[index]
         self._parts = BlockParts(block, call.args, call.kwargs, through_cache, form)
         self._links = call.links
         self._input: Hidden | None = None
-        self._places: list[mx.array | None] | None = None  # the wanted rows of each tile
-        self._order: list[np.ndarray] = []  # their places among all wanted ones
 
     def forward(self, x: Hidden, next_block: int | None) -> Hidden:
         """The block's output; see `Segment`."""
         context, x = self._context, self._context.store(x)
-        self._find_places()
         trained, frozen = context.weights.load(self.index, next_block)
         out, pieces = Hidden.tiles(context.spans, context.slots), []
         with phase("forward", self.index), bind_arrays(self.slots, frozen | trained):
             key_values = self._key_values(x)
             for number, span in enumerate(context.spans):
-                if self._places is not None and self._places[number] is None:
+                if not self._rows.has(number):
                     continue
                 seen = self._parts.visible_keys(span, context.spans[-1].stop)
-                own, shared = _tokens(seen, key_values), self._shared(number)
+                own, shared = tokens_of_keys(seen, key_values), self._shared(number)
                 tile, *read = self._tile_outputs(x.tile(number), number, seen, own, shared)
                 context.pipeline.submit(tile, read)
                 context.shared.put_tile(self.index, number, read)
-                if self._places is None:
+                if self._rows.all:
                     out.put(number, tile)
                 else:
                     pieces.append(tile)
@@ -85,7 +83,7 @@ class TiledBlock:
             self._input = x
         else:
             x.forget()
-        return out if self._places is None else Hidden(self._in_order(pieces))
+        return out if self._rows.all else Hidden(self._rows.in_order(pieces))
 
     def backward(
         self, dy: Hidden, prefetch_next: Callable[[], int | None]
@@ -96,7 +94,7 @@ class TiledBlock:
             self._input,
             self._context.needs_input_grad(self.index),
         )
-        wanted = None if self._places is None else dy.whole()
+        wanted = None if self._rows.all else dy.whole()
         trained, frozen = context.weights.load(self.index, prefetch_next())
         visit = TiledBackward(self, trained)
         dx = Hidden.tiles(context.spans, context.slots) if needs_input_grad else None
@@ -107,10 +105,8 @@ class TiledBlock:
                 for number in reversed(range(len(context.spans))):
                     if wanted is None:
                         cotangent = dy.tile(number)
-                    elif self._places[number] is None:
-                        cotangent = None
                     else:
-                        cotangent = wanted[:, mx.array(self._order[number])]
+                        cotangent = self._rows.cotangent(wanted, number)
                     visit.tile(number, x.tile(number), cotangent, dx)
                     del cotangent
                 if not self._is_causal:
@@ -133,28 +129,6 @@ class TiledBlock:
     def _is_causal(self) -> bool:
         """Whether the mask shows that no token sees a later one."""
         return band_of(self._parts.mask) is not None
-
-    def _find_places(self) -> None:
-        """Find the wanted rows of each tile."""
-        if self._wanted.rows is None:
-            return
-        tokens = self._context.spans[-1].stop
-        row, position = np.divmod(np.asarray(self._wanted.rows), tokens)
-        self._places, self._order = [], []
-        for span in self._context.spans:
-            inside = np.flatnonzero((position >= span.start) & (position < span.stop))
-            own = row[inside] * (span.stop - span.start) + position[inside] - span.start
-            self._places.append(mx.array(own) if own.size else None)
-            self._order.append(inside)
-
-    def _in_order(self, pieces: list[mx.array]) -> mx.array:
-        """Join the outputs of the tiles, [1, m, D] each, in the order of the wanted rows."""
-        whole = pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=1)
-        order = np.concatenate(self._order)
-        if (np.diff(order) < 0).any():
-            whole = whole[:, mx.array(np.argsort(order))]
-        mx.eval(whole)
-        return whole
 
     def _key_values(self, x: Hidden) -> list[mx.array]:
         """Keys and values of all tokens, [B, heads, T, n] each."""
@@ -187,9 +161,9 @@ class TiledBlock:
         The output is [B, t, D], or [1, m, D] for the wanted rows of the tile.
         """
         part = x, self._context.spans[number], seen, key_values
-        if self._places is None:
+        if self._rows.all:
             return self._parts.outputs(*part, shared)
-        rows = self._places[number]
+        rows = self._rows.at(number)
         if self._wanted.rows_only:  # the last block, which none reads
             return [self._parts.output_at(*part, rows, shared)]
         out, *read = self._parts.outputs(*part, shared)
@@ -206,7 +180,7 @@ class TiledBackward:
     def __init__(self, block: TiledBlock, trained: Arrays) -> None:
         self._block, self._trained = block, trained
         self._sums: Arrays = {}
-        self._key_value_sums: KeySums | None = None
+        self.key_value_sums: KeySums | None = None
         module = block._context.functions.blocks.blocks[block.index]
         # Summed where they are made: in the graph each tile would have those of all experts.
         self._by_experts = calls_experts(module)
@@ -234,13 +208,13 @@ class TiledBackward:
                 own, key_values = others[: len(shared)], others[len(shared) :]
                 return block._tile_outputs(x, number, seen, key_values, own)
 
-            sums = self._sums_from(seen)
+            sums = self.sums_from(seen)
             cotangents = [cotangent, *block._context.shared.cotangent_tile(block.index, number)]
             with ExitStack() as stack:
                 # Only attention reads these keys and values.
                 if not block._parts.through_cache:
                     stack.enter_context(add_key_gradients(sums))
-                inputs = [x, *shared, *_tokens(seen, self.key_values)]
+                inputs = [x, *shared, *tokens_of_keys(seen, self.key_values)]
                 found = self.vjp(outputs, inputs, cotangents)
             found, pair = found[: 1 + len(shared)], found[1 + len(shared) :]
             if not sums.used:
@@ -262,15 +236,15 @@ class TiledBackward:
         self, number: int, inputs: list[mx.array], found: list[mx.array]
     ) -> list[mx.array]:
         """Gradients of a tile's inputs, plus those through its own keys and values."""
-        if self._key_value_sums is None:
+        if self.key_value_sums is None:
             return found
         block = self._block
         span = block._context.spans[number]
         cotangents = [
             total.astype(key_values.dtype)
             for total, key_values in zip(
-                _tokens(span, self._key_value_sums.arrays),
-                _tokens(span, self.key_values),
+                tokens_of_keys(span, self.key_value_sums.arrays),
+                tokens_of_keys(span, self.key_values),
                 strict=True,
             )
         ]
@@ -292,7 +266,7 @@ class TiledBackward:
 
     def _settle(self, number: int, found: list[mx.array], dx: Hidden | None) -> None:
         """Evaluate and store the gradients of a tile's inputs, and the sums so far."""
-        key_values = self._key_value_sums.arrays if self._key_value_sums else []
+        key_values = self.key_value_sums.arrays if self.key_value_sums else []
         own, *shared = found
         context = self._block._context
         context.pipeline.submit(found if dx is not None else [], self._sums, key_values)
@@ -300,16 +274,16 @@ class TiledBackward:
             dx.put(number, own)
             context.shared.add_tile(self._block._links, number, shared)
 
-    def _sums_from(self, seen: TokenSpan) -> KeySums:
+    def sums_from(self, seen: TokenSpan) -> KeySums:
         """The sums of the gradients of keys and values, for a tile that sees these tokens."""
-        if self._key_value_sums is None:
+        if self.key_value_sums is None:
             (batch, heads, tokens, size), other = (
                 self.key_values[0].shape,
                 self.key_values[1].shape[-1],
             )
-            self._key_value_sums = KeySums(batch, heads, tokens, (size, other))
-        self._key_value_sums.start, self._key_value_sums.used = seen.start, False
-        return self._key_value_sums
+            self.key_value_sums = KeySums(batch, heads, tokens, (size, other))
+        self.key_value_sums.start, self.key_value_sums.used = seen.start, False
+        return self.key_value_sums
 
     def vjp(
         self,
@@ -345,6 +319,6 @@ class TiledBackward:
         return found[count:]
 
 
-def _tokens(span: TokenSpan, arrays: list[mx.array]) -> list[mx.array]:
+def tokens_of_keys(span: TokenSpan, arrays: list[mx.array]) -> list[mx.array]:
     """The tokens of a span, of arrays [B, heads, T, n]."""
     return [array[:, :, span.start : span.stop] for array in arrays]

@@ -31,6 +31,8 @@ from mlx_edgelora.blocks.norms import bounded_norms
 from mlx_edgelora.blocks.packable import check_packing
 from mlx_edgelora.blocks.packing import Packing, packing_now, rows_packed
 from mlx_edgelora.blocks.parts import BlockParts, TokenSpan
+from mlx_edgelora.blocks.state_space import chunked_state_space
+from mlx_edgelora.blocks.states import states_in
 from mlx_edgelora.blocks.tiling import Tileable, Tiling
 from mlx_edgelora.blocks.weight_source import WeightSource
 from mlx_edgelora.engine.block_weights import Arrays, BlockWeights
@@ -43,6 +45,7 @@ from mlx_edgelora.engine.pipeline import Pipeline
 from mlx_edgelora.engine.record import BlockCall, first_input, record
 from mlx_edgelora.engine.recurrent_block import RecurrentBlock
 from mlx_edgelora.engine.shared import SharedOutputs
+from mlx_edgelora.engine.spilled import slots_of
 from mlx_edgelora.engine.tail import GraphLoss, Tail
 from mlx_edgelora.engine.tiled_block import TiledBlock
 from mlx_edgelora.engine.whole_block import WholeBlock
@@ -234,6 +237,7 @@ class Walk:
             bounded_attention(),
             bounded_norms(),
             chunked_gated_delta(),
+            chunked_state_space(),
             rows_packed(packing),
         ):
             first, entry = self._lowest_reached(run) if keep else (len(self.blocks), False)
@@ -316,16 +320,7 @@ class Walk:
             if index >= kept_from:
                 segments.append(KeptBlock(context, index, calls[index], wanted))
             elif choice and choice.possible and self._can_cut(index, calls[index], tokens):
-                if choice.appended:
-                    segments.append(
-                        CachedBlock(context, index, calls[index], wanted, choice.appended)
-                    )
-                    continue
-                segments.append(
-                    TiledBlock(context, index, calls[index], wanted, choice.through_cache)
-                )
-            elif choice and choice.states and wanted.rows is None:
-                segments.append(RecurrentBlock(context, index, calls[index], choice.states))
+                segments.append(_tiled(context, index, calls[index], wanted, choice))
             else:
                 segments.append(WholeBlock(context, index, calls[index], wanted))
         tail = None
@@ -359,8 +354,22 @@ class Walk:
         shared = 2 * sum(len(form.read) for form in self.blocks.forms[:kept_from] if form)
         waiting = max(0, kept_from - first) + 2 * (1 + twice) * (len(spans) > 1) + shared
         store = self._ram if self._plan.inputs == "memory" else self.store
-        longest = max(span.stop - span.start for span in spans)
-        return kept_from, spans, Slots(store, waiting * len(spans), batch * longest * nbytes)
+        slot_bytes = batch * nbytes * max(span.stop - span.start for span in spans)
+        states = self._state_slots(kept_from, batch, slot_bytes) if len(spans) > 1 else 0
+        per_tile = waiting + states
+        return kept_from, spans, Slots(store, per_tile * len(spans), slot_bytes)
+
+    def _state_slots(self, blocks: int, batch: int, slot_bytes: int) -> int:
+        """The most slots that one of the first blocks needs for the states before a tile."""
+        found = [self._tiling.tileable(index).recurrence for index in range(blocks)]
+        return max(
+            [
+                slots_of(batch * each.state_bytes, states_in(each.layout), slot_bytes)
+                for each in found
+                if each is not None
+            ],
+            default=0,
+        )
 
     def _can_cut(self, index: int, call: BlockCall, tokens: int) -> bool:
         """Whether what a block is called with can be cut into tokens, as in the trial of it."""
@@ -492,6 +501,17 @@ class Walk:
 
     def _outside_bound(self, outside: Arrays) -> AbstractContextManager:
         return bind_arrays(self._outside, outside)
+
+
+def _tiled(
+    context: Context, index: int, call: BlockCall, wanted: OutputRows, choice: Tileable
+) -> Segment:
+    """A block that is computed by tiles."""
+    if choice.appended:
+        return CachedBlock(context, index, call, wanted, choice.appended)
+    if choice.recurrence is not None:
+        return RecurrentBlock(context, index, call, wanted, choice.recurrence)
+    return TiledBlock(context, index, call, wanted, choice.through_cache)
 
 
 def check_row_indices(rows: mx.array, count: int) -> None:

@@ -18,19 +18,14 @@ Decays are multiplied, never divided or subtracted as logarithms, so strong ones
 nor cancel. The inverse of I + A is built from blocks that double in size. Each of them is an
 inverse itself, whereas powers of A grow without bound if keys repeat.
 
-All of it in float32. Time: O(T (C + Dk) Dv) a head, in matrix products; the gradient computes the
-chunks twice more. Memory in addition to inputs, output and gradients, with n = T / C chunks: about
-2 sqrt(n) states of 4 B Hv Dv Dk bytes (every sqrt(n)-th is saved, those between are recomputed) and
-the graph of one chunk. A decay for each channel needs C x C x Dk numbers a head, therefore C is
-smaller.
+All of it in float32. Time: O(T (C + Dk) Dv) a head, in matrix products. Memory and the gradient:
+`layers/chunks.py`, with states of 4 B Hv Dv Dk bytes. A decay for each channel needs C x C x Dk
+numbers a head, therefore C is smaller.
 """
-
-from functools import lru_cache
-from math import ceil, isqrt
 
 import mlx.core as mx
 
-from mlx_edgelora.layers.tile_order import depend_on
+from mlx_edgelora.layers.chunks import in_chunks
 
 __all__ = ["CHUNK", "gated_delta"]
 
@@ -74,7 +69,7 @@ def gated_delta(
         state = mx.zeros((q.shape[0], *v.shape[2:], q.shape[3]), mx.float32)
     size = CHUNK[g.ndim - 3] if chunk is None else chunk
     masks = () if mask is None else (mask,)
-    y, last, _ = _gated_delta(size)(q, k, v, g, beta, state, *masks)
+    y, last, _ = in_chunks(_chunk, size)(state, q, k, v, g, beta, *masks)
     return y, last.astype(mx.result_type(state, g, k, v, beta))
 
 
@@ -101,74 +96,14 @@ def _check(
         raise ValueError(f"A mask is bool {q.shape[:2]}; got {mask.dtype} {mask.shape}.")
 
 
-@lru_cache(maxsize=8)
-def _gated_delta(size: int) -> mx.custom_function:
-    @mx.custom_function
-    def gated_delta(*arrays: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """y, the last state, and the first state of each group of chunks [groups, ...]."""
-        state, ys, saved = arrays[5].astype(mx.float32), [], []
-        for group in _groups(arrays[0].shape[1], size):
-            saved.append(state)
-            for start in group:
-                (state,) = depend_on([state], ys[-1:])
-                y, state = _chunk(*_slices(arrays, start, size, state))
-                ys.append(y)
-        return mx.concatenate(ys, axis=1), state, mx.stack(saved)
-
-    @gated_delta.vjp
-    def vjp(
-        primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple
-    ) -> list[mx.array]:
-        dy, dstate, _ = cotangents
-        found, after = [], [dstate]
-        groups = list(_groups(primals[0].shape[1], size))
-        for group, state in reversed(list(zip(groups, outputs[2], strict=True))):
-            states = depend_on([state], after)
-            for start in group[:-1]:
-                states.append(_chunk(*_slices(primals, start, size, states[-1]))[1])
-            for start in reversed(group):
-                *inputs, mask = _slices(primals, start, size, states.pop())
-                inputs = depend_on(inputs, after)
-
-                def chunk(*inputs: mx.array, mask: mx.array | None = mask) -> tuple:
-                    return _chunk(*inputs, mask)
-
-                wanted = [dy[:, start : start + size], dstate]
-                *pieces, dstate = after = mx.vjp(chunk, inputs, wanted)[1]
-                found.append(pieces)
-        found.reverse()
-        gradients = [mx.concatenate(pieces, axis=1) for pieces in zip(*found, strict=True)]
-        masks = [mx.zeros_like(mask) for mask in primals[6:]]
-        return [*gradients, dstate.astype(primals[5].dtype), *masks]
-
-    return gated_delta
-
-
-def _groups(tokens: int, size: int) -> list[range]:
-    """The starts of chunks, in groups of about the square root of their number."""
-    chunks = ceil(tokens / size)
-    step = max(1, isqrt(chunks)) * size
-    return [range(i, min(i + step, tokens), size) for i in range(0, tokens, step)]
-
-
-def _slices(
-    arrays: tuple[mx.array, ...], start: int, size: int, state: mx.array
-) -> tuple[mx.array | None, ...]:
-    """The inputs of a chunk: q, k, v, g, beta, its state, and its mask or None."""
-    *inputs, mask = *arrays[:5], arrays[6] if len(arrays) > 6 else None
-    tokens = slice(start, start + size)
-    part = [array[:, tokens] for array in inputs]
-    return *part, state, None if mask is None else mask[:, tokens]
-
-
 def _chunk(
+    state: mx.array,
     q: mx.array,
     k: mx.array,
     v: mx.array,
     g: mx.array,
     beta: mx.array,
-    state: mx.array,
-    mask: mx.array | None,
+    mask: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
     """y and the state after a chunk, as the module says; [B, Hk, Hv / Hk, C, ...] within."""
     dtype, heads = q.dtype, k.shape[2]

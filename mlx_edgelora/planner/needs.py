@@ -67,6 +67,11 @@ TERMS: dict[str, dict[str, float]] = {
     "update": {"adapters": 3.0, "one": 1.0},
 }
 
+# A recurrent block in a tile: its MLP and its recurrence are not in memory at the same time.
+RECURRENT_TERMS: dict[str, dict[str, float]] = {
+    "forward": {"hidden": 4.9, "recurrent": 3.5, "states": 5.0, "one": 5.9},
+    "backward": {"hidden": 11.1, "recurrent": 4.5, "states": 11.3, "one": 11.1},
+}
 
 # Times that the matrices of a block are unpacked in a phase.
 UNPACKED = {"forward": 1, "backward": 2, "tiles forward": 1, "tiles backward": 2, "tail": 2}
@@ -95,9 +100,21 @@ def need(
         sizes = sizes | {"adapters": shape.adapter_bytes - shape.expert_adapter_bytes}
         total += shape.expert_adapter_bytes
     total += sum(number * sizes.get(name, 0.0) for name, number in TERMS[kind].items())
+    if shape.state_bytes and kind in UNPACKED and kind != "tail":
+        total = max(total, _recurrent(kind, shape, batch_shape, sizes))
     if on_gpu and shape.packed and kind in UNPACKED and way[2] == "dequantize":
         total += UNPACKED[kind] * shape.block_weights * shape.itemsize
     return total
+
+
+def _recurrent(
+    kind: str, shape: ModelShape, batch_shape: BatchShape, sizes: dict[str, float]
+) -> float:
+    """Working memory of a recurrent block, less the keys and values that others have by tiles."""
+    tiled, phase = kind.startswith("tiles "), kind.removeprefix("tiles ")
+    total = sum(number * sizes[name] for name, number in RECURRENT_TERMS[phase].items())
+    entry = shape.itemsize + FLOAT * (phase == "backward")
+    return total - tiled * batch_shape.size * shape.keys * entry
 
 
 @lru_cache(maxsize=4096)
@@ -146,6 +163,8 @@ def sizes_of(kind: str, shape: ModelShape, way: Way, batch_shape: BatchShape) ->
         "hidden": tokens * shape.hidden * entry,
         "intermediate": 0 if sliced else tokens * shape.intermediate * entry,
         "scores": _scores(shape, batch_shape, tokens // batch_shape.rows, attention_block),
+        "recurrent": tokens * shape.recurrent * FLOAT,
+        "states": batch_shape.rows * shape.state_bytes,
     }
     if sliced:
         group = 64 if shape.packed else 1

@@ -28,6 +28,8 @@ MB = 10**6
 # Bytes of scalars, masks and the batch, which the memory model does not contain.
 SLACK = 2 * MIB
 TILES = (256, 512, 1024, 2048, 4096)
+# The least for recurrent blocks, which hold several times the activations of others, in float32.
+SHORT_TILE = 128
 # Bytes of a slice of a gated MLP, where packed matrices are unpacked.
 SLICE = 16 * MIB
 LOSSES = (16 * MIB, 40 * MIB)
@@ -205,9 +207,16 @@ class _Search:
                 for mlp_bytes in slices:
                     for kept in self._kept():
                         yield Plan(kept_blocks=kept, mlp_bytes=mlp_bytes, **common)
-                for mlp_bytes, tokens in product(in_tiles, TILES):
+                for mlp_bytes, tokens in self._tiles(in_tiles):
                     if tokens < size:
                         yield Plan(tile_tokens=tokens, mlp_bytes=mlp_bytes, **common)
+
+    def _tiles(self, slices: tuple[int | None, ...]) -> list[tuple[int | None, int]]:
+        """Bytes of a slice of the MLP and tokens of a tile, to be tried together."""
+        found = list(product(slices, TILES))
+        if self.shape.state_bytes:
+            found += [(None if size is None else size // 2, SHORT_TILE) for size in slices]
+        return found
 
     def _short(self, ways: list[Plan]) -> list[Plan]:
         """The ways whose operations keep the machine's limit; if none does, the nearest ones."""

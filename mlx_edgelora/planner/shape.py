@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,7 +15,8 @@ from mlx_edgelora.blocks.gated_mlp import find_gated_mlp
 from mlx_edgelora.blocks.masks import tiled_mask
 from mlx_edgelora.blocks.outputs import Linked, leaves_of
 from mlx_edgelora.blocks.parts import AttentionInputs, BlockParts, TokenSpan
-from mlx_edgelora.blocks.tiling import block_calls
+from mlx_edgelora.blocks.states import RecurrentParts, find_recurrences, states_in
+from mlx_edgelora.blocks.tiling import TRIAL_SHAPE, block_calls
 from mlx_edgelora.blocks.trained import trains_weights
 from mlx_edgelora.layers.fused import Backend, use_fused
 from mlx_edgelora.model.head import MATRICES, find_head, frozen_matrix
@@ -37,6 +39,7 @@ def shape_of(blocks: BlockList, vocabulary: int, dtype: mx.Dtype | None = None) 
     trained = {name: value.nbytes for name, value in tree_flatten(model.trainable_parameters())}
     queries, keys, blocked_heads = _attention(blocks)
     by_block = [_BlockSizes(block, dtype) for block in blocks.blocks]
+    states = _state_bytes(blocks)
     largest = max(by_block, key=lambda block: block.frozen + block.trained)
     adapted = [index for index, block in enumerate(by_block) if block.trained]
     outside = {n: v for n, v in trained.items() if blocks.local(n) is None}
@@ -82,7 +85,26 @@ def shape_of(blocks: BlockList, vocabulary: int, dtype: mx.Dtype | None = None) 
         one_expert_bytes=largest.one_expert,
         full=trains_weights(model),
         expert_adapter_bytes=largest.expert_trained,
+        state_bytes=max(states, default=0),
+        recurrent=max([b.widest for b, n in zip(by_block, states, strict=True) if n], default=0),
     )
+
+
+def _state_bytes(blocks: BlockList) -> list[int]:
+    """For each block, bytes of the states that tiles of a row hand on; 0 if there are none."""
+    found, span = [], TokenSpan(0, TRIAL_SHAPE[1])
+    recurrences = find_recurrences(blocks)
+    for index, (x, args, kwargs) in enumerate(block_calls(blocks)):
+        recurrence, states = recurrences[index], []
+        if recurrence is not None and states_in(recurrence.layout):
+            form = blocks.forms[index]
+            parts = RecurrentParts(blocks.function(index), args, kwargs, form, recurrence)
+            with suppress(*MODEL_ERRORS):  # `blocks/tiling.py` says why it is not tiled
+                none = parts.no_states
+                own = parts.tile_key_values(x, span, none) if parts.attends else ()
+                states = parts.tile_outputs(x, span, none, span, own)[1]
+        found.append(sum(state.nbytes for state in states) // x.shape[0])
+    return found
 
 
 def _argument_entries(blocks: BlockList) -> int:
@@ -173,6 +195,9 @@ class _BlockSizes:
         self.mlp_entries = sum(sizes[path][0] * sizes[path][1] for path in inside)
         norms = [v.shape[0] for n, v in arrays.items() if v.ndim == 1 and n.endswith("norm.weight")]
         self.width = max(norms, default=max((i for i, _ in sizes.values()), default=1))
+        self.widest = max(
+            (out for path, (_, out) in sizes.items() if path not in inside), default=0
+        )
         outs = [out for path, (_, out) in sizes.items() if path not in inside]
         self.intermediate = max((sizes[path][1] for path in inside), default=max(outs, default=1))
         # [in, rank], or [experts, rank, in].

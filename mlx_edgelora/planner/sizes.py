@@ -40,6 +40,9 @@ class ModelShape:
         one_expert_bytes: the part of `expert_bytes` of a single expert.
         full: whether the last `adapted` blocks have no adapters, but train their own weights.
         expert_adapter_bytes: the part of `adapter_bytes` in these experts.
+        state_bytes: bytes of the states of a recurrent block after a tile, for a row; 0 if there
+            are no such blocks.
+        recurrent: outputs of the widest matrix of a recurrent block, MLPs left out.
     """
 
     blocks: int
@@ -69,6 +72,8 @@ class ModelShape:
     shared: int = 0
     expert_bytes: int = 0
     one_expert_bytes: int = 0
+    state_bytes: int = 0
+    recurrent: int = 0
     expert_adapter_bytes: int = 0
     full: bool = False
 

@@ -253,7 +253,7 @@ class _GradientComparison:
         if index >= count - plan.kept_blocks:
             return "kept"
         choice = self._walk.tile_choice(index, self._tokens.size)
-        if choice is None or not (choice.possible or choice.states):
+        if choice is None or not choice.possible:
             return "whole"
         return "by tiles"
 

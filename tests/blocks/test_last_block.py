@@ -33,18 +33,15 @@ THROUGH_CACHE = {
     "gemma2",  # soft-capped scores: attention of its own
     "deepseek_v3",  # rotary scores go into attention as a floating mask
 }
-RECURRENT = r"a block cannot be called for parts of its tokens: '_Position' object is not subscript"
-NOT_TILED = {
-    "qwen3_next": RECURRENT,  # its third block is linear attention
-    "olmo_hybrid": RECURRENT,
-}
+# Their third block is linear attention, of which every token is computed.
+RECURRENT = {"qwen3_next", "olmo_hybrid"}
 # Architecture, changes to its configuration, and why its last block cannot be computed for
 # labelled tokens only, if so: the choice for each is written down, because one that is computed
 # for every token is right too, and dear.
 EXPECTED = [
-    *[(name, {}, None) for name in CONFIGS if name not in THROUGH_CACHE | NOT_TILED.keys()],
+    *[(name, {}, None) for name in CONFIGS if name not in THROUGH_CACHE | RECURRENT],
     *[(name, {}, "through its cache") for name in sorted(THROUGH_CACHE)],
-    *[(name, {}, reason) for name, reason in NOT_TILED.items()],
+    *[(name, {}, "recurrent") for name in sorted(RECURRENT)],
     ("qwen3_next", {"num_hidden_layers": 4}, None),
     ("gemma3_text", {"num_hidden_layers": 4}, None),  # full attention, where 3 ends in a window
     ("cohere2", {"num_hidden_layers": 4}, None),
@@ -69,8 +66,10 @@ def test_choice(name, changes, reason, quantized):
         nn.quantize(model, **quantizable())
     made = choice(model)
     assert made.by_rows == (reason is None), made
-    if reason in (None, "through its cache"):
-        assert (made.possible, made.reason, made.through_cache) == (True, "", reason is not None)
+    assert (made.recurrence is not None) == (reason == "recurrent")
+    if reason in (None, "through its cache", "recurrent"):
+        through_cache = reason == "through its cache"
+        assert (made.possible, made.reason, made.through_cache) == (True, "", through_cache)
     else:
         assert not made.possible
         assert re.match(reason, made.reason)

@@ -141,7 +141,7 @@ def test_losses_without_and_with_the_adapter(name, tmp_path):
         assert abs(base.item() - adapted.item()) > 1e-4
 
 
-@pytest.mark.parametrize(("name", "count"), [("gemma4_text", 5), ("hunyuan", 4), ("rwkv7", 0)])
+@pytest.mark.parametrize(("name", "count"), [("gemma4_text", 5), ("hunyuan", 4), ("rwkv7", 3)])
 def test_what_can_be_tiled(name, count, tmp_path):
     with closing(engine(save(tmp_path, name, True), tile_tokens=8)) as ours:
         assert f"in {count} of " in ours.walk.tiling
