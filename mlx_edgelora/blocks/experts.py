@@ -35,8 +35,14 @@ TRAINED = ("lora_a", "lora_b")
 class RowSource(Protocol):
     """Reads parts of a block's tensors that `block` leaves out."""
 
-    def rows(self, index: int, names: Sequence[str], rows: list[int]) -> Arrays | None:
-        """Rows of tensors by name; None if the block's arrays are in memory."""
+    def start_rows(
+        self, index: int, names: Sequence[str], rows: list[int]
+    ) -> Callable[[], Arrays] | None:
+        """Begin to read rows of tensors; None if the block's arrays are in memory.
+
+        Returns:
+            A function that waits for them and returns them by name.
+        """
 
 
 @dataclass(frozen=True)
@@ -66,17 +72,17 @@ class _ByExperts:
         bytes_of_one = sum(array.nbytes for array in held.values()) // self._experts
         place = self._place
 
-        def frozen(rows: list[int]) -> Arrays:
+        def frozen(rows: list[int]) -> Callable[[], Arrays]:
             if place.source is not None:
                 of_file = [f"{place.path}.{name}" for name in names]
-                found = place.source.rows(place.index, of_file, rows)
-                if found is not None:
-                    return dict(zip(names, found.values(), strict=True))
-            return {name: array[mx.array(rows)] for name, array in held.items()}
+                wait = place.source.start_rows(place.index, of_file, rows)
+                if wait is not None:
+                    return lambda: dict(zip(names, wait().values(), strict=True))
+            return lambda: {name: array[mx.array(rows)] for name, array in held.items()}
 
-        settings = Experts(
-            _function_of_one(self), frozen, max(1, self._group_bytes // max(1, bytes_of_one))
-        )
+        # Half of it, if that is an expert, because the next group is read while one is used.
+        group = self._group_bytes // max(1, 2 * bytes_of_one)
+        settings = Experts(_function_of_one(self), frozen, max(1, group), ahead=group > 0)
         k = indices.shape[-1]
         flat, picked = x.reshape(-1, x.shape[-1]), mx.stop_gradient(indices.reshape(-1, k))
         call = ExpertCall(flat, picked, adapters, settings)
@@ -127,7 +133,7 @@ def group_experts(blocks: BlockList, source: object) -> int:
     """
     found = 0
     kinds: dict[tuple, type] = {}
-    reader = source if hasattr(source, "rows") else None
+    reader = source if hasattr(source, "start_rows") else None
     for index, block in enumerate(blocks.blocks):
         for path, module in block.named_modules():
             layers = find_experts(module)

@@ -5,19 +5,19 @@ Each token picks k of E experts. For one expert e after the other, forward and b
     y[picks of e] = f_e(x[tokens of e]),    dx[tokens of e] += f_e'(x; dy[picks of e])
 
 where f_e is a function of an expert's own arrays, differentiated by MLX. Frozen arrays are
-requested for a group of experts at a time and dropped before the next group, so they may come from
-a file; experts that no token picks are never requested. Exact: sums over the picks of a token are
-float32.
+requested for a group of experts at a time, perhaps while the group before is used, and dropped
+after it, so they may come from a file; experts that no token picks are never requested. Exact:
+sums over the picks of a token are float32.
 
 Which rows belong to an expert depends on values, so all this is evaluated at once, and arrays go in
 and out through views of their memory. Evaluated while MLX traces a gradient, an expert's arrays are
 freed only when it is done, and those before it not at all (`engine/walk.py`): `visit_forward` and
 `visit_backward` are for a walk that is not traced.
 
-Memory in addition to x [n, d], the output and its gradient [n, k, out]: the arrays of a group,
-what `f_e` needs for at most `TOKENS` rows, in the backward [n, d] in float32, and the gradients of
-the adapters. A step's backward requests every group twice: y is needed for the gradient of what it
-is multiplied by.
+Memory in addition to x [n, d], the output and its gradient [n, k, out]: the arrays of a group, or
+of two, what `f_e` needs for at most `TOKENS` rows, in the backward [n, d] in float32, and the
+gradients of the adapters. A step's backward requests every group twice: y is needed for the
+gradient of what it is multiplied by.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,13 +36,16 @@ class Experts(NamedTuple):
 
     Attributes:
         function: maps (x [m, d], arrays of one expert by name) to [m, out].
-        frozen: returns frozen arrays [len(experts), ...] by name for a list of experts.
+        frozen: begins to read the frozen arrays of a list of experts; returns a function that
+            waits for them and returns [len(experts), ...] by name.
         group: number of experts whose frozen arrays are requested at a time.
+        ahead: whether the next group is requested before one is used, so that two are in memory.
     """
 
     function: Callable[[mx.array, Arrays], mx.array]
-    frozen: Callable[[list[int]], Arrays]
+    frozen: Callable[[list[int]], Callable[[], Arrays]]
     group: int
+    ahead: bool = True
 
 
 def compute_experts(x: mx.array, indices: mx.array, adapters: Arrays, experts: Experts) -> mx.array:
@@ -121,9 +124,17 @@ class _Visit:
     def __iter__(self) -> Iterator[tuple[int, np.ndarray, Arrays, Arrays]]:
         """Each expert that is picked: itself, its picks, its frozen arrays and its adapters."""
         step = max(1, self.experts.group)
-        for first in range(0, self._picked.size, step):
-            group = self._picked[first : first + step].tolist()
-            arrays = self.experts.frozen(group)
+        groups = [
+            self._picked[first : first + step].tolist()
+            for first in range(0, self._picked.size, step)
+        ]
+        coming = None
+        for number, group in enumerate(groups):
+            wait, first = coming or self.experts.frozen(group), number * step
+            arrays, coming = wait(), None
+            del wait  # it may hold what it returned
+            if self.experts.ahead and group is not groups[-1]:
+                coming = self.experts.frozen(groups[number + 1])
             for place, expert in enumerate(group):
                 frozen = {name: array[place] for name, array in arrays.items()}
                 adapters = {name: rows.take(expert) for name, rows in self._adapters.items()}

@@ -2,7 +2,7 @@
 
 import fcntl
 import os
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,8 +133,12 @@ class StreamedWeights:
             self.trim()
             self._deferred = deferred
 
-    def rows(self, index: int, names: Sequence[str], rows: list[int]) -> Arrays | None:
-        """Read rows of tensors that were left out of a block, into memory of their own.
+    def start_rows(
+        self, index: int, names: Sequence[str], rows: list[int]
+    ) -> Callable[[], Arrays] | None:
+        """Read rows of tensors that were left out of a block in the background.
+
+        They get memory of their own.
 
         Args:
             index: index of the block.
@@ -142,9 +146,10 @@ class StreamedWeights:
             rows: indices along their first axis.
 
         Returns:
-            [len(rows), ...] by name, cast as blocks are; None if the block's arrays have them.
+            A function that waits for them and returns [len(rows), ...] by name, cast as blocks
+            are; None if the block's arrays have them.
 
-        Raises:
+        Raises (also when that function is called):
             EdgeLoraError: a shard was removed or changed since training began.
         """
         if index >= self._resident_from or not self._deferred[index].issuperset(names):
@@ -157,14 +162,23 @@ class StreamedWeights:
             shape = (len(rows), *info.shape[1:])
             tensors[name] = TensorInfo(info.dtype, shape, info.start, info.start + size * len(rows))
         buffer = _Buffer(tensors)
-        for name in names:
-            shard, info = self._blocks[index][name]
-            size = (info.stop - info.start) // info.shape[0]
-            for place, row in enumerate(rows):
-                view = buffer.views[name][place * size : (place + 1) * size]
-                self._read(shard, info.start + row * size, view)
-        self._meter.add_read(buffer.nbytes)
-        return self._cast(buffer.arrays)
+
+        def read() -> None:
+            for name in names:
+                shard, info = self._blocks[index][name]
+                size = (info.stop - info.start) // info.shape[0]
+                for place, row in enumerate(rows):
+                    view = buffer.views[name][place * size : (place + 1) * size]
+                    self._read(shard, info.start + row * size, view)
+
+        reading = self._worker.submit(read)
+
+        def finish() -> Arrays:
+            reading.result()
+            self._meter.add_read(buffer.nbytes)
+            return self._cast(buffer.arrays)
+
+        return finish
 
     def prefetch(self, index: int) -> None:
         """Read a block's tensors in the background."""

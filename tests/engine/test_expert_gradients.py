@@ -66,7 +66,7 @@ def test_wherever_weights_and_adapters_are(options, tmp_path):
 def test_only_experts_that_are_picked_are_read(tmp_path, monkeypatch):
     folder, batch = save(tmp_path, "qwen3_moe", True), random_batch(1, 1, share=2.0)
     seen, blocks = [], []
-    rows, block = StreamedWeights.rows, StreamedWeights.block
+    rows, block = StreamedWeights.start_rows, StreamedWeights.block
 
     def spied_rows(self, index, names, wanted):
         seen.append((index, tuple(wanted)))
@@ -77,7 +77,7 @@ def test_only_experts_that_are_picked_are_read(tmp_path, monkeypatch):
         return blocks[-1]
 
     with closing(engine(folder, mlp_bytes=10**9)) as ours:
-        monkeypatch.setattr(StreamedWeights, "rows", spied_rows)
+        monkeypatch.setattr(StreamedWeights, "start_rows", spied_rows)
         monkeypatch.setattr(StreamedWeights, "block", spied_block)
         ours.value_and_grad(batch)
     # One token picks two of the four experts in blocks 0 and 2; block 1 has none.
@@ -92,7 +92,7 @@ def test_a_plan_without_groups_reads_blocks_whole_again(tmp_path, monkeypatch):
     with closing(engine(folder, mlp_bytes=SMALL)) as ours:
         _, expected = ours.value_and_grad(batch)
         ours.set_plan(ours.plan.__class__(mlp_bytes=None))
-        monkeypatch.setattr(StreamedWeights, "rows", None)  # must not be called
+        monkeypatch.setattr(StreamedWeights, "start_rows", None)  # must not be called
         _, got = ours.value_and_grad(batch)
     assert_same_gradients(got, expected)
 

@@ -150,17 +150,22 @@ def test_bfloat16_stays_bfloat16():
 
 
 def test_only_experts_that_are_picked_are_requested_each_once_in_groups():
-    requested = []
+    requested, used = [], []
     weights = mx.random.normal((6, 4, 4), key=mx.random.key(1))
 
     def frozen(experts):
         requested.append(experts)
-        return {"weight": weights[mx.array(experts)]}
+        return lambda: {"weight": weights[mx.array(experts)]}
 
-    experts = layer.Experts(lambda x, own: x @ own["weight"].T, frozen, 2)
+    def product(x, own):
+        used.append(len(requested))
+        return x @ own["weight"].T
+
+    experts = layer.Experts(product, frozen, 2)
     x, indices = mx.ones((3, 4)), mx.array([[5, 0], [0, 3], [3, 5]])
     layer.visit_forward(x, indices, {}, experts)
     assert requested == [[0, 3], [5]]
+    assert used == [2, 2, 2]  # the second group is read while the first is used
     visit_backward(x, indices, mx.ones((3, 2, 4)), {}, experts, {})
     assert requested == [[0, 3], [5]] * 2
 
@@ -173,7 +178,7 @@ def test_memory_is_that_of_a_group():
     def frozen(experts):
         arrays = {"weight": mx.ones((len(experts), width, width))}
         mx.eval(arrays)
-        return arrays
+        return lambda: arrays
 
     experts = layer.Experts(lambda x, own: x @ own["weight"].T, frozen, 2)
     x = mx.ones((64, width))
