@@ -129,11 +129,13 @@ def test_no_row_is_in_two_splits_and_test_entities_are_new():
         assert not entities["test"] & (entities["train"] | entities["valid"])
 
 
-def test_the_script_reproduces_the_data_byte_for_byte(script, tmp_path):
-    script.write_data(tmp_path, script.make_rows())
+@pytest.mark.parametrize("kind", ["rows", "preferences"])
+def test_the_script_reproduces_the_data_byte_for_byte(kind, script, tmp_path):
+    script.write_data(tmp_path, getattr(script, f"make_{kind}")())
+    expected = {"rows": embedded.DATA_PATH, "preferences": embedded.PREFERENCES_PATH}[kind]
     for split in SPLITS:
         name = f"{split}.jsonl"
-        assert (tmp_path / name).read_bytes() == (embedded.DATA_PATH / name).read_bytes()
+        assert (tmp_path / name).read_bytes() == (expected / name).read_bytes()
 
 
 def test_another_seed_gives_other_data(script):

@@ -88,6 +88,18 @@ def test_a_whole_run():
     assert not re.search(r"\b(nan|inf|None)\b", re.sub("<style>.*?</style>", "", text, flags=re.S))
 
 
+def test_a_run_that_compares_answers():
+    """Accuracy and margin have charts and tiles, those of validations apart."""
+    trained = [loss_record(s, reward_margin=s / 10, accuracy=s / 40) for s in (10, 20, 40)]
+    validated = loss_record(39, "val_loss", reward_margin=-0.5, accuracy=0.25)
+    text, tree = drawn([run_record(), *trained[:2], validated, trained[2]])
+    assert tree.texts["h2"][:4] == ["Run", "Loss", "Accuracy of comparisons", "Reward margin"]
+    assert "training: 25% at step 10, 100% at step 40; validation: 25% at step 39" in text
+    assert "training: 1 at step 10, 4 at step 40; validation: -0.5 at step 39" in text
+    tiles = dict(zip(tree.texts["h3"], tree.texts["strong"], strict=True))
+    assert (tiles["Accuracy"], tiles["Validation accuracy"]) == ("100.0%", "25.0%")
+
+
 def test_nothing_comes_from_outside():
     text, tree = drawn(whole_log())
     assert not re.search(r"https?:|//[a-z]|url\(|@import", text)

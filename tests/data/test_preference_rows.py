@@ -123,6 +123,13 @@ def test_a_pair_is_dropped_if_one_answer_is_cut_off(load):
     assert report.longest == 11
 
 
+def test_a_pair_is_dropped_if_one_answer_is_not_to_be_trained(load, tokenizer):
+    untrained = {"role": "assistant", "content": "w9", "weight": 0}
+    dataset = load([pair(rejected=untrained), pair()])
+    assert shown(dataset, tokenizer) == [CHOSEN, REJECTED]
+    assert (dataset.report.rows, dataset.report.dropped) == (2, 1)
+
+
 def test_batches_hold_both_answers_of_a_pair(load):
     rows = [pair(f"w{n}", " ".join(["w9"] * (1 + n % 4)), f"w{n} w8 w8") for n in range(10)]
     dataset = load(rows)
