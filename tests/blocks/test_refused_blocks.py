@@ -145,10 +145,6 @@ def broken_for_one(self, x, mask, cache):
     return out if x.shape[1] > 1 else out * mx.nan
 
 
-def indexes_its_cache(self, x, cache):
-    return self.rope(x, offset=0 if cache is None else cache[0].offset)
-
-
 class NoNorm(Attending):
     """Small inputs give equal scores, whatever the positions."""
 
@@ -224,7 +220,6 @@ REFUSED = {
     ),
     "no mask with a cache": (changed(attention=without_a_mask), DIFFERS),
     "ignores its cache": (changed(attend=ignores_the_cache), DIFFERS),
-    "several caches": (changed(positions=indexes_its_cache), CANNOT),
     "adds nothing": (Still, DIFFERS + " nan"),
     "no cache": (NoCache, DIFFERS),
     "no name for its mask": (NoMask, CANNOT + "a block takes mask by no name of its own"),
