@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_edgelora.blocks.block_list import BlockList, array_slots, bind_arrays
+from mlx_edgelora.blocks.call_form import StandardBlock
 from mlx_edgelora.blocks.masks import band_of, causal_array
 from mlx_edgelora.blocks.outputs import Linked, map_leaves
 from mlx_edgelora.blocks.trained import is_adapter
@@ -57,7 +58,8 @@ class OneBlockModel(nn.Module):
 
     def block(self, *args: Any, **kwargs: Any) -> Any:
         """Call the block as a function (`BlockList.function`)."""
-        return self._others[0].function(self._index)(*args, **kwargs)
+        block, form = self.layers[0], self._others[0].call_form
+        return (block if form is None else StandardBlock(block, form))(*args, **kwargs)
 
     def hidden(self, out: Any) -> mx.array:
         """The hidden state of what the block returned."""
