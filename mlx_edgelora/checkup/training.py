@@ -100,7 +100,7 @@ def _run_steps(job: Checkup, options: dict[str, Any], budget: int | str) -> Foun
             # The measured phases of a step. `benchmarks/planner.py` fits the planner's formula to
             # these rows.
             "phases": [
-                {"kind": kind, "way": way, "load": asdict(batch_shape), **asdict(taken)}
+                {"kind": kind, "way": way, "load": batch_shape.sizes(), **asdict(taken)}
                 for kind, way, batch_shape, taken in chosen.measurements.rows()
             ],
         }

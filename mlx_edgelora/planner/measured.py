@@ -195,12 +195,7 @@ class Measurements:
         if self.file is None:
             return
         own = [
-            [
-                kind,
-                list(way),
-                [n.rows, n.tokens, n.labelled, n.context],
-                [taken.bytes, taken.seconds],
-            ]
+            [kind, list(way), list(n.sizes().values()), [taken.bytes, taken.seconds]]
             for kind, way, n, taken in self.rows()
         ]
         try:

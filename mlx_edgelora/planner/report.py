@@ -157,7 +157,7 @@ class PlanReport:
             "fits": self.fits,
             "budget_bytes": None if self._unlimited else self._budget,
             "budget_reason": chosen.budget.why,
-            "batch": asdict(chosen.batch_shape),
+            "batch": chosen.batch_shape.sizes(),
             "plan": json.loads(chosen.plan.json()),
             "expected_peak_bytes": choice.peak,
             "expected_step_seconds": choice.seconds,

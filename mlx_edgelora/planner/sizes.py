@@ -118,6 +118,11 @@ class BatchShape:
         """Length of the context of a token; a causal mask shows half of it on average."""
         return min(self.context or self.tokens, self.tokens)
 
+    def sizes(self) -> dict[str, int]:
+        """What decides its cost, by name, for files and reports."""
+        names = ("rows", "tokens", "labelled", "context")
+        return {name: getattr(self, name) for name in names}
+
     def part(self, count: int) -> "BatchShape":
         """The largest part of the batch if its rows are divided into `count` parts."""
         rows = self.together * -(-self.most_parts // min(count, self.most_parts))
