@@ -22,7 +22,7 @@ from mlx_edgelora.blocks.attention import banded_masks
 from mlx_edgelora.blocks.block_list import BlockList
 from mlx_edgelora.blocks.checks import MODEL_ERRORS
 from mlx_edgelora.blocks.outputs import OutputForm, Position
-from mlx_edgelora.blocks.parts import BlockParts, TokenPosition, TokenSpan
+from mlx_edgelora.blocks.parts import AttentionInputs, BlockParts, TokenPosition, TokenSpan
 from mlx_edgelora.errors import is_killed
 
 # Number of states; None for keys and values; nested where a block has several caches.
@@ -122,6 +122,20 @@ class RecurrentParts(BlockParts):
     def _with_call(self, args: tuple, kwargs: dict) -> "RecurrentParts":
         return RecurrentParts(self.block, args, kwargs, self.form, self.recurrence)
 
+    def attention_inputs(
+        self,
+        x: mx.array,
+        span: TokenSpan,
+        offset: int | mx.array | None = None,
+        shared: Sequence[mx.array] | None = None,
+        cache: object = None,
+    ) -> AttentionInputs:
+        """As in `BlockParts`; without a cache, those of the first tokens of a row."""
+        if cache is None:
+            at = span.start if offset is None else offset
+            cache, _ = self._cache(self.no_states, at)
+        return super().attention_inputs(x, span, offset, shared, cache)
+
     def tile_key_values(
         self,
         x: mx.array,
@@ -174,8 +188,7 @@ class RecurrentParts(BlockParts):
         """What positions go into, of tokens x [B, t, D] at this position: keys, values, states."""
         span, found = TokenSpan(0, x.shape[1]), []
         if self.attends:
-            cache, _ = self._cache(self.no_states, offset)
-            inputs = self.attention_inputs(x, span, cache=cache)
+            inputs = self.attention_inputs(x, span, offset)
             found += [inputs.k, inputs.v]
         if self.recurrence.positions:
             cache, _ = self._cache(self.no_states, offset, _LastStates)

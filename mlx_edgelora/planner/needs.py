@@ -111,10 +111,11 @@ def _recurrent(
     kind: str, shape: ModelShape, batch_shape: BatchShape, sizes: dict[str, float]
 ) -> float:
     """Working memory of a recurrent block, less the keys and values that others have by tiles."""
-    tiled, phase = kind.startswith("tiles "), kind.removeprefix("tiles ")
+    apart = kind.startswith("tiles ") and not shape.recurrent_attends
+    phase = kind.removeprefix("tiles ")
     total = sum(number * sizes[name] for name, number in RECURRENT_TERMS[phase].items())
     entry = shape.itemsize + FLOAT * (phase == "backward")
-    return total - tiled * batch_shape.size * shape.keys * entry
+    return total - apart * batch_shape.size * shape.keys * entry
 
 
 @lru_cache(maxsize=4096)

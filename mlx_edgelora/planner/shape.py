@@ -15,7 +15,13 @@ from mlx_edgelora.blocks.gated_mlp import find_gated_mlp
 from mlx_edgelora.blocks.masks import tiled_mask
 from mlx_edgelora.blocks.outputs import Linked, leaves_of
 from mlx_edgelora.blocks.parts import AttentionInputs, BlockParts, TokenSpan
-from mlx_edgelora.blocks.states import RecurrentParts, find_recurrences, states_in
+from mlx_edgelora.blocks.states import (
+    Recurrence,
+    RecurrentParts,
+    attends,
+    find_recurrences,
+    states_in,
+)
 from mlx_edgelora.blocks.tiling import TRIAL_SHAPE, block_calls
 from mlx_edgelora.blocks.trained import trains_weights
 from mlx_edgelora.layers.fused import Backend, use_fused
@@ -37,9 +43,10 @@ def shape_of(blocks: BlockList, vocabulary: int, dtype: mx.Dtype | None = None) 
     """
     model = blocks.model
     trained = {name: value.nbytes for name, value in tree_flatten(model.trainable_parameters())}
-    queries, keys, blocked_heads = _attention(blocks)
+    recurrences = find_recurrences(blocks)
+    queries, keys, blocked_heads = _attention(blocks, recurrences)
     by_block = [_BlockSizes(block, dtype) for block in blocks.blocks]
-    states = _state_bytes(blocks)
+    states = _state_bytes(blocks, recurrences)
     largest = max(by_block, key=lambda block: block.frozen + block.trained)
     adapted = [index for index, block in enumerate(by_block) if block.trained]
     outside = {n: v for n, v in trained.items() if blocks.local(n) is None}
@@ -86,14 +93,24 @@ def shape_of(blocks: BlockList, vocabulary: int, dtype: mx.Dtype | None = None) 
         full=trains_weights(model),
         expert_adapter_bytes=largest.expert_trained,
         state_bytes=max(states, default=0),
+        recurrent_attends=any(_has_both(recurrence) for recurrence in recurrences),
         recurrent=max([b.widest for b, n in zip(by_block, states, strict=True) if n], default=0),
     )
 
 
-def _state_bytes(blocks: BlockList) -> list[int]:
+Recurrences = list[Recurrence | None]
+
+
+def _has_both(recurrence: Recurrence | None) -> bool:
+    """Whether a block has states, and keys and values."""
+    if recurrence is None:
+        return False
+    return bool(states_in(recurrence.layout)) and attends(recurrence.layout)
+
+
+def _state_bytes(blocks: BlockList, recurrences: Recurrences) -> list[int]:
     """For each block, bytes of the states that tiles of a row hand on; 0 if there are none."""
     found, span = [], TokenSpan(0, TRIAL_SHAPE[1])
-    recurrences = find_recurrences(blocks)
     for index, (x, args, kwargs) in enumerate(block_calls(blocks)):
         recurrence, states = recurrences[index], []
         if recurrence is not None and states_in(recurrence.layout):
@@ -118,7 +135,7 @@ def _argument_entries(blocks: BlockList) -> int:
     return sum(entries for _, entries in found.values())
 
 
-def _attention(blocks: BlockList) -> tuple[int, int, int]:
+def _attention(blocks: BlockList, recurrences: Recurrences) -> tuple[int, int, int]:
     """Sizes of attention, from the calls that the code of the blocks makes.
 
     Returns:
@@ -127,9 +144,14 @@ def _attention(blocks: BlockList) -> tuple[int, int, int]:
         of scores.
     """
     found, heads, backend = [(0, 0)], 0, Backend.here()
-    for index, (x, args, kwargs) in enumerate(block_calls(blocks)):
+    calls = zip(block_calls(blocks), recurrences, strict=True)
+    for index, ((x, args, kwargs), recurrence) in enumerate(calls):
         try:
-            parts = BlockParts(blocks.function(index), args, kwargs)
+            # What a block returns can be unknown, and then nothing is called for parts.
+            block = blocks.function(index)
+            parts = BlockParts(block, args, kwargs)
+            if _has_both(recurrence):
+                parts = RecurrentParts(block, args, kwargs, recurrence=recurrence)
             inputs = parts.attention_inputs(x, TokenSpan(0, x.shape[1]))
         except MODEL_ERRORS:
             continue  # the block has another form of attention

@@ -43,6 +43,7 @@ class ModelShape:
         state_bytes: bytes of the states of a recurrent block after a tile, for a row; 0 if there
             are no such blocks.
         recurrent: outputs of the widest matrix of a recurrent block, MLPs left out.
+        recurrent_attends: whether such a block has keys and values as well.
     """
 
     blocks: int
@@ -74,6 +75,7 @@ class ModelShape:
     one_expert_bytes: int = 0
     state_bytes: int = 0
     recurrent: int = 0
+    recurrent_attends: bool = False
     expert_adapter_bytes: int = 0
     full: bool = False
 
