@@ -1,10 +1,13 @@
 """`python -m mlx_edgelora.generate`: answer prompts with an adapter, within a memory budget."""
 
 import argparse
+import gc
 import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import mlx.core as mx
 
 from mlx_edgelora.command import command
 from mlx_edgelora.config.kinds import BUDGET, MOST_COUNT, add_model, path_argument, read_value
@@ -15,7 +18,14 @@ from mlx_edgelora.inference.prompts import conversation, read_prompts
 from mlx_edgelora.measure.meter import peak_memory
 from mlx_edgelora.measure.text import wrapped
 from mlx_edgelora.measure.units import duration, size
-from mlx_edgelora.training.adapters import CONFIG_FILE, WEIGHTS_FILE, check_adapter, model_for
+from mlx_edgelora.model.lora import can_switch_off
+from mlx_edgelora.training.adapters import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    check_adapter,
+    model_for,
+    read_adapter_config,
+)
 from mlx_edgelora.training.failures import explain_failures
 
 # Tokens of a conversation before its answer, for the memory plan of a chat.
@@ -45,8 +55,12 @@ def main(argv: Sequence[str]) -> int:
         options.seed,
     )
     tokens = sampling.max_tokens + (CHAT_TOKENS if options.chat else 0)
-    opened = open_generator(model, adapter, budget, rows, tokens, _note, prompts)
-    with opened as generator, explain_failures("nothing was written"):
+    how = budget, rows, tokens, _note, prompts
+    base = _base_answers(model, adapter, how, sampling) if options.compare else None
+    with (
+        open_generator(model, adapter, *how) as generator,
+        explain_failures("nothing was written"),
+    ):
         if (seconds := generator.seconds_per_token()) is not None:
             together = f" for {rows} prompts together" if rows > 1 else ""
             _note(
@@ -56,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
         if options.chat:
             _chat(generator, options.system_prompt, sampling)
             return 0
-        _answer(generator, prompts, options, sampling)
+        _answer(generator, prompts, options, sampling, base)
     _note(f"peak memory {size(peak_memory())}")
     return 0
 
@@ -174,22 +188,40 @@ def _conversation(row: object, place: str, options: argparse.Namespace) -> list 
     return messages[-1]["content"] if options.ignore_chat_template and is_text else messages
 
 
+def _base_answers(
+    model: str, adapter: Path, how: tuple, sampling: Sampling
+) -> Sequence[str] | None:
+    """The answers of the base model, where an adapter cannot be switched off; else None."""
+    kind = read_adapter_config(adapter).get("fine_tune_type", "lora")
+    if can_switch_off(kind):
+        return None
+    with open_generator(model, None, *how) as generator, explain_failures("nothing was written"):
+        encoded = [generator.encode(prompt) for prompt in how[-1]]
+        answers = generator.answers(encoded, sampling)
+    del generator
+    gc.collect()  # two models might not fit
+    mx.clear_cache()
+    return answers
+
+
 def _answer(
     generator: Generator,
     prompts: Sequence[list | str],
     options: argparse.Namespace,
     sampling: Sampling,
+    base: Sequence[str] | None,
 ) -> None:
+    """Print the answers; `base` are those without the adapter, if they are known."""
     encoded = [generator.encode(prompt) for prompt in prompts]
     if len(encoded) == 1 and not options.compare:
         for text in generator.stream(encoded[0], sampling):
             print(text, end="", flush=True)
         print()
         return
-    base = [None] * len(encoded)
-    if options.compare:
+    if options.compare and base is None:
         with generator.without_adapter():
             base = generator.answers(encoded, sampling)
+    base = base or [None] * len(encoded)
     answers = generator.answers(encoded, sampling)
     for prompt, before, answer in zip(prompts, base, answers, strict=True):
         asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]

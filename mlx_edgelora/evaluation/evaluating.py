@@ -1,13 +1,16 @@
 """Evaluate a model with and without its adapter, within a memory budget.
 
-Losses are exact. Each block is read once for both. Answers are greedy.
+Losses are exact, and answers greedy. Each block is read once for both if the adapter can be
+switched off; otherwise the model is opened twice.
 """
 
+import dataclasses
 import gc
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,9 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_edgelora.config import TrainConfig
+from mlx_edgelora.data import Dataset
 from mlx_edgelora.data.sets import find_sets
+from mlx_edgelora.engine.step import Engine
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.evaluation.rows import AskedRow, asked_rows
 from mlx_edgelora.evaluation.scores import exact_match, token_f1
@@ -24,6 +29,8 @@ from mlx_edgelora.inference.streamed import open_lazy
 from mlx_edgelora.losses.preferences import PREFERENCE_LOSSES
 from mlx_edgelora.measure.meter import peak_memory
 from mlx_edgelora.measure.text import say
+from mlx_edgelora.model.checkpoint import LazyModel
+from mlx_edgelora.model.lora import can_switch_off
 from mlx_edgelora.model.tokenizer import load_tokenizer_of
 from mlx_edgelora.storage.files import make_folder, write_atomically
 from mlx_edgelora.training.adapters import (
@@ -32,6 +39,7 @@ from mlx_edgelora.training.adapters import (
     model_for,
     read_adapter_config,
 )
+from mlx_edgelora.training.evaluate import evaluate as evaluate_loss
 from mlx_edgelora.training.evaluate import evaluate_both
 from mlx_edgelora.training.finetune import perplexity, with_saved_layers
 from mlx_edgelora.training.opening import (
@@ -161,8 +169,7 @@ def evaluate(
     config = _config(folder, model, options, notify)
     with explained_failures(config):
         base_loss, adapter_loss, tokens, asked, prompts = _losses(config, num_samples, notify)
-        gc.collect()  # engines have reference cycles, and two models might not fit
-        mx.clear_cache()
+        _free()
         rows = _answered(config, folder, asked, prompts, max_tokens, notify) if asked else []
     if num_samples and not rows:
         notify("note: no row of the test set ends with an answer, so nothing is generated")
@@ -178,11 +185,6 @@ def _config(
 ) -> TrainConfig:
     """The options of a test of the adapter, with those of the run that made it."""
     saved = read_adapter_config(folder)
-    kind = saved.get("fine_tune_type", "lora")
-    if kind != "lora":
-        raise EdgeLoraError(
-            f"{folder}: is of type {kind}, expected lora; mlx_lm.lora --test evaluates others"
-        )
     if note := check_adapter(adapter_file(folder)):
         notify(f"note: {note}")
     if saved.get("loss") in PREFERENCE_LOSSES and not options["data"]:
@@ -208,9 +210,17 @@ def _losses(
     test_set = read_sets(config, tokenizer, lazy.vocabulary, notify)[2]
     asked = asked_rows(find_sets(config).test, num_samples)
     prompts = [encode(tokenizer, row.messages, row.tools) for row in asked]
-    place, start = spill_place(config), adapter_to_start(config)
-    with open_run(config, lazy, [test_set], place, _discard, start) as (engine, _):
-        base, adapter, tokens = evaluate_both(engine, test_set, config, -1)
+    with _opened(config, lazy, test_set) as engine:
+        if can_switch_off(config.fine_tune_type):
+            base, adapter, tokens = evaluate_both(engine, test_set, config, -1)
+        else:
+            adapter, tokens = evaluate_loss(engine, test_set, config, -1)
+    if not can_switch_off(config.fine_tune_type):
+        del lazy, engine
+        _free()
+        alone = dataclasses.replace(config, adapter_path="", resume_adapter_file=None)
+        with _opened(alone, adapted_model(alone), test_set) as engine:
+            base, _ = evaluate_loss(engine, test_set, alone, -1)
     for name, loss in (("without", base), ("with", adapter)):
         if not math.isfinite(loss):
             raise EdgeLoraError(
@@ -218,6 +228,19 @@ def _losses(
                 "number; evaluate another adapter, or with another dtype"
             )
     return base, adapter, tokens, asked, prompts
+
+
+@contextmanager
+def _opened(config: TrainConfig, lazy: LazyModel, test_set: Dataset) -> Iterator[Engine]:
+    opening = config, lazy, [test_set], spill_place(config), _discard, adapter_to_start(config)
+    with open_run(*opening) as (engine, _):
+        yield engine
+
+
+def _free() -> None:
+    """Free what is no longer used: engines have reference cycles, and two models might not fit."""
+    gc.collect()
+    mx.clear_cache()
 
 
 def _discard(line: str) -> None:
@@ -234,12 +257,18 @@ def _answered(
 ) -> list[dict[str, Any]]:
     """Answers without and with the adapter, with their scores."""
     tokens, at_once = max_tokens + max(map(len, prompts)), min(config.batch_size, len(prompts))
-    opened = open_generator(config.model, folder, config.memory_budget, at_once, tokens, _discard)
     notify(f"answers to {len(prompts)} rows of the test set, without and with the adapter")
-    sampling = Sampling(max_tokens)
-    with opened as generator:
-        with generator.without_adapter():
+    sampling, base = Sampling(max_tokens), None
+    how = config.memory_budget, at_once, tokens, _discard
+    if not can_switch_off(config.fine_tune_type):
+        with open_generator(config.model, None, *how) as generator:
             base = generator.answers(prompts, sampling)
+        del generator
+        _free()
+    with open_generator(config.model, folder, *how) as generator:
+        if base is None:
+            with generator.without_adapter():
+                base = generator.answers(prompts, sampling)
         adapter = generator.answers(prompts, sampling)
     return [
         _row(row, {"base": before, "adapter": after})

@@ -160,6 +160,11 @@ def freeze(model: nn.Module) -> None:
         raise refusal_error(model, Refusal.LORA, error=str(error)) from error
 
 
+def can_switch_off(fine_tune_type: str) -> bool:
+    """Whether `without_adapter` works for what a run of this type has trained."""
+    return fine_tune_type == "lora"
+
+
 @contextmanager
 def without_adapter(model: nn.Module) -> Iterator[None]:
     """Switch the LoRA layers of a model off; they are switched on again on exit.

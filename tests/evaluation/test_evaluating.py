@@ -6,14 +6,18 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from harness import engine, random_batch, save
+from mlx.utils import tree_flatten
 from mlx_lm import generate, load
+from mlx_lm.utils import load_model
 from tiny import make_adapter, make_model, words, write_rows
 
 from mlx_edgelora import EdgeLoraError
 from mlx_edgelora.evaluate import main
 from mlx_edgelora.evaluation.evaluating import evaluate
 from mlx_edgelora.evaluation.scores import exact_match, token_f1
+from mlx_edgelora.generate import main as generate_command
 from mlx_edgelora.model.lora import without_adapter
+from mlx_edgelora.training.adapters import save_adapters
 
 ROWS = [{"prompt": words(range(n, n + 5)), "completion": words([n, 7, 3])} for n in range(6)]
 PLANS = {
@@ -94,9 +98,31 @@ def with_masked_prompts(adapter):
     return adapter
 
 
-@pytest.mark.parametrize("budget", ["min", None], ids=str)
-def test_figures_and_answers_are_those_of_mlx_lm(trained, budget, tmp_path):
-    adapter, file = with_masked_prompts(trained / "adapter"), tmp_path / "answers.jsonl"
+def make_full(folder, model):
+    """The result of a full fine-tuning of the last block."""
+    loaded, _ = load_model(model, lazy=True)
+    loaded.freeze()
+    loaded.layers[-1].unfreeze()
+    mx.random.seed(0)
+    weights = {
+        name: value + 0.1 * mx.random.normal(value.shape)
+        for name, value in tree_flatten(loaded.trainable_parameters())
+    }
+    options = {"fine_tune_type": "full", "num_layers": 1, "lora_parameters": None}
+    save_adapters(folder, weights, options | {"model": str(model)})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "budget"), [("lora", "min"), ("lora", None), ("dora", "min"), ("full", "min")]
+)
+def test_figures_and_answers_are_those_of_mlx_lm(trained, kind, budget, tmp_path, capsys):
+    adapter, file = trained / "adapter", tmp_path / "answers.jsonl"
+    if kind == "dora":
+        adapter = make_adapter(tmp_path / kind, trained / "model", num_layers=3, dora=True)
+    elif kind == "full":
+        adapter = make_full(tmp_path / kind, trained / "model")
+    with_masked_prompts(adapter)
     options = {"num_samples": 3, "max_tokens": 5, "memory_budget": budget, "save_path": file}
     found = evaluate(adapter, data=str(trained / "test.jsonl"), notify=str, **options)
     written = [json.loads(line) for line in file.read_text().splitlines()]
@@ -111,7 +137,14 @@ def test_figures_and_answers_are_those_of_mlx_lm(trained, budget, tmp_path):
             answer = generate(model, tokenizer, prompt, max_tokens=5)
             assert row[side]["answer"] == answer
             assert row["expected"] == asked["completion"]
-    assert found.base_loss != found.adapter_loss
+    assert abs(found.base_loss - found.adapter_loss) > 1e-3
+    prompts = tmp_path / "prompts.jsonl"
+    write_rows(prompts, [{"prompt": row["prompt"]} for row in ROWS[:3]])
+    flags = ["--prompts", prompts, "--adapter-path", adapter, "--compare", "--max-tokens", 5]
+    assert generate_command([*map(str, flags), "--memory-budget", "min"]) == 0
+    compared = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    for row, own in zip(compared, written, strict=True):
+        assert row["base"] == own["base"]["answer"] and row["adapter"] == own["adapter"]["answer"]
     assert found.tokens == sum(len(row["completion"].split()) + 1 for row in ROWS)
 
 
@@ -150,7 +183,7 @@ def edit(config, **changes):
     ("damage", "flags", "message"),
     [
         (lambda folder: (folder / "adapter_config.json").unlink(), [], "is not the folder of an"),
-        (lambda folder: edit(folder, fine_tune_type="dora"), [], "is of type dora, expected lora"),
+        (lambda folder: edit(folder, fine_tune_type="ia3"), [], "fine_tune_type"),
         (lambda folder: edit(folder, num_layers=1), [], "but adapter_config.json says"),
         (lambda folder: None, ["--num-samples", "-1"], "num_samples: got -1"),
         (lambda folder: None, ["--max-tokens", "0"], "max_tokens: got 0"),
