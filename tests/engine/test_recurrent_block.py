@@ -134,17 +134,18 @@ def test_arrays_larger_than_a_slot():
 def test_twenty_steps_are_those_of_mlx_lm(name, tmp_path, monkeypatch):
     folder = saved(name, tmp_path, monkeypatch)
     batches = [random_batch(2, 23, seed=step % 2) for step in range(20)]
-    reference, optimizer, expected = plain(folder), optimizers.AdamW(1e-2), []
+    # With 1e-2 plain MLX itself goes elsewhere after noise of 1e-6.
+    reference, optimizer, expected = plain(folder), optimizers.AdamW(1e-3), []
     for batch in batches:
         loss, gradients = plain_value_and_grad(reference, batch)
         optimizer.update(reference, gradients)
         expected.append(loss)
     with closing(engine(folder, tile_tokens=10)) as ours:
-        own, got = optimizers.AdamW(1e-2), []
+        own, got = optimizers.AdamW(1e-3), []
         ours.adapters.start(own)
         for batch in batches:
             loss, _ = ours.backward(batch, ours.adapters.add)
             ours.adapters.update(own, 1)
             got.append(loss.item())
-    assert abs(expected[-1] - expected[0]) > 0.1
-    assert got == pytest.approx(expected, rel=2e-4)
+    assert expected[-1] < expected[0] - 1
+    assert got == pytest.approx(expected, rel=1e-5)
