@@ -295,9 +295,10 @@ def test_a_slow_process_gets_fewer_rows(place):
     run = Run(place, 2, options_of(place, "balanced", balance=True, **more), own)
     statuses, errors = run.end()
     assert statuses == [0, 0], errors
-    divided = [line for line in run.outputs[0].splitlines() if "rows of a batch by process" in line]
-    fast, slow = map(int, divided[-1].split(":")[1].split(","))
-    assert fast + slow == 8 and fast > 5
+    lines = [x for x in run.outputs[0].splitlines() if "rows of a batch by process" in x]
+    divided = [tuple(map(int, line.split(":")[1].split(","))) for line in lines]
+    assert all(sum(rows) == 8 for rows in divided)
+    assert max(fast for fast, _ in divided) > 5  # whatever else the machine does at the last step
     assert_same_run(place, "alone", "balanced")
 
 
