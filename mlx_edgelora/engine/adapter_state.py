@@ -50,7 +50,7 @@ class AdapterState(WeightSource, Protocol):
         """Prepare for a new optimizer and discard gradients."""
 
     def add(self, gradients: Arrays, look: Look = ignored) -> None:
-        """Add evaluated gradients to the sum; each name once for a batch. Empties the mapping.
+        """Add evaluated gradients to the sum; empties the mapping.
 
         `look` gets their sums so far, evaluated, by name; it keeps none of them.
         """

@@ -70,6 +70,11 @@ class PreferenceEngine:
         """Whether MLX's buffer cache is emptied after every step."""
         return self._engine.empties_cache
 
+    @property
+    def in_last_part(self) -> bool:
+        """See `Engine`."""
+        return self._engine.in_last_part
+
     def take_figures(self) -> Figures:
         """Figures about the answers of all batches since the last call."""
         found, self._figures = self._figures, Figures()
@@ -81,7 +86,7 @@ class PreferenceEngine:
         parts = engine.parts(batch, answer_parts)
         references = self._references(parts)
         values = []
-        for part, reference in zip(parts, references, strict=True):
+        for part, reference in zip(engine.in_turn(parts), references, strict=True):
             answers = Answers(part.places, reference, part.desirable, totals)
             loss_of = partial(_AnswerLoss, engine, self.preference_loss, part.part, answers)
             values.append(engine.compute(part.part, loss_of, sink))

@@ -1,9 +1,9 @@
 """One training step's loss and gradients: the walk over blocks and the masked, tiled loss."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -34,6 +34,8 @@ Loss = CrossEntropy | ApproximateCrossEntropy
 # Float32 logits of a chunk of tokens, if all logits of a token are computed at once.
 LOGITS_BYTES = 4 * 2**20
 
+AnyPart = TypeVar("AnyPart")
+
 
 class Engine:
     """Computes losses and gradients of batches within a memory plan.
@@ -53,6 +55,8 @@ class Engine:
     Attributes:
         plan_for: returns the plan for a batch; by default that of the last `set_plan`.
         exact: the exact cross-entropy, for evaluation.
+        in_last_part: whether gradients of the last micro-batch of a batch are computed, so that
+            those passed to the sink are the last ones of their names.
         empties_cache: whether MLX's buffer cache is emptied after every step, unless
             `clear_cache_threshold` is set.
     """
@@ -72,6 +76,7 @@ class Engine:
         # Evaluation uses tiles of the same size.
         tiles = getattr(training_loss, "exact", training_loss) or CrossEntropy()
         self.exact = CrossEntropy(tiles.tile_bytes)
+        self.in_last_part = True
         self.training_loss = training_loss or self.exact
         self._plan = Plan()
         self.plan_for: Callable[[Batch], Plan] = lambda batch: self._plan
@@ -125,10 +130,16 @@ class Engine:
         count = sum(part.count for part in parts)
         losses = [
             self.compute(part, partial(_TokenLoss, self, part, part.count / count), sink)
-            for part in parts
+            for part in self.in_turn(parts)
         ]
         loss = losses[0] if len(losses) == 1 else mx.stack(losses).sum()
         return loss, count
+
+    def in_turn(self, parts: Sequence[AnyPart]) -> Iterator[AnyPart]:
+        """The micro-batches of a batch, and whether each is the last one in `in_last_part`."""
+        for number, part in enumerate(parts, start=1):
+            self.in_last_part = number == len(parts)
+            yield part
 
     def compute(
         self,

@@ -27,13 +27,15 @@ class GradientEngine(Protocol):
     disk: DiskMeter
     adapters: AdapterState
     empties_cache: bool
+    in_last_part: bool
 
     def backward(self, batch: Batch, sink: Callable[[Arrays], None]) -> tuple[mx.array, int]:
         """Compute the gradients of a batch.
 
         Args:
             batch: the batch.
-            sink: called several times with evaluated gradients by name; each name occurs once.
+            sink: called several times with evaluated gradients by name; a name occurs once in
+                each micro-batch, the last time where `in_last_part`.
 
         Returns:
             The mean loss over the labelled tokens, and the number of these; or the mean over what

@@ -324,7 +324,7 @@ class _Run:
             mx.eval(gradients)
         names = list(gradients)  # the next call empties it
         self._adapters.add(gradients, self._magnitudes.add)
-        if self._is_last:
+        if self._is_last and self._engine.in_last_part:
             self._shared.add(names)
 
     def _update(self, iteration: int) -> None:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import closing
 from dataclasses import replace
 
 import mlx.core as mx
@@ -15,6 +16,7 @@ import mlx.nn as nn
 import mlx.optimizers as optimizers
 import numpy as np
 import pytest
+from harness import engine, random_batch, save
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.lora import LoRALinear
 from tiny import make_data, make_model, words, write_rows
@@ -283,6 +285,35 @@ def test_two_processes_learn_what_one_does(place):
     assert (
         max(mx.abs(value).max().item() for name, value in ours.items() if "lora_b" in name) > 1e-3
     )
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_what_is_sent_is_the_sum_of_all_micro_batches(tmp_path, parts):
+    with closing(engine(save(tmp_path, "llama", True), micro_batches=parts)) as ours:
+        state = ours.adapters
+        state.start(optimizers.SGD(0.1))
+        group = Second()
+        group.all_sum = lambda array: array  # the others have nothing
+        sums, sent = SharedSums(state, ours.model, group), {}
+        replace_sums = state.replace
+        state.replace = lambda some, look: (sent.update(some), replace_sums(some, look))
+        sums.begin()
+
+        def sink(gradients):
+            names = list(gradients)
+            state.add(gradients)
+            if ours.in_last_part:
+                sums.add(names)
+                assert sum(map(len, sums._order[: sums._sent])) > 0  # sent on the way
+
+        ours.backward(random_batch(4), sink)
+        sums.finish()
+        sent = {name: mx.array(value) for name, value in sent.items()}
+        state.start(optimizers.SGD(0.1))
+        ours.backward(random_batch(4), state.add)
+        expected = dict(state.gradients())
+        assert sent.keys() == expected.keys()
+        assert all(mx.array_equal(sent[name], value) for name, value in expected.items())
 
 
 @pytest.mark.slow

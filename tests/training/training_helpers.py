@@ -72,6 +72,8 @@ class PlainEngine:
         self.disk.add_written(500)
         return (loss, int(mask.sum())), gradients
 
+    in_last_part = True
+
     def backward(self, batch, sink):
         result, gradients = self.value_and_grad(batch)
         sink(dict(tree_flatten(gradients)))
