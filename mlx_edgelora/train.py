@@ -18,10 +18,14 @@ from mlx_edgelora.training.log import recorded
 from mlx_edgelora.training.resuming import saved_options
 
 
-def run(config: TrainConfig) -> None:
+def run(config: TrainConfig, keeps_adapter: bool = True) -> None:
     """Train or test, then print the path of the adapter and a command to try it.
 
     With the package's own model and data, answers before and after training are printed too.
+
+    Args:
+        config: options of the run.
+        keeps_adapter: whether the adapter stays after the command, so that it can be tried.
     """
     group = Group.joined()
     config = group.own_options(config)
@@ -37,7 +41,7 @@ def run(config: TrainConfig) -> None:
             print(wrapped(str(shown)))
             if log is not None:
                 log.note("answers", asdict(shown))
-        if result is not None:
+        if result is not None and keeps_adapter:
             print(f"\nThe adapter is in {result.adapter_path}. Try it:")
             print(command_to_try(result.adapter_path))
     if config.report is not None:

@@ -83,7 +83,9 @@ def _example(target: Path) -> None:
     config = config_from_cli([], preset=read_yaml(DEFAULT_CONFIG))
     with tempfile.TemporaryDirectory() as folder:
         example = {"iters": STEPS, "steps_per_report": 1, "steps_per_eval": 5}
-        run(replace(config, adapter_path=folder, report=str(target), **example))
+        run(
+            replace(config, adapter_path=folder, report=str(target), **example), keeps_adapter=False
+        )
 
 
 if __name__ == "__main__":

@@ -129,7 +129,9 @@ def test_a_test_alone_has_a_page(options, tmp_path):
 def test_without_a_log_it_is_an_example(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main([]) == 0
-    assert capsys.readouterr().out.endswith(f"The report is in {EXAMPLE}\n")
+    out = capsys.readouterr().out
+    assert out.endswith(f"The report is in {EXAMPLE}\n")
+    assert "Try it" not in out  # the adapter is gone
     text = (tmp_path / EXAMPLE).read_text()
     assert "the tiny model of this package" in text and "An answer before and after" in text
     assert [path.name for path in tmp_path.iterdir()] == [EXAMPLE]
