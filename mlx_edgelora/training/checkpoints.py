@@ -348,11 +348,12 @@ def _entry(path: Path) -> dict[str, object]:
 
 
 def _manifest(entries: Mapping[str, object]) -> dict[str, object]:
-    content = {"version": VERSION, "files": entries, "packages": _versions()}
+    content = {"version": VERSION, "files": entries, "packages": package_versions()}
     return {"content": content, "sha256": _digest(content)}
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that decide what a run computes, by name."""
     found = {}
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

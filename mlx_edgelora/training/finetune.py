@@ -37,7 +37,12 @@ from mlx_edgelora.training.adapters import (
 )
 from mlx_edgelora.training.awake import keep_awake
 from mlx_edgelora.training.callbacks import TrainingCallback, reporting_callbacks
-from mlx_edgelora.training.checkpoints import Checkpoint, Origin
+from mlx_edgelora.training.checkpoints import (
+    Checkpoint,
+    Origin,
+    fingerprint,
+    package_versions,
+)
 from mlx_edgelora.training.evaluate import GradientEngine, evaluate, rewards
 from mlx_edgelora.training.group import Group
 from mlx_edgelora.training.limits import BudgetWatch, PressureWatch
@@ -230,7 +235,12 @@ def _prepare(
     notify(summary.lines(facts))
     note("run", summary.run_record(config, facts))
     found = fingerprints(lazy.checkpoint, sets[0]) if config.train else {}
-    group.check_same(found | {"options": options_digest(config)})
+    versions = json.dumps(package_versions(), sort_keys=True).encode()
+    of_all = {
+        "options": options_digest(config),
+        "set of package versions": fingerprint(iter([versions])),
+    }
+    group.check_same(found | of_all)
     if group.size > 1:
         notify(summary.line("processes", f"{group.size}, which share the rows of every batch"))
     wanted = config

@@ -26,6 +26,7 @@ from mlx_edgelora.data import Batch
 from mlx_edgelora.engine.adapter_state import ResidentAdapterState
 from mlx_edgelora.engine.paged_adapters import PagedAdapterState
 from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.training import finetune as finetuning
 from mlx_edgelora.training import group as module
 from mlx_edgelora.training.group import Group
 from mlx_edgelora.training.sharing import SharedSums, Shares
@@ -455,6 +456,23 @@ def test_a_process_that_finds_no_other_does_not_train_alone(place, monkeypatch):
         EdgeLoraError, match=r"^process 0: the other processes .* cannot be reached"
     ):
         Group.joined()
+
+
+def test_versions_are_compared(place, monkeypatch):
+    seen = []
+
+    def check_same(self, facts):
+        seen.append(facts)
+        raise EdgeLoraError("enough")
+
+    monkeypatch.setattr(Group, "check_same", check_same)
+    options = {name: str(place / name) for name in ("model", "data")}
+    for version in ("1", "2"):
+        monkeypatch.setattr(finetuning, "package_versions", lambda v=version: {"mlx": v})
+        with pytest.raises(EdgeLoraError, match="enough"):
+            finetune(TrainConfig(**options, adapter_path=str(place / "none"), num_layers=2))
+    one, other = seen
+    assert [name for name in one if one[name] != other[name]] == ["set of package versions"]
 
 
 def test_one_process_has_nobody_to_share_with(place):
