@@ -48,6 +48,7 @@ from mlx_edgelora.blocks.checks import checked_blocks
 from mlx_edgelora.data import Batch
 from mlx_edgelora.engine.build import Settings, build_engine
 from mlx_edgelora.engine.step import Engine
+from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.measure.units import size
 from mlx_edgelora.model.checkpoint import LazyModel
 from mlx_edgelora.model.loading import DTYPES, open_model
@@ -335,7 +336,11 @@ def fits(args: argparse.Namespace) -> None:
         blocks = SHAPES[name][1]
         shape = replace(planned.shape, blocks=blocks, adapted=blocks)
         for budget in args.budgets:
-            choice = plan(shape, load, machine, budget)
+            try:
+                choice = plan(shape, load, machine, budget)
+            except EdgeLoraError as error:
+                print(f"{name}, {size(budget)}: {error}", flush=True)
+                continue
             text = f"{size(choice.peak)} expected; {choice.plan.summary(blocks)}"
             if args.rates:
                 text += f"; {choice.seconds:.0f} s a step"
