@@ -17,7 +17,6 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_edgelora.blocks.attention import Attention, replace_attention
-from mlx_edgelora.blocks.masks import band_of
 from mlx_edgelora.blocks.parts import BlockParts, TokenSpan
 
 # The place of a cache in nested lists of caches.
@@ -124,15 +123,8 @@ class CachedParts(BlockParts):
         """As `appended` for the first tile, of tokens at another position."""
         return self._until_filled(x, span, _Caches(offset, (), count))
 
-    def with_mask(self, mask: mx.array | str | None) -> "CachedParts":
-        """The same call with another mask."""
-        arguments = dict(list(self.bind(None).arguments.items())[1:])
-        return CachedParts(self.block, (), arguments | {"mask": mask})
-
-    @property
-    def is_causal(self) -> bool:
-        """Whether the mask shows that no token sees a later one."""
-        return band_of(self.mask) is not None
+    def _with_call(self, args: tuple, kwargs: dict) -> "CachedParts":
+        return CachedParts(self.block, args, kwargs)
 
     def _until_filled(self, x: mx.array, span: TokenSpan, caches: _Caches) -> list[mx.array]:
         with suppress(_Filled):

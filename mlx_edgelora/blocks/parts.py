@@ -346,6 +346,11 @@ class BlockParts:
                 return f"{name} of a block is {value.shape}, not a row for each token"
         return None
 
+    @property
+    def is_causal(self) -> bool:
+        """Whether the mask shows that no token sees a later one."""
+        return band_of(self.mask) is not None
+
     def with_mask(self, mask: mx.array | str | None) -> "BlockParts":
         """The same call with another mask."""
         arguments = dict(list(self.bind(None).arguments.items())[1:])

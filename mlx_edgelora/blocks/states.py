@@ -11,11 +11,10 @@ and values are then found as in `blocks/parts.py`, given the states before the t
 """
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache, CacheList, make_prompt_cache
 
 from mlx_edgelora.blocks.attention import banded_masks
@@ -105,13 +104,13 @@ class RecurrentParts(BlockParts):
 
     def __init__(
         self,
-        block: nn.Module,
+        block: Callable[..., Any],
         args: tuple,
         kwargs: dict,
         form: OutputForm | None = None,
         recurrence: Recurrence = Recurrence(0),  # noqa: B008 - frozen
     ) -> None:
-        names = list(inspect.signature(block.__call__).parameters)[1:]
+        names = list(inspect.signature(block).parameters)[1:]
         marked = dict(_marked(list(zip(names, args, strict=False)), recurrence.positions))
         args = (*marked.values(), *args[len(marked) :])
         kwargs = dict(_marked(kwargs.items(), recurrence.positions))

@@ -20,7 +20,7 @@ from mlx_edgelora.blocks.block_list import bind_arrays
 from mlx_edgelora.blocks.cached_parts import CachedParts
 from mlx_edgelora.engine.block_weights import Arrays
 from mlx_edgelora.engine.context import Context
-from mlx_edgelora.engine.functions import OutputRows, rows_of
+from mlx_edgelora.engine.functions import OutputRows
 from mlx_edgelora.engine.hidden import Hidden
 from mlx_edgelora.engine.record import BlockCall
 from mlx_edgelora.engine.tiled_block import TiledBackward
@@ -57,10 +57,7 @@ class CachedBlock:
         with phase("forward", self.index), bind_arrays(self.slots, frozen | trained):
             for number, span in enumerate(context.spans):
                 tile, own = self._parts.tile(x.tile(number), span, self._before(held, number))
-                if not self._rows.has(number):
-                    tile = None
-                elif not self._rows.all:
-                    tile = rows_of(tile, self._rows.at(number))
+                tile = self._rows.of_tile(tile, number) if self._rows.has(number) else None
                 context.pipeline.submit([] if tile is None else tile, own)
                 self._append(held, own, number)
                 if self._rows.all:
@@ -79,7 +76,7 @@ class CachedBlock:
     ) -> tuple[Hidden | None, Arrays]:
         """Gradients of the input and of the trained arrays; see `Segment`."""
         context, x = self._context, self._input
-        wanted = None if self._rows.all else dy.whole()
+        cotangent_of = self._rows.cotangents(dy)
         trained, frozen = context.weights.load(self.index, prefetch_next())
         visit = TiledBackward(self, trained)
         needs_input_grad = context.needs_input_grad(self.index)
@@ -90,10 +87,7 @@ class CachedBlock:
             sums = [mx.zeros(array.shape) for array in held]
             with phase("backward", self.index):
                 for number in reversed(range(len(context.spans))):
-                    if wanted is None:
-                        cotangent = dy.tile(number)
-                    else:
-                        cotangent = self._rows.cotangent(wanted, number)
+                    cotangent = cotangent_of(number)
                     piece = self._tile_backward(
                         visit, number, x.tile(number), cotangent, held, sums
                     )
@@ -139,7 +133,7 @@ class CachedBlock:
             if cotangent is None:
                 return self._parts.appended(x, span, before, self._count)
             out, own = self._parts.tile(x, span, before)
-            return [out if self._rows.all else rows_of(out, self._rows.at(number)), *own]
+            return [self._rows.of_tile(out, number), *own]
 
         wanted = [] if cotangent is None else [cotangent]
         piece, *found = visit.vjp(outputs, [x, *before], [*wanted, *given])

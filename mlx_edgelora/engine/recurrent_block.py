@@ -26,7 +26,7 @@ from mlx_edgelora.blocks.parts import TokenSpan
 from mlx_edgelora.blocks.states import Recurrence, RecurrentParts
 from mlx_edgelora.engine.block_weights import Arrays
 from mlx_edgelora.engine.context import Context
-from mlx_edgelora.engine.functions import OutputRows, rows_of
+from mlx_edgelora.engine.functions import OutputRows
 from mlx_edgelora.engine.hidden import Hidden
 from mlx_edgelora.engine.record import BlockCall
 from mlx_edgelora.engine.spilled import SpilledArrays
@@ -92,7 +92,7 @@ class RecurrentBlock:
     ) -> tuple[Hidden | None, Arrays]:
         """Gradients of the input and of the trained arrays; see `Segment`."""
         context, x = self._context, self._input
-        wanted = None if self._rows.all else dy.whole()
+        cotangent_of = self._rows.cotangents(dy)
         trained, frozen = context.weights.load(self.index, prefetch_next())
         visit = TiledBackward(self, trained)
         needs_input_grad = context.needs_input_grad(self.index)
@@ -103,10 +103,7 @@ class RecurrentBlock:
             with phase("backward", self.index):
                 after: list[mx.array] = []
                 for number in reversed(range(len(context.spans))):
-                    if wanted is None:
-                        cotangent = dy.tile(number)
-                    else:
-                        cotangent = self._rows.cotangent(wanted, number)
+                    cotangent = cotangent_of(number)
                     cotangents = [] if cotangent is None else [cotangent]
                     del cotangent
                     states = before[number].arrays() if number else self._parts.no_states
@@ -156,7 +153,7 @@ class RecurrentBlock:
         )
         if not self._rows.has(number):
             return read, states
-        return [out if self._rows.all else rows_of(out, self._rows.at(number)), *read], states
+        return [self._rows.of_tile(out, number), *read], states
 
     def _add_key_values(
         self,

@@ -23,7 +23,6 @@ import mlx.core as mx
 from mlx_edgelora.blocks.attention import add_key_gradients, tracing_gradient
 from mlx_edgelora.blocks.block_list import bind_arrays
 from mlx_edgelora.blocks.experts import calls_experts, expert_adapters
-from mlx_edgelora.blocks.masks import band_of
 from mlx_edgelora.blocks.parts import BlockParts, TokenSpan
 from mlx_edgelora.blocks.tracing import gradient_hook
 from mlx_edgelora.engine.block_weights import Arrays
@@ -94,7 +93,7 @@ class TiledBlock:
             self._input,
             self._context.needs_input_grad(self.index),
         )
-        wanted = None if self._rows.all else dy.whole()
+        cotangent_of = self._rows.cotangents(dy)
         trained, frozen = context.weights.load(self.index, prefetch_next())
         visit = TiledBackward(self, trained)
         dx = Hidden.tiles(context.spans, context.slots) if needs_input_grad else None
@@ -103,13 +102,10 @@ class TiledBlock:
                 visit.key_values = self._key_values(x)
             with phase("backward", self.index):
                 for number in reversed(range(len(context.spans))):
-                    if wanted is None:
-                        cotangent = dy.tile(number)
-                    else:
-                        cotangent = self._rows.cotangent(wanted, number)
+                    cotangent = cotangent_of(number)
                     visit.tile(number, x.tile(number), cotangent, dx)
                     del cotangent
-                if not self._is_causal:
+                if not self._parts.is_causal:
                     for number in range(len(context.spans)):
                         visit.finish_tile(number, x.tile(number), dx)
         dy.forget()
@@ -124,11 +120,6 @@ class TiledBlock:
     def slots(self) -> dict:
         """The places of the block's arrays."""
         return self._context.weights.slots[self.index]
-
-    @property
-    def _is_causal(self) -> bool:
-        """Whether the mask shows that no token sees a later one."""
-        return band_of(self._parts.mask) is not None
 
     def _key_values(self, x: Hidden) -> list[mx.array]:
         """Keys and values of all tokens, [B, heads, T, n] each."""
@@ -220,7 +211,7 @@ class TiledBackward:
             if not sums.used:
                 for index, more in enumerate(pair):
                     sums.add(index, more.reshape(-1, *more.shape[2:]), 0)
-        if block._is_causal:
+        if block._parts.is_causal:
             found = self._with_own_keys(number, [x, *shared], found)
         self._settle(number, found, dx)
 

@@ -1,12 +1,14 @@
 """The wanted rows of a block's output, tile by tile."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_edgelora.blocks.parts import TokenSpan
-from mlx_edgelora.engine.functions import RowIndices
+from mlx_edgelora.engine.functions import RowIndices, rows_of
+from mlx_edgelora.engine.hidden import Hidden
 
 
 class WantedRows:
@@ -41,6 +43,17 @@ class WantedRows:
     def cotangent(self, wanted: mx.array, number: int) -> mx.array | None:
         """Of gradients of the wanted rows, [1, n, D], those of a tile; None if there are none."""
         return wanted[:, mx.array(self._order[number])] if self.has(number) else None
+
+    def cotangents(self, dy: Hidden) -> Callable[[int], mx.array | None]:
+        """The gradient of a tile's output by its number, from that of the block's output `dy`.
+
+        It is of the wanted rows if these are not all, and None for a tile without any.
+        """
+        return dy.tile if self.all else partial(self.cotangent, dy.whole())
+
+    def of_tile(self, tile: mx.array, number: int) -> mx.array:
+        """The wanted rows of a tile's output [B, t, D], of a tile that has some."""
+        return tile if self.all else rows_of(tile, self.at(number))
 
     def in_order(self, pieces: list[mx.array]) -> mx.array:
         """Join the outputs of the tiles, [1, m, D] each, in the order of the wanted rows."""
