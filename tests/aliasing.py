@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 
-from mlx_edgelora.storage.safetensors import to_numpy
+from mlx_edgelora.storage.device_memory import to_numpy
 from mlx_edgelora.storage.stores import MappedStore
 
 

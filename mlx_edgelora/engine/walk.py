@@ -167,7 +167,7 @@ class Walk:
 
     @property
     def _overlaps(self) -> bool:
-        return self.ahead and self._plan.prefetch
+        return self.ahead and (self._plan.prefetch or not self._plan.streams)
 
     @property
     def is_compiled(self) -> bool:

@@ -22,8 +22,8 @@ from mlx_edgelora.export.gguf_arch import Converter, gguf_library
 from mlx_edgelora.export.gguf_vocab import write_vocabulary
 from mlx_edgelora.model.checkpoint import LazyModel, drain
 from mlx_edgelora.model.loading import open_model
+from mlx_edgelora.storage.device_memory import to_numpy
 from mlx_edgelora.storage.files import sync
-from mlx_edgelora.storage.safetensors import to_numpy
 from mlx_edgelora.training.adapters import (
     WEIGHTS_FILE,
     check_adapter,

@@ -20,7 +20,7 @@ import numpy as np
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.losses.head import Head, Tile
 from mlx_edgelora.losses.neighbours import QUERIES, nearest, row_sum
-from mlx_edgelora.storage.safetensors import to_numpy
+from mlx_edgelora.storage.device_memory import to_numpy
 from mlx_edgelora.storage.temporaries import (
     create,
     mark_used,

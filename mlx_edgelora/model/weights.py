@@ -9,10 +9,10 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.measure.meter import DiskMeter
+from mlx_edgelora.storage.device_memory import Part, device_memory, to_numpy, unreadable
 from mlx_edgelora.storage.files import WatchedFiles
-from mlx_edgelora.storage.safetensors import DTYPES, TensorInfo, to_numpy
+from mlx_edgelora.storage.safetensors import DTYPES, TensorInfo
 
 Arrays = dict[str, mx.array]
 
@@ -84,6 +84,7 @@ class StreamedWeights:
         self._last: tuple[int, _Buffer] | None = None
         self._ahead: tuple[int, Future] | None = None
         self._descriptors: dict[Path, int] = {}
+        self._memory = device_memory()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="mlx_edgelora-read")
 
     def block(self, index: int, own_memory: bool = False) -> Arrays:
@@ -164,12 +165,14 @@ class StreamedWeights:
         buffer = _Buffer(tensors)
 
         def read() -> None:
+            parts = []
             for name in names:
                 shard, info = self._blocks[index][name]
                 size = (info.stop - info.start) // info.shape[0]
                 for place, row in enumerate(rows):
                     view = buffer.views[name][place * size : (place + 1) * size]
-                    self._read(shard, info.start + row * size, view)
+                    parts.append(self._part(shard, info.start + row * size, view))
+            self._memory.fill(parts)
 
         reading = self._worker.submit(read)
 
@@ -259,30 +262,20 @@ class StreamedWeights:
         for shard in dict.fromkeys(shard for shard, _ in self._tensors(index).values()):
             # A file that was overwritten in place would silently give wrong weights.
             self._files.check(shard)
-        for name, (shard, info) in self._tensors(index).items():
-            self._read(shard, info.start, buffer.views[name])
+        tensors = self._tensors(index).items()
+        self._memory.fill([self._part(s, i.start, buffer.views[n]) for n, (s, i) in tensors])
         return buffer
 
-    def _read(self, shard: Path, start: int, view: memoryview) -> None:
-        done = 0
-        try:
-            descriptor = self._descriptor(shard)
-            while done < len(view):
-                count = os.preadv(descriptor, [view[done:]], start + done)
-                if not count:
-                    raise EdgeLoraError(
-                        f"{shard}: ends too early; the file was changed while in use, start again"
-                    )
-                done += count
-        except OSError as error:
-            raise EdgeLoraError(
-                f"{shard}: cannot be read any more ({error.strerror}); put the file back and start "
-                "again"
-            ) from error
+    def _part(self, shard: Path, start: int, view: memoryview) -> Part:
+        return Part(shard, self._descriptor(shard), start, view)
 
     def _descriptor(self, shard: Path) -> int:
         if shard not in self._descriptors:
-            descriptor = self._descriptors[shard] = os.open(shard, os.O_RDONLY)
+            try:
+                descriptor = os.open(shard, os.O_RDONLY)
+            except OSError as error:
+                raise unreadable(shard, error) from error
+            self._descriptors[shard] = descriptor
             if self._uncached and hasattr(fcntl, "F_NOCACHE"):  # macOS
                 fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)
         return self._descriptors[shard]
@@ -301,6 +294,8 @@ class _Buffer:
             name: memoryview(to_numpy(array)).cast("B") if array.size else memoryview(b"")
             for name, array in self.arrays.items()
         }
+        for view in self.views.values():
+            device_memory().hold(view)
         self.nbytes = sum(array.nbytes for array in self.arrays.values())
 
 

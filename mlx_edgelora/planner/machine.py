@@ -14,17 +14,19 @@ from pathlib import Path
 from typing import BinaryIO
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.layers.linear import resolve_kernel
 from mlx_edgelora.measure.meter import footprint, sysctl
 from mlx_edgelora.measure.text import say
+from mlx_edgelora.storage.device_memory import HostMemory, Part, device_memory, to_numpy
 from mlx_edgelora.storage.files import CACHE_ERRORS, error_line, updating, write_atomically
 from mlx_edgelora.storage.temporaries import create_unnamed
 
 MIB = 2**20
 # Version of the file with the rates. Raise it when the meaning of a rate changes.
-VERSION = 2
+VERSION = 3
 # The timed product multiplies TOKENS tokens by a square matrix of COLUMNS columns. On a CPU, where
 # products with a packed matrix or in 16 bits are slow, these take FEW_TOKENS tokens.
 TOKENS, COLUMNS = 512, 2048
@@ -58,7 +60,7 @@ class Rates:
 
     Attributes:
         flops: floating-point operations per second in a matrix product.
-        fused_flops: the same for MLX's product with a packed matrix.
+        fused_flops: the same for MLX's product with a packed matrix, forward and backward.
         dequantized: entries of a packed matrix unpacked per second.
         moved: bytes read and written per second by elementwise operations.
         read: bytes read from a file per second.
@@ -169,12 +171,13 @@ def measure_rates(folder: Path, dtype: mx.Dtype) -> Rates:
             y = y + 1
         return y
 
+    def fused() -> mx.array:
+        return mx.quantized_matmul(mx.quantized_matmul(some, *packed), *packed, transpose=False)
+
     read, written = _disk(folder)
     return Rates(
         flops=a_token * rows.shape[0] / _seconds(lambda: rows @ dense.T, times),
-        fused_flops=a_token
-        * some.shape[0]
-        / _seconds(lambda: mx.quantized_matmul(some, *packed), times),
+        fused_flops=2 * a_token * some.shape[0] / _seconds(fused, times),
         dequantized=dense.size / _seconds(lambda: mx.dequantize(*packed), times),
         moved=3.0 * x.nbytes / _seconds(lambda: x * x + x, times),
         read=read,
@@ -198,20 +201,25 @@ def _seconds(function: Callable[[], mx.array], times: int = 1, rounds: int = 3) 
 
 
 def _disk(folder: Path) -> tuple[float, float]:
-    """Bytes read and written per second, through the system's cache as spilling does."""
-    data, best = bytes(DISK_BYTES), [float("inf"), float("inf")]
+    """Bytes moved per second from a file to arrays and back, through the system's cache."""
+    memory, best = device_memory(), [inf, inf]
+    array, pages = mx.zeros((DISK_BYTES,), mx.uint8), np.zeros((DISK_BYTES,), np.uint8)
+    mx.eval(array)
+    view = memoryview(to_numpy(array))
+    memory.hold(view)
     with _scratch_file(folder) as file:
-        for _ in range(2):
-            file.seek(0)
+        for _ in range(3):
             start = time.perf_counter()
-            file.write(data)
-            middle = time.perf_counter()
             file.seek(0)
-            file.read(DISK_BYTES)
-            best = [
-                min(best[0], time.perf_counter() - middle),
-                min(best[1], middle - start),
-            ]
+            if isinstance(memory, HostMemory):
+                file.write(view)
+            else:
+                memory.save(view, memoryview(pages))
+                file.write(pages)
+            file.flush()
+            middle = time.perf_counter()
+            memory.fill([Part(folder, file.fileno(), 0, view)])
+            best = [min(best[0], time.perf_counter() - middle), min(best[1], middle - start)]
     return DISK_BYTES / max(best[0], 1e-9), DISK_BYTES / max(best[1], 1e-9)
 
 

@@ -26,6 +26,8 @@ from mlx_edgelora.planner.search import Choice, expected, plan, smallest
 from mlx_edgelora.planner.shape import shape_of
 from mlx_edgelora.planner.sizes import BatchShape, ModelShape
 
+# Share of the budget that is MLX's memory limit on a GPU.
+LIMIT = 0.95
 # Shorter batches have plans of their own; their length is rounded up to one of this many steps.
 STEPS = 8
 # Fields of the plan that are the same for all batches of a run.
@@ -203,8 +205,14 @@ class RunPlan:
 
     @property
     def memory_limit(self) -> int:
-        """MLX's memory limit in bytes. Nothing else bounds how far MLX allocates ahead."""
-        return self.choice.needs if self.budget.bytes is None else self.budget.bytes
+        """MLX's memory limit in bytes. Nothing else bounds how far MLX allocates ahead.
+
+        On a GPU it is a little below the budget, because MLX allocates what operations need that
+        it has collected but not begun before it looks at the limit.
+        """
+        if self.budget.bytes is None:
+            return self.choice.needs
+        return round((LIMIT if self.measurements.overlaps else 1.0) * self.budget.bytes)
 
     @property
     def cache_bytes(self) -> int:

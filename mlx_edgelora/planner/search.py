@@ -10,7 +10,7 @@ smaller budget are also examined.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from math import inf
 from typing import Any
@@ -163,7 +163,8 @@ class _Search:
     def least(self) -> Choice:
         """The plan with the lowest memory; the fastest of several."""
         plans = (replace(way, **self._leanest()) for _, way in self.ways)
-        return min(map(self.choice, plans), key=_least)
+        # On a GPU each tile takes time, so that large tiles of the head come first.
+        return min(map(self.choice, plans), key=partial(_least, large_tiles=self._on_gpu))
 
     def choice(self, plan: Plan) -> Choice:
         """Estimate the memory and time of a plan."""
@@ -194,7 +195,7 @@ class _Search:
     def _ways(self) -> Iterator[Plan]:
         sliced = self.shape.gated and self.fixed.get("mlp_bytes", 1) is not None
         # MLX's own kernel multiplies whole packed matrices, and slices are slow on a GPU.
-        on_cpu = self.machine.kernels[0] != "fused"
+        on_cpu = not self._on_gpu
         grouped = sliced and bool(self.shape.expert_bytes)
         sliced &= on_cpu
         slices = (None, SLICE) if sliced or grouped else (None,)
@@ -214,9 +215,13 @@ class _Search:
     def _tiles(self, slices: tuple[int | None, ...]) -> list[tuple[int | None, int]]:
         """Bytes of a slice of the MLP and tokens of a tile, to be tried together."""
         found = list(product(slices, TILES))
-        if self.shape.state_bytes:
+        if self.shape.state_bytes or self._on_gpu:
             found += [(None if size is None else size // 2, SHORT_TILE) for size in slices]
         return found
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.machine.kernels[0] == "fused"
 
     def _short(self, ways: list[Plan]) -> list[Plan]:
         """The ways whose operations keep the machine's limit; if none does, the nearest ones."""
@@ -329,9 +334,10 @@ class _Search:
         return high
 
 
-def _least(choice: Choice) -> tuple[int, int, float]:
+def _least(choice: Choice, large_tiles: bool) -> tuple[int, int, float]:
     """Sort key of the smallest plan; with equal needs, smaller tiles of the head come first."""
-    return choice.needs, choice.plan.loss_bytes, choice.seconds
+    tile = choice.plan.loss_bytes
+    return choice.needs, -tile if large_tiles else tile, choice.seconds
 
 
 def _better(one: Choice, other: Choice) -> bool:

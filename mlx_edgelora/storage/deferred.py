@@ -19,7 +19,8 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.storage.safetensors import NAMES, to_numpy
+from mlx_edgelora.storage.device_memory import to_numpy
+from mlx_edgelora.storage.safetensors import NAMES
 from mlx_edgelora.storage.temporaries import scratch_file
 
 

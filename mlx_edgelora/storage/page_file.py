@@ -24,7 +24,8 @@ import numpy as np
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.measure import units
 from mlx_edgelora.measure.meter import DiskMeter
-from mlx_edgelora.storage.safetensors import DTYPES, NAMES, to_numpy
+from mlx_edgelora.storage.device_memory import device_memory
+from mlx_edgelora.storage.safetensors import DTYPES, NAMES
 from mlx_edgelora.storage.temporaries import create_unnamed
 
 # 16 KiB on Apple silicon, 4 KiB elsewhere; Metal wraps only whole pages.
@@ -191,40 +192,34 @@ class Section:
         Raises:
             ValueError: the dtype or shape of an array differs from its spec.
         """
+        pairs = []
         for name, array in arrays.items():
             place = self._places[name]
             if (array.dtype, array.shape) != (place.dtype, place.shape):
                 raise ValueError(
                     f"{name}: got {array.dtype} {array.shape}, expected {place.dtype} {place.shape}"
                 )
-            self._view(name)[...] = to_numpy(array)
+            pairs.append((array, self._view(name)))
+        device_memory().store(pairs)
         self._meter.add_written(sum(self._places[name].nbytes for name in arrays))
         self._drop()
 
     def read(self, names: Iterable[Hashable] | None = None) -> dict[Hashable, mx.array]:
         """Some arrays, by default all: evaluated copies. Memory: these."""
-        arrays = {name: self._copy(name) for name in (self._places if names is None else names)}
+        wanted = self._places if names is None else names
+        places = {name: (self._view(name), self._places[name].dtype) for name in wanted}
+        arrays = device_memory().load(places)
+        self._meter.add_read(sum(view.nbytes for view, _ in places.values()))
         self._drop()
         return arrays
 
     def read_one(self, name: Hashable) -> mx.array:
         """One array, an evaluated copy."""
-        array = self._copy(name)
-        self._drop()
-        return array
+        return self.read([name])[name]
 
     def prefetch(self) -> None:
         """Start reading the pages from the disk."""
         self._file.will_need(self._start, self.stop)
-
-    def _copy(self, name: Hashable) -> mx.array:
-        place = self._places[name]
-        self._meter.add_read(place.nbytes)
-        array = mx.array(self._view(name))
-        if array.dtype != place.dtype:  # bfloat16, which NumPy has no name for
-            array = array.view(place.dtype)
-            mx.eval(array)
-        return array
 
     def _view(self, name: Hashable) -> np.ndarray:
         """View of an array's bytes in the file, in a NumPy dtype of the same width."""

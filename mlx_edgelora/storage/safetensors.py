@@ -19,6 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_edgelora.errors import EdgeLoraError, shortened, shown
+from mlx_edgelora.storage.device_memory import Part, device_memory, to_numpy, unreadable
 from mlx_edgelora.storage.files import WatchedFiles
 
 # Limits of a header, in time and memory to read it; shards of the largest models have some 100 kB.
@@ -153,13 +154,6 @@ def _damaged(path: Path, what: str) -> EdgeLoraError:
     )
 
 
-def to_numpy(array: mx.array) -> np.ndarray:
-    """View an evaluated array as a NumPy array without a copy; bfloat16 becomes uint16."""
-    if array.dtype == mx.bfloat16:
-        array = array.view(mx.uint16)
-    return np.array(array, copy=False)
-
-
 class RowReader:
     """Reads rows of a matrix in a safetensors file.
 
@@ -185,17 +179,16 @@ class RowReader:
         """Gather rows: `indices` int [n] -> [n, ...] in the file's dtype."""
         self._check(indices)
         out, view = self._allocate(len(indices))
-        with self._open() as file:
-            for row, index in enumerate(indices.tolist()):
-                self._read(file, index, view[row * self.row_bytes : (row + 1) * self.row_bytes])
+        size = self.row_bytes
+        places = [(index, view[at * size : (at + 1) * size]) for at, index in enumerate(indices)]
+        self._fill(places)
         return out
 
     def slice(self, start: int, stop: int) -> mx.array:
         """Read rows `start` to `stop` -> [stop - start, ...] in the file's dtype."""
         self._check(np.array([start, stop - 1]) if start < stop else np.array([], int))
         out, view = self._allocate(stop - start)
-        with self._open() as file:
-            self._read(file, start, view)
+        self._fill([(start, view)])
         return out
 
     def _check(self, indices: np.ndarray) -> None:
@@ -213,27 +206,22 @@ class RowReader:
         try:
             return open(self._path, "rb", buffering=0)
         except OSError as error:
-            raise EdgeLoraError(
-                f"{self._path}: cannot be read any more ({error.strerror}); put the file back "
-                "and start again"
-            ) from error
+            raise unreadable(self._path, error) from error
 
     def _allocate(self, rows: int) -> tuple[mx.array, memoryview]:
         out = mx.zeros((rows, *self.shape[1:]), self.dtype)
         mx.eval(out)
         return out, memoryview(to_numpy(out)).cast("B") if out.size else memoryview(b"")
 
-    def _read(self, file: BinaryIO, row: int, view: memoryview) -> None:
-        file.seek(self._start + row * self.row_bytes)
-        done = 0
-        while done < len(view):
-            count = file.readinto(view[done:])
-            if not count:
-                raise EdgeLoraError(
-                    f"{self._path}: ends before row {row}, expected {self.shape[0]} rows; "
-                    "the file was changed while in use, start again"
-                )
-            done += count
+    def _fill(self, places: Iterable[tuple[int, memoryview]]) -> None:
+        """Read whole rows into memory: the first row, and the memory."""
+        with self._open() as file:
+            device_memory().fill(
+                [
+                    Part(self._path, file.fileno(), self._start + int(row) * self.row_bytes, view)
+                    for row, view in places
+                ]
+            )
 
 
 def write_tensors(

@@ -20,8 +20,8 @@ import numpy as np
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.measure import units
 from mlx_edgelora.measure.meter import DiskMeter
+from mlx_edgelora.storage.device_memory import MappedPart, device_memory, to_numpy
 from mlx_edgelora.storage.page_file import PAGE, PageFile
-from mlx_edgelora.storage.safetensors import to_numpy
 from mlx_edgelora.storage.temporaries import create_unnamed
 
 # Enough to see through a disk's own cache, little enough to take well under a second.
@@ -207,12 +207,14 @@ class MappedStore:
         return self._file.pages[start : start + nbytes]
 
     def _write(self, slot: int, source: np.ndarray) -> None:
-        self._region(slot, source.size)[:] = source
+        target = self._region(slot, source.size)
+        device_memory().save(memoryview(source), memoryview(target))
         self._meter.add_written(source.size)
         self._drop_pages(slot)
 
     def _read(self, slot: int, target: np.ndarray) -> None:
-        target[:] = self._region(slot, target.size)
+        part = MappedPart(self._region(slot, target.size), memoryview(target))
+        device_memory().fill([part])
         self._meter.add_read(target.size)
         self._drop_pages(slot)
 

@@ -28,7 +28,7 @@ from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.losses.exact import CrossEntropy
 from mlx_edgelora.model import weights as sources
 from mlx_edgelora.model.weights import StreamedWeights
-from mlx_edgelora.storage.safetensors import to_numpy
+from mlx_edgelora.storage.device_memory import to_numpy
 from mlx_edgelora.storage.stores import MappedStore
 
 
