@@ -248,8 +248,13 @@ class GpuMemory:
 
 @dataclass
 class _Group:
-    """Pieces of parts whose memory is consecutive, at most `PIECE` bytes: part, start, size."""
+    """Pieces of parts whose memory is consecutive, at most `PIECE` bytes: part, start, size.
 
+    A copy must not reach from one allocation into the next, even if they are neighbours, so the
+    memory of all parts is that of one object.
+    """
+
+    memory: object
     address: int
     pieces: list[tuple[Part | MappedPart, int, int]] = field(default_factory=list)
     size: int = 0
@@ -258,12 +263,13 @@ class _Group:
 def _groups(parts: Iterable[Part | MappedPart]) -> list[_Group]:
     groups: list[_Group] = []
     for part in parts:
-        address = _address(part.view) if part.view.nbytes else 0
-        for at in range(0, part.view.nbytes, PIECE):
-            size = min(PIECE, part.view.nbytes - at)
-            last = groups[-1] if groups else None
-            if not last or last.address + last.size != address + at or last.size + size > PIECE:
-                last = _Group(address + at)
+        memory, nbytes = part.view.obj, part.view.nbytes
+        start = _address(part.view) if nbytes else 0
+        for at in range(0, nbytes, PIECE):
+            size, last = min(PIECE, nbytes - at), groups[-1] if groups else None
+            follows = last and last.memory is memory and last.address + last.size == start + at
+            if not follows or last.size + size > PIECE:
+                last = _Group(memory, start + at)
                 groups.append(last)
             last.pieces.append((part, at, size))
             last.size += size
@@ -275,10 +281,20 @@ def device_memory() -> DeviceMemory:
     """The memory of MLX's default device."""
     if mx.default_device() == mx.gpu and mx.cuda.is_available():
         try:
-            return GpuMemory(ctypes.CDLL("libcuda.so.1"))
-        except (OSError, AttributeError):  # an unknown driver: slower, but right
+            memory = GpuMemory(ctypes.CDLL("libcuda.so.1"))
+            if _is_right(memory):
+                return memory
+        except (OSError, AttributeError):
             pass
-    return HostMemory()
+    return HostMemory()  # right with any driver, but slower
+
+
+def _is_right(memory: GpuMemory) -> bool:
+    """Whether arrays have the values that are copied to them, and the other way round."""
+    pages, back = np.arange(5, dtype=np.float32), np.zeros(5, np.float32)
+    array = memory.load({0: (pages, mx.float32)})[0]
+    memory.store([(array + 1, back)])
+    return np.array_equal(back, pages + 1)
 
 
 def _address(view: memoryview) -> int:

@@ -76,6 +76,15 @@ def test_rows_that_are_consecutive_in_memory_are_copied_together(bytes_and_file)
     assert np.array_equal(np.array(array), wanted)
 
 
+def test_a_copy_does_not_reach_from_one_array_into_the_next(bytes_and_file):
+    """CUDA refuses to, even if their addresses follow each other."""
+    _, path, descriptor = bytes_and_file
+    driver, memory = FakeDriver(), bytearray(100)
+    views = [memoryview(np.frombuffer(memory, np.uint8, 50, start)) for start in (0, 50)]
+    GpuMemory(driver).fill([Part(path, descriptor, 0, view) for view in views])
+    assert driver.calls == [50, 50]
+
+
 @pytest.mark.parametrize("parts", [1, 3])
 def test_a_file_that_ends_too_early_is_an_error(memory, bytes_and_file, parts):
     _, path, descriptor = bytes_and_file
@@ -139,6 +148,13 @@ def test_a_driver_that_refuses_is_not_used(monkeypatch):
     monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
     monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Refusing())
+    assert isinstance(device_memory.device_memory.__wrapped__(), HostMemory)
+
+    class Forgetting(FakeDriver):
+        def cuMemcpyAsync(self, target, source, size, stream):
+            return 0
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Forgetting())
     assert isinstance(device_memory.device_memory.__wrapped__(), HostMemory)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: FakeDriver())
     assert isinstance(device_memory.device_memory.__wrapped__(), GpuMemory)
