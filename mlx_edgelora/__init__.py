@@ -36,9 +36,9 @@ if sys.platform == "darwin":
     # Makes Metal's driver less eager to end long computations. It is read at the GPU's first use.
     os.environ.setdefault("AGX_RELAX_CDM_CTXSTORE_TIMEOUT", "1")
 if sys.platform == "linux":
-    # With CUDA, MLX frees nothing before the graph of operations that uses it has been computed, and
-    # keeps to a memory limit between graphs only. Of its 100 operations on large GPUs, a step of a
-    # 3B model takes 9.9 GB where it takes 6.2 with these.
+    # With CUDA, MLX frees nothing before the graph of operations that uses it has been computed,
+    # and keeps to a memory limit between graphs only. With its 100 operations on large GPUs, a step
+    # of a 3B model takes 9.9 GB where it takes 6.2 with these.
     os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "8")
     os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "25")
 

@@ -8,6 +8,9 @@ from mlx_lm.tuner.lora import LoRASwitchLinear as MlxLoRASwitchLinear
 from mlx_edgelora.layers.dora import row_norms
 from mlx_edgelora.layers.linear import frozen_product
 
+# Ranks of adapters of experts on CUDA are multiples of it.
+RANKS = 8
+
 
 class LoRALinear(MlxLoRALinear):
     """mlx-lm's LoRA layer with the low-rank branch in the dtype of the activations.
@@ -53,7 +56,7 @@ class LoRASwitchLinear(MlxLoRASwitchLinear):
         z = self.dropout(x)
         # MLX's gather_mm supports only float32 on a CPU.
         dtype = x.dtype if mx.default_device() == mx.gpu else mx.float32
-        for factor in (self.lora_a, self.scale * self.lora_b):
+        for factor in (_whole_ranks(self.lora_a, 1), self.scale * _whole_ranks(self.lora_b, 2)):
             z = mx.gather_mm(
                 z,
                 factor.astype(dtype).swapaxes(-1, -2),
@@ -61,3 +64,16 @@ class LoRASwitchLinear(MlxLoRASwitchLinear):
                 sorted_indices=sorted_indices,
             )
         return y + z.astype(y.dtype)
+
+
+def _whole_ranks(factor: mx.array, axis: int) -> mx.array:
+    """A factor [experts, ...] with zeros up to a rank that MLX's CUDA kernel can read.
+
+    In 0.32.4 it reads 16 bytes at a time where it needs no transposed matrix, aligned or not.
+    """
+    missing = -factor.shape[axis] % RANKS if mx.cuda.is_available() else 0
+    if not missing:
+        return factor
+    widths = [(0, 0)] * factor.ndim
+    widths[axis] = (0, missing)
+    return mx.pad(factor, widths)

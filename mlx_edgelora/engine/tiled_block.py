@@ -132,7 +132,7 @@ class TiledBlock:
             for array, piece in zip(whole, pieces, strict=True):  # in place, not concatenated
                 array[:, :, span.start : span.stop] = piece
             del pieces, piece
-            mx.eval(whole)
+            self._context.pipeline.submit(whole)
         return whole
 
     def _shared(self, number: int) -> list[mx.array]:

@@ -10,6 +10,8 @@ import os
 import resource
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -126,9 +128,17 @@ def eval_without_run_ahead(*arrays: mx.array) -> None:
     if mx.default_device() == mx.gpu:
         mx.eval(*arrays)
         return
-    before = mx.set_memory_limit(1)
-    try:
+    with memory_limit(1):
         mx.eval(*arrays)
+
+
+@contextmanager
+def memory_limit(limit: int) -> Iterator[None]:
+    """Lower MLX's memory limit to `limit` bytes."""
+    before = mx.set_memory_limit(limit)
+    mx.set_memory_limit(min(before, limit))
+    try:
+        yield
     finally:
         mx.set_memory_limit(before)
 

@@ -215,7 +215,7 @@ class _Search:
     def _tiles(self, slices: tuple[int | None, ...]) -> list[tuple[int | None, int]]:
         """Bytes of a slice of the MLP and tokens of a tile, to be tried together."""
         found = list(product(slices, TILES))
-        if self.shape.state_bytes or self._on_gpu:
+        if self.shape.state_bytes:
             found += [(None if size is None else size // 2, SHORT_TILE) for size in slices]
         return found
 

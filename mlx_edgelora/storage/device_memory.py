@@ -90,6 +90,9 @@ class MappedPart:
 class DeviceMemory(Protocol):
     """Moves bytes between files and the memory of evaluated arrays."""
 
+    def empty(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+        """Make an evaluated array that will be filled; it does not wait for computations."""
+
     def hold(self, view: memoryview) -> None:
         """Prepare memory that will be filled more than once."""
 
@@ -112,6 +115,12 @@ class DeviceMemory(Protocol):
 
 class HostMemory:
     """Memory that the device and Python share. See `DeviceMemory`."""
+
+    def empty(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+        """Make an array of zeros."""
+        array = mx.zeros(shape, dtype)
+        mx.eval(array)
+        return array
 
     def hold(self, view: memoryview) -> None:
         """Do nothing."""
@@ -158,6 +167,13 @@ class GpuMemory:
         self._own()
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="mlx_edgelora-copy")
 
+    def empty(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+        """Make an array of zeros on a stream of this thread, apart from computations."""
+        with self._apart():
+            array = mx.zeros(shape, dtype)
+            mx.eval(array)
+        return array
+
     def hold(self, view: memoryview) -> None:
         """Let the pages of managed memory stay on the GPU."""
         if view.nbytes:
@@ -189,16 +205,16 @@ class GpuMemory:
         stops = [0]
         for pages, _ in places.values():
             stops.append(stops[-1] + -(-pages.nbytes // ALIGNMENT) * ALIGNMENT)
-        flat = mx.zeros((stops[-1],), mx.uint8)
-        mx.eval(flat)
+        flat = self.empty((stops[-1],), mx.uint8)
         view = memoryview(to_numpy(flat)) if flat.size else memoryview(b"")
         found, parts = {}, []
-        for start, (name, (pages, dtype)) in zip(stops, places.items(), strict=False):
-            stop = start + pages.nbytes
-            found[name] = flat[start:stop].view(dtype).reshape(pages.shape)
-            parts.append(MappedPart(pages.reshape(-1).view(np.uint8), view[start:stop]))
-        self.fill(parts)
-        mx.eval(found)
+        with self._apart():
+            for start, (name, (pages, dtype)) in zip(stops, places.items(), strict=False):
+                stop = start + pages.nbytes
+                found[name] = flat[start:stop].view(dtype).reshape(pages.shape)
+                parts.append(MappedPart(pages.reshape(-1).view(np.uint8), view[start:stop]))
+            self.fill(parts)
+            mx.eval(found)
         return found
 
     def store(self, arrays: Sequence[tuple[mx.array, np.ndarray]]) -> None:
@@ -228,6 +244,12 @@ class GpuMemory:
         places = ctypes.c_uint64(target), ctypes.c_uint64(source)
         self._call("cuMemcpyAsync", *places, ctypes.c_size_t(size), stream)
         self._call("cuStreamSynchronize", stream)
+
+    def _apart(self) -> mx.StreamContext:
+        """Let MLX use a stream of this thread, so that an evaluation waits for nothing else."""
+        if not hasattr(self._of_thread, "apart"):
+            self._of_thread.apart = mx.new_stream(mx.default_device())
+        return mx.stream(self._of_thread.apart)
 
     def _own(self) -> tuple[memoryview, ctypes.c_void_p, ctypes.c_void_p]:
         """This thread's page-locked memory, its address, and this thread's stream."""

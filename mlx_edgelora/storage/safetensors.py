@@ -209,8 +209,7 @@ class RowReader:
             raise unreadable(self._path, error) from error
 
     def _allocate(self, rows: int) -> tuple[mx.array, memoryview]:
-        out = mx.zeros((rows, *self.shape[1:]), self.dtype)
-        mx.eval(out)
+        out = device_memory().empty((rows, *self.shape[1:]), self.dtype)
         return out, memoryview(to_numpy(out)).cast("B") if out.size else memoryview(b"")
 
     def _fill(self, places: Iterable[tuple[int, memoryview]]) -> None:

@@ -146,8 +146,7 @@ class MappedStore:
         if slot in self._reading or self._wraps or slot not in self._kept:
             return
         kept = self._kept[slot]
-        array = mx.zeros(kept.shape, kept.dtype)
-        mx.eval(array)
+        array = device_memory().empty(kept.shape, kept.dtype)
         target = to_numpy(array).reshape(-1).view(np.uint8)
         self._reading[slot] = (array, self._worker.submit(self._read, slot, target))
 

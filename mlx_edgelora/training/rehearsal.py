@@ -13,7 +13,7 @@ from mlx_edgelora.data import Batch
 from mlx_edgelora.engine.block_weights import Arrays
 from mlx_edgelora.engine.step import Engine
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.measure.meter import peak_memory, reset_peak
+from mlx_edgelora.measure.meter import memory_limit, peak_memory, reset_peak
 from mlx_edgelora.measure.profile import PhasePeak, recording
 from mlx_edgelora.measure.units import size
 from mlx_edgelora.planner.measured import Measurement
@@ -62,7 +62,9 @@ def rehearse(engine: Engine, chosen: RunPlan, log: Callable[[str], None]) -> Non
         before = chosen.measurements.find("step", chosen.step_key, chosen.batch_shape)
         if before is not None and before.bytes <= budget:
             return
-        with restore_generator():
+        # MLX allocates ahead as far as its limit allows. A step has the optimizer's state as well.
+        room = max(1, chosen.memory_limit - chosen.optimizer_bytes)
+        with restore_generator(), memory_limit(room):
             measure_pass(engine, batch, chosen.plan.adapters == "resident")
         peak = peak_memory() + chosen.optimizer_bytes
         chosen.measurements.add("step", chosen.step_key, chosen.batch_shape, Measurement(peak, 0.0))

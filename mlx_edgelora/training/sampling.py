@@ -7,7 +7,7 @@ of all blocks follows from these measurements (`planner/cost.py`).
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 from mlx_edgelora.blocks.dropout import restore_generator
 from mlx_edgelora.engine.step import Engine
 from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.measure.meter import memory_limit
 from mlx_edgelora.measure.profile import PhasePeak
 from mlx_edgelora.measure.units import duration, size
 from mlx_edgelora.model.weights import StreamedWeights
@@ -222,7 +223,9 @@ def _measure(
     as_small = replace(plan, streamed_blocks=sum(index < streamed for index in computed))
     batch = synthetic_batch(batch_shape, shape.vocabulary)
     best: dict[str, list[float]] = {}
-    with _sampling(engine, plan, middle):
+    # What is as small as possible must not be measured with what MLX allocates ahead on a GPU.
+    least = chosen.budget.bytes is None and measurements.overlaps
+    with _sampling(engine, plan, middle), memory_limit(1) if least else nullcontext():
         weights = engine.walk.weights
         for index in computed:
             if index >= streamed:

@@ -225,6 +225,25 @@ def test_bfloat16_activations_get_no_float32_copies(memory):
     assert peaks[LoRALinear] < peaks[MlxLoRALinear] - 2 * MIB, peaks
 
 
+def test_experts_have_ranks_that_cuda_can_read(monkeypatch):
+    base = SwitchLinear(64, 32, num_experts=3).to_quantized(32, 4)
+    layer, x = adapted(base, MlxLoRASwitchLinear), normal((6, 1, 64))
+    indices = mx.array([0, 2, 2, 1, 0, 0])
+    expected = gradients_of(layer, x, indices)
+    layer.__class__ = LoRASwitchLinear
+    asked, gather_mm = [], mx.gather_mm
+
+    def recording(a, b, **options):
+        asked.append((a.shape[-1], b.shape[-1]))
+        return gather_mm(a, b, **options)
+
+    monkeypatch.setattr(mx, "gather_mm", recording)
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    for ours, theirs in zip(gradients_of(layer, x, indices), expected, strict=True):
+        assert relative_error(ours, theirs) < 1e-5
+    assert asked == [(64, 8), (8, 32)]
+
+
 def test_packed_bfloat16_experts_can_be_adapted():
     """On a CPU gather_mm has float32 only, while the packed product takes any dtype."""
     base = SwitchLinear(64, 32, 2, bias=False).to_quantized(32, 4)

@@ -145,7 +145,7 @@ def test_a_plan_that_takes_more_than_its_budget_is_replaced(monkeypatch):
             5,
             [],
         )
-        plan, measurements = Plan(), Measurements()
+        plan, measurements, memory_limit = Plan(), Measurements(), 97
 
         @property
         def step_key(self):
@@ -162,15 +162,18 @@ def test_a_plan_that_takes_more_than_its_budget_is_replaced(monkeypatch):
         held, batches = [], []
 
         def backward(self, batch, sink):
+            limits.append(mx.set_memory_limit(10**12))
+            mx.set_memory_limit(limits[-1])
             self.batches.append((batch.inputs().shape, int(batch.mask.sum())))
 
         def set_plan_and_residency(self, plan):
             self.held.append(plan.tile_tokens)
 
-    lines, chosen = [], Chosen()
+    lines, limits, chosen = [], [], Chosen()
     rehearsal.rehearse(Taken(), chosen, lines.append)
     assert Chosen.seen == [205, 155, 95]
     assert Taken.held == [205, 155]
+    assert limits == [92] * 3  # where MLX must not fill what the optimizer's state will take
     assert Taken.batches == [((2, 8), 4)] * 3  # as many labels in each row as the most
     assert len(lines) == 2
     rehearsal.rehearse(Taken(), chosen, lines.append)  # what was tried is known

@@ -146,6 +146,7 @@ def test_a_driver_that_refuses_is_not_used(monkeypatch):
     with pytest.raises(OSError, match="cuInit failed with status 100"):
         GpuMemory(Refusing())
     monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    monkeypatch.setattr(mx, "new_stream", lambda device: mx.default_stream(mx.cpu))
     monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Refusing())
     assert isinstance(device_memory.device_memory.__wrapped__(), HostMemory)
