@@ -51,7 +51,8 @@ class Rows:
         most = largest_batch([rows], **settings)
         context = most.context if settings["packing"] else 0
         load = BatchShape(most.rows, most.tokens, most.labels, context)
-        machine = this_machine(folder.parent, folder.parent, mx.float32)
+        dtype = mx.float32 if shape.itemsize == mx.float32.size else mx.bfloat16
+        machine = this_machine(folder.parent, folder.parent, dtype)
         choice = plan(shape, load, machine, budget)
         self._engine = stack.enter_context(build_engine(lazy, choice.plan, Settings(folder.parent)))
         self._optimizer = optimizers.AdamW(1e-5)
@@ -79,7 +80,7 @@ class Rows:
 def compare_packing(args: argparse.Namespace) -> None:
     """Print real tokens a second of packed rows over those of padded batches."""
     args.cache.mkdir(parents=True, exist_ok=True)
-    folder = shapes.checkpoint(args.cache, args.shape, args.blocks, "float32")
+    folder = shapes.checkpoint(args.cache, args.shape, args.blocks, args.weights)
     random = np.random.RandomState(0)
     drawn = random.lognormal(np.log(args.short_rows) - 0.18, 0.6, 4000)
     lengths = np.clip(drawn.round(), 8, args.tokens).astype(int)

@@ -388,6 +388,7 @@ def main() -> None:
     one.add_argument("--shape", choices=shapes.SHAPES, default="llama-3.2-1b")
     one.add_argument("--blocks", type=int, default=4)
     one.add_argument("--tokens", type=int, default=1024)
+    one.add_argument("--weights", choices=shapes.WEIGHTS, default="float32")
     one.add_argument("--short-rows", type=int, default=84, help="tokens of a row on average")
     one.add_argument("--steps", type=int, default=5)
     one.add_argument("--budget", type=float, default=1000, help="GB")

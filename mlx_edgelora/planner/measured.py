@@ -146,13 +146,20 @@ class Measurements:
         batch_shape: BatchShape,
         formula: Callable[[Way, BatchShape], float],
     ) -> float:
-        """Estimate the seconds of a phase; arguments as in `bytes`."""
-        if (taken := self.find(kind, way, batch_shape)) is not None:
-            return taken.seconds
+        """Estimate the seconds of a phase; arguments as in `bytes`.
+
+        A tail that was not measured itself takes the least that others suggest: the difference of
+        two short tails is mostly noise.
+        """
+        known = self._known.get(kind, {}).get(way, {}).get(batch_shape)
+        if known is not None:
+            return known.seconds
+        taken = self.find(kind, way, batch_shape)
         ratios = self._ratios(kind, way, lambda w, n, t: t.seconds / max(1e-9, formula(w, n)))
         # The lowest ratio is taken: a plan that seems faster than the measured ones will be
         # measured next.
-        return formula(way, batch_shape) * min(ratios, default=self._pace)
+        expected = formula(way, batch_shape) * min(ratios, default=self._pace)
+        return expected if taken is None else min(expected, taken.seconds)
 
     def set_pace(self, formula: Callable[[str, Way, BatchShape], float]) -> None:
         """Set the factor on the formula's seconds for kinds of phases without measurements.

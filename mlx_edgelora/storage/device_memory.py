@@ -306,7 +306,7 @@ def device_memory() -> DeviceMemory:
             memory = GpuMemory(ctypes.CDLL("libcuda.so.1"))
             if _is_right(memory):
                 return memory
-        except (OSError, AttributeError):
+        except (OSError, AttributeError, RuntimeError, ValueError):
             pass
     return HostMemory()  # right with any driver, but slower
 

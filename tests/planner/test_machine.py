@@ -126,6 +126,16 @@ def test_a_gpu_is_warmed_up_before_it_is_timed(monkeypatch, tmp_path, device, wa
     assert (timed[0] >= 0.2) == warm
 
 
+@pytest.mark.parametrize(("device", "expected"), [(mx.gpu, 0.05), (mx.cpu, 3.0)])
+def test_the_time_of_compiling_is_no_rate(monkeypatch, device, expected):
+    """On a GPU the first evaluation may compile for a minute, on a CPU it is already one."""
+    times = iter([0.0, 3.0, 3.0, 3.05, 4.0, 4.1, 5.0, 5.1])
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(device))
+    monkeypatch.setattr(mx, "eval", lambda arrays: None)
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: next(times))
+    assert machine._seconds(lambda: None) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize(
     ("architecture", "dtype", "expected"),
     [

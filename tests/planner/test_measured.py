@@ -64,6 +64,17 @@ def test_a_long_tail_is_told_by_two_short_ones():
     assert measurements.find("tail", (28, 16, "fused"), LONGER) is None
 
 
+def test_a_difference_of_two_short_tails_does_not_make_a_long_one_slow():
+    """On an H200 keeping all blocks seemed slower than recomputing them, and was not tried."""
+    measurements, way = Measurements(), (28, 16, "fused")
+    measurements.add("tail", (1, 16, "fused"), LOAD, Measurement(100, 2.0))
+    measurements.add("tail", (2, 16, "fused"), LOAD, Measurement(200, 3.0))
+    assert measurements.seconds("tail", way, LOAD, lambda way, load: 10 + way[0]) == 38 * 2 / 11
+    assert measurements.seconds("tail", way, LOAD, lambda way, load: way[0]) == 29.0
+    measurements.add("tail", way, LOAD, Measurement(100, 60.0))
+    assert measurements.seconds("tail", way, LOAD, lambda way, load: way[0]) == 60.0
+
+
 def test_of_one_tail_another_takes_as_much_more_as_the_formula_says():
     measurements = Measurements()
     measurements.add("tail", (1, 16, "fused"), LOAD, Measurement(10**6, 1.0))
