@@ -1,5 +1,6 @@
 """Time: of steps beside mlx-lm's, of the host alone, of reading weights, of products.
 
+    python benchmarks/speed.py steps --output out --plain-mlx
     python benchmarks/speed.py steps --output out
     python benchmarks/speed.py steps --shape small --blocks 4 --tokens 64 --budgets plenty min
     taskset -c 0 python benchmarks/speed.py host --rounds 30
@@ -10,7 +11,8 @@
 `steps` is the table of a GPU: peak and seconds of a step within some budgets, beside mlx-lm's. A
 row ends after `--seconds` with the steps it has; one that fails costs its own figures alone. The
 table is written after every row, with every step's seconds in `steps.jsonl`. All rows share a
-process, because imports take longer than the steps.
+process, because imports take longer than the steps; only mlx-lm's, with --plain-mlx, have one of
+their own, in which MLX has its own settings. The table has the rows of both.
 Shape, tokens, rank, rows and start matrices are the same for all. Ratios are of medians; a GPU
 that nobody else uses is steady enough for that. (`mlx-edgelora benchmark` takes turns, and checks
 that all compute the same.)
@@ -34,6 +36,7 @@ import gc
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -41,6 +44,11 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from mlx_edgelora.mlx_settings import PLAIN, unset_defaults
+
+if PLAIN in sys.argv:
+    unset_defaults()
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -185,16 +193,18 @@ def steps(args: argparse.Namespace) -> None:
     """Measure the rows one after the other; the table is written after each."""
     args.cache.mkdir(parents=True, exist_ok=True)
     args.output.mkdir(parents=True, exist_ok=True)
-    found: list[dict[str, Any]] = []
+    file = args.output / "steps.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    found = [row for row in map(json.loads, lines) if row["tokens"] == args.tokens]
     device = str(mx.device_info().get("device_name", mx.default_device()))
-    for row in (*RIVALS, *args.budgets):
+    for row in RIVALS if args.plain_mlx else args.budgets:
         try:
             found.append(measured(args, row))
         except (EdgeLoraError, RuntimeError, MemoryError, ValueError, OSError, IndexError) as error:
             print(f"{row}: nothing measured: {error}", flush=True)
             continue
-        with (args.output / "steps.jsonl").open("a") as file:
-            file.write(json.dumps(found[-1]) + "\n")
+        with file.open("a") as rows_file:
+            rows_file.write(json.dumps(found[-1]) + "\n")
         (args.output / f"{args.tokens}.md").write_text(table(found, args.tokens, device))
     print(table(found, args.tokens, device))
 
@@ -370,6 +380,7 @@ def main() -> None:
     one.add_argument("--weights", choices=shapes.WEIGHTS, default="4bit")
     budgets = ["plenty", "3.7", "1.9", "1.0", "0.5", "min"]
     one.add_argument("--budgets", nargs="+", default=budgets, metavar="GB")
+    one.add_argument(PLAIN, action="store_true", help="mlx-lm's rows instead of ours")
     one.add_argument("--steps", type=int, default=8)
     one.add_argument("--seconds", type=int, default=60, help="of a row at most")
     one.add_argument("--output", type=Path, default=Path("steps"))

@@ -16,6 +16,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from mlx_edgelora.mlx_settings import set_defaults
+
 if TYPE_CHECKING:
     from mlx_edgelora.config import LoraParameters, TrainConfig
     from mlx_edgelora.engine.gradients import value_and_grad
@@ -32,16 +34,7 @@ if TYPE_CHECKING:
     from mlx_edgelora.training.finetune import finetune
     from mlx_edgelora.training.loop import TrainResult
 
-if sys.platform == "darwin":
-    # Makes Metal's driver less eager to end long computations. It is read at the GPU's first use.
-    os.environ.setdefault("AGX_RELAX_CDM_CTXSTORE_TIMEOUT", "1")
-if sys.platform == "linux":
-    # With CUDA, MLX frees nothing before the graph of operations that uses it has been computed,
-    # and keeps to a memory limit between graphs only. With its 100 operations on large GPUs, a step
-    # of a 3B model takes 9.9 GB where it takes 6.2 with these.
-    os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "8")
-    os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "25")
-
+set_defaults()
 # As in mlx-lm: transformers would say in every command that PyTorch is not installed.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 

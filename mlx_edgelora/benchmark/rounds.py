@@ -21,6 +21,7 @@ from mlx_edgelora.benchmark.machine import free_memory
 from mlx_edgelora.benchmark.results import Result, Step, Tolerance, adapter_gap, find_faults
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.measure.units import size
+from mlx_edgelora.mlx_settings import PLAIN
 
 # Factor on a budget for memory of the process outside MLX or beyond the estimate.
 BESIDES = 1.1
@@ -51,9 +52,10 @@ class ContenderProcess:
         )
         self.result = Result(contender.name, job.options.get("memory_budget"))
         self.waiting = 0  # bytes held at the end of the last step
+        plain = [] if contender.is_ours else [PLAIN]
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by close()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "mlx_edgelora.benchmark.worker"],
+            [sys.executable, "-m", "mlx_edgelora.benchmark.worker", *plain],
             env=os.environ | dict(contender.environment),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

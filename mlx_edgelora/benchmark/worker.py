@@ -16,6 +16,11 @@ from typing import IO, Any
 # Turn off TF32 on CUDA and on an M5. MLX reads the variable before its first product.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
+from mlx_edgelora.mlx_settings import PLAIN, unset_defaults
+
+if PLAIN in sys.argv:
+    unset_defaults()
+
 import mlx.core as mx
 
 from mlx_edgelora.benchmark import contenders  # noqa: F401 - imported before memory is measured

@@ -18,6 +18,7 @@ from mlx_edgelora.blocks.parts import BlockParts
 from mlx_edgelora.blocks.tiling import Tiling
 from mlx_edgelora.engine.adapter_state import ResidentAdapterState
 from mlx_edgelora.engine.step import Engine
+from mlx_edgelora.mlx_settings import set_defaults, unset_defaults
 from mlx_edgelora.model.weights import ResidentWeights
 from mlx_edgelora.plan import main as plan
 from mlx_edgelora.planner import machine
@@ -247,6 +248,23 @@ def test_the_driver_is_asked_for_more_time_before_mlx_is_loaded(system, before, 
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == expected
+
+
+def test_cuda_gets_small_graphs_unless_the_user_or_plain_mlx_wants_others(monkeypatch):
+    name = "MLX_MAX_OPS_PER_BUFFER"
+    for system, before, during, after in (
+        ("linux", None, "8", None),
+        ("linux", "40", "40", "40"),
+        ("darwin", None, None, None),
+    ):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(sys, "platform", system)
+        if before is not None:
+            monkeypatch.setenv(name, before)
+        set_defaults()
+        assert os.environ.get(name) == during
+        unset_defaults()
+        assert os.environ.get(name) == after
 
 
 # Sleep
