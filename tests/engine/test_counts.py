@@ -56,6 +56,7 @@ def evaluations_a_block(folder, evaluations, **options):
     return (counts[1] - counts[0]) / 2
 
 
+@pytest.mark.skipif(mx.default_device() == mx.gpu, reason="waiting for a segment counts there")
 def test_a_streamed_block_is_evaluated_a_few_times(tmp_path, evaluations):
     assert evaluations_a_block(tmp_path, evaluations) <= 6
 

@@ -8,6 +8,7 @@ from math import isqrt
 
 import mlx.core as mx
 import pytest
+from backends import frees_at_once
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -295,6 +296,7 @@ def tiled_step(tile_bytes=TILE_BYTES, **options):
     return lambda *x: tiled_attention(*x, scale=SCALE, tile_bytes=tile_bytes, **options)
 
 
+@frees_at_once
 @pytest.mark.parametrize("tile_bytes", [MIB // 4, TILE_BYTES])
 def test_peak_is_some_tiles_and_a_head(long, memory, tile_bytes):
     arrays, cotangent = long
@@ -303,6 +305,7 @@ def test_peak_is_some_tiles_and_a_head(long, memory, tile_bytes):
     assert peak < 16 * MIB  # tokens x tokens of a single head
 
 
+@frees_at_once
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def test_output_and_gradients_are_held_once(memory, dtype):
     """With many heads, results held twice would be more than all the tiles."""
@@ -333,6 +336,7 @@ def test_mlx_own_holds_tokens_by_tokens(long, memory):
     assert peak > 128 * MIB > 5 * documented(arrays, TILE_BYTES)
 
 
+@frees_at_once
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def test_compiled_is_exact_and_holds_no_more(memory, compiles, dtype):
     """A compiled graph would merge the backward's tiles with the forward's, and keep them."""
