@@ -21,7 +21,7 @@ from mlx_edgelora.planner.duration import longest_operation, seconds
 from mlx_edgelora.planner.machine import LONGEST, Machine, Rates, this_machine
 from mlx_edgelora.planner.measured import Measurement, Measurements
 from mlx_edgelora.planner.needs import need
-from mlx_edgelora.planner.plan import Plan
+from mlx_edgelora.planner.plan import MIB, Plan
 from mlx_edgelora.planner.search import plan, smallest
 from mlx_edgelora.planner.shape import shape_of
 from mlx_edgelora.planner.sizes import BatchShape
@@ -178,6 +178,14 @@ def test_a_run_on_a_mac(budget, tmp_path, monkeypatch):
     assert seen == {(block, str(block))}
     assert any(f"attention gradient  {block} x {block} scores" in line for line in said)
     assert BLOCK_VARIABLE not in os.environ
+
+
+def test_of_equally_small_plans_a_gpu_gets_the_larger_tiles_of_the_head():
+    """Each tile takes time there; on a CPU small ones were nearer to what is expected."""
+    batch_shape = BatchShape(1, 1024, 307)
+    assert smallest(SHAPE, batch_shape, GPU).plan.loss_bytes == 40 * MIB
+    cpu = replace(GPU, kernels=("dequantize",))
+    assert smallest(SHAPE, batch_shape, cpu).plan.loss_bytes == 16 * MIB
 
 
 def test_long_operations_are_made_shorter_by_tiles_on_metal_alone():
