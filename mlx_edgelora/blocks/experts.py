@@ -85,9 +85,14 @@ class _ByExperts:
         settings = Experts(_function_of_one(self), frozen, max(1, group), ahead=group > 0)
         k = indices.shape[-1]
         flat, picked = x.reshape(-1, x.shape[-1]), mx.stop_gradient(indices.reshape(-1, k))
-        call = ExpertCall(flat, picked, adapters, settings)
-        y = _handler[-1](call) if _handler else compute_experts(*call)
+        call = ExpertCall(flat, picked, adapters, settings, self._width(flat, held | adapters))
+        y = _handler[-1](call) if _handler else compute_experts(*call[:4])
         return y.reshape(*indices.shape, -1)
+
+    def _width(self, x: mx.array, arrays: Arrays) -> int:
+        """Entries of what an expert gives; only a graph is built."""
+        one = {name: array[0] for name, array in arrays.items()}
+        return _function_of_one(self)(mx.zeros_like(x[:1]), one).shape[-1]
 
 
 class ExpertCall(NamedTuple):
@@ -98,12 +103,14 @@ class ExpertCall(NamedTuple):
         indices: int [n, k].
         adapters: trained arrays by name in the layer.
         experts: see `Experts`.
+        width: entries of what an expert gives.
     """
 
     x: mx.array
     indices: mx.array
     adapters: Arrays
     experts: Experts
+    width: int
 
 
 _handler: list[Callable[[ExpertCall], mx.array]] = []

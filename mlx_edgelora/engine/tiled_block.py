@@ -15,8 +15,9 @@ and projections of keys and values once more in the forward and twice in the bac
 evaluated once.
 """
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import mlx.core as mx
 
@@ -27,7 +28,7 @@ from mlx_edgelora.blocks.parts import BlockParts, TokenSpan
 from mlx_edgelora.blocks.tracing import gradient_hook
 from mlx_edgelora.engine.block_weights import Arrays
 from mlx_edgelora.engine.context import Context
-from mlx_edgelora.engine.expert_gradients import vjp_by_experts
+from mlx_edgelora.engine.expert_gradients import ExpertTiles, vjp_by_experts
 from mlx_edgelora.engine.functions import OutputRows, rows_of
 from mlx_edgelora.engine.hidden import Hidden
 from mlx_edgelora.engine.record import BlockCall
@@ -65,19 +66,24 @@ class TiledBlock:
         out, pieces = Hidden.tiles(context.spans, context.slots), []
         with phase("forward", self.index), bind_arrays(self.slots, frozen | trained):
             key_values = self._key_values(x)
-            for number, span in enumerate(context.spans):
-                if not self._rows.has(number):
-                    continue
-                seen = self._parts.visible_keys(span, context.spans[-1].stop)
-                own, shared = tokens_of_keys(seen, key_values), self._shared(number)
-                tile, *read = self._tile_outputs(x.tile(number), number, seen, own, shared)
+            experts, wanted = self._experts(), filter(self._rows.has, range(len(context.spans)))
+            outputs = partial(self._forward_tile, x, key_values)
+            if experts is not None:
+                wanted = list(wanted)
+                for number in wanted:
+                    experts.begin(number, partial(outputs, number))
+                experts.compute()
+            for number in wanted:
+                tile, *read = outputs(number, experts)
                 context.pipeline.submit(tile, read)
                 context.shared.put_tile(self.index, number, read)
                 if self._rows.all:
                     out.put(number, tile)
                 else:
                     pieces.append(tile)
-                del tile, read, own, shared
+                del tile, read
+            if experts is not None:
+                experts.forget()
         if self.index >= context.first:
             self._input = x
         else:
@@ -101,6 +107,7 @@ class TiledBlock:
             with phase("recompute", self.index):
                 visit.key_values = self._key_values(x)
             with phase("backward", self.index):
+                visit.compute_experts(x, cotangent_of)
                 for number in reversed(range(len(context.spans))):
                     cotangent = cotangent_of(number)
                     visit.tile(number, x.tile(number), cotangent, dx)
@@ -134,6 +141,26 @@ class TiledBlock:
             del pieces, piece
             mx.eval(whole)
         return whole
+
+    def _experts(self) -> ExpertTiles | None:
+        """The experts of all tiles; None if each tile computes its own, or there are none."""
+        context = self._context
+        functions = context.functions
+        if not context.slots.can_open or not calls_experts(functions.blocks.blocks[self.index]):
+            return None
+        return ExpertTiles(context.slots, functions.affine, functions.signature(self.index))
+
+    def _forward_tile(
+        self, x: Hidden, key_values: list[mx.array], number: int, experts: ExpertTiles | None = None
+    ) -> list[mx.array]:
+        """The outputs of a tile, whose `experts` are computed if they are given."""
+        spans = self._context.spans
+        seen = self._parts.visible_keys(spans[number], spans[-1].stop)
+        part = x.tile(number), number, seen, tokens_of_keys(seen, key_values), self._shared(number)
+        if experts is None:
+            return self._tile_outputs(*part)
+        with experts.given(number):
+            return self._tile_outputs(*part)
 
     def _shared(self, number: int) -> list[mx.array]:
         """A tile of what the block reads of earlier ones."""
@@ -180,6 +207,7 @@ class TiledBackward:
             self._sums[name] = mx.zeros(trained[name].shape)
         mx.eval(self._sums)
         self.key_values: list[mx.array] = []
+        self.experts: ExpertTiles | None = None
 
     def tile(self, number: int, x: mx.array, cotangent: mx.array | None, dx: Hidden | None) -> None:
         """Differentiate a tile.
@@ -189,31 +217,67 @@ class TiledBackward:
             cotangent: gradient of the wanted rows of the tile's output; None if there are none.
             dx: where the gradient of the input is put; None if it is not needed.
         """
-        block, spans, shared = self._block, self._block._context.spans, self._block._shared(number)
-        seen = block._parts.visible_keys(spans[number], spans[-1].stop)
+        block, shared = self._block, self._block._shared(number)
         found = [mx.zeros_like(array) for array in (x, *shared)]
         if cotangent is not None:
-
-            def outputs(*inputs: mx.array) -> list[mx.array]:
-                x, *others = inputs
-                own, key_values = others[: len(shared)], others[len(shared) :]
-                return block._tile_outputs(x, number, seen, key_values, own)
-
-            sums = self.sums_from(seen)
-            cotangents = [cotangent, *block._context.shared.cotangent_tile(block.index, number)]
-            with ExitStack() as stack:
-                # Only attention reads these keys and values.
-                if not block._parts.through_cache:
-                    stack.enter_context(add_key_gradients(sums))
-                inputs = [x, *shared, *tokens_of_keys(seen, self.key_values)]
-                found = self.vjp(outputs, inputs, cotangents)
-            found, pair = found[: 1 + len(shared)], found[1 + len(shared) :]
+            with self._part(number, x, cotangent) as part:
+                found = self.vjp(*part, tile=number)
+            sums, found, pair = (
+                self.key_value_sums,
+                found[: 1 + len(shared)],
+                found[1 + len(shared) :],
+            )
             if not sums.used:
                 for index, more in enumerate(pair):
                     sums.add(index, more.reshape(-1, *more.shape[2:]), 0)
         if block._parts.is_causal:
             found = self._with_own_keys(number, [x, *shared], found)
         self._settle(number, found, dx)
+
+    def compute_experts(self, x: Hidden, cotangent_of: Callable[[int], mx.array | None]) -> None:
+        """Compute the experts of all tiles, and their gradients, before the tiles.
+
+        Args:
+            x: input of the block.
+            cotangent_of: `tile`'s `cotangent` by the number of the tile.
+        """
+        if (experts := self._block._experts()) is None:
+            return
+        self.experts = experts
+
+        def each(visit: Callable[..., object]) -> None:
+            for number in range(len(self._block._context.spans)):
+                if (cotangent := cotangent_of(number)) is not None:
+                    with self._part(number, x.tile(number), cotangent) as part, tracing_gradient():
+                        visit(number, *part)
+
+        each(experts.begin_gradient)
+        if experts.needs_values:
+            experts.compute()
+            each(experts.add_gradient)
+        experts.differentiate(self._by_id())
+
+    @contextmanager
+    def _part(
+        self, number: int, x: mx.array, cotangent: mx.array
+    ) -> Iterator[tuple[Callable, list[mx.array], list[mx.array]]]:
+        """The function that gives the outputs of a tile, its inputs and its cotangents."""
+        block, spans, shared = self._block, self._block._context.spans, self._block._shared(number)
+        seen = block._parts.visible_keys(spans[number], spans[-1].stop)
+
+        def outputs(*inputs: mx.array) -> list[mx.array]:
+            x, *others = inputs
+            own, key_values = others[: len(shared)], others[len(shared) :]
+            return block._tile_outputs(x, number, seen, key_values, own)
+
+        cotangents = [cotangent, *block._context.shared.cotangent_tile(block.index, number)]
+        inputs = [x, *shared, *tokens_of_keys(seen, self.key_values)]
+        sums = self.sums_from(seen)
+        with ExitStack() as stack:
+            # Only attention reads these keys and values.
+            if not block._parts.through_cache:
+                stack.enter_context(add_key_gradients(sums))
+            yield outputs, inputs, cotangents
 
     def finish_tile(self, number: int, x: mx.array, dx: Hidden | None) -> None:
         """Add the gradient through a tile's own keys and values, which is complete now."""
@@ -246,6 +310,8 @@ class TiledBackward:
 
     def totals(self) -> Arrays:
         """Gradients of all trained arrays; zeros for those that no gradient reached."""
+        if self.experts is not None:
+            self.experts.forget()
         found = {n: self._sums.get(n, mx.zeros_like(v)) for n, v in self._trained.items()}
         found = {name: value.astype(self._trained[name].dtype) for name, value in found.items()}
         mx.eval(found)
@@ -281,10 +347,17 @@ class TiledBackward:
         function: Callable[..., list[mx.array]],
         inputs: list[mx.array],
         cotangents: list[mx.array],
+        tile: int | None = None,
     ) -> list[mx.array]:
-        """Differentiate a part of the block: return gradients of its inputs, sum the others."""
+        """Differentiate a part of the block: return gradients of its inputs, sum the others.
+
+        Args:
+            function: the part.
+            inputs: its inputs.
+            cotangents: gradients of its outputs.
+            tile: number of the tile, if its experts were computed for this part.
+        """
         trained = {n: v for n, v in self._trained.items() if n not in self._of_experts}
-        of_experts = {id(self._trained[name]): self._sums[name] for name in self._of_experts}
         reached, count = set(), len(trained)
 
         def bound_function(*primals: mx.array) -> list[mx.array]:
@@ -296,8 +369,14 @@ class TiledBackward:
                 return function(*primals[count:])
 
         primals = [*trained.values(), *inputs]
-        if self._by_experts:
-            _, found = vjp_by_experts(bound_function, primals, cotangents, of_experts)
+        if self.experts is not None and tile in self.experts:
+            _, found = self.experts.vjp(tile, bound_function, primals, cotangents)
+        elif self._by_experts:
+            functions = self._block._context.functions
+            # Parts of the same block differ in what they are given and give.
+            kind = functions.signature(self._block.index), len(inputs), len(cotangents)
+            arguments = self._by_id(), functions.affine, kind
+            _, found = vjp_by_experts(bound_function, primals, cotangents, *arguments)
         else:
             _, found = mx.vjp(bound_function, primals, cotangents)
         # Arrays that a part does not use have zero gradients, which are not evaluated or added.
@@ -308,6 +387,10 @@ class TiledBackward:
                 before = self._sums.get(name)
                 self._sums[name] = value if before is None else before.astype(mx.float32) + value
         return found[count:]
+
+    def _by_id(self) -> dict[int, mx.array]:
+        """The sums of the gradients of experts' adapters, by the adapter's `id`."""
+        return {id(self._trained[name]): self._sums[name] for name in self._of_experts}
 
 
 def tokens_of_keys(span: TokenSpan, arrays: list[mx.array]) -> list[mx.array]:
