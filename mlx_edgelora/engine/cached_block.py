@@ -23,7 +23,7 @@ from mlx_edgelora.engine.context import Context
 from mlx_edgelora.engine.functions import OutputRows
 from mlx_edgelora.engine.hidden import Hidden
 from mlx_edgelora.engine.record import BlockCall
-from mlx_edgelora.engine.tiled_block import TiledBackward
+from mlx_edgelora.engine.tiled_backward import TiledBackward
 from mlx_edgelora.engine.wanted import WantedRows
 from mlx_edgelora.measure.profile import phase
 

@@ -23,6 +23,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_edgelora.blocks.experts import ExpertCall, handle_experts
+from mlx_edgelora.blocks.tracing import gradient_hook
 from mlx_edgelora.engine.hidden import Slots
 from mlx_edgelora.engine.rows import HeldRows, StoredRows
 from mlx_edgelora.layers.experts import run_backward, run_forward
@@ -72,6 +73,14 @@ class ExpertTiles:
         if call is not None:
             self._append(tile, call)
         return call is not None
+
+    @contextmanager
+    def beginning(self, tile: int) -> Iterator[None]:
+        """Begin the forward of a tile by a call whose other results do not depend on experts."""
+        with _given(None) as calls:
+            yield
+        for call in calls:
+            self._append(tile, call)
 
     def compute(self) -> None:
         """Compute the experts of all tiles."""
@@ -144,13 +153,10 @@ class ExpertTiles:
         self._x = self._dy = None
 
     @contextmanager
-    def given(self, tile: int) -> Iterator[Arrays]:
-        """Let the experts of a tile return what was computed; yields a list that gets their x."""
-        if tile not in self:
-            yield []
-            return
-        with _given(self._shaped(self._numbers[tile])) as calls:
-            yield calls
+    def given(self, tile: int) -> Iterator[None]:
+        """Let the experts of a tile return what was computed: zeros if it was not begun."""
+        with _given(self._shaped(self._numbers[tile]) if tile in self else None):
+            yield
 
     def vjp(
         self, tile: int, function: Function, primals: Arrays, cotangents: Arrays
@@ -159,10 +165,14 @@ class ExpertTiles:
 
         Args:
             tile: its number.
-            function: as in `begin_gradient`.
+            function: as in `begin_gradient`; it may give more, which does not depend on experts.
+                If the tile was not begun, nothing may depend on them.
             primals: its inputs, without the adapters of experts.
             cotangents: gradients of its outputs.
         """
+        if tile not in self:
+            with self.given(tile):
+                return mx.vjp(function, primals, cotangents)
         y = self._shaped(self._numbers[tile])
         dx = self._dx.tile(self._numbers[tile]).astype(y.dtype)
 
@@ -241,6 +251,21 @@ def vjp_by_experts(
     return experts.vjp(0, function, primals, cotangents)
 
 
+def reads_experts(function: Callable[[], Arrays]) -> bool:
+    """Whether what a part of a block gives depends on its experts; nothing is computed."""
+    if (call := _call_of(function)) is None:
+        return False
+    reached: list[bool] = []
+    watch = gradient_hook(lambda: reached.append(True))
+
+    def given(y: mx.array) -> Arrays:
+        with _given(watch(y)):
+            return function()
+
+    mx.vjp(given, [_zeros(call)], [mx.zeros_like(array) for array in given(_zeros(call))])
+    return bool(reached)
+
+
 def _call_of(function: Callable[[], object]) -> ExpertCall | None:
     """The call of the experts in a part of a block; None if it calls none."""
 
@@ -298,15 +323,15 @@ def _is_affine(function: Function, primals: Arrays, call: ExpertCall) -> bool:
 
 
 @contextmanager
-def _given(y: mx.array) -> Iterator[list[ExpertCall]]:
-    """Let experts return `y`; yields a list that gets their call."""
+def _given(y: mx.array | None) -> Iterator[list[ExpertCall]]:
+    """Let experts return `y`, or zeros; yields a list that gets their call."""
     calls: list[ExpertCall] = []
 
     def give(call: ExpertCall) -> mx.array:
         if calls:
             raise RuntimeError("a block calls its experts more than once")
         calls.append(call)
-        return y
+        return _zeros(call) if y is None else y
 
     with handle_experts(give):
         yield calls
