@@ -4,8 +4,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import mlx.core as mx
+import mlx.nn as nn
 
-from mlx_edgelora.blocks.experts import calls_experts
+from mlx_edgelora.blocks.experts import calls_experts, expert_picks
 from mlx_edgelora.engine.context import Context
 from mlx_edgelora.engine.expert_gradients import ExpertTiles, reads_experts
 
@@ -29,6 +30,18 @@ def expert_tiles(
     if not functions.affine[key, "before"]:
         return None
     return ExpertTiles(context.slots, functions.affine, key)
+
+
+def expert_slots(block: nn.Module, itemsize: int) -> int:
+    """Slots that the experts of a block need for each tile, after a call of the block.
+
+    Args:
+        block: the block.
+        itemsize: bytes of an entry of a hidden state.
+    """
+    k = expert_picks(block)
+    # What each token gives to its experts and gets of each, and a float32 gradient.
+    return k and 1 + k + -(-4 // itemsize)
 
 
 def given_experts(experts: ExpertTiles | None, tile: int) -> AbstractContextManager[None]:

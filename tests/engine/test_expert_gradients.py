@@ -22,6 +22,7 @@ from mlx_edgelora.blocks.experts import expert_adapters, group_experts, set_grou
 from mlx_edgelora.engine import expert_gradients
 from mlx_edgelora.engine.expert_gradients import vjp_by_experts
 from mlx_edgelora.model.weights import StreamedWeights
+from mlx_edgelora.storage.stores import MappedStore
 
 SMALL = 3000  # bytes; one or two experts of these models
 MIXTURES = ("qwen3_moe", "gpt_oss", "deepseek_v3")  # the last one with shared experts
@@ -172,3 +173,13 @@ def test_whether_a_block_is_affine_in_its_experts_is_found_out(end):
     got = vjp_by_experts(block, [x], cotangents, {}, found, "kind")[1][0]
     assert found == {"kind": is_affine}
     assert mx.allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", pytest.param("qwen3_next", marks=pytest.mark.slow)])
+def test_the_file_is_large_enough_for_experts_before_the_first_step(name, tmp_path, monkeypatch):
+    folder, batch = save(tmp_path, name, True), random_batch(2, 23)
+    with closing(engine(folder, tile_tokens=10, mlp_bytes=SMALL)) as ours:
+        _ = ours.walk.tiling  # the trials show how many experts a token picks
+        ours.walk.reserve(2, 23, 4 * ours.walk.blocks.model.args.hidden_size)
+        monkeypatch.setattr(MappedStore, "_move", None)  # must not be called
+        ours.value_and_grad(batch)
