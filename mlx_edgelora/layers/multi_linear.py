@@ -10,18 +10,24 @@ MLX's own kernel is what a GPU uses. On a CPU it has the speed and, in bfloat16,
 `layers/linear.py` tells of.
 """
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.mla import QuantizedMultiLinear
 
 from mlx_edgelora.layers.dequantize import dequantize
+from mlx_edgelora.layers.head_attention import HeadProduct
 from mlx_edgelora.layers.linear import TILE_BYTES
 from mlx_edgelora.layers.tile_order import depend_on
 
 
-class DequantizedMultiLinear(QuantizedMultiLinear):
-    """As `QuantizedMultiLinear`, multiplying by unpacked matrices."""
+class HeadsMultiLinear(QuantizedMultiLinear):
+    """As `QuantizedMultiLinear`, for attention that makes keys and values of some heads at a time.
+
+    It multiplies by MLX's own kernel.
+    """
 
     def __call__(self, x: mx.array, transpose: bool = True) -> mx.array:
         """Map [..., heads or 1, t, n] to [..., heads, t, m] by a matrix [m, n] for each head.
@@ -32,8 +38,28 @@ class DequantizedMultiLinear(QuantizedMultiLinear):
         """
         biases = self.get("biases")
         packed = [self["weight"], self["scales"]] + ([] if biases is None else [biases])
+        product = self._product(transpose)
+        y = product(x, *packed)
+        shared = x.ndim == 4 and x.shape[1] == 1 != y.shape[1]
+        return HeadProduct(y, x, packed, product) if shared else y
+
+    def _product(self, transpose: bool) -> Callable[..., mx.array]:
+        settings = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+        return partial(_fused, transpose=transpose, **settings)
+
+
+class DequantizedMultiLinear(HeadsMultiLinear):
+    """As `HeadsMultiLinear`, multiplying by unpacked matrices."""
+
+    def _product(self, transpose: bool) -> Callable[..., mx.array]:
         settings = self.group_size, self.bits, self.mode
-        return _product(*settings, transpose, TILE_BYTES[mx.default_device().type])(x, *packed)
+        return _product(*settings, transpose, TILE_BYTES[mx.default_device().type])
+
+
+def _fused(
+    x: mx.array, weight: mx.array, scales: mx.array, *biases: mx.array, **settings: Any
+) -> mx.array:
+    return mx.quantized_matmul(x, weight, scales, *biases, **settings)
 
 
 @lru_cache(maxsize=64)

@@ -25,7 +25,7 @@ from mlx_edgelora.blocks.lora_layers import DoRALinear, LoRALinear, LoRASwitchLi
 from mlx_edgelora.blocks.refusals import Refusal, refusal_error
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.layers.linear import DequantizedEmbedding, DequantizedLinear, resolve_kernel
-from mlx_edgelora.layers.multi_linear import DequantizedMultiLinear
+from mlx_edgelora.layers.multi_linear import DequantizedMultiLinear, HeadsMultiLinear
 from mlx_edgelora.model.checkpoint import error_text
 from mlx_edgelora.model.dora import check_dora
 
@@ -40,6 +40,7 @@ DEQUANTIZED_CLASSES = {
     nn.QuantizedEmbedding: DequantizedEmbedding,
     QuantizedMultiLinear: DequantizedMultiLinear,
 }
+FUSED_CLASSES = {QuantizedMultiLinear: HeadsMultiLinear}
 
 
 def add_lora(
@@ -224,8 +225,7 @@ def set_kernel(model: nn.Module, kernel: str) -> str:
         The kernel chosen and the reason.
     """
     kernel, reason = resolve_kernel(kernel)
-    if kernel == "dequantize":
-        _replace_classes(model, DEQUANTIZED_CLASSES)
+    _replace_classes(model, DEQUANTIZED_CLASSES if kernel == "dequantize" else FUSED_CLASSES)
     return f"{kernel} ({reason})"
 
 
