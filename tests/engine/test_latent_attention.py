@@ -36,8 +36,8 @@ WAYS = {
 }
 
 
-def model(folder, heads):
-    changes = MLA | {"num_attention_heads": heads, "num_key_value_heads": heads}
+def model(folder, heads, **changes):
+    changes = MLA | {"num_attention_heads": heads, "num_key_value_heads": heads} | changes
     return save(folder, "deepseek_v3", True, **changes)
 
 
@@ -93,7 +93,9 @@ def test_peak_by_tiles_does_not_hold_tokens_times_tokens(tmp_path, memory):
 @pytest.mark.parametrize("way", ["whole", "tiles"])
 def test_keys_and_values_are_made_for_some_heads_at_a_time(tmp_path, way, monkeypatch):
     heads, tokens = 20, TOKENS
-    monkeypatch.setattr(head_attention, "HEAD_BYTES", 3 * 4 * tokens * 16)  # of three heads
+    packed = {"kv_lora_rank": 64, "qk_nope_head_dim": 64}  # or these matrices are not packed
+    monkeypatch.setattr(head_attention, "HEAD_BYTES", 3 * 4 * tokens * 72)  # of three heads
+    monkeypatch.setattr(attention, "TILE_BYTES", 1)  # no tile has few scores
     made, original = [], head_attention.attend_by_heads
 
     def spied(queries, *args, **options):
@@ -101,7 +103,7 @@ def test_keys_and_values_are_made_for_some_heads_at_a_time(tmp_path, way, monkey
         return original(queries, *args, **options)
 
     monkeypatch.setattr(attention, "attend_by_heads", spied)
-    folder, batch = model(tmp_path, heads), random_batch(1, tokens)
+    folder, batch = model(tmp_path, heads, **packed), random_batch(1, tokens)
     _, expected = plain_value_and_grad(plain(folder), batch)
     with closing(engine(folder, **WAYS[way])) as ours:
         _, got = ours.value_and_grad(batch)
