@@ -12,7 +12,7 @@ it), `dx += key_values'(x; dK, dV)`. Hidden states and their gradients are read 
 a store tile by tile. Memory: keys and values of all tokens, T (Dk + Dv), their float32 gradients
 with the contribution of one tile, and one tile's graph. Time: that of a whole block, and the norm
 and projections of keys and values once more in the forward and twice in the backward. Each tile is
-evaluated once.
+evaluated once, in a block with experts twice (`expert_gradients.py`).
 """
 
 from collections.abc import Callable

@@ -16,8 +16,9 @@ freed only when it is done, and those before it not at all (`engine/walk.py`): `
 
 Memory in addition to x [n, d], the output and its gradient [n, k, out]: the arrays of a group, or
 of two, what `f_e` needs for at most `TOKENS` rows, in the backward [n, d] in float32, and the
-gradients of the adapters. A step's backward requests every group twice: y is needed for the
-gradient of what it is multiplied by.
+gradients of the adapters. Rows may be in a file instead (`engine/rows.py`). `run_backward` gives y
+as well as the gradients, from the same arrays, because y is needed for the gradient of what it is
+multiplied by.
 """
 
 from collections.abc import Callable, Iterator
