@@ -68,7 +68,9 @@ def attend_by_heads(
     """
     step, heads, count = heads_at_a_time(keys, values), queries.shape[1], len(keys.packed)
     groups = [(start, min(start + step, heads)) for start in range(0, heads, step)]
-    given = [mask] if isinstance(mask, mx.array) else []
+    given = isinstance(mask, mx.array)
+    if given:
+        mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
     floats = [mask] if given and is_floating(mask) else []
 
     def part(array: mx.array, start: int, stop: int) -> mx.array:

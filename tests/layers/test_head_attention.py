@@ -29,7 +29,7 @@ def normal(*shape, seed=0):
 MASKS = {
     "floating": lambda heads, q, k: normal(2, heads, q, k, seed=5),
     "floating, of all heads": lambda heads, q, k: normal(2, 1, q, k, seed=5),
-    "bool": lambda heads, q, k: mx.tri(q, k, k - q, dtype=mx.int32).astype(mx.bool_)[None, None],
+    "bool": lambda heads, q, k: mx.tri(q, k, k - q, dtype=mx.int32).astype(mx.bool_),
     "causal": lambda heads, q, k: "causal",
     "none": lambda heads, q, k: None,
 }
