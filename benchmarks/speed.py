@@ -4,6 +4,7 @@
     python benchmarks/speed.py steps --output out
     python benchmarks/speed.py steps --shape small --blocks 4 --tokens 64 --budgets plenty min
     taskset -c 0 python benchmarks/speed.py host --rounds 30
+    python benchmarks/speed.py kinds --shapes qwen3-moe-small deepseek-small --blocks 2
     python benchmarks/speed.py reading --shape llama-3.2-3b --blocks 4
     LD_PRELOAD=libopenblas.so.0 python benchmarks/speed.py products
     python benchmarks/speed.py packing --shape llama-3.2-1b --blocks 4 --tokens 1024 --short-rows 84
@@ -21,6 +22,9 @@ that all compute the same.)
 float32. All steps are whole ones: loss, gradients, whether these are finite, AdamW. Contenders take
 turns in one process, a step each; ratios are of steps that followed one another, and the median is
 told.
+
+`kinds` makes the same steps of random float32 models of some shapes, mixtures of experts and
+hybrids among them. Ratios are of the shortest steps.
 
 `reading` reads blocks of a shape again and again from a warm cache: in turn by `StreamedWeights`
 (with every check and the dictionary that a step gets), by `mx.load`, and as many bytes by one
@@ -210,7 +214,10 @@ def steps(args: argparse.Namespace) -> None:
 
 
 def theirs(folder: Path, batch: Batch, checkpointing: bool) -> Callable[[], float]:
-    """mlx-lm's step as in `mlx_lm.tuner.trainer.train`; gives its loss."""
+    """mlx-lm's step as in `mlx_lm.tuner.trainer.train`; gives its loss.
+
+    With `checkpointing`, as far as mlx-lm has it: the blocks of the first one's class.
+    """
     model, _ = load_model(folder)
     model.freeze()
     linear_to_lora_layers(model, len(model.layers), {"rank": RANK, "scale": 20.0, "dropout": 0.0})
@@ -244,14 +251,16 @@ def theirs(folder: Path, batch: Batch, checkpointing: bool) -> Callable[[], floa
     return run
 
 
-def ours(folder: Path, plan: Plan | None, batch: Batch, stack: ExitStack) -> Callable[[], float]:
+def ours(
+    folder: Path, plan: Plan | None, batch: Batch, stack: ExitStack, vocabulary: int
+) -> Callable[[], float]:
     """This package's step by a plan; None for the least memory."""
     lazy = open_model(str(folder), streamed=True, quantize=None, cache=folder)
     mx.random.seed(1)
     add_lora(lazy.model, -1, rank=RANK)
     if plan is None:
-        shape = shape_of(checked_blocks(lazy.model), shapes.SHAPES["thin"][-1])
-        load = BatchShape(1, TOKENS, int(batch.mask.sum()))
+        shape = shape_of(checked_blocks(lazy.model), vocabulary)
+        load = BatchShape(1, batch.mask.shape[1], int(batch.mask.sum()))
         plan = smallest(shape, load, this_machine(folder, folder, mx.float32)).plan
     engine = stack.enter_context(build_engine(lazy, plan, Settings(folder)))
     optimizer, magnitudes = optimizers.AdamW(1e-5), Magnitudes()
@@ -276,11 +285,7 @@ def host(args: argparse.Namespace) -> None:
     """Print the time of steps whose arithmetic is next to nothing."""
     shapes.SHAPES["thin"] = (llama, BLOCKS, 64, 128, 4, 2, 1024)
     folder = shapes.checkpoint(args.cache, "thin", BLOCKS, "float32")
-    batch = random_batch(1024, TOKENS, 0.3)
-    with ExitStack() as stack:
-        every = {name: theirs(folder, batch, name != RIVALS[0]) for name in RIVALS}
-        every |= {name: ours(folder, plan, batch, stack) for name, plan in PLANS.items()}
-        times = in_turn(every, args.rounds)
+    times = beside(folder, random_batch(1024, TOKENS, 0.3), PLANS, args.rounds, 1024)
     print("| who | ms a step | over mlx-lm | over mlx-lm, checkpointing |\n|---|---|---|---|")
     for name, own in times.items():
         ratios = [
@@ -290,6 +295,30 @@ def host(args: argparse.Namespace) -> None:
         print(
             f"| {name} | {1e3 * statistics.median(own):.0f} | {ratios[0]:.2f} | {ratios[1]:.2f} |"
         )
+
+
+def beside(
+    folder: Path, batch: Batch, plans: dict[str, Plan | None], rounds: int, vocabulary: int
+) -> dict[str, list[float]]:
+    """Seconds of steps of mlx-lm and of this package by some plans, in turn."""
+    with ExitStack() as stack:
+        every = {name: theirs(folder, batch, name != RIVALS[0]) for name in RIVALS}
+        every |= {n: ours(folder, plan, batch, stack, vocabulary) for n, plan in plans.items()}
+        return in_turn(every, rounds)
+
+
+def kinds(args: argparse.Namespace) -> None:
+    """Print a row for each shape."""
+    plans = {name: PLANS[name] for name in ("no limit", "min")}
+    names = (RIVALS[1], *plans)
+    print(f"| shape | {' | '.join(names)} |\n|{'---|' * (1 + len(names))}")
+    for shape in args.shapes:
+        words = shapes.SHAPES[shape][-1]
+        folder = shapes.checkpoint(args.cache, shape, args.blocks, "float32")
+        times = beside(folder, random_batch(words, args.tokens, 0.3), plans, args.rounds, words)
+        shortest = {name: min(own) for name, own in times.items()}
+        cells = [f"{shortest[name] / shortest[RIVALS[0]]:.2f}" for name in names]
+        print(f"| {shape}, {args.blocks} blocks | {' | '.join(cells)} |", flush=True)
 
 
 def in_turn(ways: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
@@ -388,6 +417,12 @@ def main() -> None:
     one = commands.add_parser("host", help="what Python takes of a step")
     one.add_argument("--rounds", type=int, default=15)
     one.set_defaults(run=host)
+    one = commands.add_parser("kinds", help="steps of models of several kinds, beside mlx-lm's")
+    one.add_argument("--shapes", nargs="+", choices=shapes.SHAPES, required=True)
+    one.add_argument("--blocks", type=int, default=2)
+    one.add_argument("--tokens", type=int, default=256)
+    one.add_argument("--rounds", type=int, default=3)
+    one.set_defaults(run=kinds)
     one = commands.add_parser("reading", help="weights from a warm cache")
     one.add_argument("--shape", choices=shapes.SHAPES, default="llama-3.2-1b")
     one.add_argument("--blocks", type=int, default=3)

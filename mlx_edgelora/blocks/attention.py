@@ -25,6 +25,7 @@ from mlx_edgelora.layers.attention import (
     use_fused,
 )
 from mlx_edgelora.layers.fused import is_floating
+from mlx_edgelora.layers.head_attention import HeadProduct, attend_by_heads, heads_at_a_time
 
 # (queries [B, H, Tq, D], keys [B, Hkv, Tk, D], values [B, Hkv, Tk, Dv], cache, scale, mask,
 # sinks=None) -> [B, H, Tq, Dv]; the last four by position or by name.
@@ -184,6 +185,9 @@ def _bounded(
         or use_fused(queries, keys, values, traced=_traced[0], mask=tiled, sinks=sinks)[0]
     ):
         return original(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
+    heads = isinstance(keys, HeadProduct) and isinstance(values, HeadProduct)
+    if heads and sinks is None and heads_at_a_time(keys, values) < keys.shape[1]:
+        return attend_by_heads(queries, keys, values, scale=scale, mask=tiled)
     operands = promote(queries, keys, values)
     return tiled_attention(*operands, scale=scale, mask=tiled, sinks=sinks, sums=sums)
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_edgelora.blocks.attention import Attention, replace_attention
-from mlx_edgelora.blocks.parts import BlockParts, TokenSpan
+from mlx_edgelora.blocks.attention import replace_attention
+from mlx_edgelora.blocks.parts import BlockParts, TokenSpan, without_cache
 
 # The place of a cache in nested lists of caches.
 Path = tuple[int, ...]
@@ -133,19 +133,5 @@ class CachedParts(BlockParts):
 
     def _called(self, x: mx.array, caches: _Caches, span: TokenSpan) -> mx.array:
         mask = self._mask_between(span, TokenSpan(0, span.stop))
-        with replace_attention(_without_cache):
+        with replace_attention(without_cache):
             return self._call(x, caches, slice(span.start, span.stop), mask)
-
-
-def _without_cache(
-    original: Attention,
-    queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    cache: object,
-    scale: float,
-    mask: mx.array | str | None,
-    sinks: mx.array | None = None,
-) -> mx.array:
-    """Attention that does not know of a cache, so that it may be computed in tiles."""
-    return original(queries, keys, values, cache=None, scale=scale, mask=mask, sinks=sinks)

@@ -52,6 +52,7 @@ class _Place:
     source: RowSource | None = field(repr=False)
     index: int = field(repr=False)
     path: str = field(repr=False)
+    picks: list[int] = field(default_factory=list, repr=False)  # of a token in the last call
 
 
 class _ByExperts:
@@ -84,10 +85,16 @@ class _ByExperts:
         group = self._group_bytes // max(1, 2 * bytes_of_one)
         settings = Experts(_function_of_one(self), frozen, max(1, group), ahead=group > 0)
         k = indices.shape[-1]
+        place.picks[:] = [k]
         flat, picked = x.reshape(-1, x.shape[-1]), mx.stop_gradient(indices.reshape(-1, k))
-        call = ExpertCall(flat, picked, adapters, settings)
-        y = _handler[-1](call) if _handler else compute_experts(*call)
+        call = ExpertCall(flat, picked, adapters, settings, self._width(flat, held | adapters))
+        y = _handler[-1](call) if _handler else compute_experts(*call[:4])
         return y.reshape(*indices.shape, -1)
+
+    def _width(self, x: mx.array, arrays: Arrays) -> int:
+        """Entries of what an expert gives; only a graph is built."""
+        one = {name: array[0] for name, array in arrays.items()}
+        return _function_of_one(self)(mx.zeros_like(x[:1]), one).shape[-1]
 
 
 class ExpertCall(NamedTuple):
@@ -98,12 +105,14 @@ class ExpertCall(NamedTuple):
         indices: int [n, k].
         adapters: trained arrays by name in the layer.
         experts: see `Experts`.
+        width: entries of what an expert gives.
     """
 
     x: mx.array
     indices: mx.array
     adapters: Arrays
     experts: Experts
+    width: int
 
 
 _handler: list[Callable[[ExpertCall], mx.array]] = []
@@ -181,6 +190,12 @@ def calls_experts(block: nn.Module) -> bool:
         isinstance(module, _ByExperts) and module._group_bytes is not None
         for module in block.modules()
     )
+
+
+def expert_picks(block: nn.Module) -> int:
+    """Experts that a token picked in the last call of a block; 0 without experts by groups."""
+    found = [m for m in block.modules() if isinstance(m, _ByExperts) and m._group_bytes is not None]
+    return max((k for module in found for k in module._place.picks), default=0)
 
 
 def expert_adapters(block: nn.Module) -> list[str]:

@@ -224,7 +224,8 @@ class BlockParts:
         tokens = slice(span.start, span.stop)
         if self.through_cache:
             cache = _FullCache(span.start, *key_values)
-            out = self._call(x, cache, tokens, self._mask_between(span, keys), shared)
+            with replace_attention(without_cache):
+                out = self._call(x, cache, tokens, self._mask_between(span, keys), shared)
             _check_calls(cache.calls, "its cache")
             return self._outputs(out)
         attended = []
@@ -438,6 +439,20 @@ def _attend(
         with packing.between((span.start, span.stop), (keys.start, keys.stop)):
             return original(inputs.q, *key_values, mask=inputs.mask, **options)
     return original(inputs.q, *key_values, mask=mask_at(inputs.mask, span, keys), **options)
+
+
+def without_cache(
+    original: Attention,
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    cache: object,
+    scale: float,
+    mask: mx.array | str | None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """Attention that does not know of a cache, so that it may be computed in tiles."""
+    return original(queries, keys, values, cache=None, scale=scale, mask=mask, sinks=sinks)
 
 
 def _check_calls(count: int, what: str) -> None:

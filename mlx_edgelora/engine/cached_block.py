@@ -12,18 +12,21 @@ for all tokens, C once more as the tile joins it to its own, and one tile's grap
 whole block, and one more forward up to the last cache.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import mlx.core as mx
 
 from mlx_edgelora.blocks.block_list import bind_arrays
 from mlx_edgelora.blocks.cached_parts import CachedParts
+from mlx_edgelora.blocks.parts import TokenSpan
 from mlx_edgelora.engine.block_weights import Arrays
 from mlx_edgelora.engine.context import Context
+from mlx_edgelora.engine.expert_gradients import ExpertTiles
+from mlx_edgelora.engine.expert_tiles import expert_tiles, given_experts
 from mlx_edgelora.engine.functions import OutputRows
 from mlx_edgelora.engine.hidden import Hidden
 from mlx_edgelora.engine.record import BlockCall
-from mlx_edgelora.engine.tiled_block import TiledBackward
+from mlx_edgelora.engine.tiled_backward import TiledBackward
 from mlx_edgelora.engine.wanted import WantedRows
 from mlx_edgelora.measure.profile import phase
 
@@ -55,8 +58,13 @@ class CachedBlock:
         out, pieces = Hidden.tiles(context.spans, context.slots), []
         held: list[mx.array] = []
         with phase("forward", self.index), bind_arrays(self.slots, frozen | trained):
+            experts = self._experts(x)
+            if experts is not None:
+                self._begin_experts(experts, x)
+                experts.compute()
             for number, span in enumerate(context.spans):
-                tile, own = self._parts.tile(x.tile(number), span, self._before(held, number))
+                with given_experts(experts, number):
+                    tile, own = self._parts.tile(x.tile(number), span, self._before(held, number))
                 tile = self._rows.of_tile(tile, number) if self._rows.has(number) else None
                 context.pipeline.submit([] if tile is None else tile, own)
                 self._append(held, own, number)
@@ -65,6 +73,8 @@ class CachedBlock:
                 elif tile is not None:
                     pieces.append(tile)
                 del tile, own
+            if experts is not None:
+                experts.forget()
         if self.index >= context.first:
             self._input = x
         else:
@@ -82,10 +92,12 @@ class CachedBlock:
         needs_input_grad = context.needs_input_grad(self.index)
         dx = Hidden.tiles(context.spans, context.slots) if needs_input_grad else None
         with bind_arrays(self.slots, frozen | trained):
+            visit.experts = self._experts(x)
             with phase("recompute", self.index):
-                held = self._appended(x)
+                held = self._appended(x, visit.experts)
             sums = [mx.zeros(array.shape) for array in held]
             with phase("backward", self.index):
+                visit.run_experts(lambda: self._expert_parts(x, held, cotangent_of))
                 for number in reversed(range(len(context.spans))):
                     cotangent = cotangent_of(number)
                     piece = self._tile_backward(
@@ -136,21 +148,50 @@ class CachedBlock:
             return [self._rows.of_tile(out, number), *own]
 
         wanted = [] if cotangent is None else [cotangent]
-        piece, *found = visit.vjp(outputs, [x, *before], [*wanted, *given])
+        piece, *found = visit.vjp(outputs, [x, *before], [*wanted, *given], number)
         for total, more in zip(sums, found, strict=bool(found)):
             total[:, :, : span.start] = total[:, :, : span.start] + more.astype(mx.float32)
         del found, given
         visit.submit(piece, sums)
         return piece
 
-    def _appended(self, x: Hidden) -> list[mx.array]:
+    def _experts(self, x: Hidden) -> ExpertTiles | None:
+        """The experts of all tiles; None if each tile computes its own, or there are none."""
+        mine, span = x.tile(0), self._context.spans[0]
+        return expert_tiles(self._context, self.index, lambda: self._parts.tile(mine, span, [])[1])
+
+    def _begin_experts(self, experts: ExpertTiles, x: Hidden) -> None:
+        """Begin the forward of all tiles with outputs that are wanted."""
+        held: list[mx.array] = []
+        for number, span in enumerate(self._context.spans):
+            begun = experts.beginning if self._rows.has(number) else experts.given
+            with begun(number):
+                _, own = self._parts.tile(x.tile(number), span, self._before(held, number))
+            self._append(held, own, number)
+
+    def _expert_parts(
+        self, x: Hidden, held: list[mx.array], cotangent_of: Callable[[int], mx.array | None]
+    ) -> Iterator[tuple]:
+        """What `TiledBackward.run_experts` needs of each tile with a gradient."""
+        for number, span in enumerate(self._context.spans):
+            if (cotangent := cotangent_of(number)) is None:
+                continue
+
+            def outputs(
+                x: mx.array, *before: mx.array, number: int = number, span: TokenSpan = span
+            ) -> list[mx.array]:
+                return [self._rows.of_tile(self._parts.tile(x, span, before)[0], number)]
+
+            yield number, outputs, [x.tile(number), *self._before(held, number)], [cotangent]
+
+    def _appended(self, x: Hidden, experts: ExpertTiles | None) -> list[mx.array]:
         """What all tiles append."""
         held: list[mx.array] = []
         for number, span in enumerate(self._context.spans):
             before = self._before(held, number)
-            self._append(
-                held, self._parts.appended(x.tile(number), span, before, self._count), number
-            )
+            with given_experts(experts, number):  # not begun: zeros
+                own = self._parts.appended(x.tile(number), span, before, self._count)
+            self._append(held, own, number)
         return held
 
     def _before(self, held: list[mx.array], number: int) -> list[mx.array]:

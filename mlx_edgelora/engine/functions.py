@@ -106,6 +106,7 @@ class BlockFunctions:
         self.functions = Functions(compiles)
         self._signatures: dict[int, str] = {}
         self._dtypes: dict[tuple[int, mx.Dtype], list[mx.Dtype]] = {}
+        self.affine: dict[Hashable, bool] = {}  # kinds of blocks with experts
 
     def refresh(self) -> None:
         """Forget signatures and dtypes, because settings of blocks may have changed."""
@@ -261,7 +262,9 @@ class BlockFunctions:
             sums = {name: mx.zeros(value.shape) for name, value in of_experts.items()}
             mx.eval(sums)
             by_id = {id(of_experts[name]): total for name, total in sums.items()}
-            out, found = vjp_by_experts(forward, primals, cotangents, by_id)
+            out, found = vjp_by_experts(
+                forward, primals, cotangents, by_id, self.affine, self.signature(index)
+            )
             named = dict(zip(others, found[:count], strict=True)) | sums
             own = [named[name].astype(value.dtype) for name, value in trained.items()]
             return out if first else [], own, found[count:] * needs_input_grad

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Sequence
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_edgelora.blocks.parts import TokenSpan
 from mlx_edgelora.measure.profile import phase
@@ -36,13 +37,26 @@ class Slots:
 
     def put(self, array: mx.array) -> int:
         """Store an evaluated array and return its slot."""
-        if not self._free:  # more arrays than expected: the store grows
-            self._free.append(self._count)
-            self._count += 1
-        slot = self._free.pop()
+        slot = self._take_free()
         with phase("spill"):
             self.store.put(slot, array)
         return slot
+
+    @property
+    def can_open(self) -> bool:
+        """Whether slots can be read and written in place: those of a file can."""
+        return hasattr(self.store, "open")
+
+    def open(self, nbytes: int) -> tuple[int, np.ndarray]:
+        """A slot and its memory, [nbytes] uint8, to be read and written in place."""
+        slot = self._take_free()
+        return slot, self.store.open(slot, nbytes)
+
+    def _take_free(self) -> int:
+        if not self._free:  # more arrays than expected: the store grows
+            self._free.append(self._count)
+            self._count += 1
+        return self._free.pop()
 
     def release(self, slot: int) -> None:
         """Discard the array of a slot."""

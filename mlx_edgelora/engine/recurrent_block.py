@@ -15,8 +15,8 @@ Memory: keys and values, and one tile's graph and states. Time: that of a whole
 block and one more forward. Blocks whose tokens know nothing of each other have no states.
 """
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import mlx.core as mx
 
@@ -26,12 +26,15 @@ from mlx_edgelora.blocks.parts import TokenSpan
 from mlx_edgelora.blocks.states import Recurrence, RecurrentParts
 from mlx_edgelora.engine.block_weights import Arrays
 from mlx_edgelora.engine.context import Context
+from mlx_edgelora.engine.expert_gradients import ExpertTiles
+from mlx_edgelora.engine.expert_tiles import expert_tiles, given_experts
 from mlx_edgelora.engine.functions import OutputRows
 from mlx_edgelora.engine.hidden import Hidden
 from mlx_edgelora.engine.record import BlockCall
 from mlx_edgelora.engine.spilled import SpilledArrays
-from mlx_edgelora.engine.tiled_block import TiledBackward, tokens_of_keys
+from mlx_edgelora.engine.tiled_backward import TiledBackward, tokens_of_keys
 from mlx_edgelora.engine.wanted import WantedRows
+from mlx_edgelora.layers.attention import KeySums
 from mlx_edgelora.measure.profile import phase
 
 
@@ -69,10 +72,15 @@ class RecurrentBlock:
         out, pieces = Hidden.tiles(context.spans, context.slots), []
         states, key_values = self._parts.no_states, []
         with phase("forward", self.index), bind_arrays(self.slots, frozen | trained):
+            experts = self._experts(x)
+            if experts is not None:
+                self._begin_experts(experts, x)
+                experts.compute()
             for number in range(len(context.spans)):
                 mine, shared = x.tile(number), self._shared(number)
                 self._add_key_values(key_values, mine, number, states, shared)
-                made, states = self._outputs(mine, number, states, key_values, shared)
+                with given_experts(experts, number):
+                    made, states = self._outputs(mine, number, states, key_values, shared)
                 tile, *read = made if self._rows.has(number) else [None, *made]
                 context.pipeline.submit([] if tile is None else tile, read, states)
                 context.shared.put_tile(self.index, number, read)
@@ -81,6 +89,8 @@ class RecurrentBlock:
                 elif tile is not None:
                     pieces.append(tile)
                 del mine, made, tile, read, shared
+            if experts is not None:
+                experts.forget()
         if self.index >= context.first:
             self._input = x
         else:
@@ -98,9 +108,11 @@ class RecurrentBlock:
         needs_input_grad = context.needs_input_grad(self.index)
         dx = Hidden.tiles(context.spans, context.slots) if needs_input_grad else None
         with bind_arrays(self.slots, frozen | trained):
+            visit.experts = self._experts(x)
             with phase("recompute", self.index):
-                before = self._states(x, visit.key_values)
+                before = self._states(x, visit.key_values, visit.experts)
             with phase("backward", self.index):
+                visit.run_experts(lambda: self._expert_parts(visit, x, before, cotangent_of))
                 after: list[mx.array] = []
                 for number in reversed(range(len(context.spans))):
                     cotangent = cotangent_of(number)
@@ -176,7 +188,68 @@ class RecurrentBlock:
         del pieces, piece
         mx.eval(whole)
 
-    def _states(self, x: Hidden, key_values: list[mx.array]) -> dict[int, SpilledArrays]:
+    def _experts(self, x: Hidden) -> ExpertTiles | None:
+        """The experts of all tiles; None if each tile computes its own, or there are none."""
+        mine, shared, key_values = x.tile(0), self._shared(0), []
+
+        def states() -> list[mx.array]:
+            self._add_key_values(key_values, mine, 0, self._parts.no_states, shared)
+            made = self._outputs(mine, 0, self._parts.no_states, key_values, shared)
+            return [*made[0][self._rows.has(0) :], *made[1]]
+
+        return expert_tiles(self._context, self.index, states)
+
+    def _begin_experts(self, experts: ExpertTiles, x: Hidden) -> None:
+        """Begin the forward of all tiles with outputs that are wanted."""
+        states, key_values = self._parts.no_states, []
+        for number in range(len(self._context.spans)):
+            mine, shared = x.tile(number), self._shared(number)
+            self._add_key_values(key_values, mine, number, states, shared)
+            begun = experts.beginning if self._rows.has(number) else experts.given
+            with begun(number):
+                states = self._outputs(mine, number, states, key_values, shared)[1]
+            mx.eval(states)
+
+    def _expert_parts(
+        self,
+        visit: TiledBackward,
+        x: Hidden,
+        before: dict[int, SpilledArrays],
+        cotangent_of: Callable[[int], mx.array | None],
+    ) -> Iterator[tuple]:
+        """What `TiledBackward.run_experts` needs of each tile with a gradient."""
+        for number in range(len(self._context.spans)):
+            if (cotangent := cotangent_of(number)) is None:
+                continue
+            states = before[number].arrays() if number else []
+            key_values = tokens_of_keys(self._seen(number), visit.key_values)
+            primals = [x.tile(number), *self._shared(number), *states]
+
+            def outputs(
+                *inputs: mx.array,
+                number: int = number,
+                states: int = len(states),
+                key_values: list[mx.array] = key_values,
+            ) -> list[mx.array]:
+                mine, shared, before = self._cut(inputs, states)
+                return self._outputs(mine, number, before, key_values, shared, cut=False)[0][:1]
+
+            with self._adding(visit, number):
+                yield number, outputs, primals, [cotangent]
+
+    @contextmanager
+    def _adding(self, visit: TiledBackward, number: int) -> Iterator[KeySums | None]:
+        """Let attention add the gradients of keys and values to their sums, if there are any."""
+        if not visit.key_values:
+            yield None
+            return
+        sums = visit.sums_from(self._seen(number))
+        with add_key_gradients(sums):
+            yield sums
+
+    def _states(
+        self, x: Hidden, key_values: list[mx.array], experts: ExpertTiles | None
+    ) -> dict[int, SpilledArrays]:
         """The states before each tile but the first; fills the keys and values of all tokens."""
         found: dict[int, SpilledArrays] = {}
         states, count = self._parts.no_states, len(self._context.spans)
@@ -184,7 +257,8 @@ class RecurrentBlock:
             mine, shared = x.tile(number), self._shared(number)
             self._add_key_values(key_values, mine, number, states, shared)
             if number + 1 < count:
-                states = self._outputs(mine, number, states, key_values, shared)[1]
+                with given_experts(experts, number):  # not begun: zeros
+                    states = self._outputs(mine, number, states, key_values, shared)[1]
                 mx.eval(states)
                 found[number + 1] = SpilledArrays(self._context.slots, states)
             del mine, shared
@@ -245,11 +319,8 @@ class RecurrentBlock:
             out, after = self._outputs(x, number, before, some, shared, cut=False)
             return out if last else [*out, *after]
 
-        with ExitStack() as stack:
-            sums = visit.sums_from(seen) if key_values else None
-            if sums is not None:
-                stack.enter_context(add_key_gradients(sums))
-            found = visit.vjp(outputs, [*primals, *key_values], cotangents)
+        with self._adding(visit, number) as sums:
+            found = visit.vjp(outputs, [*primals, *key_values], cotangents, number)
         if sums is not None and not sums.used:
             for index, more in enumerate(found[count:]):
                 sums.add(index, more.reshape(-1, *more.shape[2:]), 0)

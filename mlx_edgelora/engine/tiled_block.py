@@ -12,27 +12,25 @@ it), `dx += key_values'(x; dK, dV)`. Hidden states and their gradients are read 
 a store tile by tile. Memory: keys and values of all tokens, T (Dk + Dv), their float32 gradients
 with the contribution of one tile, and one tile's graph. Time: that of a whole block, and the norm
 and projections of keys and values once more in the forward and twice in the backward. Each tile is
-evaluated once.
+evaluated once, in a block with experts twice (`expert_gradients.py`).
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from functools import partial
 
 import mlx.core as mx
 
-from mlx_edgelora.blocks.attention import add_key_gradients, tracing_gradient
 from mlx_edgelora.blocks.block_list import bind_arrays
-from mlx_edgelora.blocks.experts import calls_experts, expert_adapters
 from mlx_edgelora.blocks.parts import BlockParts, TokenSpan
-from mlx_edgelora.blocks.tracing import gradient_hook
 from mlx_edgelora.engine.block_weights import Arrays
 from mlx_edgelora.engine.context import Context
-from mlx_edgelora.engine.expert_gradients import vjp_by_experts
+from mlx_edgelora.engine.expert_gradients import ExpertTiles
+from mlx_edgelora.engine.expert_tiles import expert_tiles, given_experts
 from mlx_edgelora.engine.functions import OutputRows, rows_of
 from mlx_edgelora.engine.hidden import Hidden
 from mlx_edgelora.engine.record import BlockCall
+from mlx_edgelora.engine.tiled_backward import TiledBackward, tokens_of_keys
 from mlx_edgelora.engine.wanted import WantedRows
-from mlx_edgelora.layers.attention import KeySums
 from mlx_edgelora.measure.profile import phase
 
 
@@ -65,19 +63,25 @@ class TiledBlock:
         out, pieces = Hidden.tiles(context.spans, context.slots), []
         with phase("forward", self.index), bind_arrays(self.slots, frozen | trained):
             key_values = self._key_values(x)
-            for number, span in enumerate(context.spans):
-                if not self._rows.has(number):
-                    continue
-                seen = self._parts.visible_keys(span, context.spans[-1].stop)
-                own, shared = tokens_of_keys(seen, key_values), self._shared(number)
-                tile, *read = self._tile_outputs(x.tile(number), number, seen, own, shared)
+            experts = expert_tiles(context, self.index)
+            wanted = filter(self._rows.has, range(len(context.spans)))
+            outputs = partial(self._forward_tile, x, key_values)
+            if experts is not None:
+                wanted = list(wanted)
+                for number in wanted:
+                    experts.begin(number, partial(outputs, number))
+                experts.compute()
+            for number in wanted:
+                tile, *read = outputs(number, experts)
                 context.pipeline.submit(tile, read)
                 context.shared.put_tile(self.index, number, read)
                 if self._rows.all:
                     out.put(number, tile)
                 else:
                     pieces.append(tile)
-                del tile, read, own, shared
+                del tile, read
+            if experts is not None:
+                experts.forget()
         if self.index >= context.first:
             self._input = x
         else:
@@ -101,6 +105,7 @@ class TiledBlock:
             with phase("recompute", self.index):
                 visit.key_values = self._key_values(x)
             with phase("backward", self.index):
+                visit.compute_experts(x, cotangent_of)
                 for number in reversed(range(len(context.spans))):
                     cotangent = cotangent_of(number)
                     visit.tile(number, x.tile(number), cotangent, dx)
@@ -135,6 +140,16 @@ class TiledBlock:
             self._context.pipeline.submit(whole)
         return whole
 
+    def _forward_tile(
+        self, x: Hidden, key_values: list[mx.array], number: int, experts: ExpertTiles | None = None
+    ) -> list[mx.array]:
+        """The outputs of a tile, whose `experts` are computed if they are given."""
+        spans = self._context.spans
+        seen = self._parts.visible_keys(spans[number], spans[-1].stop)
+        part = x.tile(number), number, seen, tokens_of_keys(seen, key_values), self._shared(number)
+        with given_experts(experts, number):
+            return self._tile_outputs(*part)
+
     def _shared(self, number: int) -> list[mx.array]:
         """A tile of what the block reads of earlier ones."""
         return self._context.shared.tile(self._links, number)
@@ -159,157 +174,3 @@ class TiledBlock:
             return [self._parts.output_at(*part, rows, shared)]
         out, *read = self._parts.outputs(*part, shared)
         return [rows_of(out, rows), *read]
-
-
-class TiledBackward:
-    """One backward of a block whose arrays are bound: sums over its tiles.
-
-    Attributes:
-        key_values: keys and values of all tokens.
-    """
-
-    def __init__(self, block: TiledBlock, trained: Arrays) -> None:
-        self._block, self._trained = block, trained
-        self._sums: Arrays = {}
-        self.key_value_sums: KeySums | None = None
-        module = block._context.functions.blocks.blocks[block.index]
-        # Summed where they are made: in the graph each tile would have those of all experts.
-        self._by_experts = calls_experts(module)
-        self._of_experts = [name for name in expert_adapters(module) if name in trained]
-        for name in self._of_experts:
-            self._sums[name] = mx.zeros(trained[name].shape)
-        mx.eval(self._sums)
-        self.key_values: list[mx.array] = []
-
-    def tile(self, number: int, x: mx.array, cotangent: mx.array | None, dx: Hidden | None) -> None:
-        """Differentiate a tile.
-
-        Args:
-            x: input [B, t, D].
-            cotangent: gradient of the wanted rows of the tile's output; None if there are none.
-            dx: where the gradient of the input is put; None if it is not needed.
-        """
-        block, spans, shared = self._block, self._block._context.spans, self._block._shared(number)
-        seen = block._parts.visible_keys(spans[number], spans[-1].stop)
-        found = [mx.zeros_like(array) for array in (x, *shared)]
-        if cotangent is not None:
-
-            def outputs(*inputs: mx.array) -> list[mx.array]:
-                x, *others = inputs
-                own, key_values = others[: len(shared)], others[len(shared) :]
-                return block._tile_outputs(x, number, seen, key_values, own)
-
-            sums = self.sums_from(seen)
-            cotangents = [cotangent, *block._context.shared.cotangent_tile(block.index, number)]
-            with ExitStack() as stack:
-                # Only attention reads these keys and values.
-                if not block._parts.through_cache:
-                    stack.enter_context(add_key_gradients(sums))
-                inputs = [x, *shared, *tokens_of_keys(seen, self.key_values)]
-                found = self.vjp(outputs, inputs, cotangents)
-            found, pair = found[: 1 + len(shared)], found[1 + len(shared) :]
-            if not sums.used:
-                for index, more in enumerate(pair):
-                    sums.add(index, more.reshape(-1, *more.shape[2:]), 0)
-        if block._parts.is_causal:
-            found = self._with_own_keys(number, [x, *shared], found)
-        self._settle(number, found, dx)
-
-    def finish_tile(self, number: int, x: mx.array, dx: Hidden | None) -> None:
-        """Add the gradient through a tile's own keys and values, which is complete now."""
-        shared = self._block._shared(number)
-        found = [mx.zeros_like(array) for array in (x, *shared)]
-        if dx is not None:
-            found[0] = dx.tile(number)
-        self._settle(number, self._with_own_keys(number, [x, *shared], found), dx)
-
-    def _with_own_keys(
-        self, number: int, inputs: list[mx.array], found: list[mx.array]
-    ) -> list[mx.array]:
-        """Gradients of a tile's inputs, plus those through its own keys and values."""
-        if self.key_value_sums is None:
-            return found
-        block = self._block
-        span = block._context.spans[number]
-        cotangents = [
-            total.astype(key_values.dtype)
-            for total, key_values in zip(
-                tokens_of_keys(span, self.key_value_sums.arrays),
-                tokens_of_keys(span, self.key_values),
-                strict=True,
-            )
-        ]
-        more = self.vjp(
-            lambda x, *shared: block._parts.key_values(x, span, shared=shared), inputs, cotangents
-        )
-        return [a + b for a, b in zip(found, more, strict=True)]
-
-    def totals(self) -> Arrays:
-        """Gradients of all trained arrays; zeros for those that no gradient reached."""
-        found = {n: self._sums.get(n, mx.zeros_like(v)) for n, v in self._trained.items()}
-        found = {name: value.astype(self._trained[name].dtype) for name, value in found.items()}
-        mx.eval(found)
-        return found
-
-    def submit(self, *arrays: object) -> None:
-        """Compute these arrays and the sums so far."""
-        self._block._context.pipeline.submit(*arrays, self._sums)
-
-    def _settle(self, number: int, found: list[mx.array], dx: Hidden | None) -> None:
-        """Evaluate and store the gradients of a tile's inputs, and the sums so far."""
-        key_values = self.key_value_sums.arrays if self.key_value_sums else []
-        own, *shared = found
-        context = self._block._context
-        context.pipeline.submit(found if dx is not None else [], self._sums, key_values)
-        if dx is not None:
-            dx.put(number, own)
-            context.shared.add_tile(self._block._links, number, shared)
-
-    def sums_from(self, seen: TokenSpan) -> KeySums:
-        """The sums of the gradients of keys and values, for a tile that sees these tokens."""
-        if self.key_value_sums is None:
-            (batch, heads, tokens, size), other = (
-                self.key_values[0].shape,
-                self.key_values[1].shape[-1],
-            )
-            self.key_value_sums = KeySums(batch, heads, tokens, (size, other))
-        self.key_value_sums.start, self.key_value_sums.used = seen.start, False
-        return self.key_value_sums
-
-    def vjp(
-        self,
-        function: Callable[..., list[mx.array]],
-        inputs: list[mx.array],
-        cotangents: list[mx.array],
-    ) -> list[mx.array]:
-        """Differentiate a part of the block: return gradients of its inputs, sum the others."""
-        trained = {n: v for n, v in self._trained.items() if n not in self._of_experts}
-        of_experts = {id(self._trained[name]): self._sums[name] for name in self._of_experts}
-        reached, count = set(), len(trained)
-
-        def bound_function(*primals: mx.array) -> list[mx.array]:
-            seen = {
-                name: gradient_hook(lambda name=name: reached.add(name))(value)
-                for name, value in zip(trained, primals[:count], strict=True)
-            }
-            with tracing_gradient(), bind_arrays(self._block.slots, seen):
-                return function(*primals[count:])
-
-        primals = [*trained.values(), *inputs]
-        if self._by_experts:
-            _, found = vjp_by_experts(bound_function, primals, cotangents, of_experts)
-        else:
-            _, found = mx.vjp(bound_function, primals, cotangents)
-        # Arrays that a part does not use have zero gradients, which are not evaluated or added.
-        # The values of a tile may decide which arrays these are (experts).
-        for name, value in zip(trained, found, strict=False):
-            if name in reached:
-                # In float32: trained weights may have 16 bits, and a row many tiles.
-                before = self._sums.get(name)
-                self._sums[name] = value if before is None else before.astype(mx.float32) + value
-        return found[count:]
-
-
-def tokens_of_keys(span: TokenSpan, arrays: list[mx.array]) -> list[mx.array]:
-    """The tokens of a span, of arrays [B, heads, T, n]."""
-    return [array[:, :, span.start : span.stop] for array in arrays]

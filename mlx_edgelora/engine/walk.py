@@ -38,6 +38,7 @@ from mlx_edgelora.blocks.weight_source import WeightSource
 from mlx_edgelora.engine.block_weights import Arrays, BlockWeights
 from mlx_edgelora.engine.cached_block import CachedBlock
 from mlx_edgelora.engine.context import Context, Segment
+from mlx_edgelora.engine.expert_tiles import expert_slots
 from mlx_edgelora.engine.functions import SAME_KEY, BlockFunctions, OutputRows
 from mlx_edgelora.engine.hidden import Hidden, Slots, spans_of
 from mlx_edgelora.engine.kept_block import KeptBlock
@@ -355,8 +356,12 @@ class Walk:
         waiting = max(0, kept_from - first) + 2 * (1 + twice) * (len(spans) > 1) + shared
         store = self._ram if self._plan.inputs == "memory" else self.store
         slot_bytes = batch * nbytes * max(span.stop - span.start for span in spans)
-        states = self._state_slots(kept_from, batch, slot_bytes) if len(spans) > 1 else 0
-        per_tile = waiting + states
+        more = 0
+        if len(spans) > 1:
+            more = self._state_slots(kept_from, batch, slot_bytes)
+            itemsize = self.blocks.hidden_dtype.size
+            more += max(expert_slots(block, itemsize) for block in self.blocks.blocks)
+        per_tile = waiting + more
         return kept_from, spans, Slots(store, per_tile * len(spans), slot_bytes)
 
     def _state_slots(self, blocks: int, batch: int, slot_bytes: int) -> int:

@@ -16,12 +16,13 @@ freed only when it is done, and those before it not at all (`engine/walk.py`): `
 
 Memory in addition to x [n, d], the output and its gradient [n, k, out]: the arrays of a group, or
 of two, what `f_e` needs for at most `TOKENS` rows, in the backward [n, d] in float32, and the
-gradients of the adapters. A step's backward requests every group twice: y is needed for the
-gradient of what it is multiplied by.
+gradients of the adapters. Rows may be in a file instead (`engine/rows.py`). `run_backward` gives y
+as well as the gradients, from the same arrays, because y is needed for the gradient of what it is
+multiplied by.
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -78,43 +79,71 @@ def compute_experts(x: mx.array, indices: mx.array, adapters: Arrays, experts: E
     return call(x, indices, *adapters.values())
 
 
-class _Rows:
-    """The rows of an array, read and written in its memory."""
+class Rows(Protocol):
+    """Rows of a matrix that are read and written by their numbers, wherever they are kept.
+
+    Attributes:
+        dtype: of what is read and written.
+    """
+
+    dtype: mx.Dtype
+
+    def take(self, rows: np.ndarray) -> mx.array:
+        """A copy of some rows, which is no part of any graph."""
+
+    def put(self, rows: np.ndarray, values: mx.array) -> None:
+        """Overwrite some rows."""
+
+    def add(self, rows: np.ndarray, values: mx.array) -> None:
+        """Add to float32 rows; the same row may be there twice."""
+
+
+class ArrayRows:
+    """The rows of an evaluated array, read and written in its memory."""
 
     def __init__(self, array: mx.array) -> None:
         mx.eval(array)
         self.dtype = array.dtype
-        self._view = _view(array)
+        self._view = view_of(array)
 
     def take(self, rows: np.ndarray | int) -> mx.array:
-        """A copy of some rows, or of one, that is no part of any graph."""
-        found = mx.array(self._view[rows])
-        return found.view(mx.bfloat16) if self.dtype == mx.bfloat16 else found
+        """A copy of some rows, or of one; see `Rows`."""
+        return array_of(self._view[rows], self.dtype)
 
     def put(self, rows: np.ndarray, values: mx.array) -> None:
-        self._view[rows] = _view(values)
+        """See `Rows`."""
+        self._view[rows] = view_of(values)
 
     def add(self, rows: np.ndarray | int, values: mx.array) -> None:
-        """Add to float32 rows; the same row may be there twice."""
-        if np.size(rows) == np.unique(rows).size:
-            self._view[rows] += _view(values)
-        else:
-            np.add.at(self._view, rows, _view(values))
+        """Add to some rows, or to one; see `Rows`."""
+        add_rows(self._view, rows, view_of(values))
 
 
-def _view(array: mx.array) -> np.ndarray:
+def add_rows(to: np.ndarray, rows: np.ndarray | int, values: np.ndarray) -> None:
+    """Add to rows of a matrix; the same row may be there twice."""
+    if np.size(rows) == np.unique(rows).size:
+        to[rows] += values
+    else:
+        np.add.at(to, rows, values)
+
+
+def view_of(array: mx.array) -> np.ndarray:
     """The memory of an array; bfloat16 as uint16."""
     return np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array, copy=False)
+
+
+def array_of(view: np.ndarray, dtype: mx.Dtype) -> mx.array:
+    """A copy of memory as an array of a dtype; the opposite of `view_of`."""
+    array = mx.array(view)
+    return array.view(mx.bfloat16) if dtype == mx.bfloat16 else array
 
 
 class _Visit:
     """One pass over the experts that the tokens pick."""
 
-    def __init__(self, indices: mx.array, adapters: Arrays, experts: Experts) -> None:
-        mx.eval(indices)
-        picked = np.array(indices)
-        self.shape, self.experts = picked.shape, experts
-        self._adapters = {name: _Rows(array) for name, array in adapters.items()}
+    def __init__(self, picked: np.ndarray, adapters: Arrays, experts: Experts) -> None:
+        self.experts = experts
+        self._adapters = {name: ArrayRows(array) for name, array in adapters.items()}
         flat = picked.reshape(-1)
         # Picks in the order of their experts, and where those of each expert begin.
         self._order = np.argsort(flat, kind="stable")
@@ -146,18 +175,35 @@ class _Visit:
 
 def visit_forward(x: mx.array, indices: mx.array, adapters: Arrays, experts: Experts) -> mx.array:
     """What `compute_experts` returns, evaluated."""
-    visit = _Visit(indices, adapters, experts)
-    rows, (tokens, k) = _Rows(x), visit.shape
-    out, into = None, None
-    for _, picks, frozen, own in visit:
-        piece = experts.function(rows.take(picks // k), frozen | own).astype(x.dtype)
+    picked, made = np.array(indices), []
+
+    def make(width: int) -> ArrayRows:
+        made.append(mx.zeros((picked.size, width), x.dtype))
+        return ArrayRows(made[0])
+
+    run_forward(ArrayRows(x), picked, adapters, experts, make)
+    return made[0].reshape(*picked.shape, -1)
+
+
+def run_forward(
+    x: Rows, picked: np.ndarray, adapters: Arrays, experts: Experts, make: Callable[[int], Rows]
+) -> None:
+    """Write what experts give for rows.
+
+    Args:
+        x: n rows.
+        picked: int [n, k], the experts of each row.
+        adapters, experts: as in `compute_experts`.
+        make: called once with the width of what experts give; returns the n * k rows for it.
+    """
+    out, k = None, picked.shape[1]
+    for _, picks, frozen, own in _Visit(picked, adapters, experts):
+        piece = experts.function(x.take(picks // k), frozen | own).astype(x.dtype)
         mx.eval(piece)
         if out is None:
-            out = mx.zeros((tokens * k, piece.shape[-1]), x.dtype)
-            into = _Rows(out)
-        into.put(picks, piece)
+            out = make(piece.shape[-1])
+        out.put(picks, piece)
         del piece, frozen, own
-    return out.reshape(tokens, k, -1)
 
 
 def visit_backward(
@@ -175,27 +221,52 @@ def visit_backward(
         cotangent: [n, k, out].
         sums: evaluated float32 arrays like `adapters`, to which their gradients are added in place.
     """
-    visit = _Visit(indices, adapters, experts)
-    rows, k = _Rows(x), visit.shape[1]
-    given = _Rows(cotangent.reshape(-1, cotangent.shape[-1]))
-    dx, into = mx.zeros(x.shape), {name: _Rows(total) for name, total in sums.items()}
-    dx_rows, names = _Rows(dx), list(adapters)
-    for expert, picks, frozen, own in visit:
+    dx = mx.zeros(x.shape)
+    given = ArrayRows(cotangent.reshape(-1, cotangent.shape[-1]))
+    run_backward(ArrayRows(x), np.array(indices), given, adapters, experts, sums, ArrayRows(dx))
+    dx = dx.astype(x.dtype)
+    mx.eval(dx)
+    return dx
+
+
+def run_backward(
+    x: Rows,
+    picked: np.ndarray,
+    dy: Rows,
+    adapters: Arrays,
+    experts: Experts,
+    sums: Arrays,
+    dx: Rows,
+    y: Rows | None = None,
+) -> None:
+    """Add the gradients of rows and of adapters.
+
+    Args:
+        x, picked, adapters, experts: as in `run_forward`.
+        dy: n * k rows, the gradients of what experts give.
+        sums: see `visit_backward`.
+        dx: n float32 rows, to which gradients are added.
+        y: where to write what experts give, from the same unpacked arrays; may be `dy` itself,
+            each row of which is read before it is written.
+    """
+    into, names = {name: ArrayRows(total) for name, total in sums.items()}, list(adapters)
+    k = picked.shape[1]
+    for expert, picks, frozen, own in _Visit(picked, adapters, experts):
 
         def function(x: mx.array, *values: mx.array, frozen: Arrays = frozen) -> list[mx.array]:
             arrays = frozen | dict(zip(names, values, strict=True))
             return [experts.function(x, arrays).astype(x.dtype)]
 
         tokens = picks // k
-        inputs = [rows.take(tokens), *own.values()]
-        # The outputs are not kept: they hold what was computed for the gradient.
-        found = mx.vjp(function, inputs, [given.take(picks).astype(x.dtype)])[1]
+        inputs = [x.take(tokens), *own.values()]
+        # Outputs that nobody wants are not kept: they hold what was computed for the gradient.
+        made, found = mx.vjp(function, inputs, [dy.take(picks).astype(x.dtype)])
+        made = [] if y is None else made
         found = [array.astype(mx.float32) for array in found]
-        mx.eval(found)
-        dx_rows.add(tokens, found[0])
+        mx.eval(made, found)
+        if y is not None:
+            y.put(picks, made[0])
+        dx.add(tokens, found[0])
         for name, gradient in zip(names, found[1:], strict=True):
             into[name].add(expert, gradient)
-        del found, inputs, function, frozen, own
-    dx = dx.astype(x.dtype)
-    mx.eval(dx)
-    return dx
+        del made, found, inputs, function, frozen, own

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import mlx.nn as nn
 from mlx.utils import tree_flatten
+from mlx_lm.models.mla import QuantizedMultiLinear
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.dora import DoRALinear as MlxDoRALinear
 from mlx_lm.tuner.lora import LoRALinear as MlxLoRALinear
@@ -24,6 +25,7 @@ from mlx_edgelora.blocks.lora_layers import DoRALinear, LoRALinear, LoRASwitchLi
 from mlx_edgelora.blocks.refusals import Refusal, refusal_error
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.layers.linear import DequantizedEmbedding, DequantizedLinear, resolve_kernel
+from mlx_edgelora.layers.multi_linear import DequantizedMultiLinear, HeadsMultiLinear
 from mlx_edgelora.model.checkpoint import error_text
 from mlx_edgelora.model.dora import check_dora
 
@@ -36,7 +38,9 @@ LORA_CLASSES = {
 DEQUANTIZED_CLASSES = {
     nn.QuantizedLinear: DequantizedLinear,
     nn.QuantizedEmbedding: DequantizedEmbedding,
+    QuantizedMultiLinear: DequantizedMultiLinear,
 }
+FUSED_CLASSES = {QuantizedMultiLinear: HeadsMultiLinear}
 
 
 def add_lora(
@@ -221,8 +225,7 @@ def set_kernel(model: nn.Module, kernel: str) -> str:
         The kernel chosen and the reason.
     """
     kernel, reason = resolve_kernel(kernel)
-    if kernel == "dequantize":
-        _replace_classes(model, DEQUANTIZED_CLASSES)
+    _replace_classes(model, DEQUANTIZED_CLASSES if kernel == "dequantize" else FUSED_CLASSES)
     return f"{kernel} ({reason})"
 
 

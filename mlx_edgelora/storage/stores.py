@@ -169,6 +169,23 @@ class MappedStore:
             reading.result()
         self._kept.pop(slot, None)
 
+    def open(self, slot: int, nbytes: int) -> np.ndarray:
+        """The memory of a slot, [nbytes] uint8, to be read and written in place.
+
+        Its pages stay in memory until `touched` is called. What was in the slot is discarded.
+        """
+        self._settle()
+        self._kept.pop(slot, None)
+        if nbytes > self._place(slot)[1]:
+            self._move(slot, nbytes)
+        return self._region(slot, nbytes)
+
+    def touched(self, slot: int, read: int = 0, written: int = 0) -> None:
+        """Count bytes that were read and written in an open slot, and release its pages."""
+        self._meter.add_read(read)
+        self._meter.add_written(written)
+        self._drop_pages(slot)
+
     def close(self) -> None:
         """Stop the worker and free the file's space."""
         try:

@@ -8,11 +8,13 @@ from contextlib import closing
 import mlx.core as mx
 import pytest
 from architectures import relative_error
-from harness import engine, plain, plain_value_and_grad, random_batch, save
+from harness import assert_same_gradients, engine, plain, plain_value_and_grad, random_batch, save
 from mlx.utils import tree_flatten
 from peaks import above
 
+from mlx_edgelora.blocks import attention
 from mlx_edgelora.blocks.attention import TILE_BYTES
+from mlx_edgelora.layers import head_attention
 
 # As GLM-4.7-Flash and DeepSeek V3 have them; all else is small.
 HEADS = (20, 128)
@@ -34,8 +36,8 @@ WAYS = {
 }
 
 
-def model(folder, heads):
-    changes = MLA | {"num_attention_heads": heads, "num_key_value_heads": heads}
+def model(folder, heads, **changes):
+    changes = MLA | {"num_attention_heads": heads, "num_key_value_heads": heads} | changes
     return save(folder, "deepseek_v3", True, **changes)
 
 
@@ -86,3 +88,24 @@ def test_peak_by_tiles_does_not_hold_tokens_times_tokens(tmp_path, memory):
             peaks[way] = above(lambda ours=ours: ours.value_and_grad(batch))
     assert peaks["tiles"] < scores / 2
     assert peaks["whole"] > 2 * scores  # the measure sees what is held
+
+
+@pytest.mark.parametrize("way", ["whole", "tiles"])
+def test_keys_and_values_are_made_for_some_heads_at_a_time(tmp_path, way, monkeypatch):
+    heads, tokens = 20, TOKENS
+    packed = {"kv_lora_rank": 64, "qk_nope_head_dim": 64}  # or these matrices are not packed
+    monkeypatch.setattr(head_attention, "HEAD_BYTES", 3 * 4 * tokens * 72)  # of three heads
+    monkeypatch.setattr(attention, "TILE_BYTES", 1)  # no tile has few scores
+    made, original = [], head_attention.attend_by_heads
+
+    def spied(queries, *args, **options):
+        made.append(queries.shape[1])
+        return original(queries, *args, **options)
+
+    monkeypatch.setattr(attention, "attend_by_heads", spied)
+    folder, batch = model(tmp_path, heads, **packed), random_batch(1, tokens)
+    _, expected = plain_value_and_grad(plain(folder), batch)
+    with closing(engine(folder, **WAYS[way])) as ours:
+        _, got = ours.value_and_grad(batch)
+    assert set(made) == {heads}
+    assert_same_gradients(got, expected)

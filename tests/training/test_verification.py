@@ -24,7 +24,7 @@ from mlx_edgelora.blocks import parts
 from mlx_edgelora.blocks.block_list import BlockList
 from mlx_edgelora.engine.hidden import Hidden
 from mlx_edgelora.engine.tail import Tail
-from mlx_edgelora.engine.tiled_block import TiledBackward
+from mlx_edgelora.engine.tiled_backward import TiledBackward
 from mlx_edgelora.engine.walk import Walk
 from mlx_edgelora.layers import attention as attention_layer
 from mlx_edgelora.layers import grid

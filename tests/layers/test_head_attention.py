@@ -1,0 +1,88 @@
+"""Attention that makes keys and values of some heads at a time: as with those of all heads."""
+
+import mlx.core as mx
+import pytest
+from architectures import relative_error
+from backends import frees_at_once
+from mlx_lm.models.mla import MultiLinear
+
+from mlx_edgelora.layers import head_attention
+from mlx_edgelora.layers.attention import tiled_attention
+from mlx_edgelora.layers.head_attention import HeadProduct, attend_by_heads, heads_at_a_time
+from mlx_edgelora.layers.multi_linear import DequantizedMultiLinear, HeadsMultiLinear
+
+LATENTS, SIZE = 64, 32
+
+
+def layer(kind, inputs, outputs, heads, seed):
+    mx.random.seed(seed)
+    made = MultiLinear(inputs, outputs, heads).to_quantized(32, 4)
+    object.__setattr__(made, "__class__", kind)
+    mx.eval(made.parameters())
+    return made
+
+
+def normal(*shape, seed=0):
+    return mx.random.normal(shape, key=mx.random.key(seed))
+
+
+MASKS = {
+    "floating": lambda heads, q, k: normal(2, heads, q, k, seed=5),
+    "floating, of all heads": lambda heads, q, k: normal(2, 1, q, k, seed=5),
+    "bool": lambda heads, q, k: mx.tri(q, k, k - q, dtype=mx.int32).astype(mx.bool_),
+    "causal": lambda heads, q, k: "causal",
+    "none": lambda heads, q, k: None,
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("kind", [DequantizedMultiLinear, HeadsMultiLinear])
+def test_values_and_gradients_are_those_of_all_heads_at_once(mask, kind, monkeypatch):
+    heads, queries, keys = 5, 11, 19
+    # Two heads at a time, the last one alone.
+    monkeypatch.setattr(head_attention, "HEAD_BYTES", 2 * 4 * 2 * keys * 2 * SIZE)
+    down = layer(kind, SIZE, LATENTS, heads, 1)
+    up = layer(kind, LATENTS, SIZE, heads, 2)
+    given, scale = MASKS[mask](heads, queries, keys), SIZE**-0.5
+    floats = [given] if mask.startswith("floating") else []
+    cotangent = normal(2, heads, queries, SIZE, seed=3)
+
+    def run(attend):
+        def function(q, latents, *added):
+            k, v = down(latents, transpose=False), up(mx.sin(latents))
+            assert isinstance(k, HeadProduct) and heads_at_a_time(k, v) == 2
+            return attend(q, k, v, scale=scale, mask=added[0] if added else given)
+
+        inputs = [normal(2, heads, queries, SIZE, seed=1), normal(2, 1, keys, LATENTS, seed=2)]
+        out, found = mx.vjp(function, [*inputs, *floats], [cotangent])
+        return [*out, *found]
+
+    got, expected = run(attend_by_heads), run(tiled_attention)
+    assert len(got) == 3 + len(floats)
+    for one, other in zip(got, expected, strict=True):
+        assert one.shape == other.shape
+        assert relative_error(one, other) < 1e-5
+
+
+@frees_at_once
+def test_keys_and_values_of_all_heads_are_not_in_memory(monkeypatch):
+    heads, queries, keys = 64, 32, 512
+    monkeypatch.setattr(head_attention, "HEAD_BYTES", 4 * 4 * keys * 2 * SIZE)
+    down = layer(DequantizedMultiLinear, SIZE, LATENTS, heads, 1)
+    up = layer(DequantizedMultiLinear, LATENTS, SIZE, heads, 2)
+    inputs = [normal(1, heads, queries, SIZE, seed=1), normal(1, 1, keys, LATENTS, seed=2)]
+    cotangent = normal(1, heads, queries, SIZE, seed=3)
+    mx.eval(inputs, cotangent)
+    peaks = []
+    for attend in (attend_by_heads, tiled_attention):
+
+        def function(q, latents, attend=attend):
+            k, v = down(latents, transpose=False), up(latents)
+            return attend(q, k, v, scale=1.0, mask=None)
+
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(mx.vjp(function, inputs, [cotangent])[1])
+        peaks.append(mx.get_peak_memory() - before)
+    both = 4 * heads * keys * 2 * SIZE
+    assert peaks[0] < both < peaks[1] / 2
