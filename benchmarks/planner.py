@@ -12,7 +12,8 @@ budget, each planned by the budget alone, as a run is: with what a few blocks ta
 `expected` the planner's after it, `measured` that of `mx.get_peak_memory` over the second step
 (MLX's buffer cache off, its memory limit set to the budget), weights, adapters, gradients
 and optimizer state included. Rows marked * have products of bfloat16 by a stand-in
-(`benchmarks/memory.py`): the same arrays, without meaning.
+(`benchmarks/memory.py`): the same arrays, without meaning. With --stand-in all rows have, which is
+several times as fast.
 
 `budgets` times plans between the smallest budget and plenty for one shape, in turn, and prints
 how much faster each is than the one before.
@@ -32,7 +33,7 @@ import argparse
 import gc
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -64,6 +65,8 @@ from mlx_edgelora.training.sampling import first_plan, measure_and_replan
 MB = 10**6
 # Budgets of the grid, in multiples of the smallest that works; None is plenty.
 BUDGETS = (1.03, 1.25, 1.6, 2.5, 4.0, None)
+# What `memory.stand_in` replaces.
+PRODUCTS = [(mx.array, "__matmul__"), (mx, "addmm"), (mx, "gather_mm"), (mx, "gather_qmm")]
 # Of models whose blocks are of several kinds, or have experts.
 FEWER_BUDGETS = (1.03, 1.6, 2.5, None)
 # Of `fits`: blocks that are made of each shape, budgets in bytes, and the batch.
@@ -127,6 +130,7 @@ class Planned:
     def __init__(self, args: argparse.Namespace, case: Case) -> None:
         self._folder = checkpoint(args.cache, case.shape, case.blocks)
         self._case, self._cache = case, args.cache
+        self._stands_in = case.stands_in or args.stand_in
         lazy = self.lazy()
         dtype = DTYPES[case.dtype]
         self.shape: ModelShape = shape_of(checked_blocks(lazy.model), lazy.vocabulary, dtype)
@@ -166,8 +170,18 @@ class Planned:
     def _run(self, budget: Budget) -> RunPlan:
         return RunPlan(*self._arguments, budget, None, {}, True, self.known)
 
-    def _assembled(self, chosen: Plan) -> AbstractContextManager[Engine]:
-        return build_engine(self.lazy(), chosen, Settings(self._cache, self._case.dtype))
+    @contextmanager
+    def _assembled(self, chosen: Plan) -> Iterator[Engine]:
+        products = {name: getattr(box, name) for box, name in PRODUCTS}
+        with build_engine(self.lazy(), chosen, Settings(self._cache, self._case.dtype)) as engine:
+            if self._stands_in:
+                engine.walk._tiling.summary()  # before products mean nothing
+                memory.stand_in(DTYPES[self._case.dtype])
+            try:
+                yield engine
+            finally:
+                for box, name in PRODUCTS:
+                    setattr(box, name, products[name])
 
     @contextmanager
     def stepping(self, chosen: Plan) -> Iterator[Callable[[], tuple[int, float]]]:
@@ -236,19 +250,13 @@ def grid_of_plans(args: argparse.Namespace) -> None:
     ]
     print(f"| {' | '.join(names)} |\n{'|---' * len(names)}|")
     misses, formulas, over, known = [], [], 0, None
-    product = mx.array.__matmul__, mx.addmm
     wanted = [case for case in grid() if args.shape in (None, case.shape)]
     for case in wanted[args.skip :]:
         if known is None or (known[0] != replace(case, times=None)):
             known = replace(case, times=None), Planned(args, case)
-        if case.stands_in:
-            memory.stand_in(mx.bfloat16)
-        try:
-            with known[1].settled(case.times) as (chosen, first, engine):
-                budget, choice = chosen.budget.bytes, chosen.choice
-                measured = known[1].second_peak(engine, budget)
-        finally:
-            mx.array.__matmul__, mx.addmm = product
+        with known[1].settled(case.times) as (chosen, first, engine):
+            budget, choice = chosen.budget.bytes, chosen.choice
+            measured = known[1].second_peak(engine, budget)
         off = choice.peak / measured - 1
         if case.times is not None:  # where there is plenty nothing is measured before
             misses.append(abs(off))
@@ -261,7 +269,7 @@ def grid_of_plans(args: argparse.Namespace) -> None:
             way = f"{choice.plan.tile_tokens} tokens"
         print(
             f"| {case.shape} | {case.blocks} | {case.rows} x {case.tokens} | {case.rank} | "
-            f"{case.dtype}{'*' * case.stands_in} | {name} | {first / MB:.1f} | "
+            f"{case.dtype}{'*' * (case.stands_in or args.stand_in)} | {name} | {first / MB:.1f} | "
             f"{choice.peak / MB:.1f} | {measured / MB:.1f} | {off:+.1%} | {way} |",
             flush=True,
         )
@@ -385,10 +393,12 @@ def collect(args: argparse.Namespace) -> None:
 def main() -> None:
     """Run a subcommand."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.set_defaults(stand_in=False)
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("grid", help="expected and measured peaks of some 90 plans")
     one.add_argument("--skip", type=int, default=0, metavar="ROWS", help="that a run before made")
     one.add_argument("--shape", choices=SHAPES, help="rows of this shape alone")
+    one.add_argument("--stand-in", action="store_true", help="for products of all rows")
     one.set_defaults(run=grid_of_plans)
     one = commands.add_parser("budgets", help="time against the budget")
     one.add_argument("--shape", choices=SHAPES, default="llama-3.2-3b")
