@@ -354,7 +354,7 @@ def fits(args: argparse.Namespace) -> None:
         planned = Planned(args, Case(name, made, 128, 1, 8, "bfloat16", 0.5, None))
         machine = assumed(*args.rates) if args.rates else planned.machine
         blocks = SHAPES[name][1]
-        shape = replace(planned.shape, blocks=blocks, adapted=blocks)
+        shape = replace(planned.shape, blocks=blocks, adapted=blocks, by_block=())
         for budget in args.budgets:
             try:
                 choice = plan(shape, load, machine, budget)

@@ -218,7 +218,8 @@ def _measure(
     kept_from = shape.blocks - kept if kept else None
     streamed = shape.blocks if plan.streamed_blocks is None else plan.streamed_blocks
     computed = [*middle, *range(shape.blocks - kept, shape.blocks)]
-    small = replace(shape, blocks=len(computed), adapted=len(computed))
+    own = tuple(shape.by_block[index] for index in computed) if shape.by_block else ()
+    small = replace(shape, blocks=len(computed), adapted=len(computed), by_block=own)
     as_small = replace(plan, streamed_blocks=sum(index < streamed for index in computed))
     batch = synthetic_batch(batch_shape, shape.vocabulary)
     best: dict[str, list[float]] = {}
@@ -252,7 +253,8 @@ def _measure(
 def _reading(chosen: RunPlan, plan: Plan) -> float:
     """Seconds to read a block's weights once, which the planner adds separately."""
     share = OVERLAPPED if plan.prefetch else 1.0
-    return plan.streams * share * chosen.shape.block_bytes / chosen.machine.rates.read
+    size = chosen.shape.frozen_bytes(0, chosen.shape.blocks) / chosen.shape.blocks
+    return plan.streams * share * size / chosen.machine.rates.read
 
 
 @contextmanager
