@@ -52,6 +52,7 @@ def shape_of(blocks: BlockList, vocabulary: int, dtype: mx.Dtype | None = None) 
     adapted = [index for index, block in enumerate(by_block) if block.trained]
     outside = {n: v for n, v in trained.items() if blocks.local(n) is None}
     entry = any("embed" in name for name in outside)  # its backward passes through all blocks
+    hidden = block_calls(blocks)[0][0].shape[2]
     head = find_head(blocks)
     matrix = None if head is None else frozen_matrix(head)
     modules = [m for m in blocks.modules_outside() if isinstance(m, MATRICES)]
@@ -66,7 +67,7 @@ def shape_of(blocks: BlockList, vocabulary: int, dtype: mx.Dtype | None = None) 
     return ModelShape(
         blocks=len(blocks),
         adapted=len(blocks) if entry else len(blocks) - min(adapted, default=len(blocks)),
-        hidden=largest.width,
+        hidden=hidden,
         queries=queries,
         keys=keys,
         intermediate=largest.intermediate,
@@ -77,7 +78,7 @@ def shape_of(blocks: BlockList, vocabulary: int, dtype: mx.Dtype | None = None) 
         block_weights=largest.entries,
         mlp_weights=largest.mlp_entries,
         head_bytes=sum(sizes.values()),
-        head_entries=vocabulary * largest.width,
+        head_entries=vocabulary * hidden,
         packed=largest.packed,
         head_packed=matrix is not None and "scales" in matrix,
         outside_bytes=max(0, outside_bytes),
@@ -217,8 +218,6 @@ class _BlockSizes:
         self.mlp_trained = sum(v.nbytes for name, v in trained.items() if in_mlp(name))
         self.entries = sum(a * b for a, b in sizes.values())
         self.mlp_entries = sum(sizes[path][0] * sizes[path][1] for path in inside)
-        norms = [v.shape[0] for n, v in arrays.items() if v.ndim == 1 and n.endswith("norm.weight")]
-        self.width = max(norms, default=max((i for i, _ in sizes.values()), default=1))
         self.widest = max(
             (out for path, (_, out) in sizes.items() if path not in inside), default=0
         )
