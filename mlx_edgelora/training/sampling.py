@@ -169,8 +169,9 @@ def sample(engine: Engine, chosen: RunPlan) -> float:
     kinds = _kinds(engine, first, last)
     middle = _blocks_to_sample(kinds, chosen.measurements.overlaps, bool(memory.kept))
     tails = [0]
-    if memory.kept:  # the last block, computed for labelled tokens only, and one of each kind
-        tails = sorted({1, min(memory.kept, 1 + len(_kinds(engine, first, shape.blocks)))})
+    if memory.kept:  # the last block, for labelled tokens only, with one and two of each kind
+        count = len(_kinds(engine, first, shape.blocks))
+        tails = sorted({min(memory.kept, 1 + count), min(memory.kept, 1 + 2 * count)})
     for number, kept in enumerate(tails):
         own = replace(plan, kept_blocks=kept, micro_batches=1)
         _measure(engine, chosen, own, part, middle if number + 1 == len(tails) else [])

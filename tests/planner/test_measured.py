@@ -64,6 +64,15 @@ def test_a_long_tail_is_told_by_two_short_ones():
     assert measurements.find("tail", (28, 16, "fused"), LONGER) is None
 
 
+def test_the_longest_tails_tell_of_a_longer_one_and_none_of_a_shorter_one():
+    """The peak of a short one may be where the number of kept blocks does not matter."""
+    measurements = Measurements()
+    for kept, size in ((2, 150), (3, 200), (5, 400)):
+        measurements.add("tail", (kept, 16, "fused"), LOAD, Measurement(size, 1.0))
+    assert measurements.find("tail", (7, 16, "fused"), LOAD).bytes == 600
+    assert measurements.find("tail", (1, 16, "fused"), LOAD) is None
+
+
 def test_of_one_tail_another_takes_as_much_more_as_the_formula_says():
     measurements = Measurements()
     measurements.add("tail", (1, 16, "fused"), LOAD, Measurement(10**6, 1.0))
