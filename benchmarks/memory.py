@@ -202,7 +202,7 @@ def measured(args: argparse.Namespace, blocks: int, tokens: int) -> dict[str, fl
     run = Run(folder, plan, args)
     run.try_tiles()  # before products mean nothing
     if args.stand_in:
-        stand_in(mx.bfloat16)
+        stand_in(getattr(mx, args.dtype))
     batch = random_batch(words, tokens, args.labelled)
     for _ in range(args.steps):
         row = run.step(batch)
@@ -331,7 +331,7 @@ def main() -> None:
             one.add_argument("--vocabulary", type=int, help="fewer words than the model has")
             one.add_argument("--tile-tokens", type=int, help="of each plan; 256 for the floor")
             one.add_argument("--mlp-bytes", type=int, help="of each plan; 16 MiB for the floor")
-        one.add_argument("--stand-in", action="store_true", help="for products of bfloat16")
+        one.add_argument("--stand-in", action="store_true", help="for products of the dtype")
         one.add_argument("--cache", type=Path, default=default_cache(), help="of random models")
         one.add_argument("--row", choices=PLANS, help=argparse.SUPPRESS)
         one.set_defaults(run=steps)

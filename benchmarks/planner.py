@@ -6,13 +6,14 @@
     python benchmarks/planner.py collect phases.jsonl --shape llama-3.2-1b --blocks 4 --rank 4
     python benchmarks/planner.py fit phases.jsonl other.jsonl
 
-`grid` makes one step for each of some 60 combinations of shape, context, batch, rank, dtype and
+`grid` makes one step for each of some 90 combinations of shape, context, batch, rank, dtype and
 budget, each planned by the budget alone, as a run is: with what a few blocks take on this machine
 (`training/sampling.py`). `formula` is the peak that was expected before anything was measured,
 `expected` the planner's after it, `measured` that of `mx.get_peak_memory` over the second step
 (MLX's buffer cache off, its memory limit set to the budget), weights, adapters, gradients
 and optimizer state included. Rows marked * have products of bfloat16 by a stand-in
-(`benchmarks/memory.py`): the same arrays, without meaning.
+(`benchmarks/memory.py`): the same arrays, without meaning. With --stand-in all rows have, which is
+several times as fast.
 
 `budgets` times plans between the smallest budget and plenty for one shape, in turn, and prints
 how much faster each is than the one before.
@@ -32,9 +33,8 @@ import argparse
 import gc
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 
 import memory
@@ -65,6 +65,10 @@ from mlx_edgelora.training.sampling import first_plan, measure_and_replan
 MB = 10**6
 # Budgets of the grid, in multiples of the smallest that works; None is plenty.
 BUDGETS = (1.03, 1.25, 1.6, 2.5, 4.0, None)
+# What `memory.stand_in` replaces.
+PRODUCTS = [(mx.array, "__matmul__"), (mx, "addmm"), (mx, "gather_mm"), (mx, "gather_qmm")]
+# Of models whose blocks are of several kinds, or have experts.
+FEWER_BUDGETS = (1.03, 1.6, 2.5, None)
 # Of `fits`: blocks that are made of each shape, budgets in bytes, and the batch.
 MADE = {"llama-3.2-1b": 4, "llama-3.2-3b": 3, "llama-3.1-8b": 1, "llama-3.3-70b": 1}
 BYTES = (4 * 10**9, 10 * 10**9, 22 * 10**9)
@@ -90,7 +94,7 @@ class Case:
 
 
 def grid() -> Iterator[Case]:
-    """66 cases; each value of each axis meets many of the others."""
+    """86 cases; each value of each axis meets many of the others."""
     small, middle, large = ("qwen2.5-0.5b", 6), ("llama-3.2-1b", 4), ("llama-3.2-3b", 4)
     settings = [
         (small, 128, 1, 8, "float32", 1.0),
@@ -108,6 +112,16 @@ def grid() -> Iterator[Case]:
     for (shape, blocks), tokens, rows, rank, dtype, labelled in settings:
         for times in BUDGETS:
             yield Case(shape, blocks, tokens, rows, rank, dtype, labelled, times)
+    kinds = {
+        "qwen3-moe-small": 4,
+        "qwen3.5-small": 4,
+        "granite-4.0-h-small": 6,
+        "deepseek-small": 4,
+        "gemma-4-small": 6,
+    }
+    for shape, blocks in kinds.items():
+        for times in FEWER_BUDGETS:
+            yield Case(shape, blocks, 1024, 1, 8, "float32", 0.3, times)
 
 
 class Planned:
@@ -116,6 +130,7 @@ class Planned:
     def __init__(self, args: argparse.Namespace, case: Case) -> None:
         self._folder = checkpoint(args.cache, case.shape, case.blocks)
         self._case, self._cache = case, args.cache
+        self._stands_in = case.stands_in or args.stand_in
         lazy = self.lazy()
         dtype = DTYPES[case.dtype]
         self.shape: ModelShape = shape_of(checked_blocks(lazy.model), lazy.vocabulary, dtype)
@@ -155,8 +170,18 @@ class Planned:
     def _run(self, budget: Budget) -> RunPlan:
         return RunPlan(*self._arguments, budget, None, {}, True, self.known)
 
-    def _assembled(self, chosen: Plan) -> AbstractContextManager[Engine]:
-        return build_engine(self.lazy(), chosen, Settings(self._cache, self._case.dtype))
+    @contextmanager
+    def _assembled(self, chosen: Plan) -> Iterator[Engine]:
+        products = {name: getattr(box, name) for box, name in PRODUCTS}
+        with build_engine(self.lazy(), chosen, Settings(self._cache, self._case.dtype)) as engine:
+            if self._stands_in:
+                engine.walk._tiling.summary()  # before products mean nothing
+                memory.stand_in(DTYPES[self._case.dtype])
+            try:
+                yield engine
+            finally:
+                for box, name in PRODUCTS:
+                    setattr(box, name, products[name])
 
     @contextmanager
     def stepping(self, chosen: Plan) -> Iterator[Callable[[], tuple[int, float]]]:
@@ -225,18 +250,13 @@ def grid_of_plans(args: argparse.Namespace) -> None:
     ]
     print(f"| {' | '.join(names)} |\n{'|---' * len(names)}|")
     misses, formulas, over, known = [], [], 0, None
-    product = mx.array.__matmul__, mx.addmm
-    for case in islice(grid(), args.skip, None):
+    wanted = [case for case in grid() if args.shape in (None, case.shape)]
+    for case in wanted[args.skip :]:
         if known is None or (known[0] != replace(case, times=None)):
             known = replace(case, times=None), Planned(args, case)
-        if case.stands_in:
-            memory.stand_in(mx.bfloat16)
-        try:
-            with known[1].settled(case.times) as (chosen, first, engine):
-                budget, choice = chosen.budget.bytes, chosen.choice
-                measured = known[1].second_peak(engine, budget)
-        finally:
-            mx.array.__matmul__, mx.addmm = product
+        with known[1].settled(case.times) as (chosen, first, engine):
+            budget, choice = chosen.budget.bytes, chosen.choice
+            measured = known[1].second_peak(engine, budget)
         off = choice.peak / measured - 1
         if case.times is not None:  # where there is plenty nothing is measured before
             misses.append(abs(off))
@@ -249,7 +269,7 @@ def grid_of_plans(args: argparse.Namespace) -> None:
             way = f"{choice.plan.tile_tokens} tokens"
         print(
             f"| {case.shape} | {case.blocks} | {case.rows} x {case.tokens} | {case.rank} | "
-            f"{case.dtype}{'*' * case.stands_in} | {name} | {first / MB:.1f} | "
+            f"{case.dtype}{'*' * (case.stands_in or args.stand_in)} | {name} | {first / MB:.1f} | "
             f"{choice.peak / MB:.1f} | {measured / MB:.1f} | {off:+.1%} | {way} |",
             flush=True,
         )
@@ -334,7 +354,7 @@ def fits(args: argparse.Namespace) -> None:
         planned = Planned(args, Case(name, made, 128, 1, 8, "bfloat16", 0.5, None))
         machine = assumed(*args.rates) if args.rates else planned.machine
         blocks = SHAPES[name][1]
-        shape = replace(planned.shape, blocks=blocks, adapted=blocks)
+        shape = replace(planned.shape, blocks=blocks, adapted=blocks, by_block=())
         for budget in args.budgets:
             try:
                 choice = plan(shape, load, machine, budget)
@@ -373,9 +393,12 @@ def collect(args: argparse.Namespace) -> None:
 def main() -> None:
     """Run a subcommand."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.set_defaults(stand_in=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("grid", help="expected and measured peaks of some 60 plans")
+    one = commands.add_parser("grid", help="expected and measured peaks of some 90 plans")
     one.add_argument("--skip", type=int, default=0, metavar="ROWS", help="that a run before made")
+    one.add_argument("--shape", choices=SHAPES, help="rows of this shape alone")
+    one.add_argument("--stand-in", action="store_true", help="for products of all rows")
     one.set_defaults(run=grid_of_plans)
     one = commands.add_parser("budgets", help="time against the budget")
     one.add_argument("--shape", choices=SHAPES, default="llama-3.2-3b")

@@ -1,7 +1,8 @@
 """Shapes of models whose blocks are not all alike: recurrent ones, convolutions, windows.
 
-Figures are those of the published `config.json` files; with fewer blocks than the model has, the
-kinds of its blocks take turns.
+Figures are those of the published `config.json` files, except those of shapes named small, which
+have the kinds of blocks of a family in a size that a CPU computes in seconds. With fewer blocks
+than the model has, the kinds of its blocks take turns.
 """
 
 from itertools import cycle, islice
@@ -20,6 +21,9 @@ SHAPES = {
     "mamba-1.4b": (mamba, 48, 2048, 4096, 1, 1, 50280),
     "gemma-4-31b": (gemma4_text, 60, 5376, 21504, 32, 16, 262144),
     "gemma-4-e4b": (gemma4_text, 42, 2560, 10240, 8, 2, 262144),
+    "gemma-4-small": (gemma4_text, 12, 1024, 4096, 8, 2, 16384),
+    "granite-4.0-h-small": (granitemoehybrid, 12, 768, 2048, 12, 4, 16384),
+    "qwen3.5-small": (qwen3_5, 12, 1024, 3584, 8, 2, 16384),
 }
 UNTIED = ("qwen3.5-9b", "nemotron-h-4b", "nemotron-nano-9b-v2")
 NEMOTRON = {
@@ -35,6 +39,28 @@ NEMOTRON = {
     "use_conv_bias": True,
     "max_position_embeddings": 131072,
 }
+QWEN = {
+    "head_dim": 256,
+    "linear_num_key_heads": 16,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+    "max_position_embeddings": 262144,
+}
+GRANITE = {
+    "mamba_d_state": 128,
+    "mamba_d_conv": 4,
+    "mamba_n_groups": 1,
+    "mamba_conv_bias": True,
+    "mamba_proj_bias": False,
+    "attention_bias": False,
+    "embedding_multiplier": 12.0,
+    "attention_multiplier": 0.015625,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 8.0,
+    "position_embedding_type": "nope",
+    "max_position_embeddings": 131072,
+}
 GEMMA = {
     "head_dim": 256,
     "global_head_dim": 512,
@@ -43,32 +69,12 @@ GEMMA = {
     "max_position_embeddings": 131072,
 }
 SETTINGS: dict[str, dict[str, Any]] = {
-    "qwen3.5-9b": {
-        "head_dim": 256,
-        "linear_num_value_heads": 32,
-        "linear_num_key_heads": 16,
-        "linear_key_head_dim": 128,
-        "linear_value_head_dim": 128,
-        "linear_conv_kernel_dim": 4,
-        "max_position_embeddings": 262144,
-    },
-    "granite-4.0-h-micro": {
-        "shared_intermediate_size": 8192,
-        "mamba_n_heads": 64,
-        "mamba_d_head": 64,
-        "mamba_d_state": 128,
-        "mamba_d_conv": 4,
-        "mamba_n_groups": 1,
-        "mamba_conv_bias": True,
-        "mamba_proj_bias": False,
-        "attention_bias": False,
-        "embedding_multiplier": 12.0,
-        "attention_multiplier": 0.015625,
-        "residual_multiplier": 0.22,
-        "logits_scaling": 8.0,
-        "position_embedding_type": "nope",
-        "max_position_embeddings": 131072,
-    },
+    "qwen3.5-9b": QWEN | {"linear_num_value_heads": 32},
+    "qwen3.5-small": QWEN | {"linear_num_value_heads": 16},
+    "granite-4.0-h-micro": GRANITE
+    | {"shared_intermediate_size": 8192, "mamba_n_heads": 64, "mamba_d_head": 64},
+    "granite-4.0-h-small": GRANITE
+    | {"shared_intermediate_size": 2048, "mamba_n_heads": 48, "mamba_d_head": 32},
     "falcon-h1-1.5b": {
         "head_dim": 128,
         "mamba_d_ssm": 3072,
@@ -114,15 +120,26 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "vocab_size_per_layer_input": 262144,
         "use_double_wide_mlp": False,
     },
+    "gemma-4-small": GEMMA
+    | {
+        "head_dim": 128,
+        "global_head_dim": 256,
+        "sliding_window": 512,
+        "hidden_size_per_layer_input": 64,
+        "vocab_size_per_layer_input": 16384,
+        "use_double_wide_mlp": False,
+    },
 }
 # The name of the setting that lists the kinds of blocks, and the kinds that take turns.
 TURNS = {
     "granite-4.0-h-micro": ("layer_types", ("mamba", "attention")),
+    "granite-4.0-h-small": ("layer_types", ("mamba", "mamba", "attention")),
     "lfm2-1.2b": ("layer_types", ("conv", "full_attention")),
     "nemotron-h-4b": ("hybrid_override_pattern", ("M", "-", "*")),
     "nemotron-nano-9b-v2": ("hybrid_override_pattern", ("M", "-", "*")),
     "gemma-4-31b": ("layer_types", ("sliding_attention", "full_attention")),
     "gemma-4-e4b": ("layer_types", ("sliding_attention", "full_attention")),
+    "gemma-4-small": ("layer_types", ("sliding_attention", "full_attention")),
 }
 
 
@@ -132,8 +149,8 @@ def settings_of(shape: str, blocks: int) -> dict[str, Any]:
     if shape in TURNS:
         name, kinds = TURNS[shape]
         found[name] = list(islice(cycle(kinds), blocks))
-    if shape == "gemma-4-e4b":  # 18 of 42 blocks read keys and values of earlier ones
+    if shape in ("gemma-4-e4b", "gemma-4-small"):  # 18 of 42 read keys and values of earlier ones
         found["num_kv_shared_layers"] = min(18, max(0, blocks - len(TURNS[shape][1])))
-    if shape == "qwen3.5-9b":  # every fourth, or of fewer blocks the last one
+    if shape in ("qwen3.5-9b", "qwen3.5-small"):  # every fourth, or of fewer blocks the last one
         found["full_attention_interval"] = max(2, min(4, blocks))
     return found

@@ -30,8 +30,10 @@ SHAPES = {
     "qwen2.5-3b": (qwen2, 36, 2048, 11008, 16, 2, 151936),
     "qwen2.5-0.5b": (qwen2, 24, 896, 4864, 14, 2, 151936),
     "qwen3-30b-a3b": (qwen3_moe, 48, 2048, 6144, 32, 4, 151936),
+    "qwen3-moe-small": (qwen3_moe, 12, 1024, 3072, 16, 4, 16384),
     "gpt-oss-20b": (gpt_oss, 24, 2880, 2880, 64, 8, 201088),
     "deepseek-v3-16-experts": (deepseek_v3, 61, 7168, 18432, 128, 128, 129280),
+    "deepseek-small": (deepseek_v3, 12, 1024, 2816, 16, 16, 16384),
 } | hybrid_shapes.SHAPES
 # Shapes of models whose head is not tied to the embedding.
 UNTIED = ("llama-3.1-8b", *EXPERTS, *hybrid_shapes.UNTIED)

@@ -19,6 +19,7 @@ from mlx_edgelora.blocks.arguments import all_leaves, different_argument, has_na
 from mlx_edgelora.blocks.block_list import BlockList, Handler, Slot, array_slots, bind_arrays
 from mlx_edgelora.blocks.dropout import KeyTape, dropout_layers, keyed_dropout
 from mlx_edgelora.blocks.hidden_argument import find_call_form
+from mlx_edgelora.blocks.lookups import any_embeddings
 from mlx_edgelora.blocks.outputs import SHAPES, Linked, find_form, links_of, map_leaves
 from mlx_edgelora.blocks.refusals import Refusal, refusal_error
 from mlx_edgelora.blocks.settling import settles
@@ -55,7 +56,8 @@ def checked_blocks(model: nn.Module) -> BlockList:
         model.train()  # some architectures compute something else in evaluation mode
         # Dropout must not count as random numbers of a block, and not advance MLX's generator.
         layers = keyed_dropout(dropout_layers(model), tape)
-        with layers, tape.playing(itertools.repeat(mx.random.key(0))):
+        keys = tape.playing(itertools.repeat(mx.random.key(0)))
+        with layers, keys, any_embeddings(model):
             blocks.call_form = find_call_form(blocks)
             check_walk(blocks)
     finally:
@@ -77,7 +79,7 @@ def check_walk(blocks: BlockList) -> None:
     3. The gradients of blocks are built. None may reach another block's input or its trained
        parameters.
 
-    Only arguments of blocks are evaluated, so no weights are read.
+    Only arguments of blocks are evaluated, so with `any_embeddings` no weights are read.
 
     Raises:
         EdgeLoraError: names the architecture, the block and the reason.

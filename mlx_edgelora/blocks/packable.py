@@ -24,7 +24,7 @@ from mlx_edgelora.blocks.outputs import links_of
 from mlx_edgelora.blocks.packing import Packing, rows_packed
 from mlx_edgelora.blocks.parts import BlockParts, TokenSpan
 from mlx_edgelora.blocks.tiling import TOLERANCES, TRIAL_SCALES, Tiling, difference
-from mlx_edgelora.blocks.weight_source import WeightSource
+from mlx_edgelora.blocks.weight_source import WeightSource, reading_once
 from mlx_edgelora.errors import EdgeLoraError, is_killed
 
 # The rows that share one, in tokens: those that are compared, behind some others.
@@ -53,7 +53,7 @@ def check_packing(
         EdgeLoraError: names the architecture, the block and the reason.
     """
     tokens = max(tokens, SHORT)
-    with without_dropout(blocks.model), bounded_attention():
+    with without_dropout(blocks.model), bounded_attention(), reading_once(weights):
         short, long = _calls(blocks, SHORT), _calls(blocks, tokens)
         alone = {count: _calls(blocks, count) for count in ROWS}
         _check_entry(blocks, long[0][0], {count: calls[0][0] for count, calls in alone.items()})

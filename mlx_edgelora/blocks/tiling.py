@@ -19,6 +19,7 @@ from mlx_edgelora.blocks.cached_parts import CachedParts
 from mlx_edgelora.blocks.cached_trial import try_caches
 from mlx_edgelora.blocks.checks import MODEL_ERRORS
 from mlx_edgelora.blocks.dropout import without_dropout
+from mlx_edgelora.blocks.experts import any_experts, handle_experts
 from mlx_edgelora.blocks.masks import band_of, simplest_mask
 from mlx_edgelora.blocks.outputs import links_of
 from mlx_edgelora.blocks.packing import rows_packed
@@ -30,7 +31,7 @@ from mlx_edgelora.blocks.states import (
     states_in,
 )
 from mlx_edgelora.blocks.tracing import depends_on_values, gradient_hook
-from mlx_edgelora.blocks.weight_source import WeightSource
+from mlx_edgelora.blocks.weight_source import WeightSource, reading_once
 from mlx_edgelora.errors import is_killed
 from mlx_edgelora.layers.fused import is_floating
 
@@ -79,7 +80,7 @@ class Tiling:
 
     Args:
         blocks: the model's blocks; they passed `check_walk`.
-        weights: sources of the blocks' arrays; one block of each kind is read several times.
+        weights: sources of the blocks' arrays; one block of each kind is read.
         like: a tiling of blocks that include these, whose results are reused.
     """
 
@@ -95,8 +96,8 @@ class Tiling:
     def tileable(self, index: int) -> Tileable:
         """Whether block `index` can be computed by tiles; not inside an intercepted call.
 
-        The first call for a kind of block makes a trial: it runs the block on 14 tokens, whole and
-        by parts, and reads its weights each time.
+        The first call for a kind of block makes a trial: it reads the block and runs it on 14
+        tokens, whole and by parts.
         """
         block = self._blocks.blocks[index]
         if has_active_dropout(block):  # checked each time: it depends on the training mode
@@ -111,7 +112,7 @@ class Tiling:
             self._keys[index] = signature(block) + call_signature(args, kwargs) + read
         key = self._keys[index]
         if key not in self._found:
-            with rows_packed(None):
+            with rows_packed(None), reading_once(self._weights), handle_experts(any_experts):
                 found = self._trial(index)
                 if not found.possible:
                     found = self._by_caches(index) or found
@@ -292,7 +293,7 @@ class Tiling:
     def _computing(self, index: int) -> Callable:
         """A function that calls another one with a block's arrays bound, and evaluates the result.
 
-        The arrays are read each time, so that streamed weights belong to one graph only, which
+        The arrays are requested each time, so that what is cast belongs to one graph only, which
         frees each matrix after its product.
         """
         slots = array_slots(self._blocks.blocks[index])

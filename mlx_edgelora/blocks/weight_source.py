@@ -1,5 +1,7 @@
 """The interface of a source of block weights."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import mlx.core as mx
@@ -21,3 +23,22 @@ class WeightSource(Protocol):
 
     def close(self) -> None:
         """Close files."""
+
+
+@contextmanager
+def reading_once(sources: Sequence[WeightSource]) -> Iterator[None]:
+    """Let a block that is asked for several times in a row be read from disk once.
+
+    Memory: what the sources hold of a block anyway, until another one is asked for.
+
+    Args:
+        sources: those without an attribute `repeats` read nothing.
+    """
+    before = [(source, source.repeats) for source in sources if hasattr(source, "repeats")]
+    for source, _ in before:
+        source.repeats = True
+    try:
+        yield
+    finally:
+        for source, repeats in before:
+            source.repeats = repeats

@@ -53,6 +53,7 @@ class PagedAdapterState:
         compiled: bool = False,
     ) -> None:
         self._compiled, self._outside_states = compiled, {}
+        self._repeats, self._last = False, (-1, {})
         self._arithmetic: BlockUpdate | None = None
         self._model, self._meter = model, meter or DiskMeter()
         self._blocks, self._update = BlockList(model), UpdateGuard()
@@ -76,7 +77,22 @@ class PagedAdapterState:
             EdgeLoraError: an update was interrupted.
         """
         self._update.check()
-        return self._parameters[index].read() if index in self._parameters else {}
+        if self._last[0] == index:
+            return dict(self._last[1])
+        self._last = -1, {}
+        arrays = self._parameters[index].read() if index in self._parameters else {}
+        if self._repeats:
+            self._last = index, dict(arrays)
+        return arrays
+
+    @property
+    def repeats(self) -> bool:
+        """Whether a block that is asked for twice in a row is read once."""
+        return self._repeats
+
+    @repeats.setter
+    def repeats(self, repeats: bool) -> None:
+        self._repeats, self._last = repeats, (-1, {})
 
     def prefetch(self, index: int) -> None:
         """Let the system read ahead."""

@@ -28,8 +28,9 @@ import mlx.core as mx
 import numpy as np
 
 Arrays = dict[str, mx.array]
-# Rows of one expert that are computed at a time.
-TOKENS = 1024
+# Rows of one expert that are computed at a time. Few, because how many tokens pick the same expert
+# differs from batch to batch and from block to block, and a plan must know what they take.
+TOKENS = 256
 
 
 class Experts(NamedTuple):

@@ -83,10 +83,10 @@ class Memory:
     def _base(self) -> int:
         shape = self.shape
         base = shape.outside_bytes + (0 if self.plan.reads_head else shape.head_bytes)
-        base += max(0, shape.frozen_blocks - self.streamed) * shape.block_bytes
+        base += shape.frozen_bytes(self.streamed, shape.frozen_blocks)
         base += shape.outside_adapter_bytes * (1 + MOMENTS)
         if not self.paged:
-            base += (1 + MOMENTS) * shape.adapted * shape.adapter_bytes
+            base += (1 + MOMENTS) * shape.trained_bytes(self.first, shape.blocks)
         return base
 
     def peak(self) -> tuple[int, int]:
@@ -117,7 +117,7 @@ class Memory:
         held = self.base + self._waiting(last)
         if self.kept:
             held += self._input() + self._kept_weights()
-            held += self.paged * self.kept * shape.adapter_bytes
+            held += self.paged * shape.trained_bytes(last, shape.blocks)
             yield Phase("backward", last, held, self._need("tail"))
         else:
             labelled = self.batch_shape.labelled * shape.hidden * shape.itemsize
@@ -166,7 +166,8 @@ class Memory:
         """Bytes of the summed gradients of the last `blocks` blocks."""
         if self.paged:
             return 0
-        return min(blocks, self.shape.adapted) * self.shape.adapter_bytes
+        count = self.shape.blocks
+        return self.shape.trained_bytes(count - min(blocks, self.shape.adapted), count)
 
     def _ring(self) -> int:
         """Bytes of the buffers into which the weights of streamed blocks are read."""
@@ -174,9 +175,7 @@ class Memory:
         more = self.measurements.overlaps and self.plan.prefetch
         buffers = 1 + self.plan.prefetch + more
         visited = min(self.streamed, self.shape.blocks - self.kept, self.shape.frozen_blocks)
-        one = self.shape.block_bytes
-        if self.plan.mlp_bytes is not None:
-            one -= self.shape.expert_bytes  # read in groups, into memory of their own
+        one = self.shape.read_bytes(grouped=self.plan.mlp_bytes is not None)
         return min(visited and visited + more, buffers) * one
 
     @property
@@ -188,7 +187,7 @@ class Memory:
         """Bytes of the streamed weights of kept blocks, in addition to the ring of buffers."""
         first = self.shape.blocks - self.kept
         streamed = min(self.streamed, self.shape.frozen_blocks)
-        held = max(0, streamed - first) * self.shape.block_bytes
+        held = self.shape.frozen_bytes(first, streamed)
         # They reuse the ring's memory, except for the block that is prefetched at the end.
         return held - max(0, min(held, self._ring()) - self.plan.prefetch * self.shape.block_bytes)
 

@@ -89,7 +89,7 @@ class _Step:
 
     def update(self) -> float:
         """Seconds of the optimizer, including reads and writes of paged adapters."""
-        size = self.shape.adapted * self.shape.adapter_bytes
+        size = self.shape.trained_bytes(self.memory.first, self.shape.blocks)
         spent = 10 * size / self.rates.moved
         if self.plan.adapters == "paged":
             spent += 6 * size / self.rates.read + 4 * size / self.rates.written
@@ -99,8 +99,8 @@ class _Step:
         """Seconds of reading the weights of streamed blocks, in the forward and the backward."""
         memory, shape = self.memory, self.shape
         streamed = min(memory.streamed, shape.frozen_blocks)
-        again = max(0, min(streamed, shape.blocks - memory.kept) - memory.first)
-        size = shape.block_bytes * (streamed + again)
+        again = min(streamed, shape.blocks - memory.kept)
+        size = shape.frozen_bytes(0, streamed) + shape.frozen_bytes(memory.first, again)
         return self._disk(size, self.rates.read, self.plan.prefetch)
 
     def _spilling(self) -> float:

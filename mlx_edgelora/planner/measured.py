@@ -17,7 +17,7 @@ from mlx_edgelora.planner.sizes import BatchShape
 from mlx_edgelora.storage.files import CACHE_ERRORS, error_line, updating, write_atomically
 
 # Version of the file. Raise it when the meaning of its numbers or the engine's memory use changes.
-VERSION = 4
+VERSION = 5
 # Number of settings that each kind of phase has in `cost.ways_of`.
 BLOCK = ("forward", "backward", "tiles forward", "tiles backward")
 LENGTHS = dict.fromkeys(BLOCK, 5) | {"load": 0, "head": 2, "tail": 5, "update": 1}
@@ -95,9 +95,10 @@ class Measurements:
             for w, batch_shapes in ways.items()
             if w[1:] == way[1:] and batch_shape in batch_shapes
         )
-        if len(known) < 2:
+        # The peak of fewer blocks may be another phase's, which does not grow with their number.
+        if len(known) < 2 or way[0] < known[0]:
             return None
-        few, many = known[0], known[-1]
+        few, many = known[-2:]
         low, high = (ways[(count, *way[1:])][batch_shape] for count in (few, many))
         more = (way[0] - few) / (many - few)
         return Measurement(

@@ -139,7 +139,9 @@ def sizes_of(kind: str, shape: ModelShape, way: Way, batch_shape: BatchShape) ->
             piece = min(shape.adapter_bytes, PIECE_BYTES) if paged else shape.adapter_bytes
             least = piece * ARRAYS / TERMS["update"]["adapters"]
             return sizes | {"adapters": max(least, shape.adapter_bytes)}
-        return sizes | {"adapters": shape.adapter_bytes * (1 if paged else shape.adapted)}
+        first = shape.blocks - shape.adapted
+        every = shape.trained_bytes(first, shape.blocks)
+        return sizes | {"adapters": shape.adapter_bytes if paged else every}
     every = batch_shape.size * shape.hidden * shape.itemsize
     if kind == "tail":
         above, inner = way[0] - 1, batch_shape.size * shape.intermediate * shape.itemsize

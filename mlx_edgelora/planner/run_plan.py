@@ -229,7 +229,8 @@ class RunPlan:
     def optimizer_bytes(self) -> int:
         """Bytes of the optimizer state, which a forward and a backward alone do not need."""
         shape = self.shape
-        blocks = 0 if self.plan.adapters == "paged" else shape.adapted * shape.adapter_bytes
+        first = shape.blocks if self.plan.adapters == "paged" else shape.blocks - shape.adapted
+        blocks = shape.trained_bytes(first, shape.blocks)
         return MOMENTS * (blocks + shape.outside_adapter_bytes)
 
     def table(self) -> str:

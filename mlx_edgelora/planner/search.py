@@ -400,6 +400,7 @@ def _in_16_bits(shape: ModelShape) -> ModelShape:
         head_bytes=shape.head_bytes // (1 if shape.head_packed else 2),
         outside_bytes=shape.outside_bytes // 2,
         adapter_bytes=shape.adapter_bytes // (2 if shape.full else 1),
+        by_block=(),
     )
 
 
@@ -411,6 +412,7 @@ def _with_rank(shape: ModelShape, rank: int) -> ModelShape:
         adapter_bytes=round(shape.adapter_bytes * share),
         mlp_adapter_bytes=round(shape.mlp_adapter_bytes * share),
         outside_adapter_bytes=round(shape.outside_adapter_bytes * share),
+        by_block=(),
     )
 
 

@@ -27,7 +27,7 @@ from mlx_edgelora.blocks.trained import trains_weights
 from mlx_edgelora.layers.fused import Backend, use_fused
 from mlx_edgelora.model.head import MATRICES, find_head, frozen_matrix
 from mlx_edgelora.model.weights import cast, cast_all
-from mlx_edgelora.planner.sizes import ModelShape
+from mlx_edgelora.planner.sizes import BlockBytes, ModelShape
 
 # Tokens of a row that is long enough for MLX's fused attention.
 LONG = 1024
@@ -48,9 +48,11 @@ def shape_of(blocks: BlockList, vocabulary: int, dtype: mx.Dtype | None = None) 
     by_block = [_BlockSizes(block, dtype) for block in blocks.blocks]
     states = _state_bytes(blocks, recurrences)
     largest = max(by_block, key=lambda block: block.frozen + block.trained)
+    every_block = tuple(b.bytes for b in by_block)
     adapted = [index for index, block in enumerate(by_block) if block.trained]
     outside = {n: v for n, v in trained.items() if blocks.local(n) is None}
     entry = any("embed" in name for name in outside)  # its backward passes through all blocks
+    hidden = block_calls(blocks)[0][0].shape[2]
     head = find_head(blocks)
     matrix = None if head is None else frozen_matrix(head)
     modules = [m for m in blocks.modules_outside() if isinstance(m, MATRICES)]
@@ -65,7 +67,7 @@ def shape_of(blocks: BlockList, vocabulary: int, dtype: mx.Dtype | None = None) 
     return ModelShape(
         blocks=len(blocks),
         adapted=len(blocks) if entry else len(blocks) - min(adapted, default=len(blocks)),
-        hidden=largest.width,
+        hidden=hidden,
         queries=queries,
         keys=keys,
         intermediate=largest.intermediate,
@@ -76,7 +78,7 @@ def shape_of(blocks: BlockList, vocabulary: int, dtype: mx.Dtype | None = None) 
         block_weights=largest.entries,
         mlp_weights=largest.mlp_entries,
         head_bytes=sum(sizes.values()),
-        head_entries=vocabulary * largest.width,
+        head_entries=vocabulary * hidden,
         packed=largest.packed,
         head_packed=matrix is not None and "scales" in matrix,
         outside_bytes=max(0, outside_bytes),
@@ -93,6 +95,7 @@ def shape_of(blocks: BlockList, vocabulary: int, dtype: mx.Dtype | None = None) 
         full=trains_weights(model),
         expert_adapter_bytes=largest.expert_trained,
         state_bytes=max(states, default=0),
+        by_block=every_block if len(set(every_block)) > 1 else (),
         recurrent_attends=any(_has_both(recurrence) for recurrence in recurrences),
         recurrent=max([b.widest for b, n in zip(by_block, states, strict=True) if n], default=0),
     )
@@ -215,8 +218,6 @@ class _BlockSizes:
         self.mlp_trained = sum(v.nbytes for name, v in trained.items() if in_mlp(name))
         self.entries = sum(a * b for a, b in sizes.values())
         self.mlp_entries = sum(sizes[path][0] * sizes[path][1] for path in inside)
-        norms = [v.shape[0] for n, v in arrays.items() if v.ndim == 1 and n.endswith("norm.weight")]
-        self.width = max(norms, default=max((i for i, _ in sizes.values()), default=1))
         self.widest = max(
             (out for path, (_, out) in sizes.items() if path not in inside), default=0
         )
@@ -225,6 +226,10 @@ class _BlockSizes:
         # [in, rank], or [experts, rank, in].
         self.rank = max((v.shape[1] for n, v in trained.items() if n.endswith("lora_a")), default=0)
         self.packed = any("scales" in matrix for matrix in matrices.values())
+
+    @property
+    def bytes(self) -> BlockBytes:
+        return BlockBytes(self.frozen, self.expert_frozen, self.trained)
 
 
 def _dims(matrix: nn.Module) -> tuple[int, int]:

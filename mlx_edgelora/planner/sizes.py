@@ -1,13 +1,30 @@
 """The sizes of a model and a batch that decide the memory and time of a step."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from typing import NamedTuple
+
+
+class BlockBytes(NamedTuple):
+    """Bytes of one block in memory.
+
+    Attributes:
+        frozen: its frozen weights.
+        experts: the part of `frozen` in experts that can be read in groups.
+        trained: its trained parameters.
+    """
+
+    frozen: int
+    experts: int
+    trained: int
 
 
 @dataclass(frozen=True)
 class ModelShape:
     """Sizes of an adapted model, found by `planner/shape.py`.
 
-    Sizes of a block are those of the largest block.
+    Sizes of a block are those of the largest block, except in `by_block`.
 
     Attributes:
         blocks: number of blocks.
@@ -44,6 +61,7 @@ class ModelShape:
             are no such blocks.
         recurrent: outputs of the widest matrix of a recurrent block, MLPs left out.
         recurrent_attends: whether such a block has keys and values as well.
+        by_block: bytes of every block, if they differ; empty if all are like the largest one.
     """
 
     blocks: int
@@ -78,11 +96,45 @@ class ModelShape:
     recurrent_attends: bool = False
     expert_adapter_bytes: int = 0
     full: bool = False
+    by_block: tuple[BlockBytes, ...] = ()
 
     @property
     def frozen_blocks(self) -> int:
         """Number of first blocks that have frozen weights."""
         return self.blocks - self.adapted if self.full else self.blocks
+
+    def frozen_bytes(self, start: int, stop: int) -> int:
+        """Bytes of the frozen weights of blocks `start` to `stop - 1`."""
+        return self._between("frozen", self.block_bytes, start, stop)
+
+    def trained_bytes(self, start: int, stop: int) -> int:
+        """Bytes of the trained parameters of blocks `start` to `stop - 1`."""
+        return self._between("trained", self.adapter_bytes, start, stop)
+
+    def read_bytes(self, grouped: bool) -> int:
+        """Bytes that are read at once of the largest block.
+
+        Args:
+            grouped: whether experts are read in groups, into other memory.
+        """
+        if not self.by_block:
+            return self.block_bytes - grouped * self.expert_bytes
+        return max(block.frozen - grouped * block.experts for block in self.by_block)
+
+    def _between(self, name: str, largest: int, start: int, stop: int) -> int:
+        if stop <= start:
+            return 0
+        if not self.by_block:
+            return (stop - start) * largest
+        sums = self._sums[name]
+        return sums[stop] - sums[start]
+
+    @cached_property
+    def _sums(self) -> dict[str, list[int]]:
+        """Bytes of the blocks below each one."""
+        names = BlockBytes._fields
+        columns = zip(*self.by_block, strict=True)
+        return {n: [0, *accumulate(found)] for n, found in zip(names, columns, strict=True)}
 
 
 @dataclass(frozen=True)

@@ -170,8 +170,9 @@ def sample(engine: Engine, chosen: RunPlan) -> float:
     kinds = _kinds(engine, first, last)
     middle = _blocks_to_sample(kinds, chosen.measurements.overlaps, bool(memory.kept))
     tails = [0]
-    if memory.kept:  # the last block, computed for labelled tokens only, and one of each kind
-        tails = sorted({1, min(memory.kept, 1 + len(_kinds(engine, first, shape.blocks)))})
+    if memory.kept:  # the last block, for labelled tokens only, with one and two of each kind
+        count = len(_kinds(engine, first, shape.blocks))
+        tails = sorted({min(memory.kept, 1 + count), min(memory.kept, 1 + 2 * count)})
     for number, kept in enumerate(tails):
         own = replace(plan, kept_blocks=kept, micro_batches=1)
         _measure(engine, chosen, own, part, middle if number + 1 == len(tails) else [])
@@ -219,7 +220,8 @@ def _measure(
     kept_from = shape.blocks - kept if kept else None
     streamed = shape.blocks if plan.streamed_blocks is None else plan.streamed_blocks
     computed = [*middle, *range(shape.blocks - kept, shape.blocks)]
-    small = replace(shape, blocks=len(computed), adapted=len(computed))
+    own = tuple(shape.by_block[index] for index in computed) if shape.by_block else ()
+    small = replace(shape, blocks=len(computed), adapted=len(computed), by_block=own)
     as_small = replace(plan, streamed_blocks=sum(index < streamed for index in computed))
     batch = synthetic_batch(batch_shape, shape.vocabulary)
     best: dict[str, list[float]] = {}
@@ -255,7 +257,8 @@ def _measure(
 def _reading(chosen: RunPlan, plan: Plan) -> float:
     """Seconds to read a block's weights once, which the planner adds separately."""
     share = OVERLAPPED if plan.prefetch else 1.0
-    return plan.streams * share * chosen.shape.block_bytes / chosen.machine.rates.read
+    size = chosen.shape.frozen_bytes(0, chosen.shape.blocks) / chosen.shape.blocks
+    return plan.streams * share * size / chosen.machine.rates.read
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from harness import (
 from mlx_lm.models.switch_layers import SwitchGLU
 
 from mlx_edgelora.blocks.experts import expert_adapters, group_experts, set_groups
+from mlx_edgelora.blocks.tiling import Tiling
 from mlx_edgelora.engine import expert_gradients
 from mlx_edgelora.engine.expert_gradients import vjp_by_experts
 from mlx_edgelora.model.weights import StreamedWeights
@@ -88,6 +89,23 @@ def test_only_experts_that_are_picked_are_read(tmp_path, monkeypatch):
     assert all(len(wanted) == 2 for _, wanted in seen)
     assert len(seen) == 4  # once forward, once backward
     assert not any("switch_mlp" in name for arrays in blocks for name in arrays)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_trial_of_tiles_reads_a_block_once_and_no_experts(name, tmp_path):
+    """Blocks 0 and 1 differ in each of these."""
+    folder = save(tmp_path, name, True)
+    with closing(engine(folder, tile_tokens=10, mlp_bytes=SMALL, adapters="paged")) as ours:
+        walk = ours.walk
+        for index in range(2):
+            tiling = Tiling(walk.blocks, (walk.weights, walk.adapters))
+            walk.weights.trim()
+            before = ours.disk.snapshot().read_bytes
+            assert tiling.tileable(index).possible
+            read = ours.disk.snapshot().read_bytes - before
+            sources = walk.weights.block(index), walk.adapters.block(index)
+            once = sum(array.nbytes for held in sources for array in held.values())
+            assert once <= read < 1.1 * once  # some rows of the embedding as well
 
 
 def test_a_plan_without_groups_reads_blocks_whole_again(tmp_path, monkeypatch):

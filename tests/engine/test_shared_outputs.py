@@ -220,6 +220,20 @@ def test_a_reader_whose_gradient_is_lost_is_seen(known, monkeypatch):
             assert_same_gradients(gradients, expected, resolution=moves)
 
 
+def test_inputs_made_of_embeddings_are_checked_without_reading_these(tmp_path):
+    model, file = build("gemma4_text"), tmp_path / "weights.safetensors"
+    add_lora(model)
+    tables = [model.model.embed_tokens, model.model.embed_tokens_per_layer]
+    mx.save_safetensors(str(file), {str(i): table.weight for i, table in enumerate(tables)})
+    lazy = mx.load(str(file))
+    for i, table in enumerate(tables):
+        table.weight = lazy[str(i)]
+    file.write_bytes(b"")  # whoever reads it now gets an error
+    checked_blocks(model)
+    with pytest.raises(RuntimeError):
+        mx.eval(tables[0].weight)
+
+
 def test_the_planner_counts_what_blocks_are_given_and_give_each_other():
     model = build("gemma4_text")
     add_lora(model)

@@ -196,6 +196,23 @@ def test_memory_is_that_of_a_group():
     assert max(peaks) < 8, peaks  # 32 experts; two groups may overlap
 
 
+def test_memory_is_bounded_where_all_tokens_pick_the_same_expert():
+    tokens, width, inner = 2048, 32, 512
+    weights = {"up": mx.ones((1, inner, width)), "down": mx.ones((1, width, inner))}
+    x = mx.ones((tokens, width))
+    mx.eval(weights, x)
+
+    def function(x, own):
+        return mx.sin(x @ own["up"].T) @ own["down"].T
+
+    experts = layer.Experts(function, lambda experts: lambda: weights, 1)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    indices = mx.zeros((tokens, 1), mx.int32)
+    visit_backward(x, indices, mx.ones((tokens, 1, width)), {}, experts, {})
+    assert mx.get_peak_memory() - before < 4 * tokens * inner
+
+
 class Mixing(SwitchGLU):
     """Tokens depend on one another."""
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import mlx.core as mx
 import mlx.nn as nn
 from architectures import build, quantizable
+from mlx.utils import tree_flatten
 
 from mlx_edgelora.blocks.checks import checked_blocks
 from mlx_edgelora.model.lora import add_lora
@@ -59,3 +60,33 @@ def test_groups_of_experts_are_not_in_the_buffers_of_blocks():
     assert peak(None) > 10**9
     # A group holds one expert at least.
     assert 10**7 < peak(1) < 10**8
+
+
+def test_of_blocks_that_differ_each_counts_its_own_bytes():
+    """Block 1 has no experts; the largest one, counted three times, would be far too much."""
+    model = build("qwen3_moe", mlp_only_layers=[1])
+    nn.quantize(model, **quantizable())
+    add_lora(model, -1, rank=4)
+    shape = shape_of(checked_blocks(model), 101, mx.float32)
+    trained = [
+        sum(a.nbytes for _, a in tree_flatten(block.trainable_parameters()))
+        for block in model.layers
+    ]
+    every = [sum(a.nbytes for _, a in tree_flatten(block.parameters())) for block in model.layers]
+    frozen = [own - adapters for own, adapters in zip(every, trained, strict=True)]
+    assert frozen[1] < frozen[0] and shape.block_bytes == frozen[0]
+    batch_shape = BatchShape(1, 8, 2)
+
+    def base(**choices):
+        return Memory(shape, batch_shape, Plan(**choices)).base
+
+    one = base(streamed_blocks=3, prefetch=False) - base(streamed_blocks=2, prefetch=False)
+    assert one == -frozen[2]
+    two = base(streamed_blocks=2, prefetch=False) - base(streamed_blocks=1, prefetch=False)
+    assert two == -frozen[1]
+    both = base(adapters="resident") - base(adapters="paged")
+    assert both == 3 * sum(trained)
+    # Read in groups, experts have memory of their own; block 1 is then the largest one.
+    ring = [base(mlp_bytes=mlp_bytes, prefetch=False) for mlp_bytes in (None, 1)]
+    assert ring[0] - ring[1] == frozen[0] - max(frozen[0] - shape.expert_bytes, frozen[1])
+    assert len(shape_of_a_mixture()[1].by_block) == 0

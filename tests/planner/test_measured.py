@@ -75,6 +75,15 @@ def test_a_difference_of_two_short_tails_does_not_make_a_long_one_slow():
     assert measurements.seconds("tail", way, LOAD, lambda way, load: way[0]) == 60.0
 
 
+def test_the_longest_tails_tell_of_a_longer_one_and_none_of_a_shorter_one():
+    """The peak of a short one may be where the number of kept blocks does not matter."""
+    measurements = Measurements()
+    for kept, size in ((2, 150), (3, 200), (5, 400)):
+        measurements.add("tail", (kept, 16, "fused"), LOAD, Measurement(size, 1.0))
+    assert measurements.find("tail", (7, 16, "fused"), LOAD).bytes == 600
+    assert measurements.find("tail", (1, 16, "fused"), LOAD) is None
+
+
 def test_of_one_tail_another_takes_as_much_more_as_the_formula_says():
     measurements = Measurements()
     measurements.add("tail", (1, 16, "fused"), LOAD, Measurement(10**6, 1.0))

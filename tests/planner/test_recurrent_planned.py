@@ -7,6 +7,7 @@ import pytest
 from architectures import build
 from test_search import SHAPE
 
+from mlx_edgelora.benchmark.shapes import random_model
 from mlx_edgelora.blocks.checks import checked_blocks
 from mlx_edgelora.blocks.tiling import Tiling
 from mlx_edgelora.model.lora import add_lora
@@ -41,3 +42,12 @@ def test_more_states_take_more_memory_and_shorter_tiles():
     way = (128, MIB, "dequantize", False, None)
     needs = [need("tiles backward", shape, way, BATCH) for shape in (SHAPE, recurrent, larger)]
     assert needs[0] < needs[1] < needs[2]
+
+
+def test_a_hidden_state_is_as_wide_as_what_blocks_are_given():
+    """A norm inside a Mamba 2 block is wider."""
+    model, config = random_model("granite-4.0-h-small", 1, "float32")  # nothing is evaluated
+    add_lora(model, -1, rank=4)
+    assert model.layers[0].mamba.norm.weight.size > config["hidden_size"]
+    shape = shape_of(checked_blocks(model), config["vocab_size"], mx.float32)
+    assert shape.hidden == config["hidden_size"]
