@@ -81,9 +81,31 @@ PLANS = {
 HEADS, KV_HEADS, HEAD_SIZE = 24, 8, 128
 
 
+PRODUCT, ADD_PRODUCT = mx.array.__matmul__, mx.addmm
+
+
+def multiply_in_float32() -> None:
+    """Let products of bfloat16 be made in float32, in this process, until `stand_in`.
+
+    The trials of blocks need their values, and a CPU is many times as fast in float32.
+    """
+
+    def wide(a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
+        narrow = mx.bfloat16 in (a.dtype, b.dtype)
+        return (a.astype(mx.float32), b.astype(mx.float32)) if narrow else (a, b)
+
+    def product(a: mx.array, b: mx.array) -> mx.array:
+        return PRODUCT(*wide(a, b)).astype(a.dtype)
+
+    def add_product(c: mx.array, a: mx.array, b: mx.array, *rest: float) -> mx.array:
+        return ADD_PRODUCT(c, *wide(a, b), *rest).astype(c.dtype)
+
+    mx.array.__matmul__, mx.addmm = product, add_product
+
+
 def stand_in(*dtypes: mx.Dtype) -> None:
     """Let products of some dtypes be those of 8 columns, in this process, for good."""
-    product, add_product = mx.array.__matmul__, mx.addmm
+    product, add_product = PRODUCT, ADD_PRODUCT
 
     def cut(a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
         long = a.dtype in dtypes and a.shape[-1] > 8
@@ -199,6 +221,10 @@ def measured(args: argparse.Namespace, blocks: int, tokens: int) -> dict[str, fl
         plan = replace(plan, tile_tokens=args.tile_tokens)
     if args.mlp_bytes:
         plan = replace(plan, mlp_bytes=args.mlp_bytes)
+    if args.mlp_rows:
+        plan = replace(plan, mlp_weights="rows")
+    if args.stand_in:
+        multiply_in_float32()
     run = Run(folder, plan, args)
     run.try_tiles()  # before products mean nothing
     if args.stand_in:
@@ -235,6 +261,7 @@ def own_process(args: argparse.Namespace, row: str, blocks: int, tokens: int) ->
     child += ["--blocks", str(blocks), "--contexts", str(tokens), "--rank", str(args.rank)]
     child += ["--dtype", args.dtype, "--labelled", str(args.labelled), "--steps", str(args.steps)]
     child += ["--cache", str(args.cache)] + ["--stand-in"] * args.stand_in
+    child += ["--mlp-rows"] * getattr(args, "mlp_rows", False)
     for name in ("tile_tokens", "mlp_bytes", "vocabulary"):
         if value := getattr(args, name, None):
             child += ["--" + name.replace("_", "-"), str(value)]
@@ -331,6 +358,7 @@ def main() -> None:
             one.add_argument("--vocabulary", type=int, help="fewer words than the model has")
             one.add_argument("--tile-tokens", type=int, help="of each plan; 256 for the floor")
             one.add_argument("--mlp-bytes", type=int, help="of each plan; 16 MiB for the floor")
+            one.add_argument("--mlp-rows", action="store_true", help="read MLPs by rows")
         one.add_argument("--stand-in", action="store_true", help="for products of bfloat16")
         one.add_argument("--cache", type=Path, default=default_cache(), help="of random models")
         one.add_argument("--row", choices=PLANS, help=argparse.SUPPRESS)

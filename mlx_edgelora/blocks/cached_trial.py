@@ -6,9 +6,9 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_edgelora.blocks.cached_parts import CachedParts
-from mlx_edgelora.blocks.experts import ExpertCall, handle_experts
 from mlx_edgelora.blocks.parts import TokenSpan
 from mlx_edgelora.blocks.tracing import depends_on_values
+from mlx_edgelora.blocks.visits import VisitedCall, handle_visits
 
 
 class Appended(NamedTuple):
@@ -55,7 +55,7 @@ def try_caches(
     first, count = spans[0], len(held)
 
     def placed(offset: mx.array) -> list[mx.array]:
-        with handle_experts(_no_experts):  # which are picked depends on values, as it may
+        with handle_visits(_nothing):  # which experts are picked depends on values, as it may
             return parts.placed(x[:, : first.stop], first, offset, count)
 
     if depends_on_values(placed, [mx.array(first.stop)]):
@@ -65,8 +65,8 @@ def try_caches(
     return mx.concatenate(tiles, axis=1), whole, Appended(count, entries)
 
 
-def _no_experts(call: ExpertCall) -> mx.array:
-    return mx.zeros((*call.indices.shape, call.x.shape[-1]), call.x.dtype)
+def _nothing(call: VisitedCall) -> mx.array:
+    return mx.zeros(call.out_shape, call.x.dtype)
 
 
 def append(held: list[mx.array], own: list[mx.array]) -> list[mx.array]:

@@ -7,10 +7,8 @@ at once. Then this code, whatever its activation, is the function of one expert.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,7 +21,14 @@ from mlx_edgelora.blocks.checks import MODEL_ERRORS
 from mlx_edgelora.blocks.lora_layers import LoRASwitchLinear
 from mlx_edgelora.blocks.stand_in import stand_in
 from mlx_edgelora.blocks.trained import trains_weights
-from mlx_edgelora.layers.experts import Arrays, Experts, compute_experts
+from mlx_edgelora.blocks.visits import Place, handled
+from mlx_edgelora.layers.experts import (
+    Arrays,
+    Experts,
+    compute_experts,
+    visit_backward,
+    visit_forward,
+)
 from mlx_edgelora.layers.linear import frozen_matmul
 
 # Tokens, experts for each of them, experts and width of the trial.
@@ -32,41 +37,27 @@ FROZEN = ("weight", "scales", "biases", "bias")
 TRAINED = ("lora_a", "lora_b")
 
 
-class RowSource(Protocol):
-    """Reads parts of a block's tensors that `block` leaves out."""
-
-    def start_rows(
-        self, index: int, names: Sequence[str], rows: list[int]
-    ) -> Callable[[], Arrays] | None:
-        """Begin to read rows of tensors; None if the block's arrays are in memory.
-
-        Returns:
-            A function that waits for them and returns them by name.
-        """
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a layer of experts is; equal texts for all blocks, because they share functions."""
-
-    source: RowSource | None = field(repr=False)
-    index: int = field(repr=False)
-    path: str = field(repr=False)
-
-
 class _ByExperts:
     """Mixin for the class of a layer of experts."""
 
-    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
-        """Map [..., d] through the experts `indices` [..., k] to [..., k, out]."""
-        if self._group_bytes is None:
-            return super().__call__(x, indices)
-        adapters = {
+    @property
+    def is_visited(self) -> bool:
+        """Whether experts are computed by groups."""
+        return self._group_bytes is not None
+
+    def adapters(self) -> Arrays:
+        """The trained arrays by name."""
+        return {
             f"{name}.{key}": self[name][key]
             for name in self._layers
             for key in TRAINED
             if key in self[name]
         }
+
+    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        """Map [..., d] through the experts `indices` [..., k] to [..., k, out]."""
+        if self._group_bytes is None:
+            return super().__call__(x, indices)
         names = _frozen_names(self)
         held = {name: _array(self, name) for name in names}
         bytes_of_one = sum(array.nbytes for array in held.values()) // self._experts
@@ -85,13 +76,13 @@ class _ByExperts:
         settings = Experts(_function_of_one(self), frozen, max(1, group), ahead=group > 0)
         k = indices.shape[-1]
         flat, picked = x.reshape(-1, x.shape[-1]), mx.stop_gradient(indices.reshape(-1, k))
-        call = ExpertCall(flat, picked, adapters, settings)
-        y = _handler[-1](call) if _handler else compute_experts(*call)
-        return y.reshape(*indices.shape, -1)
+        call = ExpertCall(flat, picked, self.adapters(), settings)
+        y = handled(call)
+        return (compute_experts(*call) if y is None else y).reshape(*indices.shape, -1)
 
 
 class ExpertCall(NamedTuple):
-    """A call of a layer of experts.
+    """A call of a layer of experts; see `VisitedCall`.
 
     Attributes:
         x: [n, d].
@@ -105,18 +96,22 @@ class ExpertCall(NamedTuple):
     adapters: Arrays
     experts: Experts
 
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """Shape of the output, where an expert has as many outputs as inputs."""
+        return *self.indices.shape, self.x.shape[-1]
 
-_handler: list[Callable[[ExpertCall], mx.array]] = []
+    def inputs(self) -> list[mx.array]:
+        """See `VisitedCall`."""
+        return [self.x, self.indices]
 
+    def forward(self) -> mx.array:
+        """The output [n, k, out], evaluated."""
+        return visit_forward(*self)
 
-@contextmanager
-def handle_experts(handler: Callable[[ExpertCall], mx.array]) -> Iterator[None]:
-    """Let `handler` return what layers of experts return, [n, k, out], for calls by groups."""
-    _handler.append(handler)
-    try:
-        yield
-    finally:
-        _handler.pop()
+    def backward(self, dy: mx.array, sums: Arrays) -> mx.array:
+        """See `VisitedCall`."""
+        return visit_backward(self.x, self.indices, dy, self.adapters, self.experts, sums)
 
 
 def group_experts(blocks: BlockList, source: object) -> int:
@@ -147,7 +142,7 @@ def group_experts(blocks: BlockList, source: object) -> int:
             object.__setattr__(module, "__class__", kinds[key])
             count = _base(module[layers[0]])["weight"].shape[0]
             object.__setattr__(module, "_experts", count)
-            object.__setattr__(module, "_place", _Place(reader, index, path))
+            object.__setattr__(module, "_place", Place(reader, index, path))
     return found
 
 
@@ -173,26 +168,6 @@ def set_groups(blocks: BlockList, group_bytes: int | None, stop: int) -> list[se
                 if size is not None:
                     names[-1] |= {f"{path}.{name}" for name in _frozen_names(module)}
     return names
-
-
-def calls_experts(block: nn.Module) -> bool:
-    """Whether a block computes experts by groups."""
-    return any(
-        isinstance(module, _ByExperts) and module._group_bytes is not None
-        for module in block.modules()
-    )
-
-
-def expert_adapters(block: nn.Module) -> list[str]:
-    """Local names of the trained arrays of experts that are computed by groups."""
-    return [
-        f"{path}.{name}.{key}"
-        for path, module in block.named_modules()
-        if isinstance(module, _ByExperts) and module._group_bytes is not None
-        for name in module._layers
-        for key in TRAINED
-        if key in module[name]
-    ]
 
 
 def find_experts(module: nn.Module) -> tuple[str, ...] | None:

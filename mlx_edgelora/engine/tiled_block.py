@@ -22,15 +22,15 @@ import mlx.core as mx
 
 from mlx_edgelora.blocks.attention import add_key_gradients, tracing_gradient
 from mlx_edgelora.blocks.block_list import bind_arrays
-from mlx_edgelora.blocks.experts import calls_experts, expert_adapters
 from mlx_edgelora.blocks.parts import BlockParts, TokenSpan
 from mlx_edgelora.blocks.tracing import gradient_hook
+from mlx_edgelora.blocks.visits import has_visits, visited_adapters
 from mlx_edgelora.engine.block_weights import Arrays
 from mlx_edgelora.engine.context import Context
-from mlx_edgelora.engine.expert_gradients import vjp_by_experts
 from mlx_edgelora.engine.functions import OutputRows, rows_of
 from mlx_edgelora.engine.hidden import Hidden
 from mlx_edgelora.engine.record import BlockCall
+from mlx_edgelora.engine.visited_gradients import vjp_with_visits
 from mlx_edgelora.engine.wanted import WantedRows
 from mlx_edgelora.layers.attention import KeySums
 from mlx_edgelora.measure.profile import phase
@@ -174,9 +174,9 @@ class TiledBackward:
         self.key_value_sums: KeySums | None = None
         module = block._context.functions.blocks.blocks[block.index]
         # Summed where they are made: in the graph each tile would have those of all experts.
-        self._by_experts = calls_experts(module)
-        self._of_experts = [name for name in expert_adapters(module) if name in trained]
-        for name in self._of_experts:
+        self._has_visits = has_visits(module)
+        self._visited = [name for name in visited_adapters(module) if name in trained]
+        for name in self._visited:
             self._sums[name] = mx.zeros(trained[name].shape)
         mx.eval(self._sums)
         self.key_values: list[mx.array] = []
@@ -283,8 +283,8 @@ class TiledBackward:
         cotangents: list[mx.array],
     ) -> list[mx.array]:
         """Differentiate a part of the block: return gradients of its inputs, sum the others."""
-        trained = {n: v for n, v in self._trained.items() if n not in self._of_experts}
-        of_experts = {id(self._trained[name]): self._sums[name] for name in self._of_experts}
+        trained = {n: v for n, v in self._trained.items() if n not in self._visited}
+        visited = {id(self._trained[name]): self._sums[name] for name in self._visited}
         reached, count = set(), len(trained)
 
         def bound_function(*primals: mx.array) -> list[mx.array]:
@@ -296,8 +296,8 @@ class TiledBackward:
                 return function(*primals[count:])
 
         primals = [*trained.values(), *inputs]
-        if self._by_experts:
-            _, found = vjp_by_experts(bound_function, primals, cotangents, of_experts)
+        if self._has_visits:
+            _, found = vjp_with_visits(bound_function, primals, cotangents, visited)
         else:
             _, found = mx.vjp(bound_function, primals, cotangents)
         # Arrays that a part does not use have zero gradients, which are not evaluated or added.

@@ -17,8 +17,9 @@ from harness import (
 )
 from mlx_lm.models.switch_layers import SwitchGLU
 
-from mlx_edgelora.blocks.experts import expert_adapters, group_experts, set_groups
-from mlx_edgelora.engine.expert_gradients import vjp_by_experts
+from mlx_edgelora.blocks.experts import group_experts, set_groups
+from mlx_edgelora.blocks.visits import visited_adapters
+from mlx_edgelora.engine.visited_gradients import vjp_with_visits
 from mlx_edgelora.model.weights import StreamedWeights
 
 SMALL = 3000  # bytes; one or two experts of these models
@@ -32,7 +33,7 @@ def test_gradients_are_those_of_plain_mlx(name, tile_tokens, tmp_path):
     reference = plain(folder)
     expected_loss, expected = plain_value_and_grad(reference, batch)
     with closing(engine(folder, tile_tokens=tile_tokens, mlp_bytes=SMALL)) as ours:
-        assert expert_adapters(ours.walk.blocks.blocks[-1])
+        assert visited_adapters(ours.walk.blocks.blocks[-1])
         (loss, _), got = ours.value_and_grad(batch)
         assert loss.item() == pytest.approx(expected_loss, rel=1e-5)
         assert ours.loss(batch)[0].item() == pytest.approx(expected_loss, rel=1e-5)
@@ -108,5 +109,5 @@ def test_a_block_that_calls_its_experts_twice_is_an_error():
     def twice(x):
         return [layer(layer(x, indices)[:, 0], indices)]
 
-    with pytest.raises(RuntimeError, match="calls its experts more than once"):
-        vjp_by_experts(twice, [x], [mx.ones((4, 1, 8))], {})
+    with pytest.raises(RuntimeError, match="visits its experts or MLPs more than once"):
+        vjp_with_visits(twice, [x], [mx.ones((4, 1, 8))], {})

@@ -1,0 +1,109 @@
+"""Gated MLPs whose matrices are read by rows: the gradients of plain MLX, no matrix in a block."""
+
+from contextlib import closing
+
+import pytest
+from harness import (
+    assert_same_gradients,
+    engine,
+    plain,
+    plain_value_and_grad,
+    random_batch,
+    resolution,
+    save,
+)
+
+from mlx_edgelora.blocks.visits import visited_adapters
+from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.model.weights import StreamedWeights
+from mlx_edgelora.planner.plan import Plan
+
+SMALL = 6000  # bytes; a few rows of these models
+ROWS = {"mlp_weights": "rows", "mlp_bytes": SMALL, "tile_tokens": 10}
+
+
+@pytest.fixture
+def llama(tmp_path):
+    return save(tmp_path, "llama", True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"streamed": False},
+        {"streamed_blocks": 1, "adapters": "paged"},
+        {"num_layers": 1},
+        {"keys": ["self_attn.q_proj"]},
+        {"keys": ["mlp.down_proj", "mlp.up_proj"]},
+        {"tile_tokens": 1000},  # a batch that is no longer than a tile
+    ],
+    ids=str,
+)
+def test_gradients_are_those_of_plain_mlx(options, llama):
+    batch = random_batch(2, 23)
+    lora = {name: options[name] for name in ("num_layers", "keys") if name in options}
+    reference = plain(llama, **lora)
+    loss, expected = plain_value_and_grad(reference, batch)
+    with closing(engine(llama, **ROWS | options)) as ours:
+        (got, _), gradients = ours.value_and_grad(batch)
+        assert got.item() == pytest.approx(loss, rel=1e-5)
+        assert ours.loss(batch)[0].item() == pytest.approx(loss, rel=1e-5)
+    assert_same_gradients(gradients, expected, resolution=resolution(reference, batch))
+
+
+@pytest.mark.parametrize(
+    ("name", "visited"),
+    [
+        ("phi3", 0),  # gate and up in one matrix
+        ("qwen3_next", 0),  # experts beside it
+        pytest.param("olmo_hybrid", 6, marks=pytest.mark.slow),  # states from tile to tile
+    ],
+)
+def test_other_blocks(name, visited, tmp_path):
+    """Where it is not possible, the plan is followed as if it did not ask for it."""
+    folder, batch = save(tmp_path, name, True), random_batch(2, 23)
+    reference = plain(folder)
+    _, expected = plain_value_and_grad(reference, batch)
+    with closing(engine(folder, **ROWS)) as ours:
+        names = visited_adapters(ours.walk.blocks.blocks[0])
+        assert len([n for n in names if "switch" not in n]) == visited
+        _, got = ours.value_and_grad(batch)
+    assert_same_gradients(got, expected, resolution=resolution(reference, batch))
+
+
+def test_dropout_needs_whole_matrices(llama):
+    with closing(engine(llama, dropout=0.1, **ROWS)) as ours:
+        assert not visited_adapters(ours.walk.blocks.blocks[0])
+
+
+def test_matrices_are_read_once_a_visit_and_not_with_the_block(llama, monkeypatch):
+    rows, blocks, batch = [], [], random_batch(1, 20)
+    start, block = StreamedWeights.start_rows, StreamedWeights.block
+
+    def spied_rows(self, index, names, wanted):
+        rows.extend((index, names[0], row) for row in wanted)
+        return start(self, index, names, wanted)
+
+    def spied_block(self, *args, **kwargs):
+        blocks.append(block(self, *args, **kwargs))
+        return blocks[-1]
+
+    with closing(engine(llama, **ROWS)) as ours:
+        monkeypatch.setattr(StreamedWeights, "start_rows", spied_rows)
+        monkeypatch.setattr(StreamedWeights, "block", spied_block)
+        ours.value_and_grad(batch)
+        assert not any(".mlp." in f".{name}" and "_proj" in name for b in blocks for name in b)
+        ours.set_plan(Plan(tile_tokens=10, mlp_bytes=SMALL))
+        seen = len(rows)
+        ours.value_and_grad(batch)
+    assert len(rows) == seen  # another plan reads blocks whole again
+    # Two tiles, each visited once forward and twice backward.
+    assert {rows.count(one) for one in rows} == {6}
+    assert len({name for _, name, _ in rows}) == 3
+
+
+@pytest.mark.parametrize("missing", ["tile_tokens", "mlp_bytes"])
+def test_rows_without_tiles_are_refused(missing):
+    with pytest.raises(EdgeLoraError, match="without tile_tokens and mlp_bytes"):
+        Plan(**ROWS | {missing: None})
