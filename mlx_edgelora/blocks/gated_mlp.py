@@ -181,14 +181,17 @@ def can_read_rows(block: nn.Module) -> bool:
     """Whether a block's only gated MLP can be read by rows.
 
     Parts of a block are visited one at a time, so there must be no experts. Adapters with dropout
-    or gains need whole matrices.
+    or gains need whole matrices. `planner/shape.py` asks the same of a block without slices.
     """
     parts = [m for m in block.modules() if isinstance(m, _Sliced) or hasattr(m, "is_visited")]
     if len(parts) != 1 or not isinstance(parts[0], _Sliced):
         return False
-    mlp = parts[0]
-    layers = [mlp[name] for name in (*mlp._form.inputs, mlp._form.down)]
-    return not any(isinstance(layer, DoRALinear) or has_dropout(layer) for layer in layers)
+    return needs_no_whole_matrix(parts[0])
+
+
+def needs_no_whole_matrix(mlp: nn.Module) -> bool:
+    """Whether the adapters of a gated MLP have neither dropout nor gains."""
+    return not any(isinstance(layer, DoRALinear) or has_dropout(layer) for layer in mlp.values())
 
 
 def find_gated_mlp(module: nn.Module) -> MlpLayers | None:

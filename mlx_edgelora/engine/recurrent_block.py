@@ -221,6 +221,8 @@ class RecurrentBlock:
         found = found if given or dx is not None else []
         sums = visit.key_value_sums.arrays if visit.key_value_sums else []
         visit.submit(found, sums)
+        if visit.key_value_sums is not None:
+            visit.key_value_sums.drop(context.spans[number].start)  # no earlier tile sees these
         if dx is not None:
             dx.put(number, found[0])
             context.shared.add_tile(self._links, number, found[1:count])
@@ -251,8 +253,7 @@ class RecurrentBlock:
                 stack.enter_context(add_key_gradients(sums))
             found = visit.vjp(outputs, [*primals, *key_values], cotangents)
         if sums is not None and not sums.used:
-            for index, more in enumerate(found[count:]):
-                sums.add(index, more.reshape(-1, *more.shape[2:]), 0)
+            sums.add_whole(found[count:])
         return found[:count]
 
     def _key_values_backward(
@@ -260,10 +261,7 @@ class RecurrentBlock:
     ) -> list[mx.array]:
         """The gradients through a tile's own keys and values, which are complete now."""
         span = self._context.spans[number]
-        pairs = zip(visit.key_value_sums.arrays, visit.key_values, strict=True)
-        cotangents = [
-            tokens_of_keys(span, [total])[0].astype(array.dtype) for total, array in pairs
-        ]
+        cotangents = visit.sums_of(span)
 
         def key_values(*inputs: mx.array) -> list[mx.array]:
             x, shared, before = self._cut(inputs, states)

@@ -209,8 +209,7 @@ class TiledBackward:
                 found = self.vjp(outputs, inputs, cotangents)
             found, pair = found[: 1 + len(shared)], found[1 + len(shared) :]
             if not sums.used:
-                for index, more in enumerate(pair):
-                    sums.add(index, more.reshape(-1, *more.shape[2:]), 0)
+                sums.add_whole(pair)
         if block._parts.is_causal:
             found = self._with_own_keys(number, [x, *shared], found)
         self._settle(number, found, dx)
@@ -231,14 +230,7 @@ class TiledBackward:
             return found
         block = self._block
         span = block._context.spans[number]
-        cotangents = [
-            total.astype(key_values.dtype)
-            for total, key_values in zip(
-                tokens_of_keys(span, self.key_value_sums.arrays),
-                tokens_of_keys(span, self.key_values),
-                strict=True,
-            )
-        ]
+        cotangents = self.sums_of(span)
         more = self.vjp(
             lambda x, *shared: block._parts.key_values(x, span, shared=shared), inputs, cotangents
         )
@@ -264,17 +256,22 @@ class TiledBackward:
         if dx is not None:
             dx.put(number, own)
             context.shared.add_tile(self._block._links, number, shared)
+        if self.key_value_sums and self._block._parts.is_causal:
+            self.key_value_sums.drop(context.spans[number].start)  # no earlier tile sees these
 
     def sums_from(self, seen: TokenSpan) -> KeySums:
         """The sums of the gradients of keys and values, for a tile that sees these tokens."""
         if self.key_value_sums is None:
-            (batch, heads, tokens, size), other = (
-                self.key_values[0].shape,
-                self.key_values[1].shape[-1],
-            )
-            self.key_value_sums = KeySums(batch, heads, tokens, (size, other))
+            (batch, heads, _, size), other = self.key_values[0].shape, self.key_values[1].shape[-1]
+            self.key_value_sums = KeySums(batch, heads, (size, other))
         self.key_value_sums.start, self.key_value_sums.used = seen.start, False
         return self.key_value_sums
+
+    def sums_of(self, span: TokenSpan) -> list[mx.array]:
+        """The gradients of a tile's own keys and values, in their dtypes."""
+        totals = self.key_value_sums.tokens(span.start, span.stop)
+        pairs = zip(totals, self.key_values, strict=True)
+        return [total.astype(array.dtype) for total, array in pairs]
 
     def vjp(
         self,

@@ -177,6 +177,8 @@ class Memory:
         one = self.shape.block_bytes
         if self.plan.mlp_bytes is not None:
             one -= self.shape.expert_bytes  # read in groups, into memory of their own
+        if self.by_tiles and self.plan.mlp_weights == "rows":
+            one -= self.shape.row_bytes
         return min(visited and visited + more, buffers) * one
 
     @property
@@ -203,7 +205,14 @@ def ways_of(plan: Plan, by_tiles: bool, kept: int, resident: bool) -> dict[str, 
         resident: whether weights of other blocks stay in memory.
     """
     tile_tokens = plan.tile_tokens if by_tiles else None
-    block = (tile_tokens, plan.mlp_bytes, plan.kernel, resident, plan.attention_block)
+    block = (
+        tile_tokens,
+        plan.mlp_bytes,
+        plan.kernel,
+        resident,
+        plan.attention_block,
+        plan.mlp_weights,
+    )
     place = "streamed" if plan.reads_head else "resident"
     return {
         "load": (),

@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 from mlx_edgelora.blocks.block_list import BlockList
 from mlx_edgelora.blocks.checks import MODEL_ERRORS
 from mlx_edgelora.blocks.experts import count_experts
-from mlx_edgelora.blocks.gated_mlp import find_gated_mlp
+from mlx_edgelora.blocks.gated_mlp import find_gated_mlp, needs_no_whole_matrix
 from mlx_edgelora.blocks.masks import tiled_mask
 from mlx_edgelora.blocks.outputs import Linked, leaves_of
 from mlx_edgelora.blocks.parts import AttentionInputs, BlockParts, TokenSpan
@@ -62,6 +62,7 @@ def shape_of(blocks: BlockList, vocabulary: int, dtype: mx.Dtype | None = None) 
     }
     every = sum((v if dtype is None else cast(v, dtype)).nbytes for v in frozen.values())
     outside_bytes = every - sum(sizes.values())
+    largest_block = max(block.frozen for block in by_block)
     return ModelShape(
         blocks=len(blocks),
         adapted=len(blocks) if entry else len(blocks) - min(adapted, default=len(blocks)),
@@ -71,7 +72,7 @@ def shape_of(blocks: BlockList, vocabulary: int, dtype: mx.Dtype | None = None) 
         intermediate=largest.intermediate,
         vocabulary=vocabulary,
         rank=largest.rank,
-        block_bytes=max(block.frozen for block in by_block),
+        block_bytes=largest_block,
         mlp_bytes=largest.mlp_frozen,
         block_weights=largest.entries,
         mlp_weights=largest.mlp_entries,
@@ -91,6 +92,7 @@ def shape_of(blocks: BlockList, vocabulary: int, dtype: mx.Dtype | None = None) 
         expert_bytes=largest.expert_frozen,
         one_expert_bytes=largest.one_expert,
         full=trains_weights(model),
+        row_bytes=largest_block - max(block.frozen - block.by_rows for block in by_block),
         expert_adapter_bytes=largest.expert_trained,
         state_bytes=max(states, default=0),
         recurrent_attends=any(_has_both(recurrence) for recurrence in recurrences),
@@ -211,6 +213,8 @@ class _BlockSizes:
 
         self.frozen = sum(held.values())
         self.mlp_frozen = sum(size for name, size in held.items() if in_mlp(name))
+        by_rows = len(mlps) == 1 and not counts and needs_no_whole_matrix(mlps[0][1])
+        self.by_rows = self.mlp_frozen if by_rows else 0
         self.trained = sum(value.nbytes for value in trained.values())
         self.mlp_trained = sum(v.nbytes for name, v in trained.items() if in_mlp(name))
         self.entries = sum(a * b for a, b in sizes.values())

@@ -27,7 +27,7 @@ from mlx_edgelora.blocks.masks import simplest_mask
 from mlx_edgelora.blocks.parts import TokenSpan, mask_at, visible_keys
 from mlx_edgelora.blocks.tiling import Tiling
 from mlx_edgelora.engine.hidden import spans_of
-from mlx_edgelora.layers.grid import _SummedHeads
+from mlx_edgelora.layers.grid import _Added
 from mlx_edgelora.measure.profile import recording
 from mlx_edgelora.model.weights import ResidentWeights
 
@@ -107,8 +107,10 @@ def test_gradients_of_keys_and_values_are_added_where_attention_makes_them(
     monkeypatch.setattr("mlx_edgelora.blocks.attention.TILE_BYTES", 0)
     monkeypatch.setattr("mlx_edgelora.layers.attention.TILE_BYTES", 1500)
     added = []
-    original = _SummedHeads.add
-    monkeypatch.setattr(_SummedHeads, "add", lambda *args: added.append(1) or original(*args))
+    monkeypatch.setattr("mlx_edgelora.layers.key_sums.PIECE", 8)
+    monkeypatch.setattr("mlx_edgelora.layers.grid.PIECE", 8)
+    original = _Added.add
+    monkeypatch.setattr(_Added, "add", lambda *args: added.append(1) or original(*args))
     folder, batch = save(tmp_path, name, True), random_batch(2, 23)
     reference = plain(folder)
     _, expected = plain_value_and_grad(reference, batch)
