@@ -228,7 +228,7 @@ def measured(args: argparse.Namespace, blocks: int, tokens: int) -> dict[str, fl
     run = Run(folder, plan, args)
     run.try_tiles()  # before products mean nothing
     if args.stand_in:
-        stand_in(mx.bfloat16)
+        stand_in(mx.bfloat16, mx.float32)
     batch = random_batch(words, tokens, args.labelled)
     for _ in range(args.steps):
         row = run.step(batch)
