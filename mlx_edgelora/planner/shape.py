@@ -141,11 +141,11 @@ def _attention(blocks: BlockList, recurrences: Recurrences) -> tuple[int, int, i
     """Sizes of attention, from the calls that the code of the blocks makes.
 
     Returns:
-        Entries of a token's queries and of its keys and values together, both of the widest
-        block, and the largest number of heads for which MLX's gradient on Metal computes blocks
-        of scores.
+        Entries of a token's queries and of its keys and values together, each of the block with
+        the most, and the largest number of heads for which MLX's gradient on Metal computes
+        blocks of scores.
     """
-    found, heads, backend = [(0, 0)], 0, Backend.here()
+    queries, keys, heads, backend = 0, 0, 0, Backend.here()
     calls = zip(block_calls(blocks), recurrences, strict=True)
     for index, ((x, args, kwargs), recurrence) in enumerate(calls):
         try:
@@ -158,10 +158,10 @@ def _attention(blocks: BlockList, recurrences: Recurrences) -> tuple[int, int, i
         except MODEL_ERRORS:
             continue  # the block has another form of attention
         sizes = [a.shape[1] * a.shape[3] for a in (inputs.q, inputs.k, inputs.v)]
-        found.append((sizes[0], sizes[1] + sizes[2]))
+        queries, keys = max(queries, sizes[0]), max(keys, sizes[1] + sizes[2])
         if backend.name == "metal" and _is_blocked(inputs, backend):
             heads = max(heads, inputs.q.shape[1])
-    return *max(found), heads
+    return queries, keys, heads
 
 
 def _is_blocked(inputs: AttentionInputs, backend: Backend) -> bool:

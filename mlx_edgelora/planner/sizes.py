@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 class ModelShape:
     """Sizes of an adapted model, found by `planner/shape.py`.
 
-    Sizes of a block are those of the largest block.
+    Sizes of a block are those of the largest block; `queries` and `keys` may be of two blocks.
 
     Attributes:
         blocks: number of blocks.
