@@ -76,7 +76,7 @@ class CachedBlock:
     ) -> tuple[Hidden | None, Arrays]:
         """Gradients of the input and of the trained arrays; see `Segment`."""
         context, x = self._context, self._input
-        cotangent_of = self._rows.cotangents(dy)
+        dy = self._rows.by_tiles(dy, context.slots)
         trained, frozen = context.weights.load(self.index, prefetch_next())
         visit = TiledBackward(self, trained)
         needs_input_grad = context.needs_input_grad(self.index)
@@ -87,7 +87,7 @@ class CachedBlock:
             sums = [mx.zeros(array.shape) for array in held]
             with phase("backward", self.index):
                 for number in reversed(range(len(context.spans))):
-                    cotangent = cotangent_of(number)
+                    cotangent = self._rows.cotangent(dy, number)
                     piece = self._tile_backward(
                         visit, number, x.tile(number), cotangent, held, sums
                     )

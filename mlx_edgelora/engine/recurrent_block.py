@@ -92,7 +92,7 @@ class RecurrentBlock:
     ) -> tuple[Hidden | None, Arrays]:
         """Gradients of the input and of the trained arrays; see `Segment`."""
         context, x = self._context, self._input
-        cotangent_of = self._rows.cotangents(dy)
+        dy = self._rows.by_tiles(dy, context.slots)
         trained, frozen = context.weights.load(self.index, prefetch_next())
         visit = TiledBackward(self, trained)
         needs_input_grad = context.needs_input_grad(self.index)
@@ -103,7 +103,7 @@ class RecurrentBlock:
             with phase("backward", self.index):
                 after: list[mx.array] = []
                 for number in reversed(range(len(context.spans))):
-                    cotangent = cotangent_of(number)
+                    cotangent = self._rows.cotangent(dy, number)
                     cotangents = [] if cotangent is None else [cotangent]
                     del cotangent
                     states = before[number].arrays() if number else self._parts.no_states

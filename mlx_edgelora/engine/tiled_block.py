@@ -93,7 +93,7 @@ class TiledBlock:
             self._input,
             self._context.needs_input_grad(self.index),
         )
-        cotangent_of = self._rows.cotangents(dy)
+        dy = self._rows.by_tiles(dy, context.slots)
         trained, frozen = context.weights.load(self.index, prefetch_next())
         visit = TiledBackward(self, trained)
         dx = Hidden.tiles(context.spans, context.slots) if needs_input_grad else None
@@ -102,7 +102,7 @@ class TiledBlock:
                 visit.key_values = self._key_values(x)
             with phase("backward", self.index):
                 for number in reversed(range(len(context.spans))):
-                    cotangent = cotangent_of(number)
+                    cotangent = self._rows.cotangent(dy, number)
                     visit.tile(number, x.tile(number), cotangent, dx)
                     del cotangent
                 if not self._parts.is_causal:

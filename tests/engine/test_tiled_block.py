@@ -26,10 +26,12 @@ from mlx_edgelora.blocks.gated_mlp import find_gated_mlp, slice_mlps
 from mlx_edgelora.blocks.masks import simplest_mask
 from mlx_edgelora.blocks.parts import TokenSpan, mask_at, visible_keys
 from mlx_edgelora.blocks.tiling import Tiling
-from mlx_edgelora.engine.hidden import spans_of
+from mlx_edgelora.engine.hidden import Hidden, Slots, spans_of
+from mlx_edgelora.engine.wanted import WantedRows
 from mlx_edgelora.layers.grid import _Added
 from mlx_edgelora.measure.profile import recording
 from mlx_edgelora.model.weights import ResidentWeights
+from mlx_edgelora.storage.stores import RamStore
 
 # How many of three blocks can be computed by tiles, for some of a tile's tokens alone, and hold
 # a gated MLP.
@@ -119,6 +121,22 @@ def test_gradients_of_keys_and_values_are_added_where_attention_makes_them(
         _, got = ours.value_and_grad(batch)
     assert bool(added) == (not through_cache)
     assert_same_gradients(got, expected, resolution=resolution(reference, batch))
+
+
+def test_the_gradient_of_wanted_rows_waits_in_the_store():
+    """So that it does not grow the memory of a longer row."""
+    rows, spans = [1, 5, 8, 13], spans_of(7, 3)  # of two rows of 7 tokens
+    wanted, whole = WantedRows(mx.array(rows), spans), mx.random.normal((1, len(rows), 8))
+    dy = Hidden(whole)
+    stored = wanted.by_tiles(dy, Slots(RamStore(), 0, 0))
+    assert dy._array is None
+    found = [wanted.cotangent(stored, number) for number in range(len(spans))]
+    # Tokens 0 to 2, 3 to 5 and the last one of each row.
+    assert mx.array_equal(found[0], whole[:, [0, 2]])
+    assert mx.array_equal(found[1], whole[:, [1]]) and mx.array_equal(found[2], whole[:, [3]])
+    assert wanted.cotangent(stored, 0) is not None
+    none = WantedRows(mx.array(rows[:1]), spans)
+    assert none.cotangent(none.by_tiles(Hidden(whole[:, :1]), Slots(RamStore(), 0, 0)), 1) is None
 
 
 @pytest.mark.slow
