@@ -12,6 +12,7 @@ from harness import (
     resolution,
     save,
 )
+from peaks import lowest, peak
 
 from mlx_edgelora.blocks.visits import visited_adapters
 from mlx_edgelora.errors import EdgeLoraError
@@ -101,6 +102,22 @@ def test_matrices_are_read_once_a_visit_and_not_with_the_block(llama, monkeypatc
     # Two tiles, each visited once forward and twice backward.
     assert {rows.count(one) for one in rows} == {6}
     assert len({name for _, name, _ in rows}) == 3
+
+
+@pytest.mark.slow
+def test_the_matrices_are_not_in_memory(tmp_path, memory):
+    shape = {"hidden_size": 128, "intermediate_size": 16384, "num_hidden_layers": 1}
+    folder = save(tmp_path, "llama", True, **shape)
+    matrices = 3 * 128 * 16384 * 5 // 8  # 4 bits, and float32 scales and biases of 32 entries
+
+    def taken(weights, below=0.0):
+        options = ROWS | {"mlp_weights": weights, "mlp_bytes": 500_000, "tile_tokens": 16}
+        with closing(engine(folder, prefetch=False, adapters="paged", **options)) as ours:
+            batch = random_batch(1, 48)
+            return lowest(lambda: peak(lambda: ours.backward(batch, lambda more: None)), below)
+
+    bound = taken("block") - 0.8 * matrices
+    assert taken("rows", bound) < bound
 
 
 @pytest.mark.parametrize("missing", ["tile_tokens", "mlp_bytes"])
