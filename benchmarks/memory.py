@@ -6,6 +6,9 @@
         --dtype bfloat16 --stand-in
     python benchmarks/memory.py floor --shape qwen3-30b-a3b --contexts 512 --blocks 2 --rank 8 \\
         --dtype bfloat16 --stand-in
+    python benchmarks/memory.py floor --shape gemma-4-e4b --contexts 2048 --blocks 4 --rank 8 \\
+        --dtype bfloat16 --stand-in --vocabulary 4096 --steps 1 --tile-tokens 128 \\
+        --mlp-bytes 8388608 --mlp-rows
     python benchmarks/memory.py time --shape llama-3.2-3b --contexts 1024 --blocks 2 --steps 5
     python benchmarks/memory.py depth --shape small --contexts 256 --blocks 4 16
     python benchmarks/memory.py attention 1024 2048
@@ -21,11 +24,12 @@ adapters, gradients and optimizer state included. `process` is the largest resid
 step (Linux), `published` (arXiv 2606.19528, all four techniques) is of the whole model. Without
 --blocks the model has its full depth.
 
-A CPU multiplies bfloat16 at some 4 GFLOP/s, so long rows would take hours. With --stand-in
-its products are made of the first 8 columns of what is multiplied (of the first group, where
-experts are packed): arrays of the same shapes, made from and in the same arrays, whose values mean
-nothing. docs/memory.md sets rows of both kinds beside each other. With --vocabulary the head, which
-is read and multiplied by tiles, has fewer words: its memory is the same, its time is not.
+A CPU multiplies bfloat16 at some 4 GFLOP/s, so long rows would take hours. With --stand-in products
+are made of the first 8 columns of what is multiplied (of the first group, where experts are
+packed): arrays of the same shapes, made from and in the same arrays, whose values mean nothing. The
+trials of blocks, before the step, multiply in float32. docs/memory.md sets rows of both kinds
+beside each other. With --vocabulary the head, which is read and multiplied by tiles, has fewer
+words: its memory is the same, its time is not.
 
 `attention` is forward and backward with heads of Llama-3.2-3B (24 query heads, 8 key heads, head
 size 128), causal, float32: in tiles and MLX's own, which needs 6.4 GB at 4096 tokens on a CPU and
