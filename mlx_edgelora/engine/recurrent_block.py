@@ -24,6 +24,7 @@ from mlx_edgelora.blocks.attention import add_key_gradients
 from mlx_edgelora.blocks.block_list import bind_arrays
 from mlx_edgelora.blocks.parts import TokenSpan
 from mlx_edgelora.blocks.states import Recurrence, RecurrentParts
+from mlx_edgelora.blocks.visits import VisitedCall, handle_visits, has_visits
 from mlx_edgelora.engine.block_weights import Arrays
 from mlx_edgelora.engine.context import Context
 from mlx_edgelora.engine.functions import OutputRows
@@ -60,6 +61,7 @@ class RecurrentBlock:
             blocks.function(index), call.args, call.kwargs, blocks.forms[index], recurrence
         )
         self._rows = WantedRows(wanted.rows, context.spans)
+        self._has_visits = has_visits(blocks.blocks[index])
         self._input: Hidden | None = None
 
     def forward(self, x: Hidden, next_block: int | None) -> Hidden:
@@ -184,11 +186,23 @@ class RecurrentBlock:
             mine, shared = x.tile(number), self._shared(number)
             self._add_key_values(key_values, mine, number, states, shared)
             if number + 1 < count:
-                states = self._outputs(mine, number, states, key_values, shared)[1]
+                part = mine, number, states, key_values, shared
+                states = self._states_alone(part)
                 mx.eval(states)
                 found[number + 1] = SpilledArrays(self._context.slots, states)
             del mine, shared
         return found
+
+    def _states_alone(self, part: tuple) -> list[mx.array]:
+        """The states that `_outputs` gives, if possible without experts and MLPs that are visited.
+
+        They return NaN, which is in the states if these depend on them.
+        """
+        with handle_visits(_unknown):
+            states = self._outputs(*part)[1]
+        if self._has_visits and any(mx.isnan(state).any().item() for state in states):
+            states = self._outputs(*part)[1]
+        return states
 
     def _tile_backward(
         self,
@@ -275,3 +289,7 @@ class RecurrentBlock:
         """The input of a tile, what it reads of earlier blocks, and the states before it."""
         end = len(inputs) - states
         return inputs[0], list(inputs[1:end]), list(inputs[end:]) or self._parts.no_states
+
+
+def _unknown(call: VisitedCall) -> mx.array:
+    return mx.full(call.out_shape, float("nan"), call.x.dtype)

@@ -1,7 +1,9 @@
 """Gated MLPs whose matrices are read by rows: the gradients of plain MLX, no matrix in a block."""
 
 from contextlib import closing
+from types import SimpleNamespace
 
+import mlx.core as mx
 import pytest
 from harness import (
     assert_same_gradients,
@@ -14,7 +16,8 @@ from harness import (
 )
 from peaks import lowest, peak
 
-from mlx_edgelora.blocks.visits import visited_adapters
+from mlx_edgelora.blocks.visits import handled, visited_adapters
+from mlx_edgelora.engine.recurrent_block import RecurrentBlock
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.model.weights import StreamedWeights
 from mlx_edgelora.planner.plan import Plan
@@ -61,16 +64,35 @@ def test_gradients_are_those_of_plain_mlx(options, llama):
         pytest.param("olmo_hybrid", 6, marks=pytest.mark.slow),  # states from tile to tile
     ],
 )
-def test_other_blocks(name, visited, tmp_path):
+def test_other_blocks(name, visited, tmp_path, monkeypatch):
     """Where it is not possible, the plan is followed as if it did not ask for it."""
+    read, start = [], StreamedWeights.start_rows
+    monkeypatch.setattr(
+        StreamedWeights, "start_rows", lambda *args: read.append(args[2:]) or start(*args)
+    )
     folder, batch = save(tmp_path, name, True), random_batch(2, 23)
     reference = plain(folder)
     _, expected = plain_value_and_grad(reference, batch)
     with closing(engine(folder, **ROWS)) as ours:
         names = visited_adapters(ours.walk.blocks.blocks[0])
         assert len([n for n in names if "switch" not in n]) == visited
+        read.clear()
         _, got = ours.value_and_grad(batch)
     assert_same_gradients(got, expected, resolution=resolution(reference, batch))
+    if visited:  # five tiles, once forward and twice backward; never for states alone
+        down = [row for names, rows in read if "down_proj" in names[0] for row in rows]
+        assert {down.count(row) for row in down} == {3 * 5 * 3}
+
+
+def test_states_that_depend_on_an_mlp_are_computed_with_it():
+    call = SimpleNamespace(out_shape=(1, 2), x=mx.zeros((1, 2)))
+
+    def outputs():
+        y = handled(call)
+        return [], [mx.ones((1, 2)) if y is None else y]
+
+    block = SimpleNamespace(_outputs=outputs, _has_visits=True)
+    assert mx.array_equal(RecurrentBlock._states_alone(block, ())[0], mx.ones((1, 2)))
 
 
 def test_dropout_needs_whole_matrices(llama):
