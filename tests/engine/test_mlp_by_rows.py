@@ -31,17 +31,22 @@ def llama(tmp_path):
     return save(tmp_path, "llama", True)
 
 
+FAST = [
+    {},
+    {"streamed_blocks": 1, "adapters": "paged"},
+    {"keys": ["mlp.down_proj", "mlp.up_proj"]},
+]
+SLOW = [
+    {"streamed": False},
+    {"num_layers": 1},
+    {"keys": ["self_attn.q_proj"]},
+    {"tile_tokens": 1000},  # a batch that is no longer than a tile
+]
+
+
 @pytest.mark.parametrize(
     "options",
-    [
-        {},
-        {"streamed": False},
-        {"streamed_blocks": 1, "adapters": "paged"},
-        {"num_layers": 1},
-        {"keys": ["self_attn.q_proj"]},
-        {"keys": ["mlp.down_proj", "mlp.up_proj"]},
-        {"tile_tokens": 1000},  # a batch that is no longer than a tile
-    ],
+    [*FAST, *(pytest.param(options, marks=pytest.mark.slow) for options in SLOW)],
     ids=str,
 )
 def test_gradients_are_those_of_plain_mlx(options, llama):
@@ -60,7 +65,7 @@ def test_gradients_are_those_of_plain_mlx(options, llama):
     ("name", "visited"),
     [
         ("phi3", 0),  # gate and up in one matrix
-        ("qwen3_next", 0),  # experts beside it
+        pytest.param("qwen3_next", 0, marks=pytest.mark.slow),  # experts beside it
         pytest.param("olmo_hybrid", 6, marks=pytest.mark.slow),  # states from tile to tile
     ],
 )
