@@ -297,12 +297,7 @@ def _backward(
 
 
 def gradients_of(parts: list["Chunk"], pieces: list[list[mx.array]]) -> list[dict[str, mx.array]]:
-    """The gradients of each projection's LoRA matrices and gain by name.
-
-    Args:
-        parts: all tokens, after the last slice.
-        pieces: of each slice, what `Chunk.advance` returned.
-    """
+    """The gradients of each projection's LoRA matrices and gain by name, after the last slice."""
     s, gradients = parts[0].s, [{}, {}, {}]
     for index, p in enumerate(s.inputs):
         if p.lora_a is not None:
