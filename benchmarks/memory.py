@@ -6,6 +6,9 @@
         --dtype bfloat16 --stand-in
     python benchmarks/memory.py floor --shape qwen3-30b-a3b --contexts 512 --blocks 2 --rank 8 \\
         --dtype bfloat16 --stand-in
+    python benchmarks/memory.py floor --shape gemma-4-e4b --contexts 2048 --blocks 4 --rank 8 \\
+        --dtype bfloat16 --stand-in --vocabulary 4096 --steps 1 --tile-tokens 128 \\
+        --mlp-bytes 8388608 --mlp-rows
     python benchmarks/memory.py time --shape llama-3.2-3b --contexts 1024 --blocks 2 --steps 5
     python benchmarks/memory.py depth --shape small --contexts 256 --blocks 4 16
     python benchmarks/memory.py attention 1024 2048
@@ -21,11 +24,12 @@ adapters, gradients and optimizer state included. `process` is the largest resid
 step (Linux), `published` (arXiv 2606.19528, all four techniques) is of the whole model. Without
 --blocks the model has its full depth.
 
-A CPU multiplies bfloat16 at some 4 GFLOP/s, so long rows would take hours. With --stand-in
-its products are made of the first 8 columns of what is multiplied (of the first group, where
-experts are packed): arrays of the same shapes, made from and in the same arrays, whose values mean
-nothing. docs/memory.md sets rows of both kinds beside each other. With --vocabulary the head, which
-is read and multiplied by tiles, has fewer words: its memory is the same, its time is not.
+A CPU multiplies bfloat16 at some 4 GFLOP/s, so long rows would take hours. With --stand-in products
+are made of the first 8 columns of what is multiplied (of the first group, where experts are
+packed): arrays of the same shapes, made from and in the same arrays, whose values mean nothing. The
+trials of blocks, before the step, multiply in float32. docs/memory.md sets rows of both kinds
+beside each other. With --vocabulary the head, which is read and multiplied by tiles, has fewer
+words: its memory is the same, its time is not.
 
 `attention` is forward and backward with heads of Llama-3.2-3B (24 query heads, 8 key heads, head
 size 128), causal, float32: in tiles and MLX's own, which needs 6.4 GB at 4096 tokens on a CPU and
@@ -81,9 +85,31 @@ PLANS = {
 HEADS, KV_HEADS, HEAD_SIZE = 24, 8, 128
 
 
+PRODUCT, ADD_PRODUCT = mx.array.__matmul__, mx.addmm
+
+
+def multiply_in_float32() -> None:
+    """Let products of bfloat16 be made in float32, in this process, until `stand_in`.
+
+    The trials of blocks need their values, and a CPU is many times as fast in float32.
+    """
+
+    def wide(a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
+        narrow = mx.bfloat16 in (a.dtype, b.dtype)
+        return (a.astype(mx.float32), b.astype(mx.float32)) if narrow else (a, b)
+
+    def product(a: mx.array, b: mx.array) -> mx.array:
+        return PRODUCT(*wide(a, b)).astype(a.dtype)
+
+    def add_product(c: mx.array, a: mx.array, b: mx.array, *rest: float) -> mx.array:
+        return ADD_PRODUCT(c, *wide(a, b), *rest).astype(c.dtype)
+
+    mx.array.__matmul__, mx.addmm = product, add_product
+
+
 def stand_in(*dtypes: mx.Dtype) -> None:
     """Let products of some dtypes be those of 8 columns, in this process, for good."""
-    product, add_product = mx.array.__matmul__, mx.addmm
+    product, add_product = PRODUCT, ADD_PRODUCT
 
     def cut(a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
         long = a.dtype in dtypes and a.shape[-1] > 8
@@ -199,10 +225,14 @@ def measured(args: argparse.Namespace, blocks: int, tokens: int) -> dict[str, fl
         plan = replace(plan, tile_tokens=args.tile_tokens)
     if args.mlp_bytes:
         plan = replace(plan, mlp_bytes=args.mlp_bytes)
+    if args.mlp_rows:
+        plan = replace(plan, mlp_weights="rows")
+    if args.stand_in:
+        multiply_in_float32()
     run = Run(folder, plan, args)
     run.try_tiles()  # before products mean nothing
     if args.stand_in:
-        stand_in(getattr(mx, args.dtype))
+        stand_in(mx.bfloat16, mx.float32)
     batch = random_batch(words, tokens, args.labelled)
     for _ in range(args.steps):
         row = run.step(batch)
@@ -235,6 +265,7 @@ def own_process(args: argparse.Namespace, row: str, blocks: int, tokens: int) ->
     child += ["--blocks", str(blocks), "--contexts", str(tokens), "--rank", str(args.rank)]
     child += ["--dtype", args.dtype, "--labelled", str(args.labelled), "--steps", str(args.steps)]
     child += ["--cache", str(args.cache)] + ["--stand-in"] * args.stand_in
+    child += ["--mlp-rows"] * getattr(args, "mlp_rows", False)
     for name in ("tile_tokens", "mlp_bytes", "vocabulary"):
         if value := getattr(args, name, None):
             child += ["--" + name.replace("_", "-"), str(value)]
@@ -331,6 +362,7 @@ def main() -> None:
             one.add_argument("--vocabulary", type=int, help="fewer words than the model has")
             one.add_argument("--tile-tokens", type=int, help="of each plan; 256 for the floor")
             one.add_argument("--mlp-bytes", type=int, help="of each plan; 16 MiB for the floor")
+            one.add_argument("--mlp-rows", action="store_true", help="read MLPs by rows")
         one.add_argument("--stand-in", action="store_true", help="for products of the dtype")
         one.add_argument("--cache", type=Path, default=default_cache(), help="of random models")
         one.add_argument("--row", choices=PLANS, help=argparse.SUPPRESS)

@@ -8,6 +8,7 @@ import mlx.core as mx
 from mlx_edgelora.blocks.cached_parts import CachedParts
 from mlx_edgelora.blocks.parts import TokenSpan
 from mlx_edgelora.blocks.tracing import depends_on_values
+from mlx_edgelora.blocks.visits import VisitedCall, handle_visits
 
 
 class Appended(NamedTuple):
@@ -54,13 +55,18 @@ def try_caches(
     first, count = spans[0], len(held)
 
     def placed(offset: mx.array) -> list[mx.array]:
-        return parts.placed(x[:, : first.stop], first, offset, count)
+        with handle_visits(_nothing):  # which experts are picked depends on values, as it may
+            return parts.placed(x[:, : first.stop], first, offset, count)
 
     if depends_on_values(placed, [mx.array(first.stop)]):
         raise ValueError("what a block computes depends on how long the text is")
     entries = sum(array.shape[1] * array.shape[3] for array in held)
     (whole,) = compute(parts.whole, x)
     return mx.concatenate(tiles, axis=1), whole, Appended(count, entries)
+
+
+def _nothing(call: VisitedCall) -> mx.array:
+    return mx.zeros(call.out_shape, call.x.dtype)
 
 
 def append(held: list[mx.array], own: list[mx.array]) -> list[mx.array]:

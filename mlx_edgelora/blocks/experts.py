@@ -7,10 +7,10 @@ at once. Then this code, whatever its activation, is the function of one expert.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,6 +23,7 @@ from mlx_edgelora.blocks.checks import MODEL_ERRORS
 from mlx_edgelora.blocks.lora_layers import LoRASwitchLinear
 from mlx_edgelora.blocks.stand_in import stand_in
 from mlx_edgelora.blocks.trained import trains_weights
+from mlx_edgelora.blocks.visits import Place
 from mlx_edgelora.layers.experts import Arrays, Experts, compute_experts
 from mlx_edgelora.layers.linear import frozen_matmul
 
@@ -32,26 +33,10 @@ FROZEN = ("weight", "scales", "biases", "bias")
 TRAINED = ("lora_a", "lora_b")
 
 
-class RowSource(Protocol):
-    """Reads parts of a block's tensors that `block` leaves out."""
-
-    def start_rows(
-        self, index: int, names: Sequence[str], rows: list[int]
-    ) -> Callable[[], Arrays] | None:
-        """Begin to read rows of tensors; None if the block's arrays are in memory.
-
-        Returns:
-            A function that waits for them and returns them by name.
-        """
-
-
 @dataclass(frozen=True)
-class _Place:
-    """Where a layer of experts is; equal texts for all blocks, because they share functions."""
+class _Place(Place):
+    """Where a layer of experts is, and how many each token picks."""
 
-    source: RowSource | None = field(repr=False)
-    index: int = field(repr=False)
-    path: str = field(repr=False)
     picks: list[int] = field(default_factory=list, repr=False)  # of a token in the last call
 
 
@@ -192,6 +177,11 @@ def set_groups(blocks: BlockList, group_bytes: int | None, stop: int) -> list[se
                 if size is not None:
                     names[-1] |= {f"{path}.{name}" for name in _frozen_names(module)}
     return names
+
+
+def are_experts(module: nn.Module) -> bool:
+    """Whether a module is a layer of experts that can be computed by groups."""
+    return isinstance(module, _ByExperts)
 
 
 def calls_experts(block: nn.Module) -> bool:

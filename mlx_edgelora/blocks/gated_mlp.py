@@ -4,6 +4,9 @@ A gated MLP is a module with three linear layers and nothing else. It passes its
 them, and the third gets an entrywise function of their outputs. That function is the module's own
 code, called with stand-ins for its layers, so every activation works. A function that combines
 features (a top-k, a norm) is detected in a trial, and the module is left unchanged.
+
+Its matrices can be left out of the block and read by rows, for every tile of tokens anew
+(`layers/mlp_rows.py`).
 """
 
 import inspect
@@ -16,13 +19,19 @@ import mlx.nn as nn
 
 from mlx_edgelora.blocks.block_list import BlockList
 from mlx_edgelora.blocks.checks import MODEL_ERRORS
+from mlx_edgelora.blocks.experts import are_experts
 from mlx_edgelora.blocks.lora_layers import DoRALinear, LoRALinear
 from mlx_edgelora.blocks.stand_in import stand_in
 from mlx_edgelora.blocks.trained import trains_weights
+from mlx_edgelora.blocks.visits import Place, handled
 from mlx_edgelora.layers.linear import DequantizedLinear
 from mlx_edgelora.layers.mlp import TILE_BYTES, Activation, Packing, Projection, gated_mlp
+from mlx_edgelora.layers.mlp_rows import RowMlp, compute_by_rows, visit_backward, visit_forward
+from mlx_edgelora.layers.tile_order import Span
 
 MATRICES = (nn.Linear, nn.QuantizedLinear, DequantizedLinear)
+MATRIX_ARRAYS = ("weight", "scales", "biases")
+ADAPTER_ARRAYS = ("lora_a", "lora_b")
 # Tokens and features of the trial.
 TRIAL = (2, 8)
 
@@ -37,8 +46,27 @@ class MlpLayers(NamedTuple):
 class _Sliced:
     """Mixin for the class of a gated MLP; its settings are attributes of the mixed class."""
 
+    @property
+    def is_visited(self) -> bool:
+        """Whether its matrices are read by rows."""
+        return self._reads_rows and self._tile_bytes is not None
+
+    def adapters(self) -> dict[str, mx.array]:
+        """The trained arrays by name."""
+        return {
+            f"{name}.{key}": self[name][key]
+            for name in (*self._form.inputs, self._form.down)
+            for key in ADAPTER_ARRAYS
+            if key in self[name]
+        }
+
     def __call__(self, x: mx.array) -> mx.array:
         """Map [..., d] to [..., d] in slices, or at once if an adapter has dropout."""
+        if self.is_visited:
+            call = MlpCall(x.reshape(-1, x.shape[-1]), self.adapters(), _read_by_rows(self))
+            y = handled(call)
+            y = compute_by_rows(*call) if y is None else y
+            return y.reshape(*x.shape[:-1], -1)
         layers = [self[name] for name in (*self._form.inputs, self._form.down)]
         if self._tile_bytes is None or any(_drops(layer) for layer in layers):
             return super().__call__(x)
@@ -53,12 +81,46 @@ class _Sliced:
         return y if down.bias is None else y + down.bias.astype(y.dtype)
 
 
-def slice_mlps(blocks: BlockList, tile_bytes: int = TILE_BYTES) -> str:
+class MlpCall(NamedTuple):
+    """A call of a gated MLP that is read by rows; see `VisitedCall`.
+
+    Attributes:
+        x: [n, d].
+        adapters: trained arrays by name in the module.
+        mlp: see `RowMlp`.
+    """
+
+    x: mx.array
+    adapters: dict[str, mx.array]
+    mlp: RowMlp
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """Shape of the output."""
+        return self.x.shape[0], self.mlp.projections[2].out_dims
+
+    def inputs(self) -> list[mx.array]:
+        """See `VisitedCall`."""
+        return [self.x]
+
+    def forward(self) -> mx.array:
+        """The output [n, out], evaluated."""
+        return visit_forward(self.x, self.mlp)
+
+    def backward(self, dy: mx.array, sums: dict[str, mx.array]) -> mx.array:
+        """See `VisitedCall`."""
+        return visit_backward(self.x, dy, self.mlp, sums)
+
+
+def slice_mlps(
+    blocks: BlockList, tile_bytes: int = TILE_BYTES, source: object | None = None
+) -> str:
     """Let every gated MLP in the blocks compute in slices; call it after `add_lora`.
 
     Args:
         blocks: the blocks of a model; the classes of their gated MLPs are replaced.
         tile_bytes: see `gated_mlp`.
+        source: source of the blocks' weights; used if it is a `RowSource`.
 
     Returns:
         The number of gated MLPs and of blocks with one, as text.
@@ -66,8 +128,9 @@ def slice_mlps(blocks: BlockList, tile_bytes: int = TILE_BYTES) -> str:
     found = 0
     with_one: set[int] = set()
     kinds: dict[tuple, type] = {}
+    reader = source if hasattr(source, "start_rows") else None
     for index, block in enumerate(blocks.blocks):
-        for module in block.modules():
+        for path, module in block.named_modules():
             form = find_gated_mlp(module)
             if form is None or trains_weights(module):
                 continue
@@ -80,24 +143,56 @@ def slice_mlps(blocks: BlockList, tile_bytes: int = TILE_BYTES) -> str:
                     "_form": form,
                     "_activation": staticmethod(own_activation(module, form)),
                     "_tile_bytes": tile_bytes,
+                    "_reads_rows": False,
                 }
                 kinds[key] = type(key[0].__name__, (_Sliced, key[0]), members)
             object.__setattr__(module, "__class__", kinds[key])
+            object.__setattr__(module, "_place", Place(reader, index, path))
     return f"{found} gated MLPs in {len(with_one)} of {len(blocks)} blocks"
 
 
-def set_slices(blocks: BlockList, tile_bytes: int | None, stop: int) -> None:
+def set_slices(
+    blocks: BlockList, tile_bytes: int | None, stop: int, by_rows: bool = False
+) -> list[set[str]]:
     """Change the size of slices, after `slice_mlps`.
 
     Args:
         blocks: as in `slice_mlps`.
         tile_bytes: size in the blocks below `stop`; None computes MLPs layer by layer.
         stop: in this block and those above, MLPs are computed layer by layer.
+        by_rows: whether the matrices are read by rows, in blocks where that is possible.
+
+    Returns:
+        For every block, the local names of the frozen arrays that are read by rows.
     """
+    names: list[set[str]] = []
     for index, block in enumerate(blocks.blocks):
+        names.append(set())
         for module in block.modules():
             if isinstance(module, _Sliced):
-                object.__setattr__(module, "_tile_bytes", tile_bytes if index < stop else None)
+                size = tile_bytes if index < stop else None
+                object.__setattr__(module, "_tile_bytes", size)
+                object.__setattr__(module, "_reads_rows", by_rows and can_read_rows(block))
+                if module.is_visited:
+                    names[-1] |= {name for layer in _arrays_on_disk(module) for name in layer}
+    return names
+
+
+def can_read_rows(block: nn.Module) -> bool:
+    """Whether a block's only gated MLP can be read by rows.
+
+    Parts of a block are visited one at a time, so there must be no experts. Adapters with dropout
+    or gains need whole matrices. `planner/shape.py` asks the same of a block without slices.
+    """
+    parts = [m for m in block.modules() if isinstance(m, _Sliced) or are_experts(m)]
+    if len(parts) != 1 or not isinstance(parts[0], _Sliced):
+        return False
+    return needs_no_whole_matrix(parts[0])
+
+
+def needs_no_whole_matrix(mlp: nn.Module) -> bool:
+    """Whether the adapters of a gated MLP have neither dropout nor gains."""
+    return not any(isinstance(layer, DoRALinear) or has_dropout(layer) for layer in mlp.values())
 
 
 def find_gated_mlp(module: nn.Module) -> MlpLayers | None:
@@ -195,8 +290,42 @@ def _fits(module: nn.Module, form: MlpLayers) -> bool:
     )
 
 
+def has_dropout(layer: nn.Module) -> bool:
+    """Whether an adapter drops some of its inputs in training."""
+    return "dropout" in layer and layer.dropout._p_1 < 1
+
+
 def _drops(layer: nn.Module) -> bool:
-    return "dropout" in layer and layer.dropout._p_1 < 1 and layer.dropout.training
+    return has_dropout(layer) and layer.dropout.training
+
+
+def _arrays_on_disk(module: nn.Module) -> list[list[str]]:
+    """Names in the block of the arrays of each matrix of a gated MLP: gate and up, then down."""
+    found = []
+    for name in (*module._form.inputs, module._form.down):
+        layer, path = module[name], f"{module._place.path}.{name}"
+        if isinstance(layer, LoRALinear):
+            layer, path = layer.linear, f"{path}.linear"
+        found.append([f"{path}.{key}" for key in MATRIX_ARRAYS if layer.get(key) is not None])
+    return found
+
+
+def _read_by_rows(module: nn.Module) -> RowMlp:
+    """A gated MLP with its arrays of now; its matrices are read when they are needed."""
+    layers = (*module._form.inputs, module._form.down)
+    projections = tuple(_projection(module[name]) for name in layers)
+    names, place = _arrays_on_disk(module), module._place
+
+    def start(number: int, span: Span) -> Callable[[], Projection]:
+        projection, own = projections[number], names[number]
+        keys = [name.rpartition(".")[2] for name in own]
+        wait = place.source and place.source.start_rows(place.index, own, range(*span))
+        if wait:
+            return lambda: replace(projection, **dict(zip(keys, wait().values(), strict=True)))
+        arrays = {key: getattr(projection, key)[slice(*span)] for key in keys}
+        return lambda: replace(projection, **arrays)
+
+    return RowMlp(projections, layers, module._activation, start, module._tile_bytes)
 
 
 def _projection(layer: nn.Module) -> Projection:

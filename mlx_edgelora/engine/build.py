@@ -101,7 +101,7 @@ def build_engine(
             blocks=attached.blocks,
         )
         model.train()
-        sliced = slice_mlps(walk.blocks)
+        sliced = slice_mlps(walk.blocks, source=attached.weights)
         layers = group_experts(walk.blocks, attached.weights)
         loss = settings.loss or CrossEntropy(plan.loss_bytes)
         engine = Engine(model, walk, attached.head, meter, loss, adapters)

@@ -86,7 +86,7 @@ class CachedBlock:
     ) -> tuple[Hidden | None, Arrays]:
         """Gradients of the input and of the trained arrays; see `Segment`."""
         context, x = self._context, self._input
-        cotangent_of = self._rows.cotangents(dy)
+        dy = self._rows.by_tiles(dy, context.slots)
         trained, frozen = context.weights.load(self.index, prefetch_next())
         visit = TiledBackward(self, trained)
         needs_input_grad = context.needs_input_grad(self.index)
@@ -97,9 +97,9 @@ class CachedBlock:
                 held = self._appended(x, visit.experts)
             sums = [mx.zeros(array.shape) for array in held]
             with phase("backward", self.index):
-                visit.run_experts(lambda: self._expert_parts(x, held, cotangent_of))
+                visit.run_experts(lambda: self._expert_parts(x, held, dy))
                 for number in reversed(range(len(context.spans))):
-                    cotangent = cotangent_of(number)
+                    cotangent = self._rows.cotangent(dy, number)
                     piece = self._tile_backward(
                         visit, number, x.tile(number), cotangent, held, sums
                     )
@@ -169,12 +169,10 @@ class CachedBlock:
                 _, own = self._parts.tile(x.tile(number), span, self._before(held, number))
             self._append(held, own, number)
 
-    def _expert_parts(
-        self, x: Hidden, held: list[mx.array], cotangent_of: Callable[[int], mx.array | None]
-    ) -> Iterator[tuple]:
+    def _expert_parts(self, x: Hidden, held: list[mx.array], dy: Hidden) -> Iterator[tuple]:
         """What `TiledBackward.run_experts` needs of each tile with a gradient."""
         for number, span in enumerate(self._context.spans):
-            if (cotangent := cotangent_of(number)) is None:
+            if (cotangent := self._rows.cotangent(dy, number)) is None:
                 continue
 
             def outputs(

@@ -20,8 +20,10 @@ from mlx_edgelora.blocks.outputs import pack_links, unpack_links
 from mlx_edgelora.blocks.packing import packing_now
 from mlx_edgelora.blocks.parts import BlockParts
 from mlx_edgelora.blocks.tracing import EVALUATES
+from mlx_edgelora.blocks.visits import has_visits, visited_adapters
 from mlx_edgelora.engine.expert_gradients import vjp_by_experts
 from mlx_edgelora.engine.record import BlockCall
+from mlx_edgelora.engine.visited_gradients import vjp_with_visits
 
 Arrays = dict[str, mx.array]
 RowIndices = mx.array | None
@@ -119,11 +121,15 @@ class BlockFunctions:
             self._signatures[index] = signature(self.blocks.blocks[index])
         return self._signatures[index]
 
-    def _has_experts(self, index: int) -> bool:
-        return calls_experts(self.blocks.blocks[index])
+    def _is_apart(self, index: int) -> bool:
+        """Whether a part of a block is computed apart from its graph."""
+        block = self.blocks.blocks[index]
+        return calls_experts(block) or has_visits(block)
 
-    def _of_experts(self, index: int) -> list[str]:
-        return expert_adapters(self.blocks.blocks[index])
+    def _of_parts(self, index: int) -> list[str]:
+        """Local names of the trained arrays of such parts."""
+        block = self.blocks.blocks[index]
+        return [*expert_adapters(block), *visited_adapters(block)]
 
     def call_block(
         self, index: int, x: mx.array, args: tuple, kwargs: dict, wanted: OutputRows
@@ -180,7 +186,7 @@ class BlockFunctions:
                 return self.call_block(index, x, args, kwargs, wanted._replace(rows=rows))
 
         key = "forward", self._kind(index), wanted.rows_only
-        if self.tape.is_used or self._has_experts(index):  # keys are drawn while the graph is built
+        if self.tape.is_used or self._is_apart(index):  # keys are drawn while the graph is built
             key = None
         with self.tape.recording() as call.keys:
             arguments = *pack_arguments(call), wanted.rows
@@ -228,7 +234,7 @@ class BlockFunctions:
             The outputs or none, gradients by local name, and gradients of the inputs or none.
         """
 
-        grouped = self._has_experts(index)
+        apart = self._is_apart(index)
 
         def function(
             trained: Arrays,
@@ -240,12 +246,12 @@ class BlockFunctions:
             keys: list[mx.array],
             rows: RowIndices,
         ) -> tuple[list[mx.array], list[mx.array], list[mx.array]]:
-            of_experts = {n: trained[n] for n in self._of_experts(index) if n in trained}
-            others = {name: value for name, value in trained.items() if name not in of_experts}
+            visited = {n: trained[n] for n in self._of_parts(index) if n in trained}
+            others = {name: value for name, value in trained.items() if name not in visited}
             count = len(others)
 
             def forward(*primals: mx.array) -> list[mx.array]:
-                values = frozen | of_experts | dict(zip(others, primals[:count], strict=True))
+                values = frozen | visited | dict(zip(others, primals[:count], strict=True))
                 x, *shared = primals[count:]
                 own = unpack_arguments(args, kwargs, shared)
                 with (
@@ -256,15 +262,17 @@ class BlockFunctions:
                     return self.call_block(index, x, *own, wanted._replace(rows=rows))
 
             primals = [*others.values(), *inputs]
-            if not grouped:
+            if not apart:
                 out, found = mx.vjp(forward, primals, cotangents)
                 return out if first else [], found[:count], found[count:] * needs_input_grad
-            sums = {name: mx.zeros(value.shape) for name, value in of_experts.items()}
+            sums = {name: mx.zeros(value.shape) for name, value in visited.items()}
             mx.eval(sums)
-            by_id = {id(of_experts[name]): total for name, total in sums.items()}
-            out, found = vjp_by_experts(
-                forward, primals, cotangents, by_id, self.affine, self.signature(index)
-            )
+            by_id = {id(visited[name]): total for name, total in sums.items()}
+            if has_visits(self.blocks.blocks[index]):
+                out, found = vjp_with_visits(forward, primals, cotangents, by_id)
+            else:
+                kind = self.affine, self.signature(index)
+                out, found = vjp_by_experts(forward, primals, cotangents, by_id, *kind)
             named = dict(zip(others, found[:count], strict=True)) | sums
             own = [named[name].astype(value.dtype) for name, value in trained.items()]
             return out if first else [], own, found[count:] * needs_input_grad
@@ -272,7 +280,7 @@ class BlockFunctions:
         key = "gradients", self._kind(index), wanted.rows_only, needs_input_grad, first
         if first and self.tape.is_used:
             key = None
-        if grouped:  # experts are picked by values
+        if apart:  # a visit is evaluated at once
             key = None
         arguments = *pack_arguments(call), call.keys, wanted.rows
         out, own, of_inputs = self.functions.call(

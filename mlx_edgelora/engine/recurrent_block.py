@@ -24,6 +24,7 @@ from mlx_edgelora.blocks.attention import add_key_gradients
 from mlx_edgelora.blocks.block_list import bind_arrays
 from mlx_edgelora.blocks.parts import TokenSpan
 from mlx_edgelora.blocks.states import Recurrence, RecurrentParts
+from mlx_edgelora.blocks.visits import VisitedCall, handle_visits, has_visits
 from mlx_edgelora.engine.block_weights import Arrays
 from mlx_edgelora.engine.context import Context
 from mlx_edgelora.engine.expert_gradients import ExpertTiles
@@ -63,6 +64,7 @@ class RecurrentBlock:
             blocks.function(index), call.args, call.kwargs, blocks.forms[index], recurrence
         )
         self._rows = WantedRows(wanted.rows, context.spans)
+        self._has_visits = has_visits(blocks.blocks[index])
         self._input: Hidden | None = None
 
     def forward(self, x: Hidden, next_block: int | None) -> Hidden:
@@ -102,7 +104,7 @@ class RecurrentBlock:
     ) -> tuple[Hidden | None, Arrays]:
         """Gradients of the input and of the trained arrays; see `Segment`."""
         context, x = self._context, self._input
-        cotangent_of = self._rows.cotangents(dy)
+        dy = self._rows.by_tiles(dy, context.slots)
         trained, frozen = context.weights.load(self.index, prefetch_next())
         visit = TiledBackward(self, trained)
         needs_input_grad = context.needs_input_grad(self.index)
@@ -112,10 +114,10 @@ class RecurrentBlock:
             with phase("recompute", self.index):
                 before = self._states(x, visit.key_values, visit.experts)
             with phase("backward", self.index):
-                visit.run_experts(lambda: self._expert_parts(visit, x, before, cotangent_of))
+                visit.run_experts(lambda: self._expert_parts(visit, x, before, dy))
                 after: list[mx.array] = []
                 for number in reversed(range(len(context.spans))):
-                    cotangent = cotangent_of(number)
+                    cotangent = self._rows.cotangent(dy, number)
                     cotangents = [] if cotangent is None else [cotangent]
                     del cotangent
                     states = before[number].arrays() if number else self._parts.no_states
@@ -215,11 +217,11 @@ class RecurrentBlock:
         visit: TiledBackward,
         x: Hidden,
         before: dict[int, SpilledArrays],
-        cotangent_of: Callable[[int], mx.array | None],
+        dy: Hidden,
     ) -> Iterator[tuple]:
         """What `TiledBackward.run_experts` needs of each tile with a gradient."""
         for number in range(len(self._context.spans)):
-            if (cotangent := cotangent_of(number)) is None:
+            if (cotangent := self._rows.cotangent(dy, number)) is None:
                 continue
             states = before[number].arrays() if number else []
             key_values = tokens_of_keys(self._seen(number), visit.key_values)
@@ -257,12 +259,24 @@ class RecurrentBlock:
             mine, shared = x.tile(number), self._shared(number)
             self._add_key_values(key_values, mine, number, states, shared)
             if number + 1 < count:
+                part = mine, number, states, key_values, shared
                 with given_experts(experts, number):  # not begun: zeros
-                    states = self._outputs(mine, number, states, key_values, shared)[1]
+                    states = self._states_alone(part)
                 mx.eval(states)
                 found[number + 1] = SpilledArrays(self._context.slots, states)
             del mine, shared
         return found
+
+    def _states_alone(self, part: tuple) -> list[mx.array]:
+        """The states that `_outputs` gives, if possible without experts and MLPs that are visited.
+
+        They return NaN, which is in the states if these depend on them.
+        """
+        with handle_visits(_unknown):
+            states = self._outputs(*part)[1]
+        if self._has_visits and any(mx.isnan(state).any().item() for state in states):
+            states = self._outputs(*part)[1]
+        return states
 
     def _tile_backward(
         self,
@@ -295,6 +309,8 @@ class RecurrentBlock:
         found = found if given or dx is not None else []
         sums = visit.key_value_sums.arrays if visit.key_value_sums else []
         visit.submit(found, sums)
+        if visit.key_value_sums is not None:
+            visit.key_value_sums.drop(context.spans[number].start)  # no earlier tile sees these
         if dx is not None:
             dx.put(number, found[0])
             context.shared.add_tile(self._links, number, found[1:count])
@@ -322,8 +338,7 @@ class RecurrentBlock:
         with self._adding(visit, number) as sums:
             found = visit.vjp(outputs, [*primals, *key_values], cotangents, number)
         if sums is not None and not sums.used:
-            for index, more in enumerate(found[count:]):
-                sums.add(index, more.reshape(-1, *more.shape[2:]), 0)
+            sums.add_whole(found[count:])
         return found[:count]
 
     def _key_values_backward(
@@ -331,10 +346,7 @@ class RecurrentBlock:
     ) -> list[mx.array]:
         """The gradients through a tile's own keys and values, which are complete now."""
         span = self._context.spans[number]
-        pairs = zip(visit.key_value_sums.arrays, visit.key_values, strict=True)
-        cotangents = [
-            tokens_of_keys(span, [total])[0].astype(array.dtype) for total, array in pairs
-        ]
+        cotangents = visit.sums_of(span)
 
         def key_values(*inputs: mx.array) -> list[mx.array]:
             x, shared, before = self._cut(inputs, states)
@@ -348,3 +360,7 @@ class RecurrentBlock:
         """The input of a tile, what it reads of earlier blocks, and the states before it."""
         end = len(inputs) - states
         return inputs[0], list(inputs[1:end]), list(inputs[end:]) or self._parts.no_states
+
+
+def _unknown(call: VisitedCall) -> mx.array:
+    return mx.full(call.out_shape, float("nan"), call.x.dtype)

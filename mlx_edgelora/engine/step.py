@@ -98,10 +98,11 @@ class Engine:
         set_attention_block(plan.attention_block)
         blocks = self._walk.blocks
         stop = len(blocks) - plan.kept_blocks
-        set_slices(blocks, plan.mlp_bytes, stop)
+        by_rows = set_slices(blocks, plan.mlp_bytes, stop, plan.mlp_weights == "rows")
         by_groups = set_groups(blocks, plan.mlp_bytes, stop)
         if isinstance(self._walk.weights, StreamedWeights):
-            self._walk.weights.defer(by_groups)
+            pairs = zip(by_rows, by_groups, strict=True)
+            self._walk.weights.defer([rows | groups for rows, groups in pairs])
         self._walk.set_plan(plan)  # last, because it reads the blocks' settings
 
     def set_plan_and_residency(self, plan: Plan) -> None:

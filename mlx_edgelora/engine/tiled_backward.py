@@ -15,10 +15,12 @@ from mlx_edgelora.blocks.block_list import bind_arrays
 from mlx_edgelora.blocks.experts import calls_experts, expert_adapters
 from mlx_edgelora.blocks.parts import TokenSpan
 from mlx_edgelora.blocks.tracing import gradient_hook
+from mlx_edgelora.blocks.visits import has_visits, visited_adapters
 from mlx_edgelora.engine.block_weights import Arrays
 from mlx_edgelora.engine.expert_gradients import ExpertTiles, vjp_by_experts
 from mlx_edgelora.engine.expert_tiles import expert_tiles
 from mlx_edgelora.engine.hidden import Hidden
+from mlx_edgelora.engine.visited_gradients import vjp_with_visits
 from mlx_edgelora.layers.attention import KeySums
 
 
@@ -36,8 +38,10 @@ class TiledBackward:
         module = block._context.functions.blocks.blocks[block.index]
         # Summed where they are made: in the graph each tile would have those of all experts.
         self._by_experts = calls_experts(module)
-        self._of_experts = [name for name in expert_adapters(module) if name in trained]
-        for name in self._of_experts:
+        self._has_visits = has_visits(module)
+        apart = [*expert_adapters(module), *visited_adapters(module)]
+        self._apart = [name for name in apart if name in trained]
+        for name in self._apart:
             self._sums[name] = mx.zeros(trained[name].shape)
         mx.eval(self._sums)
         self.key_values: list[mx.array] = []
@@ -62,8 +66,7 @@ class TiledBackward:
                 found[1 + len(shared) :],
             )
             if not sums.used:
-                for index, more in enumerate(pair):
-                    sums.add(index, more.reshape(-1, *more.shape[2:]), 0)
+                sums.add_whole(pair)
         if block._parts.is_causal:
             found = self._with_own_keys(number, [x, *shared], found)
         self._settle(number, found, dx)
@@ -140,14 +143,7 @@ class TiledBackward:
             return found
         block = self._block
         span = block._context.spans[number]
-        cotangents = [
-            total.astype(key_values.dtype)
-            for total, key_values in zip(
-                tokens_of_keys(span, self.key_value_sums.arrays),
-                tokens_of_keys(span, self.key_values),
-                strict=True,
-            )
-        ]
+        cotangents = self.sums_of(span)
         more = self.vjp(
             lambda x, *shared: block._parts.key_values(x, span, shared=shared), inputs, cotangents
         )
@@ -175,17 +171,22 @@ class TiledBackward:
         if dx is not None:
             dx.put(number, own)
             context.shared.add_tile(self._block._links, number, shared)
+        if self.key_value_sums and self._block._parts.is_causal:
+            self.key_value_sums.drop(context.spans[number].start)  # no earlier tile sees these
 
     def sums_from(self, seen: TokenSpan) -> KeySums:
         """The sums of the gradients of keys and values, for a tile that sees these tokens."""
         if self.key_value_sums is None:
-            (batch, heads, tokens, size), other = (
-                self.key_values[0].shape,
-                self.key_values[1].shape[-1],
-            )
-            self.key_value_sums = KeySums(batch, heads, tokens, (size, other))
+            (batch, heads, _, size), other = self.key_values[0].shape, self.key_values[1].shape[-1]
+            self.key_value_sums = KeySums(batch, heads, (size, other))
         self.key_value_sums.start, self.key_value_sums.used = seen.start, False
         return self.key_value_sums
+
+    def sums_of(self, span: TokenSpan) -> list[mx.array]:
+        """The gradients of a tile's own keys and values, in their dtypes."""
+        totals = self.key_value_sums.tokens(span.start, span.stop)
+        pairs = zip(totals, self.key_values, strict=True)
+        return [total.astype(array.dtype) for total, array in pairs]
 
     def vjp(
         self,
@@ -202,7 +203,7 @@ class TiledBackward:
             cotangents: gradients of its outputs.
             tile: number of the tile, if its experts were computed for this part.
         """
-        trained = {n: v for n, v in self._trained.items() if n not in self._of_experts}
+        trained = {n: v for n, v in self._trained.items() if n not in self._apart}
         reached, count = set(), len(trained)
 
         def bound_function(*primals: mx.array) -> list[mx.array]:
@@ -222,6 +223,8 @@ class TiledBackward:
             kind = functions.signature(self._block.index), len(inputs), len(cotangents)
             arguments = self._by_id(), functions.affine, kind
             _, found = vjp_by_experts(bound_function, primals, cotangents, *arguments)
+        elif self._has_visits:
+            _, found = vjp_with_visits(bound_function, primals, cotangents, self._by_id())
         else:
             _, found = mx.vjp(bound_function, primals, cotangents)
         # Arrays that a part does not use have zero gradients, which are not evaluated or added.
@@ -234,8 +237,8 @@ class TiledBackward:
         return found[count:]
 
     def _by_id(self) -> dict[int, mx.array]:
-        """The sums of the gradients of experts' adapters, by the adapter's `id`."""
-        return {id(self._trained[name]): self._sums[name] for name in self._of_experts}
+        """The sums of gradients of adapters of parts that are computed apart, by their `id`."""
+        return {id(self._trained[name]): self._sums[name] for name in self._apart}
 
 
 def tokens_of_keys(span: TokenSpan, arrays: list[mx.array]) -> list[mx.array]:

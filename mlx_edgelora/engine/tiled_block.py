@@ -97,7 +97,8 @@ class TiledBlock:
             self._input,
             self._context.needs_input_grad(self.index),
         )
-        cotangent_of = self._rows.cotangents(dy)
+        dy = self._rows.by_tiles(dy, context.slots)
+        cotangent_of = partial(self._rows.cotangent, dy)
         trained, frozen = context.weights.load(self.index, prefetch_next())
         visit = TiledBackward(self, trained)
         dx = Hidden.tiles(context.spans, context.slots) if needs_input_grad else None

@@ -1,14 +1,13 @@
 """The wanted rows of a block's output, tile by tile."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_edgelora.blocks.parts import TokenSpan
 from mlx_edgelora.engine.functions import RowIndices, rows_of
-from mlx_edgelora.engine.hidden import Hidden
+from mlx_edgelora.engine.hidden import Hidden, Slots
 
 
 class WantedRows:
@@ -21,6 +20,7 @@ class WantedRows:
 
     def __init__(self, rows: RowIndices, spans: Sequence[TokenSpan]) -> None:
         self.all = rows is None
+        self._spans = spans
         self._places: list[mx.array | None] = []
         self._order: list[np.ndarray] = []  # their places among all wanted ones
         if self.all:
@@ -40,16 +40,31 @@ class WantedRows:
         """Whether rows of a tile are wanted."""
         return self.all or self._places[number] is not None
 
-    def cotangent(self, wanted: mx.array, number: int) -> mx.array | None:
-        """Of gradients of the wanted rows, [1, n, D], those of a tile; None if there are none."""
-        return wanted[:, mx.array(self._order[number])] if self.has(number) else None
+    def by_tiles(self, dy: Hidden, slots: Slots) -> Hidden:
+        """The gradient of the block's output in the store, tile by tile; `dy` is released.
 
-    def cotangents(self, dy: Hidden) -> Callable[[int], mx.array | None]:
-        """The gradient of a tile's output by its number, from that of the block's output `dy`.
+        Args:
+            dy: in tiles, or of the wanted rows [1, n, D] in memory if these are not all.
+            slots: where tiles are put.
 
-        It is of the wanted rows if these are not all, and None for a tile without any.
+        Returns:
+            Tiles; of the wanted rows [1, m, D] if these are not all. There is none for a tile
+            without wanted rows.
         """
-        return dy.tile if self.all else partial(self.cotangent, dy.whole())
+        if self.all:
+            return dy
+        whole, stored = dy.whole(), Hidden.tiles(self._spans, slots)
+        dy.forget()
+        for number, order in enumerate(self._order):
+            if self.has(number):
+                piece = whole[:, mx.array(order)]
+                mx.eval(piece)
+                stored.put(number, piece)
+        return stored
+
+    def cotangent(self, dy: Hidden, number: int) -> mx.array | None:
+        """A tile of `by_tiles`; None for a tile without wanted rows."""
+        return dy.tile(number) if self.has(number) else None
 
     def of_tile(self, tile: mx.array, number: int) -> mx.array:
         """The wanted rows of a tile's output [B, t, D], of a tile that has some."""

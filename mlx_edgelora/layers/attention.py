@@ -38,7 +38,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_edgelora.layers.fused import Backend, use_fused
-from mlx_edgelora.layers.grid import AttentionSpec, Band, Grid, KeySums, backward, forward
+from mlx_edgelora.layers.grid import AttentionSpec, Band, Grid, backward, forward
+from mlx_edgelora.layers.key_sums import KeySums
 
 __all__ = ["TILE_BYTES", "Backend", "Band", "KeySums", "promote", "tiled_attention", "use_fused"]
 
@@ -201,7 +202,7 @@ def _attention(spec: AttentionSpec, sums: KeySums | None = None) -> mx.custom_fu
     def vjp(
         primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple
     ) -> list[mx.array]:
-        grid = Grid(spec, primals)
+        grid = Grid(spec, primals, sums)
         gradients = backward(grid, cotangents[0], *outputs, sums)
         if grid.mask is not None and not grid.floats:
             gradients.append(mx.zeros_like(grid.mask))

@@ -1,12 +1,14 @@
 """The tiles of `layers/attention.py`: their order, and their arithmetic in both directions."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from math import e, isqrt, log2
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_edgelora.layers.key_sums import PIECE, KeySums
 from mlx_edgelora.layers.tile_order import Span, depend_on
 
 # With this many tiles, a head has more operations than MLX allocates ahead (1 is too few).
@@ -42,48 +44,12 @@ class AttentionSpec:
     tile_bytes: int
 
 
-class KeySums:
-    """Float32 sums of the gradients of keys and values, to which calls of attention add in place.
-
-    Otherwise each call would return gradients for all of its keys and values. Memory: the sums.
-
-    Args:
-        batch, heads, tokens: shape of the keys.
-        sizes: sizes of a key and of a value.
-
-    Attributes:
-        start: the first token that the next call sees.
-        used: whether a call has added to the sums since this was set to False.
-    """
-
-    def __init__(self, batch: int, heads: int, tokens: int, sizes: tuple[int, int]) -> None:
-        self.start, self.used, self._shape = 0, False, (batch, heads, tokens)
-        self._sums = [mx.zeros((batch * heads, tokens, size)) for size in sizes]
-
-    @property
-    def arrays(self) -> list[mx.array]:
-        """The sums, [B, Hkv, T, n] twice."""
-        return [total.reshape(*self._shape, -1) for total in self._sums]
-
-    def add(self, index: int, heads: mx.array, first: int) -> mx.array:
-        """Add the gradients of some key heads; returns the array that later tiles depend on.
-
-        Args:
-            index: 0 for keys, 1 for values.
-            heads: gradients [n, tokens, size] of the tokens from `start` on.
-            first: index of the first of these heads, counted over the batch.
-        """
-        self.used = True
-        total, self._sums[index] = self._sums[index], None  # the only reference: in place
-        place = slice(first, first + len(heads)), slice(self.start, self.start + heads.shape[1])
-        self._sums[index] = total.at[place].add(heads.astype(mx.float32))
-        return self._sums[index]
-
-
 class Grid:
     """The tiles of one call: the key heads, rows of queries and keys of each."""
 
-    def __init__(self, spec: AttentionSpec, arrays: tuple[mx.array, ...]) -> None:
+    def __init__(
+        self, spec: AttentionSpec, arrays: tuple[mx.array, ...], sums: KeySums | None = None
+    ) -> None:
         self.q, self.k, self.v, *extra = arrays
         self.sinks = extra.pop(0) if spec.has_sinks else None
         self.mask = extra.pop() if extra else None
@@ -102,7 +68,9 @@ class Grid:
         step = max(1, min(kv_heads, scores // (queries * keys)))
         whole = queries * keys <= scores
         self.row_tiles = _spans(queries, queries if whole else max(edge, scores // keys))
-        self.key_tiles = _spans(keys, keys if whole else max(edge, scores // queries))
+        most = keys if whole else max(edge, scores // queries)
+        # A tile of keys does not cross the end of a piece of the sums.
+        self.key_tiles = _spans(keys, most) if sums is None else _within(keys, most, sums.start)
         starts = range(0, kv_heads, step)
         self.units: list[Unit] = [
             (entry, start, min(start + step, kv_heads))
@@ -182,13 +150,10 @@ class Grid:
         sinks = self.sinks[first * self.group : last * self.group].astype(mx.float32) * LOG2E
         return mx.repeat(sinks, rows[1] - rows[0]).reshape(last - first, -1, 1)
 
-    def zeros(self, unit: Unit) -> dict[Span, list[mx.array]]:
-        """Zero sums of dK and dV for each tile of keys."""
-        heads, sizes = unit[2] - unit[1], (self.k.shape[-1], self.v.shape[-1])
-        return {
-            keys: [mx.zeros((heads, keys[1] - keys[0], size)) for size in sizes]
-            for keys in self.key_tiles
-        }
+    def heads_of(self, unit: Unit) -> Span:
+        """The key heads of a unit, counted over the batch."""
+        entry, first, last = unit
+        return entry * self.k.shape[1] + first, entry * self.k.shape[1] + last
 
 
 def forward(grid: Grid) -> tuple[mx.array, mx.array]:
@@ -233,24 +198,20 @@ def backward(
 
     Those of k and v are zeros where they are added to sums.
     """
-    gradients = [_HeadBuffer(x, x.shape[-1]) for x in (grid.q, grid.k, grid.v)]
-    if sums_of_keys is not None:
-        gradients[1:] = [
-            _SummedHeads(sums_of_keys, 0, grid.k),
-            _SummedHeads(sums_of_keys, 1, grid.v),
-        ]
+    kept = (grid.q, grid.k, grid.v) if sums_of_keys is None else (grid.q,)
+    gradients = [_HeadBuffer(x, x.shape[-1]) for x in kept]
     saved = (grid.q, cotangent, output, statistics)
     after, dsinks = [cotangent], []
     dmask = _MaskGradient(grid.mask) if grid.floats else None
     for unit in grid.units:
         pieces, dsink = [], mx.array(0.0)
-        sums = grid.zeros(unit)
+        sums = _UnitSums(grid, unit) if sums_of_keys is None else _Added(grid, unit, sums_of_keys)
         for rows in grid.row_tiles:
             tiles = [grid.rows(x, unit, rows, after) for x in saved]
             dq, share, after = _row_backward(grid, unit, rows, tiles, sums, after, dmask)
             pieces.append(dq)
             dsink = dsink - share
-        parts = [pieces, *zip(*sums.values(), strict=True)]
+        parts = [pieces, *sums.parts()]
         after = [
             joined.add(list(part), grid.in_place)
             for joined, part in zip(gradients, parts, strict=True)
@@ -261,6 +222,8 @@ def backward(
             if unit[2] == grid.k.shape[1]:
                 dmask.end(1)
     results = [joined.result() for joined in gradients]
+    if sums_of_keys is not None:
+        results += [mx.broadcast_to(mx.zeros((), x.dtype), x.shape) for x in (grid.k, grid.v)]
     if grid.sinks is not None:
         dsink = mx.concatenate(dsinks).reshape(-1, len(grid.sinks)).sum(0)
         results.append(dsink.astype(grid.sinks.dtype))
@@ -274,7 +237,7 @@ def _row_backward(
     unit: Unit,
     rows: Span,
     tiles: list[mx.array],
-    sums: dict[Span, list[mx.array]],
+    sums: "_UnitSums | _Added",
     after: list[mx.array],
     dmask: "_MaskGradient | None",
 ) -> tuple[mx.array, mx.array, list[mx.array]]:
@@ -299,12 +262,11 @@ def _row_backward(
     for keys in seen:
         scores, k, v = grid.scores(powers, unit, rows, keys, after)
         weights = _exp2(scores - top)
-        dk, dv = sums[keys]
-        dv = dv + weights.swapaxes(-1, -2) @ cotangent
+        dv = sums.add(1, keys, weights.swapaxes(-1, -2) @ cotangent)
         dscores = weights * (through @ v.swapaxes(-1, -2) - mean)
-        dk = dk + dscores.swapaxes(-1, -2) @ natural
+        dk = sums.add(0, keys, dscores.swapaxes(-1, -2) @ natural)
         dq = dq + dscores @ k
-        sums[keys], after = [dk, dv], [dq, dk, dv]
+        after = [dq, dk, dv]
         if dmask is not None:
             after = [*after, dmask.add(grid.heads(dscores))]
     if dmask is not None:
@@ -332,20 +294,38 @@ class _HeadBuffer:
         return self.whole.reshape(self.shape)
 
 
-class _SummedHeads:
-    """As `_HeadBuffer`, but the heads are added to sums; the result is zeros of no memory."""
+class _UnitSums:
+    """Sums of dK and dV over the rows of one unit, for each tile of keys."""
 
-    def __init__(self, sums: KeySums, index: int, like: mx.array) -> None:
-        self._sums, self._index, self._like, self.filled = sums, index, like, 0
+    def __init__(self, grid: Grid, unit: Unit) -> None:
+        heads, sizes = unit[2] - unit[1], (grid.k.shape[-1], grid.v.shape[-1])
+        self._sums = [
+            {keys: mx.zeros((heads, keys[1] - keys[0], size)) for keys in grid.key_tiles}
+            for size in sizes
+        ]
 
-    def add(self, pieces: list[mx.array], wait: bool) -> mx.array:
-        heads = mx.concatenate(pieces, axis=1)
-        added = self._sums.add(self._index, heads, self.filled)
-        self.filled += len(heads)
-        return added if wait else heads
+    def add(self, index: int, keys: Span, more: mx.array) -> mx.array:
+        """Add to the sum of a tile of keys, of dK (0) or dV (1)."""
+        self._sums[index][keys] = self._sums[index][keys] + more
+        return self._sums[index][keys]
 
-    def result(self) -> mx.array:
-        return mx.broadcast_to(mx.zeros((), self._like.dtype), self._like.shape)
+    def parts(self) -> list[list[mx.array]]:
+        """The pieces of dK and of dV."""
+        return [list(of_tiles.values()) for of_tiles in self._sums]
+
+
+class _Added:
+    """As `_UnitSums`, but added to sums over several calls; no pieces are left."""
+
+    def __init__(self, grid: Grid, unit: Unit, sums: KeySums) -> None:
+        self._sums, self._head = sums, grid.heads_of(unit)[0]
+        self._units = [grid.heads_of(other) for other in grid.units]
+
+    def add(self, index: int, keys: Span, more: mx.array) -> mx.array:
+        return self._sums.add(index, more, self._units, (self._head, keys[0]))
+
+    def parts(self) -> list[list[mx.array]]:
+        return []
 
 
 class _MaskGradient:
@@ -389,6 +369,17 @@ def _spans(count: int, most: int) -> list[Span]:
     """Cut `count` into pieces of nearly one size, at most `most`."""
     size = -(-count // -(-count // most))
     return [(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _within(count: int, most: int, start: int) -> list[Span]:
+    """As `_spans`, without an end of a piece of `KeySums` inside; `start` is where keys begin."""
+    ends = range(start // PIECE * PIECE - start, count, PIECE)
+    edges = [0, *(end for end in ends if end > 0), count]
+    return [
+        (low + first, low + last)
+        for low, high in pairwise(edges)
+        for first, last in _spans(high - low, most)
+    ]
 
 
 def _exp2(x: mx.array) -> mx.array:

@@ -130,12 +130,12 @@ def gated_mlp(
 
     @mx.custom_function
     def mlp(x: mx.array, *arrays: mx.array) -> mx.array:
-        return _forward(x, _Slices(x, *rebuild(arrays), activation, tile_bytes))
+        return _forward(x, Slices(x, *rebuild(arrays), activation, tile_bytes))
 
     @mlp.vjp
     def backward(primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array) -> list[mx.array]:
         x, *arrays = primals
-        slices = _Slices(x, *rebuild(arrays), activation, tile_bytes)
+        slices = Slices(x, *rebuild(arrays), activation, tile_bytes)
         dx, gradients = _backward(x, cotangent, slices)
         flat = [g.get(n) for g, names in zip(gradients, held, strict=True) for n in names]
         return [
@@ -176,7 +176,7 @@ def _check(x: mx.array, first: Projection, second: Projection, down: Projection)
         raise ValueError("gated MLP: got a gain of down, expected none; multiply the result by it")
 
 
-class _Slices:
+class Slices:
     """The slices of one call, and the weights of each."""
 
     def __init__(
@@ -195,15 +195,16 @@ class _Slices:
         group = 1 if down.packing is None else down.packing.group_size
         width = 2 * x.shape[-1] + down.out_dims
         step = slice_features(tile_bytes, width, chunk, first.out_dims, group)
-        self.features = _spans(first.out_dims, step)
-        self.chunks = _spans(x.shape[0], chunk)
+        self.features = spans_of_features(first.out_dims, step)
+        self.chunks = spans_of_features(x.shape[0], chunk)
 
     def weights(self, span: Span, after: list[mx.array]) -> list[mx.array]:
         """The pieces of both inputs' rows and of down's columns, in the activations' dtype."""
-        pieces = [self._piece(p, (span, None), after) for p in self.inputs]
-        return [*pieces, self._piece(self.down, (None, span), after)]
+        pieces = [self.piece(p, (span, None), after) for p in self.inputs]
+        return [*pieces, self.piece(self.down, (None, span), after)]
 
-    def _piece(self, p: Projection, spans: tuple, after: list[mx.array]) -> mx.array:
+    def piece(self, p: Projection, spans: tuple, after: list[mx.array]) -> mx.array:
+        """Rows or columns of a matrix, in the activations' dtype."""
         rows, columns = (slice(None) if s is None else slice(*s) for s in spans)
         if p.packing is None:
             return depend_on([p.weight[rows, columns]], after)[0].astype(self.dtype)
@@ -246,7 +247,7 @@ class _Slices:
         return y if p.bias is None else y + p.bias[slice(*span)].astype(self.dtype)
 
 
-def _forward(x: mx.array, s: _Slices) -> mx.array:
+def _forward(x: mx.array, s: Slices) -> mx.array:
     loras, down_lora = [s.lora(p) for p in s.inputs], s.lora(s.down)
     xs = [x[slice(*c)] for c in s.chunks]
     zs = [[None if lora is None else rows @ lora[0] for lora in loras] for rows in xs]
@@ -275,10 +276,10 @@ def _forward(x: mx.array, s: _Slices) -> mx.array:
 
 
 def _backward(
-    x: mx.array, cotangent: mx.array, s: _Slices
+    x: mx.array, cotangent: mx.array, s: Slices
 ) -> tuple[mx.array, list[dict[str, mx.array]]]:
     """The gradient of x, and of each projection's LoRA matrices by name."""
-    parts = [_Chunk(s, x[slice(*c)], cotangent[slice(*c)].astype(s.dtype)) for c in s.chunks]
+    parts = [Chunk(s, x[slice(*c)], cotangent[slice(*c)].astype(s.dtype)) for c in s.chunks]
     # Of each slice: [r, slice] of both inputs' lora_b, [slice, r] of down's lora_a, [slice] of both
     # inputs' gain.
     pieces: list[list[mx.array]] = [[], [], [], [], []]
@@ -292,7 +293,12 @@ def _backward(
         for piece, found in zip(pieces, sums, strict=True):
             piece.append(found)
     dxs = [part.input_gradient() for part in parts]
-    gradients: list[dict[str, mx.array]] = [{}, {}, {}]
+    return (dxs[0] if len(dxs) == 1 else mx.concatenate(dxs)), gradients_of(parts, pieces)
+
+
+def gradients_of(parts: list["Chunk"], pieces: list[list[mx.array]]) -> list[dict[str, mx.array]]:
+    """The gradients of each projection's LoRA matrices and gain by name, after the last slice."""
+    s, gradients = parts[0].s, [{}, {}, {}]
     for index, p in enumerate(s.inputs):
         if p.lora_a is not None:
             a = _total([part.x.T @ part.dz[index].astype(s.dtype) for part in parts])
@@ -306,13 +312,13 @@ def _backward(
     for p, found in zip((*s.inputs, s.down), gradients, strict=True):
         for name in found:
             found[name] = found[name].astype(getattr(p, name).dtype)
-    return (dxs[0] if len(dxs) == 1 else mx.concatenate(dxs)), gradients
+    return gradients
 
 
-class _Chunk:
+class Chunk:
     """The backward of some tokens, one slice of features after the other."""
 
-    def __init__(self, s: _Slices, x: mx.array, dy: mx.array) -> None:
+    def __init__(self, s: Slices, x: mx.array, dy: mx.array) -> None:
         self.s, self.x, self.dy = s, x, dy
         self.loras, self.down_lora = [s.lora(p) for p in s.inputs], s.lora(s.down)
         self.z = [None if lora is None else x @ lora[0] for lora in self.loras]
@@ -321,18 +327,22 @@ class _Chunk:
         self.dz_down = None if self.down_lora is None else dy @ self.down_lora[1].T
         self.z_down: mx.array | None = None
         self.dx: mx.array | None = None
+        self.dh: mx.array | None = None  # dy D of all features, where D is read by rows
 
     def advance(
         self, span: Span, weights: list[mx.array], sums: list, after: list[mx.array]
     ) -> list[mx.array | None]:
-        """Add a slice; returns the adapters' gradients of it, added to `sums`."""
+        """Add a slice; returns the adapters' gradients of it, added to `sums`.
+
+        The last of `weights` is None if `dh` is known.
+        """
         s, (x, dy) = self.s, depend_on([self.x, self.dy], after)
         *w_inputs, w_down = weights
         products = [
             s.product(p, span, x, w, z) for p, w, z in zip(s.inputs, w_inputs, self.z, strict=True)
         ]
         inputs = [s.output(p, span, u) for p, u in zip(s.inputs, products, strict=True)]
-        dh = dy @ w_down
+        dh = dy @ w_down if w_down is not None else self.dh[:, slice(*span)].astype(s.dtype)
         sums = list(sums)
         if self.down_lora is not None:
             a = self.down_lora[0][slice(*span)]
@@ -384,5 +394,6 @@ def _total(terms: list[mx.array]) -> mx.array:
     return total
 
 
-def _spans(count: int, step: int) -> list[Span]:
+def spans_of_features(count: int, step: int) -> list[Span]:
+    """Cut `count` features into pieces of `step`; the last one may have fewer."""
     return [(start, min(start + step, count)) for start in range(0, count, step)]

@@ -2,7 +2,7 @@
 
 import fcntl
 import os
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,7 +135,7 @@ class StreamedWeights:
             self._deferred = deferred
 
     def start_rows(
-        self, index: int, names: Sequence[str], rows: list[int]
+        self, index: int, names: Sequence[str], rows: Sequence[int]
     ) -> Callable[[], Arrays] | None:
         """Read rows of tensors that were left out of a block in the background.
 
@@ -169,9 +169,9 @@ class StreamedWeights:
             for name in names:
                 shard, info = self._blocks[index][name]
                 size = (info.stop - info.start) // info.shape[0]
-                for place, row in enumerate(rows):
-                    view = buffer.views[name][place * size : (place + 1) * size]
-                    parts.append(self._part(shard, info.start + row * size, view))
+                for first, stop in _runs(rows):
+                    view = buffer.views[name][first * size : stop * size]
+                    parts.append(self._part(shard, info.start + rows[first] * size, view))
             self._memory.fill(parts)
 
         reading = self._worker.submit(read)
@@ -297,6 +297,12 @@ class _Buffer:
         for view in self.views.values():
             device_memory().hold(view)
         self.nbytes = sum(array.nbytes for array in self.arrays.values())
+
+
+def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """The places of rows that follow one another: first and stop of each run."""
+    starts = [place for place, row in enumerate(rows) if not place or row != rows[place - 1] + 1]
+    return zip(starts, [*starts[1:], len(rows)], strict=True)
 
 
 def cast_all(arrays: dict[str, mx.array], dtype: mx.Dtype) -> dict[str, mx.array]:

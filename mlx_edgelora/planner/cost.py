@@ -176,6 +176,8 @@ class Memory:
         buffers = 1 + self.plan.prefetch + more
         visited = min(self.streamed, self.shape.blocks - self.kept, self.shape.frozen_blocks)
         one = self.shape.read_bytes(grouped=self.plan.mlp_bytes is not None)
+        if self.by_tiles and self.plan.mlp_weights == "rows":
+            one -= self.shape.row_bytes
         return min(visited and visited + more, buffers) * one
 
     @property
@@ -202,7 +204,14 @@ def ways_of(plan: Plan, by_tiles: bool, kept: int, resident: bool) -> dict[str, 
         resident: whether weights of other blocks stay in memory.
     """
     tile_tokens = plan.tile_tokens if by_tiles else None
-    block = (tile_tokens, plan.mlp_bytes, plan.kernel, resident, plan.attention_block)
+    block = (
+        tile_tokens,
+        plan.mlp_bytes,
+        plan.kernel,
+        resident,
+        plan.attention_block,
+        plan.mlp_weights,
+    )
     place = "streamed" if plan.reads_head else "resident"
     return {
         "load": (),

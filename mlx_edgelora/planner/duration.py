@@ -101,7 +101,14 @@ class _Step:
         streamed = min(memory.streamed, shape.frozen_blocks)
         again = min(streamed, shape.blocks - memory.kept)
         size = shape.frozen_bytes(0, streamed) + shape.frozen_bytes(memory.first, again)
-        return self._disk(size, self.rates.read, self.plan.prefetch)
+        if not (memory.by_tiles and self.plan.mlp_weights == "rows"):
+            return self._disk(size, self.rates.read, self.plan.prefetch)
+        # Forward, and twice backward, for every tile; the next rows are read while some are used.
+        tiles, again = -(-self.batch_shape.size // self.plan.tile_tokens), again - memory.first
+        rows = shape.row_bytes * tiles * (streamed + 2 * max(0, again))
+        size -= shape.row_bytes * (streamed + max(0, again))
+        spent = self._disk(size, self.rates.read, self.plan.prefetch)
+        return spent + self._disk(rows, self.rates.read, True)
 
     def _spilling(self) -> float:
         memory = self.memory
@@ -130,7 +137,9 @@ class _Step:
             return self._head(way[0], batch_shape, way[1] == "streamed")
         if kind == "tail":
             kept, loss_bytes, kernel, place, attention_block = way
-            block = _BlockTime(self, (None, None, kernel, True, attention_block), batch_shape)
+            block = _BlockTime(
+                self, (None, None, kernel, True, attention_block, "block"), batch_shape
+            )
             # In the last block, all but keys and values is computed for labelled tokens only.
             count = kept - 1 + batch_shape.labelled / batch_shape.size
             calls = BACKWARD_CALLS + SCORE_CALLS * block.score_blocks
@@ -167,11 +176,12 @@ class _BlockTime:
     """Times of one block by a formula."""
 
     def __init__(self, step: _Step, way: Way, batch_shape: BatchShape) -> None:
-        tile_tokens, mlp_bytes, kernel, _, attention_block = way
+        tile_tokens, mlp_bytes, kernel, _, attention_block, mlp_weights = way
         self.shape, self.batch_shape, self.rates = step.shape, batch_shape, step.rates
         shape = step.shape
         self.tiles = 1 if tile_tokens is None else -(-batch_shape.size // tile_tokens)
         self.sliced = mlp_bytes is not None and shape.gated
+        self.by_rows = self.sliced and mlp_weights == "rows"
         kernel = step.kernels[0] if kernel == "auto" else kernel
         # Entries that MLX's kernel multiplies without unpacking; slices of an MLP are unpacked.
         self.fused = 0
@@ -192,6 +202,8 @@ class _BlockTime:
     def again(self) -> float:
         """Seconds of the recomputed forward; a sliced MLP is unpacked once for both passes."""
         share = self.shape.mlp_weights / max(1, self.dense)
+        if self.by_rows:  # what comes before the MLP is computed three times
+            return self.forward() + 2 * (1 - share) * (self._product() + self.unpack)
         twice = 0.0
         if self.tiles > 1:  # operations before attention run once for q and once for k and v
             twice = 0.25 * (1 - self.shape.mlp_weights / self.shape.block_weights)

@@ -20,7 +20,7 @@ from mlx_edgelora.storage.files import CACHE_ERRORS, error_line, updating, write
 VERSION = 5
 # Number of settings that each kind of phase has in `cost.ways_of`.
 BLOCK = ("forward", "backward", "tiles forward", "tiles backward")
-LENGTHS = dict.fromkeys(BLOCK, 5) | {"load": 0, "head": 2, "tail": 5, "update": 1}
+LENGTHS = dict.fromkeys(BLOCK, 6) | {"load": 0, "head": 2, "tail": 5, "update": 1}
 # Number of models that the file keeps.
 MODELS = 64
 # Factors from an estimate to its upper bound: for an exact measurement, for a measurement with

@@ -73,6 +73,19 @@ RECURRENT_TERMS: dict[str, dict[str, float]] = {
     "backward": {"hidden": 11.1, "recurrent": 4.5, "states": 11.3, "one": 11.1},
 }
 
+# A block in a tile whose MLP is read by rows: what is before it and what is in it are not in memory
+# at the same time.
+ROW_TERMS: dict[str, list[dict[str, float]]] = {
+    "tiles forward": [
+        {"hidden": 4.9, "queries": 2.0, "one": 5.9},
+        {"hidden": 3.0, "features": 1.0, "rows": 1.7, "one": 2.0},
+    ],
+    "tiles backward": [
+        {"hidden": 11.1, "queries": 8.0, "adapters": 2.4, "scores": 1.0, "one": 5.9},
+        {"hidden": 8.0, "features": 4.0, "rows": 1.7, "adapters": 1.2, "one": 2.0},
+    ],
+}
+
 # Times that the matrices of a block are unpacked in a phase.
 UNPACKED = {"forward": 1, "backward": 2, "tiles forward": 1, "tiles backward": 2, "tail": 2}
 
@@ -86,9 +99,9 @@ def need(
         kind: a key of `TERMS`; "tail" is the kept blocks and the head.
         shape: sizes of the model.
         way: settings of the phase, by kind. For a block (tile_tokens, mlp_bytes, kernel, resident,
-            attention_block); for the head (loss_bytes, placement of the head); for a tail (kept
-            blocks, loss_bytes, kernel, placement of the head, attention_block); for an update
-            (placement of adapters,).
+            attention_block, mlp_weights); for the head (loss_bytes, placement of the head); for a
+            tail (kept blocks, loss_bytes, kernel, placement of the head, attention_block); for an
+            update (placement of adapters,).
         batch_shape: sizes of the batch.
         on_gpu: whether MLX computes on a GPU. It frees nothing there before a command buffer is
             done, so that all unpacked matrices of a block can be in memory at once.
@@ -99,12 +112,19 @@ def need(
     if grouped and kind.endswith("backward"):  # gradients of experts are summed in place
         sizes = sizes | {"adapters": shape.adapter_bytes - shape.expert_adapter_bytes}
         total += shape.expert_adapter_bytes
-    total += sum(number * sizes.get(name, 0.0) for name, number in TERMS[kind].items())
+    if kind in ROW_TERMS and way[5] == "rows":
+        total += max(_sum(terms, sizes) for terms in ROW_TERMS[kind])
+    else:
+        total += _sum(TERMS[kind], sizes)
     if shape.state_bytes and kind in UNPACKED and kind != "tail":
         total = max(total, _recurrent(kind, shape, batch_shape, sizes))
     if on_gpu and shape.packed and kind in UNPACKED and way[2] == "dequantize":
         total += UNPACKED[kind] * shape.block_weights * shape.itemsize
     return total
+
+
+def _sum(terms: dict[str, float], sizes: dict[str, float]) -> float:
+    return sum(number * sizes.get(name, 0.0) for name, number in terms.items())
 
 
 def _recurrent(
@@ -113,7 +133,7 @@ def _recurrent(
     """Working memory of a recurrent block, less the keys and values that others have by tiles."""
     apart = kind.startswith("tiles ") and not shape.recurrent_attends
     phase = kind.removeprefix("tiles ")
-    total = sum(number * sizes[name] for name, number in RECURRENT_TERMS[phase].items())
+    total = _sum(RECURRENT_TERMS[phase], sizes)
     entry = shape.itemsize + FLOAT * (phase == "backward")
     return total - apart * batch_shape.size * shape.keys * entry
 
@@ -155,7 +175,7 @@ def sizes_of(kind: str, shape: ModelShape, way: Way, batch_shape: BatchShape) ->
         }
     if kind == "load":
         return sizes | {"every hidden": every}
-    tile_tokens, mlp_bytes, _, _, attention_block = way
+    tile_tokens, mlp_bytes, _, _, attention_block, mlp_weights = way
     tokens = batch_shape.size
     if kind.startswith("tiles"):
         spans = -(-batch_shape.tokens // max(1, tile_tokens // batch_shape.rows))
@@ -166,10 +186,17 @@ def sizes_of(kind: str, shape: ModelShape, way: Way, batch_shape: BatchShape) ->
         "hidden": tokens * shape.hidden * entry,
         "intermediate": 0 if sliced else tokens * shape.intermediate * entry,
         "scores": _scores(shape, batch_shape, tokens // batch_shape.rows, attention_block),
+        "queries": tokens * shape.queries * entry,
         "recurrent": tokens * shape.recurrent * FLOAT,
         "states": batch_shape.rows * shape.state_bytes,
     }
-    if sliced:
+    if mlp_weights == "rows":
+        step = slice_features(mlp_bytes, 2 * shape.hidden, tokens, shape.intermediate, 1)
+        sizes |= {
+            "features": tokens * shape.intermediate * entry,
+            "rows": FLOAT * 2 * shape.hidden * min(step, shape.intermediate),
+        }
+    elif sliced:
         group = 64 if shape.packed else 1
         chunk = min(TOKENS, tokens)
         features = slice_features(mlp_bytes, 3 * shape.hidden, chunk, shape.intermediate, group)

@@ -40,6 +40,10 @@ class Plan:
             once. Excludes kept_blocks.
         mlp_bytes: bytes of a slice of a gated MLP, and of a group of experts; None computes MLPs
             layer by layer, and all experts at once.
+        mlp_weights: "block" reads the matrices of a gated MLP with their block, "rows" reads them
+            by rows, for every tile of tokens anew, so that no matrix is in memory whole. "rows"
+            needs tile_tokens and mlp_bytes, and is for streamed blocks whose only gated MLP has
+            no dropout.
         kernel: how packed matrices are multiplied. "fused" is MLX's own kernel. "dequantize"
             unpacks them one tile at a time, as slices of an MLP always do. "auto" depends on the
             backend.
@@ -64,6 +68,7 @@ class Plan:
     adapters: str = _choice("resident", "resident", "paged")
     tile_tokens: int | None = _choice(None, None, least=1)
     mlp_bytes: int | None = _choice(None, None, least=1)
+    mlp_weights: str = _choice("block", "block", "rows")
     kernel: str = _choice("auto", "auto", "fused", "dequantize")
     loss_bytes: int = _choice(40 * MIB, least=1)
     attention_block: int | None = _choice(None, None, least=1)
@@ -79,6 +84,10 @@ class Plan:
             raise EdgeLoraError(
                 f"kept_blocks: got {self.kept_blocks} with tile_tokens {self.tile_tokens}, "
                 "expected one of them: blocks computed by tiles cannot be kept"
+            )
+        if self.mlp_weights == "rows" and None in (self.tile_tokens, self.mlp_bytes):
+            raise EdgeLoraError(
+                'mlp_weights: got "rows" without tile_tokens and mlp_bytes, expected both'
             )
 
     @property
@@ -166,7 +175,8 @@ class Plan:
             else f"{self.tile_tokens} tokens at a time",
             "MLP": "layer by layer"
             if self.mlp_bytes is None
-            else f"slices of {size(self.mlp_bytes)}",
+            else f"slices of {size(self.mlp_bytes)}"
+            + ", read for each tile" * (self.mlp_weights == "rows"),
             "head": f"tiles of {size(self.loss_bytes)}",
         }
         if self.kernel != "auto":

@@ -28,7 +28,8 @@ MB = 10**6
 # Bytes of scalars, masks and the batch, which the memory model does not contain.
 SLACK = 2 * MIB
 TILES = (256, 512, 1024, 2048, 4096)
-# The least for recurrent blocks, which hold several times the activations of others, in float32.
+# The least for recurrent blocks, which hold several times the activations of others, in float32,
+# and where MLPs are read by rows: of what is left in memory, a tile is the most.
 SHORT_TILE = 128
 # Bytes of a slice of a gated MLP, where packed matrices are unpacked.
 SLICE = 16 * MIB
@@ -208,15 +209,20 @@ class _Search:
                 for mlp_bytes in slices:
                     for kept in self._kept():
                         yield Plan(kept_blocks=kept, mlp_bytes=mlp_bytes, **common)
-                for mlp_bytes, tokens in self._tiles(in_tiles):
+                for mlp_bytes, tokens, weights in self._tiles(in_tiles):
                     if tokens < size:
-                        yield Plan(tile_tokens=tokens, mlp_bytes=mlp_bytes, **common)
+                        tile = {"tile_tokens": tokens, "mlp_bytes": mlp_bytes}
+                        yield Plan(mlp_weights=weights, **tile, **common)
 
-    def _tiles(self, slices: tuple[int | None, ...]) -> list[tuple[int | None, int]]:
-        """Bytes of a slice of the MLP and tokens of a tile, to be tried together."""
-        found = list(product(slices, TILES))
+    def _tiles(self, slices: tuple[int | None, ...]) -> list[tuple[int | None, int, str]]:
+        """Bytes of a slice of the MLP, tokens of a tile, and where the MLP's weights are."""
+        found = [(size, tokens, "block") for size, tokens in product(slices, TILES)]
         if self.shape.state_bytes:
-            found += [(None if size is None else size // 2, SHORT_TILE) for size in slices]
+            halves = [None if size is None else size // 2 for size in slices]
+            found += [(size, SHORT_TILE, "block") for size in halves]
+        if self.shape.row_bytes and self.fixed.get("mlp_bytes", 1) is not None:
+            found += [(SLICE, tokens, "rows") for tokens in TILES]
+            found.append((SLICE // 2, SHORT_TILE, "rows"))
         return found
 
     @property

@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 from mlx_edgelora.blocks.block_list import BlockList
 from mlx_edgelora.blocks.checks import MODEL_ERRORS
 from mlx_edgelora.blocks.experts import count_experts
-from mlx_edgelora.blocks.gated_mlp import find_gated_mlp
+from mlx_edgelora.blocks.gated_mlp import find_gated_mlp, needs_no_whole_matrix
 from mlx_edgelora.blocks.masks import tiled_mask
 from mlx_edgelora.blocks.outputs import Linked, leaves_of
 from mlx_edgelora.blocks.parts import AttentionInputs, BlockParts, TokenSpan
@@ -64,6 +64,7 @@ def shape_of(blocks: BlockList, vocabulary: int, dtype: mx.Dtype | None = None) 
     }
     every = sum((v if dtype is None else cast(v, dtype)).nbytes for v in frozen.values())
     outside_bytes = every - sum(sizes.values())
+    largest_block = max(block.frozen for block in by_block)
     return ModelShape(
         blocks=len(blocks),
         adapted=len(blocks) if entry else len(blocks) - min(adapted, default=len(blocks)),
@@ -73,7 +74,7 @@ def shape_of(blocks: BlockList, vocabulary: int, dtype: mx.Dtype | None = None) 
         intermediate=largest.intermediate,
         vocabulary=vocabulary,
         rank=largest.rank,
-        block_bytes=max(block.frozen for block in by_block),
+        block_bytes=largest_block,
         mlp_bytes=largest.mlp_frozen,
         block_weights=largest.entries,
         mlp_weights=largest.mlp_entries,
@@ -93,6 +94,7 @@ def shape_of(blocks: BlockList, vocabulary: int, dtype: mx.Dtype | None = None) 
         expert_bytes=largest.expert_frozen,
         one_expert_bytes=largest.one_expert,
         full=trains_weights(model),
+        row_bytes=largest_block - max(block.frozen - block.by_rows for block in by_block),
         expert_adapter_bytes=largest.expert_trained,
         state_bytes=max(states, default=0),
         by_block=every_block if len(set(every_block)) > 1 else (),
@@ -142,11 +144,11 @@ def _attention(blocks: BlockList, recurrences: Recurrences) -> tuple[int, int, i
     """Sizes of attention, from the calls that the code of the blocks makes.
 
     Returns:
-        Entries of a token's queries and of its keys and values together, both of the widest
-        block, and the largest number of heads for which MLX's gradient on Metal computes blocks
-        of scores.
+        Entries of a token's queries and of its keys and values together, each of the block with
+        the most, and the largest number of heads for which MLX's gradient on Metal computes
+        blocks of scores.
     """
-    found, heads, backend = [(0, 0)], 0, Backend.here()
+    queries, keys, heads, backend = 0, 0, 0, Backend.here()
     calls = zip(block_calls(blocks), recurrences, strict=True)
     for index, ((x, args, kwargs), recurrence) in enumerate(calls):
         try:
@@ -159,10 +161,10 @@ def _attention(blocks: BlockList, recurrences: Recurrences) -> tuple[int, int, i
         except MODEL_ERRORS:
             continue  # the block has another form of attention
         sizes = [a.shape[1] * a.shape[3] for a in (inputs.q, inputs.k, inputs.v)]
-        found.append((sizes[0], sizes[1] + sizes[2]))
+        queries, keys = max(queries, sizes[0]), max(keys, sizes[1] + sizes[2])
         if backend.name == "metal" and _is_blocked(inputs, backend):
             heads = max(heads, inputs.q.shape[1])
-    return *max(found), heads
+    return queries, keys, heads
 
 
 def _is_blocked(inputs: AttentionInputs, backend: Backend) -> bool:
@@ -214,6 +216,8 @@ class _BlockSizes:
 
         self.frozen = sum(held.values())
         self.mlp_frozen = sum(size for name, size in held.items() if in_mlp(name))
+        by_rows = len(mlps) == 1 and not counts and needs_no_whole_matrix(mlps[0][1])
+        self.by_rows = self.mlp_frozen if by_rows else 0
         self.trained = sum(value.nbytes for value in trained.values())
         self.mlp_trained = sum(v.nbytes for name, v in trained.items() if in_mlp(name))
         self.entries = sum(a * b for a, b in sizes.values())

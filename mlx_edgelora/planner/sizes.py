@@ -24,7 +24,8 @@ class BlockBytes(NamedTuple):
 class ModelShape:
     """Sizes of an adapted model, found by `planner/shape.py`.
 
-    Sizes of a block are those of the largest block, except in `by_block`.
+    Sizes of a block are those of the largest block, except in `by_block`; `queries` and `keys` may
+    be of two blocks.
 
     Attributes:
         blocks: number of blocks.
@@ -55,6 +56,7 @@ class ModelShape:
         shared: entries of a token that blocks return for later ones, such as keys and values.
         expert_bytes: the part of `block_bytes` in experts that can be read in groups.
         one_expert_bytes: the part of `expert_bytes` of a single expert.
+        row_bytes: the part of `block_bytes` in a gated MLP that can be read by rows; 0 if none can.
         full: whether the last `adapted` blocks have no adapters, but train their own weights.
         expert_adapter_bytes: the part of `adapter_bytes` in these experts.
         state_bytes: bytes of the states of a recurrent block after a tile, for a row; 0 if there
@@ -95,6 +97,7 @@ class ModelShape:
     recurrent: int = 0
     recurrent_attends: bool = False
     expert_adapter_bytes: int = 0
+    row_bytes: int = 0
     full: bool = False
     by_block: tuple[BlockBytes, ...] = ()
 

@@ -80,11 +80,12 @@ PLANS = {
     "last four kept, head from disk": {"kept_blocks": 4},
     "all kept": {"kept_blocks": 10, "head": "resident", "streamed": False},
     "tiles": {"tile_tokens": 21, "mlp_bytes": 20_000, "adapters": "paged", "prefetch": False},
+    "MLPs by rows": {"tile_tokens": 21, "mlp_bytes": 9000, "mlp_weights": "rows"},
 }
 # Fast ones; the others are marked slow.
 FAST = [
     ("gemma4_text", "spilled"),
-    ("gemma4_text", "tiles"),
+    ("gemma4_text", "MLPs by rows"),
     ("gemma4_text", "last two in the loss's graph"),
     ("hunyuan", "tiles"),
     ("hunyuan", "last four kept, head from disk"),

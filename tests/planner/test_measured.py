@@ -16,7 +16,8 @@ from mlx_edgelora.planner.measured import (
 from mlx_edgelora.planner.sizes import BatchShape
 
 LOAD, LONGER = BatchShape(2, 100, 30), BatchShape(2, 400, 120)
-WAY, OTHER = (None, None, "fused", True, None), (512, None, "fused", True, None)
+WAY = (None, None, "fused", True, None, "block")
+OTHER = (512, *WAY[1:])
 
 
 def formula(way, batch_shape):

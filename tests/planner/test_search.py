@@ -56,6 +56,7 @@ SHAPES = st.builds(
     packed=st.booleans(),
     gated=st.booleans(),
     itemsize=st.sampled_from([2, 4]),
+    row_bytes=st.sampled_from([0, SHAPE.mlp_bytes]),
 )
 LOADS = st.builds(
     lambda rows, tokens, share: BatchShape(rows, tokens, max(1, int(share * rows * tokens))),

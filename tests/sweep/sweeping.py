@@ -5,7 +5,7 @@ and loaded again with LoRA on all of mlx-lm's default keys. Plain `nn.value_and_
 gradients are on 2 rows of 40 tokens, 40 % of them labelled. The runs are compared with it:
 
     whole       Plan(): whole blocks, streamed from disk, their inputs spilled
-    tiles       the least memory, with tiles of 8 tokens, MLP slices of 2 KiB, head tiles of 16 KiB
+    tiles       the least memory: tiles of 8 tokens, MLPs by rows of 2 KiB, head tiles of 16 KiB
     kept        the weights resident, all blocks' activations kept
     long        as whole, with attention by tiles, as rows long enough for it have it
     long tiles  as tiles, with the same
@@ -70,7 +70,12 @@ EXACT, MOST = 1e-5, 1e-2
 PLANS = {
     "whole": Plan(),
     "tiles": Plan(
-        prefetch=False, adapters="paged", tile_tokens=8, mlp_bytes=2048, loss_bytes=16 * 1024
+        prefetch=False,
+        adapters="paged",
+        tile_tokens=8,
+        mlp_bytes=2048,
+        mlp_weights="rows",
+        loss_bytes=16 * 1024,
     ),
     "kept": Plan(streamed_blocks=0, head="resident", kept_blocks=10**6, inputs="memory"),
 }

@@ -1,0 +1,100 @@
+"""Parts of a block that are computed apart from its graph: their weights are read piece by piece.
+
+Layers of experts (`blocks/experts.py`) and gated MLPs (`blocks/gated_mlp.py`) can be such parts.
+A visit of one reads a piece of its weights, computes with it and drops it, so it is evaluated at
+once and must not be traced (`engine/visited_gradients.py`).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+
+Arrays = dict[str, mx.array]
+
+
+class RowSource(Protocol):
+    """Reads parts of a block's tensors that `block` leaves out."""
+
+    def start_rows(
+        self, index: int, names: Sequence[str], rows: Sequence[int]
+    ) -> Callable[[], Arrays] | None:
+        """Begin to read rows of tensors; None if the block's arrays are in memory.
+
+        Returns:
+            A function that waits for them and returns them by name.
+        """
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a part is; equal texts for all blocks, because they share functions."""
+
+    source: RowSource | None = field(repr=False)
+    index: int = field(repr=False)
+    path: str = field(repr=False)
+
+
+class VisitedCall(Protocol):
+    """A call of a part.
+
+    Attributes:
+        x: input [n, d].
+        adapters: trained arrays by name in the part.
+        out_shape: shape of the output.
+    """
+
+    x: mx.array
+    adapters: Arrays
+    out_shape: tuple[int, ...]
+
+    def inputs(self) -> list[mx.array]:
+        """The arrays that are evaluated before a visit."""
+
+    def forward(self) -> mx.array:
+        """The output, evaluated."""
+
+    def backward(self, dy: mx.array, sums: Arrays) -> mx.array:
+        """The gradient of `x`, evaluated.
+
+        Args:
+            dy: gradient of the output.
+            sums: evaluated float32 arrays like `adapters`, to which their gradients are added in
+                place.
+        """
+
+
+_handler: list[Callable[[VisitedCall], mx.array]] = []
+
+
+@contextmanager
+def handle_visits(handler: Callable[[VisitedCall], mx.array]) -> Iterator[None]:
+    """Let `handler` return what parts that are visited return; undone on exit."""
+    _handler.append(handler)
+    try:
+        yield
+    finally:
+        _handler.pop()
+
+
+def handled(call: VisitedCall) -> mx.array | None:
+    """What the current handler returns for a call; None if there is no handler."""
+    return _handler[-1](call) if _handler else None
+
+
+def has_visits(block: nn.Module) -> bool:
+    """Whether a part of a block is computed by visits."""
+    return any(getattr(module, "is_visited", False) for module in block.modules())
+
+
+def visited_adapters(block: nn.Module) -> list[str]:
+    """Local names of the trained arrays of the parts that are computed by visits."""
+    return [
+        f"{path}.{name}"
+        for path, module in block.named_modules()
+        if getattr(module, "is_visited", False)
+        for name in module.adapters()
+    ]
