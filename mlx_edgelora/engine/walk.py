@@ -359,7 +359,7 @@ class Walk:
         more = 0
         if len(spans) > 1:
             more = self._state_slots(kept_from, batch, slot_bytes)
-            itemsize = self.blocks.hidden_dtype.size
+            itemsize = (self.blocks.hidden_dtype or mx.float32).size
             more += max(expert_slots(block, itemsize) for block in self.blocks.blocks)
         per_tile = waiting + more
         return kept_from, spans, Slots(store, per_tile * len(spans), slot_bytes)

@@ -136,7 +136,8 @@ def eval_without_run_ahead(*arrays: mx.array) -> None:
 def memory_limit(limit: int) -> Iterator[None]:
     """Lower MLX's memory limit to `limit` bytes."""
     before = mx.set_memory_limit(limit)
-    mx.set_memory_limit(min(before, limit))
+    if before < limit:
+        mx.set_memory_limit(before)
     try:
         yield
     finally:
