@@ -49,6 +49,11 @@ def test_the_smallest_plan_reads_rows_in_short_tiles():
     assert smallest(READABLE, BATCH, MACHINE, fixed).plan.mlp_weights == "block"
 
 
+def test_a_gpu_multiplies_whole_matrices_and_does_not_wait_for_rows():
+    gpu = replace(MACHINE, kernels=("fused", "dequantize"))
+    assert smallest(READABLE, BATCH, gpu).plan.mlp_weights == "block"
+
+
 def test_more_memory_reads_them_with_their_block():
     least = smallest(READABLE, BATCH, MACHINE)
     found = plan(READABLE, BATCH, MACHINE, 2 * least.needs)
