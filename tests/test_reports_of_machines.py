@@ -11,7 +11,7 @@ from mlx_edgelora.checkup.report import SCHEMA, SECTIONS, VERSION
 from mlx_edgelora.planner.measured import UNKNOWN
 from mlx_edgelora.planner.needs import TERMS, need
 from mlx_edgelora.planner.search import SLACK
-from mlx_edgelora.planner.sizes import BatchShape, ModelShape
+from mlx_edgelora.planner.sizes import BatchShape, BlockBytes, ModelShape
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "results" / "macs"
 FILES = sorted(FOLDER.glob("*.json"))
@@ -49,7 +49,8 @@ def _by_formula(row):
     """Phases that took more than the formula and its margin say."""
     if {field.name for field in fields(ModelShape)} != row["shape"].keys():
         return  # written when a shape had other sizes
-    shape = ModelShape(**row["shape"])
+    blocks = tuple(BlockBytes(*sizes) for sizes in row["shape"]["by_block"])
+    shape = ModelShape(**row["shape"] | {"by_block": blocks})
     for phase in row["phases"]:
         # Of embeddings, which are small beside the rest, the formula may miss nearly all.
         if phase["kind"] in TERMS.keys() - {"load"}:

@@ -78,11 +78,11 @@ RECURRENT_TERMS: dict[str, dict[str, float]] = {
 ROW_TERMS: dict[str, list[dict[str, float]]] = {
     "tiles forward": [
         {"hidden": 4.9, "queries": 2.0, "one": 5.9},
-        {"hidden": 3.0, "features": 1.0, "rows": 1.7, "one": 2.0},
+        {"hidden": 3.0, "features": 1.0, "rows": 2.0, "one": 2.0},
     ],
     "tiles backward": [
         {"hidden": 11.1, "queries": 8.0, "adapters": 2.4, "scores": 1.0, "one": 5.9},
-        {"hidden": 8.0, "features": 4.0, "rows": 1.7, "adapters": 1.2, "one": 2.0},
+        {"hidden": 8.0, "features": 4.0, "rows": 2.0, "adapters": 1.2, "one": 2.0},
     ],
 }
 
