@@ -122,7 +122,8 @@ class Measurements:
             formula: bytes by settings and batch, used if there is no measurement.
         """
         if (taken := self.find(kind, way, batch_shape)) is not None:
-            return Estimate(taken.bytes, KNOWN)
+            exact = batch_shape in self._known[kind].get(way, {})
+            return Estimate(taken.bytes, KNOWN if exact else LIKELY)
         expected = formula(way, batch_shape)
         if kind == "tail":
             # The measured tail nearest in its number of blocks, plus the formula's difference.
