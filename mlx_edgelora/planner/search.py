@@ -220,8 +220,9 @@ class _Search:
         if self.shape.state_bytes:
             halves = [None if size is None else size // 2 for size in slices]
             found += [(size, SHORT_TILE, "block") for size in halves]
-        # Rows are slices, and read for every tile: a GPU would wait for both.
-        by_rows = self.shape.row_bytes and not self._on_gpu
+        # Rows are slices, and read for every tile: a GPU would wait for both, and without packing
+        # they are several times as many bytes.
+        by_rows = self.shape.row_bytes and self.shape.packed and not self._on_gpu
         if by_rows and self.fixed.get("mlp_bytes", 1) is not None:
             found += [(SLICE, tokens, "rows") for tokens in TILES]
             found.append((SLICE // 2, SHORT_TILE, "rows"))

@@ -49,9 +49,11 @@ def test_the_smallest_plan_reads_rows_in_short_tiles():
     assert smallest(READABLE, BATCH, MACHINE, fixed).plan.mlp_weights == "block"
 
 
-def test_a_gpu_multiplies_whole_matrices_and_does_not_wait_for_rows():
+def test_a_gpu_does_not_wait_for_rows_nor_anything_for_rows_that_are_not_packed():
     gpu = replace(MACHINE, kernels=("fused", "dequantize"))
     assert smallest(READABLE, BATCH, gpu).plan.mlp_weights == "block"
+    dense = replace(READABLE, packed=False)
+    assert smallest(dense, BATCH, MACHINE).plan.mlp_weights == "block"
 
 
 def test_more_memory_reads_them_with_their_block():
