@@ -1,7 +1,6 @@
 import ctypes
 import gc
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -35,19 +34,6 @@ def pytest_configure():
     set_threads = getattr(ctypes.CDLL(None), "openblas_set_num_threads", None)
     if processes > 1 and set_threads is not None:
         set_threads(max(1, (os.cpu_count() or 1) // processes))
-
-
-# What a file of tests says if it measures memory or time, of which other tests make it take more.
-MEASURES = re.compile(r"peak|footprint|perf_counter|resident_set|statm|, memory[,)]")
-
-
-def pytest_collection_modifyitems(items):
-    """Slow tests of files that measure something are `alone`; CI runs the others side by side."""
-    files_of_tests = {item.path for item in items}
-    alone = {path for path in files_of_tests if MEASURES.search(path.read_text("utf-8"))}
-    for item in items:
-        if item.path in alone:
-            item.add_marker("alone")
 
 
 def pytest_collection_finish():
