@@ -55,7 +55,7 @@ def try_caches(
     first, count = spans[0], len(held)
 
     def placed(offset: mx.array) -> list[mx.array]:
-        with handle_visits(_nothing):  # which experts are picked depends on values, as it may
+        with handle_visits(_nothing):  # a visit must not be traced
             return parts.placed(x[:, : first.stop], first, offset, count)
 
     if depends_on_values(placed, [mx.array(first.stop)]):

@@ -1,8 +1,9 @@
 """Parts of a block that are computed apart from its graph: their weights are read piece by piece.
 
-Layers of experts (`blocks/experts.py`) and gated MLPs (`blocks/gated_mlp.py`) can be such parts.
-A visit of one reads a piece of its weights, computes with it and drops it, so it is evaluated at
-once and must not be traced (`engine/visited_gradients.py`).
+A gated MLP can be such a part (`blocks/gated_mlp.py`). A visit reads a piece of its weights,
+computes with it and drops it, so it is evaluated at once and must not be traced
+(`engine/visited_gradients.py`). Layers of experts are computed apart as well, but for all tiles at
+once (`engine/expert_gradients.py`); a block that has them has no such part.
 """
 
 from collections.abc import Callable, Iterator, Sequence

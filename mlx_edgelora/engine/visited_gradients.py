@@ -5,7 +5,7 @@
     dx = part'(dy)                  # piece by piece, not traced
     block'                          # with y as an input, and x and dx as an output
 
-The part is a layer of experts or a gated MLP (`blocks/visits.py`). What comes before it is computed
+The part is a gated MLP that is read by rows (`blocks/visits.py`). What comes before it is computed
 three times in place of once, and differentiated once. It is not in memory while the part is
 computed.
 """
@@ -85,7 +85,7 @@ def _given(y: mx.array) -> Iterator[list[mx.array]]:
 
     def give(call: VisitedCall) -> mx.array:
         if inputs:
-            raise RuntimeError("a block visits its experts or MLPs more than once")
+            raise RuntimeError("a block visits its MLP more than once")
         inputs.append(call.x)
         return y
 

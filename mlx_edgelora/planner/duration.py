@@ -99,14 +99,14 @@ class _Step:
         """Seconds of reading the weights of streamed blocks, in the forward and the backward."""
         memory, shape = self.memory, self.shape
         streamed = min(memory.streamed, shape.frozen_blocks)
-        again = min(streamed, shape.blocks - memory.kept)
-        size = shape.frozen_bytes(0, streamed) + shape.frozen_bytes(memory.first, again)
+        stop = max(memory.first, min(streamed, shape.blocks - memory.kept))
+        size = shape.frozen_bytes(0, streamed) + shape.frozen_bytes(memory.first, stop)
         if not (memory.by_tiles and self.plan.mlp_weights == "rows"):
             return self._disk(size, self.rates.read, self.plan.prefetch)
         # Forward, and twice backward, for every tile; the next rows are read while some are used.
-        tiles, again = -(-self.batch_shape.size // self.plan.tile_tokens), again - memory.first
-        rows = shape.row_bytes * tiles * (streamed + 2 * max(0, again))
-        size -= shape.row_bytes * (streamed + max(0, again))
+        tiles, again = -(-self.batch_shape.size // self.plan.tile_tokens), stop - memory.first
+        rows = shape.row_bytes * tiles * (streamed + 2 * again)
+        size -= shape.row_bytes * (streamed + again)
         spent = self._disk(size, self.rates.read, self.plan.prefetch)
         return spent + self._disk(rows, self.rates.read, True)
 
