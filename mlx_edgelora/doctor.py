@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mlx_edgelora.checkup.caches import clean, entries
-from mlx_edgelora.checkup.job import Checkup, Sizes, environment_variable
+from mlx_edgelora.checkup.job import Checkup, Sizes, default_sizes, environment_variable
 from mlx_edgelora.checkup.report import as_json, lines_of, make_report, problems
 from mlx_edgelora.command import command
 from mlx_edgelora.config.kinds import path_argument
@@ -37,9 +37,9 @@ def main(argv: Sequence[str] | None = None, sizes: Sizes | None = None) -> int:
 
     Args:
         argv: arguments; those of the process by default.
-        sizes: sizes of the checks; None for the defaults of `Sizes`.
+        sizes: sizes of the checks; None for those of `default_sizes`.
     """
-    return command(lambda arguments: _run(arguments, sizes or Sizes()))(argv)
+    return command(lambda arguments: _run(arguments, sizes or default_sizes()))(argv)
 
 
 def _run(argv: Sequence[str], sizes: Sizes) -> int:
@@ -53,6 +53,8 @@ def _run(argv: Sequence[str], sizes: Sizes) -> int:
     with _scratch(options.spill_dir) as folder:
         job = Checkup(folder, sizes, footprint(), cache)
         print("Checking this machine. It takes about two minutes, and nothing is sent.")
+        if sizes.seconds > Sizes.seconds:
+            print("The first time it takes up to ten, because MLX compiles its kernels for CUDA.")
         report = make_report(job, lambda report: _print_and_write(report, file))
     found = problems(report)
     print(f"\n{'Problems found:' if found else 'Nothing failed.'}")

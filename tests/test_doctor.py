@@ -15,8 +15,9 @@ import pytest
 
 from mlx_edgelora import doctor
 from mlx_edgelora.checkup import probes, report, system, training
-from mlx_edgelora.checkup.job import Checkup, Sizes
+from mlx_edgelora.checkup.job import Checkup, Sizes, default_sizes
 from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.layers.fused import Backend
 
 SMALL = Sizes(
     head_sizes=(64, 128),
@@ -294,6 +295,13 @@ def test_wrong_wraps_are_told(metal, tmp_path, run_command):
     status, printed, found = run_command(wrap=probes.wrap)
     assert [row["right"] for row in found["sections"]["wrap"]["found"]["wraps"]] == [False] * 5
     assert status == 1 and f"wrap: WRONG: {page + 512} bytes from {page}" in printed.out
+
+
+def test_kernels_of_cuda_have_time_to_be_compiled(monkeypatch):
+    for name, seconds in (("cpu", 90), ("metal", 90), ("cuda", 500)):
+        here = Backend(name, (0, 32, 4), 9)
+        monkeypatch.setattr(Backend, "here", classmethod(lambda cls, here=here: here))
+        assert default_sizes().seconds == seconds
 
 
 def test_on_a_gpu_both_blocks_are_set_and_taken_back(monkeypatch, tmp_path):

@@ -18,10 +18,15 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_edgelora.blocks.masks import band_of, simplest_mask
+from mlx_edgelora.layers.fused import Backend
 
 # Ranges are padded to a multiple of this, so that few calls are made; on a GPU longer ones to a
-# multiple of the other, which MLX's fused kernels on CUDA ask for. A CPU computes padding slowly.
+# multiple of the second, which MLX's fused kernels on CUDA ask for. A CPU computes padding slowly.
 PAD_TO, LONG_PAD_TO = 32, 128
+# cuDNN builds a kernel for every shape that attention is called with, which takes longer than a
+# step. So on CUDA lengths up to this, and numbers of ranges, are padded to a power of two, and
+# longer lengths to a multiple of it.
+CUDA_PAD_TO = 512
 
 # (q [n, H, a, D], k [n, Hkv, b, D], v [n, Hkv, b, Dv], mask) -> [n, H, a, Dv]
 Attend = Callable[[mx.array, mx.array, mx.array, mx.array | str | None], mx.array]
@@ -101,8 +106,8 @@ class _Places:
     """Which tokens the calls take, of B rows of T tokens.
 
     Args:
-        calls: int [ranges, tokens] of each, indices of the B * T; -1 for padding. Every token is
-            in one place or in none.
+        calls: int [ranges, tokens] of each, indices of the B * T; -1 for padding, of a whole range
+            too. Every token is in one place or in none.
         rows, tokens: B and T.
     """
 
@@ -214,6 +219,10 @@ def _ranges(starts: np.ndarray, queries: Between, keys: Between, window: int | N
             shape = size or len(places), size or len(seen)
             pair = _padded(places, shape[0]), _padded(seen, shape[1])
             found.setdefault(shape, []).append(pair)
+    if Backend.here().name == "cuda":
+        for shape, pairs in found.items():
+            none = np.full(shape[0], -1), np.full(shape[1], -1)
+            pairs.extend([none] * (_power_of_two(len(pairs)) - len(pairs)))
     own, seen = (
         [np.stack([pair[i] for pair in pairs]) for pairs in found.values()] for i in (0, 1)
     )
@@ -223,9 +232,19 @@ def _ranges(starts: np.ndarray, queries: Between, keys: Between, window: int | N
 
 def padded_length(tokens: int) -> int:
     """To how many tokens a range of so many is padded."""
-    on_gpu = mx.default_device() == mx.gpu
-    step = LONG_PAD_TO if on_gpu and tokens > 2 * PAD_TO else PAD_TO
+    backend = Backend.here().name
+    if tokens <= 2 * PAD_TO or backend == "cpu":
+        step = PAD_TO
+    elif backend == "metal":
+        step = LONG_PAD_TO
+    else:
+        step = min(max(_power_of_two(tokens), LONG_PAD_TO), CUDA_PAD_TO)
     return -(-tokens // step) * step
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest one that is not less."""
+    return 1 << (number - 1).bit_length()
 
 
 def _padded(places: np.ndarray, size: int) -> np.ndarray:

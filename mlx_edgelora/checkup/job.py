@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.layers.fused import Backend
 from mlx_edgelora.storage.files import user_cache
 
 Found = dict[str, Any]
@@ -19,7 +20,7 @@ class Sizes:
     """Sizes of the measurements; the defaults take about a minute.
 
     Attributes:
-        seconds: time after which no slow measurement is started.
+        seconds: time after which no slow measurement is started; see `default_sizes`.
         head_sizes: head sizes of the attention measurements.
         heads: number of heads of the attention measurements.
         tokens: number of tokens of the attention measurements.
@@ -43,6 +44,16 @@ class Sizes:
     rows: int = 1
     row_tokens: int = 512
     steps: int = 3
+
+
+# The same with CUDA. MLX compiles every kernel when it is first used: on 16 cores 200 seconds passed
+# before the gradients of the embedded model were verified.
+CUDA_SECONDS = 500.0
+
+
+def default_sizes() -> Sizes:
+    """The sizes of a checkup of this machine."""
+    return Sizes(seconds=CUDA_SECONDS) if Backend.here().name == "cuda" else Sizes()
 
 
 @dataclass(frozen=True)

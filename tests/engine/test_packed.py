@@ -2,6 +2,7 @@
 
 from contextlib import closing
 from itertools import chain
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,6 +18,7 @@ from mlx_edgelora.blocks.packing import Packing, packing_now, rows_packed
 from mlx_edgelora.blocks.tiling import Tiling
 from mlx_edgelora.data import Batch, iterate_batches
 from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.layers.fused import Backend
 from mlx_edgelora.model.weights import ResidentWeights
 
 # Three shared rows of 24 tokens, 23 of them inputs; some rows are longer than windows, some not.
@@ -123,6 +125,38 @@ def test_in_every_way_in_which_blocks_are_computed(name, way, in_tiles, tmp_path
     assert loss.item() == pytest.approx(expected_loss, rel=1e-5)
     assert_same_gradients(got, expected)
     assert packing_now() is None
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "llama"])
+def test_with_the_few_shapes_of_cuda(name, tmp_path, monkeypatch):
+    """Ranges without a token are computed with the others, and change nothing."""
+    cuda = SimpleNamespace(here=lambda: Backend("cuda", (0, 32, 4), 9))
+    monkeypatch.setattr("mlx_edgelora.blocks.packing.Backend", cuda)
+    folder, rows = save(tmp_path, name, True), some_rows([40, 3, 66, 70, 5, 130, 131])
+    expected_loss, expected = alone(plain(folder), rows)
+    with closing(engine(folder, kept_blocks=3)) as ours:
+        (loss, _), got = ours.value_and_grad(shared(rows, 160))
+    assert loss.item() == pytest.approx(expected_loss, rel=1e-5)
+    assert_same_gradients(got, expected)
+
+
+def test_an_epoch_on_cuda_calls_attention_with_few_shapes(monkeypatch):
+    """cuDNN builds a kernel for each: 21 if only lengths are padded, to multiples of 128."""
+    cuda = SimpleNamespace(here=lambda: Backend("cuda", (0, 32, 4), 9))
+    monkeypatch.setattr("mlx_edgelora.blocks.packing.Backend", cuda)
+    random, shapes = np.random.RandomState(0), set()
+    lengths = np.clip(random.lognormal(np.log(84) - 0.18, 0.6, 2000).astype(int), 8, 1024)
+    rows = [([1] * length, 0) for length in lengths]
+
+    def attend(queries, keys, values, mask):
+        if queries.shape[2] >= 128:  # smaller ones are not cuDNN's
+            shapes.add((queries.shape[0], *queries.shape[2:], keys.shape[2], mask))
+        return values
+
+    for batch in iterate_batches(rows, 1, 1025, seed=0, packing=True):
+        x = mx.zeros((1, 1, batch.inputs().shape[1], 1))
+        Packing(batch.starts).attention(attend, x, x, x, "causal")
+    assert len(shapes) <= 10
 
 
 @pytest.mark.parametrize("name", ["qwen3"])
