@@ -1,8 +1,8 @@
 """What packing gains: real tokens a second over short rows, packed and in padded batches.
 
 Rows of so many tokens on average, packed into rows of `--tokens`, against the same rows in padded
-batches, of four and of as many as have as many tokens. Real tokens a second, padding not counted.
-Contenders take turns, and each turn is a batch of packed rows or as many padded batches as have its
+batches: of one row, of four, and of as many as have as many tokens. Real tokens a second, padding
+not counted. Contenders take turns, and each turn is a batch of packed rows or as many padded batches as have its
 tokens. A subcommand of `speed.py`.
 """
 
@@ -88,7 +88,8 @@ def compare_packing(args: argparse.Namespace) -> None:
     rows = [(random.randint(0, vocabulary, n).tolist(), 0) for n in lengths]
     print(f"rows of {lengths.mean():.0f} tokens on average, {lengths.max()} at most")
     common = {"max_seq_length": args.tokens + 1}
-    sizes = {"packed": 1, "4 rows": 4, "as many tokens": round(args.tokens / lengths.mean())}
+    many = round(args.tokens / lengths.mean())
+    sizes = {"packed": 1, "1 row": 1, "4 rows": 4, "as many tokens": many}
     with ExitStack() as stack:
         contenders = {
             name: Rows(

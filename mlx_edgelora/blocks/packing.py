@@ -10,28 +10,33 @@ of tokens, the keys of a range begin where its row does.
 Memory beside what attention takes: queries, keys and values once more, padded.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_edgelora.blocks.masks import band_of, simplest_mask
-from mlx_edgelora.layers.fused import Backend
 
-# Ranges are padded to a multiple of this, so that few calls are made; on a GPU longer ones to a
-# multiple of the second, which MLX's fused kernels on CUDA ask for. A CPU computes padding slowly.
-PAD_TO, LONG_PAD_TO = 32, 128
-# cuDNN builds a kernel for every shape that attention is called with, which takes longer than a
-# step. So on CUDA lengths up to this, and numbers of ranges, are padded to a power of two, and
-# longer lengths to a multiple of it.
-CUDA_PAD_TO = 512
+# Ranges are padded to a multiple of this, so that few calls are made.
+PAD_TO = 32
+# On a GPU, which computes padding fast, lengths up to the second of these and numbers of ranges are
+# padded to a power of two, longer lengths to a multiple of it: a step is compiled for each set of
+# shapes, and on CUDA cuDNN builds a kernel for each shape, if it is no less than the first.
+GPU_LEAST, GPU_PAD_TO = 128, 512
 
 # (q [n, H, a, D], k [n, Hkv, b, D], v [n, Hkv, b, Dv], mask) -> [n, H, a, Dv]
 Attend = Callable[[mx.array, mx.array, mx.array, mx.array | str | None], mx.array]
 # The first token, and the one behind the last.
 Between = tuple[int, int]
+# Queries, keys, and the window under which they are attended to.
+Use = tuple[Between, Between, int | None]
+
+
+class UnknownUseError(Exception):
+    """Attention is given tokens whose arrays are not among those that are bound."""
 
 
 class Packing:
@@ -41,13 +46,16 @@ class Packing:
         starts: int [B, T], of each token the position at which its own row begins.
 
     Attributes:
-        positions: int32 [B, T], of each token its position in its own row.
+        shape: B and T.
     """
 
     def __init__(self, starts: np.ndarray) -> None:
-        self._starts = starts
-        self.positions = (np.arange(starts.shape[1]) - starts).astype(np.int32)
-        self._known: dict[tuple[Between, Between, int | None], _Ranges] = {}
+        self._starts, self.shape = starts, starts.shape
+        # Of each token its position in its own row.
+        self._at = mx.array((np.arange(starts.shape[1]) - starts).astype(np.int32))
+        self._known: dict[Use, _Ranges] = {}
+        self._bound: Sequence[Use] | None = None
+        self._recording: list[dict[Use, None]] = []
         self._between: tuple[Between, Between] | None = None
 
     def first(self, start: int, stop: int) -> int:
@@ -90,16 +98,65 @@ class Packing:
         expected = (rows, own[1] - own[0], rows, seen[1] - seen[0])
         if tuple(a.shape[i] for a in (queries, keys) for i in (0, 2)) != expected:
             raise ValueError(f"attention is given {queries.shape} and {keys.shape} of {expected}")
-        name = own, seen, band.window
-        if name not in self._known:
-            self._known[name] = _ranges(self._starts, *name)
-        ranges = self._known[name]
+        ranges = self._of((own, seen, band.window))
         arrays = ranges.own.moved(queries), ranges.seen.moved(keys), ranges.seen.moved(values)
         found = [
             attend(*call, simplest_mask(range(k - q, k), k, band.window))
             for (q, k), *call in zip(ranges.shapes, *arrays, strict=True)
         ]
         return ranges.own.put_back(found)
+
+    def _of(self, use: Use) -> "_Ranges":
+        if self._bound is not None and use not in self._bound:
+            raise UnknownUseError
+        for uses in self._recording:
+            uses[use] = None
+        if use not in self._known:
+            self._known[use] = _ranges(self._starts, *use)
+        return self._known[use]
+
+    @contextmanager
+    def recording(self) -> Iterator[dict[Use, None]]:
+        """Yield what `attention` is given inside, in the order of its first calls."""
+        self._recording.append({})
+        try:
+            yield self._recording[-1]
+        finally:
+            self._recording.pop()
+
+    def form(self, uses: Sequence[Use]) -> Hashable:
+        """Equal for batches that do the same with their `arrays`."""
+        return tuple((use, *self._of(use).form) for use in uses)
+
+    def arrays(self, uses: Sequence[Use]) -> list[mx.array]:
+        """All arrays by which batches of one form differ."""
+        indices = chain.from_iterable(self._of(use).indices for use in uses)
+        return [self._at, *(array for index in indices for array in index.arrays)]
+
+    @contextmanager
+    def bound(self, uses: Sequence[Use], arrays: Sequence[mx.array]) -> Iterator[None]:
+        """Let `arrays` be in place of its own, in the same order.
+
+        Raises:
+            UnknownUseError: inside, attention is given something else than `uses`.
+        """
+        own = self.arrays(uses)
+        self._bind(uses, iter(arrays))
+        self._bound = uses
+        try:
+            yield
+        finally:
+            self._bound = None
+            self._bind(uses, iter(own))
+
+    def _bind(self, uses: Sequence[Use], arrays: Iterator[mx.array]) -> None:
+        self._at = next(arrays)
+        for index in chain.from_iterable(self._of(use).indices for use in uses):
+            index.arrays = [next(arrays) for _ in index.arrays]
+
+    def positions_from(self, offset: int, tokens: int) -> mx.array:
+        """int32 [B, tokens], of the tokens from `offset` on."""
+        return self._at[:, offset : offset + tokens]
 
 
 class _Places:
@@ -115,8 +172,9 @@ class _Places:
         every = np.concatenate([call.reshape(-1) for call in calls])
         back = np.full(rows * tokens, -1)
         back[every[every >= 0]] = np.flatnonzero(every >= 0)
-        self._shapes, self._rows, self._tokens = [call.shape for call in calls], rows, tokens
+        self.shapes, self._rows, self._tokens = [call.shape for call in calls], rows, tokens
         self._taken, self._put = _Index(every), _Index(back)
+        self.indices = [self._taken, self._put]
 
     def moved(self, x: mx.array) -> list[mx.array]:
         """What each call takes of [B, H, T, n]: [ranges, H, tokens, n].
@@ -149,10 +207,10 @@ class _Places:
 
     def _cut(self, taken: mx.array) -> list[mx.array]:
         """[m, H, n] as one array for each call."""
-        ends = np.cumsum([ranges * tokens for ranges, tokens in self._shapes])[:-1].tolist()
+        ends = np.cumsum([ranges * tokens for ranges, tokens in self.shapes])[:-1].tolist()
         return [
             piece.reshape(*shape, *piece.shape[1:]).swapaxes(1, 2)
-            for piece, shape in zip(mx.split(taken, ends), self._shapes, strict=True)
+            for piece, shape in zip(mx.split(taken, ends), self.shapes, strict=True)
         ]
 
     def _whole(self, flat: mx.array) -> mx.array:
@@ -162,18 +220,22 @@ class _Places:
 
 
 class _Index:
-    """Rows to take of an array, by their numbers; -1 for none."""
+    """Rows to take of an array, by their numbers; -1 for none.
+
+    Attributes:
+        arrays: the numbers, and which are none if any is.
+    """
 
     def __init__(self, numbers: np.ndarray) -> None:
-        self._numbers = mx.array(np.maximum(numbers, 0).astype(np.int32))
-        self._none = mx.array(numbers < 0)[:, None, None] if (numbers < 0).any() else None
+        self.arrays = [mx.array(np.maximum(numbers, 0).astype(np.int32))]
+        if (numbers < 0).any():
+            self.arrays.append(mx.array(numbers < 0)[:, None, None])
 
     def of(self, x: mx.array, zeros: bool = False) -> mx.array:
         """Of [m, H, n]; some row, or zeros, for none."""
-        taken = x[self._numbers]
-        if not zeros or self._none is None:
-            return taken
-        return mx.where(self._none, mx.zeros((), x.dtype), taken)
+        numbers, *none = self.arrays
+        taken = x[numbers]
+        return mx.where(none[0], mx.zeros((), x.dtype), taken) if zeros and none else taken
 
 
 def _by_token(x: mx.array) -> mx.array:
@@ -200,6 +262,17 @@ class _Ranges(NamedTuple):
     own: _Places
     seen: _Places
 
+    @property
+    def indices(self) -> list[_Index]:
+        """All that depend on where rows begin."""
+        return self.own.indices + self.seen.indices
+
+    @property
+    def form(self) -> tuple[Hashable, ...]:
+        """All else."""
+        counts = [len(index.arrays) for index in self.indices]
+        return tuple(self.shapes), tuple(self.own.shapes), tuple(self.seen.shapes), tuple(counts)
+
 
 def _ranges(starts: np.ndarray, queries: Between, keys: Between, window: int | None) -> _Ranges:
     """The ranges of some queries, those of one size together."""
@@ -219,7 +292,7 @@ def _ranges(starts: np.ndarray, queries: Between, keys: Between, window: int | N
             shape = size or len(places), size or len(seen)
             pair = _padded(places, shape[0]), _padded(seen, shape[1])
             found.setdefault(shape, []).append(pair)
-    if Backend.here().name == "cuda":
+    if mx.default_device() == mx.gpu:
         for shape, pairs in found.items():
             none = np.full(shape[0], -1), np.full(shape[1], -1)
             pairs.extend([none] * (_power_of_two(len(pairs)) - len(pairs)))
@@ -232,13 +305,9 @@ def _ranges(starts: np.ndarray, queries: Between, keys: Between, window: int | N
 
 def padded_length(tokens: int) -> int:
     """To how many tokens a range of so many is padded."""
-    backend = Backend.here().name
-    if tokens <= 2 * PAD_TO or backend == "cpu":
-        step = PAD_TO
-    elif backend == "metal":
-        step = LONG_PAD_TO
-    else:
-        step = min(max(_power_of_two(tokens), LONG_PAD_TO), CUDA_PAD_TO)
+    step = PAD_TO
+    if mx.default_device() == mx.gpu:
+        step = min(max(_power_of_two(tokens), GPU_LEAST), GPU_PAD_TO)
     return -(-tokens // step) * step
 
 
@@ -286,13 +355,13 @@ def _restarting(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
         # of it is not used (`BlockParts.output_at`).
         if packing is None or isinstance(offset, mx.array):
             return original(x, dims, offset=offset, **options)
-        positions = packing.positions[:, offset : offset + x.shape[-2]]
+        positions = packing.positions_from(offset, x.shape[-2])
         if x.ndim != 4 or positions.shape != (x.shape[0], x.shape[2]):
-            raise ValueError(f"positions are asked for {x.shape} of {packing.positions.shape}")
+            raise ValueError(f"positions are asked for {x.shape} of {packing.shape}")
         # Every token as a row, because each row has an offset of its own.
         by_token = x.swapaxes(1, 2)
         single = by_token.reshape(-1, x.shape[1], 1, x.shape[3])
-        turned = original(single, dims, offset=mx.array(positions.reshape(-1)), **options)
+        turned = original(single, dims, offset=positions.reshape(-1), **options)
         return turned.reshape(by_token.shape).swapaxes(1, 2)
 
     return rope

@@ -46,8 +46,8 @@ class Sizes:
     steps: int = 3
 
 
-# The same with CUDA. MLX compiles every kernel when it is first used: on 16 cores 200 seconds passed
-# before the gradients of the embedded model were verified.
+# The same with CUDA. MLX compiles every kernel when it is first used: it took 200 seconds on 16
+# cores to verify the gradients of the embedded model.
 CUDA_SECONDS = 500.0
 
 

@@ -17,7 +17,7 @@ from mlx_edgelora.blocks.dropout import KeyTape
 from mlx_edgelora.blocks.experts import calls_experts, expert_adapters
 from mlx_edgelora.blocks.masks import pack_masks, unpack_masks
 from mlx_edgelora.blocks.outputs import pack_links, unpack_links
-from mlx_edgelora.blocks.packing import packing_now
+from mlx_edgelora.blocks.packing import Packing, UnknownUseError, Use, packing_now
 from mlx_edgelora.blocks.parts import BlockParts
 from mlx_edgelora.blocks.tracing import EVALUATES
 from mlx_edgelora.blocks.visits import has_visits, visited_adapters
@@ -29,6 +29,8 @@ Arrays = dict[str, mx.array]
 RowIndices = mx.array | None
 # Part of MLX's error for arguments that are neither arrays nor constants.
 NO_TREE = "Function arguments must be trees"
+# Number of forms of batches for which a function of rows that share rows is compiled.
+MOST_FORMS = 32
 # Keys for dropout where a graph is built but not computed: MLX's generator must not advance.
 SAME_KEY = repeat(mx.random.key(0))
 
@@ -56,6 +58,9 @@ class Functions:
         self.compiles = compiles
         self._known: dict[Hashable, Callable] = {}
         self._refused: set[Hashable] = set()
+        # Of functions of rows that share rows: what attention is given, and the forms of batches.
+        self._uses: dict[Hashable, list[Use]] = {}
+        self._forms: dict[Hashable, set[Hashable]] = {}
 
     def __len__(self) -> int:
         return len(self._known)
@@ -65,13 +70,45 @@ class Functions:
 
         Args:
             key: the same for functions that compute the same of their arguments; None for one
-                that is not to be compiled. Nor is one that computes rows that share rows, which
-                are others in every batch.
+                that is not to be compiled.
             function: what it captures must be the same for all of one key.
             args: trees of arrays and constants.
         """
-        if not self.compiles or key is None or key in self._refused or packing_now() is not None:
+        if not self.compiles or key is None or key in self._refused:
             return function(*args)
+        if (packing := packing_now()) is not None:
+            return self._call_packed(packing, (key, packing.shape), function, args)
+        return self._call_compiled(key, function, args, function, args)
+
+    def _call_packed(self, packing: Packing, key: Hashable, function: Callable, args: tuple) -> Any:
+        """Call a function of rows that share rows; it is compiled for each form of a batch."""
+        if (uses := self._uses.get(key)) is None:  # known after a call
+            with packing.recording() as seen:
+                found = function(*args)
+            self._uses[key] = list(seen)
+            return found
+        form, forms = packing.form(uses), self._forms.setdefault(key, set())
+        if key in self._refused or (form not in forms and len(forms) >= MOST_FORMS):
+            return function(*args)
+        forms.add(form)
+
+        def bound(arrays: list[mx.array], *args: Any) -> Any:
+            with packing_now().bound(uses, arrays):
+                return function(*args)
+
+        try:
+            every = packing.arrays(uses), *args
+            return self._call_compiled((key, form), bound, every, function, args)
+        except UnknownUseError:
+            self._refused.add(key)
+            return function(*args)
+
+    def _call_compiled(
+        self, key: Hashable, function: Callable, args: tuple, plain: Callable, plain_args: tuple
+    ) -> Any:
+        """Call the compiled function with a key; if MLX cannot compile it, `plain`."""
+        if key in self._refused:
+            return plain(*plain_args)
         if key not in self._known:
             self._known[key] = mx.compile(function)
         try:
@@ -84,7 +121,7 @@ class Functions:
                 raise
             self._refused.add(key)
             del self._known[key]
-            return function(*args)
+            return plain(*plain_args)
 
 
 class BlockFunctions:

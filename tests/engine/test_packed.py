@@ -18,7 +18,6 @@ from mlx_edgelora.blocks.packing import Packing, packing_now, rows_packed
 from mlx_edgelora.blocks.tiling import Tiling
 from mlx_edgelora.data import Batch, iterate_batches
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.layers.fused import Backend
 from mlx_edgelora.model.weights import ResidentWeights
 
 # Three shared rows of 24 tokens, 23 of them inputs; some rows are longer than windows, some not.
@@ -127,11 +126,15 @@ def test_in_every_way_in_which_blocks_are_computed(name, way, in_tiles, tmp_path
     assert packing_now() is None
 
 
+@pytest.fixture
+def shapes_of_a_gpu(monkeypatch):
+    """Ranges are padded as on a GPU."""
+    gpu = SimpleNamespace(**vars(mx) | {"default_device": lambda: mx.gpu})
+    monkeypatch.setattr("mlx_edgelora.blocks.packing.mx", gpu)
+
+
 @pytest.mark.parametrize("name", ["gemma3_text", "llama"])
-def test_with_the_few_shapes_of_cuda(name, tmp_path, monkeypatch):
-    """Ranges without a token are computed with the others, and change nothing."""
-    cuda = SimpleNamespace(here=lambda: Backend("cuda", (0, 32, 4), 9))
-    monkeypatch.setattr("mlx_edgelora.blocks.packing.Backend", cuda)
+def test_ranges_without_a_token_change_nothing(name, tmp_path, shapes_of_a_gpu):
     folder, rows = save(tmp_path, name, True), some_rows([40, 3, 66, 70, 5, 130, 131])
     expected_loss, expected = alone(plain(folder), rows)
     with closing(engine(folder, kept_blocks=3)) as ours:
@@ -140,23 +143,43 @@ def test_with_the_few_shapes_of_cuda(name, tmp_path, monkeypatch):
     assert_same_gradients(got, expected)
 
 
-def test_an_epoch_on_cuda_calls_attention_with_few_shapes(monkeypatch):
-    """cuDNN builds a kernel for each: 21 if only lengths are padded, to multiples of 128."""
-    cuda = SimpleNamespace(here=lambda: Backend("cuda", (0, 32, 4), 9))
-    monkeypatch.setattr("mlx_edgelora.blocks.packing.Backend", cuda)
-    random, shapes = np.random.RandomState(0), set()
+def test_an_epoch_on_a_gpu_has_few_shapes(shapes_of_a_gpu):
+    """A step is compiled for each form, and cuDNN builds a kernel for each call's shape."""
+    random, shapes, forms = np.random.RandomState(0), set(), set()
     lengths = np.clip(random.lognormal(np.log(84) - 0.18, 0.6, 2000).astype(int), 8, 1024)
     rows = [([1] * length, 0) for length in lengths]
 
     def attend(queries, keys, values, mask):
-        if queries.shape[2] >= 128:  # smaller ones are not cuDNN's
-            shapes.add((queries.shape[0], *queries.shape[2:], keys.shape[2], mask))
+        shapes.add((queries.shape, keys.shape, mask))
         return values
 
     for batch in iterate_batches(rows, 1, 1025, seed=0, packing=True):
-        x = mx.zeros((1, 1, batch.inputs().shape[1], 1))
-        Packing(batch.starts).attention(attend, x, x, x, "causal")
-    assert len(shapes) <= 10
+        packing, x = Packing(batch.starts), mx.zeros((1, 1, batch.inputs().shape[1], 1))
+        with packing.recording() as uses:
+            packing.attention(attend, x, x, x, "causal")
+        forms.add(packing.form(uses))
+    assert len(shapes) <= 12 and len(forms) <= 16
+
+
+@pytest.mark.parametrize("kept", [pytest.param(0, marks=pytest.mark.slow), 3])
+def test_compiled_functions_are_told_where_rows_begin(kept, tmp_path, compiles):
+    """The third batch is computed by what was compiled for the second one."""
+    folder = save(tmp_path, "gemma3_text", True)
+    model = plain(folder)
+    options = {"compiled": True, "kept_blocks": kept, "streamed": False}
+    with closing(engine(folder, **options)) as ours:
+        for seed, lengths in enumerate([(11, 9), (5, 15), (13, 8), (16, 3), (3, 6, 12)]):
+            rows = some_rows(lengths, seed)
+            expected_loss, expected = alone(model, rows)
+            (loss, _), got = ours.value_and_grad(shared(rows))
+            assert loss.item() == pytest.approx(expected_loss, rel=1e-5)
+            assert_same_gradients(got, expected)
+            functions = ours.walk.compiled_functions
+            assert functions == 0 if seed == 0 else functions > 0
+            if seed == 2:
+                before = functions
+            elif seed == 3:
+                assert functions == before
 
 
 @pytest.mark.parametrize("name", ["qwen3"])
