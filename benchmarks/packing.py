@@ -2,8 +2,8 @@
 
 Rows of so many tokens on average, packed into rows of `--tokens`, against the same rows in padded
 batches: of one row, of four, and of as many as have as many tokens. Real tokens a second, padding
-not counted. Contenders take turns, and each turn is a batch of packed rows or as many padded batches as have its
-tokens. A subcommand of `speed.py`.
+not counted. Contenders take turns, and each turn is a batch of packed rows or as many padded
+batches as have its tokens. A subcommand of `speed.py`.
 """
 
 import argparse

@@ -22,10 +22,10 @@ from mlx_edgelora.blocks.masks import band_of, simplest_mask
 
 # Ranges are padded to a multiple of this, so that few calls are made.
 PAD_TO = 32
-# On a GPU, which computes padding fast, lengths up to the second of these and numbers of ranges are
-# padded to a power of two, longer lengths to a multiple of it: a step is compiled for each set of
-# shapes, and on CUDA cuDNN builds a kernel for each shape, if it is no less than the first.
-GPU_LEAST, GPU_PAD_TO = 128, 512
+# On a GPU, which computes padding fast, to a power of two up to this, or else to a multiple of it,
+# and their number is rounded up as well: a step is compiled for each set of shapes, and on CUDA
+# cuDNN builds a kernel for each shape.
+GPU_PAD_TO = 512
 
 # (q [n, H, a, D], k [n, Hkv, b, D], v [n, Hkv, b, Dv], mask) -> [n, H, a, Dv]
 Attend = Callable[[mx.array, mx.array, mx.array, mx.array | str | None], mx.array]
@@ -295,7 +295,7 @@ def _ranges(starts: np.ndarray, queries: Between, keys: Between, window: int | N
     if mx.default_device() == mx.gpu:
         for shape, pairs in found.items():
             none = np.full(shape[0], -1), np.full(shape[1], -1)
-            pairs.extend([none] * (_power_of_two(len(pairs)) - len(pairs)))
+            pairs.extend([none] * (_round_number(len(pairs)) - len(pairs)))
     own, seen = (
         [np.stack([pair[i] for pair in pairs]) for pairs in found.values()] for i in (0, 1)
     )
@@ -307,8 +307,14 @@ def padded_length(tokens: int) -> int:
     """To how many tokens a range of so many is padded."""
     step = PAD_TO
     if mx.default_device() == mx.gpu:
-        step = min(max(_power_of_two(tokens), GPU_LEAST), GPU_PAD_TO)
+        step = min(max(_power_of_two(tokens), PAD_TO), GPU_PAD_TO)
     return -(-tokens // step) * step
+
+
+def _round_number(number: int) -> int:
+    """The smallest of 1, 2, 3, 4, 6, 8, 12, ... that is not less."""
+    power = _power_of_two(number)
+    return 3 * power // 4 if power >= 4 and number <= 3 * power // 4 else power
 
 
 def _power_of_two(number: int) -> int:

@@ -30,7 +30,7 @@ RowIndices = mx.array | None
 # Part of MLX's error for arguments that are neither arrays nor constants.
 NO_TREE = "Function arguments must be trees"
 # Number of forms of batches for which a function of rows that share rows is compiled.
-MOST_FORMS = 32
+MOST_FORMS = 48
 # Keys for dropout where a graph is built but not computed: MLX's generator must not advance.
 SAME_KEY = repeat(mx.random.key(0))
 

@@ -17,6 +17,7 @@ from mlx_edgelora.blocks.packable import check_packing
 from mlx_edgelora.blocks.packing import Packing, packing_now, rows_packed
 from mlx_edgelora.blocks.tiling import Tiling
 from mlx_edgelora.data import Batch, iterate_batches
+from mlx_edgelora.engine.functions import MOST_FORMS
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.model.weights import ResidentWeights
 
@@ -158,7 +159,7 @@ def test_an_epoch_on_a_gpu_has_few_shapes(shapes_of_a_gpu):
         with packing.recording() as uses:
             packing.attention(attend, x, x, x, "causal")
         forms.add(packing.form(uses))
-    assert len(shapes) <= 12 and len(forms) <= 16
+    assert len(shapes) <= 24 and len(forms) <= MOST_FORMS
 
 
 @pytest.mark.parametrize("kept", [pytest.param(0, marks=pytest.mark.slow), 3])
