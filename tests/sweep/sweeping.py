@@ -5,7 +5,7 @@ and loaded again with LoRA on all of mlx-lm's default keys. Plain `nn.value_and_
 gradients are on 2 rows of 40 tokens, 40 % of them labelled. The runs are compared with it:
 
     whole       Plan(): whole blocks, streamed from disk, their inputs spilled
-    tiles       the least memory: tiles of 8 tokens, MLPs by rows of 2 KiB, head tiles of 16 KiB
+    tiles       the least memory: tiles of 8 tokens, MLPs by rows of 8 KiB, head tiles of 16 KiB
     kept        the weights resident, all blocks' activations kept
     long        as whole, with attention by tiles, as rows long enough for it have it
     long tiles  as tiles, with the same
@@ -73,7 +73,7 @@ PLANS = {
         prefetch=False,
         adapters="paged",
         tile_tokens=8,
-        mlp_bytes=2048,
+        mlp_bytes=8192,
         mlp_weights="rows",
         loss_bytes=16 * 1024,
     ),
