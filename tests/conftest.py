@@ -36,6 +36,14 @@ def pytest_configure():
         set_threads(max(1, (os.cpu_count() or 1) // processes))
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their markers
+def pytest_collection_modifyitems(items):
+    """What measures peaks runs alone."""
+    for item in items:
+        if "memory" in item.fixturenames:
+            item.add_marker("alone")
+
+
 def pytest_collection_finish():
     """Everything is imported: what is there by now is no garbage, which Python need not look for.
 
@@ -60,7 +68,7 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def alone(cache):
+def unmeasured(cache):
     """No test finds what another one measured of a model, or compiles because another one does."""
     for file in cache.rglob("measured.json"):
         file.unlink()
@@ -69,7 +77,7 @@ def alone(cache):
 
 
 @pytest.fixture
-def compiles(alone):
+def compiles(unmeasured):
     """MLX compiles, for one test."""
     mx.enable_compile()
     can_compile.cache_clear()
