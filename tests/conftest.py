@@ -31,9 +31,13 @@ mx.disable_compile()
 def pytest_configure():
     """Tests that run side by side share the cores; OpenBLAS would take all of them in each."""
     processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if processes == 1:
+        return
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", str(threads))  # for processes that tests start
     set_threads = getattr(ctypes.CDLL(None), "openblas_set_num_threads", None)
-    if processes > 1 and set_threads is not None:
-        set_threads(max(1, (os.cpu_count() or 1) // processes))
+    if set_threads is not None:
+        set_threads(threads)
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their markers
