@@ -31,9 +31,21 @@ mx.disable_compile()
 def pytest_configure():
     """Tests that run side by side share the cores; OpenBLAS would take all of them in each."""
     processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if processes == 1:
+        return
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", str(threads))  # for processes that tests start
     set_threads = getattr(ctypes.CDLL(None), "openblas_set_num_threads", None)
-    if processes > 1 and set_threads is not None:
-        set_threads(max(1, (os.cpu_count() or 1) // processes))
+    if set_threads is not None:
+        set_threads(threads)
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their markers
+def pytest_collection_modifyitems(items):
+    """What measures peaks runs alone."""
+    for item in items:
+        if "memory" in item.fixturenames:
+            item.add_marker("alone")
 
 
 def pytest_collection_finish():
@@ -60,7 +72,7 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def alone(cache):
+def unmeasured(cache):
     """No test finds what another one measured of a model, or compiles because another one does."""
     for file in cache.rglob("measured.json"):
         file.unlink()
@@ -69,7 +81,7 @@ def alone(cache):
 
 
 @pytest.fixture
-def compiles(alone):
+def compiles(unmeasured):
     """MLX compiles, for one test."""
     mx.enable_compile()
     can_compile.cache_clear()

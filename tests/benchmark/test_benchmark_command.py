@@ -9,7 +9,7 @@ from mlx_edgelora.benchmark import __main__, run
 from mlx_edgelora.benchmark.contenders import contenders
 from mlx_edgelora.benchmark.report import COLUMNS, BenchmarkReport, ContextResults
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 FLAGS = ["--shape", "small", "--blocks", "1", "--contexts", "64", "--also", "cheats:trains_nothing"]
 

@@ -10,7 +10,7 @@ from mlx_edgelora.benchmark.report import ContextResults, ratio, row
 from mlx_edgelora.benchmark.results import TOLERANCES, Result
 from mlx_edgelora.benchmark.rounds import Comparison
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 PLAIN = """
 import sys

@@ -62,15 +62,18 @@ def label_patterns(draw, batch, tokens):
     return sorted(draw(st.sets(st.integers(0, count - 1), min_size=1)))
 
 
+INPUTS = {
+    "data": st.data(),
+    "batch": st.integers(1, 3),
+    "tokens": st.integers(1, 11),
+    "window": st.none() | st.integers(1, 6),
+    "kv_heads": st.sampled_from([1, 2, 4]),
+    "kind": st.sampled_from(KINDS),
+}
+
+
 @settings(max_examples=60, deadline=None)
-@given(
-    data=st.data(),
-    batch=st.integers(1, 3),
-    tokens=st.integers(1, 11),
-    window=st.none() | st.integers(1, 6),
-    kv_heads=st.sampled_from([1, 2, 4]),
-    kind=st.sampled_from(KINDS),
-)
+@given(**INPUTS)
 def test_rows_and_gradients_equal_the_whole_blocks(data, batch, tokens, window, kv_heads, kind):
     rows = data.draw(label_patterns(batch, tokens))
     block = llama_block(num_key_value_heads=kv_heads, num_hidden_layers=1)
@@ -80,15 +83,7 @@ def test_rows_and_gradients_equal_the_whole_blocks(data, batch, tokens, window, 
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    data=st.data(),
-    batch=st.integers(1, 3),
-    tokens=st.integers(1, 11),
-    window=st.none() | st.integers(1, 6),
-    kv_heads=st.sampled_from([1, 2, 4]),
-    kind=st.sampled_from(KINDS),
-    all_rows=st.booleans(),
-)
+@given(**INPUTS, all_rows=st.booleans())
 @pytest.mark.slow
 def test_tiles_and_gradients_equal_the_whole_blocks(
     data, batch, tokens, window, kv_heads, kind, all_rows

@@ -427,12 +427,17 @@ READ = {
 }
 
 
+def small(name, settings):
+    """A model of four blocks, of mlx-lm's own module."""
+    sizes = {"model_type": name, "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 4}
+    architecture = importlib.import_module(f"mlx_lm.models.{name}")
+    return architecture.Model(architecture.ModelArgs.from_dict(sizes | settings))
+
+
 @pytest.mark.parametrize("name", READ)
 def test_what_blocks_read_of_earlier_ones_is_found(name):
     settings, expected = READ[name]
-    sizes = {"model_type": name, "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 4}
-    architecture = importlib.import_module(f"mlx_lm.models.{name}")
-    model = architecture.Model(architecture.ModelArgs.from_dict(sizes | settings))
+    model = small(name, settings)
     model.freeze()  # what is made of trained embeddings goes into every block
     blocks, found = BlockList(model), {}
     check_walk(blocks)
@@ -451,9 +456,7 @@ def test_what_blocks_read_of_earlier_ones_is_found(name):
 @pytest.mark.parametrize("name", REFUSED)
 def test_architectures_that_share_state_are_refused_by_name(name):
     settings, reason = REFUSED[name]
-    sizes = {"model_type": name, "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 4}
-    architecture = importlib.import_module(f"mlx_lm.models.{name}")
-    model = architecture.Model(architecture.ModelArgs.from_dict(sizes | settings))
+    model = small(name, settings)
     model(mx.array([[1, 2, 3, 4]]))  # it works, and yet
     with pytest.raises(EdgeLoraError, match=rf"^{name}: block 0 .*{reason}.*mlx_lm.lora"):
         Walk(model)

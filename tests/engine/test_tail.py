@@ -96,6 +96,7 @@ def test_kept_blocks_are_compiled(tmp_path, compiles):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_head_on_disk_is_not_read_whole_beside_kept_blocks(tmp_path):
     folder = save(tmp_path, "llama", quantized=False, vocab_size=20000)
     batch, matrix = random_batch(), 20000 * 64 * 4

@@ -1,7 +1,22 @@
-"""Heads, labels and neighbours for the property tests of losses."""
+"""Heads, labels and neighbours for the property tests of losses, and what a loss is asked for."""
 
+import mlx.core as mx
 import numpy as np
 from hypothesis import strategies as st
+
+
+def value_and_grad(loss, hidden, head, labels):
+    """The loss and its gradient, the same in all three ways of asking."""
+    (value, count), gradients = loss.value_and_grad(hidden, head, labels)
+    alone, _ = loss.value(hidden, head, labels)
+    inside, again = mx.value_and_grad(lambda hidden: loss(hidden, head, labels)[0])(hidden)
+    assert count == labels.size
+    assert value.item() == alone.item() == inside.item()
+    assert mx.array_equal(gradients.hidden, again).item()
+    assert gradients.hidden.dtype == hidden.dtype
+    assert (value.shape, value.dtype) == ((), mx.float32)
+    assert (gradients.down, gradients.up) == (None, None)
+    return value, gradients.hidden
 
 
 def listed(table):

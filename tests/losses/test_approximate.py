@@ -11,7 +11,7 @@ from backends import frees_at_once
 from harness import engine, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_cases import cases, listed, subsets
+from loss_cases import cases, listed, subsets, value_and_grad
 from loss_references import cross_entropy, terms
 from pairwise import pairwise
 from peaks import above, lowest
@@ -27,20 +27,6 @@ MIB = 2**20
 def nearest_in(head, k):
     """Neighbours by cosine similarity, computed when asked for."""
     return lambda tokens: np.array(nearest(head, mx.array(tokens), k))
-
-
-def value_and_grad(loss, hidden, head, labels):
-    """The loss and its gradient, the same in all three ways of asking."""
-    (value, count), gradients = loss.value_and_grad(hidden, head, labels)
-    alone, _ = loss.value(hidden, head, labels)
-    inside, again = mx.value_and_grad(lambda hidden: loss(hidden, head, labels)[0])(hidden)
-    assert count == labels.size
-    assert value.item() == alone.item() == inside.item()
-    assert mx.array_equal(gradients.hidden, again).item()
-    assert gradients.hidden.dtype == hidden.dtype
-    assert (value.shape, value.dtype) == ((), mx.float32)
-    assert (gradients.down, gradients.up) == (None, None)
-    return value, gradients.hidden
 
 
 # --- where nothing is left out ------------------------------------------------------------

@@ -8,6 +8,7 @@ from architectures import relative_error
 from backends import frees_at_once
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_cases import cases, value_and_grad
 from loss_references import cross_entropy, terms
 from pairwise import pairwise
 
@@ -15,29 +16,6 @@ from mlx_edgelora.losses.exact import CrossEntropy, tile_shape
 from mlx_edgelora.losses.head import Adapter, MatrixHead, Tile
 
 MIB = 2**20
-
-
-def value_and_grad(loss, hidden, head, labels):
-    """The loss and its gradient, the same in all three ways of asking."""
-    (value, count), gradients = loss.value_and_grad(hidden, head, labels)
-    alone, _ = loss.value(hidden, head, labels)
-    inside, again = mx.value_and_grad(lambda hidden: loss(hidden, head, labels)[0])(hidden)
-    assert count == labels.size
-    assert value.item() == alone.item() == inside.item()
-    assert mx.array_equal(gradients.hidden, again).item()
-    assert (value.shape, value.dtype) == ((), mx.float32)
-    return value, gradients.hidden
-
-
-@st.composite
-def cases(draw, scale):
-    """Integers, so that float32 logits are exact: differences are the loss's own."""
-    n, vocabulary, width = (draw(st.integers(1, high)) for high in (9, 60, 5))
-    rng = np.random.RandomState(draw(st.integers(0, 10_000)))
-    hidden = rng.randint(-scale, scale + 1, (n, width))
-    weight = rng.randint(-scale, scale + 1, (vocabulary, width))
-    labels = rng.randint(0, min(vocabulary, draw(st.integers(1, 60))), n)  # some or all repeat
-    return hidden, weight, labels
 
 
 def check(case, loss):

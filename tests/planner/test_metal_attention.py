@@ -155,6 +155,7 @@ def test_the_engine_sets_the_block_before_a_gradient_and_puts_it_back(
 
 
 @pytest.mark.slow
+@pytest.mark.alone  # what a step holds is measured, and decides which plan is next
 @pytest.mark.parametrize(
     "budget",
     ["min", *(pytest.param(budget, marks=pytest.mark.slow) for budget in ("20MB", None))],

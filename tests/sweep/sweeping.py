@@ -5,10 +5,10 @@ and loaded again with LoRA on all of mlx-lm's default keys. Plain `nn.value_and_
 gradients are on 2 rows of 40 tokens, 40 % of them labelled. The runs are compared with it:
 
     whole       Plan(): whole blocks, streamed from disk, their inputs spilled
-    tiles       the least memory: tiles of 8 tokens, MLPs by rows of 2 KiB, head tiles of 16 KiB
+    tiles       the least memory: tiles of 8 tokens, MLPs by rows of 8 KiB, head tiles of 16 KiB
     kept        the weights resident, all blocks' activations kept
-    long        as whole, with attention by tiles, as rows long enough for it have it
-    long tiles  as tiles, with the same
+    long        a second step of whole, with attention by tiles, as long enough rows have it
+    long tiles  one of tiles, with the same
     drop-in     mlx_edgelora.value_and_grad around an ordinary loss
     plan        the report of `python -m mlx_edgelora.plan`, which has to answer
 """
@@ -27,7 +27,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -52,6 +52,7 @@ from mlx_lm.utils import load_model, save_config, save_model
 from mlx_edgelora import EdgeLoraError, LoraParameters, TrainConfig, value_and_grad
 from mlx_edgelora.blocks import attention
 from mlx_edgelora.engine.build import Settings, build_engine
+from mlx_edgelora.engine.step import Engine
 from mlx_edgelora.layers import attention as layers_attention
 from mlx_edgelora.model.loading import open_model
 from mlx_edgelora.model.lora import add_lora
@@ -73,7 +74,7 @@ PLANS = {
         prefetch=False,
         adapters="paged",
         tile_tokens=8,
-        mlp_bytes=2048,
+        mlp_bytes=8192,
         mlp_weights="rows",
         loss_bytes=16 * 1024,
     ),
@@ -271,15 +272,20 @@ class Case:
     reference: Reference | None = None
 
 
-def _walked(case: Case, plan: Plan, notify: Callable[[str], None]) -> Outcome:
+@contextmanager
+def _opened(case: Case, plan: Plan, notify: Callable[[str], None]) -> Iterator[Engine]:
     lazy = open_model(
         str(case.folder), streamed=plan.streams, quantize=None, cache=case.folder / "cache"
     )
     add_lora(lazy.model, -1, **LORA, keys=case.keys)
     randomize(lazy.model)
     with build_engine(lazy, plan, Settings(str(case.folder)), notify) as engine:
-        (loss, _), gradients = engine.value_and_grad(case.batch)
-        return case.reference.compare(loss, gradients)
+        yield engine
+
+
+def _walked(case: Case, engine: Engine) -> Outcome:
+    (loss, _), gradients = engine.value_and_grad(case.batch)
+    return case.reference.compare(loss, gradients)
 
 
 def _dropped_in(case: Case) -> Outcome:
@@ -319,20 +325,46 @@ def _long_rows() -> Iterator[None]:
         yield
 
 
-def _runs(case: Case, notify: Callable[[str], None]) -> dict[str, Callable[[], Outcome]]:
-    """All runs by name; `notify` gets the lines of `tiles`."""
+def _runs(
+    case: Case, notify: Callable[[str], None], engines: ExitStack
+) -> dict[str, Callable[[], Outcome]]:
+    """All runs by name, those of one engine after one another.
 
-    def long(plan: Plan) -> Outcome:
+    Args:
+        case: the case.
+        notify: gets the lines of `tiles`.
+        engines: closes the one that is open.
+    """
+    opened: dict[str, Engine] = {}
+
+    def engine(name: str) -> Engine:
+        if name not in opened:
+            close()
+            tell = notify if name == "tiles" else _ignore
+            opened[name] = engines.enter_context(_opened(case, PLANS[name], tell))
+        return opened[name]
+
+    def close() -> None:
+        opened.clear()
+        engines.close()
+
+    def long(name: str) -> Outcome:
+        # What prepares an engine computes a few tokens, however long rows are.
+        prepared = engine(name)
         with _long_rows():
-            return _walked(case, plan, _ignore)
+            return _walked(case, prepared)
+
+    def drop_in() -> Outcome:
+        close()
+        return _dropped_in(case)
 
     return {
-        "whole": lambda: _walked(case, PLANS["whole"], _ignore),
-        "tiles": lambda: _walked(case, PLANS["tiles"], notify),
-        "kept": lambda: _walked(case, PLANS["kept"], _ignore),
-        "long": lambda: long(PLANS["whole"]),
-        "long tiles": lambda: long(PLANS["tiles"]),
-        "drop-in": lambda: _dropped_in(case),
+        "whole": lambda: _walked(case, engine("whole")),
+        "long": lambda: long("whole"),
+        "tiles": lambda: _walked(case, engine("tiles")),
+        "long tiles": lambda: long("tiles"),
+        "kept": lambda: _walked(case, engine("kept")),
+        "drop-in": drop_in,
         "plan": lambda: _planned(case),
     }
 
@@ -407,9 +439,10 @@ def examine(name: str, config: Mapping[str, Any], runs: Sequence[str] = RUNS) ->
         case = Case(Path(folder), keys, random_batch(ROWS, TOKENS, WORDS))
         _refer(case, result)
         notes: list[str] = []
-        for run, function in _runs(case, notes.append).items():
-            if run == "plan" or (case.reference and run in runs):
-                result.runs[run] = outcome(function)
+        with ExitStack() as engines:
+            for run, function in _runs(case, notes.append, engines).items():
+                if run == "plan" or (case.reference and run in runs):
+                    result.runs[run] = outcome(function)
         result.tiled, result.whole = tiled_blocks(notes)
     mx.clear_cache()
     return result

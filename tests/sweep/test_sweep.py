@@ -27,7 +27,7 @@ from mlx_edgelora import EdgeLoraError
 from mlx_edgelora.blocks import tracing
 from mlx_edgelora.engine.step import Engine
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 CONFIGS = configurations()
 COMPUTED = [run for run in RUNS if run != "plan"]

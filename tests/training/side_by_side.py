@@ -8,29 +8,26 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm import load
 from mlx_lm import lora as mlx_lm_lora
-from mlx_lm.tuner.datasets import load_dataset
-from tiny import LENGTH
+from mlx_lm.tuner.datasets import CacheDataset, load_dataset
+from mlx_lm.tuner.trainer import evaluate
+from tiny import run_options
 from training_helpers import Recorder
 
 from mlx_edgelora import TrainConfig, finetune
 
 
-def options(folder, model, data, **changes):
+def options(folder, model, data, /, **changes):
     """The options of a run whose weights are streamed and whose inputs of blocks are spilled."""
     return TrainConfig.from_dict(
-        {
+        run_options(folder, folder)
+        | {
             "model": str(model),
             "data": str(data),
-            "adapter_path": str(folder / "adapters"),
-            "spill_dir": str(folder),
             "cache_dir": str(folder / "cache"),
-            "num_layers": -1,
             "batch_size": 3,
             "iters": 20,
             "learning_rate": 1e-3,
             "optimizer": "adamw",
-            "max_seq_length": LENGTH,
-            "val_batches": 0,
             "steps_per_report": 1,
             "kernel": "dequantize",
             "weights": "streamed",
@@ -60,6 +57,14 @@ def run_mlx_lm(config, folder):
     return [report["train_loss"] for report in recorder.train]
 
 
+def mlx_lm_test_loss(config, **options):
+    """What mlx-lm's own evaluation says of the test set, on a model as `load` opens it."""
+    model, tokenizer = load(config.model, **options)
+    args = SimpleNamespace(**(mlx_lm_lora.CONFIG_DEFAULTS | config.to_dict()))
+    _, _, rows = load_dataset(args, tokenizer)
+    return evaluate(model, CacheDataset(rows), config.batch_size, -1, config.max_seq_length)
+
+
 def weights(folder):
     """The arrays of an adapter folder by name."""
     return mx.load(str(folder / "adapters.safetensors"))
@@ -76,6 +81,23 @@ def recast(model, dtype):
     cast = {n: v if v.dtype == mx.uint32 else v.astype(dtype) for n, v in arrays.items()}
     mx.eval(cast)
     mx.save_safetensors(file, cast, {"format": "mlx"})
+
+
+def assert_mlx_lm_can_hand_over(config, folder):
+    """What mlx-lm trained is tested and trained further here, as mlx-lm itself does it."""
+    run_mlx_lm(config, folder / "theirs")
+    adapter = str(folder / "theirs")
+    tested = dataclasses.replace(
+        config, train=False, test=True, adapter_path=adapter, fine_tune_type="lora"
+    )
+    lines = []
+    finetune(tested, [], lines.append)
+    loss = mlx_lm_test_loss(config, adapter_path=adapter)
+    assert any(f"test loss {loss:.3f}" in line for line in lines), (loss, lines)
+    further = dataclasses.replace(config, resume_adapter_file=f"{adapter}/adapters.safetensors")
+    losses = run(further)
+    expected = run_mlx_lm(further, folder / "further")
+    assert np.abs(np.subtract(losses, expected)).max() < 1e-4
 
 
 def assert_same_run(config, folder):

@@ -1,22 +1,24 @@
 """DoRA from end to end: the steps, files and logits of mlx-lm."""
 
 import dataclasses
-from types import SimpleNamespace
 
 import architectures
 import mlx.core as mx
-import numpy as np
 import pytest
 import side_by_side
 from mlx.utils import tree_flatten
 from mlx_lm import load
-from mlx_lm import lora as mlx_lm_lora
-from mlx_lm.tuner.datasets import CacheDataset, load_dataset
-from mlx_lm.tuner.trainer import evaluate
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from peaks import held
-from side_by_side import assert_same_run, logits, recast, run, run_mlx_lm, weights
-from tiny import LENGTH, make_data, make_model
+from side_by_side import (
+    assert_mlx_lm_can_hand_over,
+    assert_same_run,
+    logits,
+    recast,
+    run,
+    weights,
+)
+from tiny import make_data, make_model
 
 from mlx_edgelora import EdgeLoraError, finetune
 from mlx_edgelora.blocks import lora_layers
@@ -49,7 +51,7 @@ def tiny(request, tmp_path, monkeypatch):
     return make
 
 
-def options(folder, model, data, **changes):
+def options(folder, model, data, /, **changes):
     dora = {
         "fine_tune_type": "dora",
         "lora_parameters": {"rank": 4, "scale": 8.0, "dropout": 0.0},
@@ -121,23 +123,7 @@ def test_mlx_lm_loads_what_was_trained_here(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_what_mlx_lm_trained_is_tested_and_trained_further_here(tiny, tmp_path):
-    config = tiny(steps_per_eval=20)
-    run_mlx_lm(config, tmp_path / "theirs")
-    tested = dataclasses.replace(
-        config, train=False, test=True, adapter_path=str(tmp_path / "theirs"), fine_tune_type="lora"
-    )
-    lines = []
-    finetune(tested, [], lines.append)
-    model, tokenizer = load(config.model, adapter_path=str(tmp_path / "theirs"))
-    args = SimpleNamespace(**(mlx_lm_lora.CONFIG_DEFAULTS | config.to_dict()))
-    _, _, test_set = load_dataset(args, tokenizer)
-    loss = evaluate(model, CacheDataset(test_set), config.batch_size, -1, LENGTH)
-    assert any(f"test loss {loss:.3f}" in line for line in lines), (loss, lines)
-    file = str(tmp_path / "theirs/adapters.safetensors")
-    further = dataclasses.replace(config, resume_adapter_file=file)
-    losses = run(further)
-    expected = run_mlx_lm(further, tmp_path / "further")
-    assert np.abs(np.subtract(losses, expected)).max() < 1e-4
+    assert_mlx_lm_can_hand_over(tiny(steps_per_eval=20), tmp_path)
 
 
 @pytest.mark.slow

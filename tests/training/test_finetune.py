@@ -5,17 +5,15 @@ import dataclasses
 import importlib
 import json
 from functools import partial
-from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+import side_by_side
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm import lora as mlx_lm_lora
-from mlx_lm.tuner.datasets import CacheDataset, load_dataset
-from mlx_lm.tuner.trainer import evaluate
 from mlx_lm.utils import load, load_model, load_tokenizer, quantize_model
+from side_by_side import logits, mlx_lm_test_loss, run_mlx_lm, weights
 from tiny import LENGTH, make_data, make_model, words, write_rows
 from training_helpers import Recorder, record_keys
 
@@ -27,6 +25,7 @@ from mlx_edgelora.training.loop import train
 from mlx_edgelora.training.opening import open_engine
 
 module = importlib.import_module("mlx_edgelora.training.finetune")
+ROWS = 12
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +33,7 @@ def tiny(tmp_path_factory):
     """A quantized model and rows that all reach max_seq_length; nothing to validate on."""
     root = tmp_path_factory.mktemp("tiny")
     make_model(root / "model")
-    make_data(root / "data", rows=12, splits=("train", "test"))
+    make_data(root / "data", rows=ROWS, splits=("train", "test"))
     return root
 
 
@@ -45,28 +44,9 @@ def options(tiny, tmp_path):
 
 
 def make_options(tiny, folder, **changes):
-    return TrainConfig.from_dict(
-        {
-            "model": str(tiny / "model"),
-            "data": str(tiny / "data"),
-            "adapter_path": str(folder / "adapters"),
-            "spill_dir": str(folder),
-            "cache_dir": str(folder / "cache"),
-            "num_layers": -1,
-            "lora_parameters": {"rank": 4, "scale": 8.0, "dropout": 0.0},
-            "batch_size": 3,
-            "iters": 2,
-            "learning_rate": 1e-3,
-            "optimizer": "adamw",
-            "max_seq_length": LENGTH,
-            "steps_per_report": 1,
-            "kernel": "dequantize",
-            "weights": "streamed",
-            "activations": "spill",
-            "overwrite": True,
-        }
-        | changes
-    )
+    short = {"iters": 2, "lora_parameters": {"rank": 4, "scale": 8.0, "dropout": 0.0}}
+    short["val_batches"] = TrainConfig.val_batches
+    return side_by_side.options(folder, tiny / "model", tiny / "data", **short | changes)
 
 
 def run(config):
@@ -74,17 +54,6 @@ def run(config):
     recorder, lines = Recorder(), []
     result = finetune(config, [recorder], lines.append)
     return result, [report["train_loss"] for report in recorder.train], lines
-
-
-def train_with_mlx_lm(config):
-    """The same run by mlx-lm's own `run`, without its services; returns the losses."""
-    args = SimpleNamespace(**(mlx_lm_lora.CONFIG_DEFAULTS | config.to_dict()))
-    recorder = Recorder()
-    np.random.seed(args.seed)
-    model, tokenizer = load(args.model)
-    train_set, valid_set, _ = load_dataset(args, tokenizer)
-    mlx_lm_lora.train_model(args, model, train_set, valid_set, recorder)
-    return [report["train_loss"] for report in recorder.train]
 
 
 def with_keys(config, keys):
@@ -107,22 +76,13 @@ def trained_model(monkeypatch):
     return seen
 
 
-def adapter(folder):
-    return mx.load(str(folder / "adapters.safetensors"))
-
-
-def logits(model):
-    return model.eval()(mx.arange(3, 15)[None])
-
-
 def test_twenty_steps_are_those_of_mlx_lm(options, tmp_path):
-    ours, theirs = options(iters=20), options(iters=20, adapter_path=str(tmp_path / "theirs"))
-    _, losses, _ = run(ours)
-    expected = train_with_mlx_lm(theirs)
+    _, losses, _ = run(options(iters=20))
+    expected = run_mlx_lm(options(iters=20), tmp_path / "theirs")
     assert len(losses) == len(expected) == 20
     assert np.abs(np.subtract(losses, expected)).max() < 1e-4
     assert expected[-1] < expected[0] - 0.5  # it is a training, not a standstill
-    got, wanted = adapter(tmp_path / "adapters"), adapter(tmp_path / "theirs")
+    got, wanted = weights(tmp_path / "adapters"), weights(tmp_path / "theirs")
     assert got.keys() == wanted.keys()
     for name, value in wanted.items():
         error = mx.linalg.norm((got[name] - value).reshape(-1))
@@ -133,7 +93,7 @@ def test_accumulated_gradients_are_those_of_mlx_lm(options, tmp_path):
     changes = {"iters": 6, "grad_accumulation_steps": 2, "num_layers": 2}
     changes |= {"optimizer": "sgd", "learning_rate": 0.1}  # unlike Adam, it sees a wrong factor
     _, losses, _ = run(options(**changes))
-    expected = train_with_mlx_lm(options(**changes, adapter_path=str(tmp_path / "theirs")))
+    expected = run_mlx_lm(options(**changes), tmp_path / "theirs")
     assert losses == pytest.approx(expected, abs=1e-4)
 
 
@@ -173,9 +133,9 @@ def fuse(model):
 
 
 def test_an_adapter_trained_by_mlx_lm_resumes_here(options, tmp_path):
-    start, more = train_with_mlx_lm(options(iters=4)), {"iters": 1}
+    start, more = run_mlx_lm(options(iters=4), tmp_path / "adapters"), {"iters": 1}
     more["resume_adapter_file"] = str(tmp_path / "adapters" / "adapters.safetensors")
-    expected = train_with_mlx_lm(options(**more, adapter_path=str(tmp_path / "theirs")))
+    expected = run_mlx_lm(options(**more), tmp_path / "theirs")
     result, losses, _ = run(options(**more, adapter_path=str(tmp_path / "ours")))
     assert losses == pytest.approx(expected, abs=1e-5)
     assert losses[0] < start[0] - 1e-2
@@ -186,33 +146,29 @@ def test_an_adapter_trained_here_resumes_in_mlx_lm(options, tmp_path):
     _, start, _ = run(options(iters=4))
     more = {"iters": 1, "resume_adapter_file": str(tmp_path / "adapters/adapters.safetensors")}
     _, expected, _ = run(options(**more, adapter_path=str(tmp_path / "ours")))
-    losses = train_with_mlx_lm(options(**more, adapter_path=str(tmp_path / "theirs")))
+    losses = run_mlx_lm(options(**more), tmp_path / "theirs")
     assert losses == pytest.approx(expected, abs=1e-5)
     assert losses[0] < start[0] - 1e-2
 
 
-def test_a_test_alone_is_that_of_mlx_lm(options, tmp_path, tiny):
+def test_a_test_alone_is_that_of_mlx_lm(options, tmp_path):
     """On the adapter as its own configuration describes it, whatever the options say."""
     run(options())
     alone = options(test=True, num_layers=1, lora_parameters={"rank": 7})
     result, losses, lines = run(alone)
     assert (result, losses) == (None, [])
-    model, tokenizer = load(str(tiny / "model"), adapter_path=str(tmp_path / "adapters"))
-    assert lines[-1] == expected_test_line(model, tokenizer, alone)
+    assert lines[-1] == expected_test_line(alone, adapter_path=str(tmp_path / "adapters"))
     assert [path.name for path in tmp_path.glob("adapters/0*")] == []
 
 
-def test_a_test_of_the_base_model_needs_no_adapter(options, tmp_path, tiny):
+def test_a_test_of_the_base_model_needs_no_adapter(options):
     base = options(test=True, adapter_path="", num_layers=16)  # three blocks is what it has
     _, _, lines = run(base)
-    assert lines[-1] == expected_test_line(*load(str(tiny / "model")), base)
+    assert lines[-1] == expected_test_line(base)
 
 
-def expected_test_line(model, tokenizer, config):
-    args = SimpleNamespace(**(mlx_lm_lora.CONFIG_DEFAULTS | config.to_dict()))
-    _, _, rows = load_dataset(args, tokenizer)
-    loss = evaluate(model, CacheDataset(rows), config.batch_size, -1, config.max_seq_length)
-    tokens = len(rows) * (LENGTH - 1)
+def expected_test_line(config, **options):
+    loss, tokens = mlx_lm_test_loss(config, **options), ROWS * (LENGTH - 1)
     return f"test loss {loss:.3f}, perplexity {np.exp(loss):.3f} on {tokens} tokens"
 
 
@@ -238,7 +194,7 @@ def test_bfloat16_computes_nearly_the_same_and_saves_float32(options, reference,
     _, losses, _ = run(options(dtype="bfloat16"))
     assert losses != pytest.approx(reference, abs=1e-6)
     assert losses == pytest.approx(reference, abs=3e-2)
-    assert {value.dtype for value in adapter(tmp_path / "adapters").values()} == {mx.float32}
+    assert {value.dtype for value in weights(tmp_path / "adapters").values()} == {mx.float32}
 
 
 @pytest.fixture(scope="module")
@@ -357,7 +313,7 @@ lr_schedule:
         "adapters.safetensors",
         "checkpoints",
     ]
-    assert {name.split(".", 3)[3] for name in adapter(tmp_path / "adapters")} == {
+    assert {name.split(".", 3)[3] for name in weights(tmp_path / "adapters")} == {
         f"self_attn.{layer}.{matrix}"
         for layer in ("q_proj", "v_proj")
         for matrix in ("lora_a", "lora_b")
@@ -384,7 +340,7 @@ def test_log_and_callbacks_are_told_of_every_report(options, tmp_path, tiny):
     for record, reported in zip(records[1::2], recorder.train, strict=True):
         assert record.items() <= reported.items()
     last = records[-1]
-    shapes = [value.size for value in adapter(tmp_path / "adapters").values()]
+    shapes = [value.size for value in weights(tmp_path / "adapters").values()]
     assert last["trained_tokens"] == 2 * 3 * (LENGTH - 1)
     assert last["disk_write_bytes"] > 0 and last["disk_read_bytes"] > last["disk_write_bytes"]
     assert last["peak_memory_bytes"] > 4 * sum(shapes)

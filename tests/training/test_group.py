@@ -267,6 +267,7 @@ def assert_same_run(place, one, other):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_two_processes_learn_what_one_does(place):
     """Batches that do not divide, ragged rows, accumulation, clipping; two budgets."""
     one = Run(place, 1, options_of(place, "one"))
@@ -318,6 +319,7 @@ def test_what_is_sent_is_the_sum_of_all_micro_batches(tmp_path, parts):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_slow_process_gets_fewer_rows(place):
     """Each with its own budget and speed; learned is what one process learns."""
     more = {"batch_size": 8, "iters": 8, "val_batches": 1}
@@ -335,6 +337,7 @@ def test_a_slow_process_gets_fewer_rows(place):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_two_processes_compare_what_one_does(place):
     """Pairs of different lengths, in batches that do not divide; rewards are of all processes."""
     rng, data = np.random.default_rng(1), place / "pairs"
@@ -356,6 +359,7 @@ def test_two_processes_compare_what_one_does(place):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_four_processes_of_which_one_has_no_row(place):
     more = {"iters": 20, "grad_accumulation_steps": 1, "optimizer": "adamw", "learning_rate": 1e-3}
     for count in (1, 4):
@@ -365,6 +369,7 @@ def test_four_processes_of_which_one_has_no_row(place):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_resumed_run_of_two_processes_ends_with_the_same_bits(place):
     """Dropout included: all processes go on from the random key of the checkpoint."""
     file = place / "dropout.yaml"
@@ -382,6 +387,7 @@ def test_a_resumed_run_of_two_processes_ends_with_the_same_bits(place):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("own", "what"),
     [({"learning_rate": 2e-3}, "options"), ({"data": "other"}, "data"), ({"model": "m"}, "model")],
@@ -399,6 +405,7 @@ def test_processes_with_other_inputs_are_refused(place, own, what):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_killed_process_ends_the_others_and_the_checkpoint_stands(place):
     options = options_of(place, "killed", iters=4000, save_every=2, steps_per_report=2)
     run = Run(place, 2, options)
@@ -436,6 +443,7 @@ def test_a_killed_process_ends_the_others_and_the_checkpoint_stands(place):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_signal_to_one_stops_all_after_the_same_step(place):
     run = Run(place, 2, options_of(place, "stopped", iters=4000))
     line = run.processes[0].stdout.readline()

@@ -9,7 +9,7 @@ import mlx.optimizers as optimizers
 import pytest
 from harness import randomize
 from mlx.utils import tree_flatten
-from tiny import LENGTH, make_data, make_model
+from tiny import make_data, make_model, run_options
 from training_helpers import PlainEngine, Recorder, make_rows
 from training_helpers import make_model as plain_model
 
@@ -35,19 +35,15 @@ def run(tiny, tmp_path):
 
     def make(adapters, name=None, **changes):
         folder = tmp_path / (name or adapters)
-        config = {
-            "model": str(tiny / "model"),
-            "data": str(tiny / "data"),
+        config = run_options(tiny, tmp_path) | {
             "adapter_path": str(folder),
             "adapters": adapters,
-            "spill_dir": str(tmp_path),
             "num_layers": 2,
             "lora_parameters": {"rank": 4, "scale": 8.0, "dropout": 0.1},
-            "batch_size": 2,
             "iters": 5,
             "learning_rate": 1e-2,
             "optimizer": "adamw",
-            "max_seq_length": LENGTH,
+            "val_batches": TrainConfig.val_batches,
             "steps_per_report": 1,
             "save_every": 2,
             "kernel": "dequantize",

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
-from tiny import make_model, words, write_rows
+from tiny import make_model, run_options, words, write_rows
+from training_helpers import EndsAt, silent
 
 from mlx_edgelora import EdgeLoraError, TrainConfig, finetune
 from mlx_edgelora.config.yaml_file import read_yaml
@@ -42,19 +43,13 @@ def options(tiny, tmp_path):
     """options(loss, **changes) -> a run on the tiny model."""
 
     def make(loss, **changes):
-        common = {
-            "model": str(tiny / "model"),
-            "data": str(tiny / "data"),
-            "adapter_path": str(tmp_path / "adapters"),
-            "spill_dir": str(tmp_path),
-            "num_layers": -1,
+        common = run_options(tiny, tmp_path) | {
+            "max_seq_length": TrainConfig.max_seq_length,
             "lora_parameters": {"rank": 4, "scale": 8.0, "dropout": 0.2},
             "learning_rate": 1e-3,
-            "batch_size": 2,
             "iters": 5,
             "grad_accumulation_steps": 2,
             "steps_per_report": 1,
-            "val_batches": 0,
             "save_every": 2,
             "verify": "off",
             "loss": loss,
@@ -62,24 +57,6 @@ def options(tiny, tmp_path):
         return TrainConfig.from_dict(common | changes)
 
     return make
-
-
-class EndsAt:
-    """A callback that breaks a run off after a step."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_loss_report(self, info):
-        if info["iteration"] == self.step:
-            raise ZeroDivisionError
-
-    def on_val_loss_report(self, info):
-        pass
-
-
-def silent(line):
-    """Where nobody looks."""
 
 
 STREAMED = {"weights": "streamed", "activations": "spill", "adapters": "paged"}

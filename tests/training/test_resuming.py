@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from tiny import make_data, make_model, run_options
+from training_helpers import EndsAt, silent
 
 from mlx_edgelora import EdgeLoraError, TrainConfig, finetune
 from mlx_edgelora.training import resuming
@@ -56,24 +57,6 @@ def make_options(tiny, folder, **changes):
         }
         | changes
     )
-
-
-class EndsAt:
-    """A callback that breaks a run off after a step."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_loss_report(self, info):
-        if info["iteration"] == self.step:
-            raise ZeroDivisionError
-
-    def on_val_loss_report(self, info):
-        pass
-
-
-def silent(line):
-    """Where nobody looks."""
 
 
 def train(config):

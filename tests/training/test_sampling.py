@@ -198,6 +198,7 @@ def test_gradients_after_a_sample_are_those_without(small):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_plan_is_replaced_by_what_was_measured(wide, monkeypatch):
     """Until the best one is known; what needs another engine is handed back."""
     lazy, batch = opened(wide), batch_of(1, TOKENS)
@@ -272,6 +273,7 @@ def _sizes(lazy, batch):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_least_is_measured_too(wide):
     lazy, batch = opened(wide), batch_of(1, TOKENS)
     chosen = run_by(lazy, batch)
@@ -325,6 +327,7 @@ def run(tiny, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_run_remembers_what_another_measured_of_the_same(run):
     def runs_until_all_is_known(**options):
         """Of ways that seem better than what is known some may be left for the next run."""

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.utils import load
-from tiny import LENGTH, VOCABULARY, make_data, make_model
+from tiny import LENGTH, VOCABULARY, make_data, make_model, run_options
 from training_helpers import Recorder
 
 from mlx_edgelora import EdgeLoraError, TrainConfig, finetune
@@ -168,25 +168,22 @@ def options(tiny, tmp_path):
     """options(**changes) -> a run of two steps with the approximate loss."""
 
     def make(**changes):
-        settings = {
-            "model": str(tiny / "model"),
-            "data": str(tiny / "data"),
-            "adapter_path": str(tmp_path / "adapters"),
-            "overwrite": True,
-            "spill_dir": str(tmp_path),
-            "cache_dir": str(tmp_path / "cache"),
-            "num_layers": -1,
-            "lora_parameters": {"rank": 4, "scale": 8.0, "dropout": 0.0},
-            "batch_size": 3,
-            "iters": 2,
-            "learning_rate": 1e-2,
-            "max_seq_length": LENGTH,
-            "steps_per_report": 1,
-            "steps_per_eval": 2,
-            "val_batches": -1,
-            "kernel": "dequantize",
-            "loss": "approximate",
-        } | changes
+        settings = (
+            run_options(tiny, tmp_path)
+            | {
+                "overwrite": True,
+                "cache_dir": str(tmp_path / "cache"),
+                "lora_parameters": {"rank": 4, "scale": 8.0, "dropout": 0.0},
+                "batch_size": 3,
+                "learning_rate": 1e-2,
+                "steps_per_report": 1,
+                "steps_per_eval": 2,
+                "val_batches": -1,
+                "kernel": "dequantize",
+                "loss": "approximate",
+            }
+            | changes
+        )
         return TrainConfig.from_dict(settings)
 
     return make
