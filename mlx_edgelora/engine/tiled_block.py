@@ -28,6 +28,7 @@ from mlx_edgelora.engine.expert_gradients import ExpertTiles
 from mlx_edgelora.engine.expert_tiles import expert_tiles, given_experts
 from mlx_edgelora.engine.functions import OutputRows, rows_of
 from mlx_edgelora.engine.hidden import Hidden
+from mlx_edgelora.engine.key_windows import KeyWindows
 from mlx_edgelora.engine.record import BlockCall
 from mlx_edgelora.engine.tiled_backward import TiledBackward, tokens_of_keys
 from mlx_edgelora.engine.wanted import WantedRows
@@ -102,6 +103,8 @@ class TiledBlock:
         trained, frozen = context.weights.load(self.index, prefetch_next())
         visit = TiledBackward(self, trained)
         dx = Hidden.tiles(context.spans, context.slots) if needs_input_grad else None
+        if context.key_tokens is not None and self._parts.is_causal:
+            visit.key_windows = KeyWindows(context, self._parts, context.key_tokens)
         with bind_arrays(self.slots, frozen | trained):
             with phase("recompute", self.index):
                 visit.key_values = self._key_values(x)

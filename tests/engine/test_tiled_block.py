@@ -26,6 +26,7 @@ from mlx_edgelora.blocks.gated_mlp import find_gated_mlp, slice_mlps
 from mlx_edgelora.blocks.masks import simplest_mask
 from mlx_edgelora.blocks.parts import TokenSpan, mask_at, visible_keys
 from mlx_edgelora.blocks.tiling import Tiling
+from mlx_edgelora.engine import key_windows
 from mlx_edgelora.engine.hidden import Hidden, Slots, spans_of
 from mlx_edgelora.engine.wanted import WantedRows
 from mlx_edgelora.layers.grid import _Added
@@ -120,6 +121,32 @@ def test_gradients_of_keys_and_values_are_added_where_attention_makes_them(
         through_cache = ours.walk.tile_choice(0, 23).through_cache
         _, got = ours.value_and_grad(batch)
     assert bool(added) == (not through_cache)
+    assert_same_gradients(got, expected, resolution=resolution(reference, batch))
+
+
+@pytest.mark.parametrize("key_tokens", [1, 7, 12])
+@pytest.mark.parametrize("name", [p for p in EVERY if p.values[0] in TILEABLE])
+def test_gradients_of_keys_and_values_of_some_tokens_at_a_time(
+    name, key_tokens, tmp_path, monkeypatch
+):
+    """Tiles are computed for the tokens of a window, and again for those before it."""
+    monkeypatch.setattr("mlx_edgelora.blocks.attention.TILE_BYTES", 0)
+    monkeypatch.setattr("mlx_edgelora.layers.attention.TILE_BYTES", 1500)
+    monkeypatch.setattr("mlx_edgelora.layers.key_sums.PIECE", 8)
+    monkeypatch.setattr("mlx_edgelora.layers.grid.PIECE", 8)
+    again = []
+    original = key_windows.add_to_keys
+    monkeypatch.setattr(
+        key_windows, "add_to_keys", lambda *args: again.append(1) or original(*args)
+    )
+    folder, batch = save(tmp_path, name, True), random_batch(2, 23)
+    reference = plain(folder)
+    _, expected = plain_value_and_grad(reference, batch)
+    with closing(engine(folder, tile_tokens=10, key_tokens=key_tokens)) as ours:
+        tiles = ours.walk.tile_choice(0, 23)
+        _, got = ours.value_and_grad(batch)
+        assert not ours.walk.store._kept  # nothing waits in the file
+    assert bool(again) == (not tiles.through_cache)
     assert_same_gradients(got, expected, resolution=resolution(reference, batch))
 
 
