@@ -187,6 +187,25 @@ def test_gradients_of_all_keys_are_held_once(tmp_path, memory, monkeypatch):
     assert taken(bound) < bound
 
 
+@pytest.mark.slow
+def test_gradients_of_some_keys_take_less_than_those_of_all(tmp_path, memory):
+    """What tiles leave for earlier keys waits in the file."""
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8}
+    shape |= {"num_key_value_heads": 8, "head_dim": 128, "num_hidden_layers": 1}
+    folder, tokens, window = save(tmp_path, "llama", False, **shape), 2048, 512
+
+    def taken(key_tokens, below=0.0):
+        plan = {"prefetch": False, "tile_tokens": 128, "key_tokens": key_tokens}
+        with closing(engine(folder, **plan)) as ours:
+            batch = random_batch(1, tokens, share=0.05)
+            ours.value_and_grad(batch)
+            return lowest(lambda: backward_peak(ours, batch), below)
+
+    saved = 4 * (tokens - window) * 2 * 8 * 128
+    bound = taken(None) - 0.8 * saved
+    assert taken(window, bound) < bound
+
+
 def test_frequencies_that_change_behind_some_length(tmp_path):
     """They are those of the whole text, which a tile does not know."""
     scaling = {"rope_scaling": {"type": "dynamic", "factor": 4.0}, "max_position_embeddings": 9}
