@@ -9,6 +9,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from mlx_edgelora.layers.grid_outputs import HeadBuffer, MaskGradient, UnitSums
 from mlx_edgelora.layers.key_sums import PIECE, KeyCall, KeySums
 from mlx_edgelora.layers.tile_order import Span, depend_on
 
@@ -170,7 +171,7 @@ class Grid:
 
 def forward(grid: Grid) -> tuple[mx.array, mx.array]:
     """The output, and maximum and sum of the softmax [B, H, Tq, 2] in float32."""
-    outputs = [_HeadBuffer(grid.q, grid.v.shape[-1]), _HeadBuffer(grid.q, 2, mx.float32)]
+    outputs = [HeadBuffer(grid.q, grid.v.shape[-1]), HeadBuffer(grid.q, 2, mx.float32)]
     after: list[mx.array] = []
     for unit in grid.units:
         pieces = []
@@ -211,13 +212,17 @@ def backward(
     Those of k and v are zeros where they are added to sums.
     """
     kept = (grid.q, grid.k, grid.v) if sums_of_keys is None else (grid.q,)
-    gradients = [_HeadBuffer(x, x.shape[-1]) for x in kept]
+    gradients = [HeadBuffer(x, x.shape[-1]) for x in kept]
     saved = (grid.q, cotangent, output, statistics)
     after, dsinks = [cotangent], []
-    dmask = _MaskGradient(grid.mask) if grid.floats else None
+    dmask = MaskGradient(grid.mask) if grid.floats else None
     for unit in grid.units:
         pieces, dsink = [], mx.array(0.0)
-        sums = _UnitSums(grid, unit) if sums_of_keys is None else _Added(grid, unit, sums_of_keys)
+        if sums_of_keys is None:
+            sizes = grid.k.shape[-1], grid.v.shape[-1]
+            sums = UnitSums(unit[2] - unit[1], grid.key_tiles, sizes)
+        else:
+            sums = _Added(grid, unit, sums_of_keys)
         for rows in grid.row_tiles:
             tiles = [grid.rows(x, unit, rows, after) for x in saved]
             dq, share, after = _row_backward(grid, unit, rows, tiles, sums, after, dmask)
@@ -303,7 +308,7 @@ class _Row:
         return weights, weights * (self._through @ v.swapaxes(-1, -2) - self._mean), k
 
     def add(
-        self, sums: "_UnitSums | _Added", keys: Span, weights: mx.array, dscores: mx.array
+        self, sums: "UnitSums | _Added", keys: Span, weights: mx.array, dscores: mx.array
     ) -> list[mx.array]:
         """Add this row's part of dK and dV to `sums`; returns both sums."""
         dv = sums.add(1, keys, weights.swapaxes(-1, -2) @ self._cotangent)
@@ -315,9 +320,9 @@ def _row_backward(
     unit: Unit,
     rows: Span,
     tiles: list[mx.array],
-    sums: "_UnitSums | _Added",
+    sums: "UnitSums | _Added",
     after: list[mx.array],
-    dmask: "_MaskGradient | None",
+    dmask: MaskGradient | None,
 ) -> tuple[mx.array, mx.array, list[mx.array]]:
     """Add these rows' part of dK and dV to `sums`, and that of the mask to `dmask`.
 
@@ -349,48 +354,8 @@ def _row_backward(
     return grid.heads(dq * (grid.scale / LOG2E)), share, after
 
 
-class _HeadBuffer:
-    """An array like `like` but for its last axis, filled by [heads, rows, size] in turn."""
-
-    def __init__(self, like: mx.array, size: int, dtype: mx.Dtype | None = None) -> None:
-        self.shape = (*like.shape[:3], size)
-        flat = (self.shape[0] * self.shape[1], *self.shape[2:])
-        self.whole = mx.zeros(flat, dtype or like.dtype)
-        self.filled = 0
-
-    def add(self, pieces: list[mx.array], wait: bool) -> mx.array:
-        """Write the next heads, given in pieces of rows; returns the array to depend on."""
-        heads = mx.concatenate(pieces, axis=1).astype(self.whole.dtype)
-        self.whole[self.filled : self.filled + len(heads)] = heads
-        self.filled += len(heads)
-        return self.whole if wait else heads
-
-    def result(self) -> mx.array:
-        return self.whole.reshape(self.shape)
-
-
-class _UnitSums:
-    """Sums of dK and dV over the rows of one unit, for each tile of keys."""
-
-    def __init__(self, grid: Grid, unit: Unit) -> None:
-        heads, sizes = unit[2] - unit[1], (grid.k.shape[-1], grid.v.shape[-1])
-        self._sums = [
-            {keys: mx.zeros((heads, keys[1] - keys[0], size)) for keys in grid.key_tiles}
-            for size in sizes
-        ]
-
-    def add(self, index: int, keys: Span, more: mx.array) -> mx.array:
-        """Add to the sum of a tile of keys, of dK (0) or dV (1)."""
-        self._sums[index][keys] = self._sums[index][keys] + more
-        return self._sums[index][keys]
-
-    def parts(self) -> list[list[mx.array]]:
-        """The pieces of dK and of dV."""
-        return [list(of_tiles.values()) for of_tiles in self._sums]
-
-
 class _Added:
-    """As `_UnitSums`, but added to sums over several calls; no pieces are left."""
+    """As `UnitSums`, but added to sums over several calls; no pieces are left."""
 
     def __init__(self, grid: Grid, unit: Unit, sums: KeySums) -> None:
         self._sums, self._head = sums, grid.heads_of(unit)[0]
@@ -401,43 +366,6 @@ class _Added:
 
     def parts(self) -> list[list[mx.array]]:
         return []
-
-
-class _MaskGradient:
-    """The gradient of a floating mask [B or 1, H or 1, Tq or 1, Tk or 1], tile by tile.
-
-    Where an axis of the mask was broadcast tiles are summed, else they are put side by side.
-    Memory: twice the mask in float32, for the moment of the last concatenation.
-    """
-
-    def __init__(self, mask: mx.array) -> None:
-        self._shared = [size == 1 for size in mask.shape]
-        self._parts: list[list[mx.array]] = [[], [], [], []]  # of an axis, not joined yet
-
-    def add(self, tile: mx.array) -> mx.array:
-        """Add the gradient [heads, rows, keys] of one tile's scores; returns the array kept."""
-        shared = [axis for axis in (1, 2, 3) if self._shared[axis]]
-        part = tile[None].sum(shared, keepdims=True) if shared else tile[None]
-        self._put(3, part)
-        return self._parts[3][-1]
-
-    def end(self, axis: int) -> None:
-        """Join the tiles along an axis (batch, heads, rows or keys), which are complete."""
-        parts, self._parts[axis] = self._parts[axis], []
-        whole = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=axis)
-        self._put(axis - 1, whole)
-
-    def result(self) -> mx.array:
-        """The whole gradient."""
-        parts = self._parts[0]
-        return parts[0] if len(parts) == 1 else mx.concatenate(parts)
-
-    def _put(self, axis: int, part: mx.array) -> None:
-        parts = self._parts[axis]
-        if parts and self._shared[axis]:
-            parts[0] = parts[0] + part
-        else:
-            parts.append(part)
 
 
 def _spans(count: int, most: int) -> list[Span]:
