@@ -72,11 +72,11 @@ from mlx_edgelora.planner.search import expected, smallest
 from mlx_edgelora.planner.shape import shape_of
 from mlx_edgelora.planner.sizes import BatchShape, ModelShape
 
-FLOOR = "floor"  # the plan that takes the least
+FLOOR = "floor"
 # What the floor is compared with in time: nothing streamed, spilled, paged or tiled.
 PLENTY = Plan(streamed_blocks=0, head="resident", inputs="memory", tile_tokens=4096)
 PLANS = {
-    FLOOR: None,
+    FLOOR: None,  # the plan that takes the least
     "block by block": Plan(prefetch=False, kernel="dequantize"),
     "plain MLX": Plan(streamed_blocks=0, head="resident", inputs="memory", kernel="dequantize"),
 }
