@@ -61,7 +61,7 @@ class TiledBlock:
         """The block's output; see `Segment`."""
         context, x = self._context, self._context.store(x)
         trained, frozen = context.weights.load(self.index, next_block)
-        out, pieces = Hidden.tiles(context.spans, context.slots), []
+        out = Hidden.tiles(context.spans, context.slots)
         with phase("forward", self.index), bind_arrays(self.slots, frozen | trained):
             key_values = self._key_values(x)
             experts = expert_tiles(context, self.index)
@@ -76,10 +76,7 @@ class TiledBlock:
                 tile, *read = outputs(number, experts)
                 context.pipeline.submit(tile, read)
                 context.shared.put_tile(self.index, number, read)
-                if self._rows.all:
-                    out.put(number, tile)
-                else:
-                    pieces.append(tile)
+                out.put(number, tile)
                 del tile, read
             if experts is not None:
                 experts.forget()
@@ -87,7 +84,8 @@ class TiledBlock:
             self._input = x
         else:
             x.forget()
-        return out if self._rows.all else Hidden(self._rows.in_order(pieces))
+        del outputs, key_values  # before the wanted rows come from the store
+        return out if self._rows.all else self._rows.joined(out)
 
     def backward(
         self, dy: Hidden, prefetch_next: Callable[[], int | None]

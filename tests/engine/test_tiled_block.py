@@ -166,6 +166,18 @@ def test_the_gradient_of_wanted_rows_waits_in_the_store():
     assert none.cotangent(none.by_tiles(Hidden(whole[:, :1]), Slots(RamStore(), 0, 0)), 1) is None
 
 
+def test_the_wanted_rows_of_the_last_block_wait_in_the_store_as_well():
+    spans, store = spans_of(7, 3), RamStore()
+    rows = [1, 5, 8, 9, 13]  # of two rows of 7 tokens; none of the second tile of the second row
+    wanted, x = WantedRows(mx.array(rows), spans), mx.random.normal((2, 7, 4))
+    out = Hidden.tiles(spans, Slots(store, 0, 0))
+    for number, span in enumerate(spans):
+        tile = x[:, span.start : span.stop].reshape(1, -1, 4)
+        out.put(number, tile[:, wanted.at(number)])
+    assert mx.array_equal(wanted.joined(out).whole()[0], x.reshape(-1, 4)[mx.array(rows)])
+    assert not store._arrays
+
+
 @pytest.mark.slow
 def test_gradients_of_all_keys_are_held_once(tmp_path, memory, monkeypatch):
     """Keys, values and their sums, and of what a tile adds to these only a piece at a time."""
