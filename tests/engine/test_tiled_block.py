@@ -207,6 +207,9 @@ def test_gradients_of_some_keys_take_less_than_those_of_all(tmp_path, memory, mo
     folder, tokens, window = save(tmp_path, "llama", False, **shape), 1024, 256
     for module in ("grid", "key_sums"):
         monkeypatch.setattr(f"mlx_edgelora.layers.{module}.PIECE", 128)
+    # What MLX allocates ahead is small then.
+    monkeypatch.setattr("mlx_edgelora.blocks.attention.TILE_BYTES", 2**16)
+    monkeypatch.setattr("mlx_edgelora.layers.attention.TILE_BYTES", 2**16)
 
     def taken(key_tokens, below=0.0):
         plan = {"prefetch": False, "tile_tokens": 128, "key_tokens": key_tokens}
@@ -215,8 +218,9 @@ def test_gradients_of_some_keys_take_less_than_those_of_all(tmp_path, memory, mo
             ours.value_and_grad(batch)
             return lowest(lambda: backward_peak(ours, batch), below)
 
+    # But for the queries and the gradient that a tile leaves, and those that are read again.
     saved = 4 * (tokens - window) * 2 * 8 * 128
-    bound = taken(None) - 0.8 * saved
+    bound = taken(None) - 0.5 * saved
     assert taken(window, bound) < bound
 
 
