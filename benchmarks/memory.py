@@ -7,14 +7,14 @@
     python benchmarks/memory.py floor --shape qwen3-30b-a3b --contexts 512 --blocks 2 --rank 8 \\
         --dtype bfloat16 --stand-in
     python benchmarks/memory.py floor --shape gemma-4-e4b --contexts 2048 --blocks 4 --rank 8 \\
-        --dtype bfloat16 --stand-in --vocabulary 4096 --steps 1 --tile-tokens 128 \\
-        --mlp-bytes 8388608 --mlp-rows
+        --dtype bfloat16 --stand-in --vocabulary 4096 --steps 1
     python benchmarks/memory.py time --shape llama-3.2-3b --contexts 1024 --blocks 2 --steps 5
     python benchmarks/memory.py depth --shape small --contexts 256 --blocks 4 16
     python benchmarks/memory.py attention 1024 2048
 
-`floor` makes steps by the plan that takes the least: forward, exact loss on 30 % of the tokens,
-backward, AdamW on LoRA matrices of all linear layers, batch 1. `time` sets such a step beside one
+`floor` makes steps by the plan that takes the least by the planner's formula, as `--memory-budget
+min` does: forward, exact loss on 30 % of the tokens, backward, AdamW on LoRA matrices of all linear
+layers, batch 1. `expected` is the planner's peak. `time` sets such a step beside one
 that keeps everything; the two alternate. `depth` is blocks read from disk with their inputs in a
 file, beside `mlx.nn.value_and_grad` over the model in memory with the same kernels, every token
 labelled. Each row is a process of its own, on a random 4-bit checkpoint of the shape that is
@@ -58,27 +58,25 @@ from mlx.utils import tree_flatten
 from mlx_edgelora.benchmark.meters import peak_footprint
 from mlx_edgelora.benchmark.published import ROWS, published
 from mlx_edgelora.benchmark.shapes import SHAPES, checkpoint, default_cache
+from mlx_edgelora.blocks.checks import checked_blocks
 from mlx_edgelora.data import Batch
 from mlx_edgelora.engine.build import Settings, build_engine
 from mlx_edgelora.layers.attention import tiled_attention
 from mlx_edgelora.measure.units import size
-from mlx_edgelora.model.loading import open_model
+from mlx_edgelora.model.checkpoint import LazyModel
+from mlx_edgelora.model.loading import DTYPES, open_model
 from mlx_edgelora.model.lora import add_lora
+from mlx_edgelora.planner.machine import Machine, this_machine
 from mlx_edgelora.planner.plan import MIB, Plan
+from mlx_edgelora.planner.search import expected, smallest
+from mlx_edgelora.planner.shape import shape_of
+from mlx_edgelora.planner.sizes import BatchShape, ModelShape
 
-# The least that a step takes, whatever the shape.
-FLOOR = Plan(
-    prefetch=False,
-    adapters="paged",
-    tile_tokens=256,
-    mlp_bytes=16 * MIB,
-    loss_bytes=16 * MIB,
-    cache_bytes=16 * MIB,
-)
+FLOOR = "floor"
 # What the floor is compared with in time: nothing streamed, spilled, paged or tiled.
 PLENTY = Plan(streamed_blocks=0, head="resident", inputs="memory", tile_tokens=4096)
 PLANS = {
-    "floor": FLOOR,
+    FLOOR: None,  # the plan that takes the least
     "block by block": Plan(prefetch=False, kernel="dequantize"),
     "plain MLX": Plan(streamed_blocks=0, head="resident", inputs="memory", kernel="dequantize"),
 }
@@ -137,14 +135,25 @@ class Run:
 
     Args:
         folder: of the checkpoint.
-        plan: what is kept where.
+        plan: what is kept where; None for the least.
         args: of the command line.
+        batch: what it computes.
+
+    Attributes:
+        expected: the peak by the planner's formula.
     """
 
-    def __init__(self, folder: Path, plan: Plan, args: argparse.Namespace) -> None:
-        lazy = open_model(str(folder), streamed=plan.streams, quantize=None, cache=folder)
+    def __init__(
+        self, folder: Path, plan: Plan | None, args: argparse.Namespace, batch: Batch
+    ) -> None:
+        streams = plan is None or plan.streams
+        lazy = open_model(str(folder), streamed=streams, quantize=None, cache=folder)
         mx.random.seed(1)
         add_lora(lazy.model, -1, rank=args.rank)
+        arguments = planner_arguments(lazy, args, batch)
+        plan = with_settings(plan or smallest(*arguments).plan, args)
+        self.expected = expected(*arguments, plan).peak
+        self._plan = plan
         self._stack = ExitStack()
         settings = Settings(args.cache, args.dtype)
         self._engine = self._stack.enter_context(build_engine(lazy, plan, settings))
@@ -175,10 +184,29 @@ class Run:
     def try_tiles(self) -> None:
         """Find out which blocks are computed by tiles."""
         print(f"tiles: {self._engine.walk.tiling}", file=sys.stderr)
+        print(self._plan.describe(len(self._engine.walk.blocks)), file=sys.stderr)
 
     def close(self) -> None:
         """Give memory and disk space back."""
         self._stack.close()
+
+
+def planner_arguments(
+    lazy: LazyModel, args: argparse.Namespace, batch: Batch
+) -> tuple[ModelShape, BatchShape, Machine]:
+    """What the planner is told of a run."""
+    dtype = DTYPES[args.dtype]
+    shape = shape_of(checked_blocks(lazy.model), lazy.vocabulary, dtype)
+    rows, tokens = batch.tokens.shape
+    load = BatchShape(rows, tokens - 1, int(batch.mask.sum()))
+    return shape, load, this_machine(args.cache, args.cache, dtype)
+
+
+def with_settings(plan: Plan, args: argparse.Namespace) -> Plan:
+    """A plan with the settings that the command line names."""
+    names = ("tile_tokens", "mlp_bytes", "mlp_weights", "key_tokens", "loss_bytes")
+    given = {name: getattr(args, name, None) for name in names}
+    return replace(plan, **{name: value for name, value in given.items() if value is not None})
 
 
 def plain(model: nn.Module) -> Callable:
@@ -220,22 +248,16 @@ def measured(args: argparse.Namespace, blocks: int, tokens: int) -> dict[str, fl
     mx.set_cache_limit(0)
     words = args.vocabulary or SHAPES[args.shape][-1]
     folder = checkpoint(args.cache, args.shape, blocks, vocabulary=words)
-    plan = PLANS[args.row]
-    if args.tile_tokens:
-        plan = replace(plan, tile_tokens=args.tile_tokens)
-    if args.mlp_bytes:
-        plan = replace(plan, mlp_bytes=args.mlp_bytes)
-    if args.mlp_rows:
-        plan = replace(plan, mlp_weights="rows")
+    batch = random_batch(words, tokens, args.labelled)
     if args.stand_in:
         multiply_in_float32()
-    run = Run(folder, plan, args)
+    run = Run(folder, PLANS[args.row], args, batch)
     run.try_tiles()  # before products mean nothing
     if args.stand_in:
         stand_in(mx.bfloat16, mx.float32)
-    batch = random_batch(words, tokens, args.labelled)
     for _ in range(args.steps):
         row = run.step(batch)
+    row["expected"] = run.expected
     run.close()
     return row
 
@@ -245,7 +267,7 @@ def ratios(args: argparse.Namespace, blocks: int, tokens: int) -> dict[str, floa
     mx.set_cache_limit(0)
     folder = checkpoint(args.cache, args.shape, blocks)
     batch = random_batch(SHAPES[args.shape][-1], tokens, args.labelled)
-    runs = [Run(folder, plan, args) for plan in (FLOOR, PLENTY)]
+    runs = [Run(folder, plan, args, batch) for plan in (PLANS[FLOOR], PLENTY)]
     times = [[run.step(batch)["seconds"] for run in runs] for _ in range(args.steps + 1)][1:]
     for run in runs:
         run.close()
@@ -265,8 +287,8 @@ def own_process(args: argparse.Namespace, row: str, blocks: int, tokens: int) ->
     child += ["--blocks", str(blocks), "--contexts", str(tokens), "--rank", str(args.rank)]
     child += ["--dtype", args.dtype, "--labelled", str(args.labelled), "--steps", str(args.steps)]
     child += ["--cache", str(args.cache)] + ["--stand-in"] * args.stand_in
-    child += ["--mlp-rows"] * getattr(args, "mlp_rows", False)
-    for name in ("tile_tokens", "mlp_bytes", "vocabulary"):
+    names = ("tile_tokens", "mlp_bytes", "mlp_weights", "key_tokens", "loss_bytes", "vocabulary")
+    for name in names:
         if value := getattr(args, name, None):
             child += ["--" + name.replace("_", "-"), str(value)]
     out = subprocess.run(child, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -287,7 +309,7 @@ def steps(args: argparse.Namespace) -> None:
         + (f", {args.vocabulary} words" if args.command != "time" and args.vocabulary else "")
     )
     rows = ("block by block", "plain MLX") if args.command == "depth" else ("floor",)
-    columns = ("peak", "process", "read", "written", "published GB")
+    columns = ("peak", "expected", "process", "read", "written", "published GB")
     if args.command == "time":
         columns = ("floor / keeping everything: median", "lowest", "highest", "fastest")
     print(f"| plan | blocks | tokens | {' | '.join(columns)} |")
@@ -360,9 +382,10 @@ def main() -> None:
         one.add_argument("--steps", type=int, default=count)
         if name != "time":
             one.add_argument("--vocabulary", type=int, help="fewer words than the model has")
-            one.add_argument("--tile-tokens", type=int, help="of each plan; 256 for the floor")
-            one.add_argument("--mlp-bytes", type=int, help="of each plan; 16 MiB for the floor")
-            one.add_argument("--mlp-rows", action="store_true", help="read MLPs by rows")
+            for setting in ("tile-tokens", "mlp-bytes", "key-tokens", "loss-bytes"):
+                one.add_argument(f"--{setting}", type=int, help="of each plan, not the planner's")
+            choices = ("block", "rows")
+            one.add_argument("--mlp-weights", choices=choices, help="of each plan")
         one.add_argument("--stand-in", action="store_true", help="for products of the dtype")
         one.add_argument("--cache", type=Path, default=default_cache(), help="of random models")
         one.add_argument("--row", choices=PLANS, help=argparse.SUPPRESS)

@@ -27,6 +27,7 @@ class Context:
         first: index of the lowest block that is differentiated.
         entry: whether the gradient of the first block's input is needed as well.
         shared: what blocks return for later ones besides hidden states.
+        key_tokens: see `Plan.key_tokens`; None if hidden states stay in memory.
     """
 
     weights: BlockWeights
@@ -37,6 +38,7 @@ class Context:
     first: int
     entry: bool
     shared: SharedOutputs
+    key_tokens: int | None = None
 
     def needs_input_grad(self, index: int) -> bool:
         """Whether the gradient of a block's input is needed."""

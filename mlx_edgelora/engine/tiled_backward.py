@@ -20,6 +20,7 @@ from mlx_edgelora.engine.block_weights import Arrays
 from mlx_edgelora.engine.expert_gradients import ExpertTiles, vjp_by_experts
 from mlx_edgelora.engine.expert_tiles import expert_tiles
 from mlx_edgelora.engine.hidden import Hidden
+from mlx_edgelora.engine.key_windows import KeyWindows
 from mlx_edgelora.engine.visited_gradients import vjp_with_visits
 from mlx_edgelora.layers.attention import KeySums
 
@@ -35,6 +36,7 @@ class TiledBackward:
         self._block, self._trained = block, trained
         self._sums: Arrays = {}
         self.key_value_sums: KeySums | None = None
+        self.key_windows: KeyWindows | None = None
         module = block._context.functions.blocks.blocks[block.index]
         # Summed where they are made: in the graph each tile would have those of all experts.
         self._by_experts = calls_experts(module)
@@ -57,6 +59,8 @@ class TiledBackward:
         """
         block, shared = self._block, self._block._shared(number)
         found = [mx.zeros_like(array) for array in (x, *shared)]
+        if self.key_windows is not None:
+            self.key_windows.reach(number, self)
         if cotangent is not None:
             with self._part(number, x, cotangent) as part:
                 found = self.vjp(*part, tile=number)
@@ -167,7 +171,10 @@ class TiledBackward:
         key_values = self.key_value_sums.arrays if self.key_value_sums else []
         own, *shared = found
         context = self._block._context
-        context.pipeline.submit(found if dx is not None else [], self._sums, key_values)
+        calls = [call.arrays for call in self.key_value_sums.calls] if self.key_value_sums else []
+        context.pipeline.submit(found if dx is not None else [], self._sums, key_values, calls)
+        if self.key_windows is not None:
+            self.key_windows.keep_calls(number, self)
         if dx is not None:
             dx.put(number, own)
             context.shared.add_tile(self._block._links, number, shared)
@@ -179,6 +186,8 @@ class TiledBackward:
         if self.key_value_sums is None:
             (batch, heads, _, size), other = self.key_values[0].shape, self.key_values[1].shape[-1]
             self.key_value_sums = KeySums(batch, heads, (size, other))
+            if self.key_windows is not None:
+                self.key_value_sums.window = self.key_windows.window
         self.key_value_sums.start, self.key_value_sums.used = seen.start, False
         return self.key_value_sums
 

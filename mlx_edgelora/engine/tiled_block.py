@@ -28,6 +28,7 @@ from mlx_edgelora.engine.expert_gradients import ExpertTiles
 from mlx_edgelora.engine.expert_tiles import expert_tiles, given_experts
 from mlx_edgelora.engine.functions import OutputRows, rows_of
 from mlx_edgelora.engine.hidden import Hidden
+from mlx_edgelora.engine.key_windows import KeyWindows
 from mlx_edgelora.engine.record import BlockCall
 from mlx_edgelora.engine.tiled_backward import TiledBackward, tokens_of_keys
 from mlx_edgelora.engine.wanted import WantedRows
@@ -60,7 +61,7 @@ class TiledBlock:
         """The block's output; see `Segment`."""
         context, x = self._context, self._context.store(x)
         trained, frozen = context.weights.load(self.index, next_block)
-        out, pieces = Hidden.tiles(context.spans, context.slots), []
+        out = Hidden.tiles(context.spans, context.slots)
         with phase("forward", self.index), bind_arrays(self.slots, frozen | trained):
             key_values = self._key_values(x)
             experts = expert_tiles(context, self.index)
@@ -75,10 +76,7 @@ class TiledBlock:
                 tile, *read = outputs(number, experts)
                 context.pipeline.submit(tile, read)
                 context.shared.put_tile(self.index, number, read)
-                if self._rows.all:
-                    out.put(number, tile)
-                else:
-                    pieces.append(tile)
+                out.put(number, tile)
                 del tile, read
             if experts is not None:
                 experts.forget()
@@ -86,7 +84,8 @@ class TiledBlock:
             self._input = x
         else:
             x.forget()
-        return out if self._rows.all else Hidden(self._rows.in_order(pieces))
+        del outputs, key_values  # before the wanted rows come from the store
+        return out if self._rows.all else self._rows.joined(out)
 
     def backward(
         self, dy: Hidden, prefetch_next: Callable[[], int | None]
@@ -102,6 +101,8 @@ class TiledBlock:
         trained, frozen = context.weights.load(self.index, prefetch_next())
         visit = TiledBackward(self, trained)
         dx = Hidden.tiles(context.spans, context.slots) if needs_input_grad else None
+        if context.key_tokens is not None and self._parts.is_causal:
+            visit.key_windows = KeyWindows(context, self._parts, context.key_tokens)
         with bind_arrays(self.slots, frozen | trained):
             with phase("recompute", self.index):
                 visit.key_values = self._key_values(x)

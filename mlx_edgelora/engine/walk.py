@@ -42,6 +42,7 @@ from mlx_edgelora.engine.expert_tiles import expert_slots
 from mlx_edgelora.engine.functions import SAME_KEY, BlockFunctions, OutputRows
 from mlx_edgelora.engine.hidden import Hidden, Slots, spans_of
 from mlx_edgelora.engine.kept_block import KeptBlock
+from mlx_edgelora.engine.key_windows import CALL_SLOTS
 from mlx_edgelora.engine.pipeline import Pipeline
 from mlx_edgelora.engine.record import BlockCall, first_input, record
 from mlx_edgelora.engine.recurrent_block import RecurrentBlock
@@ -303,7 +304,15 @@ class Walk:
             self.weights.repeats = twice
         shared = SharedOutputs(self.blocks.forms, slots, spans, batch, first)
         context = Context(
-            self._block_weights, self._functions, pipeline, slots, spans, first, entry, shared
+            self._block_weights,
+            self._functions,
+            pipeline,
+            slots,
+            spans,
+            first,
+            entry,
+            shared,
+            self._plan.key_tokens if self._plan.spills else None,
         )
         if rows is not None and rows.size == batch * tokens:
             last = OutputRows(rows)  # all rows are needed
@@ -361,6 +370,7 @@ class Walk:
             more = self._state_slots(kept_from, batch, slot_bytes)
             itemsize = (self.blocks.hidden_dtype or mx.float32).size
             more += max(expert_slots(block, itemsize) for block in self.blocks.blocks)
+            more += CALL_SLOTS * (tokens > (self._plan.key_tokens or tokens))
         per_tile = waiting + more
         return kept_from, spans, Slots(store, per_tile * len(spans), slot_bytes)
 

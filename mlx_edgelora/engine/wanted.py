@@ -70,6 +70,12 @@ class WantedRows:
         """The wanted rows of a tile's output [B, t, D], of a tile that has some."""
         return tile if self.all else rows_of(tile, self.at(number))
 
+    def joined(self, out: Hidden) -> Hidden:
+        """The wanted rows [1, n, D] in memory, of tiles in the store, which are released."""
+        tiles = [out.tile(number) for number in range(len(self._spans)) if self.has(number)]
+        out.forget()
+        return Hidden(self.in_order(tiles))
+
     def in_order(self, pieces: list[mx.array]) -> mx.array:
         """Join the outputs of the tiles, [1, m, D] each, in the order of the wanted rows."""
         whole = pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=1)

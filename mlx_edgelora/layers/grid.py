@@ -1,6 +1,7 @@
 """The tiles of `layers/attention.py`: their order, and their arithmetic in both directions."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import e, isqrt, log2
 from typing import NamedTuple
@@ -8,7 +9,8 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlx_edgelora.layers.key_sums import PIECE, KeySums
+from mlx_edgelora.layers.grid_outputs import HeadBuffer, MaskGradient, UnitSums
+from mlx_edgelora.layers.key_sums import PIECE, KeyCall, KeySums
 from mlx_edgelora.layers.tile_order import Span, depend_on
 
 # With this many tiles, a head has more operations than MLX allocates ahead (1 is too few).
@@ -50,6 +52,7 @@ class Grid:
     def __init__(
         self, spec: AttentionSpec, arrays: tuple[mx.array, ...], sums: KeySums | None = None
     ) -> None:
+        self.spec = spec
         self.q, self.k, self.v, *extra = arrays
         self.sinks = extra.pop(0) if spec.has_sinks else None
         self.mask = extra.pop() if extra else None
@@ -69,8 +72,14 @@ class Grid:
         whole = queries * keys <= scores
         self.row_tiles = _spans(queries, queries if whole else max(edge, scores // keys))
         most = keys if whole else max(edge, scores // queries)
+        # The keys whose gradients are added; None for all.
+        self.window: Span | None = None
+        if sums is not None and sums.window is not None and self.mask is None:
+            self.window = tuple(end - sums.start for end in sums.window)
         # A tile of keys does not cross the end of a piece of the sums.
-        self.key_tiles = _spans(keys, most) if sums is None else _within(keys, most, sums.start)
+        self.key_tiles = _spans(keys, most)
+        if sums is not None:
+            self.key_tiles = _within(keys, most, sums.start, self.window or ())
         starts = range(0, kv_heads, step)
         self.units: list[Unit] = [
             (entry, start, min(start + step, kv_heads))
@@ -87,6 +96,10 @@ class Grid:
         low, high = self.ends(rows)
         first = 0 if self.band.window is None else low - self.band.window + 1
         return [keys for keys in self.key_tiles if keys[0] <= high and keys[1] > first]
+
+    def adds(self, keys: Span) -> bool:
+        """Whether the gradients of a tile of keys are added."""
+        return self.window is None or self.window[0] <= keys[0] < self.window[1]
 
     def ends(self, rows: Span) -> tuple[int, int]:
         """The positions of the first and the last of these rows."""
@@ -158,7 +171,7 @@ class Grid:
 
 def forward(grid: Grid) -> tuple[mx.array, mx.array]:
     """The output, and maximum and sum of the softmax [B, H, Tq, 2] in float32."""
-    outputs = [_HeadBuffer(grid.q, grid.v.shape[-1]), _HeadBuffer(grid.q, 2, mx.float32)]
+    outputs = [HeadBuffer(grid.q, grid.v.shape[-1]), HeadBuffer(grid.q, 2, mx.float32)]
     after: list[mx.array] = []
     for unit in grid.units:
         pieces = []
@@ -199,13 +212,17 @@ def backward(
     Those of k and v are zeros where they are added to sums.
     """
     kept = (grid.q, grid.k, grid.v) if sums_of_keys is None else (grid.q,)
-    gradients = [_HeadBuffer(x, x.shape[-1]) for x in kept]
+    gradients = [HeadBuffer(x, x.shape[-1]) for x in kept]
     saved = (grid.q, cotangent, output, statistics)
     after, dsinks = [cotangent], []
-    dmask = _MaskGradient(grid.mask) if grid.floats else None
+    dmask = MaskGradient(grid.mask) if grid.floats else None
     for unit in grid.units:
         pieces, dsink = [], mx.array(0.0)
-        sums = _UnitSums(grid, unit) if sums_of_keys is None else _Added(grid, unit, sums_of_keys)
+        if sums_of_keys is None:
+            sizes = grid.k.shape[-1], grid.v.shape[-1]
+            sums = UnitSums(unit[2] - unit[1], grid.key_tiles, sizes)
+        else:
+            sums = _Added(grid, unit, sums_of_keys)
         for rows in grid.row_tiles:
             tiles = [grid.rows(x, unit, rows, after) for x in saved]
             dq, share, after = _row_backward(grid, unit, rows, tiles, sums, after, dmask)
@@ -229,7 +246,73 @@ def backward(
         results.append(dsink.astype(grid.sinks.dtype))
     if dmask is not None:
         results.append(dmask.result().astype(grid.mask.dtype))
+    if grid.window is not None and grid.window[0] > 0:
+        product = (cotangent.astype(mx.float32) * output).sum(-1, keepdims=True)
+        saved = grid.q, cotangent, mx.concatenate([statistics, product], -1)
+        sums_of_keys.calls.append(KeyCall(replace(grid.spec, has_sinks=False), saved))
     return results
+
+
+def add_to_keys(call: KeyCall, k: mx.array, v: mx.array, sums: KeySums) -> None:
+    """Add what an earlier call gives to the gradients of the keys and values in `sums.window`.
+
+    Args:
+        call: the call.
+        k, v: the keys and values that it saw, from `sums.start` on.
+        sums: to which it is added, not evaluated.
+    """
+    grid = Grid(call.spec, (call.arrays[0], k, v), sums)
+    after: list[mx.array] = []
+    for unit in grid.units:
+        added = _Added(grid, unit, sums)
+        for rows in grid.row_tiles:
+            q, dy, saved = (grid.rows(x, unit, rows, after) for x in call.arrays)
+            top, total, product = mx.split(saved, 3, axis=-1)
+            row = _Row(grid, q, dy / total, dy / total, top, product / total)
+            for keys in filter(grid.adds, grid.seen(rows)):
+                weights, dscores, _ = row.tile(unit, rows, keys, after)
+                after = row.add(added, keys, weights, dscores)
+
+
+class _Row:
+    """The backward of one tile of queries, but for what it is added to.
+
+    Args:
+        grid: the tiles of the call.
+        queries: the queries.
+        cotangent: the gradient of the output, over the sum of the softmax.
+        through: the same, 0 where no score counts.
+        top: the maximum of the softmax.
+        mean: sum of `through` times the output.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        queries: mx.array,
+        cotangent: mx.array,
+        through: mx.array,
+        top: mx.array,
+        mean: mx.array,
+    ) -> None:
+        self._grid, self._cotangent, self._through = grid, cotangent, through
+        self._top, self._mean = top, mean
+        self._powers, self._natural = queries * grid.scale, queries * (grid.scale / LOG2E)
+
+    def tile(
+        self, unit: Unit, rows: Span, keys: Span, after: list[mx.array]
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """The weights of a tile of keys, the gradient of its scores, and the keys."""
+        scores, k, v = self._grid.scores(self._powers, unit, rows, keys, after)
+        weights = _exp2(scores - self._top)
+        return weights, weights * (self._through @ v.swapaxes(-1, -2) - self._mean), k
+
+    def add(
+        self, sums: "UnitSums | _Added", keys: Span, weights: mx.array, dscores: mx.array
+    ) -> list[mx.array]:
+        """Add this row's part of dK and dV to `sums`; returns both sums."""
+        dv = sums.add(1, keys, weights.swapaxes(-1, -2) @ self._cotangent)
+        return [sums.add(0, keys, dscores.swapaxes(-1, -2) @ self._natural), dv]
 
 
 def _row_backward(
@@ -237,9 +320,9 @@ def _row_backward(
     unit: Unit,
     rows: Span,
     tiles: list[mx.array],
-    sums: "_UnitSums | _Added",
+    sums: "UnitSums | _Added",
     after: list[mx.array],
-    dmask: "_MaskGradient | None",
+    dmask: MaskGradient | None,
 ) -> tuple[mx.array, mx.array, list[mx.array]]:
     """Add these rows' part of dK and dV to `sums`, and that of the mask to `dmask`.
 
@@ -256,17 +339,14 @@ def _row_backward(
     share = mx.array(0.0)
     if grid.sinks is not None:
         share = grid.heads(_exp2(grid.sink(unit, rows) - top) * mean).sum((1, 2))
-    powers, natural = queries * grid.scale, queries * (grid.scale / LOG2E)
+    row = _Row(grid, queries, cotangent, through, top, mean)
     seen = grid.seen(rows)
     dq = mx.array(0.0) if seen else mx.zeros_like(queries)
     for keys in seen:
-        scores, k, v = grid.scores(powers, unit, rows, keys, after)
-        weights = _exp2(scores - top)
-        dv = sums.add(1, keys, weights.swapaxes(-1, -2) @ cotangent)
-        dscores = weights * (through @ v.swapaxes(-1, -2) - mean)
-        dk = sums.add(0, keys, dscores.swapaxes(-1, -2) @ natural)
+        weights, dscores, k = row.tile(unit, rows, keys, after)
+        added = row.add(sums, keys, weights, dscores) if grid.adds(keys) else []
         dq = dq + dscores @ k
-        after = [dq, dk, dv]
+        after = [dq, *added]
         if dmask is not None:
             after = [*after, dmask.add(grid.heads(dscores))]
     if dmask is not None:
@@ -274,48 +354,8 @@ def _row_backward(
     return grid.heads(dq * (grid.scale / LOG2E)), share, after
 
 
-class _HeadBuffer:
-    """An array like `like` but for its last axis, filled by [heads, rows, size] in turn."""
-
-    def __init__(self, like: mx.array, size: int, dtype: mx.Dtype | None = None) -> None:
-        self.shape = (*like.shape[:3], size)
-        flat = (self.shape[0] * self.shape[1], *self.shape[2:])
-        self.whole = mx.zeros(flat, dtype or like.dtype)
-        self.filled = 0
-
-    def add(self, pieces: list[mx.array], wait: bool) -> mx.array:
-        """Write the next heads, given in pieces of rows; returns the array to depend on."""
-        heads = mx.concatenate(pieces, axis=1).astype(self.whole.dtype)
-        self.whole[self.filled : self.filled + len(heads)] = heads
-        self.filled += len(heads)
-        return self.whole if wait else heads
-
-    def result(self) -> mx.array:
-        return self.whole.reshape(self.shape)
-
-
-class _UnitSums:
-    """Sums of dK and dV over the rows of one unit, for each tile of keys."""
-
-    def __init__(self, grid: Grid, unit: Unit) -> None:
-        heads, sizes = unit[2] - unit[1], (grid.k.shape[-1], grid.v.shape[-1])
-        self._sums = [
-            {keys: mx.zeros((heads, keys[1] - keys[0], size)) for keys in grid.key_tiles}
-            for size in sizes
-        ]
-
-    def add(self, index: int, keys: Span, more: mx.array) -> mx.array:
-        """Add to the sum of a tile of keys, of dK (0) or dV (1)."""
-        self._sums[index][keys] = self._sums[index][keys] + more
-        return self._sums[index][keys]
-
-    def parts(self) -> list[list[mx.array]]:
-        """The pieces of dK and of dV."""
-        return [list(of_tiles.values()) for of_tiles in self._sums]
-
-
 class _Added:
-    """As `_UnitSums`, but added to sums over several calls; no pieces are left."""
+    """As `UnitSums`, but added to sums over several calls; no pieces are left."""
 
     def __init__(self, grid: Grid, unit: Unit, sums: KeySums) -> None:
         self._sums, self._head = sums, grid.heads_of(unit)[0]
@@ -328,53 +368,19 @@ class _Added:
         return []
 
 
-class _MaskGradient:
-    """The gradient of a floating mask [B or 1, H or 1, Tq or 1, Tk or 1], tile by tile.
-
-    Where an axis of the mask was broadcast tiles are summed, else they are put side by side.
-    Memory: twice the mask in float32, for the moment of the last concatenation.
-    """
-
-    def __init__(self, mask: mx.array) -> None:
-        self._shared = [size == 1 for size in mask.shape]
-        self._parts: list[list[mx.array]] = [[], [], [], []]  # of an axis, not joined yet
-
-    def add(self, tile: mx.array) -> mx.array:
-        """Add the gradient [heads, rows, keys] of one tile's scores; returns the array kept."""
-        shared = [axis for axis in (1, 2, 3) if self._shared[axis]]
-        part = tile[None].sum(shared, keepdims=True) if shared else tile[None]
-        self._put(3, part)
-        return self._parts[3][-1]
-
-    def end(self, axis: int) -> None:
-        """Join the tiles along an axis (batch, heads, rows or keys), which are complete."""
-        parts, self._parts[axis] = self._parts[axis], []
-        whole = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=axis)
-        self._put(axis - 1, whole)
-
-    def result(self) -> mx.array:
-        """The whole gradient."""
-        parts = self._parts[0]
-        return parts[0] if len(parts) == 1 else mx.concatenate(parts)
-
-    def _put(self, axis: int, part: mx.array) -> None:
-        parts = self._parts[axis]
-        if parts and self._shared[axis]:
-            parts[0] = parts[0] + part
-        else:
-            parts.append(part)
-
-
 def _spans(count: int, most: int) -> list[Span]:
     """Cut `count` into pieces of nearly one size, at most `most`."""
     size = -(-count // -(-count // most))
     return [(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def _within(count: int, most: int, start: int) -> list[Span]:
-    """As `_spans`, without an end of a piece of `KeySums` inside; `start` is where keys begin."""
-    ends = range(start // PIECE * PIECE - start, count, PIECE)
-    edges = [0, *(end for end in ends if end > 0), count]
+def _within(count: int, most: int, start: int, more: Sequence[int]) -> list[Span]:
+    """As `_spans`, without an end of a piece of `KeySums`, or one of `more`, inside.
+
+    `start` is where keys begin.
+    """
+    ends = {*range(start // PIECE * PIECE - start, count, PIECE), *more}
+    edges = [0, *sorted(end for end in ends if 0 < end < count), count]
     return [
         (low + first, low + last)
         for low, high in pairwise(edges)

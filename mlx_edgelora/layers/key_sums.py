@@ -3,9 +3,14 @@
 Each tile of queries has a gradient for all keys that it sees. Added to one array, it would be there
 whole beside the sums. So the sums are pieces of some heads and `PIECE` tokens, to which attention
 adds the gradient of one tile of keys at a time: a sum of two arrays that reuses the memory of one.
+
+With a window the sums are those of some tokens. A call that sees others as well leaves behind what
+their gradients are made of (`KeyCall`), and is added to them when the window has moved there
+(`grid.add_to_keys`).
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -15,10 +20,24 @@ from mlx_edgelora.layers.tile_order import Span
 PIECE = 512
 
 
+class KeyCall(NamedTuple):
+    """What the gradients of keys and values of one call are made of, besides these.
+
+    Attributes:
+        spec: settings of the call (`grid.AttentionSpec`), without sinks.
+        arrays: queries and the gradient of the output [B, H, Tq, n]; maximum and sum of the
+            softmax, and the output times its gradient [B, H, Tq, 3].
+    """
+
+    spec: Any
+    arrays: tuple[mx.array, mx.array, mx.array]
+
+
 class KeySums:
     """Float32 sums of the gradients of keys and values, to which calls of attention add.
 
-    Memory: the pieces that a gradient has reached and that are not dropped.
+    Memory: the pieces that a gradient has reached and that are not dropped. With a window, those of
+    its tokens.
 
     Args:
         batch, heads: shape of the keys.
@@ -27,10 +46,14 @@ class KeySums:
     Attributes:
         start: the first token that the next call sees.
         used: whether a call has added to the sums since this was set to False.
+        window: the tokens whose sums are made; None for all. Calls without a mask array keep to it.
+        calls: gets those that see tokens before the window.
     """
 
     def __init__(self, batch: int, heads: int, sizes: tuple[int, int]) -> None:
         self.start, self.used = 0, False
+        self.window: Span | None = None
+        self.calls: list[KeyCall] = []
         self._shape, self._sizes = (batch, heads), sizes
         self._heads: list[Span] = []
         # By 0 for keys and 1 for values, first head, and number of the piece in its row.

@@ -122,7 +122,7 @@ class Memory:
         else:
             labelled = self.batch_shape.labelled * shape.hidden * shape.itemsize
             yield Phase("head", None, held + labelled, self._need("head"))
-        sums = self.by_tiles * self.batch_shape.size * shape.keys * FLOAT
+        sums = self.by_tiles * self._summed_tokens() * shape.keys * FLOAT
         for index in filter(wanted.__contains__, range(last - 1, self.first - 1, -1)):
             above = shape.blocks - 1 - index
             held = self.base + self._waiting(index) + self._gradients(above)
@@ -148,6 +148,13 @@ class Memory:
     def _keys(self) -> int:
         """Bytes of the keys and values of all tokens, if blocks are computed by tiles."""
         return self.by_tiles * self.batch_shape.size * self.shape.keys * self.shape.itemsize
+
+    def _summed_tokens(self) -> int:
+        """Tokens whose gradients of keys and values are summed at a time."""
+        tokens = self.batch_shape.tokens
+        if self.plan.key_tokens is not None and self.plan.spills:
+            tokens = min(tokens, self.plan.key_tokens)
+        return self.batch_shape.rows * tokens
 
     def _waiting(self, index: int) -> int:
         """Bytes of the inputs in memory of the adapted blocks before block `index`."""

@@ -116,8 +116,17 @@ class _Step:
         size = self.plan.spills * count * memory.hidden
         if memory.by_tiles:  # gradients go through the file as well
             size = self.plan.spills * self.shape.blocks * memory.hidden * 3
+            size += self._waiting_calls()
         spent = self._disk(size, self.rates.written, True)
         return spent + self._disk(size, self.rates.read, not memory.by_tiles)
+
+    def _waiting_calls(self) -> float:
+        """Bytes that tiles leave for the gradients of earlier keys, read again for each window."""
+        batch, window = self.batch_shape, self.plan.key_tokens
+        if window is None or not self.plan.spills or batch.tokens <= window:
+            return 0
+        size = batch.size * 2 * self.shape.queries * self.shape.itemsize
+        return self.memory.shape.adapted * size * max(1.0, batch.tokens / window / 2)
 
     def _of(self, phase: str) -> float:
         """Seconds of a phase of one block, of the head, or of the kept blocks and the head."""

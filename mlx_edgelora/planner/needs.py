@@ -21,7 +21,7 @@ MIB = 2**20
 ARRAYS = 7
 
 TERMS: dict[str, dict[str, float]] = {
-    "load": {"every hidden": 0.3, "one": 0.6},
+    "load": {"embedded": 1.0, "one": 0.6},
     "forward": {
         "hidden": 6.8,
         "intermediate": 4.9,
@@ -78,11 +78,11 @@ RECURRENT_TERMS: dict[str, dict[str, float]] = {
 ROW_TERMS: dict[str, list[dict[str, float]]] = {
     "tiles forward": [
         {"hidden": 4.9, "queries": 2.0, "one": 5.9},
-        {"hidden": 3.0, "features": 1.0, "rows": 2.0, "one": 2.0},
+        {"hidden": 3.0, "features": 1.0, "rows": 2.4, "one": 2.0},
     ],
     "tiles backward": [
-        {"hidden": 11.1, "queries": 8.0, "adapters": 2.4, "scores": 1.0, "one": 5.9},
-        {"hidden": 8.0, "features": 4.0, "rows": 2.0, "adapters": 1.2, "one": 2.0},
+        {"hidden": 7.0, "queries": 7.0, "adapters": 2.4, "scores": 1.0, "one": 10.0},
+        {"sums": 1.0, "rows": 1.8, "adapters": 1.2, "one": 2.0},
     ],
 }
 
@@ -174,7 +174,9 @@ def sizes_of(kind: str, shape: ModelShape, way: Way, batch_shape: BatchShape) ->
             "scores": _scores(shape, batch_shape, batch_shape.tokens, way[4]),
         }
     if kind == "load":
-        return sizes | {"every hidden": every}
+        # Rows of the embedding as they are stored: in 4 bits with scales, or in 16 bits to be cast.
+        entry = 0.6 if shape.head_packed or shape.itemsize == 2 else 2.0
+        return sizes | {"embedded": batch_shape.size * shape.hidden * entry}
     tile_tokens, mlp_bytes, _, _, attention_block, mlp_weights = way
     tokens = batch_shape.size
     if kind.startswith("tiles"):
@@ -194,6 +196,8 @@ def sizes_of(kind: str, shape: ModelShape, way: Way, batch_shape: BatchShape) ->
         step = slice_features(mlp_bytes, 2 * shape.hidden, tokens, shape.intermediate, 1)
         sizes |= {
             "features": tokens * shape.intermediate * entry,
+            # Float32, whatever the activations are: gradients of the input and of the features.
+            "sums": FLOAT * tokens * (4 * shape.hidden + 2 * shape.intermediate),
             "rows": FLOAT * 2 * shape.hidden * min(step, shape.intermediate),
         }
     elif sliced:

@@ -44,6 +44,8 @@ class Plan:
             by rows, for every tile of tokens anew, so that no matrix is in memory whole. "rows"
             needs tile_tokens and mlp_bytes, and is for streamed blocks whose only gated MLP has
             no dropout.
+        key_tokens: number of tokens whose sums of gradients of keys and values are in memory at a
+            time, where blocks are computed by tiles and inputs are in a file; None for all.
         kernel: how packed matrices are multiplied. "fused" is MLX's own kernel. "dequantize"
             unpacks them one tile at a time, as slices of an MLP always do. "auto" depends on the
             backend.
@@ -69,6 +71,7 @@ class Plan:
     tile_tokens: int | None = _choice(None, None, least=1)
     mlp_bytes: int | None = _choice(None, None, least=1)
     mlp_weights: str = _choice("block", "block", "rows")
+    key_tokens: int | None = _choice(None, None, least=1)
     kernel: str = _choice("auto", "auto", "fused", "dequantize")
     loss_bytes: int = _choice(40 * MIB, least=1)
     attention_block: int | None = _choice(None, None, least=1)
@@ -179,6 +182,8 @@ class Plan:
             + ", read for each tile" * (self.mlp_weights == "rows"),
             "head": f"tiles of {size(self.loss_bytes)}",
         }
+        if self.key_tokens is not None and self.spills:
+            rows["gradients of keys"] = f"{self.key_tokens} tokens at a time"
         if self.kernel != "auto":
             fused = self.kernel == "fused"
             rows["quantized matrices"] = "MLX's kernel" if fused else "dequantized first"

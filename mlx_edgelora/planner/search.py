@@ -31,6 +31,8 @@ TILES = (256, 512, 1024, 2048, 4096)
 # The least for recurrent blocks, which hold several times the activations of others, in float32,
 # and where MLPs are read by rows: of what is left in memory, a tile is the most.
 SHORT_TILE = 128
+# Tokens whose gradients of keys and values are in memory at a time where MLPs are read by rows.
+KEY_TOKENS = 2048
 # Bytes of a slice of a gated MLP, where packed matrices are unpacked.
 SLICE = 16 * MIB
 LOSSES = (16 * MIB, 40 * MIB)
@@ -212,7 +214,8 @@ class _Search:
                 for mlp_bytes, tokens, weights in self._tiles(in_tiles):
                     if tokens < size:
                         tile = {"tile_tokens": tokens, "mlp_bytes": mlp_bytes}
-                        yield Plan(mlp_weights=weights, **tile, **common)
+                        keys = {"key_tokens": self._key_tokens} if weights == "rows" else {}
+                        yield Plan(mlp_weights=weights, **tile, **keys, **common)
 
     def _tiles(self, slices: tuple[int | None, ...]) -> list[tuple[int | None, int, str]]:
         """Bytes of a slice of the MLP, tokens of a tile, and where the MLP's weights are."""
@@ -227,6 +230,11 @@ class _Search:
             found += [(SLICE, tokens, "rows") for tokens in TILES]
             found.append((SLICE // 2, SHORT_TILE, "rows"))
         return found
+
+    @property
+    def _key_tokens(self) -> int | None:
+        """Tokens of a window of `KEY_TOKENS`, where MLPs are read by rows; None for all tokens."""
+        return KEY_TOKENS if self.batch_shape.tokens > KEY_TOKENS else None
 
     @property
     def _on_gpu(self) -> bool:

@@ -44,6 +44,7 @@ TILED = st.builds(
     inputs=st.sampled_from(["file", "memory"]),
     adapters=st.sampled_from(["resident", "paged"]),
     tile_tokens=st.integers(1, 60),
+    key_tokens=st.none() | st.integers(1, 60),
     mlp_bytes=st.none() | st.integers(4096, 2**17),
     kernel=st.sampled_from(["auto", "fused", "dequantize"]),
     loss_bytes=st.integers(4096, 2**17),

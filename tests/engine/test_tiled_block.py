@@ -26,6 +26,7 @@ from mlx_edgelora.blocks.gated_mlp import find_gated_mlp, slice_mlps
 from mlx_edgelora.blocks.masks import simplest_mask
 from mlx_edgelora.blocks.parts import TokenSpan, mask_at, visible_keys
 from mlx_edgelora.blocks.tiling import Tiling
+from mlx_edgelora.engine import key_windows
 from mlx_edgelora.engine.hidden import Hidden, Slots, spans_of
 from mlx_edgelora.engine.wanted import WantedRows
 from mlx_edgelora.layers.grid import _Added
@@ -123,6 +124,32 @@ def test_gradients_of_keys_and_values_are_added_where_attention_makes_them(
     assert_same_gradients(got, expected, resolution=resolution(reference, batch))
 
 
+@pytest.mark.parametrize("key_tokens", [1, 7, 12])
+@pytest.mark.parametrize("name", [p for p in EVERY if p.values[0] in TILEABLE])
+def test_gradients_of_keys_and_values_of_some_tokens_at_a_time(
+    name, key_tokens, tmp_path, monkeypatch
+):
+    """Tiles are computed for the tokens of a window, and again for those before it."""
+    monkeypatch.setattr("mlx_edgelora.blocks.attention.TILE_BYTES", 0)
+    monkeypatch.setattr("mlx_edgelora.layers.attention.TILE_BYTES", 1500)
+    monkeypatch.setattr("mlx_edgelora.layers.key_sums.PIECE", 8)
+    monkeypatch.setattr("mlx_edgelora.layers.grid.PIECE", 8)
+    again = []
+    original = key_windows.add_to_keys
+    monkeypatch.setattr(
+        key_windows, "add_to_keys", lambda *args: again.append(1) or original(*args)
+    )
+    folder, batch = save(tmp_path, name, True), random_batch(2, 23)
+    reference = plain(folder)
+    _, expected = plain_value_and_grad(reference, batch)
+    with closing(engine(folder, tile_tokens=10, key_tokens=key_tokens)) as ours:
+        tiles = ours.walk.tile_choice(0, 23)
+        _, got = ours.value_and_grad(batch)
+        assert not ours.walk.store._kept  # nothing waits in the file
+    assert bool(again) == (not tiles.through_cache)
+    assert_same_gradients(got, expected, resolution=resolution(reference, batch))
+
+
 def test_the_gradient_of_wanted_rows_waits_in_the_store():
     """So that it does not grow the memory of a longer row."""
     rows, spans = [1, 5, 8, 13], spans_of(7, 3)  # of two rows of 7 tokens
@@ -137,6 +164,18 @@ def test_the_gradient_of_wanted_rows_waits_in_the_store():
     assert wanted.cotangent(stored, 0) is not None
     none = WantedRows(mx.array(rows[:1]), spans)
     assert none.cotangent(none.by_tiles(Hidden(whole[:, :1]), Slots(RamStore(), 0, 0)), 1) is None
+
+
+def test_the_wanted_rows_of_the_last_block_wait_in_the_store_as_well():
+    spans, store = spans_of(7, 3), RamStore()
+    rows = [1, 5, 8, 9, 13]  # of two rows of 7 tokens; none of the second tile of the second row
+    wanted, x = WantedRows(mx.array(rows), spans), mx.random.normal((2, 7, 4))
+    out = Hidden.tiles(spans, Slots(store, 0, 0))
+    for number, span in enumerate(spans):
+        tile = x[:, span.start : span.stop].reshape(1, -1, 4)
+        out.put(number, tile[:, wanted.at(number)])
+    assert mx.array_equal(wanted.joined(out).whole()[0], x.reshape(-1, 4)[mx.array(rows)])
+    assert not store._arrays
 
 
 @pytest.mark.slow
@@ -158,6 +197,31 @@ def test_gradients_of_all_keys_are_held_once(tmp_path, memory, monkeypatch):
         twice = taken()
     bound = twice - keys_and_values
     assert taken(bound) < bound
+
+
+@pytest.mark.slow
+def test_gradients_of_some_keys_take_less_than_those_of_all(tmp_path, memory, monkeypatch):
+    """What tiles leave for earlier keys waits in the file."""
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8}
+    shape |= {"num_key_value_heads": 8, "head_dim": 128, "num_hidden_layers": 1}
+    folder, tokens, window = save(tmp_path, "llama", False, **shape), 1024, 256
+    for module in ("grid", "key_sums"):
+        monkeypatch.setattr(f"mlx_edgelora.layers.{module}.PIECE", 128)
+    # What MLX allocates ahead is small then.
+    monkeypatch.setattr("mlx_edgelora.blocks.attention.TILE_BYTES", 2**16)
+    monkeypatch.setattr("mlx_edgelora.layers.attention.TILE_BYTES", 2**16)
+
+    def taken(key_tokens, below=0.0):
+        plan = {"prefetch": False, "tile_tokens": 128, "key_tokens": key_tokens}
+        with closing(engine(folder, **plan)) as ours:
+            batch = random_batch(1, tokens, share=0.05)
+            ours.value_and_grad(batch)
+            return lowest(lambda: backward_peak(ours, batch), below)
+
+    # But for the queries and the gradient that a tile leaves, and those that are read again.
+    saved = 4 * (tokens - window) * 2 * 8 * 128
+    bound = taken(None) - 0.5 * saved
+    assert taken(window, bound) < bound
 
 
 def test_frequencies_that_change_behind_some_length(tmp_path):

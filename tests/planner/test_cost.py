@@ -1,5 +1,7 @@
 """What a step is expected to take, as arithmetic; against real steps in training/test_sampling."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,6 +11,7 @@ from mlx_edgelora.planner.cost import Memory
 from mlx_edgelora.planner.measured import KNOWN, Measurement, Measurements
 from mlx_edgelora.planner.needs import TERMS, sizes_of
 from mlx_edgelora.planner.plan import MIB, Plan
+from mlx_edgelora.planner.sizes import BatchShape
 
 WAYS = st.fixed_dictionaries({"kept_blocks": st.integers(0, 80)}) | st.fixed_dictionaries(
     {"tile_tokens": st.sampled_from([256, 512, 2048])}
@@ -87,3 +90,19 @@ def test_a_head_on_disk_is_never_read_whole():
                 for memory in (on_disk, in_memory)
             ]
             assert tails[1] - tails[0] == SHAPE.head_bytes
+
+
+@pytest.mark.parametrize(
+    ("itemsize", "packed", "stored"),
+    [(4, True, 0.6), (2, True, 0.6), (4, False, 2), (2, False, 0.6)],
+)
+def test_embeddings_are_there_with_the_rows_that_they_are_made_of(itemsize, packed, stored):
+    """As one array for all tokens, so that in long rows they are the most."""
+
+    def taken(tokens):
+        shape = replace(SHAPE, itemsize=itemsize, head_packed=packed)
+        phases = Memory(shape, BatchShape(1, tokens, 100), Plan(tile_tokens=256)).phases()
+        return next(phase for phase in phases if phase.name == "load").bytes
+
+    more = 4096 * SHAPE.hidden * (itemsize + stored)
+    assert taken(8192) - taken(4096) == pytest.approx(more, abs=1)

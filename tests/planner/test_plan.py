@@ -1,6 +1,7 @@
 """A plan as a record: checked, in words, to JSON and back."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -86,3 +87,10 @@ def test_words_say_where_inputs_wait():
     for plan in (Plan(inputs="memory"), Plan(kept_blocks=9)):  # of kept blocks none waits
         assert plan.rows(9)["inputs of blocks"] == "in memory"
     assert Plan(kept_blocks=8).rows(9)["inputs of blocks"] == "in a file"
+
+
+def test_words_say_how_many_keys_have_their_gradients_summed():
+    plan = Plan(tile_tokens=128, key_tokens=2048)
+    assert plan.rows(9)["gradients of keys"] == "2048 tokens at a time"
+    assert "gradients of keys" not in replace(plan, inputs="memory").rows(9)  # those of all
+    assert "gradients of keys" not in Plan().rows(9)

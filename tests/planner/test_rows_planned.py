@@ -13,7 +13,7 @@ from mlx_edgelora.model.lora import add_lora
 from mlx_edgelora.planner.cost import Memory
 from mlx_edgelora.planner.duration import seconds
 from mlx_edgelora.planner.plan import MIB, Plan
-from mlx_edgelora.planner.search import plan, smallest
+from mlx_edgelora.planner.search import expected, plan, smallest
 from mlx_edgelora.planner.shape import shape_of
 from mlx_edgelora.planner.sizes import BatchShape
 
@@ -47,6 +47,21 @@ def test_the_smallest_plan_reads_rows_in_short_tiles():
     assert smallest(SHAPE, BATCH, MACHINE).plan.mlp_weights == "block"
     fixed = {"mlp_bytes": None}  # as for a kernel that the user chose
     assert smallest(READABLE, BATCH, MACHINE, fixed).plan.mlp_weights == "block"
+
+
+def test_long_rows_sum_the_gradients_of_some_keys_at_a_time():
+    long = BatchShape(1, 8192, 600)
+    found = smallest(READABLE, long, MACHINE)
+    assert found.plan.key_tokens == 2048
+    assert smallest(READABLE, BATCH, MACHINE).plan.key_tokens is None
+    whole = replace(found.plan, key_tokens=None)
+    arguments = READABLE, long, MACHINE
+    saved = 4 * (8192 - 2048) * READABLE.keys
+    assert expected(*arguments, whole).peak - found.peak == saved
+    assert expected(*arguments, whole).seconds < found.seconds  # and writes nothing for it
+    # Without a file there is nothing to leave for later.
+    memory = [replace(plan, inputs="memory") for plan in (whole, found.plan)]
+    assert expected(*arguments, memory[0]).peak == expected(*arguments, memory[1]).peak
 
 
 def test_a_gpu_does_not_wait_for_rows_nor_anything_for_rows_that_are_not_packed():

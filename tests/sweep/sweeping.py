@@ -76,6 +76,7 @@ PLANS = {
         tile_tokens=8,
         mlp_bytes=8192,
         mlp_weights="rows",
+        key_tokens=16,
         loss_bytes=16 * 1024,
     ),
     "kept": Plan(streamed_blocks=0, head="resident", kept_blocks=10**6, inputs="memory"),
