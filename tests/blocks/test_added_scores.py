@@ -148,12 +148,9 @@ def test_an_operation_in_place_makes_it_forget(name):
     assert name in vars(AddedScores)
     try:
         getattr(scores(q_pe, k_pe), name)(*args)
-    except (TypeError, ValueError):  # not of floats
+    except (TypeError, ValueError):  # not of floats, or of other shapes
         return
-    try:
-        getattr(made, name)(*args)
-    except ValueError:  # shapes
-        pass
+    getattr(made, name)(*args)
     assert made.factors is None
 
 
