@@ -6,15 +6,21 @@ MLX's arrays are lazy, and an array that is never evaluated costs nothing. So a 
 is mlx-lm's own array as `AddedScores`, which carries its factors, and attention appends these to
 its queries and keys. Any other operation on the product gives a plain array with the right values,
 and an operation in place removes the factors. So every architecture still works, and none is named.
+
+Sparse attention (DeepSeek V3.2) sums such scores over heads to choose what to attend to: those of
+each head, cut from all, as `HeadScores` are computed when they are cut.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from mlx_edgelora.blocks.masks import CausalMask, forget_in_place
+from mlx_edgelora.layers.head_attention import some_heads
+from mlx_edgelora.layers.tile_order import Span, depend_on
 
 
 class Factors(NamedTuple):
@@ -46,6 +52,64 @@ class AddedScores(mx.array):
 forget_in_place(AddedScores, "factors")
 
 
+class HeadScores(mx.array):
+    """What operations on each entry make of scores [B, H, Tq, Tk], known for some heads alone.
+
+    Args:
+        array: the values, of heads x queries x keys if they are evaluated.
+        cut: gives those of some heads, computed after other arrays.
+    """
+
+    def __init__(self, array: mx.array, cut: Callable[[Span, list[mx.array]], mx.array]) -> None:
+        super().__init__(array)
+        self.cut: Callable[[Span, list[mx.array]], mx.array] | None = cut
+
+    def __mul__(self, other: Any) -> mx.array:
+        made, cut = mx.array.__mul__(self, other), self.cut
+        if cut is None or not isinstance(other, mx.array) or made.shape != self.shape:
+            return made
+        if other.ndim != 4:
+            return made
+        factor = _as_it_is(other)
+        return HeadScores(made, lambda heads, after: cut(heads, after) * some_heads(factor, heads))
+
+    def __getitem__(self, index: Any) -> mx.array:
+        heads = _heads_in(index, self.shape[1])
+        if self.cut is None or heads is None:
+            return mx.array.__getitem__(self, index)
+        return _CutScores(partial(self.cut, heads))
+
+
+class _CutScores(mx.array):
+    """Scores of some heads, which are made after the sum that they are added to.
+
+    Otherwise those of all heads would wait for their sum.
+    """
+
+    def __init__(self, make: Callable[[list[mx.array]], mx.array]) -> None:
+        super().__init__(make([]))
+        self.make: Callable[[list[mx.array]], mx.array] | None = make
+
+    def __radd__(self, other: Any) -> mx.array:
+        if self.make is None or not isinstance(other, mx.array):
+            return mx.array.__radd__(self, other)
+        return other + self.make([other])
+
+
+forget_in_place(HeadScores, "cut")
+forget_in_place(_CutScores, "make")
+
+
+def _heads_in(index: Any, heads: int) -> Span | None:
+    """The heads of `[:, start:stop]`; None for another index."""
+    if not isinstance(index, tuple) or len(index) != 2 or index[0] != slice(None):
+        return None
+    if not isinstance(index[1], slice) or index[1].step not in (None, 1):
+        return None
+    start, stop, _ = index[1].indices(heads)
+    return (start, stop) if start < stop else None
+
+
 def factors_of(mask: object, queries: mx.array, keys: mx.array) -> Factors | None:
     """The factors of a mask that is added to the scores of these queries and keys.
 
@@ -62,7 +126,7 @@ def factors_of(mask: object, queries: mx.array, keys: mx.array) -> Factors | Non
 @contextmanager
 def remembered_factors() -> Iterator[None]:
     """Let products and what `mx.where` hides of them remember their factors; undone on exit."""
-    product, where = mx.array.__matmul__, mx.where
+    product, where, maximum = mx.array.__matmul__, mx.where, mx.maximum
 
     def multiply(self: mx.array, other: Any) -> mx.array:
         made = product(self, other)
@@ -79,11 +143,24 @@ def remembered_factors() -> Iterator[None]:
             return made
         return AddedScores(made, factors._replace(mask=_as_it_is(condition)))
 
-    mx.array.__matmul__, mx.where = multiply, choose
+    def largest(a: Any, b: Any, /, **options: Any) -> mx.array:
+        made = maximum(a, b, **options)
+        factors = a.factors if isinstance(a, AddedScores) else None
+        if factors is None or factors.mask is not None or not isinstance(b, int | float):
+            return made
+
+        def cut(heads: Span, after: list[mx.array]) -> mx.array:
+            some = [some_heads(array, heads) for array in factors[:2]]
+            queries, keys = depend_on(some, after)
+            return maximum(product(queries, keys.swapaxes(-1, -2)), b)
+
+        return HeadScores(made, cut)
+
+    mx.array.__matmul__, mx.where, mx.maximum = multiply, choose, largest
     try:
         yield
     finally:
-        mx.array.__matmul__, mx.where = product, where
+        mx.array.__matmul__, mx.where, mx.maximum = product, where, maximum
 
 
 def _as_it_is(array: mx.array) -> mx.array:

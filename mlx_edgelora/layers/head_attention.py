@@ -120,7 +120,7 @@ def attend_by_heads(
         k, v = keys.product(kx, *some[:count]), values.product(vx, *some[count:])
         if added:
             q, k = append(q, k, others[:2], scale)
-        own = others[-1] if floats else _some_heads(mask, span) if given else mask
+        own = others[-1] if floats else some_heads(mask, span) if given else mask
         return tiled_attention(*promote(q, k, v), scale=scale, mask=own)
 
     @mx.custom_function
@@ -128,7 +128,7 @@ def attend_by_heads(
         primals, packed = arrays[: len(inputs)], arrays[len(inputs) :]
         pieces: list[mx.array] = []
         for span in groups:
-            some = [_some_heads(array, span) for array in primals]
+            some = [some_heads(array, span) for array in primals]
             pieces.append(group(span, packed, *depend_on(some, pieces[-1:])))
         return mx.concatenate(pieces, axis=1)
 
@@ -138,8 +138,8 @@ def attend_by_heads(
         sums = [_HeadSum(array, heads) for array in primals]
         after: list[mx.array] = []
         for span in groups:
-            some = depend_on([_some_heads(array, span) for array in primals], after)
-            own = _some_heads(cotangent, span)
+            some = depend_on([some_heads(array, span) for array in primals], after)
+            own = some_heads(cotangent, span)
             found = mx.vjp(partial(group, span, packed), some, [own])[1]
             after = [total.add(part) for total, part in zip(sums, found, strict=True)]
         zeros = [mx.zeros_like(array) for array in packed]
@@ -148,7 +148,7 @@ def attend_by_heads(
     return attention(*inputs, *keys.packed, *values.packed)
 
 
-def _some_heads(array: mx.array, span: Span) -> mx.array:
+def some_heads(array: mx.array, span: Span) -> mx.array:
     """Some heads of [B, H, ...]; all that there is of an array [B, 1, ...] that heads share."""
     return array if array.shape[1] == 1 else array[:, slice(*span)]
 

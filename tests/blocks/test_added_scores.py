@@ -202,8 +202,57 @@ def test_factors_that_do_not_fit_are_none():
 
 
 def test_functions_are_given_back_on_error():
-    before = mx.array.__matmul__, mx.where
+    before = mx.array.__matmul__, mx.where, mx.maximum
     with pytest.raises(RuntimeError, match="stop"), remembered_factors():
         assert mx.where is not before[1]
         raise RuntimeError("stop")
-    assert (mx.array.__matmul__, mx.where) == before
+    assert (mx.array.__matmul__, mx.where, mx.maximum) == before
+
+
+def chosen(q, k, weights):
+    """As sparse attention sums scores over heads (`deepseek_v32.Indexer`)."""
+    made = mx.maximum(q @ k.swapaxes(-1, -2), 0) * weights
+    return sum(made[:, h : h + 1] for h in range(made.shape[1]))
+
+
+@frees_at_once
+def test_scores_that_are_summed_over_heads_are_made_for_one_head_at_a_time(memory):
+    heads, queries, keys = 24, 64, 300
+    parts = normal(2, heads, queries, SIZE), normal(2, 1, keys, SIZE, seed=1)
+    weights, one = normal(2, heads, queries, 1, seed=2), 4 * 2 * queries * keys
+    expected = chosen(*parts, weights)
+    mx.eval(parts, weights, expected)
+
+    def run():
+        found = chosen(*parts, weights)
+        mx.eval(found)
+        return found
+
+    bound = heads * one / 2
+    with remembered_factors():
+        got = run()
+        assert lowest(lambda: above(run), bound) < bound
+    assert mx.array_equal(got, expected).item()
+    assert above(run) > heads * one
+
+
+def test_heads_are_cut_from_scores_as_they_are():
+    q, k = rotary()
+    weights = normal(ROWS, HEADS, 7, 1)
+    expected = mx.maximum(q @ k.swapaxes(-1, -2), 0.5) * weights
+    with remembered_factors():
+        scaled = mx.maximum(q @ k.swapaxes(-1, -2), 0.5) * weights
+        for index in [(slice(None), slice(1, 3)), (slice(None), slice(-1, None)), 0, (0, 1)]:
+            assert mx.array_equal(scaled[index], expected[index]).item()
+        for added in (1, q[:, :1, :, :1]):
+            one, other = added + scaled[:, 1:2], added + expected[:, 1:2]
+            assert type(one) is mx.array and mx.array_equal(one, other).item()
+        some, others = scaled[:, 1:2], expected[:, 1:2]
+        some -= 1
+        others -= 1
+        assert mx.array_equal(q[:, :1, :, :1] + some, q[:, :1, :, :1] + others).item()
+        plain = scaled * 1.0
+        assert type(plain) is type(scaled * mx.ones((9,))) is mx.array
+        scaled += 1
+        expected += 1
+        assert mx.array_equal(scaled[:, :1], expected[:, :1]).item()
