@@ -50,9 +50,9 @@ WAYS = {
 }
 
 
-def model(folder, heads, **changes):
+def model(folder, heads, packed=True, **changes):
     changes = MLA | {"num_attention_heads": heads, "num_key_value_heads": heads} | changes
-    return save(folder, "deepseek_v3", True, **changes)
+    return save(folder, "deepseek_v3", packed, **changes)
 
 
 @pytest.fixture(scope="module", params=HEADS, ids=lambda heads: f"{heads} heads")
@@ -198,10 +198,11 @@ def test_peak_by_tiles_grows_by_latents_alone(tmp_path, memory, small_pieces, mo
     assert grown() > 2 * keys_and_values
 
 
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("way", ["whole", "tiles"])
-def test_keys_and_values_are_made_for_some_heads_at_a_time(tmp_path, way, monkeypatch):
+def test_keys_and_values_are_made_for_some_heads_at_a_time(tmp_path, way, packed, monkeypatch):
     heads, tokens = 20, TOKENS
-    packed = {"kv_lora_rank": 64, "qk_nope_head_dim": 64}  # or these matrices are not packed
+    sizes = {"kv_lora_rank": 64, "qk_nope_head_dim": 64}  # or these matrices are not packed
     monkeypatch.setattr(head_attention, "HEAD_BYTES", 3 * 4 * tokens * 80)  # of three heads
     monkeypatch.setattr(attention, "TILE_BYTES", 1)  # no tile has few scores
     made, original = [], head_attention.attend_by_heads
@@ -211,7 +212,7 @@ def test_keys_and_values_are_made_for_some_heads_at_a_time(tmp_path, way, monkey
         return original(queries, *args, added=added, **options)
 
     monkeypatch.setattr(attention, "attend_by_heads", spied)
-    folder, batch = model(tmp_path, heads, **packed), random_batch(1, tokens)
+    folder, batch = model(tmp_path, heads, packed, **sizes), random_batch(1, tokens)
     _, expected = plain_value_and_grad(plain(folder), batch)
     with closing(engine(folder, **WAYS[way])) as ours:
         _, got = ours.value_and_grad(batch)

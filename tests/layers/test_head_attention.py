@@ -9,14 +9,21 @@ from mlx_lm.models.mla import MultiLinear
 from mlx_edgelora.layers import head_attention
 from mlx_edgelora.layers.attention import tiled_attention
 from mlx_edgelora.layers.head_attention import HeadProduct, attend_by_heads, heads_at_a_time
-from mlx_edgelora.layers.multi_linear import DequantizedMultiLinear, HeadsMultiLinear
+from mlx_edgelora.layers.multi_linear import (
+    DequantizedMultiLinear,
+    HeadsMultiLinear,
+    UnpackedMultiLinear,
+)
 
 LATENTS, SIZE, ROTARY = 64, 32, 12
 
 
 def layer(kind, inputs, outputs, heads, seed):
     mx.random.seed(seed)
-    made = MultiLinear(inputs, outputs, heads).to_quantized(32, 4)
+    made = MultiLinear(inputs, outputs, heads)
+    if kind is not UnpackedMultiLinear:
+        made = made.to_quantized(32, 4)
+    made.freeze()
     object.__setattr__(made, "__class__", kind)
     mx.eval(made.parameters())
     return made
@@ -36,7 +43,7 @@ MASKS = {
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("kind", [DequantizedMultiLinear, HeadsMultiLinear])
+@pytest.mark.parametrize("kind", [DequantizedMultiLinear, HeadsMultiLinear, UnpackedMultiLinear])
 @pytest.mark.parametrize("added", ["nothing", "of one key head", "of all heads"])
 def test_values_and_gradients_are_those_of_all_heads_at_once(mask, kind, added, monkeypatch):
     heads, queries, keys = 5, 11, 19
@@ -107,3 +114,14 @@ def test_keys_and_values_of_all_heads_are_not_in_memory(monkeypatch):
         peaks.append(mx.get_peak_memory() - before)
     both = 4 * heads * keys * 2 * SIZE
     assert peaks[0] < both < peaks[1] / 2
+
+
+def test_a_trained_matrix_is_multiplied_for_all_heads_at_once():
+    """Gradients of what attention makes some heads at a time from are not computed."""
+    made = layer(UnpackedMultiLinear, SIZE, LATENTS, 3, 1)
+    x = normal(1, 1, 5, LATENTS)
+    assert isinstance(made(x, transpose=False), HeadProduct)
+    made.unfreeze()
+    assert type(made(x, transpose=False)) is mx.array
+    made.freeze()
+    assert type(made(normal(1, 3, 5, LATENTS), transpose=False)) is mx.array
