@@ -168,7 +168,7 @@ def test_peak_does_not_hold_tokens_times_tokens(tmp_path, way, memory, small_pie
             ours.value_and_grad(batch)
             peaks.append(above(lambda ours=ours: ours.value_and_grad(batch)))
     assert peaks[0] < scores / 2
-    assert peaks[1] > (2 * peaks[0] if way == "tiles" else 2 * scores)
+    assert peaks[1] > peaks[0] + 4 * heads * tokens * WAYS[way].get("tile_tokens", tokens)
 
 
 @pytest.mark.slow
