@@ -146,6 +146,16 @@ def test_dropout_draws_the_masks_of_mlx_lm(tmp_path, appended):
     assert_same_gradients(got, expected)
 
 
+@pytest.mark.slow
+def test_blocks_that_are_compiled_append_them_as_well(tmp_path, appended, small_pieces, compiles):
+    folder, batch = model(tmp_path, 20), random_batch(1, TOKENS)
+    _, expected = plain_value_and_grad(plain(folder), batch)
+    with closing(engine(folder, compiled=True)) as ours:
+        _, got = ours.value_and_grad(batch)
+    assert appended
+    assert_same_gradients(got, expected)
+
+
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Less at a time, so that short rows have many pieces."""
