@@ -15,6 +15,7 @@ from functools import partial
 import mlx.core as mx
 from mlx_lm.models import base
 
+from mlx_edgelora.blocks.added_scores import factors_of, remembered_factors
 from mlx_edgelora.blocks.masks import tiled_mask, with_bands
 from mlx_edgelora.blocks.packing import packing_now
 from mlx_edgelora.layers.attention import (
@@ -25,7 +26,12 @@ from mlx_edgelora.layers.attention import (
     use_fused,
 )
 from mlx_edgelora.layers.fused import is_floating
-from mlx_edgelora.layers.head_attention import HeadProduct, attend_by_heads, heads_at_a_time
+from mlx_edgelora.layers.head_attention import (
+    HeadProduct,
+    append,
+    attend_by_heads,
+    heads_at_a_time,
+)
 
 # (queries [B, H, Tq, D], keys [B, Hkv, Tk, D], values [B, Hkv, Tk, Dv], cache, scale, mask,
 # sinks=None) -> [B, H, Tq, Dv]; the last four by position or by name.
@@ -79,7 +85,7 @@ def banded_masks() -> Iterator[None]:
 @contextmanager
 def bounded_attention() -> Iterator[None]:
     """Let mlx-lm's models compute attention without tokens x tokens arrays; undone on exit."""
-    with replace_attention(attend_bounded), banded_masks():
+    with replace_attention(attend_bounded), banded_masks(), remembered_factors():
         yield
 
 
@@ -148,6 +154,8 @@ def attend_bounded(
     mean are not evaluated where there is more than a tile. With a cache, or what tiles do not
     know, `original` as it is. Rows that share a row attend to themselves alone (`packing.py`).
     """
+    if isinstance(cache, list) and all(part is None for part in cache):
+        cache = None  # of the parts of a cache that is not there
     packing, sums = packing_now(), _sums[-1] if _sums else None
     if packing is None:
         return _bounded(original, queries, keys, values, cache, scale, mask, sinks, sums)
@@ -178,16 +186,20 @@ def _bounded(
     small = 4 * queries.size // queries.shape[-1] * keys.shape[2] <= TILE_BYTES and not (
         is_floating(mask) and mx.default_device() == mx.gpu
     )
-    if (
-        cache is not None
-        or small
-        or not _is_known(mask)
-        or use_fused(queries, keys, values, traced=_traced[0], mask=tiled, sinks=sinks)[0]
-    ):
+    if cache is not None or small or not _is_known(mask):
         return original(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
-    heads = isinstance(keys, HeadProduct) and isinstance(values, HeadProduct)
-    if heads and sinks is None and heads_at_a_time(keys, values) < keys.shape[1]:
-        return attend_by_heads(queries, keys, values, scale=scale, mask=tiled)
+    added: tuple[mx.array, ...] = ()
+    if (factors := factors_of(mask, queries, keys)) is not None:
+        added = factors.queries, factors.keys
+        mask = tiled = tiled_mask(factors.mask, queries.shape[2], keys.shape[2])
+    if sinks is None and isinstance(keys, HeadProduct) and isinstance(values, HeadProduct):
+        more = added[1].shape[-1] if added else 0
+        if heads_at_a_time(keys, values, more) < keys.shape[1]:
+            return attend_by_heads(queries, keys, values, scale=scale, mask=tiled, added=added)
+    if added:
+        queries, keys = append(queries, keys, added, scale)
+    if use_fused(queries, keys, values, traced=_traced[0], mask=tiled, sinks=sinks)[0]:
+        return original(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
     operands = promote(queries, keys, values)
     return tiled_attention(*operands, scale=scale, mask=tiled, sinks=sinks, sums=sums)
 

@@ -40,19 +40,26 @@ class CausalMask(mx.array):
         self.band: Band | None = band
 
 
-def _forgetting(name: str) -> Callable[..., Any]:
+def forget_in_place(kind: type[mx.array], attribute: str) -> None:
+    """Let operations in place remove what arrays of a kind know, by setting `attribute` to None.
+
+    MLX's in-place operators change the object itself.
+    """
+    for name in IN_PLACE:
+        setattr(kind, name, _forgetting(name, attribute))
+
+
+def _forgetting(name: str, attribute: str) -> Callable[..., Any]:
     plain = getattr(mx.array, name)
 
-    def changed(self: CausalMask, *args: Any) -> Any:
-        self.band = None
+    def changed(self: mx.array, *args: Any) -> Any:
+        setattr(self, attribute, None)
         return plain(self, *args)
 
     return changed
 
 
-# MLX's in-place operators change the object itself.
-for _name in IN_PLACE:
-    setattr(CausalMask, _name, _forgetting(_name))
+forget_in_place(CausalMask, "band")
 
 
 def band_of(mask: mx.array | str | None) -> Band | None:

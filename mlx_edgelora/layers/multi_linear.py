@@ -6,6 +6,8 @@ makes an array [heads, tokens, latents]. Here some heads at a time are unpacked 
 the backward, and added in float32. Memory in addition to input and output: the unpacked matrices of
 all heads in the forward, of some in the backward.
 
+Matrices that are not packed are multiplied as they are, for as many heads as attention asks for.
+
 MLX's own kernel is what a GPU uses. On a CPU it has the speed and, in bfloat16, the errors that
 `layers/linear.py` tells of.
 """
@@ -15,7 +17,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.mla import QuantizedMultiLinear
+from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 
 from mlx_edgelora.layers.dequantize import dequantize
 from mlx_edgelora.layers.head_attention import HeadProduct
@@ -48,12 +50,31 @@ class HeadsMultiLinear(QuantizedMultiLinear):
         return partial(_fused, transpose=transpose, **settings)
 
 
+class UnpackedMultiLinear(MultiLinear):
+    """As `MultiLinear`, for attention that makes keys and values of some heads at a time.
+
+    If it is trained, those of all heads are made at once.
+    """
+
+    def __call__(self, x: mx.array, transpose: bool = True) -> mx.array:
+        """Map [..., heads or 1, t, n] to [..., heads, t, m]; see `HeadsMultiLinear`."""
+        product = partial(_unpacked, transpose=transpose)
+        y = product(x, self["weight"])
+        shared = x.ndim == 4 and x.shape[1] == 1 != y.shape[1]
+        frozen = not self.trainable_parameters()
+        return HeadProduct(y, x, [self["weight"]], product) if shared and frozen else y
+
+
 class DequantizedMultiLinear(HeadsMultiLinear):
     """As `HeadsMultiLinear`, multiplying by unpacked matrices."""
 
     def _product(self, transpose: bool) -> Callable[..., mx.array]:
         settings = self.group_size, self.bits, self.mode
         return _product(*settings, transpose, TILE_BYTES[mx.default_device().type])
+
+
+def _unpacked(x: mx.array, weight: mx.array, *, transpose: bool) -> mx.array:
+    return x @ (weight.swapaxes(-1, -2) if transpose else weight)
 
 
 def _fused(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.models.mla import QuantizedMultiLinear
+from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.dora import DoRALinear as MlxDoRALinear
 from mlx_lm.tuner.lora import LoRALinear as MlxLoRALinear
@@ -25,7 +25,11 @@ from mlx_edgelora.blocks.lora_layers import DoRALinear, LoRALinear, LoRASwitchLi
 from mlx_edgelora.blocks.refusals import Refusal, refusal_error
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.layers.linear import DequantizedEmbedding, DequantizedLinear, resolve_kernel
-from mlx_edgelora.layers.multi_linear import DequantizedMultiLinear, HeadsMultiLinear
+from mlx_edgelora.layers.multi_linear import (
+    DequantizedMultiLinear,
+    HeadsMultiLinear,
+    UnpackedMultiLinear,
+)
 from mlx_edgelora.model.checkpoint import error_text
 from mlx_edgelora.model.dora import check_dora
 
@@ -39,8 +43,9 @@ DEQUANTIZED_CLASSES = {
     nn.QuantizedLinear: DequantizedLinear,
     nn.QuantizedEmbedding: DequantizedEmbedding,
     QuantizedMultiLinear: DequantizedMultiLinear,
+    MultiLinear: UnpackedMultiLinear,
 }
-FUSED_CLASSES = {QuantizedMultiLinear: HeadsMultiLinear}
+FUSED_CLASSES = {QuantizedMultiLinear: HeadsMultiLinear, MultiLinear: UnpackedMultiLinear}
 
 
 def add_lora(

@@ -33,6 +33,10 @@ TILES = (256, 512, 1024, 2048, 4096)
 SHORT_TILE = 128
 # Tokens whose gradients of keys and values are in memory at a time where MLPs are read by rows.
 KEY_TOKENS = 2048
+# Where queries are more than this times as wide as hidden states, a tile is mostly attention, of
+# which shorter ones hold less.
+WIDE_QUERIES = 2
+WIDE_TILES = (64, 128)
 # Bytes of a slice of a gated MLP, where packed matrices are unpacked.
 SLICE = 16 * MIB
 LOSSES = (16 * MIB, 40 * MIB)
@@ -219,7 +223,9 @@ class _Search:
 
     def _tiles(self, slices: tuple[int | None, ...]) -> list[tuple[int | None, int, str]]:
         """Bytes of a slice of the MLP, tokens of a tile, and where the MLP's weights are."""
-        found = [(size, tokens, "block") for size, tokens in product(slices, TILES)]
+        wide = self.shape.queries > WIDE_QUERIES * self.shape.hidden
+        tiles = (*WIDE_TILES, *TILES) if wide else TILES
+        found = [(size, tokens, "block") for size, tokens in product(slices, tiles)]
         if self.shape.state_bytes:
             halves = [None if size is None else size // 2 for size in slices]
             found += [(size, SHORT_TILE, "block") for size in halves]

@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlx_edgelora.blocks.added_scores import factors_of, remembered_factors
 from mlx_edgelora.blocks.block_list import BlockList
 from mlx_edgelora.blocks.checks import MODEL_ERRORS
 from mlx_edgelora.blocks.experts import count_experts
@@ -157,14 +158,27 @@ def _attention(blocks: BlockList, recurrences: Recurrences) -> tuple[int, int, i
             parts = BlockParts(block, args, kwargs)
             if _has_both(recurrence):
                 parts = RecurrentParts(block, args, kwargs, recurrence=recurrence)
-            inputs = parts.attention_inputs(x, TokenSpan(0, x.shape[1]))
+            with remembered_factors():
+                inputs = parts.attention_inputs(x, TokenSpan(0, x.shape[1]))
         except MODEL_ERRORS:
             continue  # the block has another form of attention
-        sizes = [a.shape[1] * a.shape[3] for a in (inputs.q, inputs.k, inputs.v)]
-        queries, keys = max(queries, sizes[0]), max(keys, sizes[1] + sizes[2])
+        own, *held = [a.shape[1] * a.shape[3] for a in (inputs.q, inputs.k, inputs.v)]
+        if (factors := factors_of(inputs.mask, inputs.q, inputs.k)) is not None:
+            # Keys and values of heads are made again from what the block gives its cache.
+            own += factors.queries.shape[1] * factors.queries.shape[3]
+            cut = BlockParts(block, args, kwargs, through_cache=True)
+            held = _entries(cut, x) or held
+        queries, keys = max(queries, own), max(keys, sum(held))
         if backend.name == "metal" and _is_blocked(inputs, backend):
             heads = max(heads, inputs.q.shape[1])
     return queries, keys, heads
+
+
+def _entries(parts: BlockParts, x: mx.array) -> list[int]:
+    """Entries of a token in what a block gives its cache; none if it has several."""
+    with suppress(*MODEL_ERRORS):
+        return [a.shape[1] * a.shape[3] for a in parts.key_values(x, TokenSpan(0, x.shape[1]))]
+    return []
 
 
 def _is_blocked(inputs: AttentionInputs, backend: Backend) -> bool:
