@@ -357,10 +357,15 @@ class _Search:
         return high
 
 
-def _least(choice: Choice, large_tiles: bool) -> tuple[int, int, float]:
-    """Sort key of the smallest plan; with equal needs, smaller tiles of the head come first."""
+def _least(choice: Choice, large_tiles: bool) -> tuple[int, int, int, float]:
+    """Sort key of the smallest plan; with equal needs, smaller tiles of the head come first.
+
+    Then smaller tiles of tokens where MLPs are read by rows: in long rows the formula has the head
+    as the peak whatever these are, and large ones took more than it says.
+    """
     tile = choice.plan.loss_bytes
-    return choice.needs, -tile if large_tiles else tile, choice.seconds
+    tokens = choice.plan.tile_tokens if choice.plan.mlp_weights == "rows" else 0
+    return choice.needs, -tile if large_tiles else tile, tokens, choice.seconds
 
 
 def _better(one: Choice, other: Choice) -> bool:

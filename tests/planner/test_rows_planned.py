@@ -52,7 +52,9 @@ def test_the_smallest_plan_reads_rows_in_short_tiles():
 def test_long_rows_sum_the_gradients_of_some_keys_at_a_time():
     long = BatchShape(1, 8192, 600)
     found = smallest(READABLE, long, MACHINE)
-    assert found.plan.key_tokens == 2048
+    assert (found.plan.key_tokens, found.plan.tile_tokens) == (2048, 128)
+    most = BatchShape(1, 16384, 4915)  # whose head is the peak by the formula
+    assert smallest(READABLE, most, MACHINE).plan.tile_tokens == 128
     assert smallest(READABLE, BATCH, MACHINE).plan.key_tokens is None
     whole = replace(found.plan, key_tokens=None)
     arguments = READABLE, long, MACHINE
