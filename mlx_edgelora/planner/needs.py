@@ -82,7 +82,7 @@ ROW_TERMS: dict[str, list[dict[str, float]]] = {
     ],
     "tiles backward": [
         {"hidden": 7.0, "queries": 7.0, "adapters": 2.4, "scores": 1.0, "one": 10.0},
-        {"sums": 1.0, "rows": 1.8, "adapters": 1.2, "one": 2.0},
+        {"sums": 1.0, "piece": 8.0, "rows": 1.8, "adapters": 1.2, "one": 2.0},
     ],
 }
 
@@ -194,11 +194,13 @@ def sizes_of(kind: str, shape: ModelShape, way: Way, batch_shape: BatchShape) ->
     }
     if mlp_weights == "rows":
         step = slice_features(mlp_bytes, 2 * shape.hidden, tokens, shape.intermediate, 1)
+        step = min(step, shape.intermediate)
         sizes |= {
             "features": tokens * shape.intermediate * entry,
             # Float32, whatever the activations are: gradients of the input and of the features.
             "sums": FLOAT * tokens * (4 * shape.hidden + 2 * shape.intermediate),
-            "rows": FLOAT * 2 * shape.hidden * min(step, shape.intermediate),
+            "rows": FLOAT * 2 * shape.hidden * step,
+            "piece": FLOAT * tokens * step,
         }
     elif sliced:
         group = 64 if shape.packed else 1
