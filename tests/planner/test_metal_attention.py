@@ -166,17 +166,19 @@ def test_a_run_on_a_mac(budget, tmp_path, monkeypatch):
     sizes = fused.METAL_SIZES | {(16, 16), (32, 32)}  # those of the embedded model
     monkeypatch.setattr(fused, "METAL_SIZES", sizes)
     monkeypatch.delenv(BLOCK_VARIABLE, raising=False)
-    seen, said, backward = set(), [], Engine.backward
+    seen, said, backward = [], [], Engine.backward
 
     def spy(engine, *args):
-        seen.add((engine.plan.attention_block, os.environ[BLOCK_VARIABLE]))
+        seen.append((engine.plan.attention_block, os.environ[BLOCK_VARIABLE]))
         return backward(engine, *args)
 
     monkeypatch.setattr(Engine, "backward", spy)
     options = {"iters": 2, "batch_size": 2, "adapter_path": str(tmp_path), "verbose": True}
     finetune(TrainConfig.from_dict(options | {"memory_budget": budget}), [], said.append)
-    block = 256 if budget == "min" else 1024
-    assert seen == {(block, str(block))}
+    assert all(str(planned) == used for planned, used in seen)
+    block = seen[-1][0]
+    if budget != "20MB":  # where what was measured decides
+        assert block == (256 if budget == "min" else 1024)
     assert any(f"attention gradient  {block} x {block} scores" in line for line in said)
     assert BLOCK_VARIABLE not in os.environ
 
