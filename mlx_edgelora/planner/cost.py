@@ -115,12 +115,12 @@ class Memory:
             held = self.base + self._waiting(index) + self._paged_block
             yield Phase("forward", index, held + self._input() + keys, forward)
         held = self.base + self._waiting(last)
+        labelled = self.batch_shape.labelled * shape.hidden * shape.itemsize
         if self.kept:
             held += self._input() + self._kept_weights()
             held += self.paged * shape.trained_bytes(last, shape.blocks)
             yield Phase("backward", last, held, self._need("tail"))
         else:
-            labelled = self.batch_shape.labelled * shape.hidden * shape.itemsize
             yield Phase("head", None, held + labelled, self._need("head"))
         sums = self.by_tiles * self._summed_tokens() * shape.keys * FLOAT
         for index in filter(wanted.__contains__, range(last - 1, self.first - 1, -1)):
@@ -128,6 +128,11 @@ class Memory:
             held = self.base + self._waiting(index) + self._gradients(above)
             # The block's input and the gradient of its output.
             held += 2 * self._input() + self._paged_block + keys + sums
+            if self.by_tiles and not self.plan.spills:
+                # A tile of each is a part of them, where it is an array of its own from a file.
+                held -= round(2 * self.hidden * self._tile_share())
+                if above == 0:  # gradients of labelled tokens alone
+                    held -= max(0, self.hidden - labelled)
             yield Phase("backward", index, held, backward)
         held = self.base + shape.outside_adapter_bytes + self._gradients(shape.adapted)
         yield Phase("update", None, held, self._need("update"))
@@ -148,6 +153,10 @@ class Memory:
     def _keys(self) -> int:
         """Bytes of the keys and values of all tokens, if blocks are computed by tiles."""
         return self.by_tiles * self.batch_shape.size * self.shape.keys * self.shape.itemsize
+
+    def _tile_share(self) -> float:
+        """Share of the tokens that a tile has."""
+        return min(1.0, self.plan.tile_tokens / self.batch_shape.size)
 
     def _summed_tokens(self) -> int:
         """Tokens whose gradients of keys and values are summed at a time."""

@@ -106,3 +106,17 @@ def test_embeddings_are_there_with_the_rows_that_they_are_made_of(itemsize, pack
 
     more = 4096 * SHAPE.hidden * (itemsize + stored)
     assert taken(8192) - taken(4096) == pytest.approx(more, abs=1)
+
+
+def test_the_last_block_by_tiles_gets_gradients_of_labelled_tokens_alone():
+    """The other tiles of its gradient are never made, so the block below it holds more."""
+    plan = Plan(tile_tokens=512, inputs="memory")
+    memories = [
+        Memory(SHAPE, replace(LOAD, labelled=count), plan) for count in (LOAD.size // 4, LOAD.size)
+    ]
+    few, every = (
+        {p.block: p.held for p in memory.phases() if p.name == "backward"} for memory in memories
+    )
+    last = SHAPE.blocks - 1
+    assert every[last] - few[last] == 0.75 * memories[0].hidden
+    assert {block: few[block] for block in range(last)} == {b: every[b] for b in range(last)}
