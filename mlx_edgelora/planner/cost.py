@@ -128,11 +128,8 @@ class Memory:
             held = self.base + self._waiting(index) + self._gradients(above)
             # The block's input and the gradient of its output.
             held += 2 * self._input() + self._paged_block + keys + sums
-            if self.by_tiles and not self.plan.spills:
-                # A tile of each is a part of them, where it is an array of its own from a file.
-                held -= round(2 * self.hidden * self._tile_share())
-                if above == 0:  # gradients of labelled tokens alone
-                    held -= max(0, self.hidden - labelled)
+            if self.by_tiles and not self.plan.spills and above == 0:  # of labelled tokens alone
+                held -= max(0, self.hidden - labelled)
             yield Phase("backward", index, held, backward)
         held = self.base + shape.outside_adapter_bytes + self._gradients(shape.adapted)
         yield Phase("update", None, held, self._need("update"))
@@ -153,10 +150,6 @@ class Memory:
     def _keys(self) -> int:
         """Bytes of the keys and values of all tokens, if blocks are computed by tiles."""
         return self.by_tiles * self.batch_shape.size * self.shape.keys * self.shape.itemsize
-
-    def _tile_share(self) -> float:
-        """Share of the tokens that a tile has."""
-        return min(1.0, self.plan.tile_tokens / self.batch_shape.size)
 
     def _summed_tokens(self) -> int:
         """Tokens whose gradients of keys and values are summed at a time."""
