@@ -65,7 +65,8 @@ def test_a_backward_holds_less_than_that_of_mlx(dtype, memory):
         mx.eval(both(function, x, weight, cotangent)[1])
         return mx.get_peak_memory() - before
 
-    bound = 2 * x.nbytes + 12 * tile_bytes
+    # MLX was seen to run 11 to 13 pieces ahead; one array more is 16 of them in 16 bits.
+    bound = 2 * x.nbytes + 14 * tile_bytes
     ours = partial(rms_norm, tile_bytes=tile_bytes)
     assert lowest(lambda: peak(ours), bound) < bound
     assert lowest(lambda: peak(mx.fast.rms_norm), bound) > 1.3 * bound
