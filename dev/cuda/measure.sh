@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The open figures of CUDA in six minutes, on a machine that is bare; README.md says what it needs beside it.
+# The open figures of CUDA, on a machine that is bare; README.md says what it needs beside it. Not run on one yet.
 #   KIT=folder OUT=folder dev/cuda/measure.sh [doctor] [packing] [table] [tests]
 set -u
 here=$(cd "$(dirname "$0")" && pwd); project=$(dirname "$(dirname "$here")"); cd "$project" || exit 2

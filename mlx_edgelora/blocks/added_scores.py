@@ -66,9 +66,8 @@ class HeadScores(mx.array):
 
     def __mul__(self, other: Any) -> mx.array:
         made, cut = mx.array.__mul__(self, other), self.cut
-        if cut is None or not isinstance(other, mx.array) or made.shape != self.shape:
-            return made
-        if other.ndim != 4:
+        fits = isinstance(other, mx.array) and other.ndim == 4 and made.shape == self.shape
+        if cut is None or not fits:
             return made
         factor = _as_it_is(other)
         return HeadScores(made, lambda heads, after: cut(heads, after) * some_heads(factor, heads))
