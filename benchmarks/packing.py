@@ -103,11 +103,16 @@ def compare_packing(args: argparse.Namespace) -> None:
             for name, size in sizes.items()
         }
         found: dict[str, list[tuple[float, float, int]]] = {name: [] for name in sizes}
+        begin, least = time.monotonic(), args.tokens * 9 // 10
         for number in range(args.steps + 1):
-            for name, contender in contenders.items():
-                turn = contender.turn(args.tokens * 9 // 10)
-                if number:  # the first one compiles and reads
+            turns = {name: contender.turn(least) for name, contender in contenders.items()}
+            rates = ", ".join(f"{name} {turn[0]:.0f}" for name, turn in turns.items())
+            print(f"turn {number}, real tokens a second: {rates}", flush=True)
+            if number:  # the first one compiles and reads
+                for name, turn in turns.items():
                     found[name].append(turn)
+            if number and time.monotonic() - begin > args.seconds:
+                break
     print("| batches of | padding | real tokens a second over packed | peak MB | mean loss |")
     print("|---|---|---|---|---|")
     for name, turns in found.items():

@@ -437,6 +437,7 @@ def main() -> None:
     one.add_argument("--weights", choices=shapes.WEIGHTS, default="float32")
     one.add_argument("--short-rows", type=int, default=84, help="tokens of a row on average")
     one.add_argument("--steps", type=int, default=5)
+    one.add_argument("--seconds", type=float, default=600, help="no turn begins after these")
     one.add_argument("--budget", type=float, default=1000, help="GB")
     one.set_defaults(run=compare_packing)
     for command in commands.choices.values():

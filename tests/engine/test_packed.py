@@ -12,6 +12,7 @@ from architectures import CONFIGS
 from harness import assert_same_gradients, engine, plain, save
 from toy import Block, Toy
 
+from mlx_edgelora.blocks import packed_attention
 from mlx_edgelora.blocks.block_list import BlockList
 from mlx_edgelora.blocks.packable import check_packing
 from mlx_edgelora.blocks.packing import Packing, packing_now, rows_packed
@@ -131,7 +132,67 @@ def test_in_every_way_in_which_blocks_are_computed(name, way, in_tiles, tmp_path
 def shapes_of_a_gpu(monkeypatch):
     """Ranges are padded as on a GPU."""
     gpu = SimpleNamespace(**vars(mx) | {"default_device": lambda: mx.gpu})
-    monkeypatch.setattr("mlx_edgelora.blocks.packing.mx", gpu)
+    monkeypatch.setattr("mlx_edgelora.blocks.packed_attention.mx", gpu)
+
+
+@pytest.fixture
+def as_with_cuda(monkeypatch):
+    """Attention by pieces."""
+    cuda = SimpleNamespace(is_available=lambda: True)
+    monkeypatch.setattr(
+        "mlx_edgelora.blocks.packing.mx", SimpleNamespace(**vars(mx) | {"cuda": cuda})
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "way", "lengths"),
+    [
+        ("gemma3_text", "all kept", [70, 3, 33, 12, 9, 5, 131]),
+        ("llama", "tiled", [17, 3, 16, 12, 9, 5, 15]),
+        *(
+            pytest.param(name, way, lengths, marks=pytest.mark.slow)
+            for name in ("gemma3_text", "gpt_oss")
+            for way in ("whole", "tiled", "tiles of one token", "tail", "micro-batches")
+            for lengths in (LENGTHS, [270, 3, 66, 70, 5, 130, 131])
+        ),
+    ],
+)
+@pytest.mark.parametrize("size", [8, 128])
+def test_pieces_give_the_gradients_of_the_rows_alone(
+    name, way, lengths, size, tmp_path, as_with_cuda, monkeypatch
+):
+    monkeypatch.setattr(packed_attention, "PIECE", size)
+    folder, rows = save(tmp_path, name, True), some_rows(lengths)
+    expected_loss, expected = alone(plain(folder), rows)
+    with closing(engine(folder, **WAYS[way])) as ours:
+        (loss, _), got = ours.value_and_grad(shared(rows, max(lengths) + 30))
+    assert loss.item() == pytest.approx(expected_loss, rel=1e-5)
+    assert_same_gradients(got, expected)
+
+
+def test_pieces_of_all_batches_have_few_shapes(as_with_cuda):
+    random, shapes, forms = np.random.RandomState(0), set(), set()
+    lengths = np.clip(random.lognormal(np.log(84) - 0.18, 0.6, 2000).astype(int), 8, 1024)
+
+    def attend(queries, keys, values, mask):
+        shapes.add((queries.shape, keys.shape, mask.shape))
+        return values[:, :, -queries.shape[2] :]
+
+    for batch in iterate_batches([([1] * n, 0) for n in lengths], 1, 1025, seed=0, packing=True):
+        packing, x = Packing(batch.starts), mx.zeros((1, 1, batch.inputs().shape[1], 1))
+        with packing.recording() as uses:
+            packing.attention(attend, x, x, x, "causal")
+        forms.add(packing.form(uses))
+    assert len(shapes) <= 5 and len(forms) <= 5  # the last batch is shorter
+
+
+def test_masks_of_pieces_are_bounded():
+    """Rows of thousands of tokens are attended to by ranges."""
+    starts = np.zeros((1, 8192), int)
+    assert packed_attention.pieces(starts, (0, 8192), (0, 8192), None) is None
+    whole = packed_attention.pieces(starts[:, :1024], (0, 1024), (0, 1024), None)
+    assert whole.size == 1024
+    assert packed_attention.pieces(starts, (0, 8192), (0, 8192), 512).size == 512
 
 
 @pytest.mark.parametrize("name", ["gemma3_text", "llama"])
@@ -163,8 +224,11 @@ def test_an_epoch_on_a_gpu_has_few_shapes(shapes_of_a_gpu):
 
 
 @pytest.mark.parametrize("kept", [pytest.param(0, marks=pytest.mark.slow), 3])
-def test_compiled_functions_are_told_where_rows_begin(kept, tmp_path, compiles):
+@pytest.mark.parametrize("pieces", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_compiled_functions_are_told_where_rows_begin(kept, pieces, tmp_path, compiles, request):
     """The third batch is computed by what was compiled for the second one."""
+    if pieces:
+        request.getfixturevalue("as_with_cuda")
     folder = save(tmp_path, "gemma3_text", True)
     model = plain(folder)
     options = {"compiled": True, "kept_blocks": kept, "streamed": False}
