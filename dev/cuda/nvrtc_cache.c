@@ -1,10 +1,9 @@
 /* A cache in front of NVRTC, the compiler of CUDA kernels: preload it into processes that use MLX.
 
-   NVRTC_CACHE   folder of compiled programs (KEY.txt, KEY.cubin). All processes may share it: files appear whole.
+   NVRTC_CACHE   folder of compiled programs (KEY.txt, KEY.cubin). All processes may share it: files appear whole,
+                 and one compiles a program while the others wait for it.
    NVRTC_RECORD  folder to which a program that is not in the cache is written (KEY.cu, KEY.names, headers, options),
                  so that compile_kernels.py can compile it elsewhere, or side by side with others.
-   NVRTC_STUB    with NVRTC_RECORD: do not compile it, but return kernels that do nothing. A run then names all
-                 its kernels within seconds; what it computes has no meaning.
    NVRTC_LOG     file to which a line is added for each program that was compiled: key, seconds, status, name.
 
    gcc -shared -fPIC -O1 -w -o nvrtc_cache.so nvrtc_cache.c -ldl -lpthread */
@@ -15,6 +14,7 @@
 #include <string.h>
 #include <stdint.h>
 #include <unistd.h>
+#include <fcntl.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <pthread.h>
@@ -44,18 +44,12 @@ int nvrtcCreateProgram(Prog **out, const char *src, const char *name, int nh, co
   Prog *p = calloc(1, sizeof *p); p->src = strdup(src); p->name = strdup(name ? name : ""); p->nh = nh; p->h = h; p->hn = hn; *out = p; return 0; }
 int nvrtcDestroyProgram(Prog **pp) { Prog *p = *pp; if (p->real) REAL("nvrtcDestroyProgram")(&p->real); *pp = 0; return 0; }
 int nvrtcAddNameExpression(Prog *p, const char *e) { p->exprs = realloc(p->exprs, (p->ne + 1) * sizeof(char *)); p->exprs[p->ne++] = strdup(e); return 0; }
-static struct { char *bin; size_t size; } stubs[4096];
-static int stub(Prog *p, int n, const char *const *opts) {
-  if (p->ne < 4096 && stubs[p->ne].bin) { p->bin = stubs[p->ne].bin; p->size = stubs[p->ne].size; goto names; } {
-  size_t cap = 4096 + 100 * p->ne; char *src = malloc(cap); src[0] = 0; char line[100];
-  for (int i = 0; i < p->ne; i++) { sprintf(line, "extern \"C\" __global__ void k%d() {}\n", i); strcat(src, line); }
-  void *r; REAL("nvrtcCreateProgram")(&r, src, "stub.cu", 0, 0, 0); int arch = 0; for (int i = 0; i < n; i++) if (!strncmp(opts[i], "--gpu-arch", 10)) arch = i;
-  const char *o[1] = {opts[arch]}; int rc = REAL("nvrtcCompileProgram")(r, 1, o); if (rc) return rc;
-  size_t s; REAL("nvrtcGetCUBINSize")(r, &s); p->bin = malloc(s); p->size = s; REAL("nvrtcGetCUBIN")(r, p->bin); REAL("nvrtcDestroyProgram")(&r);
-  if (p->ne < 4096) { stubs[p->ne].bin = p->bin; stubs[p->ne].size = p->size; } }
-names: ; char line[100];
-  p->lowered = calloc(p->ne + 1, sizeof(char *)); for (int i = 0; i < p->ne; i++) { sprintf(line, "k%d", i); p->lowered[i] = strdup(line); }
-  p->ours = 1; return 0; }
+/* Whether another process compiles it, in the end successfully. */
+static int await(Prog *p, const char *k, const char *cache) { char lock[4096]; snprintf(lock, sizeof lock, "%s/%s.lock", cache, k);
+  for (int i = 0; i < 2000; i++) {
+    int f = open(lock, O_CREAT | O_EXCL, 0666); if (f >= 0) { close(f); return load(p, k); }
+    if (load(p, k)) return 1; usleep(100000); }
+  return 0; }
 int nvrtcCompileProgram(Prog *p, int n, const char *const *opts) {
   char k[40], path[4096]; key(p, k); if (load(p, k)) return 0;
   const char *rec = getenv("NVRTC_RECORD"), *cache = getenv("NVRTC_CACHE"), *log = getenv("NVRTC_LOG");
@@ -67,8 +61,8 @@ int nvrtcCompileProgram(Prog *p, int n, const char *const *opts) {
     for (int i = 0; i < p->ne; i++) { strcat(names, p->exprs[i]); strcat(names, "\n"); }
     snprintf(path, sizeof path, "%s/%s.names", rec, k); put(path, names, strlen(names));
     snprintf(path, sizeof path, "%s/%s.cu", rec, k); put(path, p->src, strlen(p->src));
-    snprintf(path, sizeof path, "%s/options", rec); if (access(path, 0)) { char o[8192] = ""; for (int i = 0; i < n; i++) { strcat(o, opts[i]); strcat(o, "\n"); } put(path, o, strlen(o)); }
-    if (getenv("NVRTC_STUB")) { int rc = stub(p, n, opts); pthread_mutex_unlock(&lock); return rc; } }
+    snprintf(path, sizeof path, "%s/options", rec); if (access(path, 0)) { char o[8192] = ""; for (int i = 0; i < n; i++) { strcat(o, opts[i]); strcat(o, "\n"); } put(path, o, strlen(o)); } }
+  if (cache && await(p, k, cache)) { pthread_mutex_unlock(&lock); return 0; }
   struct timespec a, b; clock_gettime(CLOCK_MONOTONIC, &a);
   REAL("nvrtcCreateProgram")(&p->real, p->src, p->name, p->nh, p->h, p->hn);
   for (int i = 0; i < p->ne; i++) REAL("nvrtcAddNameExpression")(p->real, p->exprs[i]);
@@ -80,6 +74,7 @@ int nvrtcCompileProgram(Prog *p, int n, const char *const *opts) {
     REAL("nvrtcGetCUBINSize")(p->real, &s); char *bin = malloc(s); REAL("nvrtcGetCUBIN")(p->real, bin);
     snprintf(path, sizeof path, "%s/%s.txt", cache, k); put(path, txt, strlen(txt));
     snprintf(path, sizeof path, "%s/%s.cubin", cache, k); put(path, bin, s); free(bin); free(txt); }
+  if (cache) { snprintf(path, sizeof path, "%s/%s.lock", cache, k); unlink(path); }
   pthread_mutex_unlock(&lock); return rc; }
 int nvrtcGetLoweredName(Prog *p, const char *e, const char **out) {
   if (!p->ours) return REAL("nvrtcGetLoweredName")(p->real, e, out);
