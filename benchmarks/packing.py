@@ -1,14 +1,19 @@
 """What packing gains: real tokens a second over short rows, packed and in padded batches.
 
 Rows of so many tokens on average, packed into rows of `--tokens`, against the same rows in padded
-batches: of one row, of four, and of as many as have as many tokens. Real tokens a second, padding
-not counted. Contenders take turns, and each turn is a batch of packed rows or as many padded
-batches as have its tokens. A subcommand of `speed.py`.
+batches: of one row, of four, and of as many as have as many tokens. All have the same budget.
+Real tokens a second, padding not counted. Contenders take turns, and each turn is a batch of packed
+rows or as many padded batches as have its tokens. Of each shape the first step, in which MLX
+compiles, is not counted; of packed rows the second, either. A subcommand of `speed.py`.
 """
 
 import argparse
+import math
 import time
+from collections import Counter
+from collections.abc import Hashable
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
@@ -58,23 +63,46 @@ class Rows:
         self._optimizer = optimizers.AdamW(1e-5)
         self._engine.adapters.start(self._optimizer)
         self._batches = iterate_batches(rows, **settings, loop=True, seed=0)
+        self._seen: Counter[Hashable] = Counter()
         self.padding = padding_share(rows, **settings, seed=0)
         self.words = f"{load.rows} x {load.tokens}: {choice.plan.summary(shape.blocks)}"
 
-    def turn(self, least: int) -> tuple[float, float, int]:
-        """Train on so many real tokens or more; gives them a second, their mean loss, the peak."""
-        done, spent, losses = 0, 0.0, []
+    def turn(self, least: int) -> "Turn":
+        """Train on so many real tokens or more."""
+        turn, held = Turn(), mx.get_active_memory()
         mx.reset_peak_memory()
-        while done < least:
+        while turn.all_tokens < least:
             batch = next(self._batches)
             start = time.perf_counter()
             loss, count = self._engine.backward(batch, self._engine.adapters.add)
             self._engine.adapters.update(self._optimizer, 1)
             mx.synchronize()
-            spent += time.perf_counter() - start
-            losses.append(loss.item())
-            done += count + len(batch.indices)  # the first token of a row is no label
-        return done / spent, float(np.mean(losses)), mx.get_peak_memory()
+            spent = time.perf_counter() - start
+            tokens = count + len(batch.indices)  # the first token of a row is no label
+            shape: Hashable = batch.inputs().shape
+            compiling = 1
+            if batch.starts is not None:  # attention's depends on the longest row
+                longest = int((np.arange(batch.starts.shape[1]) - batch.starts).max())
+                shape, compiling = (shape, longest.bit_length()), 2
+            self._seen[shape] += 1
+            turn.losses.append(loss.item())
+            turn.all_tokens += tokens
+            if self._seen[shape] > compiling:
+                turn.tokens += tokens
+                turn.seconds += spent
+        turn.peak = mx.get_peak_memory() - held
+        return turn
+
+
+@dataclass
+class Turn:
+    """Steps that count, and all; the losses of all, and the peak beside what is held."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    all_tokens: int = 0
+    losses: list[float] = field(default_factory=list)
+    peak: int = 0
 
 
 def compare_packing(args: argparse.Namespace) -> None:
@@ -102,25 +130,33 @@ def compare_packing(args: argparse.Namespace) -> None:
             )
             for name, size in sizes.items()
         }
-        found: dict[str, list[tuple[float, float, int]]] = {name: [] for name in sizes}
+        found: dict[str, list[Turn]] = {name: [] for name in sizes}
         begin, least = time.monotonic(), args.tokens * 9 // 10
         for number in range(args.steps + 1):
-            turns = {name: contender.turn(least) for name, contender in contenders.items()}
-            rates = ", ".join(f"{name} {turn[0]:.0f}" for name, turn in turns.items())
-            print(f"turn {number}, real tokens a second: {rates}", flush=True)
-            if number:  # the first one compiles and reads
-                for name, turn in turns.items():
-                    found[name].append(turn)
             if number and time.monotonic() - begin > args.seconds:
                 break
-    print("| batches of | padding | real tokens a second over packed | peak MB | mean loss |")
-    print("|---|---|---|---|---|")
+            for name, contender in contenders.items():
+                turn = contender.turn(least)
+                found[name].append(turn)
+                print(f"{name}: {turn.tokens} of {turn.all_tokens} in {turn.seconds:.3f} s")
+    rates = {name: rate(turns) for name, turns in found.items()}
+    print(
+        "| batches of | padding | real tokens a second over packed | counted | peak | mean loss |"
+    )
+    print("|---|---|---|---|---|---|")
     for name, turns in found.items():
-        ratios = [own[0] / packed[0] for own, packed in zip(turns, found["packed"], strict=True)]
+        counted, every = sum(t.tokens for t in turns), sum(t.all_tokens for t in turns)
+        losses = [loss for turn in turns for loss in turn.losses]
         print(
-            f"| {name} | {contenders[name].padding:.0%} | {np.median(ratios):.3f} "
-            f"({min(ratios):.3f} to {max(ratios):.3f}) | {max(t[2] for t in turns) / 1e6:.0f} | "
-            f"{np.mean([t[1] for t in turns]):.3f} |"
+            f"| {name} | {contenders[name].padding:.0%} | {rates[name] / rates['packed']:.3f} | "
+            f"{counted:,} of {every:,} | {max(t.peak for t in turns) / 1e6:.0f} MB | "
+            f"{np.mean(losses):.3f} |"
         )
     for name, contender in contenders.items():
-        print(f"{name}: {contender.words}")
+        print(f"{name}: {rates[name]:.0f} tokens a second; {contender.words}")
+
+
+def rate(turns: list[Turn]) -> float:
+    """Tokens a second of the steps that count."""
+    seconds = sum(turn.seconds for turn in turns)
+    return sum(turn.tokens for turn in turns) / seconds if seconds else math.nan

@@ -11,6 +11,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from architectures import build, config, quantizable
+from backends import exact_reference
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model, save_config, save_model
@@ -118,7 +119,7 @@ def randomize(model: nn.Module) -> None:
 
 def plain(folder: Path, num_layers: int = -1, dora: bool = False, **lora) -> nn.Module:
     """The same adapted model as mlx-lm builds it, all in memory."""
-    model, _ = load_model(folder)
+    model = exact_reference(load_model(folder)[0])
     model.freeze()
     count = len(model.layers) if num_layers == -1 else num_layers
     settings = {"rank": 4, "scale": 3.0, "dropout": 0.0} | lora

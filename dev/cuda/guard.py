@@ -1,7 +1,8 @@
-"""A pytest plugin (`-p guard`) for CUDA, where an error of a kernel ends a process's use of the GPU.
+"""A pytest plugin (`-p guard`) for a machine that is lent for minutes.
 
-Every test after it would fail. Its process ends instead, pytest-xdist blames the test and goes on
-with another process; the error is added to the file that $ENDED names.
+Failures are written when they happen, to the file that $FAILURES names: a run that is cut off has
+no summary. An error of a kernel of CUDA ends a process's use of the GPU, and every test after it
+would fail: the process ends instead, pytest-xdist blames the test and goes on with another one.
 """
 
 import os
@@ -11,6 +12,16 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+FAILURES = Path(os.environ["FAILURES"])
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Write a failure, in the process that collects them."""
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        text = f"==== {report.nodeid} [{report.when}]\n{report.longreprtext[-2500:]}\n"
+        with FAILURES.open("a") as file:
+            file.write(text)
+
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
@@ -19,7 +30,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     try:
         mx.eval(mx.zeros(8) + 1)
     except RuntimeError as error:
-        with Path(os.environ["ENDED"]).open("a") as file:
+        with FAILURES.with_suffix(".ended").open("a") as file:
             file.write(f"{item.nodeid}: {error}\n")
         os._exit(1)
     return result

@@ -13,9 +13,12 @@ for wheel in "$KIT"/wheels/*.whl; do python3 -m zipfile -e "$wheel" /tmp/site; d
 cat "$KIT"/kernels.* 2>/dev/null | tar xz -C /tmp/kernels 2>/dev/null
 wait
 ln -sfn "$(python3 -c 'import nvidia; print(list(nvidia.__path__)[0])')" /tmp/site/nvidia
+info=/tmp/site/mlx_edgelora-0.1.0.dist-info # as if the package were installed
+mkdir -p "$info"; printf 'Metadata-Version: 2.1\nName: mlx-edgelora\nVersion: 0.1.0\n' >"$info/METADATA"
+printf '[console_scripts]\nmlx-edgelora = mlx_edgelora.__main__:main\n' >"$info/entry_points.txt"
 touch /tmp/before
 export PYTHONPATH=$project:/tmp/site:$here PYTHONUNBUFFERED=1 XDG_CACHE_HOME=/tmp/cache OPENBLAS_NUM_THREADS=2
-export NVRTC_CACHE=/tmp/kernels NVRTC_RECORD=/tmp/sources NVRTC_LOG=/tmp/logs/compiled.log ENDED=/tmp/logs/ended.txt
+export NVRTC_CACHE=/tmp/kernels NVRTC_RECORD=/tmp/sources NVRTC_LOG=/tmp/logs/compiled.log FAILURES=/tmp/logs/failures.txt
 export LD_PRELOAD=$KIT/nvrtc_cache.so MLX_PTX_CACHE_DIR=/dev/null/none
 say "$(find /tmp/kernels -name '*.cubin' | wc -l) kernels"
 
@@ -35,7 +38,8 @@ save() {
     tar cz -C /tmp/logs --exclude='*.safetensors' . >"$OUT/logs.tgz"
 }
 model=(--cache /tmp/models --shape llama-3.2-3b)
-packing=(benchmarks/speed.py packing "${model[@]}" --blocks 28 --weights 4bit --tokens 1024)
+packing=(benchmarks/speed.py packing "${model[@]}" --blocks 28 --weights 4bit --tokens 1024
+    --budget 3.7)
 kinds=(benchmarks/speed.py kinds --cache /tmp/models --blocks 2 --tokens 512
     --shapes qwen3-moe-small deepseek-small qwen3.5-small)
 steps() { # name, tokens, others
@@ -55,13 +59,13 @@ if has tests; then
     timeout $((limit + 15)) python3 -m pytest -vv -n "${WORKERS:-14}" --dist worksteal -m 'not slow' --tb=short -W default -p guard \
         -p no:cacheprovider -p no:benchmark --session-timeout="$limit" --durations=20 ${TESTS:-tests} >/tmp/logs/tests.log 2>&1
     say "tests: $(tail -n 1 /tmp/logs/tests.log)"
-    grep -aE '^(FAILED|ERROR)' /tmp/logs/tests.log | cut -c1-220 >"$OUT/failed.txt"
+    grep -a '^====' /tmp/logs/failures.txt >"$OUT/failed.txt"
     save
 fi
 has warm && { wait "${processes[doctor-warm]}" "${processes[packing-warm]}" "${processes[kinds-warm]}"; say warm; }
 
 has doctor && start doctor -m mlx_edgelora.doctor --report "$OUT/doctor.json"
-has packing && start packing "${packing[@]}" --steps 12 --seconds 45
+has packing && start packing "${packing[@]}" --steps 20 --seconds 42
 has kinds && start kinds "${kinds[@]}" --rounds 5
 if has table; then
     for run in 1 2 3; do
@@ -73,7 +77,7 @@ if has long; then
     steps lm-4096 4096 --steps 4 --plain-mlx
     steps ours-4096 4096 --steps 4 --budgets plenty 3.7 1.9 1.0 0.5 min
 fi
-turn doctor 150; turn packing 80; turn kinds 60
+turn doctor 150; turn packing 66; turn kinds 60
 for run in 1 2 3; do turn "lm-$run" 60; turn "ours-$run" 100; done
 turn lm-4096 60; turn ours-4096 100
 cat /tmp/logs/*/[0-9]*.md

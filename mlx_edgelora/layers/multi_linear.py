@@ -80,7 +80,15 @@ def _unpacked(x: mx.array, weight: mx.array, *, transpose: bool) -> mx.array:
 def _fused(
     x: mx.array, weight: mx.array, scales: mx.array, *biases: mx.array, **settings: Any
 ) -> mx.array:
-    return mx.quantized_matmul(x, weight, scales, *biases, **settings)
+    if x.ndim == 3:
+        return mx.quantized_matmul(x, weight, scales, *biases, **settings)
+    # MLX 0.32.4 on CUDA takes matrices that are broadcast over a batch for a single matrix, and
+    # multiplies all heads by the first one, silently. So a batch is more tokens.
+    batch, heads, tokens, _ = x.shape
+    y = mx.quantized_matmul(
+        x.swapaxes(0, 1).reshape(heads, batch * tokens, -1), weight, scales, *biases, **settings
+    )
+    return y.reshape(-1, batch, tokens, y.shape[-1]).swapaxes(0, 1)
 
 
 @lru_cache(maxsize=64)

@@ -130,7 +130,11 @@ def test_in_every_way_in_which_blocks_are_computed(name, way, in_tiles, tmp_path
 
 @pytest.fixture
 def shapes_of_a_gpu(monkeypatch):
-    """Ranges are padded as on a GPU."""
+    """Attention by ranges, which are padded as on a GPU."""
+    cuda = SimpleNamespace(is_available=lambda: False)
+    monkeypatch.setattr(
+        "mlx_edgelora.blocks.packing.mx", SimpleNamespace(**vars(mx) | {"cuda": cuda})
+    )
     gpu = SimpleNamespace(**vars(mx) | {"default_device": lambda: mx.gpu})
     monkeypatch.setattr("mlx_edgelora.blocks.packed_attention.mx", gpu)
 

@@ -1,13 +1,14 @@
 """Products with a packed matrix for each head: those of MLX's own kernel, and less memory."""
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from architectures import relative_error
-from backends import frees_at_once
+from backends import exact_reference, frees_at_once
 from mlx_lm.models.mla import MultiLinear
 
 from mlx_edgelora.layers import multi_linear
-from mlx_edgelora.layers.multi_linear import DequantizedMultiLinear
+from mlx_edgelora.layers.multi_linear import DequantizedMultiLinear, HeadsMultiLinear
 
 HEADS, TOKENS = 5, 7
 PACKINGS = {
@@ -15,6 +16,12 @@ PACKINGS = {
     "eight": {"group_size": 64, "bits": 8},
     "mxfp4": {"group_size": 32, "bits": 4, "mode": "mxfp4"},
 }
+
+
+class Holder(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
 
 
 def layer(inputs, outputs, heads=HEADS, packing="affine"):
@@ -36,15 +43,16 @@ def test_values_and_gradients_are_those_of_mlx(packing, transpose, heads, batch,
     x = mx.random.normal((*batch, heads, TOKENS, inputs), key=mx.random.key(3))
     cotangent = mx.random.normal((*batch, HEADS, TOKENS, outputs), key=mx.random.key(4))
 
-    def both():
+    def both(made=made):
         (y,), (dx,) = mx.vjp(lambda x: made(x, transpose=transpose), [x], [cotangent])
         return y, dx
 
-    expected = both()
-    object.__setattr__(made, "__class__", DequantizedMultiLinear)
-    for got, wanted in zip(both(), expected, strict=True):
-        assert got.shape == wanted.shape
-        assert relative_error(got, wanted) < 1e-5
+    expected = both(exact_reference(Holder(made)).layer)
+    for kind in (DequantizedMultiLinear, HeadsMultiLinear):
+        object.__setattr__(made, "__class__", kind)
+        for got, wanted in zip(both(), expected, strict=True):
+            assert got.shape == wanted.shape
+            assert relative_error(got, wanted) < 1e-5
 
 
 @frees_at_once
