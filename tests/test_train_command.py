@@ -566,7 +566,7 @@ def command(arguments, tmp_path):
         begun.append(
             subprocess.Popen(
                 [sys.executable, "-m", "mlx_edgelora.train", *arguments(**changes)],
-                env=os.environ | {"PYTHONPATH": str(ROOT)},
+                env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
                 cwd=tmp_path / "here",
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

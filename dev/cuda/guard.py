@@ -23,6 +23,15 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
             file.write(text)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the tests that are named in the file that $ONLY names, if any."""
+    if file := os.environ.get("ONLY"):
+        names = set(Path(file).read_text().splitlines())
+        others = [item for item in items if item.nodeid not in names]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item.nodeid in names]
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Look whether the GPU still answers after each test."""

@@ -54,6 +54,9 @@ if has warm; then
     for name in doctor packing kinds; do echo 200 >"/tmp/go-$name-warm"; done
 fi
 if has tests; then
+    for script in "$KIT"/extra-*.py; do # probes of one's own, beside the tests
+        [ -f "$script" ] && timeout 150 python3 "$script" >"/tmp/logs/$(basename "$script").log" 2>&1 &
+    done
     limit=$(($(left) - 30)); [ "$limit" -lt "${TEST_SECONDS:-200}" ] || limit=${TEST_SECONDS:-200}
     # shellcheck disable=SC2086
     timeout $((limit + 15)) python3 -m pytest -vv -n "${WORKERS:-14}" --dist worksteal -m 'not slow' --tb=short -W default -p guard \
@@ -75,11 +78,11 @@ if has table; then
 fi
 if has long; then
     steps lm-4096 4096 --steps 4 --plain-mlx
-    steps ours-4096 4096 --steps 4 --budgets plenty 3.7 1.9 1.0 0.5 min
+    steps ours-4096 4096 --steps 4 --budgets 1.0 0.5 1.9 3.7 plenty min
 fi
 turn doctor 150; turn packing 66; turn kinds 60
-for run in 1 2 3; do turn "lm-$run" 60; turn "ours-$run" 100; done
-turn lm-4096 60; turn ours-4096 100
+turn lm-1 60; turn ours-1 100; turn lm-4096 60; turn ours-4096 100
+for run in 2 3; do turn "ours-$run" 100; turn "lm-$run" 60; done
 cat /tmp/logs/*/[0-9]*.md
 say "$(wc -l </tmp/logs/compiled.log) kernels were compiled"
 save

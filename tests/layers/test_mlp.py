@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from architectures import relative_error
+from backends import frees_at_once
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -145,6 +146,7 @@ def test_bfloat16_is_as_near_as_layer_by_layer():
         assert relative_error(other, true) < 1.5 * relative_error(one, true) + 1e-3
 
 
+@frees_at_once
 def test_holds_slices_only(memory):
     tokens, width, features = 256, 256, 4096
     shapes = [(features, width), (features, width), (width, features)]

@@ -357,6 +357,7 @@ def large(memory):
     return peak
 
 
+@frees_at_once
 @pytest.mark.parametrize("corrected", [False, True], ids=["plain", "tail"])
 def test_peak_keeps_to_the_budget(large, corrected):
     def settled(loss, *arguments):

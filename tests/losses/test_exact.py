@@ -348,6 +348,7 @@ def test_the_obvious_loss_holds_all_logits(large):
     assert large(plain) > 32 * MIB
 
 
+@frees_at_once
 @pytest.mark.parametrize("budget", [MIB // 2, 2 * MIB])
 def test_peak_keeps_to_the_budget(large, budget):
     def exact(hidden, weight, labels):

@@ -181,6 +181,7 @@ def test_nothing_of_tokens_x_vocabulary_exists(memory, k, budget):
     assert above(whole) > 16 * MIB
 
 
+@frees_at_once
 def test_the_sum_reads_by_tiles(memory):
     weight = mx.random.normal((32_768, 64)).astype(mx.float16)
     mx.eval(weight)  # 4 MiB

@@ -6,6 +6,7 @@ import threading
 import mlx.core as mx
 import numpy as np
 import pytest
+from backends import frees_at_once
 
 from mlx_edgelora.measure import meter
 from mlx_edgelora.measure.meter import DiskMeter, footprint, peak_memory, recent_peak, reset_peak
@@ -53,6 +54,7 @@ def test_peak_memory_starts_anew_after_reset():
     assert peak_memory() < 4 << 20
 
 
+@frees_at_once
 def test_the_recent_peak_begins_anew_and_the_whole_one_goes_on():
     reset_peak()
     mx.eval(mx.zeros((1 << 20,)))

@@ -4,6 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optimizers
 import pytest
+from backends import frees_at_once
 from mlx.utils import tree_flatten, tree_map
 from training_helpers import make_model
 
@@ -243,6 +244,7 @@ def peak_of_update(start):
     return (mx.get_peak_memory() - before) / (4 * size * size)
 
 
+@frees_at_once
 def test_update_peaks_at_a_few_arrays_whatever_the_depth():
     def by_blocks(model, optimizer):
         trained = ResidentAdapterState(model)
