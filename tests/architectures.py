@@ -4,6 +4,7 @@ import importlib
 
 import mlx.core as mx
 import mlx.nn as nn
+from backends import exact_reference
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
@@ -191,6 +192,7 @@ def add_lora(model: nn.Module, num_layers: int = -1, keys=None, dropout: float =
         settings["keys"] = keys
     count = len(model.layers) if num_layers == -1 else num_layers
     linear_to_lora_layers(model, count, settings)
+    exact_reference(model)
     mx.random.seed(7)
     trained = tree_flatten(model.trainable_parameters())
     model.load_weights(

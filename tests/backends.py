@@ -7,6 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
+from mlx_lm.tuner.lora import LoRASwitchLinear
 
 frees_at_once = pytest.mark.skipif(
     mx.default_device() == mx.gpu,
@@ -25,15 +26,35 @@ def skipped_without_a_kernel() -> Iterator[None]:
         raise
 
 
-def exact_reference(model: nn.Module) -> nn.Module:
-    """The model, without a product that MLX 0.32.4 gets wrong with CUDA.
+class Holder(nn.Module):
+    """A model of one layer."""
 
-    It takes a matrix for each head that is broadcast over a batch for a single matrix.
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+
+class PickedLinear(LoRASwitchLinear):
+    """mlx-lm's layer without `gather_mm`, for few tokens."""
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        y = self.linear(x, indices, sorted_indices=sorted_indices)
+        z = self.dropout(x) @ self.lora_a[indices].swapaxes(-1, -2)
+        return y + (self.scale * (z @ self.lora_b[indices].swapaxes(-1, -2))).astype(x.dtype)
+
+
+def exact_reference(model: nn.Module) -> nn.Module:
+    """The model, without what MLX 0.32.4 has no kernel for on CUDA.
+
+    These are products with a packed matrix for each head, broadcast over a batch, and the float32
+    gradient of `gather_mm` where few tokens are not sorted.
     """
     if not mx.cuda.is_available():
         return model
 
-    def unpack(_: str, module: nn.Module) -> None:
+    def replace(_: str, module: nn.Module) -> None:
+        if type(module) is LoRASwitchLinear:
+            module.__class__ = PickedLinear
         for name, child in module.children().items():
             if isinstance(child, QuantizedMultiLinear):
                 matrices = mx.dequantize(
@@ -49,5 +70,5 @@ def exact_reference(model: nn.Module) -> nn.Module:
                 module[name].weight = matrices
                 module[name].freeze()
 
-    model.apply_to_modules(unpack)
+    model.apply_to_modules(replace)
     return model

@@ -119,11 +119,12 @@ def randomize(model: nn.Module) -> None:
 
 def plain(folder: Path, num_layers: int = -1, dora: bool = False, **lora) -> nn.Module:
     """The same adapted model as mlx-lm builds it, all in memory."""
-    model = exact_reference(load_model(folder)[0])
+    model, _ = load_model(folder)
     model.freeze()
     count = len(model.layers) if num_layers == -1 else num_layers
     settings = {"rank": 4, "scale": 3.0, "dropout": 0.0} | lora
     linear_to_lora_layers(model, count, settings, use_dora=dora)
+    exact_reference(model)
     randomize(model)
     return model.train()
 

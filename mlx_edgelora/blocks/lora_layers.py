@@ -57,13 +57,19 @@ class LoRASwitchLinear(MlxLoRASwitchLinear):
         # MLX's gather_mm supports only float32 on a CPU.
         dtype = x.dtype if mx.default_device() == mx.gpu else mx.float32
         for factor in (_whole_ranks(self.lora_a, 1), self.scale * _whole_ranks(self.lora_b, 2)):
-            z = mx.gather_mm(
-                z,
-                factor.astype(dtype).swapaxes(-1, -2),
-                rhs_indices=indices,
-                sorted_indices=sorted_indices,
-            )
+            z = _multiply(z, factor.astype(dtype), indices, sorted_indices)
         return y + z.astype(y.dtype)
+
+
+def _multiply(x: mx.array, factor: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
+    """Map [..., 1, in] by the matrices [out, in] of `factor` that `indices` name."""
+    if mx.cuda.is_available() and factor.dtype == mx.float32 and not sorted_indices:
+        # MLX 0.32.4 cannot start the kernel of this gradient with more than 64 outputs. Few tokens
+        # are not sorted.
+        return x @ factor[indices].swapaxes(-1, -2)
+    return mx.gather_mm(
+        x, factor.swapaxes(-1, -2), rhs_indices=indices, sorted_indices=sorted_indices
+    )
 
 
 def _whole_ranks(factor: mx.array, axis: int) -> mx.array:

@@ -187,7 +187,11 @@ def _restarting(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
         # Every token as a row, because each row has an offset of its own.
         by_token = x.swapaxes(1, 2)
         single = by_token.reshape(-1, x.shape[1], 1, x.shape[3])
-        turned = original(single, dims, offset=positions.reshape(-1), **options)
+        # MLX 0.32.4 asks CUDA for 1,024 threads at once, which has 64 for the rows: entries and
+        # tokens of a row must take 16.
+        copies = max(1, 32 // dims) if mx.cuda.is_available() else 1
+        several = mx.repeat(single, copies, axis=2) if copies > 1 else single
+        turned = original(several, dims, offset=positions.reshape(-1), **options)[:, :, :1]
         return turned.reshape(by_token.shape).swapaxes(1, 2)
 
     return rope

@@ -82,8 +82,8 @@ def _fused(
 ) -> mx.array:
     if x.ndim == 3:
         return mx.quantized_matmul(x, weight, scales, *biases, **settings)
-    # MLX 0.32.4 on CUDA takes matrices that are broadcast over a batch for a single matrix, and
-    # multiplies all heads by the first one, silently. So a batch is more tokens.
+    # MLX 0.32.4 has no kernel for matrices that are broadcast over a batch on CUDA (other versions
+    # take them for a single one). So a batch is more tokens.
     batch, heads, tokens, _ = x.shape
     y = mx.quantized_matmul(
         x.swapaxes(0, 1).reshape(heads, batch * tokens, -1), weight, scales, *biases, **settings

@@ -7,6 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from architectures import CONFIGS, add_lora, build, quantizable
+from backends import exact_reference
 from mlx.utils import tree_flatten
 from part_helpers import assert_rows_equal_whole, assert_tiles_equal_whole
 
@@ -64,6 +65,7 @@ def test_choice(name, changes, reason, quantized):
     model = build(name, **changes)
     if quantized:
         nn.quantize(model, **quantizable())
+        exact_reference(model)
     made = choice(model)
     assert made.by_rows == (reason is None), made
     assert (made.recurrence is not None) == (reason == "recurrent")

@@ -78,9 +78,10 @@ def test_gradients_equal_plain_mlx(case, segment, monkeypatch):
     monkeypatch.setattr(gated_delta, "CHUNK", (7, 5))
     with closing(engine(folder, **SEGMENTS[segment])) as ours:
         ours.walk.tile_choice(0, 23)  # trials of single blocks are made outside of a pass
-        monkeypatch.setattr(mlx_lm_gated_delta, "_gated_delta_step_ops", None)  # not called
-        (loss, _), got = ours.value_and_grad(batch)
-        alone, _ = ours.loss(batch)
+        with monkeypatch.context() as patch:
+            patch.setattr(mlx_lm_gated_delta, "_gated_delta_step_ops", None)  # not called
+            (loss, _), got = ours.value_and_grad(batch)
+            alone, _ = ours.loss(batch)
     assert loss.item() == pytest.approx(expected_loss, rel=1e-5)
     assert alone.item() == pytest.approx(expected_loss, rel=1e-5)
     assert_same_gradients(got, expected, resolution=moves)

@@ -7,6 +7,7 @@ from contextlib import closing
 
 import mlx.core as mx
 import pytest
+from backends import frees_at_once
 from mlx_lm import load, stream_generate
 from mlx_lm.generate import batch_generate
 from tiny import make_adapter, make_model, words, write_rows
@@ -121,6 +122,7 @@ def test_the_peak_while_answers_end_is_the_plans(tmp_path):
     assert mx.get_peak_memory() - before < plan.peak
 
 
+@frees_at_once
 def test_the_peak_is_the_plans(tmp_path):
     model = make_model(
         tmp_path / "model", "llama", quantized=False, num_hidden_layers=12, hidden_size=256

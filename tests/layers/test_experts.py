@@ -3,6 +3,7 @@
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from backends import frees_at_once
 from mlx_lm.models.activations import SwigluOAI
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
@@ -196,6 +197,7 @@ def test_memory_is_that_of_a_group():
     assert max(peaks) < 8, peaks  # 32 experts; two groups may overlap
 
 
+@frees_at_once
 def test_memory_is_bounded_where_all_tokens_pick_the_same_expert():
     tokens, width, inner = 2048, 32, 512
     weights = {"up": mx.ones((1, inner, width)), "down": mx.ones((1, width, inner))}

@@ -7,7 +7,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from architectures import relative_error
-from backends import frees_at_once
+from backends import Holder, exact_reference, frees_at_once
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
@@ -228,8 +228,8 @@ def test_bfloat16_activations_get_no_float32_copies(memory):
 def test_experts_have_ranks_that_cuda_can_read(monkeypatch):
     base = SwitchLinear(64, 32, num_experts=3).to_quantized(32, 4)
     layer, x = adapted(base, MlxLoRASwitchLinear), normal((6, 1, 64))
-    indices = mx.array([0, 2, 2, 1, 0, 0])
-    expected = gradients_of(layer, x, indices)
+    indices = mx.array([0, 0, 0, 1, 2, 2])
+    expected = gradients_of(layer, x, indices, True)
     layer.__class__ = LoRASwitchLinear
     asked, gather_mm = [], mx.gather_mm
 
@@ -239,9 +239,23 @@ def test_experts_have_ranks_that_cuda_can_read(monkeypatch):
 
     monkeypatch.setattr(mx, "gather_mm", recording)
     monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
-    for ours, theirs in zip(gradients_of(layer, x, indices), expected, strict=True):
+    for ours, theirs in zip(gradients_of(layer, x, indices, True), expected, strict=True):
         assert relative_error(ours, theirs) < 1e-5
     assert asked == [(64, 8), (8, 32)]
+
+
+def test_experts_of_few_tokens_have_a_gradient_with_cuda(monkeypatch):
+    base = SwitchLinear(64, 96, num_experts=3).to_quantized(32, 4)
+    layer = adapted(base, MlxLoRASwitchLinear)
+    # As in mlx-lm's layers: one token for the experts that it picks.
+    x, indices = normal((2, 5, 1, 1, 64)), mx.random.randint(0, 3, (2, 5, 2))
+    assert indices.size < 64 and len(set(indices.flatten().tolist())) == 3
+    expected = gradients_of(exact_reference(Holder(layer)).layer, x, indices)
+    layer.__class__ = LoRASwitchLinear
+    monkeypatch.setattr(mx, "gather_mm", None)  # its gradient cannot be started there
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    for ours, theirs in zip(gradients_of(layer, x, indices), expected, strict=True):
+        assert relative_error(ours, theirs) < 1e-5
 
 
 def test_packed_bfloat16_experts_can_be_adapted():

@@ -1,10 +1,9 @@
 """Products with a packed matrix for each head: those of MLX's own kernel, and less memory."""
 
 import mlx.core as mx
-import mlx.nn as nn
 import pytest
 from architectures import relative_error
-from backends import exact_reference, frees_at_once
+from backends import Holder, exact_reference, frees_at_once
 from mlx_lm.models.mla import MultiLinear
 
 from mlx_edgelora.layers import multi_linear
@@ -16,12 +15,6 @@ PACKINGS = {
     "eight": {"group_size": 64, "bits": 8},
     "mxfp4": {"group_size": 32, "bits": 4, "mode": "mxfp4"},
 }
-
-
-class Holder(nn.Module):
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
 
 
 def layer(inputs, outputs, heads=HEADS, packing="affine"):
