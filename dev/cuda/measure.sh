@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The open figures of CUDA, on a machine that is bare; README.md says what it needs beside it.
-#   KIT=folder OUT=folder SECONDS_IN_ALL=420 dev/cuda/measure.sh [warm] [tests] [doctor] [packing] [kinds] [table] [long]
+#   KIT=folder OUT=folder SECONDS_IN_ALL=420 dev/cuda/measure.sh [doctor] [packing] [kinds] [table] [long] [tests]
 set -u
 here=$(cd "$(dirname "$0")" && pwd); project=$(dirname "$(dirname "$here")"); cd "$project" || exit 2
-wanted=" ${*:-warm tests doctor packing kinds table long} "; until=${SECONDS_IN_ALL:-420}
+wanted=" ${*:-doctor packing kinds table long tests} "; until=${SECONDS_IN_ALL:-420}
 say() { echo "[${SECONDS}s] $*"; }
 left() { echo $((until - SECONDS)); }
 has() { [[ $wanted == *" $1 "* ]]; }
@@ -31,42 +31,23 @@ turn() { # name, seconds
     local seconds=$(($(left) - 12)); [ "$seconds" -lt "$2" ] || seconds=$2
     if [ "$seconds" -lt 8 ]; then kill "${processes[$1]}"; say "$1: no time left"; return 0; fi
     echo "$seconds" >"/tmp/go-$1"; wait "${processes[$1]}"; say "$1: status $?"; tail -n 14 "/tmp/logs/$1.log"
+    save_logs
 }
-save() {
+save_logs() { tar cz -C /tmp/logs --exclude='*.safetensors' . >"$OUT/logs.tgz"; }
+save_kernels() { # what was compiled here, and the sources of all; takes 20 s where it is much
     (cd /tmp/kernels && find . -newer /tmp/before -name '*.[ct]*' | tar cz -T - | split -b 15m - "$OUT/kernels.")
     tar cz -C /tmp/sources . >"$OUT/sources.tgz"
-    tar cz -C /tmp/logs --exclude='*.safetensors' . >"$OUT/logs.tgz"
 }
 model=(--cache /tmp/models --shape llama-3.2-3b)
 packing=(benchmarks/speed.py packing "${model[@]}" --blocks 28 --weights 4bit --tokens 1024
     --budget 3.7)
 kinds=(benchmarks/speed.py kinds --cache /tmp/models --blocks 2 --tokens 512
-    --shapes qwen3-moe-small deepseek-small qwen3.5-small)
+    --shapes qwen3-moe-small deepseek-small)
 steps() { # name, tokens, others
     start "$1" benchmarks/speed.py steps "${model[@]}" --tokens "$2" --seconds 15 --output "/tmp/logs/$1" "${@:3}"
 }
 
-# What is measured below compiles its kernels beside the tests, which compile theirs.
-if has warm; then
-    start doctor-warm -m mlx_edgelora.doctor --report /tmp/logs/doctor-warm.json
-    start packing-warm "${packing[@]}" --steps 1
-    start kinds-warm "${kinds[@]}" --rounds 1
-    for name in doctor packing kinds; do echo 200 >"/tmp/go-$name-warm"; done
-fi
-if has tests; then
-    for script in "$KIT"/extra-*.py; do # probes of one's own, beside the tests
-        [ -f "$script" ] && timeout 150 python3 "$script" >"/tmp/logs/$(basename "$script").log" 2>&1 &
-    done
-    limit=$(($(left) - 30)); [ "$limit" -lt "${TEST_SECONDS:-200}" ] || limit=${TEST_SECONDS:-200}
-    # shellcheck disable=SC2086
-    timeout $((limit + 15)) python3 -m pytest -vv -n "${WORKERS:-14}" --dist worksteal -m 'not slow' --tb=short -W default -p guard \
-        -p no:cacheprovider -p no:benchmark --session-timeout="$limit" --durations=20 ${TESTS:-tests} >/tmp/logs/tests.log 2>&1
-    say "tests: $(tail -n 1 /tmp/logs/tests.log)"
-    grep -a '^====' /tmp/logs/failures.txt >"$OUT/failed.txt"
-    save
-fi
-has warm && { wait "${processes[doctor-warm]}" "${processes[packing-warm]}" "${processes[kinds-warm]}"; say warm; }
-
+# Times first: nothing else may compute meanwhile.
 has doctor && start doctor -m mlx_edgelora.doctor --report "$OUT/doctor.json"
 has packing && start packing "${packing[@]}" --steps 20 --seconds 42
 has kinds && start kinds "${kinds[@]}" --rounds 5
@@ -80,10 +61,23 @@ if has long; then
     steps lm-4096 4096 --steps 4 --plain-mlx
     steps ours-4096 4096 --steps 4 --budgets 1.0 0.5 1.9 3.7 plenty min
 fi
-turn doctor 150; turn packing 66; turn kinds 60
-turn lm-1 60; turn ours-1 100; turn lm-4096 60; turn ours-4096 100
-for run in 2 3; do turn "ours-$run" 100; turn "lm-$run" 60; done
+for name in doctor packing kinds lm-1 ours-1 lm-4096 ours-4096 lm-2 ours-2 lm-3 ours-3; do turn "$name" 100; done
 cat /tmp/logs/*/[0-9]*.md
+
+if has tests; then
+    for script in "$KIT"/extra-*.py; do # probes of one's own, beside the tests
+        [ -f "$script" ] && timeout 150 python3 "$script" >"/tmp/logs/$(basename "$script").log" 2>&1 &
+    done
+    limit=$(($(left) - 30)); [ "$limit" -lt "${TEST_SECONDS:-200}" ] || limit=${TEST_SECONDS:-200}
+    # In a session of its own: processes of pytest outlive one that is ended.
+    # shellcheck disable=SC2086
+    setsid timeout "$limit" python3 -m pytest -vv -n "${WORKERS:-14}" --dist worksteal -m 'not slow' --tb=short \
+        -W default -p guard -p no:cacheprovider -p no:benchmark --durations=20 ${TESTS:-tests} >/tmp/logs/tests.log 2>&1 &
+    session=$!; wait $session; pkill -KILL -s $session
+    say "tests: $(tail -n 1 /tmp/logs/tests.log)"
+    grep -a '^====' /tmp/logs/failures.txt >"$OUT/failed.txt"
+fi
+save_logs
 say "$(wc -l </tmp/logs/compiled.log) kernels were compiled"
-save
+save_kernels
 say end
