@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from architectures import CONFIGS, EACH_KIND, add_lora, build, quantizable
+from backends import frees_at_once
 from harness import (
     assert_same_gradients,
     engine,
@@ -164,6 +165,24 @@ def test_the_gradient_of_wanted_rows_waits_in_the_store():
     assert wanted.cotangent(stored, 0) is not None
     none = WantedRows(mx.array(rows[:1]), spans)
     assert none.cotangent(none.by_tiles(Hidden(whole[:, :1]), Slots(RamStore(), 0, 0)), 1) is None
+
+
+@frees_at_once
+def test_waiting_rows_are_not_in_memory(memory, spill):
+    tokens, width = 2048, 256
+    spans = [TokenSpan(start, start + 128) for start in range(0, tokens, 128)]
+    whole = mx.random.normal((1, tokens // 2, width))
+    mx.eval(whole)
+    size, before = whole.nbytes, mx.get_active_memory()
+    dy = Hidden(whole)
+    del whole
+    wanted = WantedRows(mx.arange(0, tokens, 2), spans)
+    stored = wanted.by_tiles(dy, Slots(spill, 0, 0))
+    assert mx.get_active_memory() < before - 0.9 * size
+    mx.reset_peak_memory()
+    for number in range(len(spans)):
+        mx.eval(wanted.cotangent(stored, number) + 0)
+    assert mx.get_peak_memory() < before - 0.5 * size  # a few tiles of 16
 
 
 def test_the_wanted_rows_of_the_last_block_wait_in_the_store_as_well():
