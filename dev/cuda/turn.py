@@ -5,7 +5,7 @@
 
 Importing MLX's CUDA build takes 15 s on a fresh machine, so all processes are started at once and
 compute one after the other. The file says how many seconds this one has; where it was is printed
-if they do not suffice.
+if they do not suffice. Each line of its output begins with the seconds since its turn.
 """
 
 import faulthandler
@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any, TextIO
 
 name, sys.argv = sys.argv[1], sys.argv[2:]
 
@@ -33,6 +34,28 @@ while not (go.exists() and go.read_text()):
     time.sleep(0.05)
     if time.monotonic() > until:
         sys.exit(f"{name}: was not told to go")
+
+
+class Timed:
+    """A text stream whose lines begin with the seconds since this was made."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._began, self._at_start = stream, time.monotonic(), True
+
+    def write(self, text: str) -> int:
+        """See `TextIO`."""
+        for line in text.splitlines(keepends=True):
+            if self._at_start:
+                self._stream.write(f"{time.monotonic() - self._began:6.2f}  ")
+            self._stream.write(line)
+            self._at_start = line.endswith("\n")
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+sys.stdout = Timed(sys.stdout)
 seconds = int(go.read_text())
 faulthandler.dump_traceback_later(seconds - 1)
 signal.alarm(seconds)
