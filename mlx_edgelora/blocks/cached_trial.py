@@ -8,7 +8,7 @@ import mlx.core as mx
 from mlx_edgelora.blocks.cached_parts import CachedParts
 from mlx_edgelora.blocks.parts import TokenSpan
 from mlx_edgelora.blocks.tracing import depends_on_values
-from mlx_edgelora.blocks.visits import VisitedCall, handle_visits
+from mlx_edgelora.blocks.visits import VISITS, VisitedCall
 
 
 class Appended(NamedTuple):
@@ -55,7 +55,7 @@ def try_caches(
     first, count = spans[0], len(held)
 
     def placed(offset: mx.array) -> list[mx.array]:
-        with handle_visits(_nothing):  # a visit must not be traced
+        with VISITS.handled_by(_nothing):  # a visit must not be traced
             return parts.placed(x[:, : first.stop], first, offset, count)
 
     if depends_on_values(placed, [mx.array(first.stop)]):

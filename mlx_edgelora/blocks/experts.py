@@ -7,8 +7,7 @@ at once. Then this code, whatever its activation, is the function of one expert.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
+from mlx_edgelora.blocks.apart import PartCalls
 from mlx_edgelora.blocks.block_list import BlockList
 from mlx_edgelora.blocks.checks import MODEL_ERRORS
 from mlx_edgelora.blocks.lora_layers import LoRASwitchLinear
@@ -73,7 +73,9 @@ class _ByExperts:
         place.picks[:] = [k]
         flat, picked = x.reshape(-1, x.shape[-1]), mx.stop_gradient(indices.reshape(-1, k))
         call = ExpertCall(flat, picked, adapters, settings, self._width(flat, held | adapters))
-        y = _handler[-1](call) if _handler else compute_experts(*call[:4])
+        y = EXPERTS.handle(call)
+        if y is None:
+            y = compute_experts(*call[:4])
         return y.reshape(*indices.shape, -1)
 
     def _width(self, x: mx.array, arrays: Arrays) -> int:
@@ -100,17 +102,8 @@ class ExpertCall(NamedTuple):
     width: int
 
 
-_handler: list[Callable[[ExpertCall], mx.array]] = []
-
-
-@contextmanager
-def handle_experts(handler: Callable[[ExpertCall], mx.array]) -> Iterator[None]:
-    """Let `handler` return what layers of experts return, [n, k, out], for calls by groups."""
-    _handler.append(handler)
-    try:
-        yield
-    finally:
-        _handler.pop()
+# Of layers that are computed by groups; they return [n, k, out].
+EXPERTS = PartCalls[ExpertCall]("experts")
 
 
 def any_experts(call: ExpertCall) -> mx.array:

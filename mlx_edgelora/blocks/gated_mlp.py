@@ -23,7 +23,7 @@ from mlx_edgelora.blocks.experts import are_experts
 from mlx_edgelora.blocks.lora_layers import DoRALinear, LoRALinear
 from mlx_edgelora.blocks.stand_in import stand_in
 from mlx_edgelora.blocks.trained import trains_weights
-from mlx_edgelora.blocks.visits import Place, handled
+from mlx_edgelora.blocks.visits import VISITS, Place
 from mlx_edgelora.layers.linear import DequantizedLinear
 from mlx_edgelora.layers.mlp import TILE_BYTES, Activation, Packing, Projection, gated_mlp
 from mlx_edgelora.layers.mlp_rows import RowMlp, compute_by_rows, visit_backward, visit_forward
@@ -64,7 +64,7 @@ class _Sliced:
         """Map [..., d] to [..., d] in slices, or at once if an adapter has dropout."""
         if self.is_visited:
             call = MlpCall(x.reshape(-1, x.shape[-1]), self.adapters(), _read_by_rows(self))
-            y = handled(call)
+            y = VISITS.handle(call)
             y = compute_by_rows(*call) if y is None else y
             return y.reshape(*x.shape[:-1], -1)
         layers = [self[name] for name in (*self._form.inputs, self._form.down)]

@@ -19,7 +19,7 @@ from mlx_edgelora.blocks.cached_parts import CachedParts
 from mlx_edgelora.blocks.cached_trial import try_caches
 from mlx_edgelora.blocks.checks import MODEL_ERRORS
 from mlx_edgelora.blocks.dropout import without_dropout
-from mlx_edgelora.blocks.experts import any_experts, handle_experts
+from mlx_edgelora.blocks.experts import EXPERTS, any_experts
 from mlx_edgelora.blocks.masks import band_of, simplest_mask
 from mlx_edgelora.blocks.outputs import links_of
 from mlx_edgelora.blocks.packing import rows_packed
@@ -112,7 +112,7 @@ class Tiling:
             self._keys[index] = signature(block) + call_signature(args, kwargs) + read
         key = self._keys[index]
         if key not in self._found:
-            with rows_packed(None), reading_once(self._weights), handle_experts(any_experts):
+            with rows_packed(None), reading_once(self._weights), EXPERTS.handled_by(any_experts):
                 found = self._trial(index)
                 if not found.possible:
                     found = self._by_caches(index) or found

@@ -6,13 +6,14 @@ computes with it and drops it, so it is evaluated at once and must not be traced
 once (`engine/expert_gradients.py`); a block that has them has no such part.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
+
+from mlx_edgelora.blocks.apart import PartCalls
 
 Arrays = dict[str, mx.array]
 
@@ -68,22 +69,7 @@ class VisitedCall(Protocol):
         """
 
 
-_handler: list[Callable[[VisitedCall], mx.array]] = []
-
-
-@contextmanager
-def handle_visits(handler: Callable[[VisitedCall], mx.array]) -> Iterator[None]:
-    """Let `handler` return what parts that are visited return; undone on exit."""
-    _handler.append(handler)
-    try:
-        yield
-    finally:
-        _handler.pop()
-
-
-def handled(call: VisitedCall) -> mx.array | None:
-    """What the current handler returns for a call; None if there is no handler."""
-    return _handler[-1](call) if _handler else None
+VISITS = PartCalls[VisitedCall]("MLP")
 
 
 def has_visits(block: nn.Module) -> bool:

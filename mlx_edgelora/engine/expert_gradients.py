@@ -17,12 +17,12 @@ n tokens of which each picks k experts: n (k + 3) rows of the width of the block
 """
 
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_edgelora.blocks.experts import ExpertCall, handle_experts
+from mlx_edgelora.blocks.experts import EXPERTS, ExpertCall
 from mlx_edgelora.blocks.tracing import gradient_hook
 from mlx_edgelora.engine.hidden import Slots
 from mlx_edgelora.engine.rows import HeldRows, StoredRows
@@ -32,13 +32,6 @@ Function = Callable[..., list[mx.array]]
 Arrays = list[mx.array]
 # Exponents of ten of the values with which a block is tried: some are beyond any bend.
 MAGNITUDES = (-2, 3)
-
-
-class _ExpertsReached(Exception):
-    """Ends a block's call at its experts, and carries the call."""
-
-    def __init__(self, call: ExpertCall) -> None:
-        self.call = call
 
 
 class ExpertTiles:
@@ -69,7 +62,7 @@ class ExpertTiles:
 
     def begin(self, tile: int, function: Callable[[], object]) -> bool:
         """Begin the forward of a tile; whether `function`, a part of the block, calls experts."""
-        call = _call_of(function)
+        call = EXPERTS.first(function)
         if call is not None:
             self._append(tile, call)
         return call is not None
@@ -100,7 +93,7 @@ class ExpertTiles:
             primals: its inputs.
             cotangents: gradients of its outputs.
         """
-        call = _call_of(lambda: function(*primals))
+        call = EXPERTS.first(lambda: function(*primals))
         if call is None:
             return False
         if self._key not in self._affine:
@@ -253,7 +246,7 @@ def vjp_by_experts(
 
 def reads_experts(function: Callable[[], Arrays]) -> bool:
     """Whether what a part of a block gives depends on its experts; nothing is computed."""
-    if (call := _call_of(function)) is None:
+    if (call := EXPERTS.first(function)) is None:
         return False
     reached: list[bool] = []
     watch = gradient_hook(lambda: reached.append(True))
@@ -264,20 +257,6 @@ def reads_experts(function: Callable[[], Arrays]) -> bool:
 
     mx.vjp(given, [_zeros(call)], [mx.zeros_like(array) for array in given(_zeros(call))])
     return bool(reached)
-
-
-def _call_of(function: Callable[[], object]) -> ExpertCall | None:
-    """The call of the experts in a part of a block; None if it calls none."""
-
-    def stop(call: ExpertCall) -> mx.array:
-        raise _ExpertsReached(call)
-
-    try:
-        with handle_experts(stop):
-            function()
-    except _ExpertsReached as reached:
-        return reached.call
-    return None
 
 
 def _zeros(call: ExpertCall) -> mx.array:
@@ -322,16 +301,6 @@ def _is_affine(function: Function, primals: Arrays, call: ExpertCall) -> bool:
     return mx.array_equal(one, other).item()
 
 
-@contextmanager
-def _given(y: mx.array | None) -> Iterator[list[ExpertCall]]:
-    """Let experts return `y`, or zeros; yields a list that gets their call."""
-    calls: list[ExpertCall] = []
-
-    def give(call: ExpertCall) -> mx.array:
-        if calls:
-            raise RuntimeError("a block calls its experts more than once")
-        calls.append(call)
-        return _zeros(call) if y is None else y
-
-    with handle_experts(give):
-        yield calls
+def _given(y: mx.array | None) -> AbstractContextManager[list[ExpertCall]]:
+    """Let experts return `y`, or zeros; its value is a list that gets their call."""
+    return EXPERTS.given(lambda call: _zeros(call) if y is None else y)

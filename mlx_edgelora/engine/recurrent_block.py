@@ -24,7 +24,7 @@ from mlx_edgelora.blocks.attention import add_key_gradients
 from mlx_edgelora.blocks.block_list import bind_arrays
 from mlx_edgelora.blocks.parts import TokenSpan
 from mlx_edgelora.blocks.states import Recurrence, RecurrentParts
-from mlx_edgelora.blocks.visits import VisitedCall, handle_visits, has_visits
+from mlx_edgelora.blocks.visits import VISITS, VisitedCall, has_visits
 from mlx_edgelora.engine.block_weights import Arrays
 from mlx_edgelora.engine.context import Context
 from mlx_edgelora.engine.expert_gradients import ExpertTiles
@@ -272,7 +272,7 @@ class RecurrentBlock:
 
         They return NaN, which is in the states if these depend on them.
         """
-        with handle_visits(_unknown):
+        with VISITS.handled_by(_unknown):
             states = self._outputs(*part)[1]
         if self._has_visits and any(mx.isnan(state).any().item() for state in states):
             states = self._outputs(*part)[1]

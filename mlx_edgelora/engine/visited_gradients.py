@@ -10,21 +10,13 @@ three times in place of once, and differentiated once. It is not in memory while
 computed.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import mlx.core as mx
 
-from mlx_edgelora.blocks.visits import VisitedCall, handle_visits
+from mlx_edgelora.blocks.visits import VISITS
 
 Function = Callable[..., list[mx.array]]
-
-
-class _PartReached(Exception):
-    """Ends a block's call at the part that is visited, and carries the call."""
-
-    def __init__(self, call: VisitedCall) -> None:
-        self.call = call
 
 
 def vjp_with_visits(
@@ -43,24 +35,17 @@ def vjp_with_visits(
             are added in place.
 
     Raises:
-        RuntimeError: parts are visited more than once.
+        RuntimeError: the part is called more than once.
     """
 
-    def stop(call: VisitedCall) -> mx.array:
-        raise _PartReached(call)
-
-    try:
-        with handle_visits(stop):
-            function(*primals)
-    except _PartReached as reached:
-        call = reached.call
-    else:
+    call = VISITS.first(lambda: function(*primals))
+    if call is None:
         return mx.vjp(function, primals, cotangents)
     mx.eval(call.inputs())
     y = call.forward()
 
     def after(y: mx.array) -> list[mx.array]:
-        with _given(y):
+        with VISITS.given(lambda _: y):
             return function(*primals)
 
     # The outputs are not kept: they hold what was computed for the gradient.
@@ -71,23 +56,8 @@ def vjp_with_visits(
     del dy, call
 
     def both(*primals: mx.array) -> list[mx.array]:
-        with _given(y) as inputs:
-            return [*function(*primals), *inputs]
+        with VISITS.given(lambda _: y) as calls:
+            return [*function(*primals), *(call.x for call in calls)]
 
     outputs, gradients = mx.vjp(both, primals, [*cotangents, dx])
     return outputs[: len(cotangents)], gradients
-
-
-@contextmanager
-def _given(y: mx.array) -> Iterator[list[mx.array]]:
-    """Let the part return `y`; yields a list that gets its input."""
-    inputs: list[mx.array] = []
-
-    def give(call: VisitedCall) -> mx.array:
-        if inputs:
-            raise RuntimeError("a block visits its MLP more than once")
-        inputs.append(call.x)
-        return y
-
-    with handle_visits(give):
-        yield inputs

@@ -16,7 +16,7 @@ from harness import (
 )
 from peaks import lowest, peak
 
-from mlx_edgelora.blocks.visits import handled, visited_adapters
+from mlx_edgelora.blocks.visits import VISITS, visited_adapters
 from mlx_edgelora.engine.recurrent_block import RecurrentBlock
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.model.weights import StreamedWeights
@@ -93,7 +93,7 @@ def test_states_that_depend_on_an_mlp_are_computed_with_it():
     call = SimpleNamespace(out_shape=(1, 2), x=mx.zeros((1, 2)))
 
     def outputs():
-        y = handled(call)
+        y = VISITS.handle(call)
         return [], [mx.ones((1, 2)) if y is None else y]
 
     block = SimpleNamespace(_outputs=outputs, _has_visits=True)
