@@ -56,7 +56,8 @@ steps mlx-lm 1024 60 --steps 8 --seconds 30 --plain-mlx
 steps ours 1024 120 --steps 8 --seconds 30
 steps mlx-lm 4096 60 --steps 4 --seconds 30 --plain-mlx
 steps ours 4096 90 --steps 4 --seconds 30 --budgets plenty 3.7 1.9 1.0
-part packing 90 "$PYTHON" benchmarks/speed.py packing --shape llama-3.2-3b --blocks 4 --weights 4bit
+part packing 90 "$PYTHON" benchmarks/speed.py packing --shape llama-3.2-3b --blocks 28 --weights 4bit --budget 3.7 \
+    --steps 20 --seconds 42
 export MLX_ENABLE_TF32=0
 part tests 95 "$PYTHON" -m pytest -q -n 7 -p no:cacheprovider --tb=line -W default \
     tests/layers tests/losses tests/engine tests/blocks
