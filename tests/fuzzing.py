@@ -337,7 +337,7 @@ class Fuzzer:
         """The cache of measured steps."""
         path = self.folder / "measured.json"
         rows = [["update", [0], [1, 16, 16, 0], [100, 0.5]]]
-        rows += [["forward", [1, 2, None, "a", True], [1, 16, 16, 0], [100, 0.5]]]
+        rows += [["forward", [1, 2, None, "a", None, "b", True], [1, 16, 16, 0], [100, 0.5]]]
         path.write_bytes(as_json(rng, {"version": VERSION, "models": {"key": rows}}, 4))
         measurements = Measurements(path, "key")
         measurements.read()

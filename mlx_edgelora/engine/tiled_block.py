@@ -120,8 +120,9 @@ class TiledBlock:
         context.shared.forget(self.index)
         return dx, visit.totals()
 
-    def prefetch(self) -> None:
-        """Read nothing: tiles are read when they are computed."""
+    def prefetch(self) -> int:
+        """The block whose weights are read next: its tiles are read when they are computed."""
+        return self.index
 
     @property
     def slots(self) -> dict:

@@ -220,6 +220,8 @@ def ways_of(plan: Plan, by_tiles: bool, kept: int, resident: bool) -> dict[str, 
         resident,
         plan.attention_block,
         plan.mlp_weights,
+        # Tiles of other arrays than inputs, such as those of experts, are in the same place.
+        plan.inputs if by_tiles else None,
     )
     place = "streamed" if plan.reads_head else "resident"
     return {

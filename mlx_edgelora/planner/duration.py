@@ -147,7 +147,7 @@ class _Step:
         if kind == "tail":
             kept, loss_bytes, kernel, place, attention_block = way
             block = _BlockTime(
-                self, (None, None, kernel, True, attention_block, "block"), batch_shape
+                self, (None, None, kernel, True, attention_block, "block", None), batch_shape
             )
             # In the last block, all but keys and values is computed for labelled tokens only.
             count = kept - 1 + batch_shape.labelled / batch_shape.size
@@ -185,7 +185,7 @@ class _BlockTime:
     """Times of one block by a formula."""
 
     def __init__(self, step: _Step, way: Way, batch_shape: BatchShape) -> None:
-        tile_tokens, mlp_bytes, kernel, _, attention_block, mlp_weights = way
+        tile_tokens, mlp_bytes, kernel, _, attention_block, mlp_weights, _ = way
         self.shape, self.batch_shape, self.rates = step.shape, batch_shape, step.rates
         shape = step.shape
         self.tiles = 1 if tile_tokens is None else -(-batch_shape.size // tile_tokens)

@@ -17,10 +17,10 @@ from mlx_edgelora.planner.sizes import BatchShape
 from mlx_edgelora.storage.files import CACHE_ERRORS, error_line, updating, write_atomically
 
 # Version of the file. Raise it when the meaning of its numbers or the engine's memory use changes.
-VERSION = 5
+VERSION = 6
 # Number of settings that each kind of phase has in `cost.ways_of`.
 BLOCK = ("forward", "backward", "tiles forward", "tiles backward")
-LENGTHS = dict.fromkeys(BLOCK, 6) | {"load": 0, "head": 2, "tail": 5, "update": 1}
+LENGTHS = dict.fromkeys(BLOCK, 7) | {"load": 0, "head": 2, "tail": 5, "update": 1}
 # Number of models that the file keeps.
 MODELS = 64
 # Factors from an estimate to its upper bound: for an exact measurement, for a measurement with

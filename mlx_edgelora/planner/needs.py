@@ -99,9 +99,9 @@ def need(
         kind: a key of `TERMS`; "tail" is the kept blocks and the head.
         shape: sizes of the model.
         way: settings of the phase, by kind. For a block (tile_tokens, mlp_bytes, kernel, resident,
-            attention_block, mlp_weights); for the head (loss_bytes, placement of the head); for a
-            tail (kept blocks, loss_bytes, kernel, placement of the head, attention_block); for an
-            update (placement of adapters,).
+            attention_block, mlp_weights, placement of inputs); for the head (loss_bytes, placement
+            of the head); for a tail (kept blocks, loss_bytes, kernel, placement of the head,
+            attention_block); for an update (placement of adapters,).
         batch_shape: sizes of the batch.
         on_gpu: whether MLX computes on a GPU. It frees nothing there before a command buffer is
             done, so that all unpacked matrices of a block can be in memory at once.
@@ -118,6 +118,8 @@ def need(
         total += _sum(TERMS[kind], sizes)
     if shape.state_bytes and kind in UNPACKED and kind != "tail":
         total = max(total, _recurrent(kind, shape, batch_shape, sizes))
+    if kind.startswith("tiles") and way[6] == "memory":
+        total += _in_store(shape, batch_shape, way[0])
     if on_gpu and shape.packed and kind in UNPACKED and way[2] == "dequantize":
         total += UNPACKED[kind] * shape.block_weights * shape.itemsize
     return total
@@ -136,6 +138,18 @@ def _recurrent(
     total = _sum(RECURRENT_TERMS[phase], sizes)
     entry = shape.itemsize + FLOAT * (phase == "backward")
     return total - apart * batch_shape.size * shape.keys * entry
+
+
+def _in_store(shape: ModelShape, batch_shape: BatchShape, tile_tokens: int) -> float:
+    """Bytes that a block by tiles has in the store, in memory, apart from inputs and gradients.
+
+    The tiles of its output, less what is not copied of a tile, the states before each tile, and
+    what tokens give to their experts and get of two (a guess).
+    """
+    spans = -(-batch_shape.tokens // max(1, tile_tokens // batch_shape.rows))
+    hidden = batch_shape.size * shape.hidden * shape.itemsize
+    found = hidden * max(0.0, 1 - 2 / spans) + spans * batch_shape.rows * shape.state_bytes
+    return found + 3 * hidden * (shape.expert_bytes > 0)
 
 
 @lru_cache(maxsize=4096)
@@ -177,7 +191,7 @@ def sizes_of(kind: str, shape: ModelShape, way: Way, batch_shape: BatchShape) ->
         # Rows of the embedding as they are stored: in 4 bits with scales, or in 16 bits to be cast.
         entry = 0.6 if shape.head_packed or shape.itemsize == 2 else 2.0
         return sizes | {"embedded": batch_shape.size * shape.hidden * entry}
-    tile_tokens, mlp_bytes, _, _, attention_block, mlp_weights = way
+    tile_tokens, mlp_bytes, _, _, attention_block, mlp_weights, _ = way
     tokens = batch_shape.size
     if kind.startswith("tiles"):
         spans = -(-batch_shape.tokens // max(1, tile_tokens // batch_shape.rows))

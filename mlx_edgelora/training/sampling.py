@@ -1,12 +1,13 @@
 """Measure the memory and time of a plan on a few of its blocks, for the planner.
 
 The engine computes the largest batch, but only with one or two blocks of each kind and one or two
-of the kept blocks. The working memory of a phase is the same for all blocks of a kind, so the peak
-of all blocks follows from these measurements (`planner/cost.py`).
+of the kept blocks. Of the blocks of a kind, those are taken that need most: whose outputs later
+blocks read, and whose weights are read from disk. The peak of all blocks follows from these
+measurements (`planner/cost.py`).
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 from mlx.utils import tree_flatten
 
 from mlx_edgelora.blocks.dropout import restore_generator
+from mlx_edgelora.blocks.outputs import links_of
+from mlx_edgelora.blocks.tiling import block_calls
 from mlx_edgelora.engine.step import Engine
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.measure.meter import memory_limit
@@ -168,7 +171,9 @@ def sample(engine: Engine, chosen: RunPlan) -> float:
     memory = Memory(shape, chosen.batch_shape, plan, chosen.measurements)
     first, last = shape.blocks - shape.adapted, shape.blocks - memory.kept
     kinds = _kinds(engine, first, last)
-    middle = _blocks_to_sample(kinds, chosen.measurements.overlaps, bool(memory.kept))
+    read = {i for i, form in enumerate(engine.walk.blocks.forms) if form and form.read}
+    overlaps, streamed = chosen.measurements.overlaps, memory.streamed
+    middle = _blocks_to_sample(kinds, overlaps, bool(memory.kept), streamed, read)
     tails = [0]
     if memory.kept:  # the last block, for labelled tokens only, with one and two of each kind
         count = len(_kinds(engine, first, shape.blocks))
@@ -181,16 +186,24 @@ def sample(engine: Engine, chosen: RunPlan) -> float:
 
 
 def _kinds(engine: Engine, first: int, stop: int) -> list[list[int]]:
-    """Blocks `first` to `stop - 1` grouped by class and shapes of parameters, largest first."""
+    """Blocks `first` to `stop - 1` by class, parameters and use of others, largest groups first."""
     found: dict[str, list[int]] = {}
+    calls = block_calls(engine.walk.blocks)
     for index in range(first, stop):
-        block = engine.walk.blocks.blocks[index]
+        block, (_, *arguments) = engine.walk.blocks.blocks[index], calls[index]
         held = [(n, v.shape, v.dtype) for n, v in tree_flatten(block.parameters())]
-        found.setdefault(repr((type(block), held)), []).append(index)
+        reads = bool(links_of(*arguments))
+        found.setdefault(repr((type(block), held, reads)), []).append(index)
     return sorted(found.values(), key=len, reverse=True)[:KINDS]
 
 
-def _blocks_to_sample(kinds: list[list[int]], overlaps: bool, kept: bool) -> list[int]:
+def _blocks_to_sample(
+    kinds: list[list[int]],
+    overlaps: bool,
+    kept: bool,
+    streamed: int = 0,
+    read: Collection[int] = (),
+) -> list[int]:
     """Indices of the blocks to measure: one of each kind, or two if blocks overlap in time.
 
     The last block is included if no blocks are kept, or if there is no other one.
@@ -199,10 +212,18 @@ def _blocks_to_sample(kinds: list[list[int]], overlaps: bool, kept: bool) -> lis
         kinds: indices of the blocks of each kind.
         overlaps: whether a block begins before the one before it has finished.
         kept: whether the last blocks are kept and measured apart.
+        streamed: number of first blocks whose weights are read from disk.
+        read: blocks whose outputs later blocks read, besides hidden states.
     """
     last = max((max(kind) for kind in kinds), default=-1)
-    count = 2 if overlaps else 1
-    chosen = {index for kind in kinds for index in [i for i in kind if i != last][-count:]}
+    count, chosen = 2 if overlaps else 1, set()
+    for kind in kinds:
+        others = sorted((i for i in kind if i != last), key=lambda index: (index in read, index))
+        taken = others[-count:]
+        from_disk = [index for index in others if index < streamed]
+        if from_disk and not any(index < streamed for index in taken):
+            taken = [from_disk[-1], *(taken[1:] or [i for i in taken if i in read])]
+        chosen.update(taken)
     if last >= 0 and (not kept or not chosen):
         chosen.add(last)
     return sorted(chosen)
@@ -246,7 +267,8 @@ def _measure(
             if spent > LONG:
                 break
     counts = {"forward": len(middle), "backward": len(middle)}
-    visits = {"forward": 1, "backward": 1, "tail": max(0, streamed - (shape.blocks - kept))}
+    read = sum(index < streamed for index in middle) / max(1, len(middle))
+    visits = {"forward": read, "backward": read, "tail": max(0, streamed - (shape.blocks - kept))}
     reading = _reading(chosen, plan)
     for kind, need in needs.items():
         spent = min(best.get(kind, [0.0])) / max(1, counts.get(kind, 1))

@@ -16,7 +16,7 @@ from mlx_edgelora.planner.measured import (
 from mlx_edgelora.planner.sizes import BatchShape
 
 LOAD, LONGER = BatchShape(2, 100, 30), BatchShape(2, 400, 120)
-WAY = (None, None, "fused", True, None, "block")
+WAY = (None, None, "fused", True, None, "block", None)
 OTHER = (512, *WAY[1:])
 
 

@@ -39,7 +39,7 @@ def test_more_states_take_more_memory_and_shorter_tiles():
     plans = [smallest(shape, BATCH, MACHINE).plan for shape in (SHAPE, recurrent)]
     assert [plan.tile_tokens for plan in plans] == [256, 128]
     larger = replace(recurrent, state_bytes=8 * MIB)
-    way = (128, MIB, "dequantize", False, None, "block")
+    way = (128, MIB, "dequantize", False, None, "block", "file")
     needs = [need("tiles backward", shape, way, BATCH) for shape in (SHAPE, recurrent, larger)]
     assert needs[0] < needs[1] < needs[2]
 

@@ -8,7 +8,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from architectures import build, config
+from architectures import CONFIGS, build, config
 from mlx.utils import tree_flatten
 from peaks import begin
 from tiny import run_options
@@ -133,6 +133,76 @@ def test_a_few_blocks_tell_what_all_take(wide, name, memory):
     assert predicted.peak == pytest.approx(measured, rel=0.1)
     assert measured <= predicted.needs
     assert measured <= guessed.needs
+
+
+# Blocks whose weights take much beside a batch: keys and values of blocks 0 and 1 serve the others.
+SHARING = {
+    "hidden_size": 512,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 1,
+    "global_head_dim": 32,
+    "vocab_size": 512,
+    "vocab_size_per_layer_input": 512,
+    "hidden_size_per_layer_input": 32,
+    "num_kv_shared_layers": 3,
+    "sliding_window": 64,
+    "layer_types": ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
+}
+
+
+@pytest.fixture(scope="module")
+def sharing(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(CONFIGS, "gemma4_text", {})
+        return saved(tmp_path_factory.mktemp("sharing"), "gemma4_text", **SHARING)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ahead", [True, False])
+def test_what_reads_ahead_tells_what_does_not(sharing, ahead, memory):
+    """And the other way around, where blocks by tiles read keys and values of others."""
+    plan = Plan(adapters="paged", tile_tokens=48, mlp_bytes=2 * MIB, loss_bytes=2 * MIB)
+    plan, other = replace(plan, prefetch=ahead), replace(plan, prefetch=not ahead)
+    lazy, batch = opened(sharing, rank=4), batch_of(1, 96)
+    chosen = run_by(lazy, batch, plan)
+    with build_engine(lazy, plan, Settings(sharing, "float32")) as engine:
+        sample(engine, chosen)
+    chosen.choice = chosen.expected(other)
+    assert not sampling.needs_measuring(chosen)
+    with build_engine(opened(sharing, rank=4), other, Settings(sharing, "float32")) as engine:
+        measured = step_peak(engine, batch, chosen.choice.needs)
+    assert chosen.choice.peak == pytest.approx(measured, rel=0.1)
+    assert measured <= chosen.choice.needs
+
+
+def test_inputs_in_memory_are_measured_apart(small):
+    """Of tiles, what experts and states are given is there as well."""
+    lazy, batch = opened(small), batch_of(1, 40)
+    for tile_tokens, apart in ((20, True), (None, False)):
+        chosen = run_by(lazy, batch, Plan(tile_tokens=tile_tokens))
+        with build_engine(opened(small), chosen.plan, Settings(small, "float32")) as engine:
+            sample(engine, chosen)
+        assert not sampling.needs_measuring(chosen)
+        chosen.choice = chosen.expected(replace(chosen.plan, inputs="memory"))
+        assert sampling.needs_measuring(chosen) == apart
+
+
+def test_blocks_that_need_most_are_measured():
+    """Those whose outputs are read, and those on disk, in place of others of their kind."""
+
+    def chosen(**options):
+        return sampling._blocks_to_sample([[0, 1, 2, 3], [4, 5, 6]], kept=False, **options)
+
+    assert chosen(overlaps=False) == [3, 5, 6]
+    assert chosen(overlaps=False, read={1}) == [1, 5, 6]
+    assert chosen(overlaps=False, streamed=2) == [1, 5, 6]
+    assert chosen(overlaps=False, streamed=7) == [3, 5, 6]
+    assert chosen(overlaps=False, streamed=3, read={1}) == [1, 5, 6]
+    assert chosen(overlaps=False, streamed=1, read={1}) == [0, 1, 5, 6]  # the one extra visit
+    assert chosen(overlaps=True, streamed=2) == [1, 3, 4, 5, 6]
+    assert chosen(overlaps=True, streamed=1, read={1}) == [0, 1, 4, 5, 6]
 
 
 @pytest.mark.parametrize(

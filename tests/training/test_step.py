@@ -1,13 +1,15 @@
 """The engine: streamed weights, spilled activations, labelled rows, tiles of the head."""
 
+import json
 from concurrent.futures import Future
 from contextlib import closing
 from functools import partial
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from architectures import build, config
+from architectures import CONFIGS, build, config
 from harness import (
     Batch,
     assert_same_gradients,
@@ -145,23 +147,26 @@ class InTurn:
         pass
 
 
-@pytest.mark.parametrize(
-    ("num_layers", "backward"), [(-1, "b2 r2 r1 b1 r0 b0"), (2, "b2 r2 r1 b1"), (1, "b2 r2")]
-)
-def test_a_block_is_read_once_per_visit_and_ahead_of_it(
-    num_layers, backward, tmp_path, monkeypatch
-):
-    """b: the walk asks for a block; r: the block is read."""
-    events = []
+@pytest.fixture
+def events(monkeypatch):
+    """What happens to blocks; b: the walk asks for a block; r: the block is read."""
+    found = []
 
     def spied(letter, method):
         return lambda self, index, *rest: (
-            events.append(f"{letter}{index}") or method(self, index, *rest)
+            found.append(f"{letter}{index}") or method(self, index, *rest)
         )
 
     for letter, name in (("b", "block"), ("r", "_fill")):
         monkeypatch.setattr(StreamedWeights, name, spied(letter, getattr(StreamedWeights, name)))
     monkeypatch.setattr(sources, "ThreadPoolExecutor", InTurn)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "backward"), [(-1, "b2 r2 r1 b1 r0 b0"), (2, "b2 r2 r1 b1"), (1, "b2 r2")]
+)
+def test_a_block_is_read_once_per_visit_and_ahead_of_it(num_layers, backward, tmp_path, events):
     ours = engine(save(tmp_path, "llama", True), num_layers=num_layers)
     assert ours.walk.computes_rows_only
     assert set(events) == {"b2", "r2"}  # for its trial
@@ -173,6 +178,33 @@ def test_a_block_is_read_once_per_visit_and_ahead_of_it(
     ours.loss(random_batch())
     assert " ".join(events) == forward
     ours.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("llama", {"TiledBlock"}),
+        ("qwen3_5", {"RecurrentBlock", "TiledBlock"}),
+        ("longcat_flash", {"CachedBlock"}),
+    ],
+)
+def test_by_tiles_the_next_block_is_read_ahead_too(name, kinds, tmp_path, events, monkeypatch):
+    settings = json.loads((Path(__file__).parents[1] / "sweep" / "configs.json").read_text())
+    monkeypatch.setitem(CONFIGS, name, settings.get(name) or CONFIGS[name])
+    with closing(engine(save(tmp_path, name, True), tile_tokens=10)) as ours:
+        ours.walk._tiling.summary()  # its trials read blocks
+        events.clear()
+        tokens = mx.zeros((2, 23), mx.int32)
+        with ours.walk.forward(lambda: ours.model(tokens), keep=False) as state:
+            assert {type(segment).__name__ for segment in state.segments} == kinds
+        forward = " ".join(events)
+        events.clear()
+        ours.value_and_grad(random_batch(2, 23))
+    last = len(ours.walk.blocks) - 1
+    ahead = [f"r{index} b{index}" for index in range(1, last + 1)]
+    assert forward == " ".join(["b0 r0", *ahead])
+    back = [f"r{index} b{index}" for index in reversed(range(last))]
+    assert " ".join(events) == " ".join([forward, f"b{last} r{last}", *back])
 
 
 @pytest.mark.parametrize(("num_layers", "count"), [(-1, 4), (2, 2)])
