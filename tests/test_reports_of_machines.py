@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mlx_edgelora.checkup.report import SCHEMA, SECTIONS, VERSION
-from mlx_edgelora.planner.measured import UNKNOWN
+from mlx_edgelora.planner.measured import LENGTHS, UNKNOWN
 from mlx_edgelora.planner.needs import TERMS, need
 from mlx_edgelora.planner.search import SLACK
 from mlx_edgelora.planner.sizes import BatchShape, BlockBytes, ModelShape
@@ -55,6 +55,8 @@ def _by_formula(row):
         # Of embeddings, which are small beside the rest, the formula may miss nearly all.
         if phase["kind"] in TERMS.keys() - {"load"}:
             load, way = BatchShape(**phase["load"]), tuple(phase["way"])
+            if len(way) != LENGTHS[phase["kind"]]:
+                continue  # written when a phase had other settings
             margin = MARGINS.get(phase["kind"], UNKNOWN)
             if phase["bytes"] > margin * need(phase["kind"], shape, way, load) + SLACK:
                 yield f"{phase['kind']} {way} needs more than the formula's"
