@@ -16,25 +16,6 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
-name, sys.argv = sys.argv[1], sys.argv[2:]
-
-from mlx_edgelora.mlx_settings import PLAIN, unset_defaults  # noqa: E402
-
-if PLAIN in sys.argv:
-    unset_defaults()
-
-import mlx.core as mx  # noqa: E402
-
-import mlx_edgelora.benchmark.contenders  # noqa: E402, F401
-
-mx.eval(mx.zeros(8) + 1)
-print(f"{name}: ready on {mx.default_device()}", flush=True)
-until, go = time.monotonic() + 590, Path(f"/tmp/go-{name}")
-while not (go.exists() and go.read_text()):
-    time.sleep(0.05)
-    if time.monotonic() > until:
-        sys.exit(f"{name}: was not told to go")
-
 
 class Timed:
     """A text stream whose lines begin with the seconds since this was made."""
@@ -55,6 +36,24 @@ class Timed:
         return getattr(self._stream, name)
 
 
+name, sys.argv = sys.argv[1], sys.argv[2:]
+
+from mlx_edgelora.mlx_settings import PLAIN, unset_defaults  # noqa: E402
+
+if PLAIN in sys.argv:
+    unset_defaults()
+
+import mlx.core as mx  # noqa: E402
+
+import mlx_edgelora.benchmark.contenders  # noqa: E402, F401
+
+mx.eval(mx.zeros(8) + 1)
+print(f"{name}: ready on {mx.default_device()}", flush=True)
+until, go = time.monotonic() + 590, Path(f"/tmp/go-{name}")
+while not (go.exists() and go.read_text()):
+    time.sleep(0.05)
+    if time.monotonic() > until:
+        sys.exit(f"{name}: was not told to go")
 sys.stdout = Timed(sys.stdout)
 seconds = int(go.read_text())
 faulthandler.dump_traceback_later(seconds - 1)

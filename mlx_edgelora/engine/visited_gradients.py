@@ -37,7 +37,6 @@ def vjp_with_visits(
     Raises:
         RuntimeError: the part is called more than once.
     """
-
     call = VISITS.first(lambda: function(*primals))
     if call is None:
         return mx.vjp(function, primals, cotangents)

@@ -356,6 +356,20 @@ def test_positions_begin_anew_to_the_last_bit():
     assert mx.fast.rope is not None and packing_now() is None
 
 
+@pytest.mark.parametrize("dims", [8, 16, 32])
+def test_positions_of_small_heads_with_cuda(dims, as_with_cuda):
+    """Tokens are repeated where they have few entries; attention alone cannot see all shifted."""
+    rope, x = nn.RoPE(dims), mx.random.normal((2, 3, 40, 32))
+    starts = np.zeros((2, 40), int)
+    starts[0, 30:], starts[1, 25:] = 30, 25
+    with rows_packed(Packing(starts)):
+        got = rope(x)
+    for row, begin in enumerate((30, 25)):
+        own = x[row : row + 1]
+        expected = mx.concatenate([rope(own[:, :, :begin]), rope(own[:, :, begin:])], axis=2)
+        assert mx.allclose(got[row], expected[0], atol=1e-6)
+
+
 def test_what_takes_part_is_put_back_after_an_error():
     before = mx.fast.rope
     with pytest.raises(RuntimeError), rows_packed(Packing(np.zeros((1, 4), int))):

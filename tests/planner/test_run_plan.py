@@ -73,7 +73,9 @@ def test_shorter_batches_have_faster_plans_where_they_fit(options, tmp_path):
 
 def test_a_prediction_that_was_too_low_is_corrected_once(options, monkeypatch):
     """As if MLX had taken more than the budget: the plan that follows takes less."""
-    monkeypatch.setattr(module, "peak_memory", lambda: 101 * 10**6)
+    # On CUDA the least plan of so small a model is near the one that is corrected.
+    peak = (101 if mx.cuda.is_available() else 105) * 10**6
+    monkeypatch.setattr(module, "peak_memory", lambda: peak)
     lines, found, replan = [], [], RunPlan.replan
 
     def spied(chosen, *args, **how):
