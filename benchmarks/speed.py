@@ -13,7 +13,9 @@
 row ends after `--seconds` with the steps it has; one that fails costs its own figures alone. The
 table is written after every row, with every step's seconds in `steps.jsonl`. All rows share a
 process, because imports take longer than the steps; only mlx-lm's, with --plain-mlx, have one of
-their own, in which MLX has its own settings. The table has the rows of both.
+their own, in which MLX has its own settings. The table has the rows of both. The peak is that of
+everything since the row began, planning and measuring included; `of steps` that since training
+began, which a run reports. What the rows before it left in memory counts; `steps.jsonl` has it.
 Shape, tokens, rank, rows and start matrices are the same for all. Ratios are of medians; a GPU
 that nobody else uses is steady enough for that. (`mlx-edgelora benchmark` takes turns, and checks
 that all compute the same.)
@@ -68,13 +70,14 @@ from packing import compare_packing
 from mlx_edgelora.benchmark import contenders, rows, shapes
 from mlx_edgelora.benchmark.job import TrainingJob
 from mlx_edgelora.benchmark.machine import commit
+from mlx_edgelora.benchmark.meters import whole_peak
 from mlx_edgelora.benchmark.run import write_start
 from mlx_edgelora.blocks.checks import checked_blocks
 from mlx_edgelora.data import Batch
 from mlx_edgelora.engine.build import Settings, build_engine
 from mlx_edgelora.engine.finite import Magnitudes
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.measure.meter import DiskMeter
+from mlx_edgelora.measure.meter import DiskMeter, peak_memory
 from mlx_edgelora.measure.units import size
 from mlx_edgelora.model.loading import attach, open_model
 from mlx_edgelora.model.lora import add_lora
@@ -139,33 +142,38 @@ def measured(args: argparse.Namespace, row: str) -> dict[str, Any]:
     gc.collect()
     mx.clear_cache()
     mx.reset_peak_memory()
+    held, of_steps = mx.get_active_memory(), 0
     times: list[float] = []
     losses: list[float] = []
     began = last = time.perf_counter()
 
     def pause(loss: float, trained: dict | None = None, disk: object = None) -> None:
-        nonlocal last
+        nonlocal last, of_steps
         if trained is not None:
             mx.eval(list(trained.values()))
         mx.synchronize()
         times.append(time.perf_counter() - last)
         losses.append(loss)
+        of_steps = peak_memory() if row not in RIVALS else mx.get_peak_memory()
         if time.perf_counter() - began > args.seconds:
             raise LateError
         last = time.perf_counter()
 
     block = shapes.SHAPES[args.shape][0].TransformerBlock
     call = block.__call__
-    try:
-        (contenders.mlx_lm if row in RIVALS else contenders.mlx_edgelora)(job, pause)
-    except LateError:
-        print(f"{row}: ended after {len(times)} steps", flush=True)
-    finally:
-        block.__call__ = call  # mlx-lm's checkpointing exchanges it for good
+    with whole_peak() as peak:
+        try:
+            (contenders.mlx_lm if row in RIVALS else contenders.mlx_edgelora)(job, pause)
+        except LateError:
+            print(f"{row}: ended after {len(times)} steps", flush=True)
+        finally:
+            block.__call__ = call  # mlx-lm's checkpointing exchanges it for good
     return {
         "row": row,
         "tokens": args.tokens,
-        "peak": mx.get_peak_memory(),
+        "held": held,
+        "peak": peak.bytes,
+        "of_steps": of_steps,
         "first_s": times[0],
         "median_s": statistics.median(times[2:] or times),
         "times": times,
@@ -177,8 +185,8 @@ def table(found: list[dict[str, Any]], tokens: int, device: str) -> str:
     """What was measured so far."""
     by_row = {one["row"]: one for one in found}
     lines = [f"{device}, commit {commit()}, {tokens} tokens, 30 % labelled, rank {RANK}", ""]
-    lines += ["| row | peak | s a step | first s | over mlx-lm | over checkpointing | loss |"]
-    lines += ["|---|---|---|---|---|---|---|"]
+    lines += ["| row | peak | of steps | s a step | first s | over mlx-lm | checkpointing | loss |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
     for one in found:
         ratios = [
             f"{one['median_s'] / by_row[rival]['median_s']:.2f}" if rival in by_row else "-"
@@ -187,7 +195,8 @@ def table(found: list[dict[str, Any]], tokens: int, device: str) -> str:
         losses = f"{one['losses'][0]:.4f} to {one['losses'][-1]:.4f}"
         budget = "" if one["row"] in (*RIVALS, "plenty", "min") else " GB"
         lines.append(
-            f"| {one['row']}{budget} | {size(one['peak'])} | {one['median_s']:.3f} | "
+            f"| {one['row']}{budget} | {size(one['peak'])} | {size(one['of_steps'])} | "
+            f"{one['median_s']:.3f} | "
             f"{one['first_s']:.1f} | {ratios[0]} | {ratios[1]} | {losses} |"
         )
     return "\n".join(lines) + "\n"

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import ModuleType
 
 import mlx.core as mx
 from mlx_lm.models import base
@@ -120,21 +121,30 @@ def add_key_gradients(sums: KeySums) -> Iterator[None]:
 @contextmanager
 def replace_temporarily(original: Callable, replacement: Callable) -> Iterator[None]:
     """Replace a function in all of mlx-lm's modules that hold it; undone on exit."""
+    count, places = len(sys.modules), _places_of(original)
     try:
-        _replace_everywhere(original, replacement)
+        _assign(places, replacement)
         yield
     finally:
-        # Search again: a module imported in the meantime holds the replacement.
-        _replace_everywhere(replacement, original)
+        # A module imported in the meantime holds the replacement.
+        _assign(places if len(sys.modules) == count else _places_of(replacement), original)
 
 
-def _replace_everywhere(old: Callable, new: Callable) -> None:
-    """Replace `old` by `new` in all modules of the package, under any name."""
-    for name, module in list(sys.modules.items()):
+def _places_of(function: Callable) -> list[tuple[ModuleType, str]]:
+    """The modules of the package that hold a function, and its name in each."""
+    return [
+        (module, key)
+        for name, module in list(sys.modules.items())
         # None marks a module whose import is blocked.
-        if name.startswith(PACKAGE) and module is not None:
-            for key in [key for key, value in vars(module).items() if value is old]:
-                setattr(module, key, new)
+        if name.startswith(PACKAGE) and module is not None
+        for key, value in vars(module).items()
+        if value is function
+    ]
+
+
+def _assign(places: list[tuple[ModuleType, str]], function: Callable) -> None:
+    for module, key in places:
+        setattr(module, key, function)
 
 
 def attend_bounded(

@@ -145,12 +145,14 @@ class BlockFunctions:
         self.functions = Functions(compiles)
         self._signatures: dict[int, str] = {}
         self._dtypes: dict[tuple[int, mx.Dtype], list[mx.Dtype]] = {}
+        self._apart: dict[int, bool] = {}
         self.affine: dict[Hashable, bool] = {}  # kinds of blocks with experts
 
     def refresh(self) -> None:
-        """Forget signatures and dtypes, because settings of blocks may have changed."""
+        """Forget what is known of blocks, because their settings may have changed."""
         self._signatures.clear()
         self._dtypes.clear()
+        self._apart.clear()
 
     def signature(self, index: int) -> str:
         """Signature of a block: equal for blocks that are the same function of their arrays."""
@@ -160,8 +162,10 @@ class BlockFunctions:
 
     def _is_apart(self, index: int) -> bool:
         """Whether a part of a block is computed apart from its graph."""
-        block = self.blocks.blocks[index]
-        return calls_experts(block) or has_visits(block)
+        if index not in self._apart:
+            block = self.blocks.blocks[index]
+            self._apart[index] = calls_experts(block) or has_visits(block)
+        return self._apart[index]
 
     def _of_parts(self, index: int) -> list[str]:
         """Local names of the trained arrays of such parts."""
@@ -283,7 +287,8 @@ class BlockFunctions:
             keys: list[mx.array],
             rows: RowIndices,
         ) -> tuple[list[mx.array], list[mx.array], list[mx.array]]:
-            visited = {n: trained[n] for n in self._of_parts(index) if n in trained}
+            of_parts = self._of_parts(index) if apart else []
+            visited = {n: trained[n] for n in of_parts if n in trained}
             others = {name: value for name, value in trained.items() if name not in visited}
             count = len(others)
 

@@ -1,7 +1,7 @@
-"""Import everything, wait for the file /tmp/go-NAME, and run a script or a module.
+"""Import everything, wait for a file, and run a script or a module. Used by `gpu.sh`.
 
-    python turn.py NAME SCRIPT ARGUMENTS...
-    python turn.py NAME -m MODULE ARGUMENTS...
+    python turn.py FILE SCRIPT ARGUMENTS...
+    python turn.py FILE -m MODULE ARGUMENTS...
 
 Importing MLX's CUDA build takes 15 s on a fresh machine, so all processes are started at once and
 compute one after the other. The file says how many seconds this one has; where it was is printed
@@ -36,7 +36,8 @@ class Timed:
         return getattr(self._stream, name)
 
 
-name, sys.argv = sys.argv[1], sys.argv[2:]
+go, sys.argv = Path(sys.argv[1]), sys.argv[2:]
+name = go.name
 
 from mlx_edgelora.mlx_settings import PLAIN, unset_defaults  # noqa: E402
 
@@ -49,7 +50,7 @@ import mlx_edgelora.benchmark.contenders  # noqa: E402, F401
 
 mx.eval(mx.zeros(8) + 1)
 print(f"{name}: ready on {mx.default_device()}", flush=True)
-until, go = time.monotonic() + 590, Path(f"/tmp/go-{name}")
+until = time.monotonic() + 590
 while not (go.exists() and go.read_text()):
     time.sleep(0.05)
     if time.monotonic() > until:
