@@ -20,7 +20,7 @@ from mlx_edgelora.model.checkpoint import LazyModel
 from mlx_edgelora.model.loading import attach
 from mlx_edgelora.model.lora import set_kernel
 from mlx_edgelora.planner.plan import Plan
-from mlx_edgelora.storage.stores import MappedStore, RamStore
+from mlx_edgelora.storage.stores import MappedStore
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,8 @@ def build_engine(
         )
         stack.enter_context(closing(attached.weights))
         lazy.raw.clear()  # it would keep what was cast
-        store = MappedStore(settings.folder, meter) if plan.spills else RamStore()
+        # A later plan may keep the inputs of blocks in a file even if this one does not.
+        store = MappedStore(settings.folder, meter, at_once=plan.spills)
         stack.enter_context(closing(store))
         walk = Walk(
             model,

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -100,14 +101,18 @@ class MappedStore:
     Args:
         folder: folder of the file, which must be on a disk, or no memory is saved.
         meter: counts the bytes written and read.
+        at_once: whether the file is created now, and not before something is stored.
 
     Raises:
         EdgeLoraError: the folder cannot be written, or its volume is full.
     """
 
-    def __init__(self, folder: str | os.PathLike, meter: DiskMeter | None = None) -> None:
-        self._meter = meter or DiskMeter()
-        self._file = PageFile(folder, "activations", "--activations ram")
+    def __init__(
+        self, folder: str | os.PathLike, meter: DiskMeter | None = None, at_once: bool = True
+    ) -> None:
+        self._meter, self._folder = meter or DiskMeter(), folder
+        if at_once:
+            self._file.reserve(0)
         self._slots, self._slot_bytes = 0, 0
         # Slots that were not reserved, or not large enough, are after all others: start, size.
         self._moved: dict[int, tuple[int, int]] = {}
@@ -118,6 +123,10 @@ class MappedStore:
         self._reading: dict[int, tuple[mx.array, Future]] = {}
         self._wraps = True  # until MLX refuses a length
         self._tried: set[int] = set()
+
+    @cached_property
+    def _file(self) -> PageFile:
+        return PageFile(self._folder, "activations", "--activations ram")
 
     def reserve(self, slots: int, nbytes: int) -> None:
         """Grow the file to `slots` slots of `nbytes` bytes, and discard all arrays."""
@@ -192,7 +201,8 @@ class MappedStore:
             self._settle()
         finally:
             self._worker.shutdown()
-            self._file.close()
+            if "_file" in vars(self):
+                self._file.close()
 
     def _place(self, slot: int) -> tuple[int, int]:
         """The first byte of a slot, and its size."""
