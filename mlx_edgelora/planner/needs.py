@@ -56,11 +56,16 @@ TERMS: dict[str, dict[str, float]] = {
     "head": {"tile": 1.0, "labelled": 2.6, "read": 0.8},
     # The last block is computed for labelled tokens, the other kept blocks for all tokens.
     "tail": {
-        "kept hidden": 4.5,
-        "kept intermediate": 6.0,
-        "last intermediate": 8.0,
-        "attention": 3.1,
-        "one": 10.0,
+        "kept hidden": 2.7,
+        "kept intermediate": 8.1,
+        "kept routed": 2.5,
+        "kept recurrent": 3.8,
+        "last intermediate": 9.0,
+        "last routed": 3.9,
+        "attention": 9.6,
+        "expanded": 16.1,
+        "tile": 0.8,
+        "one": 1.7,
         "trained": 1.2,
         "scores": 1.0,
     },
@@ -162,10 +167,10 @@ def sizes_of(kind: str, shape: ModelShape, way: Way, batch_shape: BatchShape) ->
         sizes["adapters"] *= FLOAT / shape.itemsize
     if kind == "head":
         loss_bytes, place = way
-        rows, chunk = tile_shape(loss_bytes, shape.hidden, batch_shape.labelled, shape.vocabulary)
-        tile = FLOAT * (rows * shape.hidden + 3 * rows * chunk + chunk * shape.hidden)
+        rows, _ = tile_shape(loss_bytes, shape.hidden, batch_shape.labelled, shape.vocabulary)
         labelled = batch_shape.labelled * shape.hidden
         read = rows * shape.hidden * shape.itemsize if place == "streamed" else 0
+        tile = _tile(loss_bytes, shape, batch_shape)
         return sizes | {"tile": tile, "labelled": labelled * FLOAT, "read": read}
     if kind == "update":
         paged = way == ("paged",)
@@ -178,13 +183,20 @@ def sizes_of(kind: str, shape: ModelShape, way: Way, batch_shape: BatchShape) ->
         return sizes | {"adapters": shape.adapter_bytes if paged else every}
     every = batch_shape.size * shape.hidden * shape.itemsize
     if kind == "tail":
-        above, inner = way[0] - 1, batch_shape.size * shape.intermediate * shape.itemsize
+        above, size = way[0] - 1, batch_shape.size
+        inner, routed = size * shape.intermediate, size * shape.routed
+        last = batch_shape.labelled / size
         sizes["trained"] = way[0] * sizes.get("trained", 0.0)
         return sizes | {
             "kept hidden": above * every * FLOAT / shape.itemsize,
-            "kept intermediate": above * inner,
-            "last intermediate": inner * batch_shape.labelled / batch_shape.size,
-            "attention": batch_shape.size * (shape.queries + shape.keys) * shape.itemsize,
+            "kept intermediate": above * inner * shape.itemsize,
+            "kept routed": above * routed * shape.itemsize,
+            "kept recurrent": above * size * shape.recurrent * FLOAT,
+            "last intermediate": inner * last * shape.itemsize,
+            "last routed": routed * last * shape.itemsize,
+            "attention": size * (shape.queries + shape.keys) * shape.itemsize,
+            "expanded": size * shape.expanded * shape.itemsize,
+            "tile": _tile(way[1], shape, batch_shape),
             "scores": _scores(shape, batch_shape, batch_shape.tokens, way[4]),
         }
     if kind == "load":
@@ -226,6 +238,12 @@ def sizes_of(kind: str, shape: ModelShape, way: Way, batch_shape: BatchShape) ->
             "slice weights": FLOAT * 3 * shape.hidden * features,
         }
     return sizes
+
+
+def _tile(loss_bytes: int, shape: ModelShape, batch_shape: BatchShape) -> int:
+    """Bytes of a tile of the head: hidden states, logits and their gradients, a part of it."""
+    rows, chunk = tile_shape(loss_bytes, shape.hidden, batch_shape.labelled, shape.vocabulary)
+    return FLOAT * (rows * shape.hidden + 3 * rows * chunk + chunk * shape.hidden)
 
 
 def _scores(shape: ModelShape, batch_shape: BatchShape, queries: int, block: int | None) -> int:

@@ -1,12 +1,14 @@
 """Find the sizes of a model that decide the cost of a step, without reading its weights."""
 
 import math
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from mlx_edgelora.blocks.added_scores import factors_of, remembered_factors
 from mlx_edgelora.blocks.block_list import BlockList
@@ -45,7 +47,7 @@ def shape_of(blocks: BlockList, vocabulary: int, dtype: mx.Dtype | None = None) 
     model = blocks.model
     trained = {name: value.nbytes for name, value in tree_flatten(model.trainable_parameters())}
     recurrences = find_recurrences(blocks)
-    queries, keys, blocked_heads = _attention(blocks, recurrences)
+    attention = _attention(blocks, recurrences)
     by_block = [_BlockSizes(block, dtype) for block in blocks.blocks]
     states = _state_bytes(blocks, recurrences)
     largest = max(by_block, key=lambda block: block.frozen + block.trained)
@@ -70,8 +72,8 @@ def shape_of(blocks: BlockList, vocabulary: int, dtype: mx.Dtype | None = None) 
         blocks=len(blocks),
         adapted=len(blocks) if entry else len(blocks) - min(adapted, default=len(blocks)),
         hidden=hidden,
-        queries=queries,
-        keys=keys,
+        queries=attention.queries,
+        keys=attention.keys,
         intermediate=largest.intermediate,
         vocabulary=vocabulary,
         rank=largest.rank,
@@ -89,7 +91,7 @@ def shape_of(blocks: BlockList, vocabulary: int, dtype: mx.Dtype | None = None) 
         outside_adapter_bytes=sum(outside.values()),
         itemsize=(dtype or blocks.hidden_dtype).size,
         gated=all(block.gated for block in by_block),
-        blocked_heads=blocked_heads,
+        blocked_heads=attention.blocked_heads,
         arguments=_argument_entries(blocks),
         shared=sum(form.read_entries for form in blocks.forms if form),
         expert_bytes=largest.expert_frozen,
@@ -100,6 +102,8 @@ def shape_of(blocks: BlockList, vocabulary: int, dtype: mx.Dtype | None = None) 
         state_bytes=max(states, default=0),
         by_block=every_block if len(set(every_block)) > 1 else (),
         recurrent_attends=any(_has_both(recurrence) for recurrence in recurrences),
+        routed=_routed_entries(blocks, by_block.index(largest)) if largest.one_expert else 0,
+        expanded=attention.expanded,
         recurrent=max([b.widest for b, n in zip(by_block, states, strict=True) if n], default=0),
     )
 
@@ -141,15 +145,46 @@ def _argument_entries(blocks: BlockList) -> int:
     return sum(entries for _, entries in found.values())
 
 
-def _attention(blocks: BlockList, recurrences: Recurrences) -> tuple[int, int, int]:
-    """Sizes of attention, from the calls that the code of the blocks makes.
+def _routed_entries(blocks: BlockList, index: int) -> int:
+    """Outputs of the matrices of experts of a token in one block; 0 if it cannot be called."""
+    x, args, kwargs = block_calls(blocks)[index]
+    outputs: list[int] = []
+    with _recorded_sizes(outputs), suppress(*MODEL_ERRORS):
+        blocks.function(index)(x, *args, **kwargs)
+    return sum(outputs) // (x.shape[0] * x.shape[1])
 
-    Returns:
-        Entries of a token's queries and of its keys and values together, each of the block with
-        the most, and the largest number of heads for which MLX's gradient on Metal computes
-        blocks of scores.
-    """
-    queries, keys, heads, backend = 0, 0, 0, Backend.here()
+
+@contextmanager
+def _recorded_sizes(outputs: list[int]) -> Iterator[None]:
+    """Add the size of what each layer of experts returns to a list."""
+    calls = {kind: kind.__call__ for kind in (SwitchLinear, QuantizedSwitchLinear)}
+
+    def recorded(layer: nn.Module, *args: Any, **kwargs: Any) -> mx.array:
+        found = calls[type(layer)](layer, *args, **kwargs)
+        outputs.append(found.size)
+        return found
+
+    try:
+        for kind in calls:
+            kind.__call__ = recorded
+        yield
+    finally:
+        for kind, call in calls.items():
+            kind.__call__ = call
+
+
+class _Attention(NamedTuple):
+    """Sizes of attention, each of the block with the most; see `ModelShape`."""
+
+    queries: int = 0
+    keys: int = 0
+    expanded: int = 0
+    blocked_heads: int = 0
+
+
+def _attention(blocks: BlockList, recurrences: Recurrences) -> _Attention:
+    """Sizes of attention, from the calls that the code of the blocks makes."""
+    found, backend = _Attention(), Backend.here()
     calls = zip(block_calls(blocks), recurrences, strict=True)
     for index, ((x, args, kwargs), recurrence) in enumerate(calls):
         try:
@@ -163,15 +198,17 @@ def _attention(blocks: BlockList, recurrences: Recurrences) -> tuple[int, int, i
         except MODEL_ERRORS:
             continue  # the block has another form of attention
         own, *held = [a.shape[1] * a.shape[3] for a in (inputs.q, inputs.k, inputs.v)]
+        expanded = 0
         if (factors := factors_of(inputs.mask, inputs.q, inputs.k)) is not None:
             # Keys and values of heads are made again from what the block gives its cache.
             own += factors.queries.shape[1] * factors.queries.shape[3]
             cut = BlockParts(block, args, kwargs, through_cache=True)
-            held = _entries(cut, x) or held
-        queries, keys = max(queries, own), max(keys, sum(held))
+            held, expanded = _entries(cut, x) or held, sum(held)
+        heads = 0
         if backend.name == "metal" and _is_blocked(inputs, backend):
-            heads = max(heads, inputs.q.shape[1])
-    return queries, keys, heads
+            heads = inputs.q.shape[1]
+        found = _Attention(*map(max, found, (own, sum(held), expanded, heads)))
+    return found
 
 
 def _entries(parts: BlockParts, x: mx.array) -> list[int]:

@@ -63,6 +63,9 @@ class ModelShape:
             are no such blocks.
         recurrent: outputs of the widest matrix of a recurrent block, MLPs left out.
         recurrent_attends: whether such a block has keys and values as well.
+        routed: outputs of the matrices of experts of a token, for all experts that it picks.
+        expanded: entries of a token's keys and values that are made again from a smaller array in
+            the cache; 0 if the cache has them all.
         by_block: bytes of every block, if they differ; empty if all are like the largest one.
     """
 
@@ -96,6 +99,8 @@ class ModelShape:
     state_bytes: int = 0
     recurrent: int = 0
     recurrent_attends: bool = False
+    routed: int = 0
+    expanded: int = 0
     expert_adapter_bytes: int = 0
     row_bytes: int = 0
     full: bool = False

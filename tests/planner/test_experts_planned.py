@@ -10,7 +10,8 @@ from mlx.utils import tree_flatten
 from mlx_edgelora.blocks.checks import checked_blocks
 from mlx_edgelora.model.lora import add_lora
 from mlx_edgelora.planner.cost import Memory
-from mlx_edgelora.planner.plan import Plan
+from mlx_edgelora.planner.needs import need
+from mlx_edgelora.planner.plan import MIB, Plan
 from mlx_edgelora.planner.shape import shape_of
 from mlx_edgelora.planner.sizes import BatchShape
 
@@ -37,6 +38,23 @@ def test_sizes_of_experts():
     ]
     assert shape.expert_adapter_bytes == sum(array.nbytes for array in adapters)
     assert shape.expert_adapter_bytes < shape.adapter_bytes
+
+
+def test_what_experts_give_is_known_for_all_that_a_token_picks():
+    model, shape = shape_of_a_mixture()
+    mlp = model.layers[0].mlp
+    outputs = sum(
+        mlp.switch_mlp[name].linear["weight"].shape[1] for name in ("gate_proj", "up_proj")
+    )
+    outputs += model.args.hidden_size
+    assert shape.routed == mlp.top_k * outputs
+    batch_shape, way = BatchShape(1, 64, 20), (3, MIB, "fused", "resident", None)
+    more = need("tail", replace(shape, routed=2 * shape.routed), way, batch_shape)
+    before = need("tail", shape, way, batch_shape)
+    assert more - before > 2 * 2 * 64 * shape.routed * shape.itemsize  # of two blocks, twice
+    dense = build("llama")
+    add_lora(dense, -1, rank=4)
+    assert shape_of(checked_blocks(dense), 101, mx.float32).routed == 0
 
 
 def test_gradients_of_experts_are_expected_once():

@@ -27,6 +27,7 @@ def test_latents_are_in_memory_and_not_keys_and_values_of_heads(heads):
     shape = shape_of(checked_blocks(model), 101, mx.float32)
     assert shape.keys == LATENTS + ROTARY
     assert shape.queries == heads * (NOPE + ROTARY)
+    assert shape.expanded == heads * (NOPE + VALUE)
 
 
 def test_keys_and_values_of_other_attention_are():
@@ -35,6 +36,7 @@ def test_keys_and_values_of_other_attention_are():
     attention = model.layers[0].self_attn
     shape = shape_of(checked_blocks(model), 101, mx.float32)
     assert shape.keys == 2 * attention.k_proj.linear.weight.shape[0]
+    assert shape.expanded == 0
     assert shape.queries == attention.q_proj.linear.weight.shape[0]
 
 

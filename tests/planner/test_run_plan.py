@@ -13,6 +13,7 @@ from mlx_edgelora.data.batches import iterate_batches, largest_batch
 from mlx_edgelora.errors import EdgeLoraError
 from mlx_edgelora.planner.machine import default_budget, measure_rates, this_machine
 from mlx_edgelora.planner.measured import Measurements
+from mlx_edgelora.planner.needs import TERMS
 from mlx_edgelora.planner.plan import Plan
 from mlx_edgelora.planner.run_plan import Budget, RunPlan
 from mlx_edgelora.planner.search import Choice
@@ -31,6 +32,12 @@ def options(tiny, tmp_path):
         return TrainConfig.from_dict(common | changes)
 
     return make
+
+
+@pytest.fixture
+def costly_tail(monkeypatch):
+    """Kept blocks seem to take more than so small a model needs, so that a smaller plan exists."""
+    monkeypatch.setitem(TERMS["tail"], "one", 10.0)
 
 
 def test_a_run_tells_its_plan_and_writes_it(options, tmp_path):
@@ -71,7 +78,7 @@ def test_shorter_batches_have_faster_plans_where_they_fit(options, tmp_path):
     assert (short.head, short.adapters) == (long.head, long.adapters)
 
 
-def test_a_prediction_that_was_too_low_is_corrected_once(options, monkeypatch):
+def test_a_prediction_that_was_too_low_is_corrected_once(options, monkeypatch, costly_tail):
     """As if MLX had taken more than the budget: the plan that follows takes less."""
     # On CUDA the least plan of so small a model is near the one that is corrected.
     peak = (101 if mx.cuda.is_available() else 105) * 10**6
@@ -182,7 +189,7 @@ def test_a_plan_that_takes_more_than_its_budget_is_replaced(monkeypatch):
     assert len(Taken.batches) == 3 and len(lines) == 2
 
 
-def test_a_plan_that_needs_another_engine_gets_one(options, monkeypatch):
+def test_a_plan_that_needs_another_engine_gets_one(options, monkeypatch, costly_tail):
     """If no plan of this engine fits, another engine is built; it trains as the first would."""
     lines, weights = [], []
     original, high = rehearsal.peak_memory, 59 * 10**6
