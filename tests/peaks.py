@@ -67,10 +67,12 @@ def growth(small, large, bound: float, rounds: int = ROUNDS) -> float:
     """
     low, high = [], []
     for _ in range(rounds):
-        low += [small() for _ in range(3)]
+        low.append(small())
         high.append(large())
-        if min(high) - max(low) <= bound:
-            break
+        for _ in range(2):
+            if min(high) - max(low) <= bound:
+                return min(high) - max(low)
+            low.append(small())
     return min(high) - max(low)
 
 

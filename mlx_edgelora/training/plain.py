@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -219,7 +220,9 @@ def plain_calls(blocks: BlockList, tokens: mx.array) -> dict[int, dict[str, Any]
             slots = array_slots(block)
             zeros = {n: mx.zeros(box[key].shape, box[key].dtype) for n, (box, key) in slots.items()}
             stack.enter_context(bind_arrays(slots, zeros))
-        stack.callback(sys.setprofile, before)
+        # A profiler written in C, such as cProfile's, is no function that Python could call.
+        is_function = before is None or callable(before)
+        stack.callback(partial(sys.setprofile, before) if is_function else before.enable)
         sys.setprofile(look)
         blocks.model(tokens)
     return found

@@ -1,5 +1,6 @@
 """The gate: it agrees with what is right, sees what is wrong, and leaves everything as it was."""
 
+import cProfile
 import json
 import re
 from contextlib import closing, contextmanager
@@ -199,6 +200,16 @@ def test_however_a_block_names_its_arguments(kind):
     for index, (_, args, kwargs) in enumerate(plain.recorded_calls(blocks, tokens)):
         mine = plain.named_arguments(blocks.blocks[index], args, kwargs)
         assert list(found[index])[1:] == list(mine)[1:]
+
+
+def test_a_profile_of_the_whole_program_goes_on():
+    """cProfile's profiler is no function, and Python cannot put it back as one."""
+    blocks, tokens = BlockList(Toy()), mx.array([[1, 2, 3]])
+    with cProfile.Profile() as profile:
+        plain.plain_calls(blocks, tokens)
+        sorted([])
+    seen = {entry.code for entry in profile.getstats()}
+    assert any("sorted" in str(code) for code in seen)
 
 
 # --- it sees what is wrong ------------------------------------------------------------------
