@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # On a machine with an NVIDIA GPU, in six minutes: peaks and times beside mlx-lm at 1,024 and at 4,096 tokens, packed
-# rows, the doctor's report and the test suite. A part that fails, or for which no time is left, costs its own figures
-# alone, and what was measured is there whenever the script is ended.
+# rows, the doctor's report, and as much of the test suite as there is time left for (all of it takes some minutes by
+# itself: `SECONDS_IN_ALL=420 benchmarks/gpu.sh tests`). A part that fails, or for which no time is left, costs its own
+# figures alone, and what was measured is there whenever the script is ended.
 #
 #   benchmarks/gpu.sh [kernels] [table] [long] [packing] [kinds] [doctor] [tests]
 #

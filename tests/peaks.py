@@ -66,13 +66,12 @@ def growth(small, large, bound: float, rounds: int = ROUNDS) -> float:
     of the small for one of the large, in turn.
     """
     low, high = [], []
-    for _ in range(rounds):
+    for number in range(3 * rounds):
         low.append(small())
-        high.append(large())
-        for _ in range(2):
-            if min(high) - max(low) <= bound:
-                return min(high) - max(low)
-            low.append(small())
+        if number % 3 == 0:
+            high.append(large())
+        if min(high) - max(low) <= bound:
+            break
     return min(high) - max(low)
 
 

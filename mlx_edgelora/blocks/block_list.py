@@ -7,7 +7,7 @@ model's loop may depend on their class, their attributes or their identity.
 
 import hashlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any
@@ -99,10 +99,7 @@ class BlockList:
         one counts. If it returns one array for a block that returns more, the model's loop gets
         that array with stand-ins for the others (`outputs.Linked`).
         """
-        calls = _CallInterceptor(self.blocks, self._wrapping(handler), self.call_form)
-        with ExitStack() as stack:
-            for kind in dict.fromkeys(map(type, self.blocks)):
-                stack.enter_context(calls.replaced_call(kind))
+        with intercept_calls(self.blocks, self._wrapping(handler), self.call_form):
             yield
 
     def _wrapping(self, handler: Handler) -> Handler:
@@ -125,19 +122,33 @@ class BlockList:
             yield
 
 
+@contextmanager
+def intercept_calls(
+    modules: Sequence[nn.Module], handler: Handler, form: CallForm | None = None
+) -> Iterator[None]:
+    """Send the calls of some modules to `handler`, with their index; see `BlockList.intercept`."""
+    calls = _CallInterceptor(modules, handler, form)
+    with ExitStack() as stack:
+        for kind in dict.fromkeys(map(type, modules)):
+            stack.enter_context(calls.replaced_call(kind))
+        yield
+
+
 class _CallInterceptor:
     """Sends the calls of modules to a handler, by replacing `__call__` of their classes."""
 
-    def __init__(self, blocks: list[nn.Module], handler: Handler, form: CallForm | None) -> None:
+    def __init__(
+        self, modules: Sequence[nn.Module], handler: Handler, form: CallForm | None
+    ) -> None:
         self._handler, self._form = handler, form
         self._indices: dict[int, list[int]] = {}
-        for index, block in enumerate(blocks):
-            self._indices.setdefault(id(block), []).append(index)
+        for index, module in enumerate(modules):
+            self._indices.setdefault(id(module), []).append(index)
         self._next, self._is_handling = 0, False
 
     @contextmanager
     def replaced_call(self, kind: type[nn.Module]) -> Iterator[None]:
-        """Replace `__call__` of a class; modules that are not blocks behave as before."""
+        """Replace `__call__` of a class; its other modules behave as before."""
         own, call = vars(kind).get("__call__"), kind.__call__
         first = _second_parameter(call)
 

@@ -54,7 +54,8 @@ TERMS: dict[str, dict[str, float]] = {
         "scores": 1.0,
     },
     "head": {"tile": 1.0, "labelled": 2.6, "read": 0.8},
-    # The last block is computed for labelled tokens, the other kept blocks for all tokens.
+    # The last block is computed for labelled tokens, the other kept blocks for all tokens. Fitted
+    # with at most 0.8 for the tile: free, it is 3, as if tiles of any size took three times theirs.
     "tail": {
         "kept hidden": 2.7,
         "kept intermediate": 8.1,
@@ -167,10 +168,9 @@ def sizes_of(kind: str, shape: ModelShape, way: Way, batch_shape: BatchShape) ->
         sizes["adapters"] *= FLOAT / shape.itemsize
     if kind == "head":
         loss_bytes, place = way
-        rows, _ = tile_shape(loss_bytes, shape.hidden, batch_shape.labelled, shape.vocabulary)
+        rows, tile = _tile(loss_bytes, shape, batch_shape)
         labelled = batch_shape.labelled * shape.hidden
         read = rows * shape.hidden * shape.itemsize if place == "streamed" else 0
-        tile = _tile(loss_bytes, shape, batch_shape)
         return sizes | {"tile": tile, "labelled": labelled * FLOAT, "read": read}
     if kind == "update":
         paged = way == ("paged",)
@@ -186,6 +186,7 @@ def sizes_of(kind: str, shape: ModelShape, way: Way, batch_shape: BatchShape) ->
         above, size = way[0] - 1, batch_shape.size
         inner, routed = size * shape.intermediate, size * shape.routed
         last = batch_shape.labelled / size
+        _, tile = _tile(way[1], shape, batch_shape)
         sizes["trained"] = way[0] * sizes.get("trained", 0.0)
         return sizes | {
             "kept hidden": above * every * FLOAT / shape.itemsize,
@@ -196,7 +197,7 @@ def sizes_of(kind: str, shape: ModelShape, way: Way, batch_shape: BatchShape) ->
             "last routed": routed * last * shape.itemsize,
             "attention": size * (shape.queries + shape.keys) * shape.itemsize,
             "expanded": size * shape.expanded * shape.itemsize,
-            "tile": _tile(way[1], shape, batch_shape),
+            "tile": tile,
             "scores": _scores(shape, batch_shape, batch_shape.tokens, way[4]),
         }
     if kind == "load":
@@ -240,10 +241,10 @@ def sizes_of(kind: str, shape: ModelShape, way: Way, batch_shape: BatchShape) ->
     return sizes
 
 
-def _tile(loss_bytes: int, shape: ModelShape, batch_shape: BatchShape) -> int:
-    """Bytes of a tile of the head: hidden states, logits and their gradients, a part of it."""
+def _tile(loss_bytes: int, shape: ModelShape, batch_shape: BatchShape) -> tuple[int, int]:
+    """Rows of a tile of the head; bytes of its hidden states, logits and part of the head."""
     rows, chunk = tile_shape(loss_bytes, shape.hidden, batch_shape.labelled, shape.vocabulary)
-    return FLOAT * (rows * shape.hidden + 3 * rows * chunk + chunk * shape.hidden)
+    return rows, FLOAT * (rows * shape.hidden + 3 * rows * chunk + chunk * shape.hidden)
 
 
 def _scores(shape: ModelShape, batch_shape: BatchShape, queries: int, block: int | None) -> int:

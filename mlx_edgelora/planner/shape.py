@@ -1,9 +1,9 @@
 """Find the sizes of a model that decide the cost of a step, without reading its weights."""
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from mlx_edgelora.blocks.added_scores import factors_of, remembered_factors
-from mlx_edgelora.blocks.block_list import BlockList
+from mlx_edgelora.blocks.block_list import BlockList, intercept_calls
 from mlx_edgelora.blocks.checks import MODEL_ERRORS
 from mlx_edgelora.blocks.experts import count_experts
 from mlx_edgelora.blocks.gated_mlp import find_gated_mlp, needs_no_whole_matrix
@@ -147,30 +147,19 @@ def _argument_entries(blocks: BlockList) -> int:
 
 def _routed_entries(blocks: BlockList, index: int) -> int:
     """Outputs of the matrices of experts of a token in one block; 0 if it cannot be called."""
-    x, args, kwargs = block_calls(blocks)[index]
-    outputs: list[int] = []
-    with _recorded_sizes(outputs), suppress(*MODEL_ERRORS):
-        blocks.function(index)(x, *args, **kwargs)
-    return sum(outputs) // (x.shape[0] * x.shape[1])
+    kinds = SwitchLinear, QuantizedSwitchLinear
+    layers = [m for m in blocks.blocks[index].modules() if isinstance(m, kinds)]
+    sizes = []
 
-
-@contextmanager
-def _recorded_sizes(outputs: list[int]) -> Iterator[None]:
-    """Add the size of what each layer of experts returns to a list."""
-    calls = {kind: kind.__call__ for kind in (SwitchLinear, QuantizedSwitchLinear)}
-
-    def recorded(layer: nn.Module, *args: Any, **kwargs: Any) -> mx.array:
-        found = calls[type(layer)](layer, *args, **kwargs)
-        outputs.append(found.size)
+    def measure(number: int, x: mx.array, args: tuple, kwargs: dict) -> mx.array:
+        found = layers[number](x, *args, **kwargs)
+        sizes.append(found.size)
         return found
 
-    try:
-        for kind in calls:
-            kind.__call__ = recorded
-        yield
-    finally:
-        for kind, call in calls.items():
-            kind.__call__ = call
+    x, args, kwargs = block_calls(blocks)[index]
+    with intercept_calls(layers, measure), suppress(*MODEL_ERRORS):
+        blocks.function(index)(x, *args, **kwargs)
+    return sum(sizes) // (x.shape[0] * x.shape[1])
 
 
 class _Attention(NamedTuple):

@@ -33,3 +33,18 @@ def test_a_plan_with_inputs_in_memory_needs_no_folder(tmp_path):
     with closing(engine(folder, spilled=False)) as ours:
         ours.value_and_grad(BATCH)
         assert "_file" not in vars(ours.walk.store)
+
+
+def test_experts_are_apart_from_their_blocks_once_a_plan_has_groups(tmp_path):
+    with closing(engine(save(tmp_path, "qwen3_moe", True), mlp_bytes=None)) as ours:
+        functions = ours.walk._functions
+
+        def apart():
+            ours.value_and_grad(BATCH)
+            return sum(map(functions._is_apart, range(3)))
+
+        assert apart() == 0
+        ours.set_plan(replace(ours.plan, mlp_bytes=8192))
+        assert apart() > 0
+        ours.set_plan(replace(ours.plan, mlp_bytes=None))
+        assert apart() == 0

@@ -42,6 +42,8 @@ def test_more_states_take_more_memory_and_shorter_tiles():
     way = (128, MIB, "dequantize", False, None, "block", "file")
     needs = [need("tiles backward", shape, way, BATCH) for shape in (SHAPE, recurrent, larger)]
     assert needs[0] < needs[1] < needs[2]
+    kept = [need("tail", s, (3, MIB, "fused", "resident", None), BATCH) for s in (SHAPE, recurrent)]
+    assert kept[1] - kept[0] > 2 * BATCH.size * 8192 * 4  # of the two blocks before the last one
 
 
 def test_a_hidden_state_is_as_wide_as_what_blocks_are_given():
