@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from operator import is_
 from types import ModuleType
 
 import mlx.core as mx
@@ -76,6 +77,13 @@ def replace_attention(function: Callable[..., mx.array]) -> Iterator[None]:
 
 
 @contextmanager
+def attention_found() -> Iterator[None]:
+    """Search all modules once for what is inside, which replaces attention many times."""
+    with replace_attention(lambda original, *args, **kwargs: original(*args, **kwargs)):
+        yield
+
+
+@contextmanager
 def banded_masks() -> Iterator[None]:
     """Let mlx-lm make causal masks that carry their band (`blocks/masks.py`); undone on exit."""
     original = base.create_causal_mask
@@ -121,22 +129,41 @@ def add_key_gradients(sums: KeySums) -> Iterator[None]:
 @contextmanager
 def replace_temporarily(original: Callable, replacement: Callable) -> Iterator[None]:
     """Replace a function in all of mlx-lm's modules that hold it; undone on exit."""
-    count, places = len(sys.modules), _places_of(original)
+    modules, places = _PACKAGE.modules(), _places_of(original)
     try:
         _assign(places, replacement)
         yield
     finally:
-        # A module imported in the meantime holds the replacement.
-        _assign(places if len(sys.modules) == count else _places_of(replacement), original)
+        _assign(places, original)
+        if _PACKAGE.modules() is not modules:  # what was imported meanwhile has the replacement
+            _assign(_places_of(replacement), original)
+
+
+class _Package:
+    """The imported modules of mlx-lm's architectures, picked anew where any module is another."""
+
+    def __init__(self) -> None:
+        self._known: list[ModuleType | None] = []
+        self._own: list[ModuleType] = []
+
+    def modules(self) -> list[ModuleType]:
+        every = list(sys.modules.values())  # None marks a module whose import is blocked
+        if len(every) != len(self._known) or not all(map(is_, every, self._known)):
+            loaded = list(sys.modules.items())
+            self._known = [module for _, module in loaded]
+            own = (module for name, module in loaded if name.startswith(PACKAGE))
+            self._own = [module for module in own if module is not None]
+        return self._own
+
+
+_PACKAGE = _Package()
 
 
 def _places_of(function: Callable) -> list[tuple[ModuleType, str]]:
     """The modules of the package that hold a function, and its name in each."""
     return [
         (module, key)
-        for name, module in list(sys.modules.items())
-        # None marks a module whose import is blocked.
-        if name.startswith(PACKAGE) and module is not None
+        for module in _PACKAGE.modules()
         for key, value in vars(module).items()
         if value is function
     ]

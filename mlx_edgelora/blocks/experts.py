@@ -25,7 +25,7 @@ from mlx_edgelora.blocks.stand_in import stand_in
 from mlx_edgelora.blocks.trained import trains_weights
 from mlx_edgelora.blocks.visits import Place
 from mlx_edgelora.layers.experts import Arrays, Experts, compute_experts
-from mlx_edgelora.layers.linear import frozen_matmul
+from mlx_edgelora.layers.linear import frozen_matmul, plus_product
 
 # Tokens, experts for each of them, experts and width of the trial.
 TRIAL = (5, 2, 3, 4)
@@ -313,7 +313,7 @@ def _linear(layer: nn.Module, name: str, arrays: Arrays, on_gpu: bool) -> Callab
             y = y + own["bias"].astype(y.dtype)
         if a is not None:
             z = x @ a.astype(x.dtype).T
-            y = y + ((layer.scale * z) @ b.astype(x.dtype).T).astype(y.dtype)
+            y = plus_product(y, layer.scale * z, b.astype(x.dtype).T)
         return y
 
     return linear

@@ -6,7 +6,7 @@ from mlx_lm.tuner.lora import LoRALinear as MlxLoRALinear
 from mlx_lm.tuner.lora import LoRASwitchLinear as MlxLoRASwitchLinear
 
 from mlx_edgelora.layers.dora import row_norms
-from mlx_edgelora.layers.linear import frozen_product
+from mlx_edgelora.layers.linear import frozen_product, plus_product
 
 # Ranks of adapters of experts on CUDA are multiples of it.
 RANKS = 8
@@ -23,9 +23,10 @@ class LoRALinear(MlxLoRALinear):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Map [..., in] to [..., out], in the dtype of `x`."""
-        y = self.linear(x)
-        z = self.dropout(x) @ self.lora_a.astype(x.dtype)
-        return y + ((self.scale * z) @ self.lora_b.astype(x.dtype)).astype(y.dtype)
+        rows = x if x.ndim < 3 else x.flatten(0, -2)  # once, not in each of three products
+        z = self.dropout(rows) @ self.lora_a.astype(x.dtype)
+        y = plus_product(self.linear(rows), self.scale * z, self.lora_b.astype(x.dtype))
+        return y if rows is x else mx.unflatten(y, 0, x.shape[:-1])
 
 
 class DoRALinear(MlxDoRALinear):
@@ -38,7 +39,7 @@ class DoRALinear(MlxDoRALinear):
         """Map [..., in] to [..., out], in the dtype of `x`."""
         y = frozen_product(self.linear, x)
         z = self.dropout(x) @ self.lora_a.astype(x.dtype)
-        y = y + ((self.scale * z) @ self.lora_b.astype(x.dtype)).astype(y.dtype)
+        y = plus_product(y, self.scale * z, self.lora_b.astype(x.dtype))
         y = self.gain().astype(y.dtype) * y
         return y + self.linear["bias"] if "bias" in self.linear else y
 

@@ -1,13 +1,13 @@
 """Find out by trials which blocks can be computed by tiles of tokens."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_edgelora.blocks.attention import banded_masks
+from mlx_edgelora.blocks.attention import attention_found, banded_masks
 from mlx_edgelora.blocks.block_list import (
     BlockList,
     array_slots,
@@ -112,7 +112,12 @@ class Tiling:
             self._keys[index] = signature(block) + call_signature(args, kwargs) + read
         key = self._keys[index]
         if key not in self._found:
-            with rows_packed(None), reading_once(self._weights), EXPERTS.handled_by(any_experts):
+            with (
+                attention_found(),
+                rows_packed(None),
+                reading_once(self._weights),
+                EXPERTS.handled_by(any_experts),
+            ):
                 found = self._trial(index)
                 if not found.possible:
                     found = self._by_caches(index) or found
@@ -151,16 +156,11 @@ class Tiling:
             try:
                 form = self._blocks.forms[index]
                 x, *call = self._calls[index]
-                calls = list(_trials(BlockParts(block, *call, through_cache, form), x))
-                reason = self._disagreement(index, calls)
-                if not reason and _depends_on_length(*calls[0]):
+                parts = BlockParts(block, *call, through_cache, form)
+                reason, keys, by_rows = self._compare(index, _trials(parts, x))
+                if not reason and _depends_on_length(x, parts):
                     reason = "what a block computes depends on how long the text is"
                 if not reason:
-                    x, parts = calls[0]
-                    # Only the shapes are used; nothing is computed.
-                    key_values = parts.key_values(x, TokenSpan(0, TRIAL_SHAPE[1]))
-                    keys = max(array.shape[1] * array.shape[3] for array in key_values)
-                    by_rows = not through_cache and not self._rows_differ(index, calls)
                     return Tileable(True, "", keys, through_cache, by_rows)
             except MODEL_ERRORS as error:
                 if is_killed(error):
@@ -236,17 +236,25 @@ class Tiling:
         reason = self._tiles_differ(x, parts, tiles, compute(parts.whole, x))
         return reason, key_values, sum(state.nbytes for state in states)
 
-    def _disagreement(self, index: int, calls: list[tuple[mx.array, BlockParts]]) -> str | None:
-        """How the tiles differ from the whole block; None if they do not."""
-        compute = self._computing(index)
-        for x, parts in calls:
+    def _compare(
+        self, index: int, trials: Iterable[tuple[mx.array, BlockParts]]
+    ) -> tuple[str | None, int, bool]:
+        """How the tiles differ from the whole block (None if they do not), and for `Tileable`:
+        entries of a token's keys or values, and whether some tokens of a tile can be computed.
+        """
+        compute, keys, by_rows = self._computing(index), 0, True
+        for x, parts in trials:
             if not parts.through_cache and _mask_is_computed(x, parts, self._blocks.blocks[index]):
-                return "a block adds a mask to its scores that depends on its input"
+                return "a block adds a mask to its scores that depends on its input", 0, False
             key_values = compute(_key_values, x, parts)
+            keys = max(array.shape[1] * array.shape[3] for array in key_values)
             tiles = [compute(_tile, x, parts, span, key_values) for span in TRIAL_SPANS]
-            if reason := self._tiles_differ(x, parts, tiles, compute(parts.whole, x)):
-                return reason
-        return None
+            whole = compute(parts.whole, x)
+            if reason := self._tiles_differ(x, parts, tiles, whole):
+                return reason, 0, False
+            by_rows = by_rows and not parts.through_cache
+            by_rows = by_rows and not self._rows_differ(index, x, parts, whole[0], key_values)
+        return None, keys, by_rows
 
     def _tiles_differ(
         self, x: mx.array, parts: BlockParts, tiles: list[list[mx.array]], expected: list[mx.array]
@@ -261,29 +269,30 @@ class Tiling:
             return "computed by parts a block returns something else to later blocks"
         return None
 
-    def _rows_differ(self, index: int, calls: list[tuple[mx.array, BlockParts]]) -> bool:
+    def _rows_differ(
+        self,
+        index: int,
+        x: mx.array,
+        parts: BlockParts,
+        whole: mx.array,
+        key_values: Sequence[mx.array],
+    ) -> bool:
         """Whether the block gives something else if it is computed for some tokens only."""
         compute, span = self._computing(index), TRIAL_SPANS[1]
+        rows, tile_rows = mx.array(TRIAL_ROWS), mx.array(TRIAL_TILE_ROWS)
+        mine, seen, some = _seen(x, parts, span, key_values)
         try:
-            for x, parts in calls:
-                whole, key_values = compute(parts.whole, x)[0], compute(_key_values, x, parts)
-                rows, tile_rows = mx.array(TRIAL_ROWS), mx.array(TRIAL_TILE_ROWS)
-                mine, seen, some = _seen(x, parts, span, key_values)
-                pairs = [
-                    (compute(parts.output_rows, x, rows), TokenSpan(0, x.shape[1]), rows),
-                    (
-                        compute(parts.output_at, mine, span, seen, some, tile_rows),
-                        span,
-                        tile_rows,
-                    ),
-                ]
-                for got, part, places in pairs:
-                    expected, before = (
-                        v[:, part.start : part.stop].reshape(1, -1, x.shape[2])[:, places]
-                        for v in (whole, x)
-                    )
-                    if not difference(got, expected, before) <= TOLERANCES[x.dtype]:
-                        return True
+            pairs = [
+                (compute(parts.output_rows, x, rows), TokenSpan(0, x.shape[1]), rows),
+                (compute(parts.output_at, mine, span, seen, some, tile_rows), span, tile_rows),
+            ]
+            for got, part, places in pairs:
+                expected, before = (
+                    v[:, part.start : part.stop].reshape(1, -1, x.shape[2])[:, places]
+                    for v in (whole, x)
+                )
+                if not difference(got, expected, before) <= TOLERANCES[x.dtype]:
+                    return True
         except MODEL_ERRORS as error:
             if is_killed(error):
                 raise

@@ -23,7 +23,8 @@ class Magnitudes:
         for name in arrays:
             self._squares.pop(name, None)
         if mx.default_device() == mx.cpu:  # NumPy takes a tenth of the time for small arrays
-            self._squares |= {name: _square(array) for name, array in arrays.items()}
+            with np.errstate(over="ignore", invalid="ignore"):
+                self._squares |= {name: _square(array) for name, array in arrays.items()}
         elif arrays:
             found = {n: a.astype(mx.float32).square().sum() for n, a in arrays.items()}
             self._squares |= found
@@ -66,11 +67,10 @@ def first_non_finite(arrays: Mapping[str, mx.array]) -> str | None:
 def _square(array: mx.array) -> float:
     """Sum of squares; finite if the array is."""
     numbers = _numbers(array).ravel(order="K")  # in the order of memory, so that none is copied
-    with np.errstate(over="ignore", invalid="ignore"):
+    found = float(numbers @ numbers)
+    if not math.isfinite(found) and np.isfinite(numbers).all():
+        numbers = numbers.astype(np.float64)
         found = float(numbers @ numbers)
-        if not math.isfinite(found) and np.isfinite(numbers).all():
-            numbers = numbers.astype(np.float64)
-            found = float(numbers @ numbers)
     return found
 
 

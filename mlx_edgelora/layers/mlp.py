@@ -27,6 +27,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_edgelora.layers.dequantize import dequantize
+from mlx_edgelora.layers.linear import plus_product
 from mlx_edgelora.layers.tile_order import Span, depend_on
 
 # Three pieces of weights and what is made of 1024 tokens: at 3072 x 8192 slices of 4 to 32 MiB
@@ -235,7 +236,7 @@ class Slices:
     ) -> mx.array:
         """A slice of an input projection's product with x, whose LoRA part is z."""
         y = x @ weight.T
-        return y if z is None else y + z @ self.lora(p)[1][:, slice(*span)]
+        return y if z is None else plus_product(y, z, self.lora(p)[1][:, slice(*span)])
 
     def gain(self, p: Projection, span: Span) -> mx.array:
         """A slice of a projection's gain in the activations' dtype."""
@@ -270,7 +271,7 @@ def _forward(x: mx.array, s: Slices) -> mx.array:
     for y, z in sums:
         piece = depend_on([y], after)[0].astype(s.dtype)
         if down_lora is not None:
-            piece = piece + z.astype(s.dtype) @ down_lora[1]
+            piece = plus_product(piece, z.astype(s.dtype), down_lora[1])
         pieces.append(piece if s.down.bias is None else piece + s.down.bias.astype(s.dtype))
     return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces)
 

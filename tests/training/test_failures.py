@@ -194,7 +194,7 @@ def test_the_command_that_verifies(run, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"), [(Tiling, "_disagreement"), (BlockParts, "output_rows")]
+    ("owner", "name"), [(Tiling, "_compare"), (BlockParts, "output_rows")]
 )
 def test_a_trial_that_was_ended_says_nothing_about_a_block(monkeypatch, owner, name):
     failing(monkeypatch, owner, name, lambda: True)
