@@ -118,7 +118,7 @@ def ours(folder, blocks, monkeypatch):
     return found[0]
 
 
-def test_with_no_limit_a_step_has_hardly_more_operations_than_mlx_lms(tmp_path, monkeypatch):
+def test_with_no_limit_a_step_has_no_more_operations_than_mlx_lms(tmp_path, monkeypatch):
     """As on a GPU, where attention, norms and products are MLX's own kernels."""
 
     def on_gpu():
@@ -132,4 +132,4 @@ def test_with_no_limit_a_step_has_hardly_more_operations_than_mlx_lms(tmp_path, 
     (other, mine), (more_other, more_mine) = counts
     block = (more_other - other) / 2, (more_mine - mine) / 2
     whole = [first + 26 * each for first, each in zip((other, mine), block, strict=True)]
-    assert whole[1] <= 1.2 * whole[0], whole
+    assert whole[1] <= whole[0], whole

@@ -1,6 +1,7 @@
 """Products with a frozen packed matrix, and the LoRA layers around them."""
 
 import gc
+import itertools
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,7 +17,12 @@ from mlx_lm.tuner.lora import LoRALinear as MlxLoRALinear
 from mlx_lm.tuner.lora import LoRASwitchLinear as MlxLoRASwitchLinear
 
 from mlx_edgelora.blocks.lora_layers import LoRALinear, LoRASwitchLinear
-from mlx_edgelora.layers.linear import DequantizedEmbedding, DequantizedLinear, frozen_matmul
+from mlx_edgelora.layers.linear import (
+    DequantizedEmbedding,
+    DequantizedLinear,
+    frozen_matmul,
+    plus_product,
+)
 
 MODES = [("affine", group, bits) for group in (32, 64, 128) for bits in (2, 3, 4, 5, 6, 8)]
 MODES += [("mxfp4", 32, 4), ("nvfp4", 16, 4), ("mxfp8", 32, 8)]
@@ -174,11 +180,45 @@ def gradients_of(layer, x, *args):
     return [y, dx] + [value for _, value in tree_flatten(adapters)]
 
 
+@pytest.mark.parametrize("leading", [(), (5,), (0,), (2, 5), (2, 0), (3, 1, 5)])
+def test_a_product_is_added_exactly(leading):
+    """Forward and gradients are those of a product and a sum, of any number of axes."""
+    arrays = [normal((*leading, 7)), normal((*leading, 3), 1), normal((3, 7), 2)]
+    cotangent = normal((*leading, 7), 3)
+    expected = mx.vjp(lambda y, x, matrix: y + x @ matrix, arrays, [cotangent])
+    got = mx.vjp(plus_product, arrays, [cotangent])
+    for ours, theirs in zip(itertools.chain(*got), itertools.chain(*expected), strict=True):
+        assert ours.shape == theirs.shape
+        assert not ours.size or relative_error(ours, theirs) < 1e-6
+
+
+@pytest.mark.parametrize("dtypes", [(mx.float32, mx.bfloat16), (mx.bfloat16, mx.float32)])
+def test_a_product_of_another_dtype_is_added_as_it_is(dtypes):
+    y, x, matrix = normal((2, 5, 7)), normal((2, 5, 3), 1), normal((3, 7), 2)
+    y, x, matrix = y.astype(dtypes[0]), x.astype(dtypes[1]), matrix.astype(dtypes[1])
+    assert mx.array_equal(plus_product(y, x, matrix), y + (x @ matrix).astype(y.dtype)).item()
+
+
+@frees_at_once
+def test_what_is_added_takes_the_memory_of_the_sum(memory):
+    y, x, matrix = normal((2, 512, 2048)), normal((2, 512, 8), 1), normal((8, 2048), 2)  # 8 MiB
+    mx.eval(y, x, matrix)
+    peaks = []
+    for add in (plus_product, lambda y, x, matrix: y + x @ matrix):
+        gc.collect()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(add(2 * y, x, matrix))
+        peaks.append(mx.get_peak_memory() - before)
+    assert peaks[0] < 9 * MIB and peaks[1] > 15 * MIB, peaks
+
+
+@pytest.mark.parametrize("leading", [(5,), (2, 5), (2, 3, 5)])
 @pytest.mark.parametrize("quantized", [False, True], ids=["float", "4bit"])
-def test_lora_linear_equals_mlx_lm(quantized):
+def test_lora_linear_equals_mlx_lm(quantized, leading):
     base = nn.Linear(64, 96)  # with a bias
     base = base.to_quantized(32, 4) if quantized else base
-    layer, x = adapted(base, MlxLoRALinear), normal((2, 5, 64))
+    layer, x = adapted(base, MlxLoRALinear), normal((*leading, 64))
     expected = gradients_of(layer, x)
     layer.__class__ = LoRALinear
     got = gradients_of(layer, x)

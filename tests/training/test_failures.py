@@ -193,9 +193,7 @@ def test_the_command_that_verifies(run, monkeypatch):
     assert status == 2 and sentence.startswith(ENDED)
 
 
-@pytest.mark.parametrize(
-    ("owner", "name"), [(Tiling, "_compare"), (BlockParts, "output_rows")]
-)
+@pytest.mark.parametrize(("owner", "name"), [(Tiling, "_compare"), (BlockParts, "output_rows")])
 def test_a_trial_that_was_ended_says_nothing_about_a_block(monkeypatch, owner, name):
     failing(monkeypatch, owner, name, lambda: True)
     sources = ResidentWeights(), ResidentWeights()
