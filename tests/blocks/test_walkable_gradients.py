@@ -10,7 +10,7 @@ from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 from toy import WIDTH, Block, Toy
 
 from mlx_edgelora.blocks.block_list import BlockList
-from mlx_edgelora.blocks.checks import check_walk
+from mlx_edgelora.blocks.checks import _separations, check_walk
 from mlx_edgelora.engine.gradients import value_and_grad
 from mlx_edgelora.engine.walk import Walk
 from mlx_edgelora.errors import EdgeLoraError
@@ -33,6 +33,16 @@ def test_a_trained_matrix_in_two_blocks_is_refused():
     check_walk(BlockList(model.freeze()))  # frozen, it may hang where it likes
     with pytest.raises(EdgeLoraError, match=r"block 3 .*layers.3.proj.* trained in block 1 too"):
         check_walk(BlockList(adapted(model, shared)))
+
+
+@pytest.mark.parametrize(("count", "fewest"), [(1, 1), (2, 2), (3, 3), (6, 4), (28, 7), (70, 8)])
+def test_gradients_of_any_two_blocks_are_built_apart(count, fewest):
+    chosen = _separations(count)
+    assert len(chosen) == fewest
+    for first in range(count):
+        assert any(first in own for own in chosen)
+        for second in set(range(count)) - {first}:
+            assert any(first in own and second not in own for own in chosen)
 
 
 def test_a_block_in_two_places_is_refused():
