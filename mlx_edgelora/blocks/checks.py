@@ -332,8 +332,9 @@ def _check_crossings(blocks: BlockList) -> None:
     The inputs of blocks and the trained parameters are detached and observed. The gradients of some
     of the blocks at a time are built; none may reach an observer of the others.
     """
+    gradients = _Gradients(blocks)
     for chosen in _separations(len(blocks)):
-        for tag in _reached_tags(blocks, chosen):
+        for tag in gradients.reached(chosen):
             if tag is None:
                 raise blocks.refusal(min(chosen), Refusal.ENTRY)
             if tag not in chosen:
@@ -354,44 +355,55 @@ def _separations(count: int) -> list[set[int]]:
     return [chosen for chosen in found if chosen]
 
 
-def _reached_tags(blocks: BlockList, chosen: set[int]) -> set[int | None]:
-    """The inputs, outputs and parameters that the gradients of the chosen blocks reach.
+class _Gradients:
+    """Builds gradients of blocks whose inputs and trained parameters are detached and observed."""
 
-    A tag is the index of a block (its input or parameters), ~index (the state passed on after a
-    block), or None (parameters outside the blocks).
-    """
-    slots, reached = array_slots(blocks.model), set()
-    trained = dict(tree_flatten(blocks.model.trainable_parameters()))
-    shared = {id(slots[name][0]) for name in trained}
+    def __init__(self, blocks: BlockList) -> None:
+        self._blocks, self._slots = blocks, array_slots(blocks.model)
+        self._trained = dict(tree_flatten(blocks.model.trainable_parameters()))
+        self._owners = {name: (blocks.local(name) or (None,))[0] for name in self._trained}
+        shared = {id(self._slots[name][0]) for name in self._trained}
+        self._frozen = []  # slots of each block, and zeros for what is not trained
+        for own in map(array_slots, blocks.blocks):
+            frozen = {name: slot for name, slot in own.items() if id(slot[0]) not in shared}
+            self._frozen.append((own, _zeros(frozen)))
 
-    def run(start: mx.array) -> list[mx.array]:
-        outputs: list[mx.array] = []
+    def reached(self, chosen: set[int]) -> set[int | None]:
+        """The inputs, outputs and parameters that the gradients of the chosen blocks reach.
 
-        def cut(tag: int | None, like: mx.array) -> mx.array:
-            zeros = mx.zeros(like.shape, like.dtype) + start.astype(like.dtype)
-            return gradient_hook(lambda: reached.add(tag))(zeros)
+        A tag is the index of a block (its input or parameters), ~index (the state passed on after a
+        block), or None (parameters outside the blocks).
+        """
+        blocks, reached = self._blocks, set()
 
-        def handler(index: int, x: mx.array, args: tuple, kwargs: dict) -> mx.array:
-            block = blocks.blocks[index]
-            own = array_slots(block)
-            zeros = _zeros({name: slot for name, slot in own.items() if id(slot[0]) not in shared})
-            try:
-                with bind_arrays(own, zeros):
-                    out = blocks.function(index)(cut(index, x), *args, **kwargs)
-            except MODEL_ERRORS as error:
-                raise blocks.refusal(index, Refusal.FAILS, error=str(error)) from error
-            if index in chosen:
-                found = blocks.outputs(index, out)
-                outputs.append(sum(array.astype(mx.float32).sum() for array in found))
-            return cut(~index, x)
+        def run(start: mx.array) -> list[mx.array]:
+            outputs: list[mx.array] = []
 
-        values = {n: cut((blocks.local(n) or (None,))[0], v) for n, v in trained.items()}
-        with bind_arrays(slots, values), blocks.intercept(handler):
-            blocks.model(mx.arange(1, 1 + TOKENS[1])[None])
-        return outputs
+            def watched(tag: int | None) -> mx.array:
+                return gradient_hook(lambda: reached.add(tag))(start)
 
-    try:
-        mx.vjp(run, [mx.zeros(())], [mx.zeros(()) for _ in chosen])
-    except MODEL_ERRORS as error:
-        raise blocks.refusal(min(chosen), Refusal.NO_GRADIENT, error=str(error)) from error
-    return reached
+            def cut(zero: mx.array, like: mx.array) -> mx.array:
+                return mx.zeros(like.shape, like.dtype) + zero.astype(like.dtype)
+
+            def handler(index: int, x: mx.array, args: tuple, kwargs: dict) -> mx.array:
+                try:
+                    with bind_arrays(*self._frozen[index]):
+                        out = blocks.function(index)(cut(watched(index), x), *args, **kwargs)
+                except MODEL_ERRORS as error:
+                    raise blocks.refusal(index, Refusal.FAILS, error=str(error)) from error
+                if index in chosen:
+                    found = blocks.outputs(index, out)
+                    outputs.append(sum(array.astype(mx.float32).sum() for array in found))
+                return cut(watched(~index), x)
+
+            zeros = {tag: watched(tag) for tag in set(self._owners.values())}
+            values = {n: cut(zeros[self._owners[n]], v) for n, v in self._trained.items()}
+            with bind_arrays(self._slots, values), blocks.intercept(handler):
+                blocks.model(mx.arange(1, 1 + TOKENS[1])[None])
+            return outputs
+
+        try:
+            mx.vjp(run, [mx.zeros(())], [mx.zeros(()) for _ in chosen])
+        except MODEL_ERRORS as error:
+            raise blocks.refusal(min(chosen), Refusal.NO_GRADIENT, error=str(error)) from error
+        return reached
