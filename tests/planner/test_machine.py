@@ -126,14 +126,23 @@ def test_a_gpu_is_warmed_up_before_it_is_timed(monkeypatch, tmp_path, device, wa
     assert (timed[0] >= 0.2) == warm
 
 
-@pytest.mark.parametrize(("device", "expected"), [(mx.gpu, 0.05), (mx.cpu, 3.0)])
-def test_the_time_of_compiling_is_no_rate(monkeypatch, device, expected):
-    """On a GPU the first evaluation may compile for a minute, on a CPU it is already one."""
-    times = iter([0.0, 3.0, 3.0, 3.05, 4.0, 4.1, 5.0, 5.1])
+@pytest.mark.parametrize(
+    ("device", "spent", "expected"),
+    [
+        (mx.gpu, [3.0, 0.05, 0.1, 0.1], 0.05),  # the first one may compile for a minute
+        (mx.gpu, [0.01, 3.0], 3.0),
+        (mx.cpu, [3.0, 0.05, 0.1, 0.1], 0.05),  # the system did something else
+        (mx.cpu, [3.0, 2.0], 2.0),  # it is that slow
+        (mx.cpu, [0.01, 3.0], 0.01),
+    ],
+)
+def test_neither_compiling_nor_a_stall_is_a_rate(monkeypatch, device, spent, expected):
+    times = iter([10.0 * n + end for n, own in enumerate(spent) for end in (0.0, own)])
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(device))
     monkeypatch.setattr(mx, "eval", lambda arrays: None)
     monkeypatch.setattr(machine.time, "perf_counter", lambda: next(times))
     assert machine._seconds(lambda: None) == pytest.approx(expected)
+    assert next(times, None) is None
 
 
 @pytest.mark.parametrize(
