@@ -344,7 +344,8 @@ def _check_crossings(blocks: BlockList) -> None:
 def _separations(count: int) -> list[set[int]]:
     """Sets of blocks, as few as can be, of which one has the first of any two and not the second.
 
-    Every block is in as many of them, and no two in the same (Sperner): 8 sets are enough for 70.
+    Every block is in the same number of sets, and no two blocks are in exactly the same ones
+    (Sperner): 8 sets are enough for 70 blocks.
     """
     sets = next(n for n in itertools.count(1) if math.comb(n, max(1, n // 2)) >= count)
     places = itertools.combinations(range(sets), max(1, sets // 2))

@@ -104,7 +104,8 @@ def _product(group_size: int, bits: int, mode: str, rows: int) -> mx.custom_func
 def plus_product(y: mx.array, x: mx.array, matrix: mx.array) -> mx.array:
     """`y + x @ matrix` as one product, which MLX adds up in the memory of `y` where it is free.
 
-    On a CPU this takes two thirds of the time of a product and a sum, and half of their memory.
+    In float32 on a CPU this takes two thirds of the time of a product and a sum, and half of their
+    memory for any dtype.
 
     Args:
         y: [..., out].

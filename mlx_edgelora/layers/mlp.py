@@ -385,7 +385,7 @@ def add_product(total: mx.array | None, a: mx.array, b: mx.array) -> mx.array:
     would be held in both widths.
     """
     a, b = a.astype(mx.float32), b.astype(mx.float32)
-    return a @ b if total is None else mx.addmm(total, a, b)
+    return a @ b if total is None else plus_product(total, a, b)
 
 
 def _total(terms: list[mx.array]) -> mx.array:
