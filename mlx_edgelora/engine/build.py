@@ -14,7 +14,7 @@ from mlx_edgelora.engine.step import Engine, Loss
 from mlx_edgelora.engine.walk import Walk
 from mlx_edgelora.layers.fused import set_attention_block
 from mlx_edgelora.losses.exact import CrossEntropy
-from mlx_edgelora.measure.meter import DiskMeter
+from mlx_edgelora.measure.meter import DiskMeter, can_limit_memory
 from mlx_edgelora.measure.units import size
 from mlx_edgelora.model.checkpoint import LazyModel
 from mlx_edgelora.model.loading import attach
@@ -64,6 +64,7 @@ def build_engine(
     Raises:
         EdgeLoraError: the architecture cannot be walked, or a file cannot be read or created.
     """
+    can_limit_memory()  # for `memory_limit`, which steps use
     meter, model = DiskMeter(), lazy.model
     kernel = set_kernel(model, plan.kernel)
     compiled = settings.compiled and can_compile()

@@ -132,9 +132,43 @@ def eval_without_run_ahead(*arrays: mx.array) -> None:
         mx.eval(*arrays)
 
 
+# Seconds after which an addition that waits for MLX's tasks waits for good.
+_PATIENCE = 5.0
+_lost_count = threading.Event()
+
+
+def can_limit_memory() -> bool:
+    """Whether MLX's memory limit can be used in this process; takes well below a millisecond.
+
+    At its limit MLX waits until it counts no unfinished tasks. When a task fails, such as reading a
+    file that was cut, while others are added, MLX 0.32 never takes one of these off its count, and
+    would wait for good. This is found once, after five seconds; `memory_limit` does nothing then.
+    """
+    if not _lost_count.is_set():
+        done, before = threading.Event(), mx.set_memory_limit(1)
+
+        def end() -> None:
+            if not done.wait(_PATIENCE):
+                mx.set_memory_limit(before)
+
+        watch = threading.Thread(target=end, daemon=True)
+        watch.start()
+        try:
+            mx.eval(mx.zeros((1,)) + 1)
+        finally:
+            done.set()
+            watch.join()
+            if mx.set_memory_limit(before) != 1:
+                _lost_count.set()
+    return not _lost_count.is_set()
+
+
 @contextmanager
 def memory_limit(limit: int) -> Iterator[None]:
-    """Lower MLX's memory limit to `limit` bytes."""
+    """Lower MLX's memory limit to `limit` bytes, unless `can_limit_memory` found it unusable."""
+    if _lost_count.is_set():
+        yield
+        return
     before = mx.set_memory_limit(limit)
     if before < limit:
         mx.set_memory_limit(before)

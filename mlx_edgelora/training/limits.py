@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from mlx_edgelora.engine.step import Engine
 from mlx_edgelora.errors import EdgeLoraError
-from mlx_edgelora.measure.meter import memory_pressure, peak_memory
+from mlx_edgelora.measure.meter import can_limit_memory, memory_pressure, peak_memory
 from mlx_edgelora.measure.units import size
 from mlx_edgelora.planner.run_plan import RunPlan
 from mlx_edgelora.training import summary
@@ -20,7 +20,8 @@ def limits(chosen: RunPlan) -> Iterator[Callable[[RunPlan], None]]:
     """Set MLX's memory and cache limits for a plan, and restore them on exit.
 
     No limit is raised above its earlier value. The wired limit is not changed, because with one
-    macOS would wire and unwire every new and freed buffer.
+    macOS would wire and unwire every new and freed buffer. The memory limit is not changed where
+    `can_limit_memory` says that MLX would wait at it for good.
 
     Args:
         chosen: the run with its plan.
@@ -31,7 +32,9 @@ def limits(chosen: RunPlan) -> Iterator[Callable[[RunPlan], None]]:
     before: dict[Callable[[int], int], int] = {}
 
     def keep(chosen: RunPlan) -> None:
-        wanted = {mx.set_cache_limit: chosen.cache_bytes, mx.set_memory_limit: chosen.memory_limit}
+        wanted = {mx.set_cache_limit: chosen.cache_bytes}
+        if can_limit_memory():
+            wanted[mx.set_memory_limit] = chosen.memory_limit
         for change, value in wanted.items():
             found = change(value)
             change(min(before.setdefault(change, found), value))

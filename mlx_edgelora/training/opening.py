@@ -21,6 +21,7 @@ from mlx_edgelora.engine.adapter_state import AdapterState
 from mlx_edgelora.engine.build import Settings, build_engine
 from mlx_edgelora.engine.step import Engine
 from mlx_edgelora.losses.exact import CrossEntropy
+from mlx_edgelora.measure.meter import can_limit_memory
 from mlx_edgelora.measure.text import say
 from mlx_edgelora.model.checkpoint import LazyModel
 from mlx_edgelora.model.dora import renew_magnitudes
@@ -45,6 +46,12 @@ from mlx_edgelora.training.throttle import DutyCycle
 
 # Largest number of engines that are built in search of the best plan.
 ENGINES = 4
+
+LOST_COUNT = (
+    "warning: MLX lost count of its tasks when one failed earlier in this process, and would wait "
+    "for good at a memory limit; without one the run can take more memory than planned; start it "
+    "in a new process to avoid this"
+)
 
 
 @contextmanager
@@ -118,6 +125,8 @@ def open_run(
         _remove_left_overs(config, Path(place[0]))
         request = plan_request(config, lazy, sets, user_cache(), Path(place[0]))
         chosen = request if request.given else first_plan(request)
+        if not can_limit_memory():
+            log(LOST_COUNT)
     left = ENGINES
     while chosen is not None:
         log(chosen.table() if config.verbose else summary.memory(chosen))
