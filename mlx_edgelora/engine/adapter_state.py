@@ -28,6 +28,8 @@ from mlx_edgelora.model.weights import ResidentWeights
 
 # A larger block is updated before the next one: what they take on the way would add up.
 ASYNC_BYTES = 32 * 2**20
+# On a CPU a smaller block is evaluated with all others: what they take hardly adds up.
+LAZY_BYTES = 2**18
 
 Arrays = dict[str, mx.array]
 Look = Callable[[Mapping[str, mx.array]], None]
@@ -194,7 +196,7 @@ class ResidentAdapterState(ResidentWeights):
         held = sum(array.nbytes for array in updated.values())
         if mx.default_device() == mx.gpu and held < ASYNC_BYTES:
             mx.async_eval(updated, states)
-        else:
+        elif held >= LAZY_BYTES:
             mx.eval(updated, states)
 
     def weights(self) -> Mapping[str, mx.array]:
