@@ -67,6 +67,7 @@ class Memory:
         self.shape, self.plan = shape, plan
         self.measurements = Measurements() if measurements is None else measurements
         self.batch_shape = batch_shape.part(plan.micro_batches)
+        self._parts = min(plan.micro_batches, batch_shape.most_parts)
         count = shape.blocks
         streamed = count if plan.streamed_blocks is None else min(plan.streamed_blocks, count)
         self.first = count - shape.adapted
@@ -111,10 +112,12 @@ class Memory:
         yield Phase("load", None, self.base + self.hidden, self._need("load"))
         forward, backward = self._need("forward"), self._need("backward")
         keys = self._keys()
+        summed = self._summed()
         for index in filter(wanted.__contains__, range(last)):
-            held = self.base + self._waiting(index) + self._paged_block
+            held = self.base + self._waiting(index) + self._paged_block + summed
+            held += self._ring(kept=True) - self._ring()
             yield Phase("forward", index, held + self._input() + keys, forward)
-        held = self.base + self._waiting(last)
+        held = self.base + self._waiting(last) + summed
         labelled = self.batch_shape.labelled * shape.hidden * shape.itemsize
         if self.kept:
             held += self._input() + self._kept_weights()
@@ -125,7 +128,7 @@ class Memory:
         sums = self.by_tiles * self._summed_tokens() * shape.keys * FLOAT
         for index in filter(wanted.__contains__, range(last - 1, self.first - 1, -1)):
             above = shape.blocks - 1 - index
-            held = self.base + self._waiting(index) + self._gradients(above)
+            held = self.base + self._waiting(index) + max(summed, self._gradients(above))
             # The block's input and the gradient of its output.
             held += 2 * self._input() + self._paged_block + keys + sums
             if self.by_tiles and not self.plan.spills and above == 0:  # of labelled tokens alone
@@ -171,6 +174,11 @@ class Memory:
         entry = 0 if self.plan.spills else shape.shared * (shape.itemsize + 4)
         return tokens * (shape.arguments * shape.itemsize + entry)
 
+    def _summed(self) -> int:
+        """Bytes of the summed gradients of what was computed before this batch, or part of one."""
+        several = self.shape.sums or self._parts > 1
+        return several * (self._gradients(self.shape.adapted) + self.shape.outside_adapter_bytes)
+
     def _gradients(self, blocks: int) -> int:
         """Bytes of the summed gradients of the last `blocks` blocks."""
         if self.paged:
@@ -178,12 +186,18 @@ class Memory:
         count = self.shape.blocks
         return self.shape.trained_bytes(count - min(blocks, self.shape.adapted), count)
 
-    def _ring(self) -> int:
-        """Bytes of the buffers into which the weights of streamed blocks are read."""
+    def _ring(self, kept: bool = False) -> int:
+        """Bytes of the buffers into which the weights of streamed blocks are read.
+
+        Args:
+            kept: whether kept blocks are read as well, as in a forward pass.
+        """
         # On a GPU, a block is still computed while the next one is read, even if both are the same.
         more = self.measurements.overlaps and self.plan.prefetch
         buffers = 1 + self.plan.prefetch + more
         visited = min(self.streamed, self.shape.blocks - self.kept, self.shape.frozen_blocks)
+        if visited and kept and self.plan.reads_head:  # else they are read after these are freed
+            visited = min(self.streamed, self.shape.frozen_blocks)
         one = self.shape.read_bytes(grouped=self.plan.mlp_bytes is not None)
         if self.by_tiles and self.plan.mlp_weights == "rows":
             one -= self.shape.row_bytes
@@ -198,9 +212,8 @@ class Memory:
         """Bytes of the streamed weights of kept blocks, in addition to the ring of buffers."""
         first = self.shape.blocks - self.kept
         streamed = min(self.streamed, self.shape.frozen_blocks)
-        held = self.shape.frozen_bytes(first, streamed)
-        # They reuse the ring's memory, except for the block that is prefetched at the end.
-        return held - max(0, min(held, self._ring()) - self.plan.prefetch * self.shape.block_bytes)
+        # They take the memory of the ring.
+        return max(self.shape.frozen_bytes(first, streamed), self._ring(kept=True)) - self._ring()
 
 
 def ways_of(plan: Plan, by_tiles: bool, kept: int, resident: bool) -> dict[str, Way]:

@@ -17,7 +17,7 @@ from mlx_edgelora.planner.sizes import BatchShape
 from mlx_edgelora.storage.files import CACHE_ERRORS, error_line, updating, write_atomically
 
 # Version of the file. Raise it when the meaning of its numbers or the engine's memory use changes.
-VERSION = 6
+VERSION = 7
 # Number of settings that each kind of phase has in `cost.ways_of`.
 BLOCK = ("forward", "backward", "tiles forward", "tiles backward")
 LENGTHS = dict.fromkeys(BLOCK, 7) | {"load": 0, "head": 2, "tail": 5, "update": 1}

@@ -8,6 +8,7 @@ from a model. Each term is a size times a coefficient that was fitted to measure
 
 from functools import lru_cache
 
+from mlx_edgelora.engine.adapter_state import ASYNC_BYTES
 from mlx_edgelora.engine.paged_adapters import PIECE_BYTES
 from mlx_edgelora.layers.fused import BLOCK
 from mlx_edgelora.layers.mlp import TOKENS, slice_features
@@ -112,7 +113,7 @@ def need(
         on_gpu: whether MLX computes on a GPU. It frees nothing there before a command buffer is
             done, so that all unpacked matrices of a block can be in memory at once.
     """
-    sizes = sizes_of(kind, shape, way, batch_shape)
+    sizes = sizes_of(kind, shape, way, batch_shape, on_gpu)
     grouped = kind in UNPACKED and kind != "tail" and way[1] is not None
     total = float(max(way[1], shape.one_expert_bytes) if grouped and shape.expert_bytes else 0)
     if grouped and kind.endswith("backward"):  # gradients of experts are summed in place
@@ -159,7 +160,9 @@ def _in_store(shape: ModelShape, batch_shape: BatchShape, tile_tokens: int) -> f
 
 
 @lru_cache(maxsize=4096)
-def sizes_of(kind: str, shape: ModelShape, way: Way, batch_shape: BatchShape) -> dict[str, float]:
+def sizes_of(
+    kind: str, shape: ModelShape, way: Way, batch_shape: BatchShape, on_gpu: bool = False
+) -> dict[str, float]:
     """Sizes of the arrays of a phase in bytes, by the names of its terms."""
     sizes = {"one": float(MIB), "adapters": float(shape.adapter_bytes)}
     if shape.full:
@@ -178,9 +181,10 @@ def sizes_of(kind: str, shape: ModelShape, way: Way, batch_shape: BatchShape) ->
             piece = min(shape.adapter_bytes, PIECE_BYTES) if paged else shape.adapter_bytes
             least = piece * ARRAYS / TERMS["update"]["adapters"]
             return sizes | {"adapters": max(least, shape.adapter_bytes)}
-        first = shape.blocks - shape.adapted
-        every = shape.trained_bytes(first, shape.blocks)
-        return sizes | {"adapters": shape.adapter_bytes if paged else every}
+        largest = max(shape.adapter_bytes, shape.outside_adapter_bytes)
+        if on_gpu and not paged and largest < ASYNC_BYTES:
+            largest = shape.trained_bytes(shape.blocks - shape.adapted, shape.blocks)
+        return sizes | {"adapters": largest}
     every = batch_shape.size * shape.hidden * shape.itemsize
     if kind == "tail":
         above, size = way[0] - 1, batch_shape.size

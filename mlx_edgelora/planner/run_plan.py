@@ -131,10 +131,10 @@ class RunPlan:
 
     @property
     def step_key(self) -> tuple[object, ...]:
-        """All fields of the present plan that decide the memory and time of a step."""
+        """All that decides the memory and time of a step, except sizes: fields of the plan."""
         named = asdict(self.plan)
         named.pop("reason")
-        return tuple(named.values())
+        return *named.values(), self.shape.sums
 
     @property
     def fixed_at_start(self) -> dict[str, Any]:
@@ -277,6 +277,7 @@ def plan_request(
     dtype = DTYPES[config.dtype] if config.dtype else None
     blocks = lazy.blocks or checked_blocks(lazy.model)
     shape = shape_of(blocks, lazy.vocabulary, dtype)
+    shape = replace(shape, sums=config.grad_accumulation_steps > 1)
     batch_shape = _largest_batch_shape(config, datasets, labelled)
     machine = this_machine(cache, folder, dtype or blocks.hidden_dtype)
     arguments = shape, batch_shape, machine
@@ -311,7 +312,8 @@ def _read_measurements(
 ) -> Measurements:
     """The measurements of earlier runs with the same model, options and machine."""
     trained = config.fine_tune_type, asdict(config.lora_parameters), config.loss
-    facts = [lazy.config, asdict(shape), trained, machine.key]
+    # Phases are measured without sums, which are known exactly.
+    facts = [lazy.config, asdict(replace(shape, sums=False)), trained, machine.key]
     text = json.dumps(facts, sort_keys=True, default=str)
     key = hashlib.sha256(text.encode()).hexdigest()[:32]
     measurements = Measurements(file, key, mx.default_device() == mx.gpu)

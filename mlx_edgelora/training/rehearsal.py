@@ -7,9 +7,11 @@ from collections.abc import Callable
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
 from mlx_edgelora.blocks.dropout import restore_generator
 from mlx_edgelora.data import Batch
+from mlx_edgelora.engine.adapter_state import add_to
 from mlx_edgelora.engine.block_weights import Arrays
 from mlx_edgelora.engine.step import Engine
 from mlx_edgelora.errors import EdgeLoraError
@@ -65,7 +67,8 @@ def rehearse(engine: Engine, chosen: RunPlan, log: Callable[[str], None]) -> Non
         # MLX allocates ahead as far as its limit allows. A step has the optimizer's state as well.
         room = max(1, chosen.memory_limit - chosen.optimizer_bytes)
         with restore_generator(), memory_limit(room):
-            measure_pass(engine, batch, chosen.plan.adapters == "resident")
+            keeps = chosen.plan.adapters == "resident"
+            measure_pass(engine, batch, keeps, chosen.shape.sums)
         peak = peak_memory() + chosen.optimizer_bytes
         chosen.measurements.add("step", chosen.step_key, chosen.batch_shape, Measurement(peak, 0.0))
         chosen.measurements.write()
@@ -83,19 +86,32 @@ def rehearse(engine: Engine, chosen: RunPlan, log: Callable[[str], None]) -> Non
         log(f"{message}\n{summary.memory(chosen)}")
 
 
-def measure_pass(engine: Engine, batch: Batch, keeps: bool) -> tuple[list[PhasePeak], int]:
+def measure_pass(
+    engine: Engine, batch: Batch, keeps: bool, sums: bool = False
+) -> tuple[list[PhasePeak], int]:
     """Compute the gradients of a batch and measure memory and time.
 
     Args:
         engine: computes the batch.
         batch: the batch.
         keeps: keep all gradients in memory, as a step with resident adapters does.
+        sums: add them to those of a batch before, if they are kept.
 
     Returns:
         Peak and time of each phase, and bytes in memory before the batch.
     """
-    gradients: list[Arrays] = []
-    take = gradients.append if keeps else lambda found: found.clear()
+    gradients: Arrays = {}
+    if keeps and sums:
+        trained = tree_flatten(engine.model.trainable_parameters())
+        gradients = {name: mx.zeros_like(value) for name, value in trained}
+        mx.eval(gradients)
+
+    def take(found: Arrays) -> None:
+        if keeps:
+            add_to(found, gradients)
+        else:
+            found.clear()
+
     mx.synchronize()
     reset_peak()
     with recording() as profile:

@@ -242,7 +242,8 @@ def _measure(
     streamed = shape.blocks if plan.streamed_blocks is None else plan.streamed_blocks
     computed = [*middle, *range(shape.blocks - kept, shape.blocks)]
     own = tuple(shape.by_block[index] for index in computed) if shape.by_block else ()
-    small = replace(shape, blocks=len(computed), adapted=len(computed), by_block=own)
+    count = len(computed)
+    small = replace(shape, blocks=count, adapted=count, by_block=own, sums=False)
     as_small = replace(plan, streamed_blocks=sum(index < streamed for index in computed))
     batch = synthetic_batch(batch_shape, shape.vocabulary)
     best: dict[str, list[float]] = {}

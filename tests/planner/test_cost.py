@@ -93,6 +93,64 @@ def test_a_head_on_disk_is_never_read_whole():
 
 
 @pytest.mark.parametrize(
+    ("streamed", "kept", "head", "blocks"),
+    [
+        (27, 4, "streamed", 3),
+        (25, 4, "streamed", 2),  # the one that is kept, and the one that was computed before it
+        (2, 27, "streamed", 2),
+        (2, 27, "resident", 1),  # read after the one before it was freed
+        (28, 28, "streamed", 28),
+        (4, 4, "streamed", 2),
+    ],
+)
+def test_kept_blocks_take_the_memory_that_others_are_read_into(streamed, kept, head, blocks):
+    def held(plan):
+        phases = Memory(SHAPE, LOAD, plan).phases()
+        return next(p.held for p in phases if (p.name, p.block) == ("backward", 28 - kept))
+
+    plan = Plan(streamed_blocks=streamed, kept_blocks=kept, head=head)
+    every = held(replace(plan, streamed_blocks=0, head="resident"))
+    less = (streamed - blocks) * SHAPE.block_bytes + SHAPE.head_bytes * (head == "streamed")
+    assert held(plan) == every - less
+
+
+@pytest.mark.parametrize("kept", [0, 3])
+@pytest.mark.parametrize("adapters", ["resident", "paged"])
+def test_sums_of_gradients_are_there_from_the_start(kept, adapters):
+    """With several batches before an update, and in all parts of a batch but the first."""
+    shape = replace(SHAPE, outside_adapter_bytes=10**6)
+    plan = Plan(kept_blocks=kept, adapters=adapters, streamed_blocks=0)
+
+    def held(shape, plan):
+        return {(p.name, p.block): p.held for p in Memory(shape, LOAD, plan).phases()}
+
+    few, all_of_them = held(shape, plan), held(replace(shape, sums=True), plan)
+    blocks = shape.blocks * shape.adapter_bytes * (adapters == "resident")
+    for place, size in few.items():
+        name, block = place
+        if name == "forward" or (name, block) in (("head", None), ("backward", 28 - kept)):
+            assert all_of_them[place] - size == blocks + 10**6, place
+        elif name == "backward":
+            above = (27 - block) * shape.adapter_bytes * (adapters == "resident")
+            assert all_of_them[place] - size == max(0, blocks + 10**6 - above), place
+        elif name == "update":
+            assert all_of_them[place] == size
+    assert held(shape, replace(plan, micro_batches=2)) == held(
+        replace(shape, sums=True), replace(plan, micro_batches=2)
+    )
+
+
+@pytest.mark.parametrize(("adapter_bytes", "blocks"), [(10**6, 28), (40 * MIB, 1)])
+def test_blocks_are_updated_one_after_the_other(adapter_bytes, blocks):
+    """But small ones at once on a GPU."""
+    shape = replace(SHAPE, adapter_bytes=adapter_bytes)
+    for on_gpu, together in ((False, 1), (True, blocks)):
+        memory = Memory(shape, LOAD, Plan(), Measurements(overlaps=on_gpu))
+        needed = next(p.need.value for p in memory.phases() if p.name == "update")
+        assert needed == 3 * together * adapter_bytes + MIB
+
+
+@pytest.mark.parametrize(
     ("itemsize", "packed", "stored"),
     [(4, True, 0.6), (2, True, 0.6), (4, False, 2), (2, False, 0.6)],
 )

@@ -18,6 +18,7 @@ from mlx_edgelora.config import TrainConfig
 from mlx_edgelora.data import Batch
 from mlx_edgelora.engine.build import Settings, build_engine
 from mlx_edgelora.errors import EdgeLoraError
+from mlx_edgelora.measure.meter import peak_memory
 from mlx_edgelora.model.checkpoint import write_model
 from mlx_edgelora.model.loading import open_model
 from mlx_edgelora.model.lora import add_lora
@@ -31,6 +32,7 @@ from mlx_edgelora.planner.sizes import BatchShape
 from mlx_edgelora.training import finetune as module
 from mlx_edgelora.training import opening, sampling
 from mlx_edgelora.training.finetune import finetune
+from mlx_edgelora.training.rehearsal import measure_pass
 from mlx_edgelora.training.sampling import measure_and_replan, sample
 
 MACHINE = Machine("a machine", Rates(5e10, 5e9, 1e9, 4e9, 2e9, 2e9, 2e-6))
@@ -44,7 +46,7 @@ WIDE = {
     "num_hidden_layers": 6,
     "vocab_size": 2048,
 }
-TOKENS = 160
+TOKENS = 96
 STEPS = 3
 PLANS = {
     "tiles": Plan(
@@ -99,7 +101,7 @@ def run_by(lazy, batch, plan=None, budget=None):
     return run if choice else run.with_choice(run.search())
 
 
-def step_peak(engine, batch, most):
+def step_peak(engine, batch, most, batches=1):
     optimizer = optim.AdamW(1e-4)
     engine.adapters.start(optimizer)
     # As in a run: how far MLX runs ahead is bounded by its limit alone.
@@ -107,8 +109,9 @@ def step_peak(engine, batch, most):
 
     def step():
         begin()
-        engine.backward(batch, engine.adapters.add)
-        engine.adapters.update(optimizer, 1)
+        for _ in range(batches):
+            engine.backward(batch, engine.adapters.add)
+        engine.adapters.update(optimizer, batches)
         return mx.get_peak_memory()
 
     step()
@@ -133,6 +136,27 @@ def test_a_few_blocks_tell_what_all_take(wide, name, memory):
     assert predicted.peak == pytest.approx(measured, rel=0.1)
     assert measured <= predicted.needs
     assert measured <= guessed.needs
+
+
+@pytest.mark.slow
+def test_gradients_that_are_added_up_are_planned(wide, memory):
+    """Those of a batch before are in memory from the start; updates take a block at a time."""
+    lazy, batch = opened(wide, rank=64), batch_of(1, TOKENS)
+    chosen = run_by(lazy, batch, PLANS["resident"])
+    without = chosen.shape
+    chosen.shape = replace(without, sums=True)
+    with build_engine(lazy, chosen.plan, Settings(wide, "float32")) as engine:
+        sample(engine, chosen)
+        predicted = chosen.expected(chosen.plan)
+        measured = step_peak(engine, batch, predicted.needs, batches=2)
+        begin()
+        measure_pass(engine, batch, keeps=True, sums=True)
+        rehearsed = peak_memory()
+    assert predicted.peak == pytest.approx(measured, rel=0.1)
+    assert measured <= predicted.needs
+    assert rehearsed == pytest.approx(measured, rel=0.05)
+    chosen.shape = without
+    assert chosen.expected(chosen.plan).needs < measured
 
 
 # Blocks whose weights take much beside a batch: keys and values of blocks 0 and 1 serve the others.
