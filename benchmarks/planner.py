@@ -248,10 +248,12 @@ def grid_of_plans(args: argparse.Namespace) -> None:
         "off",
         "plan",
     ]
-    print(f"| {' | '.join(names)} |\n{'|---' * len(names)}|")
     misses, formulas, over, known = [], [], 0, None
-    wanted = [case for case in grid() if args.shape in (None, case.shape)]
-    for case in wanted[args.skip :]:
+    wanted = [case for case in grid() if args.shape in (None, case.shape)][args.skip :]
+    if not wanted:
+        raise SystemExit(f"--shape {args.shape}, --skip {args.skip}: no row of the grid is left")
+    print(f"| {' | '.join(names)} |\n{'|---' * len(names)}|")
+    for case in wanted:
         if known is None or (known[0] != replace(case, times=None)):
             known = replace(case, times=None), Planned(args, case)
         try:
@@ -279,6 +281,8 @@ def grid_of_plans(args: argparse.Namespace) -> None:
         )
     print(f"\n{len(formulas)} steps, {over} over the budget")
     for name, some in (("measured with a few blocks", misses), ("by the formula", formulas)):
+        if not some:
+            continue
         ordered = np.sort(some)
         print(
             f"{name}: off by {ordered.mean():.1%} on average, within 5 % in "
