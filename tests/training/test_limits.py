@@ -119,6 +119,7 @@ from mlx_edgelora.measure import meter
 from mlx_edgelora.training.finetune import finetune
 
 options, cut = json.loads(sys.argv[1]), sys.argv[2]
+mx.set_default_device(mx.cpu)
 assert meter.can_limit_memory() and meter.can_limit_memory()
 meter._PATIENCE = 0.5
 for length in range(300, 2000):
