@@ -26,7 +26,7 @@ from mlx_edgelora.planner.search import Choice, expected, plan, smallest
 from mlx_edgelora.planner.shape import shape_of
 from mlx_edgelora.planner.sizes import BatchShape, ModelShape
 
-# Share of the budget that is MLX's memory limit on a GPU.
+# Share of the budget that is MLX's memory limit.
 LIMIT = 0.95
 # Shorter batches have plans of their own; their length is rounded up to one of this many steps.
 STEPS = 8
@@ -207,12 +207,12 @@ class RunPlan:
     def memory_limit(self) -> int:
         """MLX's memory limit in bytes. Nothing else bounds how far MLX allocates ahead.
 
-        On a GPU it is a little below the budget, because MLX allocates what operations need that
-        it has collected but not begun before it looks at the limit.
+        It is a little below the budget, because MLX looks at the limit after it has allocated what
+        an operation needs, and on a GPU all operations that it has collected but not begun.
         """
         if self.budget.bytes is None:
             return self.choice.needs
-        return round((LIMIT if self.measurements.overlaps else 1.0) * self.budget.bytes)
+        return round(LIMIT * self.budget.bytes)
 
     @property
     def cache_bytes(self) -> int:
