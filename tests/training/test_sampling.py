@@ -141,7 +141,7 @@ def test_a_few_blocks_tell_what_all_take(wide, name, memory):
 @pytest.mark.slow
 def test_gradients_that_are_added_up_are_planned(wide, memory):
     """Those of a batch before are in memory from the start; updates take a block at a time."""
-    lazy, batch = opened(wide, rank=64), batch_of(1, TOKENS)
+    lazy, batch = opened(wide, rank=64), batch_of(1, 32)
     chosen = run_by(lazy, batch, PLANS["resident"])
     without = chosen.shape
     chosen.shape = replace(without, sums=True)
