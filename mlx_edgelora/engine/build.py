@@ -64,7 +64,7 @@ def build_engine(
     Raises:
         EdgeLoraError: the architecture cannot be walked, or a file cannot be read or created.
     """
-    can_limit_memory()  # for `memory_limit`, which steps use
+    can_limit_memory()  # what it finds is for `memory_limit`, which steps use
     meter, model = DiskMeter(), lazy.model
     kernel = set_kernel(model, plan.kernel)
     compiled = settings.compiled and can_compile()

@@ -112,12 +112,12 @@ class Memory:
         yield Phase("load", None, self.base + self.hidden, self._need("load"))
         forward, backward = self._need("forward"), self._need("backward")
         keys = self._keys()
-        summed = self._summed()
+        earlier = self._earlier_gradients()
+        ahead = self._ring(kept=True) - self._ring()
         for index in filter(wanted.__contains__, range(last)):
-            held = self.base + self._waiting(index) + self._paged_block + summed
-            held += self._ring(kept=True) - self._ring()
+            held = self.base + self._waiting(index) + self._paged_block + earlier + ahead
             yield Phase("forward", index, held + self._input() + keys, forward)
-        held = self.base + self._waiting(last) + summed
+        held = self.base + self._waiting(last) + earlier
         labelled = self.batch_shape.labelled * shape.hidden * shape.itemsize
         if self.kept:
             held += self._input() + self._kept_weights()
@@ -128,7 +128,7 @@ class Memory:
         sums = self.by_tiles * self._summed_tokens() * shape.keys * FLOAT
         for index in filter(wanted.__contains__, range(last - 1, self.first - 1, -1)):
             above = shape.blocks - 1 - index
-            held = self.base + self._waiting(index) + max(summed, self._gradients(above))
+            held = self.base + self._waiting(index) + max(earlier, self._gradients(above))
             # The block's input and the gradient of its output.
             held += 2 * self._input() + self._paged_block + keys + sums
             if self.by_tiles and not self.plan.spills and above == 0:  # of labelled tokens alone
@@ -174,9 +174,9 @@ class Memory:
         entry = 0 if self.plan.spills else shape.shared * (shape.itemsize + 4)
         return tokens * (shape.arguments * shape.itemsize + entry)
 
-    def _summed(self) -> int:
-        """Bytes of the summed gradients of what was computed before this batch, or part of one."""
-        several = self.shape.sums or self._parts > 1
+    def _earlier_gradients(self) -> int:
+        """Bytes of the summed gradients of earlier batches, or of earlier parts of this one."""
+        several = self.shape.accumulates or self._parts > 1
         return several * (self._gradients(self.shape.adapted) + self.shape.outside_adapter_bytes)
 
     def _gradients(self, blocks: int) -> int:

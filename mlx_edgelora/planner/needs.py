@@ -8,7 +8,7 @@ from a model. Each term is a size times a coefficient that was fitted to measure
 
 from functools import lru_cache
 
-from mlx_edgelora.engine.adapter_state import ASYNC_BYTES
+from mlx_edgelora.engine.adapter_state import ASYNC_BYTES, LAZY_BYTES
 from mlx_edgelora.engine.paged_adapters import PIECE_BYTES
 from mlx_edgelora.layers.fused import BLOCK
 from mlx_edgelora.layers.mlp import TOKENS, slice_features
@@ -182,7 +182,7 @@ def sizes_of(
             least = piece * ARRAYS / TERMS["update"]["adapters"]
             return sizes | {"adapters": max(least, shape.adapter_bytes)}
         largest = max(shape.adapter_bytes, shape.outside_adapter_bytes)
-        if on_gpu and not paged and largest < ASYNC_BYTES:
+        if not paged and largest < (ASYNC_BYTES if on_gpu else LAZY_BYTES):  # all at once
             largest = shape.trained_bytes(shape.blocks - shape.adapted, shape.blocks)
         return sizes | {"adapters": largest}
     every = batch_shape.size * shape.hidden * shape.itemsize

@@ -131,10 +131,10 @@ class RunPlan:
 
     @property
     def step_key(self) -> tuple[object, ...]:
-        """All that decides the memory and time of a step, except sizes: fields of the plan."""
+        """All that decides the memory and time of a step of a given model and batch shape."""
         named = asdict(self.plan)
         named.pop("reason")
-        return *named.values(), self.shape.sums
+        return *named.values(), self.shape.accumulates
 
     @property
     def fixed_at_start(self) -> dict[str, Any]:
@@ -277,7 +277,7 @@ def plan_request(
     dtype = DTYPES[config.dtype] if config.dtype else None
     blocks = lazy.blocks or checked_blocks(lazy.model)
     shape = shape_of(blocks, lazy.vocabulary, dtype)
-    shape = replace(shape, sums=config.grad_accumulation_steps > 1)
+    shape = replace(shape, accumulates=config.grad_accumulation_steps > 1)
     batch_shape = _largest_batch_shape(config, datasets, labelled)
     machine = this_machine(cache, folder, dtype or blocks.hidden_dtype)
     arguments = shape, batch_shape, machine
@@ -312,8 +312,8 @@ def _read_measurements(
 ) -> Measurements:
     """The measurements of earlier runs with the same model, options and machine."""
     trained = config.fine_tune_type, asdict(config.lora_parameters), config.loss
-    # Phases are measured without sums, which are known exactly.
-    facts = [lazy.config, asdict(replace(shape, sums=False)), trained, machine.key]
+    # Phases are measured without gradients of earlier batches, whose bytes are known exactly.
+    facts = [lazy.config, asdict(replace(shape, accumulates=False)), trained, machine.key]
     text = json.dumps(facts, sort_keys=True, default=str)
     key = hashlib.sha256(text.encode()).hexdigest()[:32]
     measurements = Measurements(file, key, mx.default_device() == mx.gpu)

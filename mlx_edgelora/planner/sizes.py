@@ -58,7 +58,7 @@ class ModelShape:
         one_expert_bytes: the part of `expert_bytes` of a single expert.
         row_bytes: the part of `block_bytes` in a gated MLP that can be read by rows; 0 if none can.
         full: whether the last `adapted` blocks have no adapters, but train their own weights.
-        sums: whether gradients of several batches are added up before an update.
+        accumulates: whether gradients of several batches are added up before an update.
         expert_adapter_bytes: the part of `adapter_bytes` in these experts.
         state_bytes: bytes of the states of a recurrent block after a tile, for a row; 0 if there
             are no such blocks.
@@ -105,7 +105,7 @@ class ModelShape:
     expert_adapter_bytes: int = 0
     row_bytes: int = 0
     full: bool = False
-    sums: bool = False
+    accumulates: bool = False
     by_block: tuple[BlockBytes, ...] = ()
 
     @property

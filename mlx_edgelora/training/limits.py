@@ -30,10 +30,11 @@ def limits(chosen: RunPlan) -> Iterator[Callable[[RunPlan], None]]:
         A function that sets the limits for another plan.
     """
     before: dict[Callable[[int], int], int] = {}
+    limits_memory = can_limit_memory()
 
     def keep(chosen: RunPlan) -> None:
         wanted = {mx.set_cache_limit: chosen.cache_bytes}
-        if can_limit_memory():
+        if limits_memory:
             wanted[mx.set_memory_limit] = chosen.memory_limit
         for change, value in wanted.items():
             found = change(value)

@@ -66,9 +66,9 @@ def rehearse(engine: Engine, chosen: RunPlan, log: Callable[[str], None]) -> Non
             return
         # MLX allocates ahead as far as its limit allows. A step has the optimizer's state as well.
         room = max(1, chosen.memory_limit - chosen.optimizer_bytes)
+        keeps = chosen.plan.adapters == "resident"
         with restore_generator(), memory_limit(room):
-            keeps = chosen.plan.adapters == "resident"
-            measure_pass(engine, batch, keeps, chosen.shape.sums)
+            measure_pass(engine, batch, keeps, chosen.shape.accumulates)
         peak = peak_memory() + chosen.optimizer_bytes
         chosen.measurements.add("step", chosen.step_key, chosen.batch_shape, Measurement(peak, 0.0))
         chosen.measurements.write()
@@ -87,7 +87,7 @@ def rehearse(engine: Engine, chosen: RunPlan, log: Callable[[str], None]) -> Non
 
 
 def measure_pass(
-    engine: Engine, batch: Batch, keeps: bool, sums: bool = False
+    engine: Engine, batch: Batch, keeps: bool, accumulates: bool = False
 ) -> tuple[list[PhasePeak], int]:
     """Compute the gradients of a batch and measure memory and time.
 
@@ -95,13 +95,13 @@ def measure_pass(
         engine: computes the batch.
         batch: the batch.
         keeps: keep all gradients in memory, as a step with resident adapters does.
-        sums: add them to those of a batch before, if they are kept.
+        accumulates: if they are kept, add them to those of an earlier batch, which are zeros.
 
     Returns:
         Peak and time of each phase, and bytes in memory before the batch.
     """
     gradients: Arrays = {}
-    if keeps and sums:
+    if keeps and accumulates:
         trained = tree_flatten(engine.model.trainable_parameters())
         gradients = {name: mx.zeros_like(value) for name, value in trained}
         mx.eval(gradients)

@@ -243,7 +243,7 @@ def _measure(
     computed = [*middle, *range(shape.blocks - kept, shape.blocks)]
     own = tuple(shape.by_block[index] for index in computed) if shape.by_block else ()
     count = len(computed)
-    small = replace(shape, blocks=count, adapted=count, by_block=own, sums=False)
+    small = replace(shape, blocks=count, adapted=count, by_block=own, accumulates=False)
     as_small = replace(plan, streamed_blocks=sum(index < streamed for index in computed))
     batch = synthetic_batch(batch_shape, shape.vocabulary)
     best: dict[str, list[float]] = {}

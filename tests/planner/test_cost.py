@@ -124,7 +124,7 @@ def test_sums_of_gradients_are_there_from_the_start(kept, adapters):
     def held(shape, plan):
         return {(p.name, p.block): p.held for p in Memory(shape, LOAD, plan).phases()}
 
-    few, all_of_them = held(shape, plan), held(replace(shape, sums=True), plan)
+    few, all_of_them = held(shape, plan), held(replace(shape, accumulates=True), plan)
     blocks = shape.blocks * shape.adapter_bytes * (adapters == "resident")
     for place, size in few.items():
         name, block = place
@@ -136,16 +136,18 @@ def test_sums_of_gradients_are_there_from_the_start(kept, adapters):
         elif name == "update":
             assert all_of_them[place] == size
     assert held(shape, replace(plan, micro_batches=2)) == held(
-        replace(shape, sums=True), replace(plan, micro_batches=2)
+        replace(shape, accumulates=True), replace(plan, micro_batches=2)
     )
 
 
-@pytest.mark.parametrize(("adapter_bytes", "blocks"), [(10**6, 28), (40 * MIB, 1)])
-def test_blocks_are_updated_one_after_the_other(adapter_bytes, blocks):
-    """But small ones at once on a GPU."""
+@pytest.mark.parametrize(
+    ("adapter_bytes", "on_cpu", "on_gpu"), [(10**5, 28, 28), (10**6, 1, 28), (40 * MIB, 1, 1)]
+)
+def test_blocks_are_updated_one_after_the_other(adapter_bytes, on_cpu, on_gpu):
+    """But small ones at once, and on a GPU larger ones too."""
     shape = replace(SHAPE, adapter_bytes=adapter_bytes)
-    for on_gpu, together in ((False, 1), (True, blocks)):
-        memory = Memory(shape, LOAD, Plan(), Measurements(overlaps=on_gpu))
+    for overlaps, together in ((False, on_cpu), (True, on_gpu)):
+        memory = Memory(shape, LOAD, Plan(), Measurements(overlaps=overlaps))
         needed = next(p.need.value for p in memory.phases() if p.name == "update")
         assert needed == 3 * together * adapter_bytes + MIB
 

@@ -150,7 +150,7 @@ def test_a_plan_that_takes_more_than_its_budget_is_replaced(monkeypatch):
         budget, choice = Budget(100, "as given"), Choice(Plan(), 80, 90, 1.0)
         batch_shape, shape, optimizer_bytes, seen = (
             BatchShape(2, 8, 3),
-            SimpleNamespace(vocabulary=11, blocks=4, sums=False),
+            SimpleNamespace(vocabulary=11, blocks=4, accumulates=False),
             5,
             [],
         )

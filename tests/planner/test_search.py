@@ -55,7 +55,7 @@ SHAPES = st.builds(
     adapted=st.integers(1, 80),
     packed=st.booleans(),
     gated=st.booleans(),
-    sums=st.booleans(),
+    accumulates=st.booleans(),
     itemsize=st.sampled_from([2, 4]),
     row_bytes=st.sampled_from([0, SHAPE.mlp_bytes]),
 )
